@@ -1,0 +1,47 @@
+# Every target sets up .venv by itself. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+SEED ?= 0
+VENV := .venv
+BIN := $(VENV)/bin
+# The demo and the tests are meant for a CPU; unset or override for an accelerator.
+JAX_PLATFORMS ?= cpu
+export JAX_PLATFORMS
+# libtpu must not look for a TPU's metadata server when it only compiles.
+export TPU_SKIP_MDS_QUERY = 1
+
+.PHONY: demo test test-long test-py313 lint clean
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "tpo_jax needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.demo: setup.cfg | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.test: setup.cfg | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[test,parity,plan]'
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m experiments.demo --out runs/demo --seed $(SEED)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not long'
+
+test-long: $(VENV)/.test
+	$(BIN)/python -m pytest -m long
+
+# The newest jax needs Python 3.12 or newer; PyTorch is left out, so the parity tests do not run.
+test-py313:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet -e '.[test]'
+	.venv-newest/bin/python -m pytest -n 2 --dist loadfile -m 'not long and not parity and not plan'
+
+clean:
+	rm -rf $(VENV) .venv-newest runs

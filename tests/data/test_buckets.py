@@ -1,0 +1,63 @@
+"""Buckets and their schedule."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpo_jax.data.buckets import PERIOD, Bucket, BucketSchedule
+
+
+def bucket(name="b", **changes) -> Bucket:
+    fields = dict(media="video", batch_size=4, frames=8, branches=2, branch_tokens=16, answers=8)
+    return Bucket(name, **(fields | changes))
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=6), st.integers(0, 500))
+def test_schedule_counts_occurrences_and_keeps_proportions(weights, steps):
+    schedule = BucketSchedule([bucket(str(i), weight=w) for i, w in enumerate(weights)])
+    seen = {str(i): 0 for i in range(len(weights))}
+    for step in range(steps):
+        drawn, occurrence = schedule(step)
+        assert occurrence == seen[drawn.name]
+        seen[drawn.name] += 1
+    period = len(schedule.pattern)
+    assert sum(schedule.counts) == period == (1 if len(weights) == 1 else PERIOD)
+    for weight, count in zip(weights, schedule.counts, strict=True):
+        assert count >= 1
+        exact = weight / sum(weights) * period
+        # Within one of the exact share, but for what lifting tiny buckets to one each costs.
+        assert exact - len(weights) <= count <= exact + 1
+
+
+def test_buckets_are_spread_evenly():
+    schedule = BucketSchedule([bucket("a", weight=3.0), bucket("b", weight=1.0)])
+    assert schedule.counts == (48, 16)
+    names = [schedule(step)[0].name for step in range(200)]
+    assert all(names[i : i + 4].count("b") == 1 for i in range(0, 200, 4))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"media": "audio"}, "buckets.b.media: 'audio'"),
+    ({"frames": 0}, "buckets.b.frames: 0"),
+    ({"answers": 16}, "buckets.b.answers: 16, expected less than branch_tokens"),
+    ({"question": 8, "branches": 3}, "buckets.b: question 8 and branches 3"),
+    ({"weight": 0.0}, "buckets.b.weight"),
+    ({"slots": {"depth": 1}}, "buckets.b.slots: unknown.*depth"),
+    ({"slots": {"mask": 0}}, "buckets.b.slots.mask: 0"),
+])
+def test_wrong_buckets_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        bucket(**changes)
+
+
+def test_from_config():
+    config = dict(media="image", batch_size=2, frames=1, branches=1, branch_tokens=9, answers=4)
+    read = Bucket.from_config("still", config)
+    assert (read.name, read.kind, read.capacity("mask")) == ("still", "conversation", 1)
+    with pytest.raises(ValueError, match="buckets.still: unknown keys \\['fps'\\]"):
+        Bucket.from_config("still", config | {"fps": 2})
+
+
+def test_no_buckets():
+    with pytest.raises(ValueError, match="buckets: none"):
+        BucketSchedule([])

@@ -1,0 +1,78 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tpo_jax.generation import sidecar
+
+FINGERPRINT = sidecar.Fingerprint(
+    weights="w", tokenizer="t", template="c", preprocessing="p", bucket="b", dtype="float32",
+    attention="dense")
+
+
+def make(ids, fingerprint=FINGERPRINT):
+    logps = {i: np.full((2, 3), float(n), np.float32) for n, i in enumerate(ids)}
+    return sidecar.Sidecar(fingerprint, {i: f"digest-{i}" for i in ids}, logps)
+
+
+def test_write_read_is_identity(tmp_path):
+    sidecar.write(tmp_path / "ref.npz", make(["b", "a"]))
+    back = sidecar.read(tmp_path / "ref.npz", FINGERPRINT)
+    np.testing.assert_array_equal(back.lookup("b", "digest-b"), np.zeros((2, 3)))
+    np.testing.assert_array_equal(back.lookup("a", "digest-a"), np.ones((2, 3)))
+    assert [p.name for p in tmp_path.iterdir()] == ["ref.npz"]
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(sidecar.Fingerprint)])
+def test_each_changed_condition_refuses_and_names_both_sides(tmp_path, field):
+    sidecar.write(tmp_path / "ref.npz", make(["a"]))
+    other = dataclasses.replace(FINGERPRINT, **{field: "changed"})
+    with pytest.raises(sidecar.SidecarMismatch) as error:
+        sidecar.read(tmp_path / "ref.npz", other)
+    message = str(error.value)
+    assert field in message and "'changed'" in message
+    assert repr(getattr(FINGERPRINT, field)) in message and "ref.npz" in message
+
+
+def test_changed_or_unknown_pair_refuses():
+    scored = make(["a"])
+    with pytest.raises(sidecar.SidecarMismatch, match="digest-a.*digest-b"):
+        scored.lookup("a", "digest-b")
+    with pytest.raises(sidecar.SidecarMismatch, match="'z' was never scored"):
+        scored.lookup("z", "digest-z")
+
+
+def test_missing_file_names_the_command(tmp_path):
+    with pytest.raises(FileNotFoundError, match="preferences score"):
+        sidecar.read(tmp_path / "none.npz")
+
+
+def test_merge_joins_and_refuses_twice_and_mixed_conditions():
+    joined = sidecar.merge([make(["a"]), make(["b", "c"])])
+    assert sorted(joined.logps) == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="'a' was already scored"):
+        sidecar.merge([make(["a"]), make(["a", "b"])])
+    with pytest.raises(sidecar.SidecarMismatch, match="bucket"):
+        sidecar.merge([make(["a"]), make(["b"], dataclasses.replace(FINGERPRINT, bucket="x"))])
+
+
+def test_weight_hash_sees_value_dtype_path_but_not_sharding():
+    weights = {"a": {"kernel": np.arange(16, dtype=np.float32).reshape(8, 2)}, "b": np.ones(3)}
+    reference = sidecar.hash_weights(weights)
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    sharded = {"a": {"kernel": jax.device_put(weights["a"]["kernel"], sharding)}, "b": np.ones(3)}
+    assert sidecar.hash_weights(sharded) == reference
+    moved = weights["a"]["kernel"].copy()
+    moved[3, 1] = np.nextafter(moved[3, 1], 9)
+    assert sidecar.hash_weights({"a": {"kernel": moved}, "b": np.ones(3)}) != reference
+    assert sidecar.hash_weights({"c": weights["a"], "b": np.ones(3)}) != reference
+    assert sidecar.hash_weights({**weights, "b": np.ones(3, np.float32)}) != reference
+
+
+def test_row_digest_sees_frames_and_token_boundaries():
+    row = sidecar.hash_row([1, 2], np.array([1, 2]), np.array([3]))
+    assert row == sidecar.hash_row(np.array([1, 2]), np.array([1, 2], np.int64), np.array([3]))
+    assert row != sidecar.hash_row([1, 3], np.array([1, 2]), np.array([3]))
+    assert row != sidecar.hash_row([1, 2], np.array([1]), np.array([2, 3]))

@@ -1,0 +1,169 @@
+import json
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tpo_jax.parallel.mesh import make_mesh, replicated
+from tpo_jax.training.checkpoint import Checkpoint, CheckpointError, Checkpoints
+from tpo_jax.training.state import TrainState
+
+
+def make_state(seed: int, size: int = 8) -> TrainState:
+    w = jax.random.normal(jax.random.key(seed), (size, 4))
+    params = {"vision": {"kernel": w, "bias": w[0]}, "heads": {"scale": jnp.float32(seed)}}
+    moments = ({"mu": {"vision": {"kernel": w * 2}}, "count": jnp.int32(seed)}, ())
+    return TrainState(jnp.int32(seed), params, moments)
+
+
+def unit(seed: int, **changes) -> Checkpoint:
+    parts = {
+        "state": make_state(seed),
+        "data": {"next_step": seed},
+        "progress": {"best": None},
+        "ledger": {"seconds": {"step": 1.5}},
+        "config": {"seed": 0, "trainable": [[".*", 0.1]]},
+    }
+    return Checkpoint(**parts | changes)
+
+
+def abstract(state, sharding=None):
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+    )
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_the_whole_unit_comes_back(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    assert checkpoints.latest() is None
+    for step in (1, 2, 3):
+        checkpoints.save(step, unit(step))
+    checkpoints.close()
+    again = Checkpoints(tmp_path / "c", keep=2)
+    assert again.steps() == [2, 3] and again.latest() == 3
+    for step in (2, 3):
+        got, put = again.restore(step, abstract(make_state(0))), unit(step)
+        assert_equal(got.state, put.state)
+        assert (got.data, got.progress) == (put.data, put.progress)
+        assert (got.ledger, got.config) == (put.ledger, put.config)
+
+
+def test_restores_onto_another_mesh(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, unit(1))
+    checkpoints.close()
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    rows = jax.NamedSharding(mesh, jax.P("fsdp"))
+    want = abstract(make_state(0), replicated(mesh))
+    want.params["vision"]["kernel"] = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=rows)
+    got = checkpoints.restore(1, want).state
+    assert_equal(got, make_state(1))
+    assert got.params["vision"]["kernel"].sharding == rows
+
+
+def test_donating_the_state_right_after_save_does_not_change_what_is_written(tmp_path):
+    state = jax.jit(lambda: {"w": jnp.full((512, 1024), 1.0)})()
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, unit(1, state=state))
+    for _ in range(5):
+        state = overwrite(state)
+    jax.block_until_ready(state)
+    checkpoints.close()
+    got = checkpoints.restore(1, abstract(state)).state
+    np.testing.assert_array_equal(got["w"], 1.0)
+
+
+def test_wrong_structure_names_every_leaf(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, unit(1))
+    checkpoints.close()
+    want = abstract(make_state(0, size=16))
+    want.params["heads"]["region"] = want.params["heads"].pop("scale")
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.restore(1, want)
+    message = str(error.value)
+    assert "params/heads/region: not in the checkpoint" in message
+    assert "params/heads/scale: in the checkpoint only" in message
+    assert "params/vision/kernel: checkpoint has float32[8, 4]" in message
+    assert "opt_state/0/mu/vision/kernel" in message
+    assert "params/vision/bias" not in message
+
+
+def test_another_format_version_is_refused_by_name(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, unit(1))
+    checkpoints.close()
+    run = tmp_path / "1/run/data.json"
+    run.write_text(json.dumps(json.loads(run.read_text()) | {"format_version": 99}))
+    with pytest.raises(CheckpointError, match="format version 99"):
+        checkpoints.restore(1, abstract(make_state(0)))
+
+
+def test_a_part_that_is_not_json_is_refused_before_anything_is_written(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    with pytest.raises(TypeError, match="JSON"):
+        checkpoints.save(1, unit(1, data={"next_step": object()}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keep_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint.keep=0"):
+        Checkpoints(tmp_path, keep=0)
+
+
+KILLED = """
+import os, signal, sys, threading
+import jax.numpy as jnp
+from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
+
+def unit(step, rows):
+    state = {"w": jnp.full((rows, 1024), float(step))}
+    return Checkpoint(state, {"next_step": step}, {}, {}, {})
+
+checkpoints = Checkpoints(sys.argv[1], keep=3)
+checkpoints.save(1, unit(1, 8))
+checkpoints.wait()
+delay = float(sys.argv[2])
+if delay:  # somewhere in the write, or just after it
+    threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+checkpoints.save(2, unit(2, 8192))  # 32 MiB
+if not delay:
+    while not list(checkpoints.directory.glob("2.orbax-checkpoint-tmp*")):
+        pass  # the background thread is about to create it
+    os.kill(os.getpid(), signal.SIGKILL)
+checkpoints.wait()
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.2])
+def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(tmp_path, delay):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(delay)], timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    if not delay:
+        assert list(tmp_path.glob("2.orbax-checkpoint-tmp*")), "the save was over before the kill"
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    step = checkpoints.latest()
+    assert step == 1 if not delay else step in (1, 2)
+    rows = {1: 8, 2: 8192}[step]
+    want = abstract({"w": jnp.zeros((rows, 1024))})
+    got = checkpoints.restore(step, want)
+    np.testing.assert_array_equal(got.state["w"], float(step))
+    assert got.data == {"next_step": step}
+    assert [p.name for p in tmp_path.iterdir()] == [str(s) for s in checkpoints.steps()]
+    # The step that was cut off can be written again.
+    if step == 1:
+        checkpoints.save(2, Checkpoint({"w": jnp.ones((4,))}, {"next_step": 2}, {}, {}, {}))
+        checkpoints.close()
+        assert checkpoints.latest() == 2

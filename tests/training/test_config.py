@@ -1,0 +1,146 @@
+import copy
+
+import pytest
+
+from tpo_jax.training.config import (
+    ConfigError,
+    bucket_config,
+    changed_since,
+    default_config,
+    parse_arg,
+    source_config,
+    to_dict,
+    validate,
+)
+
+
+def good():
+    config = default_config()
+    config.tokenizer = "tokenizer.json"
+    config.data.train = [source_config("clips", tasks={"conversation": 1.0})]
+    config.data.validation = [source_config("held_out", tasks={"conversation": 1.0})]
+    config.buckets = {
+        "video": bucket_config(
+            media="video", batch_size=8, frames=4, branches=2, branch_tokens=32, answers=8
+        )
+    }
+    config.trainable = [[".*", 1e-3]]
+    return config
+
+
+def test_a_good_config_passes():
+    validate(good())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda c: c.update(stepz=5), ["stepz = 5", "unknown key", "did you mean steps?"]),
+        (lambda c: c.optimizer.update(warm_up=0.1), ["optimizer.warm_up", "optimizer.warmup?"]),
+        (lambda c: c.data.train[0].update(path_=1), ["data.train[0].path_", "unknown key"]),
+        (lambda c: c.data.train[0].pop("path"), ["data.train[0].path", "missing"]),
+        (lambda c: c.buckets.video.update(frame=1), ["buckets.video.frame", "frames?"]),
+        (lambda c: c.data.train[0]["tasks"].update(cooking=1.0), ["cooking", "unknown task"]),
+        (lambda c: c.data.update(train=[]), ["data.train", "no training data"]),
+        (lambda c: c.data.update(validation=[]), ["eval_every", "data.validation is empty"]),
+        (lambda c: c.buckets.pop("video"), ["buckets", "no bucket"]),
+        (lambda c: c.update(steps=0), ["steps = 0", "at least 1"]),
+        (lambda c: c.update(dropout=1.0), ["dropout = 1.0", "[0, 1)"]),
+        (lambda c: c.update(accumulation=3), ["buckets.video.batch_size = 8", "accumulation=3"]),
+        (lambda c: c.buckets.video.update(answers=32), ["buckets.video.answers", "branch_tokens"]),
+        (
+            lambda c: c.buckets.video.update(slots={"region": 1}),
+            ["buckets.video.slots.region", "model.heads"],
+        ),
+        (lambda c: c.update(objective="ppo"), ["objective = 'ppo'", "sft, preference"]),
+        (lambda c: c.losses.update({"region/l1": 1.0}), ["losses.region/l1", "missing head"]),
+        (lambda c: c.update(trainable=[]), ["trainable", "everything is frozen"]),
+        (lambda c: c.update(trainable=[["a"]]), ["trainable[0]", "peak learning rate"]),
+        (lambda c: c.update(tokenizer=""), ["tokenizer", "init_from"]),
+        (lambda c: c.update(init_from="base"), ["tokenizer", "brings its own"]),
+        (lambda c: c.model.update(preset=""), ["model.preset", "init_from"]),
+        (lambda c: c.update(init_missing=["heads"]), ["init_missing", "init_from is empty"]),
+    ],
+)
+def test_errors_name_option_value_reason_and_fix(change, expected):
+    config = good().unlock()
+    change(config)
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    for part in expected:
+        assert part in str(error.value)
+
+
+def test_a_preference_run_needs_pairs():
+    config = good()
+    config.objective = "preference"
+    config.buckets.video.update(branches=2, question=16)
+    config.data.references = ["pairs.npz"]
+    validate(config)
+    config.buckets.video.branches = 3
+    with pytest.raises(ConfigError, match=r"buckets.video.branches = 3.*chosen, rejected.*give 2"):
+        validate(config)
+    config.buckets.video.update(branches=2, question=0)
+    with pytest.raises(ConfigError, match=r"buckets.video.question = 0.*prefix"):
+        validate(config)
+    config.data.references = []
+    with pytest.raises(ConfigError, match=r"data.references.*preferences score"):
+        validate(config)
+
+
+def test_wrong_type_is_named_and_ints_pass_for_floats():
+    config = good()
+    config.dropout = 0  # ml_collections keeps the declared type
+    config.data.train[0]["weight"] = 2
+    validate(config)
+    config.data.train[0]["path"] = 3
+    with pytest.raises(ConfigError, match=r"data.train\[0\].path = 3: is a int; give a str"):
+        validate(config)
+
+
+def test_all_problems_are_listed_at_once():
+    config = good()
+    config.steps, config.dropout = 0, 2.0
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    assert "steps = 0" in str(error.value) and "dropout = 2.0" in str(error.value)
+
+
+def test_parse_arg_is_typed():
+    text = "stage=2,tiny,rate=1e-3,data=gs://a/b=c"
+    arg = parse_arg(text, stage=1, tiny=False, rate=0.1, data="")
+    assert (arg.stage, arg.tiny, arg.rate, arg.data) == (2, True, 1e-3, "gs://a/b=c")
+    assert parse_arg(None, stage=1).stage == 1
+    assert parse_arg("tiny=false", tiny=True).tiny is False
+
+
+@pytest.mark.parametrize(
+    ("arg", "match"),
+    [
+        ("stag=2", r"unknown key 'stag'; known: stage=1, tiny=False"),
+        ("stage=two", "expected int, got 'two'"),
+        ("stage", "expected int, got 'true'"),
+        ("tiny=yes", "expected true or false"),
+        ("stage=1,stage=2", "given twice"),
+    ],
+)
+def test_parse_arg_errors(arg, match):
+    with pytest.raises(ConfigError, match=match):
+        parse_arg(arg, stage=1, tiny=False)
+
+
+def test_resume_may_change_only_what_does_not_change_the_run():
+    saved = to_dict(good())
+    current = copy.deepcopy(saved)
+    current["mesh"]["fsdp"] = 8
+    current["log_every"] = 1
+    current["checkpoint"]["every"] = 7
+    assert changed_since(saved, current) == []
+    current["data"]["train"][0]["weight"] = 5.0
+    current["optimizer"]["clip"] = 2.0
+    del current["buckets"]["video"]
+    lines = changed_since(saved, current)
+    assert "data.train[0].weight: checkpoint has 1.0, this command has 5.0" in lines
+    assert any(line.startswith("optimizer.clip") for line in lines)
+    assert any(line.startswith("buckets.video") for line in lines)
+    assert len(lines) == 3

@@ -1,0 +1,61 @@
+import json
+
+import numpy as np
+import pytest
+
+from tpo_jax.training.writers import Jsonl, StdoutProgress, TensorBoard, Writers, read_scalars
+
+
+def test_jsonl_appends_and_reads_back(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = Jsonl(path, resume_step=0)
+    writer.write_scalars(1, {"train/loss": np.float32(0.5), "count": 3})
+    assert read_scalars(path) == [{"step": 1, "train/loss": 0.5, "count": 3}]  # before close
+    writer.write_scalars(2, {"train/loss": float("nan")})
+    writer.close()
+    assert read_scalars(path)[1] == {"step": 2, "train/loss": None}
+
+
+def test_resuming_drops_later_steps_and_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "x": step}) for step in (1, 2, 3)]
+    path.write_text("\n".join(lines) + '\n{"step": 4, "x"')
+    writer = Jsonl(path, resume_step=2)
+    writer.write_scalars(3, {"x": 30})
+    writer.close()
+    assert [record["x"] for record in read_scalars(path)] == [1, 2, 30]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_a_broken_record_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2"):
+        Jsonl(path, resume_step=5)
+
+
+def test_tensorboard_writes_event_files(tmp_path):
+    writer = TensorBoard(tmp_path, resume_step=0)
+    writer.write_scalars(1, {"train/loss": 0.25})
+    writer.close()
+    (events,) = tmp_path.glob("events.*")
+    assert b"train/loss" in events.read_bytes()
+
+
+def test_progress_bar_shows_the_named_scalars(capsys):
+    bar = StdoutProgress(total=10, initial=4, shown={"train/loss": "loss"})
+    bar.write_scalars(6, {"train/loss": 1.23456, "hidden": 2.0})
+    bar.flush()
+    bar.close()
+    shown = capsys.readouterr().err
+    assert "6/10" in shown and "loss=1.235" in shown and "hidden" not in shown
+
+
+def test_writers_fan_out(tmp_path):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    writers = Writers([Jsonl(path, resume_step=0) for path in paths])
+    writers.write_scalars(1, {"x": 1.0})
+    writers.flush()
+    writers.close()
+    assert paths[0].read_text() == paths[1].read_text() != ""
+    Writers([]).write_scalars(1, {"x": 1.0})  # what processes other than 0 do

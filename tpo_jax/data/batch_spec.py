@@ -1,0 +1,78 @@
+"""Shapes and dtypes of a bucket's batch, without data and without a tokenizer.
+
+`plan` compiles for these; a test holds them equal to what `rows.RowBuilder` builds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tpo_jax.data.buckets import Bucket
+from tpo_jax.models.config import ModelConfig
+
+AFTER_VISUAL = 1  # tokens that close the visual span, such as </video>
+
+
+def batch_spec(bucket: Bucket, model_config: ModelConfig, *, reference: bool = True) -> dict:
+    """Nested dict of jax.ShapeDtypeStruct of one *global* batch.
+
+    Args:
+      reference: whether preference rows carry reference log-probabilities (training does,
+        scoring does not).
+    """
+    B, K, R, A = bucket.batch_size, bucket.branches, bucket.branch_tokens, bucket.answers
+    F, size = bucket.frames, model_config.vision.image_size
+    P = model_config.visual_offset + model_config.num_visual_tokens(F)
+    P += AFTER_VISUAL + bucket.question
+    spec: dict[str, Any] = {
+        "example_ids": _spec(jnp.uint32, B),
+        "frames": _spec(jnp.uint8, B, F, size, size, 3),
+        "frame_times": _spec(jnp.float32, B, F),
+        "frame_valid": _spec(jnp.bool_, B, F),
+        "prefix_tokens": _spec(jnp.int32, B, P),
+        "prefix_positions": _spec(jnp.int32, B, P),
+        "prefix_segments": _spec(jnp.int32, B, P),
+        "branch_tokens": _spec(jnp.int32, B, K, R),
+        "branch_positions": _spec(jnp.int32, B, K, R),
+        "branch_segments": _spec(jnp.int32, B, K, R),
+        "answer_positions": _spec(jnp.int32, B, K, A),
+        "answer_tokens": _spec(jnp.int32, B, K, A),
+        "answer_weights": _spec(jnp.float32, B, K, A),
+        "slots": _slots(bucket, model_config),
+    }
+    if bucket.kind == "preference":
+        spec["pair_valid"] = _spec(jnp.bool_, B)
+        if reference:
+            spec["reference_logps"] = _spec(jnp.float32, B, K, A)
+    return spec
+
+
+def _slots(bucket: Bucket, model_config: ModelConfig) -> dict[str, dict]:
+    """Slot arrays of the model's heads, and of the user box where there is any head."""
+    B, F, W, m = bucket.batch_size, bucket.frames, bucket.windows, bucket.mask_size
+    names = [*model_config.heads, "box"] if model_config.heads else []
+    slots = {}
+    for name in names:
+        S = bucket.capacity(name)
+        targets = {
+            "region": {"boxes": (jnp.float32, 4), "frame": (jnp.int32,)},
+            "temporal": {
+                "windows": (jnp.float32, W, 2),
+                "window_valid": (jnp.bool_, W),
+                "saliency": (jnp.float32, F),
+            },
+            "mask": {"masks": (jnp.uint8, F, m, m), "labelled": (jnp.bool_, F)},
+            "box": {"boxes": (jnp.float32, 4)},
+        }[name]
+        common = {"branch": (jnp.int32,), "index": (jnp.int32,), "valid": (jnp.bool_,)}
+        slots[name] = {
+            key: _spec(dtype, B, S, *shape) for key, (dtype, *shape) in (common | targets).items()
+        }
+    return slots
+
+
+def _spec(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)

@@ -1,0 +1,137 @@
+"""Buckets: the fixed shapes that batches have, and which step draws which bucket."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tpo_jax.data.text import TASK_TOKENS
+
+PERIOD = 64  # steps after which the pattern of buckets repeats, unless there is one bucket
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """One set of static shapes; training compiles one step per bucket.
+
+    Attributes:
+      name: key in the config.
+      media: "video" or "image".
+      batch_size: B, rows over all hosts.
+      frames: F.
+      branches: K.
+      branch_tokens: R, question and answer of one branch.
+      answers: A, answer tokens of one branch with the end token.
+      question: tokens of the question in the prefix. Not 0 makes this a bucket of preference pairs,
+        which holds nothing else.
+      slots: head -> S. A head of the model that is not named here has one slot.
+      windows: W, windows per temporal slot; 0 if the model has no temporal head.
+      mask_size: height and width of mask targets in cells; 0 if the model has no mask head.
+      weight: share of steps.
+    """
+
+    name: str
+    media: str
+    batch_size: int
+    frames: int
+    branches: int
+    branch_tokens: int
+    answers: int
+    question: int = 0
+    slots: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
+    windows: int = 0
+    mask_size: int = 0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        where = f"buckets.{self.name}"
+        if self.media not in ("video", "image"):
+            raise ValueError(f"{where}.media: {self.media!r}, expected 'video' or 'image'.")
+        least = {"batch_size": 1, "frames": 1, "branches": 1, "branch_tokens": 1, "answers": 1,
+                 "windows": 0, "mask_size": 0}
+        for field, bound in least.items():
+            if getattr(self, field) < bound:
+                raise ValueError(
+                    f"{where}.{field}: {getattr(self, field)}, expected at least {bound}.")
+        if self.answers >= self.branch_tokens:
+            raise ValueError(
+                f"{where}.answers: {self.answers}, expected less than branch_tokens "
+                f"{self.branch_tokens}: at least one token comes before an answer.")
+        if self.question < 0 or (self.question and self.branches != 2):
+            raise ValueError(
+                f"{where}: question {self.question} and branches {self.branches}, expected "
+                "question 0, or branches 2 (chosen, rejected) with question > 0.")
+        if not self.weight > 0:
+            raise ValueError(f"{where}.weight: {self.weight}, expected > 0. Remove the bucket.")
+        if unknown := set(self.slots) - set(TASK_TOKENS):
+            raise ValueError(
+                f"{where}.slots: unknown {sorted(unknown)}, expected {sorted(TASK_TOKENS)}.")
+        for head, capacity in self.slots.items():
+            if capacity < 1:
+                raise ValueError(
+                    f"{where}.slots.{head}: {capacity}, expected at least 1 (every slot array is "
+                    "always present, so that one program serves any mixture).")
+
+    @property
+    def kind(self) -> str:
+        """'preference' or 'conversation'."""
+        return "preference" if self.question else "conversation"
+
+    def capacity(self, head: str) -> int:
+        """S of one head."""
+        return self.slots.get(head, 1)
+
+    @classmethod
+    def from_config(cls, name: str, config: Mapping[str, Any]) -> Bucket:
+        """Reads `buckets.<name>` of a training config; an unknown key is an error."""
+        fields = {field.name for field in dataclasses.fields(cls)} - {"name"}
+        if unknown := set(config) - fields:
+            raise ValueError(
+                f"buckets.{name}: unknown keys {sorted(unknown)}, expected {sorted(fields)}.")
+        values = dict(config)
+        values["slots"] = dict(values.get("slots", {}))
+        return cls(name=name, **values)
+
+
+class BucketSchedule:
+    """Periodic pattern of buckets by weight: step -> (bucket, how often it came before).
+
+    The counts per period are the weights rounded by largest remainder (at least one each); a bucket
+    is spread evenly over the period.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket]):
+        if not buckets:
+            raise ValueError("buckets: none, expected at least one.")
+        if len(buckets) > PERIOD:
+            raise ValueError(f"buckets: {len(buckets)}, expected at most {PERIOD}.")
+        self.buckets = tuple(buckets)
+        period = 1 if len(buckets) == 1 else PERIOD
+        counts = _apportion([bucket.weight for bucket in buckets], period)
+        # Occurrence j of a bucket with count c wants to be at (j + 1/2) * period / c.
+        wishes = sorted(
+            ((j + 0.5) / count, i) for i, count in enumerate(counts) for j in range(count))
+        self.pattern = tuple(i for _, i in wishes)
+        self.counts = tuple(counts)
+
+    def __call__(self, step: int) -> tuple[Bucket, int]:
+        if step < 0:
+            raise ValueError(f"step: {step}, expected >= 0.")
+        periods, phase = divmod(step, len(self.pattern))
+        index = self.pattern[phase]
+        before = self.pattern[:phase].count(index)
+        return self.buckets[index], periods * self.counts[index] + before
+
+
+def _apportion(weights: Sequence[float], total: int) -> list[int]:
+    """Integers >= 1 that sum to `total`, in proportion to `weights`."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [max(1, int(share)) for share in exact]
+    while sum(counts) != total:
+        step = 1 if sum(counts) < total else -1
+        # The share that is furthest below (above) its exact value moves; ties go to the first.
+        shortage = [step * (share - count) for share, count in zip(exact, counts, strict=True)]
+        movable = [i for i, count in enumerate(counts) if count + step >= 1]
+        counts[max(movable, key=lambda i: shortage[i])] += step
+    return counts

@@ -1,0 +1,185 @@
+"""What all readers share: JSON loaded with named errors, and the context of one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tpo_jax.data import media as media_lib
+from tpo_jax.data import validation
+from tpo_jax.data import video as video_lib
+from tpo_jax.data.problems import Invalid, Problem
+from tpo_jax.data.records import Example, Turn
+
+# A label that finds the record in its file, and the record, or why it cannot be read.
+Record = tuple[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """An example as read, with the place it comes from; its video is not decoded yet."""
+
+    example: Example
+    file: str
+    record: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """One annotation file being read.
+
+    `media` is None when the annotations are checked without their media; then names are only
+    checked for safety. `source` names the data set in every example.
+    """
+
+    file: pathlib.Path
+    source: str
+    media: media_lib.MediaFolder | None = None
+    ignore_keys: frozenset[str] = frozenset()
+
+    def keys(self, data: Any, required: Sequence[str], optional: Sequence[str] = (), field=""):
+        """Refuses missing and unknown keys."""
+        validation.check_keys(data, optional, required, field, self.ignore_keys)
+
+    def find(self, name: Any, field: str) -> str:
+        """The media file, as a path below the media folder; it is also the video id."""
+        if self.media is None:
+            return media_lib.safe_name(name, field)
+        return self.media.find(name, field)
+
+    def kind(self, name: str, expected: str) -> str:
+        """ "video" or "image" of a name from `find`; `expected` where there are no media."""
+        return expected if self.media is None else video_lib.media_kind(self.media.path(name))
+
+    def frame_size(self, name: str, field: str) -> tuple[int, int]:
+        """(width, height) in pixels, read from the file's header."""
+        if self.media is None:
+            raise Invalid(
+                field, None, "the frame size is not in the annotation", "give it, or say --media"
+            )
+        found = self.media.probe(name, field)
+        return found.width, found.height
+
+    def frame_rate(self, name: str, field: str) -> float:
+        """Frames a second, read from the file's header."""
+        rate = 0.0 if self.media is None else self.media.probe(name, field).rate
+        if not rate:
+            raise Invalid(
+                field, None, "the frame rate is not in the annotation", "give it, or say --media"
+            )
+        return rate
+
+    def example(
+        self,
+        name: str,
+        label: str,
+        task: str,
+        turns: Sequence[Turn],
+        targets: Mapping[str, Any],
+        **changes: Any,
+    ) -> Example:
+        """An example about the whole video `name`, unless `changes` say otherwise."""
+        return Example(
+            **{
+                "example_id": f"{self.source}/{label}",
+                "video_id": name,
+                "media": self.kind(name, "video"),
+                "task": task,
+                "source": self.source,
+                "start": 0.0,
+                "end": float("inf"),
+                "turns": tuple(turns),
+                "targets": dict(targets),
+            }
+            | changes
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A published annotation format.
+
+    `records` walks a file or folder; `parse` makes examples of one record and raises Invalid.
+    """
+
+    name: str
+    description: str
+    records: Callable[[pathlib.Path], Iterator[Record]]
+    parse: Callable[[Any, str, Context], Sequence[Example]]
+
+    def read(self, context: Context) -> tuple[list[Draft], list[Problem]]:
+        """All good examples of a file, and what is wrong with the others."""
+        drafts, problems = [], []
+        file = str(context.file)
+        try:
+            for label, record in self.records(context.file):
+                try:
+                    if isinstance(record, Invalid):
+                        raise record
+                    examples = [
+                        validation.check_example(example)
+                        for example in self.parse(record, label, context)
+                    ]
+                except Invalid as invalid:
+                    problems.append(invalid.at(file, label))
+                else:
+                    drafts += [Draft(example, file, label) for example in examples]
+        except Invalid as invalid:  # the file as a whole
+            problems.append(invalid.at(file, ""))
+        return drafts, problems
+
+
+def load_json(path: pathlib.Path) -> Any:
+    """The content of a JSON file; raises Invalid with line and column."""
+    if not path.is_file():
+        raise Invalid("", None, "the annotation file does not exist", f"check the path {path}")
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise Invalid(
+            f"line {error.lineno} column {error.colno}",
+            None,
+            f"not JSON: {error.msg}",
+            "correct it; a file cut by a crash must be written again",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise Invalid("", None, f"not UTF-8 text: {error}", "save it as UTF-8") from error
+
+
+def json_lines(path: pathlib.Path) -> Iterator[Record]:
+    """(line number, object) of a JSON-lines file; blank lines are skipped."""
+    if not path.is_file():
+        raise Invalid("", None, "the annotation file does not exist", f"check the path {path}")
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            label = f"line {number}"
+            try:
+                yield label, json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                yield label, Invalid("", line[:80], f"not JSON: {error}", "correct the line")
+
+
+def pixel_box(field: str, value: Any, width: float, height: float) -> list[float]:
+    """[x, y, w, h] in pixels to normalised [x1, y1, x2, y2]; raises Invalid outside the frame.
+
+    Up to one pixel over the border is rounding and is cut.
+    """
+    if len(validation.check_list(field, value)) != 4:
+        raise Invalid(field, value, "expected [x, y, width, height] in pixels", "correct it")
+    x, y, w, h = (validation.check_number(field, v, float("-inf"), float("inf"), "") for v in value)
+    if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1 or w <= 0 or h <= 0:
+        raise Invalid(
+            field,
+            value,
+            f"the box is outside the frame of {width:g}x{height:g} pixels, or empty: "
+            "expected [x, y, width, height] in pixels",
+            "correct the box, or check that the record names the right video",
+        )
+    x1, y1 = max(x / width, 0.0), max(y / height, 0.0)
+    x2, y2 = min((x + w) / width, 1.0), min((y + h) / height, 1.0)
+    return validation.check_box(field, [x1, y1, x2, y2])

@@ -1,0 +1,105 @@
+"""From finished pieces to the prepared folder, which appears in one rename."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from tpo_jax.data import tables
+from tpo_jax.data.ingest.plan import Plan, PrepareError
+from tpo_jax.data.ingest.statistics import summarise
+from tpo_jax.data.ingest.work import publish, read_lines, write_lines
+from tpo_jax.data.records import FORMAT_VERSION, Example, IndexEntry
+
+
+def assemble(plan: Plan, parts: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
+    """Joins the pieces of a plan into `out`; returns the statistics.
+
+    The files of the pieces become the shards of the tables as they are. Nothing carries the name
+    `out` before it is complete, and the pieces stay until then.
+    """
+    quarantine = [problem.to_json() for problem in plan.problems]
+    for piece in plan.pieces:
+        quarantine += read_lines(parts / piece.key / "quarantine.jsonl")
+    folders = [parts / piece.key for piece in plan.pieces]
+    indices = [[IndexEntry.from_json(e) for e in read_lines(f / "index.jsonl")] for f in folders]
+    used = [(folder, index) for folder, index in zip(folders, indices, strict=True) if index]
+    if not used:
+        raise PrepareError(_nothing_left(quarantine, out))
+    building = parts.parent / "assembling"
+    shutil.rmtree(building, ignore_errors=True)
+    for table, column in (("clips", "clips"), ("examples", "examples")):
+        _build_table(building / table, table, plan.settings.encoding, column, used)
+    entries = _join([index for _, index in used])
+    write_lines(building / "index.jsonl", [entry.to_json() for entry in entries])
+    write_lines(building / "quarantine.jsonl", quarantine)
+    statistics = summarise(entries, _examples(building), quarantine)
+    _write_json(building / "statistics.json", statistics)
+    _write_json(
+        building / "prepared.json",
+        {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": plan.fingerprint,
+            **dataclasses.asdict(plan.settings),
+        },
+    )
+    if out.is_dir():
+        out.rmdir()  # empty: checked before the work began
+    publish(building, out)
+    return statistics
+
+
+def _build_table(folder: pathlib.Path, table: str, encoding: str, column: str, used) -> None:
+    folder = folder / tables.TABLE_VERSION
+    folder.mkdir(parents=True)
+    for i, (part, _) in enumerate(used):
+        _link(part / table, folder / tables.shard_name(table, i, len(used)))
+    lengths = [sum(getattr(entry, column)[1] for entry in index) for _, index in used]
+    tables.write_metadata(folder, table, encoding, lengths)
+
+
+def _link(source: pathlib.Path, target: pathlib.Path) -> None:
+    """A second name for a file; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _join(indices: Sequence[Sequence[IndexEntry]]) -> list[IndexEntry]:
+    """Row numbers within pieces to row numbers within tables."""
+    joined: list[IndexEntry] = []
+    clips = examples = 0
+    for index in indices:
+        for entry in index:
+            joined.append(
+                dataclasses.replace(
+                    entry,
+                    clips=(clips, entry.clips[1]),
+                    examples=(examples, entry.examples[1]),
+                )
+            )
+            clips += entry.clips[1]
+            examples += entry.examples[1]
+    return joined
+
+
+def _examples(folder: pathlib.Path):
+    table = tables.open_table(folder / "examples")
+    return (Example.from_record(table[i]) for i in range(len(table)))
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+def _nothing_left(quarantine: Sequence[dict[str, Any]], out: pathlib.Path) -> str:
+    shown = "".join(
+        f"\n  {q['file']} [{q['record']}] {q['field']}: {q['reason']}" for q in quarantine[:5]
+    )
+    return f"{out} is not written: all {len(quarantine)} records are in quarantine:{shown}"

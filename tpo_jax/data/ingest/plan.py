@@ -1,0 +1,190 @@
+"""What is to be done: annotations read and checked, media grouped into pieces of work.
+
+A piece of work is named by a hash of everything that decides its result: settings, the media files
+(size and modification time) and their examples. A finished piece is found again by its name, so a
+run that was killed continues, and a changed file redoes its own piece only.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from tpo_jax.data import formats, tables
+from tpo_jax.data.formats.reading import Context, Draft
+from tpo_jax.data.media import MediaFolder
+from tpo_jax.data.problems import Invalid, Problem
+from tpo_jax.data.records import CLIP_FRAMES, FORMAT_VERSION
+
+# At most this many media in a piece, unless that would make more than MAX_PIECES files a table.
+PIECE_MEDIA = 64
+PIECE_BYTES = 64 * 2**20
+MAX_PIECES = 256
+
+
+class PrepareError(ValueError):
+    """A preparation that cannot start or finish; the message says why and how to fix it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How frames are stored: ticks a second, size in pixels (None = native), raw or jpeg."""
+
+    fps: float = 2.0
+    size: int | None = None
+    encoding: str = "raw"
+
+    def __post_init__(self):
+        if not self.fps > 0:
+            raise PrepareError(f"fps: {self.fps}: expected a positive number of frames a second")
+        if self.size is not None and not self.size > 0:
+            raise PrepareError(f"size: {self.size}: expected pixels, or None for the native size")
+        if self.encoding not in tables.ENCODINGS:
+            raise PrepareError(f"encoding: {self.encoding!r}: expected one of {tables.ENCODINGS}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One annotation file (or folder), its format and the folder of the media it names."""
+
+    media: pathlib.Path
+    format: str
+    annotations: pathlib.Path
+    name: str
+    ignore_keys: frozenset[str] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaItem:
+    """One media file and the examples about it."""
+
+    path: pathlib.Path
+    video_id: str
+    drafts: tuple[Draft, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A unit of parallel and resumable work."""
+
+    key: str
+    items: tuple[MediaItem, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    settings: Settings
+    pieces: tuple[Piece, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the result: equal for equal settings, media and annotations."""
+        reports = [problem.to_json() for problem in self.problems]
+        return _hash([[piece.key for piece in self.pieces], reports])
+
+    @property
+    def num_media(self) -> int:
+        return sum(len(piece.items) for piece in self.pieces)
+
+
+def make_plan(sources: Sequence[Source], settings: Settings) -> Plan:
+    """Reads and checks all annotations and cuts the work into pieces, sorted by video.
+
+    Raises:
+      PrepareError: a media folder is missing, or nothing usable is left.
+    """
+    folders = _open_folders(sources)
+    by_video: dict[tuple[str, pathlib.Path], list[Draft]] = collections.defaultdict(list)
+    problems: list[Problem] = []
+    seen: dict[str, Draft] = {}
+    for source in sources:
+        folder = folders[source.media]
+        drafts, bad = read_source(source, folder)
+        problems += bad
+        for draft in drafts:
+            other = seen.setdefault(draft.example.example_id, draft)
+            if other is not draft:
+                problems.append(_duplicate(draft, other))
+                continue
+            name = draft.example.video_id
+            video_id = name if len(folders) == 1 else f"{folder.root.name}/{name}"
+            example = dataclasses.replace(draft.example, video_id=video_id)
+            by_video[video_id, folder.path(name)].append(
+                dataclasses.replace(draft, example=example)
+            )
+    if not by_video:
+        shown = "".join(f"\n  {problem}" for problem in problems[:5])
+        raise PrepareError(f"no usable record in {len(sources)} annotation files:{shown}")
+    items = [
+        MediaItem(path, video_id, tuple(drafts))
+        for (video_id, path), drafts in sorted(by_video.items())
+    ]
+    pieces = tuple(Piece(_piece_key(group, settings), group) for group in _group(items))
+    return Plan(settings, pieces, tuple(problems))
+
+
+def read_source(source: Source, folder: MediaFolder | None) -> tuple[list[Draft], list[Problem]]:
+    """The drafts of one annotation file and the problems in it."""
+    context = Context(source.annotations, source.name, folder, source.ignore_keys)
+    return formats.get(source.format).read(context)
+
+
+def _open_folders(sources: Sequence[Source]) -> dict[pathlib.Path, MediaFolder]:
+    folders: dict[pathlib.Path, MediaFolder] = {}
+    for source in sources:
+        if source.media not in folders:
+            try:
+                folders[source.media] = MediaFolder(source.media)
+            except FileNotFoundError as error:
+                raise PrepareError(f"{error}; correct the path of {source.annotations}") from error
+    names = [path.name for path in folders]
+    if len(set(names)) != len(names):
+        raise PrepareError(
+            f"media folders {sorted(map(str, folders))} have the same name, so their videos cannot "
+            "be told apart; rename one"
+        )
+    return folders
+
+
+def _duplicate(draft: Draft, other: Draft) -> Problem:
+    return Invalid(
+        "example_id",
+        draft.example.example_id,
+        f"already used by {other.file} [{other.record}]",
+        "give every record of a source an id of its own",
+    ).at(draft.file, draft.record)
+
+
+def _group(items: Sequence[MediaItem]) -> list[tuple[MediaItem, ...]]:
+    """Consecutive media, cut by number and by bytes."""
+    sizes = [item.path.stat().st_size for item in items]
+    most_media = max(PIECE_MEDIA, -(-len(items) // MAX_PIECES))
+    most_bytes = max(PIECE_BYTES, -(-sum(sizes) // MAX_PIECES))
+    groups: list[list[MediaItem]] = [[]]
+    filled = 0
+    for item, size in zip(items, sizes, strict=True):
+        if groups[-1] and (len(groups[-1]) == most_media or filled + size > most_bytes):
+            groups.append([])
+            filled = 0
+        groups[-1].append(item)
+        filled += size
+    return [tuple(group) for group in groups]
+
+
+def _piece_key(items: Sequence[MediaItem], settings: Settings) -> str:
+    described: list[Any] = [FORMAT_VERSION, CLIP_FRAMES, dataclasses.asdict(settings)]
+    for item in items:
+        stat = item.path.stat()
+        examples = [[d.file, d.record, d.example.to_json()] for d in item.drafts]
+        described.append([item.video_id, stat.st_size, stat.st_mtime_ns, examples])
+    return _hash(described)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]

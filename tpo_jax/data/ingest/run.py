@@ -1,0 +1,135 @@
+"""The whole preparation: lock, plan, parallel work with a progress bar, assembly."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import tqdm
+
+from tpo_jax.data.ingest.assemble import assemble
+from tpo_jax.data.ingest.plan import Piece, Plan, PrepareError, Settings, Source, make_plan
+from tpo_jax.data.ingest.work import do_piece
+
+
+def prepare(
+    sources: Sequence[Source],
+    out: pathlib.Path,
+    settings: Settings,
+    processes: int = 1,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Makes the prepared folder `out` and returns its statistics.
+
+    Unfinished work is kept in `<out>.partial`; the same call continues it, however it ended. A
+    folder that is already there is returned as it is when it was made from the same inputs.
+
+    Raises:
+      PrepareError: `out` holds something else, another process works on it, or nothing is usable.
+    """
+    plan = make_plan(sources, settings)
+    if out.exists() and any(out.iterdir()):
+        return _finished(plan, out)
+    partial = out.with_name(out.name + ".partial")
+    parts = partial / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    with _locked(partial, out):
+        _remove_leftovers(parts, plan)
+        _work(plan, parts, processes, progress)
+        statistics = assemble(plan, parts, out)
+    shutil.rmtree(partial)
+    return statistics
+
+
+def _finished(plan: Plan, out: pathlib.Path) -> dict[str, Any]:
+    marker = out / "prepared.json"
+    if not marker.exists():
+        raise PrepareError(f"{out} exists and is not a prepared folder; choose another --out")
+    if json.loads(marker.read_text("utf-8"))["fingerprint"] != plan.fingerprint:
+        raise PrepareError(
+            f"{out} was prepared from other media, annotations or settings; remove it or choose "
+            "another --out"
+        )
+    return json.loads((out / "statistics.json").read_text("utf-8"))
+
+
+@contextlib.contextmanager
+def _locked(partial: pathlib.Path, out: pathlib.Path) -> Iterator[None]:
+    """Only one process works on an output; the lock ends with the process, however it ends."""
+    with (partial / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PrepareError(
+                f"another process is preparing {out}; wait for it, or choose another --out"
+            ) from error
+        yield
+
+
+def _remove_leftovers(parts: pathlib.Path, plan: Plan) -> None:
+    """Half-written pieces of a killed run, and pieces whose inputs have changed."""
+    wanted = {piece.key for piece in plan.pieces}
+    for folder in parts.iterdir():
+        if folder.name not in wanted:
+            shutil.rmtree(folder)
+
+
+def _work(plan: Plan, parts: pathlib.Path, processes: int, progress: bool) -> None:
+    todo = [piece for piece in plan.pieces if not (parts / piece.key).is_dir()]
+    done = plan.num_media - sum(len(piece.items) for piece in todo)
+    bar = tqdm.tqdm(
+        total=plan.num_media, initial=done, unit="media", desc="prepare", disable=not progress
+    )
+    bad = len(plan.problems)
+    with bar:
+        for piece, problems in _results(todo, plan.settings, parts, min(processes, len(todo))):
+            bad += problems
+            bar.set_postfix(quarantined=bad, refresh=False)
+            bar.update(len(piece.items))
+
+
+def _results(
+    todo: Sequence[Piece], settings: Settings, parts: pathlib.Path, processes: int
+) -> Iterator[tuple[Piece, int]]:
+    """(piece, number of its problems) as they are finished."""
+    if processes <= 1:
+        for piece in todo:
+            yield piece, do_piece(piece, settings, parts)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        processes, context, initializer=_end_with_parent
+    ) as pool:
+        futures = {pool.submit(do_piece, piece, settings, parts): piece for piece in todo}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise PrepareError(
+                "a worker process died (out of memory, or killed); run the same command again to "
+                "continue, with fewer --processes if memory was short"
+            ) from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed run would wait for work for ever; it ends as soon as its parent does."""
+    parent = multiprocessing.parent_process()
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,106 @@
+"""The folder of media files that annotations refer to: names to files, never outside the folder."""
+
+from __future__ import annotations
+
+import collections
+import difflib
+import os
+import pathlib
+
+from tpo_jax.data import video
+from tpo_jax.data.problems import Invalid
+
+SUFFIXES = video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES
+
+
+class MediaFolder:
+    """Looks up media below `root` by relative path, or by name without folder and suffix.
+
+    Raises:
+      FileNotFoundError: `root` is not a folder.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]):
+        self.root = pathlib.Path(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"the media folder {self.root} does not exist")
+        self._real_root = self.root.resolve()
+        self._probes: dict[str, video.Probe] = {}
+        self._files = sorted(_media_below(self.root))
+        self._by_name = collections.defaultdict(set)
+        for name in self._files:
+            path = pathlib.PurePosixPath(name)
+            self._by_name[path.name].add(name)
+            self._by_name[path.stem].add(name)
+            self._by_name[str(path.with_suffix(""))].add(name)
+        self._known = set(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def find(self, name: str, field: str) -> str:
+        """The path below `root` that `name` means; raises Invalid for none, several or outside."""
+        name = safe_name(name, field)
+        found = {name} if name in self._known else self._by_name.get(name, set())
+        if not found:
+            close = difflib.get_close_matches(name, self._by_name, 1) if self._files else []
+            hint = f" (the closest is {close[0]!r})" if close else ""
+            raise Invalid(
+                field,
+                name,
+                f"unknown video or image: no such file below {self.root}{hint}",
+                "add the file, correct the name, or remove the record",
+            )
+        if len(found) > 1:
+            raise Invalid(
+                field,
+                name,
+                f"ambiguous: it may mean {' or '.join(sorted(found)[:3])}",
+                "give the path relative to the media folder, with its suffix",
+            )
+        (path,) = found
+        if not (self.root / path).resolve().is_relative_to(self._real_root):
+            raise Invalid(
+                field,
+                name,
+                f"it is a link that leads out of {self.root}",
+                "copy the file into the media folder, or make its folder the media folder",
+            )
+        return path
+
+    def path(self, name: str) -> pathlib.Path:
+        """The file of a name that `find` returned."""
+        return self.root / name
+
+    def probe(self, name: str, field: str) -> video.Probe:
+        """The header of a file that `find` returned; raises Invalid when it cannot be read."""
+        if name not in self._probes:
+            try:
+                self._probes[name] = video.probe(self.root / name)
+            except video.VideoError as error:
+                raise Invalid(field, name, error.reason, error.fix) from error
+        return self._probes[name]
+
+
+def safe_name(name: str, field: str) -> str:
+    """A relative path in normal form; raises Invalid for what could lead out of a folder."""
+    if not isinstance(name, str) or not name.strip():
+        raise Invalid(field, name, "expected the name of a media file", "name the file")
+    parts = pathlib.PurePosixPath(name.replace("\\", "/")).parts
+    windows = pathlib.PureWindowsPath(name)
+    if name.startswith("/") or windows.drive or windows.root or ".." in parts or "\0" in name:
+        raise Invalid(
+            field,
+            name,
+            "the path leaves the media folder",
+            "use a path relative to the media folder, without '..'",
+        )
+    return str(pathlib.PurePosixPath(*parts))
+
+
+def _media_below(root: pathlib.Path):
+    for folder, _, names in os.walk(root, followlinks=False):
+        relative = pathlib.Path(folder).relative_to(root)
+        for name in names:
+            if name.lower().endswith(SUFFIXES):
+                yield (relative / name).as_posix()

@@ -1,0 +1,280 @@
+"""Questions about a video. Every wrong option is false in the video but could be true by its wording.
+
+Wrong events are taken from other plans for the same cast ("phantoms"), so a reader of the text alone, or of a
+single frame, cannot tell them from what happened. Answers are uniform within a kind, or close to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from tpo_jax.data.moving_shapes import phrases
+from tpo_jax.data.moving_shapes.plan import MAX_COUNT, compatible, sample_events
+from tpo_jax.data.moving_shapes.scene import Scene
+from tpo_jax.data.moving_shapes.world import (
+    COLOURS,
+    DIRECTIONS,
+    FORMS,
+    TRANSLATIONS,
+    TURNING_FORMS,
+    Event,
+)
+
+QUESTIONS = 2  # purpose of the random stream, see Scene.rng
+NUM_OPTIONS = 4
+PARTS = ("the first quarter", "the second quarter", "the third quarter", "the last quarter")
+PHANTOM_PLANS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """options: four texts, one of which is the answer; empty for an open question."""
+
+    kind: str
+    question: str
+    answer: str
+    options: tuple[str, ...] = ()
+
+
+def choice(
+    rng: np.random.Generator, kind: str, question: str, answer: str, wrong: Sequence[str]
+) -> Question:
+    """A multiple-choice question with the right answer at a random position."""
+    options = [answer, *wrong]
+    if len(set(options)) != NUM_OPTIONS:
+        raise ValueError(f"question {question!r}: expected 4 different options, got {options}.")
+    order = rng.permutation(NUM_OPTIONS)
+    return Question(kind, question, answer, tuple(options[i] for i in order))
+
+
+def video_questions(scene: Scene) -> list[Question]:
+    """Ten to sixteen questions about one video, one caption among them."""
+    writer = _Writer(scene)
+    return [
+        *writer.direction(),
+        *writer.order(),
+        *writer.before_after(),
+        *writer.counting(),
+        *writer.action(),
+        *writer.attribute(),
+        *writer.existence(),
+        *writer.moment(),
+        *writer.caption(),
+        *writer.when(),
+    ]
+
+
+class _Writer:
+    """The facts of one video that the kinds share."""
+
+    def __init__(self, scene: Scene):
+        self.scene, self.actors, self.events = scene, scene.actors, scene.events
+        self.rng = scene.rng(QUESTIONS)
+        self.sentences = [phrases.sentence(e, self.actors) for e in self.events]
+        count = Counter(self.sentences)
+        self.distinct = list(count)
+        self.single = [e for e, s in zip(self.events, self.sentences, strict=True) if count[s] == 1]
+
+    def _pick(self, items: Sequence, count: int) -> list:
+        return [items[i] for i in self.rng.permutation(len(items))[:count]]
+
+    def _phantoms(self, count: int) -> list[Event] | None:
+        """`count` events that do not happen but would fit beside the ones that do, and each other."""
+        found: list[Event] = []
+        for _ in range(PHANTOM_PLANS):
+            _, events = sample_events(self.rng, self.actors, len(self.events))
+            for event in events:
+                present = [*self.events, *found]
+                busy = sum(event.actor == e.actor for e in present)
+                fits = self.rng.random() < 0.4**busy and all(compatible(event, e) for e in present)
+                if fits and len(found) < count:
+                    found.append(event)
+        return found if len(found) == count else None
+
+    def _event_options(self, known: Sequence[str]) -> list[str] | None:
+        """Three wrong sentences: of the known events first, phantoms after them."""
+        wrong = self._pick(known, NUM_OPTIONS - 1)
+        phantoms = self._phantoms(NUM_OPTIONS - 1 - len(wrong))
+        if phantoms is None:
+            return None
+        return wrong + [phrases.sentence(e, self.actors) for e in phantoms]
+
+    def direction(self) -> list[Question]:
+        """For actors that move exactly once."""
+        moves = [e for e in self.events if e.action == "move"]
+        count = Counter(e.actor for e in moves)
+        return [
+            choice(
+                self.rng,
+                "direction",
+                f"Which way does {self.actors[e.actor].name} move?",
+                e.direction,
+                [d for d in DIRECTIONS if d != e.direction],
+            )
+            for e in self._pick([m for m in moves if count[m.actor] == 1], 2)
+        ]
+
+    def order(self) -> list[Question]:
+        """First and last; not where one event is most of the video."""
+        questions = []
+        if len(self.distinct) < 3:
+            return questions
+        for word, answer in (("first", self.sentences[0]), ("last", self.sentences[-1])):
+            wrong = self._event_options([s for s in self.distinct if s != answer])
+            if wrong:
+                questions.append(choice(self.rng, "order", f"What happens {word}?", answer, wrong))
+        return questions
+
+    def before_after(self) -> list[Question]:
+        """One question each way; the event that is named happens once."""
+        questions = []
+        for word, step in (("after", 1), ("before", -1)):
+            pairs = [
+                (i, i + step)
+                for i, event in enumerate(self.events)
+                if event in self.single and 0 <= i + step < len(self.events)
+            ]
+            for anchor, at in self._pick(pairs, 1):
+                named, answer = self.sentences[anchor], self.sentences[at]
+                wrong = self._event_options([s for s in self.distinct if s not in (named, answer)])
+                if wrong:
+                    text = f"What happens right {word} {named}?"
+                    questions.append(choice(self.rng, "before_after", text, answer, wrong))
+        return questions
+
+    def counting(self) -> list[Question]:
+        """The question that the video was planned around: its answers are uniform over zero to three."""
+        theme = self.scene.theme
+        if theme.scope == "times":
+            text = f"How many times does {self.actors[theme.actor].name} {theme.action}?"
+        else:
+            text = f"How many shapes {theme.action}?"
+        wrong = [n for i, n in enumerate(phrases.NUMBERS[: MAX_COUNT + 1]) if i != theme.count]
+        return [choice(self.rng, "counting", text, phrases.NUMBERS[theme.count], wrong)]
+
+    def action(self) -> list[Question]:
+        """For actors that do one thing and are not pushed about."""
+        pushed = {e.other for e in self.events if e.action == "hit"}
+        own = {a.index: [e for e in self.events if e.actor == a.index] for a in self.actors}
+        able = [
+            events[0]
+            for i, events in own.items()
+            if i not in pushed and len({phrases.sentence(e, self.actors) for e in events}) == 1
+        ]
+        questions = []
+        for event in self._pick(able, 2):
+            wrong = self._other_actions(event)
+            if wrong:
+                text = f"What does {self.actors[event.actor].name} do?"
+                answer = phrases.predicate(event, self.actors)
+                questions.append(choice(self.rng, "action", text, answer, wrong))
+        return questions
+
+    def _other_actions(self, event: Event) -> list[str] | None:
+        """Three other predicates for the same actor.
+
+        Entering and the like is also movement: a question offers moves or those, never both, whatever the
+        answer.
+        """
+        answer = phrases.predicate(event, self.actors)
+        if event.action in ("turn", "grow", "blink"):
+            excluded = ("move",) if self.rng.random() < 0.5 else TRANSLATIONS
+        else:
+            excluded = TRANSLATIONS if event.action == "move" else ("move",)
+        turns = self.actors[event.actor].form in TURNING_FORMS
+        found: dict[str, None] = {}
+        for _ in range(PHANTOM_PLANS):
+            _, events = sample_events(self.rng, self.actors, len(self.events))
+            for other in events:
+                if other.action in excluded or (other.action == "turn" and not turns):
+                    continue
+                text = phrases.predicate(other, self.actors)
+                if other.other != event.actor and text != answer:
+                    found.setdefault(text)
+        wrong = list(found)[: NUM_OPTIONS - 1]
+        return wrong if len(wrong) == NUM_OPTIONS - 1 else None
+
+    def attribute(self) -> list[Question]:
+        """Who does it: by name and by colour. Wrong options are in the scene as far as possible."""
+        if len(self.actors) < NUM_OPTIONS - 1:
+            return []
+        doers: dict[str, set[int]] = {}
+        for event in self.events:
+            doers.setdefault(phrases.general_predicate(event), set()).add(event.actor)
+        clear = [(p, who.pop()) for p, who in doers.items() if len(who) == 1]
+        questions = []
+        for index, (what, actor) in enumerate(self._pick(clear, 2)):
+            forms = TURNING_FORMS if what == "turns" else FORMS
+            if index == 0:
+                text, answer = f"Which shape {what}?", self.actors[actor].name
+                wrong = self._other_names(answer, forms)
+            else:
+                text = f"What colour is the shape that {what}?"
+                answer = self.actors[actor].colour
+                wrong = self._other_colours(answer, forms)
+            questions.append(choice(self.rng, "attribute", text, answer, wrong))
+        return questions
+
+    def _other_names(self, answer: str, forms: Sequence[str]) -> list[str]:
+        present = [a.name for a in self.actors if a.form in forms and a.name != answer]
+        taken = {a.colour for a in self.actors}
+        absent = [f"the {c} {self.rng.choice(forms)}" for c in COLOURS if c not in taken]
+        return [*self._pick(present, NUM_OPTIONS - 1), *self._pick(absent, 3)][: NUM_OPTIONS - 1]
+
+    def _other_colours(self, answer: str, forms: Sequence[str]) -> list[str]:
+        present = {a.colour for a in self.actors if a.form in forms} - {answer}
+        absent = [c for c in COLOURS if c != answer and c not in present]
+        ordered = [*self._pick(sorted(present), 3), *self._pick(absent, 3)]
+        return ordered[: NUM_OPTIONS - 1]
+
+    def existence(self) -> list[Question]:
+        phantoms = self._phantoms(NUM_OPTIONS - 1)
+        if phantoms is None:
+            return []
+        answer = self._pick(self.distinct, 1)[0]
+        wrong = [phrases.sentence(e, self.actors) for e in phantoms]
+        return [choice(self.rng, "existence", "Which of these happens?", answer, wrong)]
+
+    def moment(self) -> list[Question]:
+        """In which quarter; the quarter is drawn first, so that no answer is more likely."""
+        part = int(self.rng.integers(len(PARTS)))
+        quarter = self.scene.config.seconds / len(PARTS)
+        low, high = part * quarter, (part + 1) * quarter
+        clear = [
+            e
+            for e in self.single
+            if min(e.end, high) - max(e.start, low) >= 0.7 * (e.end - e.start)
+        ]
+        return [
+            choice(
+                self.rng,
+                "moment",
+                f"In which part of the video does {self._clause(e)}?",
+                PARTS[part],
+                [p for p in PARTS if p != PARTS[part]],
+            )
+            for e in self._pick(clear, 1)
+        ]
+
+    def caption(self) -> list[Question]:
+        """Everything that happens, in order of time."""
+        text = str(self.rng.choice(["What happens in the video?", "Describe the video."]))
+        return [Question("caption", text, ", then ".join(self.sentences))]
+
+    def when(self) -> list[Question]:
+        return [
+            Question(
+                "when",
+                f"When does {self._clause(e)}?",
+                f"from {int(e.start)} to {int(e.end)} seconds",
+            )
+            for e in self._pick(self.single, 2)
+        ]
+
+    def _clause(self, event: Event) -> str:
+        """"the red circle move left", to follow "does"."""
+        return f"{self.actors[event.actor].name} {phrases.bare_predicate(event, self.actors)}"

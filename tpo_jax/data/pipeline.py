@@ -1,0 +1,150 @@
+"""The training pipeline: (config, seed, step) -> one global batch, of which a host builds its rows.
+
+    step -> bucket and its occurrence -> B consecutive rows of the bucket's mixture -> arrays
+
+Nothing depends on what was drawn before, so the state of an iterator is its next step, and a run
+may continue on another number of hosts with the same batches.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+
+from tpo_jax.data.buckets import Bucket, BucketSchedule
+from tpo_jax.data.mixture import Mixture, Source
+from tpo_jax.data.rows import Reference, RowBuilder, row_id, stack_rows
+from tpo_jax.data.text import TextCodec
+from tpo_jax.models.config import ModelConfig
+
+Batch = dict[str, Any]
+
+
+def read_buckets(config: Mapping[str, Any]) -> tuple[Bucket, ...]:
+    """The buckets of a training config, {name: {media, batch_size, ...}}, sorted by name."""
+    return tuple(Bucket.from_config(name, config[name]) for name in sorted(config))
+
+
+def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
+                reference: Reference | None = None) -> RowBuilder:
+    """The builder of a bucket for a model; refuses a tokenizer or bucket of another model."""
+    if codec.template.visual_offset != model_config.visual_offset:
+        raise ValueError(
+            f"template.visual_offset: {codec.template.visual_offset}, but the model has "
+            f"{model_config.visual_offset}.")
+    if codec.vocab_size > model_config.language.num_tokens:
+        raise ValueError(
+            f"tokenizer: {codec.vocab_size} ids, but the model has language.num_tokens = "
+            f"{model_config.language.num_tokens}.")
+    for token, index in model_config.tokens.items():
+        if codec.task_tokens.get(token) != index:
+            raise ValueError(
+                f"tokenizer: {token!r} is {codec.task_tokens.get(token)}, but the model has "
+                f"tokens[{token!r}] = {index}. Use the tokenizer of the model folder.")
+    if "mask" in model_config.heads and bucket.mask_size != model_config.mask_size:
+        raise ValueError(
+            f"buckets.{bucket.name}.mask_size: {bucket.mask_size}, but the mask head answers at "
+            f"{model_config.mask_size}.")
+    if "temporal" in model_config.heads and not bucket.windows:
+        raise ValueError(
+            f"buckets.{bucket.name}.windows: 0, but the model has a temporal head; set at least 1.")
+    if bucket.frames > model_config.vision.max_frames:
+        raise ValueError(
+            f"buckets.{bucket.name}.frames: {bucket.frames}, but the model has vision.max_frames "
+            f"= {model_config.vision.max_frames}.")
+    return RowBuilder(codec, bucket, model_config.heads, model_config.vision.image_size,
+                      model_config.num_visual_tokens(bucket.frames), reference)
+
+
+def blank_batch(builder: RowBuilder, rows: int | None = None) -> Batch:
+    """A batch of the right shapes that counts for nothing (for compiling ahead)."""
+    return stack_rows([builder.blank()] * (rows or builder.bucket.batch_size))
+
+
+class Pipeline:
+    """Random access to global batches.
+
+    Args:
+      config_data: `data.train` or `data.validation` of a config: a list of {path, weight, tasks},
+        or of `Source`.
+      codec: tokenizer and template.
+      model_config: decides image size, visual tokens and heads.
+      heads: heads of the model, as in `model_config`.
+      buckets: `buckets` of a config, or a list of `Bucket`.
+      seed: decides every draw.
+      process_index: this host.
+      process_count: number of hosts; must divide every batch size.
+      reference: reference log-probabilities of preference pairs; None leaves them out.
+
+    Raises:
+      RowError: naming every example that does not fit its bucket.
+    """
+
+    def __init__(self, config_data: Sequence[Any], codec: TextCodec, model_config: ModelConfig,
+                 heads: Sequence[str], buckets: Mapping[str, Any] | Sequence[Bucket], seed: int,
+                 process_index: int = 0, process_count: int = 1,
+                 reference: Reference | None = None):
+        if set(heads) != set(model_config.heads):
+            raise ValueError(f"heads: {list(heads)}, but the model has {list(model_config.heads)}.")
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index: {process_index}, expected 0..{process_count - 1}.")
+        buckets = read_buckets(buckets) if isinstance(buckets, Mapping) else tuple(buckets)
+        for bucket in buckets:
+            if bucket.batch_size % process_count:
+                raise ValueError(
+                    f"buckets.{bucket.name}.batch_size: {bucket.batch_size} rows do not divide "
+                    f"over {process_count} hosts; use a multiple of {process_count}.")
+        sources = [entry if isinstance(entry, Source) else Source.from_config(entry)
+                   for entry in config_data]
+        if any(source.tasks.get("preference") for source in sources) and not any(
+                bucket.kind == "preference" for bucket in buckets):
+            raise ValueError("data: task 'preference' has a weight, but no bucket "
+                             "has question > 0.")
+        self.schedule = BucketSchedule(buckets)
+        self.process_index, self.process_count = process_index, process_count
+        self.builders = {bucket.name: row_builder(codec, model_config, bucket, reference)
+                         for bucket in buckets}
+        self.mixtures = {name: Mixture(builder, sources, seed)
+                         for name, builder in self.builders.items()}
+
+    def plans(self, step: int) -> tuple[str, range, list[Any]]:
+        """Bucket name, numbers and plans of this host's rows of a step."""
+        bucket, occurrence = self.schedule(step)
+        local = bucket.batch_size // self.process_count
+        first = occurrence * bucket.batch_size + self.process_index * local
+        rows = range(first, first + local)
+        return bucket.name, rows, [self.mixtures[bucket.name](row) for row in rows]
+
+    def batch(self, step: int) -> tuple[str, Batch]:
+        """Bucket name and this host's rows [i * B / n, (i + 1) * B / n) of a step's batch."""
+        name, rows, plans = self.plans(step)
+        builder = self.builders[name]
+        return name, stack_rows([builder.build(plan, row_id(name, row))
+                                 for row, plan in zip(rows, plans, strict=True)])
+
+    def iterator(self, start_step: int = 0, threads: int = 2,
+                 prefetch: int = 4) -> grain.DatasetIterator:
+        """(bucket name, batch) from `start_step` on, read ahead by threads.
+
+        The iterator's state, {"next_index": next step}, is valid on any number of hosts.
+        """
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        iterator = iter(grain.MapDataset.source(_Steps(self)).to_iter_dataset(options))
+        iterator.set_state({"next_index": start_step})
+        return iterator
+
+
+class _Steps:
+    """A pipeline as a random-access data source without end."""
+
+    def __init__(self, pipeline: Pipeline):
+        self._pipeline = pipeline
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, step: int) -> tuple[str, Batch]:
+        return self._pipeline.batch(step)

@@ -1,0 +1,45 @@
+"""Bad input by name: the file, the record, the field, what is there and what would be right."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One line of a quarantine report. `record` is empty when a whole file is meant."""
+
+    file: str
+    record: str
+    field: str
+    value: Any
+    reason: str
+    fix: str
+
+    def __str__(self) -> str:
+        place = f"{self.file} [{self.record}]" if self.record else self.file
+        field = f" {self.field}: {_short(self.value)}:" if self.field else ""
+        return f"{place}:{field} {self.reason}. Fix: {self.fix}."
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"value": _short(self.value)}
+
+
+class Invalid(ValueError):
+    """A field that cannot be used; whoever knows the file and the record makes it a Problem."""
+
+    def __init__(self, field: str, value: Any, reason: str, fix: str):
+        super().__init__(f"{field}: {_short(value)}: {reason}. Fix: {fix}.")
+        self.field, self.value, self.reason, self.fix = field, value, reason, fix
+
+    def __reduce__(self):
+        return Invalid, (self.field, self.value, self.reason, self.fix)
+
+    def at(self, file: str, record: str) -> Problem:
+        return Problem(file, record, self.field, self.value, self.reason, self.fix)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,315 @@
+"""What prepared data is: clips of frames, examples about them, and random access to both.
+
+A prepared folder holds one split:
+
+    clips/1.0.0/      TFDS table, one record per clip (at most 32 frames of one video)
+    examples/1.0.0/   TFDS table, one record per example, sorted by video
+    index.jsonl       one line per video: duration, frame times, its rows in both tables
+    prepared.json     format version and the settings the frames were stored with
+    statistics.json   counts by task, kind and source
+    quarantine.jsonl  every input that was left out, and why
+
+Times are seconds from the first frame of the video. Boxes are [x1, y1, x2, y2] in [0, 1].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tpo_jax.data import tables
+
+FORMAT_VERSION = 1
+CLIP_FRAMES = 32
+MEDIA = ("video", "image")
+TASKS = ("conversation", "temporal", "region", "mask", "tracking", "action", "preference")
+MARKERS = ("<region>", "<temporal>", "<mask>", "<box>")
+
+
+class RecordError(ValueError):
+    """A record or a prepared folder that cannot be used; the message says what and how to fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """At most 32 consecutive stored frames of one video (or the single frame of an image).
+
+    `timestamps` is float32[n] in seconds, `frames` is uint8[n, h, w, 3].
+    """
+
+    clip_id: str
+    video_id: str
+    media: str
+    chunk: int
+    timestamps: np.ndarray
+    frames: np.ndarray
+    encoding: str
+
+    def to_record(self) -> bytes:
+        """A record of the clips table; frames as raw bytes or as one JPEG each."""
+        raw = self.encoding == "raw"
+        return tables.serialize(
+            {
+                "clip_id": self.clip_id,
+                "video_id": self.video_id,
+                "media": self.media,
+                "encoding": self.encoding,
+                "chunk": self.chunk,
+                "timestamps": np.asarray(self.timestamps, np.float32),
+                "frames": self.frames if raw else [tables.encode_jpeg(f) for f in self.frames],
+            }
+        )
+
+    @classmethod
+    def from_record(cls, record: bytes) -> Clip:
+        """Inverse of `to_record` (exact for raw)."""
+        row = tables.Row(record)
+        encoding = row.text("encoding")
+        if encoding == "raw":
+            frames = row.array("frames")
+        else:
+            frames = np.stack([tables.decode_jpeg(data) for data in row.pictures("frames")])
+        return cls(
+            row.text("clip_id"),
+            row.text("video_id"),
+            row.text("media"),
+            row.integer("chunk"),
+            row.floats("timestamps"),
+            frames,
+            encoding,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One question and its answer. `options` is empty for an open question."""
+
+    question: str
+    answer: str
+    options: tuple[str, ...] = ()
+    kind: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Supervision for one video: turns with slot markers and the targets behind the markers.
+
+    `start` and `end` bound the part of the video that the example is about. A reader that does
+    not know the duration leaves `end` infinite; preparation replaces it by the duration.
+    """
+
+    example_id: str
+    video_id: str
+    media: str
+    task: str
+    source: str
+    start: float
+    end: float
+    turns: tuple[Turn, ...]
+    targets: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict that `from_json` reads back equal."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["turns"] = [
+            {
+                "question": turn.question,
+                "answer": turn.answer,
+                "options": list(turn.options),
+                "kind": turn.kind,
+            }
+            for turn in self.turns
+        ]
+        fields["targets"] = dict(self.targets)
+        return {"format_version": FORMAT_VERSION, **fields}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Example:
+        """Reads `to_json` output; raises RecordError on another version or other keys."""
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise RecordError(
+                f"example {data.get('example_id')!r}: format_version is {version!r}, expected "
+                f"{FORMAT_VERSION}; prepare the data again with this version of tpo_jax"
+            )
+        names = {f.name for f in dataclasses.fields(cls)}
+        if names != set(data) - {"format_version"}:
+            raise RecordError(
+                f"example {data.get('example_id')!r}: keys are {sorted(data)}, expected "
+                f"format_version and {sorted(names)}"
+            )
+        turns = tuple(
+            Turn(t["question"], t["answer"], tuple(t["options"]), t["kind"]) for t in data["turns"]
+        )
+        return cls(**{name: data[name] for name in names - {"turns"}}, turns=turns)
+
+    def to_record(self, clip_ids: Sequence[str]) -> bytes:
+        """A record of the examples table, with the ids of the clips that [start, end] touches.
+
+        The `json` column is the whole example; the others are for people who browse the table.
+        """
+        columns = ("example_id", "video_id", "media", "task", "source")
+        return tables.serialize(
+            {name: getattr(self, name) for name in columns}
+            | {
+                "questions": [turn.question for turn in self.turns],
+                "answers": [turn.answer for turn in self.turns],
+                "clip_ids": clip_ids,
+                "json": json.dumps(self.to_json()),
+            }
+        )
+
+    @classmethod
+    def from_record(cls, record: bytes) -> Example:
+        return cls.from_json(json.loads(tables.Row(record).text("json")))
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What is known of a prepared video without reading its frames.
+
+    `timestamps` is float32[num_frames], the true times of the stored frames in seconds; `height`
+    and `width` are those of the stored frames, in pixels. An image has duration 0 and one frame.
+    """
+
+    media: str
+    duration: float
+    num_frames: int
+    timestamps: np.ndarray
+    height: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexEntry:
+    """One line of index.jsonl: a video and its first row and row count in both tables."""
+
+    video_id: str
+    info: VideoInfo
+    clips: tuple[int, int]
+    examples: tuple[int, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "video_id": self.video_id,
+            "media": self.info.media,
+            "duration": self.info.duration,
+            "height": self.info.height,
+            "width": self.info.width,
+            "timestamps": [round(float(t), 6) for t in self.info.timestamps],
+            "clips": list(self.clips),
+            "examples": list(self.examples),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> IndexEntry:
+        timestamps = np.asarray(data["timestamps"], np.float32)
+        info = VideoInfo(
+            data["media"],
+            data["duration"],
+            len(timestamps),
+            timestamps,
+            data["height"],
+            data["width"],
+        )
+        return cls(data["video_id"], info, tuple(data["clips"]), tuple(data["examples"]))
+
+
+class PreparedDataset:
+    """Random access to one prepared folder; thread-safe, and picklable by path.
+
+    Args:
+      path: a prepared folder, or the folder that holds prepared folders.
+      split: the sub-folder to read ("train"); None when `path` itself is the prepared folder.
+
+    Raises:
+      RecordError: the folder is missing, unfinished or of another format version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], split: str | None = None):
+        self._arguments = (os.fspath(path), split)
+        self.path = pathlib.Path(path) / split if split else pathlib.Path(path)
+        self.settings = _read_settings(self.path)
+        entries = [
+            IndexEntry.from_json(json.loads(line))
+            for line in (self.path / "index.jsonl").read_text("utf-8").splitlines()
+        ]
+        self._entries = {entry.video_id: entry for entry in entries}
+        self._clips = tables.open_table(self.path / "clips")
+        self._examples = tables.open_table(self.path / "examples")
+
+    def __reduce__(self):
+        return PreparedDataset, self._arguments
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def videos(self) -> list[str]:
+        """Video ids, in the order of the tables."""
+        return list(self._entries)
+
+    def video_info(self, video_id: str) -> VideoInfo:
+        return self._entry(video_id).info
+
+    def examples(self, video_id: str) -> list[Example]:
+        """All examples about one video."""
+        first, count = self._entry(video_id).examples
+        return [Example.from_record(self._examples[first + i]) for i in range(count)]
+
+    def frames(self, video_id: str, indices: np.ndarray) -> np.ndarray:
+        """Frames by index into `video_info(video_id).timestamps`, repeats allowed.
+
+        Args:
+          video_id: one of `videos`.
+          indices: int[F].
+
+        Returns:
+          uint8[F, h, w, 3]; only the clips that hold the indices are read.
+        """
+        entry = self._entry(video_id)
+        indices = np.asarray(indices, np.int64)
+        if indices.size and not 0 <= indices.min() <= indices.max() < entry.info.num_frames:
+            raise IndexError(
+                f"{video_id}: frame indices {indices.min()}..{indices.max()}, but the video has "
+                f"{entry.info.num_frames} stored frames"
+            )
+        chunks = indices // CLIP_FRAMES
+        wanted = np.unique(chunks)
+        if len(wanted) == 1:  # the usual case, without a second copy
+            return self._clip(entry, wanted[0]).frames[indices - wanted[0] * CLIP_FRAMES]
+        frames = np.empty((len(indices), entry.info.height, entry.info.width, 3), np.uint8)
+        for chunk in wanted:
+            here = chunks == chunk
+            frames[here] = self._clip(entry, chunk).frames[indices[here] - chunk * CLIP_FRAMES]
+        return frames
+
+    def _clip(self, entry: IndexEntry, chunk: int) -> Clip:
+        return Clip.from_record(self._clips[entry.clips[0] + int(chunk)])
+
+    def _entry(self, video_id: str) -> IndexEntry:
+        if video_id not in self._entries:
+            raise KeyError(f"{self.path} has no video {video_id!r}; see its index.jsonl")
+        return self._entries[video_id]
+
+
+def _read_settings(path: pathlib.Path) -> dict[str, Any]:
+    marker = path / "prepared.json"
+    if not marker.exists():
+        raise RecordError(
+            f"{path} is not a prepared folder (it has no prepared.json); make it with "
+            "`python -m tpo_jax.prepare run`"
+        )
+    settings = json.loads(marker.read_text("utf-8"))
+    if settings["format_version"] != FORMAT_VERSION:
+        raise RecordError(
+            f"{marker}: format_version is {settings['format_version']}, expected {FORMAT_VERSION};"
+            " prepare the data again with this version of tpo_jax"
+        )
+    return settings

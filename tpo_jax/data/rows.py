@@ -1,0 +1,340 @@
+"""One row of a batch: a video and up to K branches about it, as fixed-shape arrays.
+
+A RowPlan says what a row holds; RowBuilder turns plans into the arrays of one bucket. Drawing plans
+for training is in `mixture`, planning them for evaluation in `evaluation_rows`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tpo_jax.data import sampling
+from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.records import Example, PreparedDataset
+from tpo_jax.data.targets import TARGETS, TargetError, View, area_resize
+from tpo_jax.data.text import Branch, TextCodec
+
+# (pair id, frame indices int64[n], prefix tokens int32[P], branch tokens int32[2, R])
+# -> float32[2, A]. The frames and tokens let the sidecar refuse a pair that changed.
+Reference = Callable[[str, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+class RowError(ValueError):
+    """An example that does not fit its bucket; names folder, example, bucket, value and fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchPlan:
+    """One branch.
+
+    Attributes:
+      example: what it is about.
+      turn: index of its turn, which decides the slot targets.
+      question: as shown (with options or not), None where it stands in the prefix.
+      answer: as trained or scored, None for a prompt.
+    """
+
+    example: Example
+    turn: int
+    question: str | None
+    answer: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPlan:
+    """What one row holds.
+
+    Attributes:
+      dataset: where the frames are.
+      video_id: whose.
+      start: seconds, beginning of the clip.
+      end: seconds, end of the clip.
+      branches: at most K.
+      question: in the prefix, preference rows only.
+      frame_indices: given frames instead of uniform ones.
+    """
+
+    dataset: PreparedDataset
+    video_id: str
+    start: float
+    end: float
+    branches: tuple[BranchPlan, ...]
+    question: str | None = None
+    frame_indices: tuple[int, ...] | None = None
+
+
+def marker_count(example: Example, head: str, turns: int | None = None) -> int:
+    """Markers of a head in the first `turns` turns (all by default)."""
+    marker = f"<{head}>"
+    if head == "box":
+        return sum(turn.question.count(marker) for turn in example.turns[:turns])
+    return sum(turn.answer.count(marker) for turn in example.turns[:turns])
+
+
+def row_id(bucket: str, row: int) -> int:
+    """uint32 of a row by its place in the stream of its bucket; the same on any host."""
+    return int.from_bytes(hashlib.blake2b(f"{bucket}:{row}".encode(), digest_size=4).digest())
+
+
+def preference_plan(dataset: PreparedDataset, example: Example) -> RowPlan:
+    """The row of a pair: question in the prefix, branches chosen and rejected."""
+    targets = example.targets
+    for key in ("chosen", "rejected"):
+        if not isinstance(targets.get(key), str):
+            raise RowError(
+                f"{dataset.path}: {example.example_id}: targets.{key}: {targets.get(key)!r}, "
+                "expected the text of an answer.")
+    question = example.turns[0].question
+    branches = tuple(BranchPlan(example, 0, None, targets[key]) for key in ("chosen", "rejected"))
+    indices = targets.get("frame_indices")
+    return RowPlan(dataset, example.video_id, example.start, example.end, branches, question,
+                   tuple(indices) if indices else None)
+
+
+class RowBuilder:
+    """Builds the rows of one bucket.
+
+    Args:
+      codec: tokenizer and template.
+      bucket: the shapes.
+      heads: heads of the model; they and the user box get slot arrays.
+      image_size: height and width that the vision encoder expects, in pixels.
+      visual_tokens: V for `bucket.frames` frames, a multiple of it.
+      reference: reference log-probabilities of pairs; None leaves them out (scoring).
+    """
+
+    def __init__(self, codec: TextCodec, bucket: Bucket, heads: Sequence[str], image_size: int,
+                 visual_tokens: int, reference: Reference | None = None):
+        if visual_tokens % bucket.frames:
+            raise ValueError(
+                f"buckets.{bucket.name}.frames: {bucket.frames} frames and {visual_tokens} visual "
+                "tokens, expected a whole number of tokens per frame.")
+        if missing := set(heads) - set(codec.heads):
+            raise ValueError(
+                f"heads: {sorted(missing)} have no tokens in the tokenizer (it has "
+                f"{list(codec.heads)}); use add_task_tokens.")
+        self.codec, self.bucket, self.image_size = codec, bucket, image_size
+        self.visual_tokens, self.reference = visual_tokens, reference
+        self.slot_heads = (*(head for head in TARGETS if head in heads),
+                           *(("box",) if heads else ()))
+        self.prefix_tokens = (
+            codec.template.visual_offset + visual_tokens + codec.after_visual + bucket.question)
+
+    def frame_indices(self, plan: RowPlan) -> np.ndarray:
+        """int64[n], n <= F: the frames of a row; fewer than F only if the clip has fewer."""
+        timestamps = plan.dataset.video_info(plan.video_id).timestamps
+        if plan.frame_indices is not None:
+            indices = np.asarray(plan.frame_indices, np.int64)
+            if len(indices) > self.bucket.frames or not (
+                    0 <= indices.min() <= indices.max() < len(timestamps)):
+                raise RowError(
+                    f"{self.where(plan, plan.branches[0])}: targets.frame_indices: "
+                    f"{indices.tolist()}, expected at most {self.bucket.frames} (frames of the "
+                    f"bucket) below {len(timestamps)} (frames of the video).")
+            return indices
+        inside = sampling.frames_between(timestamps, plan.start, plan.end)
+        count = min(self.bucket.frames, len(inside))
+        return sampling.uniform(timestamps, count, plan.start, plan.end)
+
+    def tokens(self, plan: RowPlan) -> tuple[np.ndarray, list[Branch]]:
+        """Prefix ids int32[n] and branches, refused by name where they exceed the bucket."""
+        bucket = self.bucket
+        where = self.where(plan, plan.branches[0]) if plan.branches else bucket.name
+        prefix = self.codec.build_prefix(
+            self.visual_tokens, bucket.media, plan.question, f"{where}: question")
+        if len(prefix) > self.prefix_tokens:
+            raise RowError(
+                f"{where}: the question has {len(prefix) - self.prefix_tokens + bucket.question} "
+                f"tokens, but the bucket has question = {bucket.question}: {plan.question!r}. "
+                f"Raise buckets.{bucket.name}.question or remove the example.")
+        if len(plan.branches) > bucket.branches:
+            raise RowError(f"{where}: {len(plan.branches)} branches, but the bucket has branches "
+                           f"= {bucket.branches}.")
+        branches = [self.branch(branch, self.where(plan, branch)) for branch in plan.branches]
+        return prefix, branches
+
+    def branch(self, plan: BranchPlan, where: str) -> Branch:
+        """Tokens of one branch, refused by name where they exceed the bucket."""
+        branch = self.codec.build_branch(plan.question, plan.answer, where)
+        bucket = self.bucket
+        for what, value, field in (
+                ("the answer", len(branch.ids) - branch.answer, "answers"),
+                ("question and answer", len(branch.ids), "branch_tokens")):
+            if value > getattr(bucket, field):
+                raise RowError(
+                    f"{where}: {what} has {value} tokens, but the bucket has {field} = "
+                    f"{getattr(bucket, field)}: {plan.question!r} -> {plan.answer!r}. Raise "
+                    f"buckets.{bucket.name}.{field} or remove the example.")
+        return branch
+
+    def check(self, plan: RowPlan) -> None:
+        """Raises the error that `build` would raise for this plan, without reading frames."""
+        prefix, branches = self.tokens(plan)
+        indices = self.frame_indices(plan)
+        view = self._view(plan, indices)
+        used = dict.fromkeys(self.slot_heads, 0)
+        for planned, branch in zip(plan.branches, branches, strict=True):
+            where = self.where(plan, planned)
+            for slot in branch.slots:
+                if slot.head not in used:
+                    raise RowError(
+                        f"{where}: marker <{slot.head}>, but model.heads has no {slot.head!r}. Add "
+                        "the head or leave the task out of the data weights.")
+                used[slot.head] += 1
+                count = marker_count(planned.example, slot.head)
+                try:
+                    TARGETS[slot.head].check(planned.example.targets, count, view, self.bucket)
+                except TargetError as error:
+                    raise RowError(f"{where}: {error}") from error
+        for head, count in used.items():
+            if count > self.bucket.capacity(head):
+                raise RowError(
+                    f"{self.where(plan, plan.branches[0])}: {count} <{head}> slots, but the "
+                    f"bucket has {self.bucket.capacity(head)}. Raise "
+                    f"buckets.{self.bucket.name}.slots.{head}.")
+        if plan.question is not None and self.reference is not None:
+            self._reference_logps(plan, indices, prefix, branches)
+
+    def build(self, plan: RowPlan, example_id: int) -> dict[str, Any]:
+        """The arrays of one row: those of the batch without the leading B."""
+        row = self.blank()
+        row["example_ids"][...] = example_id
+        indices = self.frame_indices(plan)
+        prefix, branches = self.tokens(plan)
+        view = self._view(plan, indices)
+        self._fill_frames(row, plan, indices, view)
+        length = self._fill_prefix(row, prefix, len(indices))
+        for k, branch in enumerate(branches):
+            self._fill_branch(row, k, branch, length)
+        self._fill_slots(row, plan, branches, view)
+        if plan.question is not None:
+            row["pair_valid"][...] = True
+            if self.reference is not None:
+                row["reference_logps"][:] = self._reference_logps(plan, indices, prefix, branches)
+        return row
+
+    def blank(self) -> dict[str, Any]:
+        """The arrays of a row that counts for nothing (padding of an evaluation batch)."""
+        b, p, f = self.bucket, self.prefix_tokens, self.bucket.frames
+        row: dict[str, Any] = {
+            "example_ids": np.zeros((), np.uint32),
+            "frames": np.zeros((f, self.image_size, self.image_size, 3), np.uint8),
+            "frame_times": np.zeros(f, np.float32),
+            "frame_valid": np.zeros(f, bool),
+            "prefix_tokens": np.full(p, self.codec.pad_id, np.int32),
+            "prefix_positions": np.zeros(p, np.int32),
+            "prefix_segments": np.zeros(p, np.int32),
+            "branch_tokens": np.full((b.branches, b.branch_tokens), self.codec.pad_id, np.int32),
+            "branch_positions": np.zeros((b.branches, b.branch_tokens), np.int32),
+            "branch_segments": np.zeros((b.branches, b.branch_tokens), np.int32),
+            "answer_positions": np.zeros((b.branches, b.answers), np.int32),
+            "answer_tokens": np.full((b.branches, b.answers), self.codec.pad_id, np.int32),
+            "answer_weights": np.zeros((b.branches, b.answers), np.float32),
+            "slots": {head: self._blank_slots(head) for head in self.slot_heads},
+        }
+        if b.kind == "preference":
+            row["pair_valid"] = np.zeros((), bool)
+            if self.reference is not None:
+                row["reference_logps"] = np.zeros((b.branches, b.answers), np.float32)
+        return row
+
+    def _blank_slots(self, head: str) -> dict[str, np.ndarray]:
+        count = self.bucket.capacity(head)
+        arrays = {"branch": np.zeros(count, np.int32), "index": np.zeros(count, np.int32),
+                  "valid": np.zeros(count, bool)}
+        for name, array in TARGETS[head].blank(self.bucket).items():
+            arrays[name] = np.repeat(array[None], count, axis=0)
+        return arrays
+
+    def where(self, plan: RowPlan, branch: BranchPlan) -> str:
+        """Folder, example, turn and bucket, for error messages."""
+        return (f"{plan.dataset.path}: example {branch.example.example_id!r}, turn {branch.turn}, "
+                f"bucket {self.bucket.name!r}")
+
+    def _view(self, plan: RowPlan, indices: np.ndarray) -> View:
+        times = plan.dataset.video_info(plan.video_id).timestamps[indices]
+        return View(plan.start, plan.end, times.astype(np.float64))
+
+    def _fill_frames(self, row: dict[str, Any], plan: RowPlan, indices: np.ndarray,
+                     view: View) -> None:
+        n = len(indices)
+        row["frame_times"][:n] = view.times
+        frames = plan.dataset.frames(plan.video_id, indices)
+        size = self.image_size
+        if frames.shape[1:3] != (size, size):
+            # Boxes and windows are normalised, so they survive the change of aspect ratio.
+            frames = np.rint(area_resize(frames, size, size)).astype(np.uint8)
+        row["frames"][:n] = frames
+        row["frame_valid"][:n] = True
+
+    def _fill_prefix(self, row: dict[str, Any], prefix: np.ndarray, frames: int) -> int:
+        """Fills the prefix and returns its length without padding and absent frames."""
+        offset = self.codec.template.visual_offset
+        shown = frames * self.visual_tokens // self.bucket.frames
+        valid = np.ones(len(prefix), bool)
+        valid[offset + shown : offset + self.visual_tokens] = False
+        n = len(prefix)
+        row["prefix_tokens"][:n] = prefix
+        row["prefix_segments"][:n] = valid
+        row["prefix_positions"][:n] = np.where(valid, np.cumsum(valid) - 1, 0)
+        return int(valid.sum())
+
+    def _fill_branch(self, row: dict[str, Any], k: int, branch: Branch, prefix: int) -> None:
+        n = len(branch.ids)
+        row["branch_tokens"][k, :n] = branch.ids
+        row["branch_positions"][k, :n] = prefix + np.arange(n)
+        row["branch_segments"][k, :n] = 1
+        answers = n - branch.answer
+        row["answer_positions"][k, :answers] = np.arange(branch.answer, n) - 1
+        row["answer_tokens"][k, :answers] = branch.ids[branch.answer :]
+        row["answer_weights"][k, :answers] = branch.weights[branch.answer :]
+
+    def _fill_slots(self, row: dict[str, Any], plan: RowPlan, branches: list[Branch],
+                    view: View) -> None:
+        used = dict.fromkeys(self.slot_heads, 0)
+        for k, (planned, branch) in enumerate(zip(plan.branches, branches, strict=True)):
+            here = dict.fromkeys(self.slot_heads, 0)
+            for slot in branch.slots:
+                s, arrays = used[slot.head], row["slots"][slot.head]
+                arrays["branch"][s], arrays["index"][s] = k, slot.index
+                arrays["valid"][s] = True
+                occurrence = marker_count(planned.example, slot.head, planned.turn)
+                target = TARGETS[slot.head].fill(
+                    planned.example.targets, occurrence + here[slot.head], view, self.bucket)
+                for name, value in target.items():
+                    arrays[name][s] = value
+                used[slot.head] += 1
+                here[slot.head] += 1
+
+    def _reference_logps(self, plan: RowPlan, indices: np.ndarray, prefix: np.ndarray,
+                         branches: list[Branch]) -> np.ndarray:
+        """float32[2, A] of the pair, with the frames and tokens that they must belong to."""
+        assert self.reference is not None
+        padded = np.full((self.prefix_tokens + 2 * self.bucket.branch_tokens), self.codec.pad_id,
+                         np.int32)
+        padded[: len(prefix)] = prefix
+        tokens = padded[self.prefix_tokens :].reshape(2, -1)
+        for k, branch in enumerate(branches):
+            tokens[k, : len(branch.ids)] = branch.ids
+        pair = plan.branches[0].example.example_id
+        logps = np.asarray(
+            self.reference(pair, indices, padded[: self.prefix_tokens], tokens), np.float32)
+        if logps.shape != (2, self.bucket.answers):
+            raise RowError(
+                f"{self.where(plan, plan.branches[0])}: reference_logps of shape {logps.shape}, "
+                f"expected {(2, self.bucket.answers)}. Score the pairs with this bucket.")
+        return logps
+
+
+def stack_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch of rows: every array gets a leading axis, nested dicts stay."""
+    return {
+        key: stack_rows([row[key] for row in rows]) if isinstance(value, Mapping)
+        else np.stack([row[key] for row in rows])
+        for key, value in rows[0].items()
+    }

@@ -1,0 +1,266 @@
+"""Slot targets: what a head is trained towards, built from the targets of an example.
+
+One entry of TARGETS per head (and one for the box that a user draws): `blank` gives the arrays of
+an unused slot, `check` refuses an example whose targets do not fit its markers, `fill` computes the
+arrays of one slot. Boxes are [x1, y1, x2, y2] in [0, 1], times are seconds of the video.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from tpo_jax.data.buckets import Bucket
+
+Arrays = dict[str, np.ndarray]
+
+
+class TargetError(ValueError):
+    """The targets of an example do not fit its text; the message says which field and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What a row shows of its video.
+
+    Attributes:
+      start: seconds, beginning of the clip.
+      end: seconds, end of the clip.
+      times: float[n], times of the valid frames, n <= F.
+    """
+
+    start: float
+    end: float
+    times: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotTarget:
+    """How the targets of one head become arrays.
+
+    Attributes:
+      blank: bucket -> arrays of one slot, as they are where the slot is not valid.
+      check: (targets, number of markers in the example, view, bucket); raises TargetError.
+      fill: (targets, occurrence of the marker in the example, view, bucket) -> arrays.
+    """
+
+    blank: Callable[[Bucket], Arrays]
+    check: Callable[[Mapping[str, Any], int, View, Bucket], None]
+    fill: Callable[[Mapping[str, Any], int, View, Bucket], Arrays]
+
+
+@functools.lru_cache(maxsize=64)
+def _area_weights(source: int, target: int) -> np.ndarray:
+    """float32[target, source]: share of each source pixel in each target pixel; rows sum to 1."""
+    edges = np.arange(target + 1) * source / target
+    pixels = np.arange(source)
+    overlap = (np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels))
+    return (np.clip(overlap, 0, None) * target / source).astype(np.float32)
+
+
+def area_resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Mean over the area of each target pixel; float32[n, height, width, ...] of [n, h, w, ...]."""
+    rows = _area_weights(images.shape[1], height)
+    columns = _area_weights(images.shape[2], width)
+    resized = np.tensordot(rows, images.astype(np.float32), axes=(1, 1))  # [height, n, w, ...]
+    resized = np.tensordot(columns, resized, axes=(1, 2))  # [width, height, n, ...]
+    return np.moveaxis(resized, (2, 1, 0), (0, 1, 2))
+
+
+def _require(targets: Mapping[str, Any], marker: str, *keys: str) -> None:
+    for key in keys:
+        if targets.get(key) is None:
+            raise TargetError(
+                f"targets.{key}: missing, but the text has {marker}; targets has "
+                f"{sorted(targets)}.")
+
+
+def _require_single(markers: int, marker: str) -> None:
+    if markers > 1:
+        raise TargetError(
+            f"turns: {markers} markers {marker}, expected one: an example has one such target. "
+            "Make one example per target.")
+
+
+def _require_same_length(targets: Mapping[str, Any], *keys: str) -> None:
+    lengths = {key: len(targets[key]) for key in keys}
+    if len(set(lengths.values())) != 1 or not lengths[keys[0]]:
+        raise TargetError(f"targets: lengths {lengths}, expected equal and not 0.")
+
+
+def _check_box(box: Sequence[float], field: str) -> None:
+    x1, y1, x2, y2 = box
+    if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):
+        raise TargetError(
+            f"targets.{field}: {list(box)}, expected normalised [x1, y1, x2, y2] with "
+            "0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1.")
+
+
+# Region: one box in one frame per marker.
+
+
+def _region_blank(bucket: Bucket) -> Arrays:
+    return {"boxes": np.zeros(4, np.float32), "frame": np.zeros((), np.int32)}
+
+
+def _region_check(targets: Mapping[str, Any], markers: int, view: View, bucket: Bucket) -> None:
+    _require(targets, "<region>", "boxes", "times")
+    _require_same_length(targets, "boxes", "times")
+    if len(targets["boxes"]) != markers:
+        raise TargetError(
+            f"targets.boxes: {len(targets['boxes'])} boxes for {markers} <region> markers.")
+    for i, box in enumerate(targets["boxes"]):
+        _check_box(box, f"boxes[{i}]")
+
+
+def _region_fill(targets: Mapping[str, Any], occurrence: int, view: View, bucket: Bucket) -> Arrays:
+    distance = np.abs(view.times - targets["times"][occurrence])
+    return {"boxes": np.asarray(targets["boxes"][occurrence], np.float32),
+            "frame": np.asarray(distance.argmin(), np.int32)}
+
+
+# Temporal: windows relative to the clip, and a saliency per sampled frame.
+
+
+def _temporal_blank(bucket: Bucket) -> Arrays:
+    return {"windows": np.zeros((bucket.windows, 2), np.float32),
+            "window_valid": np.zeros(bucket.windows, bool),
+            "saliency": np.full(bucket.frames, -1, np.float32)}
+
+
+def _clipped_windows(targets: Mapping[str, Any], view: View) -> np.ndarray:
+    """float32[n, 2]: the windows that meet the clip, clipped to it and normalised to [0, 1]."""
+    windows = np.asarray(targets["windows"], np.float64).reshape(-1, 2)
+    windows = (windows - view.start) / (view.end - view.start)
+    windows = np.clip(windows, 0, 1)
+    return windows[windows[:, 1] > windows[:, 0]].astype(np.float32)
+
+
+def _temporal_check(targets: Mapping[str, Any], markers: int, view: View, bucket: Bucket) -> None:
+    _require(targets, "<temporal>", "windows")
+    _require_single(markers, "<temporal>")
+    if not view.end > view.start:
+        raise TargetError(f"start {view.start} s, end {view.end} s: a clip of no length has no "
+                          "windows.")
+    inside = _clipped_windows(targets, view)
+    if not len(inside):
+        raise TargetError(
+            f"targets.windows: none of {targets['windows']} meets the clip "
+            f"[{view.start}, {view.end}] s.")
+    if len(inside) > bucket.windows:
+        raise TargetError(
+            f"targets.windows: {len(inside)} windows in the clip, but the bucket has windows = "
+            f"{bucket.windows}. Raise buckets.{bucket.name}.windows.")
+    if targets.get("saliency") is not None:
+        _require(targets, "<temporal>", "saliency_interval")
+
+
+def _temporal_fill(targets: Mapping[str, Any], occurrence: int, view: View,
+                   bucket: Bucket) -> Arrays:
+    arrays = _temporal_blank(bucket)
+    inside = _clipped_windows(targets, view)
+    arrays["windows"][: len(inside)] = inside
+    arrays["window_valid"][: len(inside)] = True
+    if targets.get("saliency"):
+        saliency = np.asarray(targets["saliency"], np.float32)
+        piece = np.floor(view.times / targets["saliency_interval"]).astype(np.int64)
+        labelled = (piece >= 0) & (piece < len(saliency))
+        frames = np.flatnonzero(labelled)
+        arrays["saliency"][frames] = saliency[piece[labelled]]
+    return arrays
+
+
+# Mask: a mask per frame for referring segmentation and for tracking.
+
+
+def _mask_blank(bucket: Bucket) -> Arrays:
+    size = bucket.mask_size
+    return {"masks": np.zeros((bucket.frames, size, size), np.uint8),
+            "labelled": np.zeros(bucket.frames, bool)}
+
+
+def _mask_check(targets: Mapping[str, Any], markers: int, view: View, bucket: Bucket) -> None:
+    _require(targets, "<mask>", "times")
+    _require_single(markers, "<mask>")
+    kind = "rles" if targets.get("rles") is not None else "boxes"
+    _require(targets, "<mask>", kind)
+    _require_same_length(targets, "times", kind)
+    if kind == "boxes":
+        for i, box in enumerate(targets["boxes"]):
+            if box is not None:
+                _check_box(box, f"boxes[{i}]")
+
+
+def _mask_fill(targets: Mapping[str, Any], occurrence: int, view: View, bucket: Bucket) -> Arrays:
+    """Masks at the nearest annotated time; boxes stand in, filled, where there are no RLEs.
+
+    A frame further from every annotation than half the larger of both spacings is not labelled; an
+    annotation of null says that the object is absent there: labelled, empty.
+    """
+    arrays = _mask_blank(bucket)
+    times = np.asarray(targets["times"], np.float64)
+    distance = np.abs(view.times[:, None] - times[None])
+    nearest = distance.argmin(1)
+    spacing = max((float(np.median(np.diff(t))) for t in (np.sort(times), view.times)
+                   if len(t) > 1), default=0.0)
+    close = np.flatnonzero(distance.min(1) <= spacing / 2 + 1e-3)
+    arrays["labelled"][close] = True
+    annotations = targets["rles"] if targets.get("rles") is not None else targets["boxes"]
+    decode = _decode_rles if targets.get("rles") is not None else _fill_boxes
+    wanted = [i for i in np.unique(nearest[close]) if annotations[i] is not None]
+    if wanted:
+        masks = decode([annotations[i] for i in wanted], bucket.mask_size)
+        for i, mask in zip(wanted, masks, strict=True):
+            arrays["masks"][close[nearest[close] == i]] = mask
+    return arrays
+
+
+def _decode_rles(rles: Sequence[Mapping[str, Any]], size: int) -> np.ndarray:
+    """uint8[n, size, size] of COCO RLEs of one image size (at least half of the area covered)."""
+    masks = coco_mask.decode([dict(rle) for rle in rles])  # uint8[h, w, n]
+    masks = np.moveaxis(masks, 2, 0)
+    if masks.shape[1:] == (size, size):
+        return masks
+    return (area_resize(masks, size, size) >= 0.5).astype(np.uint8)
+
+
+def _fill_boxes(boxes: Sequence[Sequence[float]], size: int) -> np.ndarray:
+    """uint8[n, size, size]: pixels whose centre lies in the box; a tiny box keeps one pixel."""
+    centres = (np.arange(size) + 0.5) / size
+    x1, y1, x2, y2 = np.asarray(boxes, np.float64).T[:, :, None]
+    inside_x = (centres >= x1) & (centres <= x2)
+    inside_y = (centres >= y1) & (centres <= y2)
+    for inside, low, high in ((inside_x, x1, x2), (inside_y, y1, y2)):
+        middle = np.minimum(((low + high) / 2 * size).astype(np.int64), size - 1)
+        np.put_along_axis(inside, middle, True, axis=1)
+    return (inside_y[:, :, None] & inside_x[:, None, :]).astype(np.uint8)
+
+
+# Box: the box that a user drew, an input.
+
+
+def _box_blank(bucket: Bucket) -> Arrays:
+    return {"boxes": np.zeros(4, np.float32)}
+
+
+def _box_check(targets: Mapping[str, Any], markers: int, view: View, bucket: Bucket) -> None:
+    _require(targets, "<box>", "input_box")
+    _require_single(markers, "<box>")
+    _check_box(targets["input_box"], "input_box")
+
+
+def _box_fill(targets: Mapping[str, Any], occurrence: int, view: View, bucket: Bucket) -> Arrays:
+    return {"boxes": np.asarray(targets["input_box"], np.float32)}
+
+
+TARGETS: dict[str, SlotTarget] = {
+    "region": SlotTarget(_region_blank, _region_check, _region_fill),
+    "temporal": SlotTarget(_temporal_blank, _temporal_check, _temporal_fill),
+    "mask": SlotTarget(_mask_blank, _mask_check, _mask_fill),
+    "box": SlotTarget(_box_blank, _box_check, _box_fill),
+}

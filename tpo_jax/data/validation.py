@@ -1,0 +1,432 @@
+"""What every example must satisfy, whatever format it came from.
+
+`check_example` runs twice: when an annotation is read, and again when its video is decoded and the
+true duration is known. Field names are those of the native schema (docs/own_data.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pycocotools import mask as coco_mask
+
+from tpo_jax.data.problems import Invalid
+from tpo_jax.data.records import MARKERS, MEDIA, TASKS, Example, Turn
+
+# Published windows and times are rounded; what ends this little after the video is cut to its end.
+END_TOLERANCE = 0.5  # seconds
+BOX_TOLERANCE = 2e-3  # of the frame: a rounding of the last pixel, cut to the frame
+
+ANSWER_MARKERS = {
+    "temporal": "<temporal>",
+    "region": "<region>",
+    "mask": "<mask>",
+    "tracking": "<mask>",
+}
+TARGET_KEYS = {
+    "conversation": frozenset(),
+    "temporal": frozenset(
+        {"windows", "saliency", "saliency_interval", "saliency_scores", "relevant_clip_ids"}
+    ),
+    "region": frozenset({"boxes", "times"}),
+    "mask": frozenset({"times", "rles"}),
+    "tracking": frozenset({"times", "boxes", "input_box", "rles"}),
+    "action": frozenset({"segments", "labels"}),
+    "preference": None,  # evidence and provenance fields are the pair maker's
+}
+
+
+def check_example(example: Example, duration: float = math.inf) -> Example:
+    """The example with its end filled in and rounding overshoot cut; raises Invalid.
+
+    Args:
+      example: as a reader made it.
+      duration: of its video in seconds; 0 for an image, infinite when not known yet.
+    """
+    _one_of("task", example.task, TASKS)
+    _one_of("media", example.media, MEDIA)
+    example = dataclasses.replace(example, **_check_clip(example, duration))
+    _check_turns(example)
+    known = TARGET_KEYS[example.task]
+    if known is not None:
+        check_keys(example.targets, known, required=(), field="targets")
+    targets = _CHECKS[example.task](example, example.targets, duration)
+    return dataclasses.replace(example, targets=targets)
+
+
+def check_keys(
+    data: Any, known: Sequence[str], required: Sequence[str], field: str = "", ignore=frozenset()
+) -> None:
+    """Refuses anything but a dict with all `required` and no key outside `known` and `ignore`."""
+    if not isinstance(data, Mapping):
+        raise Invalid(field, data, "expected a JSON object", "write it as {...}")
+    prefix = f"{field}." if field else ""
+    for key in required:
+        if key not in data:
+            raise Invalid(
+                f"{prefix}{key}", None, f"missing; the record has {sorted(data)}", f"add {key!r}"
+            )
+    for key in data:
+        if key not in known and key not in required and key not in ignore:
+            raise Invalid(
+                f"{prefix}{key}",
+                data[key],
+                f"unknown key; known are {sorted(set(known) | set(required))}",
+                f"correct or remove it, or say --ignore_keys={key}",
+            )
+
+
+def check_text(field: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise Invalid(field, value, "expected text that is not empty", "write it, or remove it")
+    return value.strip()
+
+
+def check_number(field: str, value: Any, low: float, high: float, unit: str) -> float:
+    """A finite number in [low, high]."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not math.isfinite(value) or not low <= value <= high:
+        bound = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+        raise Invalid(field, value, f"expected a number {bound} {unit}".rstrip(), "correct it")
+    return float(value)
+
+
+def check_list(field: str, value: Any) -> Sequence[Any]:
+    if not isinstance(value, list | tuple):
+        raise Invalid(field, value, "expected a list", "write it as [...]")
+    return value
+
+
+def check_window(field: str, value: Any, duration: float) -> list[float]:
+    """[start, end] in seconds inside the video."""
+    if len(check_list(field, value)) != 2:
+        raise Invalid(field, value, "expected [start, end] in seconds", "write two numbers")
+    start, end = (check_number(field, v, 0, math.inf, "seconds") for v in value)
+    if not start < end:
+        raise Invalid(field, value, "expected start < end, in seconds", "swap or correct them")
+    if end > duration + END_TOLERANCE or start >= duration:
+        raise Invalid(
+            field,
+            value,
+            f"the window goes beyond the duration of the video, {duration:.3f} s",
+            "correct the window, or check that the record names the right video",
+        )
+    return [start, min(end, duration)]
+
+
+def check_time(field: str, value: Any, duration: float) -> float:
+    time = check_number(field, value, 0, math.inf, "seconds")
+    if time > duration + END_TOLERANCE:
+        raise Invalid(
+            field,
+            value,
+            f"the time is beyond the duration of the video, {duration:.3f} s",
+            "correct the time, or check that the record names the right video",
+        )
+    return min(time, duration)
+
+
+def check_box(field: str, value: Any) -> list[float]:
+    """Normalised [x1, y1, x2, y2] inside the frame."""
+    if len(check_list(field, value)) != 4:
+        raise Invalid(field, value, "expected [x1, y1, x2, y2]", "write four numbers")
+    box = [check_number(field, v, -math.inf, math.inf, "") for v in value]
+    low, high = -BOX_TOLERANCE, 1 + BOX_TOLERANCE
+    if not all(low <= v <= high for v in box):
+        raise Invalid(
+            field,
+            value,
+            "the box is outside the frame: expected [x1, y1, x2, y2] in [0, 1]",
+            "divide pixels by the width and height of the frame, or correct the box",
+        )
+    x1, y1, x2, y2 = (min(max(v, 0.0), 1.0) for v in box)
+    if not (x1 < x2 and y1 < y2):
+        raise Invalid(
+            field, value, "the box is empty: expected x1 < x2 and y1 < y2", "correct the box"
+        )
+    return [x1, y1, x2, y2]
+
+
+def check_rle(field: str, value: Any) -> Mapping[str, Any]:
+    """A COCO run-length encoding {"size": [h, w], "counts": str} that decodes."""
+    check_keys(value, (), ("size", "counts"), field)
+    size = check_list(f"{field}.size", value["size"])
+    if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise Invalid(f"{field}.size", size, "expected [height, width] in pixels", "correct it")
+    if not isinstance(value["counts"], str):
+        raise Invalid(
+            f"{field}.counts",
+            value["counts"],
+            "expected COCO's compressed counts (text)",
+            "compress it with pycocotools.mask.frPyObjects",
+        )
+    covered = _rle_pixels(value["counts"])
+    if covered != size[0] * size[1]:
+        raise Invalid(
+            f"{field}.counts",
+            value["counts"],
+            f"the runs cover {covered} pixels, the size {size} says {size[0] * size[1]}",
+            "encode the mask again at its own size",
+        )
+    return value
+
+
+def merge_rles(rles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The union of masks of one size."""
+    merged = coco_mask.merge([dict(rle) for rle in rles], intersect=False)
+    return {"size": list(merged["size"]), "counts": merged["counts"].decode()}
+
+
+def _rle_pixels(counts: str) -> int:
+    """The number of pixels that compressed counts describe; -1 when they are not COCO's code.
+
+    COCO writes each run as a signed variable-length number of 5-bit groups in characters from "0",
+    and from the fourth run on only the difference to the run two before.
+    """
+    runs, position = [], 0
+    while position < len(counts):
+        value, shift, more = 0, 0, True
+        while more:
+            if position == len(counts):
+                return -1
+            group = ord(counts[position]) - 48
+            if not 0 <= group < 64:
+                return -1
+            value |= (group & 31) << shift
+            more = bool(group & 32)
+            position += 1
+            shift += 5
+            if not more and group & 16:
+                value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        if runs[-1] < 0:
+            return -1
+    return sum(runs)
+
+
+def _one_of(field: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise Invalid(field, value, f"expected one of {', '.join(known)}", "correct it")
+
+
+def _check_clip(example: Example, duration: float) -> dict[str, float]:
+    """`start` and `end`, with an open end closed."""
+    if example.media == "image":
+        if example.start or example.end not in (0, math.inf):
+            raise Invalid(
+                "end", [example.start, example.end], "an image has no start and end", "remove them"
+            )
+        return {"start": 0.0, "end": 0.0}
+    if example.end == math.inf:
+        start = check_number("start", example.start, 0, math.inf, "seconds")
+        if start >= duration:
+            raise Invalid(
+                "start",
+                start,
+                f"it is not before the end of the video, {duration:.3f} s",
+                "correct it",
+            )
+        return {"start": start, "end": duration}
+    start, end = check_window("start, end", [example.start, example.end], duration)
+    return {"start": start, "end": end}
+
+
+def _check_turns(example: Example) -> None:
+    if not example.turns:
+        raise Invalid("turns", [], "an example needs at least one question", "add one")
+    for i, turn in enumerate(example.turns):
+        check_text(f"turns[{i}].question", turn.question)
+        check_text(f"turns[{i}].answer", turn.answer)
+        _check_options(f"turns[{i}]", turn)
+        _check_markers(f"turns[{i}]", turn, example.task)
+
+
+def _check_options(field: str, turn: Turn) -> None:
+    if not turn.options:
+        return
+    for j, option in enumerate(turn.options):
+        check_text(f"{field}.options[{j}]", option)
+    if len(set(turn.options)) != len(turn.options) or len(turn.options) < 2:
+        raise Invalid(
+            f"{field}.options",
+            list(turn.options),
+            "expected two or more different options",
+            "correct them, or leave them out for an open question",
+        )
+    if turn.answer not in turn.options:
+        raise Invalid(
+            f"{field}.answer",
+            turn.answer,
+            f"it is none of the options {list(turn.options)}",
+            "repeat the right option word by word",
+        )
+
+
+def _check_markers(field: str, turn: Turn, task: str) -> None:
+    allowed = {"question": {"<box>"} if task == "tracking" else set(), "answer": set()}
+    if task in ANSWER_MARKERS:
+        allowed["answer"] = {ANSWER_MARKERS[task]}
+    for name, text in (("question", turn.question), ("answer", turn.answer)):
+        for marker in MARKERS:
+            if marker in text and marker not in allowed[name]:
+                raise Invalid(
+                    f"{field}.{name}",
+                    text,
+                    f"{marker} has no place in the {name} of task {task!r}",
+                    "remove it, or correct the task",
+                )
+
+
+def _count(example: Example, marker: str, part: str = "answer") -> int:
+    return sum(getattr(turn, part).count(marker) for turn in example.turns)
+
+
+def _need_one_marker(example: Example) -> None:
+    marker = ANSWER_MARKERS[example.task]
+    count = _count(example, marker)
+    if count != 1:
+        raise Invalid(
+            "turns",
+            [turn.answer for turn in example.turns],
+            f"expected {marker} once in the answers, it is there {count} times",
+            f"write {marker} where the answer points; make one example per target",
+        )
+
+
+def _same_length(targets: Mapping[str, Any], *keys: str) -> None:
+    lengths = {key: len(check_list(f"targets.{key}", targets[key])) for key in keys}
+    if len(set(lengths.values())) != 1 or not lengths[keys[0]]:
+        raise Invalid("targets", lengths, f"expected as many {' as '.join(keys)}", "correct them")
+
+
+def _check_times(targets: Mapping[str, Any], duration: float) -> list[float]:
+    times = [check_time(f"targets.times[{i}]", t, duration) for i, t in enumerate(targets["times"])]
+    return times
+
+
+def _conversation(example: Example, targets: Mapping[str, Any], duration: float):
+    return dict(targets)
+
+
+def _temporal(example: Example, targets: Mapping[str, Any], duration: float):
+    check_keys(targets, TARGET_KEYS["temporal"], ("windows",), "targets")
+    _need_one_marker(example)
+    windows = check_list("targets.windows", targets["windows"])
+    if not windows:
+        raise Invalid("targets.windows", windows, "expected at least one window", "add it")
+    checked = dict(targets)
+    checked["windows"] = [
+        check_window(f"targets.windows[{i}]", window, duration) for i, window in enumerate(windows)
+    ]
+    if targets.get("saliency"):
+        check_keys(targets, TARGET_KEYS["temporal"], ("saliency_interval",), "targets")
+        interval = targets["saliency_interval"]
+        check_number("targets.saliency_interval", interval, 1e-6, math.inf, "seconds")
+        for i, value in enumerate(check_list("targets.saliency", targets["saliency"])):
+            check_number(f"targets.saliency[{i}]", value, 0, 1, "")
+        if (len(targets["saliency"]) - 1) * interval >= duration + END_TOLERANCE:
+            raise Invalid(
+                "targets.saliency",
+                targets["saliency"],
+                f"{len(targets['saliency'])} values every {interval:g} s go beyond the duration "
+                f"of the video, {duration:.3f} s",
+                "give one value per interval of the video",
+            )
+    return checked
+
+
+def _region(example: Example, targets: Mapping[str, Any], duration: float):
+    check_keys(targets, (), ("boxes", "times"), "targets")
+    _same_length(targets, "boxes", "times")
+    markers = _count(example, "<region>")
+    if markers != len(targets["boxes"]):
+        raise Invalid(
+            "targets.boxes",
+            targets["boxes"],
+            f"{len(targets['boxes'])} boxes for {markers} <region> in the answers",
+            "give one box and one time per <region>, in the order of the text",
+        )
+    boxes = [check_box(f"targets.boxes[{i}]", box) for i, box in enumerate(targets["boxes"])]
+    return {"boxes": boxes, "times": _check_times(targets, duration)}
+
+
+def _check_masks(example: Example, targets: Mapping[str, Any], duration: float):
+    _need_one_marker(example)
+    _same_length(targets, "times", "rles")
+    present = [i for i, rle in enumerate(targets["rles"]) if rle is not None]
+    for i in present:
+        check_rle(f"targets.rles[{i}]", targets["rles"][i])
+    sizes = {tuple(targets["rles"][i]["size"]) for i in present}
+    if len(sizes) > 1:
+        raise Invalid(
+            "targets.rles", sorted(sizes), "the masks have different sizes", "use one size"
+        )
+    return dict(targets) | {"times": _check_times(targets, duration)}
+
+
+def _mask(example: Example, targets: Mapping[str, Any], duration: float):
+    check_keys(targets, (), ("times", "rles"), "targets")
+    return _check_masks(example, targets, duration)
+
+
+def _tracking(example: Example, targets: Mapping[str, Any], duration: float):
+    check_keys(targets, ("rles",), ("times", "boxes", "input_box"), "targets")
+    _need_one_marker(example)
+    _same_length(targets, "times", "boxes")
+    if _count(example, "<box>", "question") != 1:
+        raise Invalid(
+            "turns[0].question",
+            example.turns[0].question,
+            "expected <box> once in the questions of a tracking example",
+            "write <box> where the question means targets.input_box",
+        )
+    checked = dict(targets)
+    checked["input_box"] = check_box("targets.input_box", targets["input_box"])
+    checked["boxes"] = [
+        None if box is None else check_box(f"targets.boxes[{i}]", box)
+        for i, box in enumerate(targets["boxes"])
+    ]
+    checked["times"] = _check_times(targets, duration)
+    if targets.get("rles") is not None:
+        _check_masks(example, targets, duration)
+    return checked
+
+
+def _action(example: Example, targets: Mapping[str, Any], duration: float):
+    check_keys(targets, (), ("segments", "labels"), "targets")
+    _same_length(targets, "segments", "labels")
+    for i, label in enumerate(targets["labels"]):
+        check_text(f"targets.labels[{i}]", label)
+    segments = [
+        check_window(f"targets.segments[{i}]", segment, duration)
+        for i, segment in enumerate(targets["segments"])
+    ]
+    return {"segments": segments, "labels": list(targets["labels"])}
+
+
+def _preference(example: Example, targets: Mapping[str, Any], duration: float):
+    for key in ("chosen", "rejected"):
+        check_text(f"targets.{key}", targets.get(key))
+    if targets["chosen"] == targets["rejected"]:
+        raise Invalid(
+            "targets.rejected",
+            targets["rejected"],
+            "it equals the chosen answer",
+            "remove the pair",
+        )
+    _one_of("targets.manipulation", targets.get("manipulation"), ("localized", "comprehensive"))
+    return dict(targets)
+
+
+_CHECKS: dict[str, Callable[[Example, Mapping[str, Any], float], dict[str, Any]]] = {
+    "conversation": _conversation,
+    "temporal": _temporal,
+    "region": _region,
+    "mask": _mask,
+    "tracking": _tracking,
+    "action": _action,
+    "preference": _preference,
+}

@@ -1,0 +1,172 @@
+"""Scores a model on held-out videos, or computes the floors that its scores are read against.
+
+    python -m tpo_jax.evaluate --model=runs/demo/stage3/model --data=runs/demo/prepared/test \\
+        --pairs=runs/demo/pairs/test --out=runs/demo/eval/stage3.json
+    python -m tpo_jax.evaluate --model=runs/demo/blind/model --data=runs/demo/prepared/test \\
+        --evidence=blind --out=runs/demo/eval/blind.json
+    python -m tpo_jax.evaluate --floors_from=runs/demo/prepared/train \\
+        --data=runs/demo/prepared/test --blind=runs/demo/eval/blind.json \\
+        --middle_frame=runs/demo/eval/middle_frame.json --out=runs/demo/eval/floors.json
+
+Multiple choice is decided by the likelihood of the options. Head metrics come from free generation:
+where the model does not emit the head's routing token they are 0. Metrics under "forced/" give the
+head its slot in the labelled answer instead. Intervals are 95 % bootstrap intervals over videos.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tpo_jax.data import evidence
+from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
+from tpo_jax.evaluation import benchmarks, floors, results
+from tpo_jax.evaluation.evaluator import TASK_HEADS, TASKS, Evaluator, Settings
+from tpo_jax.interop.folder import load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstVideos:
+    """The first `count` videos of a prepared split (`--limit`)."""
+
+    dataset: PreparedDataset
+    count: int
+
+    @property
+    def path(self) -> Any:
+        return self.dataset.path
+
+    @property
+    def videos(self) -> list[str]:
+        return self.dataset.videos[: self.count]
+
+    def video_info(self, video_id: str) -> VideoInfo:
+        return self.dataset.video_info(video_id)
+
+    def examples(self, video_id: str) -> list[Example]:
+        return self.dataset.examples(video_id)
+
+    def frames(self, video_id: str, indices: np.ndarray) -> np.ndarray:
+        return self.dataset.frames(video_id, indices)
+
+
+def evaluate(flags: argparse.Namespace) -> None:
+    """Scores one model and writes its metrics, intervals, items and samples."""
+    started = time.monotonic()
+    config, params, codec = load_model(flags.model)
+    tasks = choose_tasks(flags.tasks, flags.evidence, config.heads)
+    settings = Settings(batch_size=flags.batch_size, evidence=flags.evidence)
+    evaluator = Evaluator(config, params, codec, settings)
+    dataset = open_split(flags.data, flags.limit)
+    if "qa" in tasks:
+        evaluator.questions(dataset)
+    if heads := [task for task in tasks if task != "qa"]:
+        evaluator.heads(dataset, heads)
+    if flags.pairs:
+        evaluator.preferences(open_split(flags.pairs, flags.limit))
+    record = results.evaluation_record(
+        evaluator.results.table.item_scores(),
+        routing=benchmarks.routing_counts(evaluator.results.pairs),
+        about={
+            "model": flags.model,
+            "data": flags.data,
+            "pairs": flags.pairs,
+            "evidence": flags.evidence,
+            "tasks": tasks,
+            "seconds": round(time.monotonic() - started, 1),
+        },
+    )
+    results.write_json(flags.out, record)
+    results.write_samples(flags.out, evaluator.results.samples)
+    print(results.format_metrics(record))
+    print(flags.out)
+
+
+def compute_floors(flags: argparse.Namespace) -> None:
+    """Chooses constants on the training split, scores them on the test split."""
+    train, test = PreparedDataset(flags.floors_from), open_split(flags.data, flags.limit)
+    found = floors.constant_floors(train, test, flags.frames)
+    trained = {"text-only model": flags.blind, "middle-frame model": flags.middle_frame}
+    models = {
+        name: results.read_json(path)["metrics"] for name, path in trained.items() if path
+    }
+    found = floors.with_trained_models(found, models)
+    record = results.floors_record(found, train=flags.floors_from, data=flags.data)
+    results.write_json(flags.out, record)
+    print(results.format_floors(record))
+    print(flags.out)
+
+
+def choose_tasks(asked: str, shown: str, heads: Sequence[str]) -> list[str]:
+    """The tasks to score: those asked for, or all that the model and the evidence allow."""
+    possible = ["qa"]
+    if shown == "full":
+        possible += [task for task, head in TASK_HEADS.items() if head in heads]
+    if not asked:
+        return possible
+    tasks = asked.split(",")
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"--tasks: {task!r} is not a task; known: {', '.join(TASKS)}")
+        if task not in possible:
+            reason = (
+                f"the model has heads {list(heads)}"
+                if shown == "full"
+                else f"--evidence={shown} hides the frames that heads answer for"
+            )
+            raise ValueError(f"--tasks: {task!r} cannot be scored: {reason}")
+    return tasks
+
+
+def open_split(path: str, limit: int) -> Any:
+    dataset = PreparedDataset(path)
+    return FirstVideos(dataset, limit) if limit else dataset
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tpo_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="model folder to score")
+    what.add_argument("--floors_from", help="prepared training split: compute floors instead")
+    parser.add_argument("--data", required=True, help="prepared split to score on")
+    parser.add_argument("--pairs", default="", help="prepared folder of held-out preference pairs")
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--tasks", default="", help=f"comma-separated, of {','.join(TASKS)}")
+    parser.add_argument("--limit", type=int, default=0, help="only the first N videos")
+    parser.add_argument("--batch_size", type=int, default=8, help="videos at a time")
+    parser.add_argument(
+        "--evidence",
+        choices=evidence.MODES,
+        default="full",
+        help="what the model may see; as it was trained",
+    )
+    parser.add_argument("--frames", type=int, default=32, help="frames a clip, for the floors")
+    parser.add_argument("--blind", default="", help="evaluation of a text-only model (floors)")
+    parser.add_argument(
+        "--middle_frame", default="", help="evaluation of a middle-frame model (floors)"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    flags = parse(arguments)
+    try:
+        compute_floors(flags) if flags.floors_from else evaluate(flags)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""How good a model is: metrics, benchmarks, floors, intervals and the report."""

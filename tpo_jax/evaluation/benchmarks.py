@@ -1,0 +1,278 @@
+"""From predictions to item scores: what each task is scored on, and with which metric.
+
+A *call* is one head call that a question asks for: a marker in its labelled answer. A prediction of a
+call is what the head's `decode` returned, or None when the model did not call that head there, which
+scores 0 in every metric. Nothing here knows of models: predictions come in as plain arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from tpo_jax.data.records import Example
+from tpo_jax.evaluation.bootstrap import ItemScores
+from tpo_jax.evaluation.metrics import highlight, mask, region, temporal, tracking
+
+R1_THRESHOLDS = (0.3, 0.5, 0.7)
+TASK_METRICS: dict[str, tuple[str, ...]] = {
+    "temporal": (*(f"temporal/r1@{t}" for t in R1_THRESHOLDS), "temporal/miou", "temporal/map"),
+    "highlight": ("highlight/map", "highlight/hit@1"),
+    "region": ("region/acc@0.5", "region/miou"),
+    "mask": ("mask/j", "mask/f", "mask/j&f"),
+    "tracking": ("tracking/auc",),
+}
+# A clip is "very good" when a rater gives 4 on the scale 0..4 (QVHighlights).
+VERY_GOOD = 4
+_MARKER = re.compile(r"<(region|temporal|mask)>")
+
+Prediction = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One head call that a labelled answer makes.
+
+    Attributes:
+      example: what is asked.
+      turn: index of the turn.
+      head: "region", "temporal" or "mask".
+      place: how many calls the same answer makes before it.
+      occurrence: how many calls of this head the example makes before it, which names its target.
+    """
+
+    example: Example
+    turn: int
+    head: str
+    place: int
+    occurrence: int
+
+    @property
+    def item(self) -> str:
+        return f"{self.example.example_id}/{self.turn}/{self.place}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Scores by metric: {metric: [(item, video, value), ...]}."""
+
+    rows: dict[str, list[tuple[str, str, float]]] = dataclasses.field(default_factory=dict)
+
+    def add(self, item: str, video: str, scores: Mapping[str, float], prefix: str = "") -> None:
+        for metric, value in scores.items():
+            self.rows.setdefault(prefix + metric, []).append((item, video, float(value)))
+
+    def item_scores(self) -> dict[str, ItemScores]:
+        return {metric: ItemScores.of(rows) for metric, rows in sorted(self.rows.items())}
+
+
+def find_calls(example: Example, turn: int) -> list[Call]:
+    """The head calls in the labelled answer of one turn, in order."""
+    before = [head for t in example.turns[:turn] for head in _MARKER.findall(t.answer)]
+    calls: list[Call] = []
+    for place, head in enumerate(_MARKER.findall(example.turns[turn].answer)):
+        calls.append(Call(example, turn, head, place, before.count(head)))
+        before.append(head)
+    return calls
+
+
+def match_events(calls: Sequence[Call], events: Sequence[tuple[str, Any]]) -> list[Any | None]:
+    """The result that belongs to each call: of the event at its place, if that is the same head.
+
+    Args:
+      calls: of one answer, in order.
+      events: (head, result) of the generated answer, in order.
+    """
+    return [
+        events[call.place][1]
+        if call.place < len(events) and events[call.place][0] == call.head
+        else None
+        for call in calls
+    ]
+
+
+def score_call(
+    call: Call, prediction: Prediction | None, times: Sequence[float]
+) -> dict[str, float]:
+    """{metric: value} of one head call.
+
+    Args:
+      call: what was asked.
+      prediction: what the head's decode returned (`models/heads`), None if it was not called.
+      times: float[frames] seconds of the frames that the model saw.
+    """
+    targets = call.example.targets
+    if call.head == "region":
+        return score_region(targets["boxes"][call.occurrence], prediction)
+    if call.head == "temporal":
+        scores = score_windows(targets["windows"], prediction)
+        return scores | (
+            score_saliency(call.example, prediction) if targets.get("saliency") else {}
+        )
+    if call.example.task == "tracking":
+        return score_track(targets, prediction, times)
+    return score_masks(targets, prediction)
+
+
+def score_region(target: Sequence[float], prediction: Prediction | None) -> dict[str, float]:
+    """Acc@0.5 and IoU of a box; both normalised xyxy."""
+    if prediction is None:
+        return zeros("region")
+    box = np.asarray(prediction["box"], np.float64)
+    target = np.asarray(target, np.float64)
+    return {
+        "region/acc@0.5": region.region_accuracy(box, target),
+        "region/miou": float(region.box_iou(box, target)),
+    }
+
+
+def score_windows(
+    targets: Sequence[Sequence[float]], prediction: Prediction | None
+) -> dict[str, float]:
+    """R1, mIoU and mAP of predicted windows [[start, end, score], ...] in seconds."""
+    if prediction is None or not len(prediction["windows"]):
+        return zeros("temporal")
+    predicted = np.asarray(prediction["windows"], np.float64)
+    windows, scores = predicted[:, :2], predicted[:, 2]
+    iou = temporal.top1_iou(windows, scores, targets)
+    hits = {f"temporal/r1@{threshold}": float(iou >= threshold) for threshold in R1_THRESHOLDS}
+    precision = temporal.query_average_precision(windows, scores, targets)
+    return hits | {"temporal/miou": iou, "temporal/map": float(precision.mean())}
+
+
+def score_saliency(example: Example, prediction: Prediction | None) -> dict[str, float]:
+    """HIT@1 and mAP of a saliency curve, over the clips inside the example's bounds."""
+    if prediction is None:
+        return zeros("highlight")
+    positive, first, interval = positive_clips(example)
+    scores = highlight.clip_scores(
+        np.asarray(prediction["times"]),
+        np.asarray(prediction["saliency"]),
+        first * interval,
+        len(positive),
+        interval,
+    )
+    return {
+        "highlight/map": highlight.highlight_average_precision(scores, positive),
+        "highlight/hit@1": highlight.highlight_hit(scores, positive),
+    }
+
+
+def positive_clips(example: Example) -> tuple[np.ndarray, int, float]:
+    """Which 2-second clips are highlights.
+
+    With the ratings of several people, each is one column; a single saliency in [0, 1] is read on
+    the same scale 0..4, rounded.
+
+    Returns:
+      bool[clips, raters] of the clips inside [start, end], the index of the first of them in the
+      video, and the length of a clip in seconds.
+    """
+    targets = example.targets
+    saliency, interval = np.asarray(targets["saliency"]), float(targets["saliency_interval"])
+    if targets.get("saliency_scores"):
+        ratings = np.zeros((len(saliency), len(targets["saliency_scores"][0])))
+        ratings[list(targets["relevant_clip_ids"])] = targets["saliency_scores"]
+    else:
+        ratings = np.rint(saliency * VERY_GOOD)[:, None]
+    first = int(np.floor(example.start / interval + 1e-6))
+    last = min(int(np.ceil(example.end / interval - 1e-6)), len(saliency))
+    return ratings[first:last] >= VERY_GOOD, first, interval
+
+
+def score_masks(targets: Mapping[str, Any], prediction: Prediction | None) -> dict[str, float]:
+    """J, F and J&F of a track, means over the predicted frames that are labelled."""
+    if prediction is None:
+        return zeros("mask")
+    frames, labels = match_times(prediction["times"], targets["times"])
+    predicted = np.asarray(prediction["masks"], bool)[frames]
+    wanted = decode_rles([targets["rles"][label] for label in labels], predicted.shape[1:])
+    predicted = resize_nearest(predicted, *wanted.shape[1:])
+    j = float(mask.region_similarity(predicted, wanted).mean())
+    f = float(mask.boundary_accuracy(predicted, wanted).mean())
+    return {"mask/j": j, "mask/f": f, "mask/j&f": (j + f) / 2}
+
+
+def score_track(
+    targets: Mapping[str, Any], prediction: Prediction | None, times: Sequence[float]
+) -> dict[str, float]:
+    """Success AUC of boxes over the frames that are labelled.
+
+    Returns {} where nothing can be scored: no labelled frame shows the object after the first.
+    """
+    if prediction is None:
+        prediction = {"times": times, "boxes": [None] * len(times)}
+    frames, labels = match_times(prediction["times"], targets["times"])
+    ious = tracking.track_ious(
+        [prediction["boxes"][frame] for frame in frames],
+        [targets["boxes"][label] for label in labels],
+    )
+    return {"tracking/auc": tracking.success_auc(ious)} if ious.size else {}
+
+
+def zeros(task: str) -> dict[str, float]:
+    """The scores of a head that was not called."""
+    return dict.fromkeys(TASK_METRICS[task], 0.0)
+
+
+def match_times(
+    times: Sequence[float], label_times: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames that have a label, and which: (int64[n], int64[n]).
+
+    A frame takes the label nearest in time, if that is not further than half the larger of the two
+    spacings; the rule that training targets are made by.
+    """
+    times, label_times = np.asarray(times, np.float64), np.asarray(label_times, np.float64)
+    distance = np.abs(times[:, None] - label_times[None])
+    spacing = max((_spacing(t) for t in (times, label_times) if len(t) > 1), default=0.0)
+    frames = np.flatnonzero(distance.min(axis=1) <= spacing / 2 + 1e-3)
+    if not frames.size:
+        raise ValueError(
+            f"times: no frame of {times.tolist()} s has a label; labels are at "
+            f"{label_times.tolist()} s"
+        )
+    return frames, distance[frames].argmin(axis=1)
+
+
+def decode_rles(
+    rles: Sequence[Mapping[str, Any] | None], default_size: tuple[int, ...]
+) -> np.ndarray:
+    """bool[n, h, w] of COCO RLEs; None is an empty mask, of the default size if all are."""
+    sizes = {tuple(rle["size"]) for rle in rles if rle is not None} or {tuple(default_size)}
+    if len(sizes) > 1:
+        raise ValueError(f"rles: masks of one track have different sizes {sorted(sizes)}")
+    empty = np.zeros(sizes.pop(), bool)
+    return np.stack([empty if rle is None else coco_mask.decode(dict(rle)) > 0 for rle in rles])
+
+
+def resize_nearest(masks: np.ndarray, height: int, width: int) -> np.ndarray:
+    """bool[n, height, width] of masks bool[n, h, w]."""
+    masks = np.asarray(masks, bool)
+    rows = (np.arange(height) + 0.5) * masks.shape[1] / height
+    columns = (np.arange(width) + 0.5) * masks.shape[2] / width
+    return masks[:, rows.astype(int)][:, :, columns.astype(int)]
+
+
+def routing_counts(
+    pairs: Iterable[tuple[Sequence[Call], Sequence[tuple[str, Any]]]],
+) -> dict[str, dict[str, int]]:
+    """{task: {"correct", "missing", "wrong"}} over answers and the events that were generated."""
+    counts: dict[str, dict[str, int]] = {}
+    for calls, events in pairs:
+        for call in calls:
+            row = counts.setdefault(call.example.task, {"correct": 0, "missing": 0, "wrong": 0})
+            if call.place >= len(events):
+                row["missing"] += 1
+            else:
+                row["correct" if events[call.place][0] == call.head else "wrong"] += 1
+    return counts
+
+
+def _spacing(times: np.ndarray) -> float:
+    return float(np.median(np.diff(np.sort(times))))

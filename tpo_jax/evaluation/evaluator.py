@@ -1,0 +1,356 @@
+"""Runs a model over a prepared split: option likelihood, free generation, forced routing, pairs.
+
+The buckets are as large as the longest question of the split needs, so evaluation has no length
+settings. Every batch passes `apply_evidence`, which is how blind and middle-frame models are scored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from tpo_jax.data import evaluation_rows
+from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.evidence import apply_evidence
+from tpo_jax.data.pipeline import row_builder
+from tpo_jax.data.records import Example, PreparedDataset
+from tpo_jax.data.rows import RowBuilder, RowPlan
+from tpo_jax.data.text import TextCodec, render_options
+from tpo_jax.evaluation import benchmarks
+from tpo_jax.evaluation.benchmarks import Call, Table
+from tpo_jax.evaluation.metrics import preference, qa
+from tpo_jax.generation.routing import RoutedAnswer, Router
+from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads import HEADS, ClipInfo
+from tpo_jax.models.video_language import FunctionalModel
+
+# Which head a task's answers call; a model without it is not asked (its base has no task tokens).
+TASK_HEADS = {"temporal": "temporal", "region": "region", "mask": "mask", "tracking": "mask"}
+TASKS = ("qa", *TASK_HEADS)
+SLOTS = 2  # of each head in a row
+SPARE_TOKENS = 8  # that a free answer may be longer than the longest labelled one
+
+Batches = Iterator[tuple[dict[str, Any], list[RowPlan]]]
+
+
+@dataclasses.dataclass
+class Results:
+    """What one evaluation found.
+
+    Attributes:
+      table: scores per item and metric.
+      samples: one JSON-able record per head call and question, for the report.
+      pairs: calls and generated events per answer, for the routing counts.
+    """
+
+    table: Table = dataclasses.field(default_factory=Table)
+    samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    pairs: list[tuple[list[Call], list[tuple[str, Any]]]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to evaluate.
+
+    Attributes:
+      batch_size: rows of a batch.
+      branches: most branches a row: options of questions, or questions to heads.
+      evidence: "full", "blind" or "middle_frame"; see `data.evidence`.
+      progress: whether to show progress bars.
+    """
+
+    batch_size: int = 8
+    branches: int = 16
+    evidence: str = "full"
+    progress: bool = True
+
+
+class Evaluator:
+    """One model and the programs that score it."""
+
+    def __init__(
+        self, config: ModelConfig, params: Any, codec: TextCodec, settings: Settings
+    ) -> None:
+        self.config, self.codec, self.settings = config, codec, settings
+        self.model = FunctionalModel(config)
+        self.params = jax.tree.map(jax.numpy.asarray, params)
+        self.results = Results()
+        self._forced = jax.jit(self._forced_heads)
+        self._samplers: dict[int, Sampler] = {}
+        self._router = Router(self.model, codec)
+
+    def questions(self, dataset: PreparedDataset) -> None:
+        """Multiple choice by option likelihood: qa/accuracy and qa/accuracy/<kind>."""
+        for media in _media(dataset):
+            turns = [
+                (turn, render_options(turn.question, turn.options), option)
+                for example in _examples(dataset, media)
+                for turn in example.turns
+                for option in turn.options
+            ]
+            if not turns:
+                continue
+            widest = max(len(turn.options) for turn, _, _ in turns)
+            bucket = self._bucket(
+                media,
+                [self.codec.build_branch(question, option) for _, question, option in turns],
+                branches=max(self.settings.branches, widest),
+            )
+            builder = row_builder(self.codec, self.config, bucket)
+            rows = evaluation_rows.build_option_rows(dataset, builder)
+            branches = {id(row.plan): row.branches for row in rows}
+            for batch, plans in self._batches(builder, [row.plan for row in rows], "options"):
+                sums = self._answer_logps(batch)
+                for row, plan in enumerate(plans):
+                    self._score_options(plan, branches[id(plan)], sums[row])
+
+    def heads(self, dataset: PreparedDataset, tasks: Sequence[str]) -> None:
+        """Head metrics of some tasks, from free generation and with forced routing."""
+        for media in _media(dataset):
+            examples = [e for e in _examples(dataset, media) if e.task in tasks]
+            if examples:
+                builder = row_builder(self.codec, self.config, self._head_bucket(media, examples))
+                self._generated(dataset, builder, tasks)
+                self._teacher_forced(dataset, builder, tasks)
+
+    def preferences(self, dataset: PreparedDataset) -> None:
+        """preference/accuracy with the video, preference/accuracy_blind without it."""
+        rows = evaluation_rows.build_pair_rows(dataset)
+        if not rows:
+            raise ValueError(f"{dataset.path}: no preference pairs; give the folder of pairs")
+        answers = [
+            self.codec.build_branch(None, branch.answer) for row in rows for branch in row.branches
+        ]
+        question = max(
+            len(self.codec.build_prefix(0, "video", row.question))
+            - len(self.codec.build_prefix(0, "video"))
+            for row in rows
+        )
+        bucket = self._bucket("video", answers, branches=2, question=question)
+        builder = row_builder(self.codec, self.config, bucket)
+        for metric, evidence in (
+            ("preference/accuracy", self.settings.evidence),
+            ("preference/accuracy_blind", "blind"),
+        ):
+            for batch, plans in self._batches(builder, rows, metric, evidence):
+                for plan, (chosen, rejected) in zip(plans, self._answer_logps(batch), strict=False):
+                    value = preference.preference_correct(chosen, rejected)
+                    item = plan.branches[0].example.example_id
+                    self.results.table.add(item, plan.video_id, {metric: value})
+
+    # Programs.
+
+    def _forced_heads(self, params: Any, batch: Any) -> dict[str, dict[str, jax.Array]]:
+        model = self.model.bind(params)
+        return model.run_heads(model(batch), batch)
+
+    def _sampler(self, max_new: int) -> Sampler:
+        if max_new not in self._samplers:
+            self._samplers[max_new] = Sampler(self.model, self.codec, Sampling(max_new=max_new))
+        return self._samplers[max_new]
+
+    def _answer_logps(self, batch: dict[str, Any]) -> np.ndarray:
+        """float64[B, K]: summed log-probability of each branch's answer."""
+        sampler = self._sampler(1)
+        context = sampler.prefill(self.params, batch)
+        logps = np.asarray(sampler.score(self.params, context, batch), np.float64)
+        return (logps * batch["answer_weights"]).sum(axis=-1)
+
+    # Passes over the data.
+
+    def _score_options(self, plan: RowPlan, options: Sequence[Any], sums: np.ndarray) -> None:
+        grouped: dict[tuple[str, int], list[tuple[Any, float]]] = defaultdict(list)
+        for option, value in zip(options, sums, strict=False):
+            grouped[option.example_id, option.turn].append((option, float(value)))
+        for (example_id, turn), group in grouped.items():
+            logps = np.array([value for _, value in group])
+            correct = next(i for i, (option, _) in enumerate(group) if option.correct)
+            value = qa.option_correct(logps, correct)
+            kind = group[0][0].kind
+            item = f"{example_id}/{turn}"
+            scores = {"qa/accuracy": value, f"qa/accuracy/{kind}": value}
+            self.results.table.add(item, plan.video_id, scores)
+            example = next(b.example for b in plan.branches if b.example.example_id == example_id)
+            self.results.samples.append(
+                _sample("qa", item, plan, example, turn, scores)
+                | {"option_logps": logps.round(4).tolist(), "chosen": int(np.argmax(logps))}
+            )
+
+    def _generated(
+        self, dataset: PreparedDataset, builder: RowBuilder, tasks: Sequence[str]
+    ) -> None:
+        plans = evaluation_rows.build_question_rows(dataset, builder, tasks, with_answers=False)
+        sampler = self._sampler(builder.bucket.answers + SPARE_TOKENS)
+        for batch, rows in self._batches(builder, plans, "generate"):
+            context = sampler.prefill(self.params, batch)
+            ids = np.zeros(batch["branch_tokens"].shape[:2], np.uint32)
+            answers = sampler.generate(self.params, context, batch, branch_keys(0, ids))
+            clips = [_clip(dataset, plan, batch, row) for row, plan in enumerate(rows)]
+            asked = _frames_asked(rows, batch)
+            routed = self._router.route(self.params, context, batch, answers, clips, asked)
+            for row, plan in enumerate(rows):
+                for branch, answer in zip(plan.branches, routed[row], strict=False):
+                    self._score_answer(plan, branch.example, branch.turn, answer, clips[row].times)
+
+    def _score_answer(
+        self,
+        plan: RowPlan,
+        example: Example,
+        turn: int,
+        answer: RoutedAnswer,
+        times: np.ndarray,
+    ) -> None:
+        calls = benchmarks.find_calls(example, turn)
+        events = [(event.task, event.result) for event in answer.events]
+        self.results.pairs.append((calls, [(task, None) for task, _ in events]))
+        for call, result in zip(calls, benchmarks.match_events(calls, events), strict=True):
+            scores = benchmarks.score_call(call, result, times)
+            self.results.table.add(call.item, plan.video_id, scores)
+            self.results.samples.append(
+                _sample(example.task, call.item, plan, example, turn, scores)
+                | {"place": call.place, "occurrence": call.occurrence, "answer": answer.to_json()}
+            )
+
+    def _teacher_forced(
+        self, dataset: PreparedDataset, builder: RowBuilder, tasks: Sequence[str]
+    ) -> None:
+        """The head reads its slot in the labelled answer, whatever the model would have said."""
+        plans = evaluation_rows.build_question_rows(dataset, builder, tasks, with_answers=True)
+        for batch, rows in self._batches(builder, plans, "forced routing"):
+            predictions = jax.device_get(self._forced(self.params, batch))
+            for row, plan in enumerate(rows):
+                clip = _clip(dataset, plan, batch, row)
+                for call, slot in _slots(plan):
+                    head = {k: v[row, slot] for k, v in predictions[call.head].items()}
+                    frame = int(batch["slots"]["region"]["frame"][row, slot]) if (
+                        call.head == "region") else 0  # fmt: skip
+                    result = HEADS[call.head].decode(head, dataclasses.replace(clip, frame=frame))
+                    scores = benchmarks.score_call(call, result, clip.times)
+                    self.results.table.add(call.item, plan.video_id, scores, prefix="forced/")
+
+    def _batches(
+        self,
+        builder: RowBuilder,
+        plans: Sequence[RowPlan],
+        label: str,
+        evidence: str | None = None,
+    ) -> Batches:
+        mode = evidence or self.settings.evidence
+        total = -(-len(plans) // builder.bucket.batch_size)
+        every = evaluation_rows.batches(builder, plans)
+        for batch, rows in tqdm.tqdm(
+            every, total=total, desc=label, unit="batch", disable=not self.settings.progress
+        ):
+            yield apply_evidence(batch, mode), rows
+
+    # Shapes.
+
+    def _bucket(
+        self, media: str, branches_built: Iterable[Any], *, branches: int, **more: Any
+    ) -> Bucket:
+        built = list(branches_built)
+        answers = max(len(branch.ids) - branch.answer for branch in built)
+        return Bucket(
+            name=f"evaluation_{media}",
+            media=media,
+            batch_size=self.settings.batch_size,
+            frames=self.config.vision.max_frames if media == "video" else 1,
+            branches=branches,
+            branch_tokens=_round_up(max(len(branch.ids) for branch in built), 8),
+            answers=answers,
+            mask_size=self.config.mask_size,
+            **more,
+        )
+
+    def _head_bucket(self, media: str, examples: Sequence[Example]) -> Bucket:
+        """Holds every question; a row has few slots of a head, which keeps the heads' memory low."""
+        turns = [(example, i) for example in examples for i in range(len(example.turns))]
+        built = [
+            self.codec.build_branch(e.turns[i].question, e.turns[i].answer) for e, i in turns
+        ]
+        slots = {
+            head: max(
+                SLOTS, max(sum(slot.head == head for slot in branch.slots) for branch in built)
+            )
+            for head in (*self.config.heads, "box")
+        }
+        windows = max((len(e.targets.get("windows", ())) for e in examples), default=1)
+        return self._bucket(
+            media,
+            built,
+            branches=min(self.settings.branches, SLOTS * len(slots)),
+            slots=slots,
+            windows=max(1, windows),
+        )
+
+
+def _media(dataset: PreparedDataset) -> list[str]:
+    return sorted({dataset.video_info(video).media for video in dataset.videos})
+
+
+def _examples(dataset: PreparedDataset, media: str) -> Iterator[Example]:
+    for video in dataset.videos:
+        if dataset.video_info(video).media == media:
+            yield from dataset.examples(video)
+
+
+def _clip(dataset: PreparedDataset, plan: RowPlan, batch: dict[str, Any], row: int) -> ClipInfo:
+    """What turns predictions about a row into seconds and pixels."""
+    info = dataset.video_info(plan.video_id)
+    return ClipInfo(
+        start=plan.start,
+        end=plan.end,
+        times=batch["frame_times"][row],
+        frame_valid=batch["frame_valid"][row],
+        height=info.height,
+        width=info.width,
+    )
+
+
+def _frames_asked(plans: Sequence[RowPlan], batch: dict[str, Any]) -> np.ndarray:
+    """int32[B, K]: the frame that a question about a region names, 0 elsewhere."""
+    asked = np.zeros(batch["branch_tokens"].shape[:2], np.int32)
+    for row, plan in enumerate(plans):
+        times = np.where(batch["frame_valid"][row], batch["frame_times"][row], np.inf)
+        for branch, planned in enumerate(plan.branches):
+            for call in benchmarks.find_calls(planned.example, planned.turn):
+                if call.head == "region":
+                    target = planned.example.targets["times"][call.occurrence]
+                    asked[row, branch] = int(np.argmin(np.abs(times - target)))
+                    break
+    return asked
+
+
+def _slots(plan: RowPlan) -> Iterator[tuple[Call, int]]:
+    """Each call of a row's labelled answers, with its slot number in the batch."""
+    used: dict[str, int] = defaultdict(int)
+    for branch in plan.branches:
+        for call in benchmarks.find_calls(branch.example, branch.turn):
+            yield call, used[call.head]
+            used[call.head] += 1
+
+
+def _sample(
+    task: str, item: str, plan: RowPlan, example: Example, turn: int, scores: dict[str, float]
+) -> dict[str, Any]:
+    return {
+        "task": task,
+        "item": item,
+        "video": plan.video_id,
+        "example": example.example_id,
+        "turn": turn,
+        "question": example.turns[turn].question,
+        "scores": {metric: round(value, 4) for metric, value in scores.items()},
+    }
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+

@@ -1,0 +1,131 @@
+"""The files of an evaluation: metrics with intervals, item scores, samples, floors.
+
+FILE.json           metrics, intervals, counts, routing, and every item's score (for paired tests)
+FILE.samples.jsonl  predictions of single items, which the report draws
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from etils import epath
+
+from tpo_jax.evaluation import floors as floors_module
+from tpo_jax.evaluation.bootstrap import ItemScores, interval
+
+FORMAT_VERSION = 1
+
+
+def evaluation_record(
+    scores: Mapping[str, ItemScores],
+    *,
+    routing: Mapping[str, Mapping[str, int]],
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The JSON of one evaluation."""
+    if not scores:
+        raise ValueError(f"{about['data']}: no question of tasks {about['tasks']}; nothing scored")
+    return {
+        "format_version": FORMAT_VERSION,
+        **about,
+        "metrics": {metric: round(s.mean(), 6) for metric, s in scores.items()},
+        "intervals": {
+            metric: [round(edge, 6) for edge in interval(s)] for metric, s in scores.items()
+        },
+        "counts": {
+            metric: {"items": len(s), "videos": len(set(s.videos))} for metric, s in scores.items()
+        },
+        "routing": {task: dict(counts) for task, counts in routing.items()},
+        "items": {metric: s.to_json() for metric, s in scores.items()},
+    }
+
+
+def floors_record(found: floors_module.Floors, **about: str) -> dict[str, Any]:
+    """The JSON of the floors: the best value of each metric, and what was tried."""
+    return {
+        "format_version": FORMAT_VERSION,
+        **about,
+        "floors": {m: round(value, 6) for m, value in floors_module.best(found).items()},
+        "candidates": {
+            metric: [
+                {
+                    "name": c.name,
+                    "train": None if math.isnan(c.train) else round(c.train, 6),
+                    "test": round(c.test, 6),
+                }
+                for c in candidates
+            ]
+            for metric, candidates in found.items()
+        },
+    }
+
+
+def write_json(path: epath.PathLike, record: Mapping[str, Any]) -> None:
+    """Writes under a temporary name, then renames."""
+    _write(epath.Path(path), json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
+    """Reads an evaluation or floors file, refusing another format version."""
+    path = epath.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: missing; write it with `python -m tpo_jax.evaluate`")
+    record = json.loads(path.read_text())
+    if record.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version {record.get('format_version')!r}, expected {FORMAT_VERSION}; "
+            "evaluate again with this version"
+        )
+    return record
+
+
+def samples_path(path: epath.PathLike) -> epath.Path:
+    """runs/eval/stage3.json -> runs/eval/stage3.samples.jsonl."""
+    path = epath.Path(path)
+    return path.with_name(f"{path.stem}.samples.jsonl")
+
+
+def write_samples(path: epath.PathLike, samples: Iterable[Mapping[str, Any]]) -> None:
+    _write(samples_path(path), "".join(json.dumps(sample) + "\n" for sample in samples))
+
+
+def read_samples(path: epath.PathLike) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in samples_path(path).read_text().splitlines()]
+
+
+def format_metrics(record: Mapping[str, Any]) -> str:
+    """One line per metric: value, interval, number of items and videos."""
+    lines = [f"{'metric':32s} {'value':>7s}  {'95 % interval':>16s}  {'items':>6s} {'videos':>6s}"]
+    for metric, value in record["metrics"].items():
+        low, high = record["intervals"][metric]
+        count = record["counts"][metric]
+        lines.append(
+            f"{metric:32s} {value:7.3f}  [{low:6.3f}, {high:6.3f}]  "
+            f"{count['items']:6d} {count['videos']:6d}"
+        )
+    for task, counts in record["routing"].items():
+        parts = ", ".join(f"{count} {name}" for name, count in counts.items())
+        lines.append(f"routing of {task}: {parts}")
+    return "\n".join(lines)
+
+
+def format_floors(record: Mapping[str, Any]) -> str:
+    """One line per candidate, the best of each metric marked."""
+    lines = [f"{'floor':28s} {'test':>7s} {'train':>7s}  chosen on the training split"]
+    for metric, candidates in record["candidates"].items():
+        for candidate in sorted(candidates, key=lambda c: -c["test"]):
+            train = "" if candidate["train"] is None else f"{candidate['train']:.3f}"
+            lines.append(
+                f"{metric:28s} {candidate['test']:7.3f} {train:>7s}  {candidate['name']}"
+            )
+    return "\n".join(lines)
+
+
+def _write(path: epath.Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,222 @@
+"""From head calls in generated answers to results: run the heads, decode, inline in the text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from tpo_jax.data.text import TextCodec
+from tpo_jax.generation.sampler import Arrays, Context, Generation
+from tpo_jax.models.heads import HEADS, ClipInfo
+from tpo_jax.models.video_language import FunctionalModel
+
+Result = dict[str, Any]
+# A temporal answer names every window with at least this share of the best one's score.
+NAMED_WINDOWS = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """One head call in an answer.
+
+    Attributes:
+      task: name of the head.
+      slot: position of the slot token in the answer's tokens.
+      result: what the head's `decode` gives.
+    """
+
+    task: str
+    slot: int
+    result: Result
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutedAnswer:
+    """An answer with its head results.
+
+    Attributes:
+      text: results inlined, for people.
+      marked: with "<region>" and so on at head calls, as in training texts.
+      finished: whether the answer ended by itself.
+      events: in order of the text.
+    """
+
+    text: str
+    marked: str
+    finished: bool
+    events: tuple[Event, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """{text, marked, finished, events: [{task, slot, result}]}; masks become COCO RLE."""
+        events = [{"task": e.task, "slot": e.slot, "result": _jsonable(e.result)}
+                  for e in self.events]
+        return {"text": self.text, "marked": self.marked, "finished": self.finished,
+                "events": events}
+
+
+class Router:
+    """Runs the heads of one model on collected slot states; one compiled program per head."""
+
+    def __init__(self, model: FunctionalModel, codec: TextCodec):
+        self.model, self.codec = model, codec
+        self.heads = tuple(model.config.heads)
+        self._run = jax.jit(self._run_head, static_argnames="name")
+
+    def _run_head(self, params: Any, features: Any, frames: jax.Array, frame_valid: jax.Array,
+                  states: jax.Array, frame: jax.Array, *, name: str) -> dict[str, jax.Array]:
+        model = self.model.bind(params)
+        return model.run_head(name, states, features, frames, frame_valid, frame)
+
+    def route(self, params: Any, context: Context, batch: Arrays, generation: Generation,
+              clips: Sequence[ClipInfo], frames_asked: np.ndarray | None = None
+              ) -> list[list[RoutedAnswer | None]]:
+        """Decodes all answers of a batch, heads included.
+
+        Args:
+          context: of `Sampler.prefill`; its features are read by the heads.
+          batch: frames uint8[B, F, H, W, 3] and frame_valid bool[B, F] are read.
+          generation: of `Sampler.generate`.
+          clips: one a row (may be fewer than B: the rest is filling).
+          frames_asked: int32[B, K], frame that a region call answers for; None is each row's
+            `ClipInfo.frame`.
+
+        Returns:
+          [row][branch]; None for an unused branch.
+        """
+        host = jax.device_get(generation)
+        rows, branches = host.lengths.shape
+        if frames_asked is None:
+            asked = [clip.frame for clip in clips] + [0] * (rows - len(clips))
+            frames_asked = np.repeat(np.asarray(asked, np.int32)[:, None], branches, axis=1)
+        results: dict[tuple[int, int, int], Result] = {}
+        for index, name in enumerate(self.heads):
+            places = [tuple(int(i) for i in place)
+                      for place in np.argwhere(host.event_heads[: len(clips)] == index)]
+            for places_now, predictions in self._predictions(
+                    params, name, places, context, batch, host, frames_asked):
+                for place, one in zip(places_now, predictions, strict=True):
+                    row, branch, _ = place
+                    clip = dataclasses.replace(clips[row], frame=int(frames_asked[row, branch]))
+                    results[place] = HEADS[name].decode(one, clip)
+        return [[self._answer(host, row, branch, results, clips[row].frame_valid)
+                 for branch in range(branches)] for row in range(len(clips))]
+
+    def _predictions(self, params: Any, name: str, places: Sequence[tuple[int, int, int]],
+                     context: Context, batch: Arrays, host: Generation, asked: np.ndarray):
+        """Yields (places, predictions of each) with one event of every row at a time.
+
+        One slot a row keeps the mask head's memory at B clips, however many calls an answer makes.
+        """
+        rows = host.lengths.shape[0]
+        nth: Counter[int] = Counter()
+        rounds: list[list[tuple[int, int, int]]] = []
+        for place in places:
+            number = nth[place[0]]
+            nth[place[0]] += 1
+            if number == len(rounds):
+                rounds.append([])
+            rounds[number].append(place)
+        for now in rounds:
+            states = np.zeros((rows, 1, host.event_states.shape[-1]), np.float32)
+            frame = np.zeros((rows, 1), np.int32)
+            for row, branch, event in now:
+                states[row, 0] = host.event_states[row, branch, event]
+                frame[row, 0] = asked[row, branch]
+            predictions = jax.device_get(self._run(
+                params, context.encoded.features, jnp.asarray(batch["frames"]),
+                jnp.asarray(batch["frame_valid"]), states, frame, name=name))
+            yield now, [_of_slot(predictions, row) for row, _, _ in now]
+
+    def _answer(self, host: Generation, row: int, branch: int,
+                results: Mapping[tuple[int, int, int], Result],
+                frame_valid: np.ndarray) -> RoutedAnswer | None:
+        length = int(host.lengths[row, branch])
+        if not length:
+            return None
+        tokens = host.tokens[row, branch, :length]
+        events, pieces, begin = [], [], 0
+        for number, head in enumerate(host.event_heads[row, branch]):
+            if head < 0:
+                break
+            name, slot = self.heads[head], int(host.event_positions[row, branch, number])
+            result = results[row, branch, number]
+            events.append(Event(name, slot, result))
+            # The routing token stands right before the slot.
+            pieces += [self.codec.decode(tokens[begin : slot - 1]), inline(name, result)]
+            begin = slot + 1
+        text = "".join([*pieces, self.codec.decode(tokens[begin:])])
+        return RoutedAnswer(text.strip(), self.codec.decode(tokens).strip(),
+                            bool(host.finished[row, branch]), tuple(events))
+
+
+def _of_slot(predictions: Mapping[str, np.ndarray], row: int) -> dict[str, np.ndarray]:
+    """The predictions of a row's only slot; what a head gives per row is passed as it is."""
+    return {name: value[row, 0] if value.ndim > 2 and value.shape[1] == 1 else value[row]
+            for name, value in predictions.items()}
+
+
+def inline(task: str, result: Result) -> str:
+    """A result as words: "[12,30,20,41]" in pixels, "from 4.0 s to 7.5 s", "(visible ...)".
+
+    A head without words of its own is named.
+    """
+    return _WORDS.get(task, lambda _: f"({task})")(result)
+
+
+def _region_words(result: Result) -> str:
+    return "[" + ",".join(str(round(v)) for v in result["box_pixels"]) + "]"
+
+
+def _temporal_words(result: Result) -> str:
+    windows = result["windows"]
+    named = sorted(w[:2] for w in windows if w[2] >= NAMED_WINDOWS * windows[0][2])
+    spans = [f"from {start:.1f} s to {end:.1f} s" for start, end in named]
+    return " and ".join(spans)
+
+
+def _mask_words(result: Result) -> str:
+    seen = [time for time, box in zip(result["times"], result["boxes"], strict=True) if box]
+    if not seen:
+        return "(not visible)"
+    if len(result["times"]) == 1:
+        box = next(box for box in result["boxes"] if box)
+        return "(mask in " + "[" + ",".join(f"{v:.2f}" for v in box) + "])"
+    return f"(visible from {seen[0]:.1f} s to {seen[-1]:.1f} s)"
+
+
+_WORDS = {"region": _region_words, "temporal": _temporal_words, "mask": _mask_words}
+
+
+@functools.singledispatch
+def _jsonable(value: Any) -> Any:
+    return value
+
+
+@_jsonable.register
+def _(value: dict) -> Any:
+    return {key: _rles(item) if key == "masks" else _jsonable(item) for key, item in value.items()}
+
+
+@_jsonable.register
+def _(value: list) -> Any:
+    return [_jsonable(item) for item in value]
+
+
+@_jsonable.register
+def _(value: np.ndarray) -> Any:
+    return value.tolist()
+
+
+def _rles(masks: np.ndarray) -> list[dict[str, Any] | None]:
+    """COCO RLE of bool[n, h, w] masks, None for an empty one."""
+    encoded = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
+    return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} if mask.any() else None
+            for rle, mask in zip(encoded, masks, strict=True)]

@@ -1,0 +1,111 @@
+"""Runs a model folder here and its export in PyTorch on the same inputs, part by part."""
+
+import importlib.util
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from tpo_jax.data.text import TextCodec
+from tpo_jax.interop.folder import load_model
+from tpo_jax.models.heads import HEADS
+from tpo_jax.models.video_language import FunctionalModel
+
+QUESTION = "what happens here?"
+
+
+def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> dict[str, float]:
+    """Largest absolute difference of each part, in the order in which they are computed.
+
+    Both sides get one random clip and, for every head of the model, a question whose answer is
+    the head's routing and slot token.
+    """
+    config, params, codec = load_model(model)
+    frames = np.random.default_rng(seed).integers(
+        0, 256, (1, min(4, config.vision.max_frames), *(2 * [config.vision.image_size]), 3), np.uint8
+    )
+    functional_model = FunctionalModel(config)
+    other = _runtime(exported).VideoLanguageModel.from_folder(exported)
+    visual, features = other.encode(frames)
+    differences = {}
+    for name in config.heads or ("",):
+        answer = f"<{name}>" if name else "nothing"
+        ours = _forward(functional_model, params, codec, frames, answer, name)
+        differences["vision/patches"] = _difference(ours["patches"], features["patches"])
+        differences["connector/visual"] = _difference(ours["visual"], visual)
+        head = HEADS[name] if name else None
+        written = f"{head.routing_token}{head.slot_token}" if head else answer
+        theirs = other.hidden(QUESTION, written, visual)
+        differences[f"language/{name or 'hidden'}"] = _difference(ours["hidden"], theirs)
+        logits = other.language.lm_head(theirs)
+        differences[f"logits/{name or 'hidden'}"] = _difference(ours["logits"], logits)
+        if head:
+            states = getattr(other, name)(theirs[:, -1:], features)
+            differences |= _head_differences(name, ours["head"], states)
+    return differences
+
+
+def _runtime(exported: epath.PathLike) -> Any:
+    """The exported folder's own PyTorch file as a module."""
+    path = pathlib.Path(exported) / "tpo_torch.py"
+    spec = importlib.util.spec_from_file_location("tpo_torch", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _forward(
+    functional_model: FunctionalModel,
+    params: Any,
+    codec: TextCodec,
+    frames: np.ndarray,
+    answer: str,
+    head: str,
+) -> dict[str, Any]:
+    """patches, visual, hidden float32[1, n, D] and logits of the text after the video (without the
+    end token), and the head's predictions at the last token."""
+    offset = codec.template.visual_offset
+    branch = codec.build_branch(QUESTION, answer).ids[:-1]
+
+    @jax.jit
+    def run(params: Any, frames: jax.Array) -> dict[str, Any]:
+        module = functional_model.bind(params)
+        valid = jnp.ones(frames.shape[:2], bool)
+        encoded = module.encode(frames, valid)
+        span = encoded.visual.shape[1]
+        prefix = jnp.asarray(codec.build_prefix(span))[None]
+        P, total = prefix.shape[1], prefix.shape[1] + len(branch)
+        positions, ones = jnp.arange(total)[None], jnp.ones((1, total), jnp.int32)
+        before, cache = module.language.prefill(
+            module.embed_prefix(prefix, encoded.visual), positions[:, :P], ones[:, :P]
+        )
+        after, _ = module.language.extend(
+            module.embed_branches(jnp.asarray(branch)[None, None], {}),
+            positions[:, None, P:], ones[:, None, P:], cache, ones[:, :P],
+        )  # fmt: skip
+        # The text after the video starts inside of the prefix.
+        hidden = jnp.concatenate([before[:, offset + span :], after[:, 0]], axis=1)
+        out = {"patches": encoded.features.patches, "visual": encoded.visual, "hidden": hidden,
+               "logits": hidden @ module.language.table.T}  # fmt: skip
+        if head:
+            states = hidden[:, -1:]
+            out["head"] = module.run_head(head, states, encoded.features, frames, valid)
+        return out
+
+    return run(params, frames)
+
+
+def _head_differences(name: str, ours: Any, theirs: Any) -> dict[str, float]:
+    if not isinstance(theirs, dict):
+        return {f"heads/{name}/boxes": _difference(ours["boxes"], theirs)}
+    return {f"heads/{name}/{key}": _difference(ours[key], theirs[key]) for key in theirs}
+
+
+def _difference(ours: jax.Array, theirs: Any) -> float:
+    theirs = theirs.detach().numpy()
+    if ours.shape != theirs.shape:
+        raise ValueError(f"shapes differ: {ours.shape} here, {theirs.shape} in PyTorch")
+    return float(np.max(np.abs(np.asarray(ours, np.float64) - theirs)))

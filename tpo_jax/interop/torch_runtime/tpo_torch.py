@@ -1,0 +1,271 @@
+"""Runs an exported tpo_jax model in PyTorch: video encoder, task tokens and heads.
+
+Needs torch, transformers, safetensors and numpy; it reads only the folder that it lies in.
+
+    from tpo_torch import VideoLanguageModel
+    model = VideoLanguageModel.from_folder("exported")
+    visual, features = model.encode(frames)              # uint8[1, F, H, W, 3]
+    hidden = model.hidden("When does the red circle grow?", "<time_begin><temp>", visual)
+    spans = model.temporal(hidden[:, -1:], features)     # the state at the slot token
+
+Weights keep the names and the [in, out] layout of tpo_jax; a stacked leaf has one entry a layer.
+"""
+
+import json
+import math
+import pathlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SLOT_TOKENS = {"<boxes>": "region", "<temp>": "temporal", "<tracking>": "mask"}
+BOX_TOKEN = "<track_box>"
+
+
+class Weights:
+    """Tensors by path below one prefix; `layer` picks an entry of stacked leaves."""
+
+    def __init__(self, tensors, prefix="", layer=None):
+        self.tensors, self.prefix, self.layer = tensors, prefix, layer
+
+    def at(self, name, layer=None):
+        return Weights(self.tensors, f"{self.prefix}{name}/", self.layer if layer is None else layer)
+
+    def has(self, name):
+        return f"{self.prefix}{name}" in self.tensors
+
+    def __getitem__(self, name):
+        tensor = self.tensors[f"{self.prefix}{name}"]
+        return tensor if self.layer is None else tensor[self.layer]
+
+    def children(self, name):
+        """How many of <name>0, <name>1, ... there are."""
+        count = 0
+        while any(key.startswith(f"{self.prefix}{name}{count}/") for key in self.tensors):
+            count += 1
+        return count
+
+
+def linear(w, x):
+    y = x @ w["kernel"]
+    return y + w["bias"] if w.has("bias") else y
+
+
+def layer_norm(w, x):
+    return F.layer_norm(x, x.shape[-1:], w["scale"], w["bias"], eps=1e-6)
+
+
+def mlp(w, x):
+    return linear(w.at("fc2"), F.gelu(linear(w.at("fc1"), x), approximate="tanh"))
+
+
+def attend(q, k, v, heads):
+    """[rows, T, C], [rows, S, C] -> [rows, T, C]."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def self_attention(w, x, heads):
+    q, k, v = (linear(w.at(name), x) for name in ("q_proj", "k_proj", "v_proj"))
+    return linear(w.at("o_proj"), attend(q, k, v, heads))
+
+
+def slot_attention(w, queries, tokens, heads):
+    q = linear(w.at("q_proj"), layer_norm(w.at("query_norm"), queries))
+    k, v = linear(w.at("k_proj"), tokens), linear(w.at("v_proj"), tokens)
+    x = queries + linear(w.at("o_proj"), attend(q, k, v, heads))
+    return x + mlp(w.at("mlp"), layer_norm(w.at("mlp_norm"), x))
+
+
+def frame_mixer(w, x, heads):
+    """[B, S, F, C]: each slot over its frames."""
+    rows = layer_norm(w.at("attention_norm"), x).flatten(0, 1)
+    x = x + self_attention(w.at("attention"), rows, heads).view_as(x)
+    return x + mlp(w.at("mlp"), layer_norm(w.at("mlp_norm"), x))
+
+
+def to_patches(x, stride):
+    *lead, H, W, C = x.shape
+    x = x.reshape(*lead, H // stride, stride, W // stride, stride, C).transpose(-4, -3)
+    return x.reshape(*lead, H // stride, W // stride, stride * stride * C)
+
+
+def bilinear_weights(size_in, size_out):
+    position = (torch.arange(size_out) + 0.5) * size_in / size_out - 0.5
+    position = position.clamp(0, size_in - 1)
+    return (1 - (position[:, None] - torch.arange(size_in)).abs()).clamp(min=0)
+
+
+class VideoLanguageModel:
+    """The exported model in float32. Every frame of a clip is taken to be valid."""
+
+    def __init__(self, config, template, tensors, language, tokenizer):
+        self.config, self.template = config, template
+        self.weights = Weights(tensors)
+        self.language, self.tokenizer = language, tokenizer
+        self.head_heads = config["head"]["heads"]
+
+    @classmethod
+    def from_folder(cls, folder):
+        folder = pathlib.Path(folder)
+        about = json.loads((folder / "tpo_config.json").read_text())
+        return cls(
+            about["model"],
+            about["template"],
+            load_file(folder / "tpo.safetensors"),
+            AutoModelForCausalLM.from_pretrained(folder / "language_model").eval(),
+            AutoTokenizer.from_pretrained(folder / "language_model"),
+        )
+
+    @staticmethod
+    def normalise(frames):
+        return torch.as_tensor(np.asarray(frames)).float() / 127.5 - 1.0
+
+    def encode(self, frames):
+        """uint8[B, F, H, W, 3] -> visual tokens [B, n, D] and {"stem", "patches", "pixels"}."""
+        vision = self.config["vision"]
+        w = self.weights.at("vision")
+        pixels = self.normalise(frames)
+        x, stem = pixels, None
+        levels = len(vision["stem_strides"])
+        for i, stride in enumerate(vision["stem_strides"]):
+            x = linear(w.at("stem").at(f"level{i}").at("proj"), to_patches(x, stride))
+            if i + 1 < levels:
+                x = layer_norm(w.at("stem_norms").at(f"level{i}"), x)
+                x = F.gelu(x, approximate="tanh")
+            stem = x if stem is None else stem
+        B, frames_n, h, wd, D = x.shape
+        x = x.reshape(B, frames_n, h * wd, D) + w["position"]
+        if vision["temporal"] == "divided":
+            x = x + w["frame_position"][:frames_n, None]
+        for layer in range(vision["depth"]):
+            x = self._vision_block(w.at("layers", layer), x)
+        patches = layer_norm(w.at("final_norm"), x).reshape(B, frames_n, h, wd, D)
+        features = {"stem": stem, "patches": patches, "pixels": pixels}
+        return self._connect(patches), features
+
+    def _vision_block(self, w, x):
+        vision = self.config["vision"]
+        B, frames, p, D = x.shape
+        if vision["temporal"] == "divided":
+            over_time = layer_norm(w.at("temporal_norm"), x).transpose(1, 2).flatten(0, 1)
+            over_time = self_attention(w.at("temporal_attention"), over_time, vision["heads"])
+            x = x + over_time.view(B, p, frames, D).transpose(1, 2)
+        over_space = layer_norm(w.at("spatial_norm"), x).flatten(0, 1)
+        x = x + self_attention(w.at("spatial_attention"), over_space, vision["heads"]).view_as(x)
+        return x + mlp(w.at("mlp"), layer_norm(w.at("mlp_norm"), x))
+
+    def _connect(self, patches):
+        B, frames, h, w, D = patches.shape
+        grid = self.config["connector"]["grid"]
+        x = patches.reshape(B, frames, grid, h // grid, grid, w // grid, D).mean((3, 5))
+        return mlp(self.weights.at("connector").at("mlp"), x.reshape(B, frames * grid * grid, D))
+
+    def prompt_ids(self, question, answer):
+        """Token ids around the visual tokens: before, and after with question and answer."""
+        t = self.template
+
+        def ids(text):
+            return self.tokenizer.encode(text, add_special_tokens=False)
+
+        # Texts are tokenised apart, as in training: a template token never joins a word.
+        after = ids(t["after_video"]) + ids(t["user"]) + ids(question) + ids(t["assistant"])
+        return ids(t["before_video"]), after + ids(answer)
+
+    def embed(self, ids, boxes=()):
+        """Embeddings [1, n, D]; slot tokens are task vectors, box tokens the given boxes in turn."""
+        names = {token: self.config["tokens"].get(token) for token in (*SLOT_TOKENS, BOX_TOKEN)}
+        embeds = self.language.get_input_embeddings()(torch.tensor([ids])).clone()
+        boxes = iter(boxes)
+        for i, token in enumerate(ids):
+            for name, head in SLOT_TOKENS.items():
+                if token == names[name]:
+                    embeds[0, i] = self.weights.at("task_tokens")[head]
+            if token == names[BOX_TOKEN]:
+                box = torch.tensor(next(boxes), dtype=torch.float32)
+                embeds[0, i] = mlp(self.weights.at("box_encoder"), box)
+        return embeds
+
+    def hidden(self, question, answer, visual, boxes=()):
+        """States [1, n, D] after the final norm for the text after the video, answer included."""
+        before, after = self.prompt_ids(question, answer)
+        embeds = torch.cat([self.embed(before), visual, self.embed(after, boxes)], dim=1)
+        states = self.language.model(inputs_embeds=embeds).last_hidden_state
+        return states[:, len(before) + visual.shape[1] :]
+
+    def _frame_tokens(self, w, stem, patches):
+        fine = linear(w.at("stem_proj"), stem)
+        coarse = linear(w.at("patch_proj"), patches)
+        repeats = fine.shape[1] // coarse.shape[1]
+        coarse = coarse.repeat_interleave(repeats, 1).repeat_interleave(repeats, 2)
+        return layer_norm(w.at("norm"), (fine + coarse).flatten(1, 2) + w["position"])
+
+    def region(self, slot_states, features, frame=0):
+        """[1, S, D] -> boxes [1, S, 4], xyxy normalised, on one frame."""
+        w = self.weights.at("heads").at("region")
+        tokens = self._frame_tokens(
+            w.at("tokens"), features["stem"][:, frame], features["patches"][:, frame]
+        )
+        B, S, _ = slot_states.shape
+        x = linear(w.at("slot_proj"), slot_states).reshape(B * S, 1, -1)
+        tokens = tokens.repeat_interleave(S, 0)
+        layers = w.at("layers")
+        for i in range(layers.children("layer")):
+            x = slot_attention(layers.at(f"layer{i}"), x, tokens, self.head_heads)
+        box = torch.sigmoid(mlp(w.at("readout"), layer_norm(w.at("final_norm"), x)))
+        centre, half = box[..., :2], box[..., 2:] / 2
+        return torch.cat([centre - half, centre + half], -1).view(B, S, 4)
+
+    def temporal(self, slot_states, features):
+        """[1, S, D] -> {"foreground" [1, S, F], "spans" [1, S, F, 2], "saliency" [1, S, F]}."""
+        w = self.weights.at("heads").at("temporal")
+        patches = features["patches"]
+        B, frames = patches.shape[:2]
+        S = slot_states.shape[1]
+        tokens = layer_norm(w.at("patch_norm"), linear(w.at("patch_proj"), patches))
+        tokens = tokens.reshape(B * frames, -1, tokens.shape[-1])
+        slots = linear(w.at("slot_proj"), slot_states).repeat_interleave(frames, 0)
+        x = slot_attention(w.at("pool"), slots, tokens, self.head_heads)
+        x = x.view(B, frames, S, -1) + w["frame_position"][:frames, None]
+        x = self._mix(w, x.transpose(1, 2))
+        centres = (torch.arange(frames) + 0.5) / frames
+        reach = torch.sigmoid(mlp(w.at("offsets"), x))
+        return {
+            "foreground": linear(w.at("foreground"), x)[..., 0],
+            "spans": centres[:, None] + reach * torch.tensor([-1.0, 1.0]),
+            "saliency": linear(w.at("saliency"), x)[..., 0],
+        }
+
+    def mask(self, slot_states, features):
+        """[1, S, D] -> {"masks" [1, S, F, m, m] logits, "presence" [1, S, F] logits}."""
+        w = self.weights.at("heads").at("mask")
+        stem, patches, pixels = features["stem"], features["patches"], features["pixels"]
+        B, frames = patches.shape[:2]
+        S = slot_states.shape[1]
+        tokens = self._frame_tokens(w.at("tokens"), stem.flatten(0, 1), patches.flatten(0, 1))
+        slots = linear(w.at("slot_proj"), slot_states).repeat_interleave(frames, 0)
+        x = slot_attention(w.at("gather"), slots, tokens, self.head_heads)
+        x = self._mix(w, x.view(B, frames, S, -1).transpose(1, 2))
+        query = mlp(w.at("query"), x)
+        stride = self.config["head"]["mask_stride"]
+        size, grid = pixels.shape[-2] // stride, math.isqrt(tokens.shape[1])
+        context = linear(w.at("token_proj"), tokens).unflatten(1, (grid, grid))
+        resize = bilinear_weights(grid, size)
+        context = torch.einsum("ah,bw,nhwc->nabc", resize, resize, context)
+        cells = linear(w.at("raw_proj"), to_patches(pixels, stride)).flatten(0, 1) + context
+        cells = linear(w.at("pixel_out"), F.gelu(cells, approximate="tanh"))
+        cells = cells.view(B, frames, size * size, -1)
+        logits = torch.einsum("bsfc,bfpc->bsfp", query[..., :-1], cells) + query[..., -1:]
+        return {
+            "masks": logits.unflatten(-1, (size, size)),
+            "presence": linear(w.at("presence"), x)[..., 0],
+        }
+
+    def _mix(self, w, x):
+        layers = w.at("layers")
+        for i in range(layers.children("layer")):
+            x = frame_mixer(layers.at(f"layer{i}"), x, self.head_heads)
+        return layer_norm(w.at("final_norm"), x)

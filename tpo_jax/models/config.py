@@ -1,0 +1,295 @@
+"""The configuration of a model: frozen dataclasses that check themselves.
+
+A wrong value raises ValueError naming the field, the value and the fix. `ModelConfig.to_dict` is
+what config.json of a model folder holds; an unknown or missing key there is an error by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+FORMAT_VERSION = 1
+VOCABULARY_MULTIPLE = 128
+DTYPES = ("float32", "bfloat16")
+
+
+def _require(condition: bool, field: str, value: Any, reason: str) -> None:
+    if not condition:
+        raise ValueError(f"model config: {field}={value!r}: {reason}")
+
+
+def _require_positive(config: Any, prefix: str, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        _require(value > 0, f"{prefix}.{field}", value, "must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Video encoder: a hierarchical stem of non-overlapping patches, then transformer blocks.
+
+    A plain ViT is one stem level, e.g. `stem_strides=(14,)`, with `temporal="none"`.
+    """
+
+    image_size: int
+    stem_strides: tuple[int, ...]
+    stem_widths: tuple[int, ...]
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    max_frames: int
+    # "divided": each block first attends over time at each patch. "none": frames are independent.
+    temporal: str = "divided"
+    remat: bool = False
+
+    def __post_init__(self):
+        _require_positive(
+            self, "vision", "image_size", "width", "depth", "heads", "mlp_ratio", "max_frames"
+        )
+        _require(
+            len(self.stem_strides) == len(self.stem_widths) > 0, "vision.stem_widths",
+            self.stem_widths, f"needs one width for each stride of {self.stem_strides}",
+        )
+        stride = math.prod(self.stem_strides)
+        _require(
+            self.image_size % stride == 0, "vision.image_size", self.image_size,
+            f"must be a multiple of the total stem stride {stride}",
+        )
+        _require(
+            self.stem_widths[-1] == self.width, "vision.stem_widths", self.stem_widths,
+            f"must end in vision.width={self.width}",
+        )
+        _require(
+            self.width % self.heads == 0, "vision.heads", self.heads,
+            f"must divide vision.width={self.width}",
+        )
+        _require(
+            self.temporal in ("divided", "none"), "vision.temporal", self.temporal,
+            'use "divided" or "none"',
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a frame."""
+        return self.image_size // math.prod(self.stem_strides)
+
+    @property
+    def stem_grid(self) -> int:
+        """Patches along one side of a frame at the first stem level."""
+        return self.image_size // self.stem_strides[0]
+
+    @property
+    def mlp_width(self) -> int:
+        return round(self.width * self.mlp_ratio)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectorConfig:
+    """Average pooling of a frame's patches to grid x grid tokens, then a two-layer MLP."""
+
+    grid: int
+    hidden: int
+
+    def __post_init__(self):
+        _require_positive(self, "connector", "grid", "hidden")
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.grid**2
+
+    def num_visual_tokens(self, frames: int) -> int:
+        """Tokens that a clip of `frames` frames puts into the prefix."""
+        return frames * self.tokens_per_frame
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageConfig:
+    """Decoder of the Llama / Mistral / Qwen2 family.
+
+    `vocab_size` counts table rows (a multiple of 128); `num_tokens` counts ids in use: logits of
+    the rows from there on are padding and have to be masked by whoever normalises over them.
+    """
+
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    num_tokens: int | None = None
+    rope_theta: float = 10000.0
+    norm_epsilon: float = 1e-6
+    qkv_bias: bool = False
+    tied_head: bool = False
+    dropout: float = 0.0
+    remat: bool = False
+    attention: str = "xla"
+
+    def __post_init__(self):
+        _require_positive(
+            self, "language", "vocab_size", "width", "depth", "heads", "kv_heads", "head_dim",
+            "mlp_width", "rope_theta", "norm_epsilon",
+        )
+        _require(
+            self.vocab_size % VOCABULARY_MULTIPLE == 0, "language.vocab_size", self.vocab_size,
+            f"round up to a multiple of {VOCABULARY_MULTIPLE}: "
+            f"{-(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE}",
+        )
+        if self.num_tokens is None:
+            object.__setattr__(self, "num_tokens", self.vocab_size)
+        _require(
+            0 < self.num_tokens <= self.vocab_size, "language.num_tokens", self.num_tokens,
+            f"must be in 1..vocab_size={self.vocab_size}; raise vocab_size",
+        )
+        _require(
+            self.heads % self.kv_heads == 0, "language.kv_heads", self.kv_heads,
+            f"must divide language.heads={self.heads}",
+        )
+        _require(
+            self.head_dim % 2 == 0, "language.head_dim", self.head_dim,
+            "must be even (rotary positions turn pairs)",
+        )
+        _require(
+            0.0 <= self.dropout < 1.0, "language.dropout", self.dropout, "must be in [0, 1)"
+        )
+        backends = ("xla", "cudnn", "splash", "splash_interpret")
+        _require(
+            self.attention in backends, "language.attention", self.attention,
+            f"use one of {backends}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """Size of the task heads; they share it so that a head is one name in `ModelConfig.heads`."""
+
+    width: int
+    heads: int
+    layers: int
+    # The mask head answers at image_size / mask_stride.
+    mask_stride: int
+
+    def __post_init__(self):
+        _require_positive(self, "head", "width", "heads", "layers", "mask_stride")
+        _require(
+            self.width % self.heads == 0, "head.heads", self.heads,
+            f"must divide head.width={self.width}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on every kernel whose "/"-joined path matches `pattern` (re.search)."""
+
+    pattern: str
+    rank: int
+    alpha: float
+
+    def __post_init__(self):
+        _require_positive(self, "lora", "rank", "alpha")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides the shapes and the meaning of the parameters."""
+
+    vision: VisionConfig
+    connector: ConnectorConfig
+    language: LanguageConfig
+    head: HeadConfig
+    # Names of registered task heads (models/heads), in any order.
+    heads: tuple[str, ...] = ()
+    # Ids of the routing and slot tokens of those heads, e.g. {"<box_begin>": 1000, ...}.
+    tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    # Where the visual tokens start in the prefix.
+    visual_offset: int = 2
+    dtype: str = "float32"
+    lora: LoraConfig | None = None
+
+    def __post_init__(self):
+        _require(self.dtype in DTYPES, "dtype", self.dtype, f"use one of {DTYPES}")
+        _require(self.visual_offset >= 0, "visual_offset", self.visual_offset, "must be 0 or more")
+        _require(
+            self.vision.grid % self.connector.grid == 0, "connector.grid", self.connector.grid,
+            f"must divide the patch grid {self.vision.grid} (image_size / stem strides)",
+        )
+        _require(
+            self.vision.image_size % self.head.mask_stride == 0, "head.mask_stride",
+            self.head.mask_stride, f"must divide vision.image_size={self.vision.image_size}",
+        )
+        _require(
+            len(set(self.heads)) == len(self.heads), "heads", self.heads, "names a head twice"
+        )
+        for token, index in self.tokens.items():
+            _require(
+                0 <= index < self.language.num_tokens, f"tokens[{token!r}]", index,
+                f"must be below language.num_tokens={self.language.num_tokens}",
+            )
+
+    @property
+    def mask_size(self) -> int:
+        """Side of the mask head's logits and targets, in cells."""
+        return self.vision.image_size // self.head.mask_stride
+
+    def num_visual_tokens(self, frames: int) -> int:
+        return self.connector.num_visual_tokens(frames)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` is its inverse."""
+        out = dataclasses.asdict(self)
+        out["tokens"] = dict(self.tokens)
+        return {"format_version": FORMAT_VERSION} | _lists(out)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """Raises ValueError for an unknown, missing or wrong key, by name."""
+        data = dict(data)
+        version = data.pop("format_version", None)
+        _require(
+            version == FORMAT_VERSION, "format_version", version,
+            f"this program reads version {FORMAT_VERSION}; convert the model with the program "
+            "that wrote it",
+        )
+        return _from_dict(cls, data, "")
+
+
+_NESTED = {
+    "vision": VisionConfig, "connector": ConnectorConfig, "language": LanguageConfig,
+    "head": HeadConfig, "lora": LoraConfig,
+}  # fmt: skip
+
+
+def _from_dict(cls: type, data: Any, prefix: str) -> Any:
+    _require(isinstance(data, Mapping), prefix or "config", data, "must be an object")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in data:
+        _require(key in fields, f"{prefix}{key}", data[key], f"unknown key; known: {list(fields)}")
+    values = {}
+    for name, field in fields.items():
+        optional = (
+            field.default is not dataclasses.MISSING
+            or field.default_factory is not dataclasses.MISSING
+        )
+        _require(name in data or optional, f"{prefix}{name}", None, "is missing")
+        if name not in data:
+            continue
+        value = data[name]
+        if cls is ModelConfig and name in _NESTED and value is not None:
+            value = _from_dict(_NESTED[name], value, f"{name}.")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value

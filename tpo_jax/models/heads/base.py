@@ -1,0 +1,144 @@
+"""What a task head is, what it is given, and the layer that heads share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tpo_jax.models.attention import attention
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.layers import LayerNorm, Linear, Mlp
+from tpo_jax.models.vision import SelfAttention, VisionFeatures
+from tpo_jax.parallel.weighted_sum import WeightedSum
+
+# A box that the user gives: its slot is an input, filled by the box encoder.
+BOX_MARKER, BOX_TOKEN = "<box>", "<track_box>"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeadInputs:
+    """Everything a head may read, for S slots in each of B rows.
+
+    slot_states: float32[B, S, D], hidden state of the language model at the slot token.
+    features: VisionFeatures of the row's clip, float32.
+    frames: float32[B, F, H, W, 3], the clip itself, normalised.
+    frame_valid: bool[B, F].
+    frame: int32[B, S], frame that the slot asks about (read by the region head only).
+    """
+
+    slot_states: jax.Array
+    features: VisionFeatures
+    frames: jax.Array
+    frame_valid: jax.Array
+    frame: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipInfo:
+    """What turns normalised predictions into seconds and pixels.
+
+    start, end: bounds of the clip in seconds. times: float[F], seconds. frame_valid: bool[F].
+    height, width: of the original video, pixels. frame: index of the frame asked about.
+    """
+
+    start: float
+    end: float
+    times: np.ndarray
+    frame_valid: np.ndarray
+    height: int
+    width: int
+    frame: int = 0
+
+
+class HeadModule(Protocol):
+    """An nnx.Module made as `module(config, rngs=rngs)`."""
+
+    def __call__(self, inputs: HeadInputs) -> dict[str, jax.Array]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """Registry entry.
+
+    loss: (predictions, targets of batch["slots"][name], valid bool[B, S]) -> {term: WeightedSum}.
+    decode: (predictions of ONE slot as numpy, ClipInfo) -> JSON-able dict.
+    """
+
+    name: str
+    marker: str
+    routing_token: str
+    slot_token: str
+    module: Callable[..., Any]
+    loss: Callable[[Mapping, Mapping, jax.Array], dict[str, WeightedSum]]
+    decode: Callable[[Mapping[str, np.ndarray], ClipInfo], dict]
+
+
+class SlotAttention(nnx.Module):
+    """Pre-norm cross-attention of queries to tokens, then an MLP; both residual."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.query_norm = LayerNorm(width)
+        self.q_proj = Linear(width, width, rngs=rngs)
+        self.k_proj = Linear(width, width, rngs=rngs)
+        self.v_proj = Linear(width, width, rngs=rngs)
+        self.o_proj = Linear(width, width, rngs=rngs)
+        self.mlp_norm = LayerNorm(width)
+        self.mlp = Mlp(width, 2 * width, width, rngs=rngs)
+        self.heads = heads
+
+    def __call__(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
+        """float32[rows, S, C], float32[rows, T, C] -> float32[rows, S, C]."""
+        rows, S, C = queries.shape
+
+        def split(x):
+            return x.reshape(rows, -1, self.heads, C // self.heads)
+
+        q = split(self.q_proj(self.query_norm(queries)))
+        mixed = attention(q, split(self.k_proj(tokens)), split(self.v_proj(tokens)))
+        x = queries + self.o_proj(mixed.reshape(rows, S, C))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class FrameTokens(nnx.Module):
+    """One fine token grid a frame: stem features, up-sampled patch features and a position."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        vision, width = config.vision, config.head.width
+        self.stem_proj = Linear(vision.stem_widths[0], width, rngs=rngs)
+        self.patch_proj = Linear(vision.width, width, rngs=rngs)
+        draw = jax.random.normal(rngs.params(), (vision.stem_grid**2, width), jnp.float32)
+        self.position = nnx.Param(draw)
+        self.norm = LayerNorm(width)
+        self.repeats = vision.stem_grid // vision.grid
+
+    def __call__(self, features: VisionFeatures) -> jax.Array:
+        """features float32[rows, ...] without a frame axis -> float32[rows, h1 * w1, C]."""
+        fine, coarse = self.stem_proj(features.stem), self.patch_proj(features.patches)
+        coarse = jnp.repeat(jnp.repeat(coarse, self.repeats, axis=1), self.repeats, axis=2)
+        rows, h1, w1, C = fine.shape
+        return self.norm((fine + coarse).reshape(rows, h1 * w1, C) + self.position[...])
+
+
+class FrameMixer(nnx.Module):
+    """Pre-norm self-attention of a slot over the frames of its clip, then an MLP; both residual."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.attention_norm = LayerNorm(width)
+        self.attention = SelfAttention(width, heads, rngs=rngs)
+        self.mlp_norm = LayerNorm(width)
+        self.mlp = Mlp(width, 2 * width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array, frame_valid: jax.Array) -> jax.Array:
+        """float32[B, S, F, C], bool[B, F] -> float32[B, S, F, C]; padded frames are not seen."""
+        B, S, F, C = x.shape
+        rows = self.attention_norm(x).reshape(B * S, F, C)
+        mixed = self.attention(rows, jnp.repeat(frame_valid, S, axis=0))
+        x = x + mixed.reshape(x.shape)
+        return x + self.mlp(self.mlp_norm(x))

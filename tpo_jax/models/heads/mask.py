@@ -1,0 +1,170 @@
+"""Mask head: what the answer refers to, pixel by pixel in every frame, or that it is absent.
+
+The slot state gathers context from each frame's tokens, mixes it over time, and becomes one query a
+frame; mask logits are its dot products with pixel embeddings of that frame (as in MaskFormer, Cheng
+et al. 2021, 2107.06278). Pixel embeddings see the raw pixels, the stem and the up-sampled patches.
+Tracking is the same head with a box as the question; its boxes are the extents of the masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads.base import (
+    ClipInfo,
+    FrameMixer,
+    FrameTokens,
+    Head,
+    HeadInputs,
+    SlotAttention,
+)
+from tpo_jax.models.layers import LayerNorm, Linear, Mlp
+from tpo_jax.models.vision import to_patches
+from tpo_jax.parallel.weighted_sum import WeightedSum
+
+# Focal loss (Lin et al. 2017, 1708.02002).
+_FOCAL_ALPHA = 0.25
+_FOCAL_GAMMA = 2.0
+
+
+class MaskHead(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        width, heads = config.head.width, config.head.heads
+        self.pixel_width = width // 2
+        self.stride = config.head.mask_stride
+        self.stem_grid = config.vision.stem_grid
+        self.mask_size = config.mask_size
+        self.tokens = FrameTokens(config, rngs=rngs)
+        self.slot_proj = Linear(config.language.width, width, rngs=rngs)
+        self.gather = SlotAttention(width, heads, rngs=rngs)
+        self.layers = nnx.Dict(
+            {
+                f"layer{i}": FrameMixer(width, heads, rngs=rngs)
+                for i in range(config.head.layers)
+            }
+        )
+        self.final_norm = LayerNorm(width)
+        self.query = Mlp(width, width, self.pixel_width + 1, rngs=rngs)
+        self.presence = Linear(width, 1, rngs=rngs)
+        # A cell reads its own pixels and the token around it; `cell_position` says where in it.
+        self.raw_proj = Linear(3 * self.stride**2, self.pixel_width, rngs=rngs)
+        self.token_proj = Linear(width, self.pixel_width, bias=False, rngs=rngs)
+        self.pixel_out = Linear(self.pixel_width, self.pixel_width, rngs=rngs)
+
+    def __call__(self, inputs: HeadInputs) -> dict[str, jax.Array]:
+        """-> {"masks": float32[B, S, F, m, m] logits, "presence": float32[B, S, F] logits}."""
+        B, F = inputs.frame_valid.shape
+        S = inputs.slot_states.shape[1]
+        per_frame = jax.tree.map(lambda x: x.reshape(B * F, *x.shape[2:]), inputs.features)
+        tokens = self.tokens(per_frame)
+        slots = jnp.repeat(self.slot_proj(inputs.slot_states), F, axis=0)
+        x = jnp.swapaxes(self.gather(slots, tokens).reshape(B, F, S, -1), 1, 2)
+        for layer in self.layers.values():
+            x = layer(x, inputs.frame_valid)
+        x = self.final_norm(x)
+        query = self.query(x)
+        pixels = self._pixels(inputs.frames, tokens)
+        logits = jnp.einsum("bsfc,bfpc->bsfp", query[..., :-1], pixels) + query[..., -1:]
+        m = self.mask_size
+        return {
+            "masks": logits.reshape(B, S, F, m, m),
+            "presence": self.presence(x)[..., 0],
+        }
+
+    def _pixels(self, frames: jax.Array, tokens: jax.Array) -> jax.Array:
+        """float32[B, F, H, W, 3], float32[B*F, h1*w1, C] -> float32[B, F, m*m, C/2]."""
+        B, F = frames.shape[:2]
+        m, grid = self.mask_size, self.stem_grid
+        raw = self.raw_proj(to_patches(frames, self.stride)).reshape(B * F, m, m, -1)
+        context = self.token_proj(tokens).reshape(B * F, grid, grid, -1)
+        context = resize_grid(context, m)
+        pixels = self.pixel_out(jax.nn.gelu(raw + context, approximate=True))
+        return pixels.reshape(B, F, m * m, -1)
+
+
+def resize_grid(x: jax.Array, size: int) -> jax.Array:
+    """Bilinear float32[rows, h, h, C] -> float32[rows, size, size, C], half-pixel centres."""
+    weights = jnp.asarray(bilinear_weights(x.shape[1], size), x.dtype)
+    x = jnp.einsum("ab,nbwc->nawc", weights, x)
+    return jnp.einsum("ab,nhbc->nhac", weights, x)
+
+
+def bilinear_weights(size_in: int, size_out: int) -> np.ndarray:
+    """float64[size_out, size_in], rows sum to 1: bilinear resampling with half-pixel centres."""
+    position = (np.arange(size_out) + 0.5) * size_in / size_out - 0.5
+    position = np.clip(position, 0, size_in - 1)
+    return np.maximum(0.0, 1.0 - np.abs(position[:, None] - np.arange(size_in)))
+
+
+def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, WeightedSum]:
+    """Focal and dice on labelled frames (dice where the object is present), BCE on presence.
+
+    One unit of weight a labelled frame.
+    """
+    logits = predictions["masks"]
+    logits = logits.reshape(*logits.shape[:3], -1)
+    masks = (targets["masks"] > 0).astype(jnp.float32).reshape(logits.shape)
+    labelled = targets["labelled"] & valid[..., None]
+    present = jnp.any(masks > 0, axis=-1)
+    bce = jax.nn.softplus(logits) - logits * masks
+    chance = jax.nn.sigmoid(logits)
+    miss = chance + masks - 2.0 * chance * masks
+    alpha = _FOCAL_ALPHA * masks + (1.0 - _FOCAL_ALPHA) * (1.0 - masks)
+    focal = jnp.mean(alpha * miss**_FOCAL_GAMMA * bce, axis=-1)
+    shared = jnp.sum(chance * masks, axis=-1)
+    dice = 1.0 - (2.0 * shared + 1.0) / (jnp.sum(chance, -1) + jnp.sum(masks, -1) + 1.0)
+    presence = predictions["presence"]
+    presence = jax.nn.softplus(presence) - presence * present
+    return {
+        "mask/focal": WeightedSum.of(focal, labelled),
+        "mask/dice": WeightedSum.of(dice, labelled & present),
+        "mask/presence": WeightedSum.of(presence, labelled),
+    }
+
+
+def decode(prediction: Mapping[str, np.ndarray], clip: ClipInfo) -> dict:
+    """Masks at the size of the video, and their boxes.
+
+    Returns: "masks" bool[n, height, width] (a numpy array, ready for RLE), "boxes" [[x1, y1, x2,
+      y2] normalised or None, ...], "presence" [probability, ...], "times" [seconds, ...], for the
+      n valid frames. A frame is empty (box None) when the object is called absent.
+    """
+    shown = np.asarray(clip.frame_valid, bool)
+    logits = np.asarray(prediction["masks"], np.float64)[shown]
+    presence = 1.0 / (1.0 + np.exp(-np.asarray(prediction["presence"], np.float64)[shown]))
+    rows = bilinear_weights(logits.shape[1], clip.height)
+    columns = bilinear_weights(logits.shape[2], clip.width)
+    masks = np.einsum("ah,nhw,bw->nab", rows, logits, columns, optimize=True) > 0.0
+    masks &= (presence > 0.5)[:, None, None]
+    return {
+        "masks": masks,
+        "boxes": [mask_extent(mask) for mask in masks],
+        "presence": presence.tolist(),
+        "times": np.asarray(clip.times, np.float64)[shown].tolist(),
+    }
+
+
+def mask_extent(mask: np.ndarray) -> list[float] | None:
+    """Tight normalised xyxy box of a bool[h, w] mask, None if it is empty."""
+    if not mask.any():
+        return None
+    h, w = mask.shape
+    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return [xs[0] / w, ys[0] / h, (xs[-1] + 1) / w, (ys[-1] + 1) / h]
+
+
+HEAD = Head(
+    name="mask",
+    marker="<mask>",
+    routing_token="<track_begin>",
+    slot_token="<tracking>",
+    module=MaskHead,
+    loss=loss,
+    decode=decode,
+)

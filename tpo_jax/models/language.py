@@ -1,0 +1,251 @@
+"""Decoder-only language model of the Llama / Mistral / Qwen2 family, over prefix and branches.
+
+A row is one prefix and K branches that do not see each other. `prefill` runs the prefix and returns
+its key/value cache; `extend` runs the branches against it, all at once in training, or some tokens
+at a time with a cache of their own in generation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tpo_jax.models.attention import attention, branch_attention
+from tpo_jax.models.config import LanguageConfig
+from tpo_jax.models.layers import Linear, RMSNorm, dropout, fold_rows, scan_layers, stack
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys (rotated) and values of every layer.
+
+    k, v: float[L, B, P, G, H] for a prefix, float[L, B, K, R, G, H] for branches.
+    segments: None for a prefix; int32[B, K, R] for branches, segment of each cached token.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    segments: jax.Array | None = None
+
+
+def rotary_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """int32[...] -> cos, sin float32[..., 1, H/2] (an axis for the heads)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary positions in the half-rotation layout: pairs are (i, i + H/2). float[..., N, H]."""
+    cos, sin = tables
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+class DecoderAttention(nnx.Module):
+    def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        query_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        bias = config.qkv_bias
+        self.q_proj = Linear(config.width, query_width, bias=bias, rngs=rngs)
+        self.k_proj = Linear(config.width, kv_width, bias=bias, rngs=rngs)
+        self.v_proj = Linear(config.width, kv_width, bias=bias, rngs=rngs)
+        scale = (2.0 * config.depth) ** -0.5
+        self.o_proj = Linear(query_width, config.width, bias=False, rngs=rngs, scale=scale)
+
+    def project(self, x: jax.Array, tables) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """float[..., T, D] -> q float[..., T, N, H], k and v float[..., T, G, H]; q, k rotated."""
+        H = self.config.head_dim
+        q, k, v = (
+            proj(x).reshape(*x.shape[:-1], -1, H)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(q, tables), rotate(k, tables), v
+
+    def output(self, x: jax.Array) -> jax.Array:
+        """float[..., T, N, H] -> float[..., T, D]."""
+        return self.o_proj(x.reshape(*x.shape[:-2], -1))
+
+
+class GatedMlp(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
+        width, hidden = config.width, config.mlp_width
+        self.gate_proj = Linear(width, hidden, bias=False, rngs=rngs)
+        self.up_proj = Linear(width, hidden, bias=False, rngs=rngs)
+        scale = (2.0 * config.depth) ** -0.5
+        self.down_proj = Linear(hidden, width, bias=False, rngs=rngs, scale=scale)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderBlock(nnx.Module):
+    """Pre-norm block; parameter names follow Hugging Face's Llama."""
+
+    def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.width, epsilon=config.norm_epsilon)
+        self.self_attn = DecoderAttention(config, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.width, epsilon=config.norm_epsilon)
+        self.mlp = GatedMlp(config, rngs=rngs)
+        self.dropout = config.dropout
+
+    def __call__(self, x: jax.Array, tables, attend, keys) -> tuple[jax.Array, tuple]:
+        """One layer.
+
+        Args:
+          x: float[..., T, D].
+          tables: rotary tables of the T positions.
+          attend: function of (q, k, v) -> float[..., T, N, H].
+          keys: dropout keys of this layer, one per row, or None.
+
+        Returns: x, (k, v) of these tokens.
+        """
+        q, k, v = self.self_attn.project(self.input_layernorm(x), tables)
+        mixed = self.self_attn.output(attend(q, k, v))
+        x = x + dropout(mixed, fold_rows(keys, 0), self.dropout)
+        hidden = self.mlp(self.post_attention_layernorm(x))
+        return x + dropout(hidden, fold_rows(keys, 1), self.dropout), (k, v)
+
+
+class LanguageModel(nnx.Module):
+    def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        draw = jax.random.normal(rngs.params(), (config.vocab_size, config.width), jnp.float32)
+        self.embed = nnx.Dict(table=nnx.Param(draw * config.width**-0.5))
+        self.layers = stack(lambda rngs: DecoderBlock(config, rngs=rngs), config.depth, rngs)
+        self.final_norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
+        if not config.tied_head:
+            self.lm_head = Linear(config.width, config.vocab_size, bias=False, rngs=rngs)
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """int32[...] -> float32[..., D]."""
+        return jnp.take(self.embed["table"][...], tokens, axis=0)
+
+    @property
+    def table(self) -> jax.Array:
+        """Output table float[V, D]: logits = hidden @ table.T."""
+        if self.config.tied_head:
+            return self.embed["table"][...]
+        kernel = self.lm_head.kernel[...]
+        if self.lm_head.lora_a is not None:
+            adapter = self.lm_head.lora_a[...] @ self.lm_head.lora_b[...]
+            kernel = kernel + self.lm_head.lora_scale * adapter
+        return kernel.T
+
+    def prefill(
+        self,
+        embeds: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        keys: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs prefixes, causally.
+
+        Args:
+          embeds: float[B, P, D].
+          positions: int32[B, P], rotary positions.
+          segments: int32[B, P]; 0 is padding, other numbers are independent packed prefixes.
+          keys: key array [B] for dropout, or None.
+
+        Returns: hidden float[B, P, D] after the final norm, and the cache.
+        """
+        tables = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+
+        def attend(q, k, v):
+            return attention(
+                q, k, v, q_segments=segments, kv_segments=segments, causal_offset=0,
+                backend=self.config.attention,
+            )  # fmt: skip
+
+        def apply(layer, x, index):
+            return layer(x, tables, attend, fold_rows(keys, index))
+
+        x, (k, v) = self._scan(apply, embeds, jnp.arange(self.config.depth))
+        return self.final_norm(x), KVCache(k, v)
+
+    def extend(
+        self,
+        embeds: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        prefix: KVCache,
+        prefix_segments: jax.Array,
+        own: KVCache | None = None,
+        index: jax.Array | int = 0,
+        keys: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs branches against their prefix.
+
+        Args:
+          embeds: float[B, K, T, D].
+          positions: int32[B, K, T].
+          segments: int32[B, K, T]; a token sees prefix tokens and own tokens of its segment.
+          prefix: cache of `prefill`.
+          prefix_segments: int32[B, P].
+          own: None in training: the T tokens are the whole branch. In generation the cache of
+            `empty_cache`, into which the T tokens are written at `index` (traced int32[]), and of
+            which they see what is at or before them.
+          index: write position; used only with `own`.
+          keys: key array [B, K] for dropout, or None.
+
+        Returns: hidden float[B, K, T, D] after the final norm, and the updated `own`.
+        """
+        tables = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        own_segments = segments
+        if own is not None:
+            own_segments = jax.lax.dynamic_update_slice_in_dim(
+                own.segments, segments, index, axis=2
+            )
+
+        def apply(layer, x, inputs):
+            number, prefix_kv, own_kv = inputs
+            written = None
+
+            def attend(q, k, v):
+                nonlocal written
+                offset = 0
+                if own_kv is not None:
+                    k, v = (
+                        jax.lax.dynamic_update_slice_in_dim(
+                            old, new.astype(old.dtype), index, axis=2
+                        )
+                        for old, new in zip(own_kv, (k, v), strict=True)
+                    )
+                    written, offset = (k, v), jnp.asarray(index, jnp.int32)
+                return branch_attention(
+                    q, *prefix_kv, k, v, q_segments=segments, prefix_segments=prefix_segments,
+                    own_segments=own_segments, own_offset=offset, backend=self.config.attention,
+                )  # fmt: skip
+
+            # Prefix layers fold L numbers from their keys, branches the next L.
+            layer_keys = fold_rows(keys, self.config.depth + number)
+            x, _ = layer(x, tables, attend, layer_keys)
+            return x, written
+
+        inputs = (
+            jnp.arange(self.config.depth), (prefix.k, prefix.v),
+            None if own is None else (own.k, own.v),
+        )  # fmt: skip
+        x, written = self._scan(apply, embeds, inputs)
+        cache = None if own is None else KVCache(*written, segments=own_segments)
+        return self.final_norm(x), cache
+
+    def _scan(self, apply, x, inputs):
+        return scan_layers(self.layers, apply, x, inputs, remat=self.config.remat)
+
+    def empty_cache(self, rows: int, branches: int, length: int, dtype: jnp.dtype) -> KVCache:
+        """Own cache for `extend`: room for `length` tokens in each of rows x branches."""
+        config = self.config
+        shape = (config.depth, rows, branches, length, config.kv_heads, config.head_dim)
+        return KVCache(
+            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype),
+            # -1 matches no query: what is not written yet is not seen.
+            jnp.full((rows, branches, length), -1, jnp.int32),
+        )  # fmt: skip

@@ -1,0 +1,180 @@
+"""Building blocks that every tower shares: matmul, linear, norms, dropout, stacks of layers.
+
+Axis letters, used in every shape of this package:
+
+    B batch rows      F frames            h, w  patch grid      p  tokens of one frame
+    P prefix tokens   K branches of a row R  branch tokens      T  query tokens   S  key tokens
+    A answer tokens   S  slots of a row   W  windows            V  vocabulary
+    D model width     N  query heads      G  key/value heads    H  head width     L  layers
+
+Parameters are float32 (or what the checkpoint holds) and are cast to the dtype of the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Block = TypeVar("Block", bound=nnx.Module)
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """float[..., I] @ float[I, O] -> float[..., O].
+
+    Only the gradient is special: XLA:CPU is up to 2.5x slower at contracting two axes than one, so
+    the weight gradient is taken over flattened rows there. Elsewhere rows stay as they are, because
+    flattening would merge two sharded axes (batch and context) into one.
+    """
+    return x @ kernel
+
+
+def _matmul_forward(x: jax.Array, kernel: jax.Array):
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(residuals, gradient: jax.Array):
+    x, kernel = residuals
+
+    def flattened(x, gradient):
+        return x.reshape(-1, x.shape[-1]).T @ gradient.reshape(-1, gradient.shape[-1])
+
+    def unflattened(x, gradient):
+        rows = tuple(range(x.ndim - 1))
+        return jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())))
+
+    kernel_gradient = jax.lax.platform_dependent(x, gradient, cpu=flattened, default=unflattened)
+    return gradient @ kernel.T, kernel_gradient.astype(kernel.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel (+ bias), kernel [in, out]; drawn from N(0, scale^2 / in).
+
+    `lora_a` [in, rank] and `lora_b` [rank, out] exist only after `lora.attach`; then
+    y += lora_scale * (x @ lora_a) @ lora_b.
+    """
+
+    def __init__(
+        self, features_in: int, features_out: int, *, rngs: nnx.Rngs, bias: bool = True,
+        scale: float = 1.0,
+    ):
+        deviation = scale * features_in**-0.5
+        draw = jax.random.normal(rngs.params(), (features_in, features_out), jnp.float32)
+        self.kernel = nnx.Param(deviation * draw)
+        self.bias = nnx.Param(jnp.zeros(features_out, jnp.float32)) if bias else None
+        self.lora_a = None
+        self.lora_b = None
+        self.lora_scale = 0.0
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = matmul(x, self.kernel[...].astype(x.dtype))
+        if self.lora_a is not None:
+            low = matmul(x, self.lora_a[...].astype(x.dtype))
+            y = y + self.lora_scale * matmul(low, self.lora_b[...].astype(x.dtype))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        return y
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, computed in float32."""
+
+    def __init__(self, features: int, *, epsilon: float = 1e-6):
+        self.scale = nnx.Param(jnp.ones(features, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(features, jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return (normal * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation as in Llama: float32 inside, scaled in the input dtype."""
+
+    def __init__(self, features: int, *, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(features, jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        normal = (x32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
+        return normal * self.scale[...].astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """Linear, GELU (tanh form), Linear."""
+
+    def __init__(
+        self, features: int, hidden: int, features_out: int, *, rngs: nnx.Rngs, scale: float = 1.0
+    ):
+        self.fc1 = Linear(features, hidden, rngs=rngs)
+        self.fc2 = Linear(hidden, features_out, rngs=rngs, scale=scale)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
+
+
+def dropout(x: jax.Array, keys: jax.Array | None, rate: float) -> jax.Array:
+    """Inverted dropout with one key per leading index.
+
+    Args:
+      x: float[*rows, ...].
+      keys: key array [*rows], or None for no dropout. What a row loses depends on its own key and
+        its own shape only, never on its place in the batch.
+      rate: share of entries that are set to zero, in [0, 1).
+    """
+    if keys is None or rate == 0.0:
+        return x
+    rest = x.shape[keys.ndim:]
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, rest))(keys.reshape(-1))
+    return jnp.where(keep.reshape(x.shape), x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def fold_rows(keys: jax.Array | None, data: jax.Array | int) -> jax.Array | None:
+    """fold_in of a number (or an int array [*rows]) for keys [*rows]; None stays None."""
+    if keys is None:
+        return None
+    numbers = jnp.broadcast_to(jnp.asarray(data, jnp.uint32), keys.shape).reshape(-1)
+    return jax.vmap(jax.random.fold_in)(keys.reshape(-1), numbers).reshape(keys.shape)
+
+
+def stack(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
+    """`depth` independently drawn copies of one block as ONE block with parameters [L, ...]."""
+    keys = jax.random.split(rngs.params(), depth)
+    structure = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    parameters = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys)
+    return nnx.merge(structure, parameters)
+
+
+def scan_layers(
+    layers: Block, apply: Callable, carry, inputs=None, *, remat: bool = False
+) -> tuple:
+    """Runs a stack made by `stack`: carry, output_l = apply(layer_l, carry, inputs_l).
+
+    Args:
+      layers: block with parameters [L, ...].
+      apply: function of (block, carry, inputs of one layer) -> (carry, outputs of one layer).
+      inputs: pytree with leading axis L, or None.
+      remat: recompute each layer in the backward pass and store only its carry.
+
+    Returns: (carry, outputs stacked to [L, ...]).
+    """
+    structure, parameters = nnx.split(layers)
+
+    def body(carry, layer):
+        parameters, inputs = layer
+        return apply(nnx.merge(structure, parameters), carry, inputs)
+
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (parameters, inputs))

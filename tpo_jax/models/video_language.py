@@ -1,0 +1,248 @@
+"""The whole model: video encoder, connector, language model, task tokens and heads.
+
+`FunctionalModel` is what trainers and samplers hold: a pure function of a dict of parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tpo_jax.models import lora
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.connector import Connector
+from tpo_jax.models.heads import BOX_TOKEN, HeadInputs, head, tokens_of
+from tpo_jax.models.language import KVCache, LanguageModel
+from tpo_jax.models.layers import Mlp, fold_rows
+from tpo_jax.models.vision import VisionEncoder, VisionFeatures
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """One encoded clip a row.
+
+    visual: float[B, Vt, D], tokens for the prefix. features: what heads read.
+    """
+
+    visual: jax.Array
+    features: VisionFeatures
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """branch_hidden float[B, K, R, D], prefix_hidden float[B, P, D]; after the final norm."""
+
+    branch_hidden: jax.Array
+    prefix_hidden: jax.Array
+    encoded: Encoded
+
+
+class VideoLanguageModel(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width = config.language.width
+        self.vision = VisionEncoder(config.vision, rngs=rngs)
+        self.connector = Connector(config.connector, config.vision.width, width, rngs=rngs)
+        self.language = LanguageModel(config.language, rngs=rngs)
+        if config.heads:
+
+            def vector():
+                draw = jax.random.normal(rngs.params(), (width,), jnp.float32)
+                return nnx.Param(draw * width**-0.5)
+
+            self.task_tokens = nnx.Dict({name: vector() for name in config.heads})
+            self.box_encoder = Mlp(4, width, width, rngs=rngs, scale=width**-0.5)
+            self.heads = nnx.Dict(
+                {name: head(name).module(config, rngs=rngs) for name in config.heads}
+            )
+        if config.lora is not None:
+            lora.attach(self, config.lora, rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.dtype)
+
+    def encode(self, frames: jax.Array, frame_valid: jax.Array) -> Encoded:
+        """uint8[B, F, H, W, 3], bool[B, F] -> encoded clips. An image is a clip of one frame."""
+        features = self.vision(normalise(frames).astype(self.dtype), frame_valid)
+        return Encoded(self.connector(features.patches), features)
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """int32[...] -> float[..., D]; slot tokens of heads give the head's task vector."""
+        embeds = self.language.embed_tokens(tokens)
+        for name in self.config.heads:
+            is_slot = tokens == self.config.tokens[head(name).slot_token]
+            embeds = jnp.where(is_slot[..., None], self.task_tokens[name][...], embeds)
+        return embeds.astype(self.dtype)
+
+    def encode_boxes(self, boxes: jax.Array) -> jax.Array:
+        """float32[..., 4] normalised xyxy -> float[..., D], what a user's box is to the decoder."""
+        return self.box_encoder(boxes.astype(jnp.float32)).astype(self.dtype)
+
+    def embed_prefix(self, tokens: jax.Array, visual: jax.Array) -> jax.Array:
+        """int32[B, P], float[B, Vt, D] -> float[B, P, D], visual tokens at config.visual_offset."""
+        P, offset, span = tokens.shape[1], self.config.visual_offset, visual.shape[1]
+        if offset + span > P:
+            raise ValueError(
+                f"prefix of {P} tokens is too short for {span} visual tokens at offset {offset}; "
+                f"it needs at least {offset + span}"
+            )
+        embeds = self.embed_tokens(tokens)
+        return jnp.concatenate(
+            [embeds[:, :offset], visual.astype(embeds.dtype), embeds[:, offset + span:]], axis=1
+        )
+
+    def embed_branches(self, tokens: jax.Array, slots: Mapping[str, Mapping]) -> jax.Array:
+        """int32[B, K, R] -> float[B, K, R, D]; slots["box"] fills the user's boxes in."""
+        embeds = self.embed_tokens(tokens)
+        if "box" not in slots:
+            return embeds
+        box = slots["box"]
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        # Slots that are not valid are sent out of range, where a scatter drops them.
+        branch = jnp.where(box["valid"], box["branch"], tokens.shape[1])
+        vectors = self.encode_boxes(box["boxes"]).astype(embeds.dtype)
+        return embeds.at[rows, branch, box["index"]].set(vectors, mode="drop")
+
+    def __call__(self, batch: Mapping[str, Any], keys: jax.Array | None = None) -> Outputs:
+        """Teacher-forced forward pass.
+
+        Args:
+          batch: the data pipeline's dict (frames, frame_valid, prefix_*, branch_*, slots).
+          keys: key array [B], one a row, for dropout; None for none.
+        """
+        encoded = self.encode(batch["frames"], batch["frame_valid"])
+        prefix = self.embed_prefix(batch["prefix_tokens"], encoded.visual)
+        prefix_hidden, cache = self.language.prefill(
+            prefix, batch["prefix_positions"], batch["prefix_segments"], keys
+        )
+        branch_hidden, _ = self.language.extend(
+            self.embed_branches(batch["branch_tokens"], batch["slots"]),
+            batch["branch_positions"], batch["branch_segments"], cache, batch["prefix_segments"],
+            keys=branch_keys(keys, batch["branch_tokens"].shape[1]),
+        )  # fmt: skip
+        return Outputs(branch_hidden, prefix_hidden, encoded)
+
+    def slot_states(self, outputs: Outputs, slots: Mapping[str, jax.Array]) -> jax.Array:
+        """Hidden states float32[B, S, D] at the slots' (branch, index), both int32[B, S]."""
+        hidden = outputs.branch_hidden
+        rows = jnp.arange(hidden.shape[0])[:, None]
+        return hidden[rows, slots["branch"], slots["index"]].astype(jnp.float32)
+
+    def run_heads(self, outputs: Outputs, batch: Mapping[str, Any]) -> dict[str, dict]:
+        """Predictions {head: {...}} of every head of the model that the batch has slots for."""
+        predictions = {}
+        for name in self.config.heads:
+            if name not in batch["slots"]:
+                continue
+            slots = batch["slots"][name]
+            predictions[name] = self.run_head(
+                name, self.slot_states(outputs, slots), outputs.encoded.features,
+                batch["frames"], batch["frame_valid"], slots.get("frame"),
+            )  # fmt: skip
+        return predictions
+
+    def run_head(
+        self,
+        name: str,
+        slot_states: jax.Array,
+        features: VisionFeatures,
+        frames: jax.Array,
+        frame_valid: jax.Array,
+        frame: jax.Array | None = None,
+    ) -> dict[str, jax.Array]:
+        """One head on slots.
+
+        Args:
+          slot_states: float32[B, S, D].
+          features: of `encode`.
+          frames: uint8[B, F, H, W, 3]; frame_valid: bool[B, F].
+          frame: int32[B, S], frame asked about; None is the first.
+        """
+        if frame is None:
+            frame = jnp.zeros(slot_states.shape[:2], jnp.int32)
+        # Heads are float32 whatever the towers are.
+        features = jax.tree.map(lambda x: x.astype(jnp.float32), features)
+        inputs = HeadInputs(
+            slot_states.astype(jnp.float32), features, normalise(frames), frame_valid, frame
+        )
+        return self.heads[name](inputs)
+
+
+def normalise(frames: jax.Array) -> jax.Array:
+    """uint8 pixels -> float32 in [-1, 1] (mean and deviation 0.5)."""
+    return frames.astype(jnp.float32) / 127.5 - 1.0
+
+
+def branch_keys(keys: jax.Array | None, branches: int) -> jax.Array | None:
+    """Key array [B] -> [B, K]: branch k folds k into its row's key."""
+    if keys is None:
+        return None
+    wide = jnp.broadcast_to(keys[:, None], (keys.shape[0], branches))
+    return fold_rows(wide, jnp.broadcast_to(jnp.arange(branches), wide.shape))
+
+
+class FunctionalModel:
+    """A model as a pure function of its parameters, a nested dict with "/"-joinable string keys.
+
+    model = FunctionalModel(config); params = model.init(key); outputs = model.bind(params)(batch).
+    """
+
+    def __init__(self, config: ModelConfig):
+        missing = [token for token in tokens_of(config.heads) if token not in config.tokens]
+        if missing:
+            raise ValueError(
+                f"model config: tokens={dict(config.tokens)} lacks the ids of {missing}, which "
+                f"heads={config.heads} need; add them to the tokenizer and to config.tokens"
+            )
+        self.config = config
+        self._structure, state = nnx.split(nnx.eval_shape(lambda: self._build(jax.random.key(0))))
+        self._abstract = nnx.to_pure_dict(state)
+
+    def _build(self, key: jax.Array) -> VideoLanguageModel:
+        return VideoLanguageModel(self.config, rngs=nnx.Rngs(key))
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Freshly drawn float32 parameters. Jit-able (with out_shardings for a large model)."""
+        return nnx.to_pure_dict(nnx.state(self._build(key)))
+
+    def abstract(self) -> dict[str, Any]:
+        """The same tree of jax.ShapeDtypeStruct."""
+        return jax.tree.map(lambda x: x, self._abstract)
+
+    def bind(self, params: Mapping[str, Any]) -> VideoLanguageModel:
+        """The module with these parameters; use it inside jit.
+
+        Raises: ValueError naming leaves that are missing, unexpected or of another shape.
+        """
+        self._check(params)
+        state = nnx.State(jax.tree.map(nnx.Param, dict(params)))
+        return nnx.merge(self._structure, state)
+
+    def _check(self, params: Mapping[str, Any]) -> None:
+        def shapes(tree):
+            leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+            return {"/".join(str(k.key) for k in path): tuple(x.shape) for path, x in leaves}
+
+        wanted, got = shapes(self._abstract), shapes(params)
+        if wanted != got:
+            wrong = [
+                f"{path}: expected {wanted.get(path, 'nothing')}, got {got.get(path, 'nothing')}"
+                for path in sorted(wanted.keys() | got.keys())
+                if wanted.get(path) != got.get(path)
+            ]
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise ValueError("parameters do not fit the model: " + "; ".join(wrong[:5]) + more)
+
+
+__all__ = [
+    "BOX_TOKEN", "Encoded", "FunctionalModel", "KVCache", "ModelConfig", "Outputs",
+    "VideoLanguageModel",
+]  # fmt: skip

@@ -1,0 +1,1 @@
+"""What is minimised: pure functions that return `WeightedSum(total, weight)` per term."""

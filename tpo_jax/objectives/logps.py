@@ -1,0 +1,106 @@
+"""Log-probabilities of given tokens, in chunks: [tokens, vocabulary] never exists as a whole."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MASKED_LOGIT = -1e30  # finite, so that 0 * logit stays 0 in gradients
+
+
+class TokenScores(NamedTuple):
+    """logp: float32[...] of the target; correct: float32[...] 1 where no token scores higher."""
+
+    logp: jax.Array
+    correct: jax.Array
+
+
+def gather_positions(hidden: jax.Array, positions: jax.Array) -> jax.Array:
+    """Hidden states where an answer token is predicted.
+
+    Args:
+      hidden: float[..., R, D].
+      positions: int32[..., A], indices into R.
+
+    Returns:
+      float[..., A, D]
+    """
+    return jnp.take_along_axis(hidden, positions[..., None], axis=-2)
+
+
+def token_scores(
+    hidden: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    *,
+    vocab_size: int | None = None,
+    chunk: int = 512,
+) -> TokenScores:
+    """log softmax(hidden @ table.T)[target], `chunk` positions at a time.
+
+    Peak memory is chunk x V float32 (forward and backward: the chunk is recomputed), whatever the
+    number of positions. Products take the dtype of `hidden` and accumulate in float32. Rows stay
+    the leading, sharded dimension: chunks are cut along the positions of each row.
+
+    Args:
+      hidden: float[B, ..., D] final hidden states that predict `targets`.
+      table: float[V, D] output embedding, rows beyond `vocab_size` are padding.
+      targets: int32[B, ...]; every value must be below `vocab_size` (not checked under jit).
+      vocab_size: number of real tokens; the padded rows get probability 0. Default: all V rows.
+      chunk: positions a chunk, over the whole batch; at least one per row.
+
+    Returns:
+      TokenScores of float32[B, ...]; `correct` carries no gradient.
+    """
+    vocab_size = table.shape[0] if vocab_size is None else vocab_size
+    if not 0 < vocab_size <= table.shape[0]:
+        raise ValueError(f"vocab_size {vocab_size} is outside 1..{table.shape[0]} (table rows)")
+    rows, positions = targets.shape[0], targets[0].size
+    length = min(max(chunk // rows, 1), positions)
+    count = -(-positions // length)
+    pad = count * length - positions
+
+    def cut(x: jax.Array, width: tuple[int, ...]) -> jax.Array:  # -> [count, B, length, ...]
+        x = jnp.pad(x.reshape(rows, positions, *width), ((0, 0), (0, pad)) + ((0, 0),) * len(width))
+        return jnp.moveaxis(x.reshape(rows, count, length, *width), 1, 0)
+
+    score = jax.checkpoint(functools.partial(_score_chunk, vocab_size=vocab_size))
+    _, scores = jax.lax.scan(
+        lambda carry, x: (carry, score(x[0], table, x[1])),
+        None,
+        (cut(hidden, hidden.shape[-1:]), cut(targets, ())),
+    )
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :positions].reshape(targets.shape)
+
+    return TokenScores(join(scores.logp), join(scores.correct))
+
+
+def token_logps(
+    hidden: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    *,
+    vocab_size: int | None = None,
+    chunk: int = 512,
+) -> jax.Array:
+    """float32[B, ...] log-probabilities of `targets`; see `token_scores`."""
+    return token_scores(hidden, table, targets, vocab_size=vocab_size, chunk=chunk).logp
+
+
+def _score_chunk(
+    hidden: jax.Array, table: jax.Array, targets: jax.Array, *, vocab_size: int
+) -> TokenScores:
+    """hidden float[B, T, D], table float[V, D], targets int32[B, T] -> TokenScores float32[B, T]."""
+    logits = jnp.einsum(
+        "btd,vd->btv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+    if vocab_size < table.shape[0]:
+        logits = jnp.where(jnp.arange(table.shape[0]) < vocab_size, logits, MASKED_LOGIT)
+    # A masked sum instead of a gather: it splits over a sharded vocabulary without moving logits.
+    chosen = jnp.arange(table.shape[0]) == targets[..., None]
+    target = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    correct = jax.lax.stop_gradient(target >= jnp.max(logits, axis=-1))
+    return TokenScores(target - jax.nn.logsumexp(logits, axis=-1), correct.astype(jnp.float32))

@@ -1,0 +1,1 @@
+"""Where the program runs: device meshes, sharding rules by path, TPU topologies."""

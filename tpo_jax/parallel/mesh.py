@@ -1,0 +1,132 @@
+"""Device meshes, and global batches assembled from what each process read.
+
+Axes, outermost (slowest network) first:
+  data     copies of the model; rows of the batch are split over it
+  fsdp     rows of the batch *and* parameters are split over it
+  context  reserved for sequence sharding; the batch is replicated over it
+  tensor   attention heads and hidden units are split over it
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tpo_jax.parallel.paths import flatten
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
+    """Fills the one axis of size -1 and checks that the product is `num_devices`.
+
+    Raises:
+      ValueError: an unknown axis, two axes of -1, a size below 1, or a product that does not fit.
+    """
+    unknown = sorted(set(sizes) - set(AXES))
+    if unknown:
+        raise ValueError(f"mesh.{unknown[0]}: unknown axis; the axes are {', '.join(AXES)}")
+    shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
+    wild = [axis for axis, size in shape.items() if size == -1]
+    bad = [axis for axis, size in shape.items() if size < 1 and size != -1]
+    if bad or len(wild) > 1:
+        axis = (bad or wild)[0]
+        raise ValueError(
+            f"mesh.{axis}={shape[axis]}: each axis is a positive number, and at most one is -1 "
+            f"(takes what is left); got {shape}"
+        )
+    known = int(np.prod([size for size in shape.values() if size != -1]))
+    if wild and num_devices % known == 0:
+        shape[wild[0]] = num_devices // known
+    if int(np.prod(list(shape.values()))) != num_devices:
+        raise ValueError(
+            f"mesh {shape} holds {abs(known)} devices (without -1), but there are {num_devices}; "
+            "change the sizes under config.mesh, or give one axis -1"
+        )
+    return shape
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes (data, fsdp, context, tensor) over `devices` (default: all of them).
+
+    `sizes` is config.mesh; axes left out have size 1. Axis types are Auto: the compiler places
+    what the rules leave open.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(sizes, len(devices))
+    return jax.make_mesh(
+        tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows (dimension 0) over data and fsdp, everything else whole. Serves every batch leaf."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch_divides(batch: Any, mesh: Mesh, accumulation: int = 1) -> None:
+    """Raises if the rows of a global batch leaf do not divide over the mesh.
+
+    Args:
+      batch: nested dict of arrays or ShapeDtypeStructs with *global* leading dimension.
+      accumulation: micro-batches a step; each must hold the same number of rows on every device.
+    """
+    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    for path, leaf in flatten(batch).items():
+        rows = leaf.shape[0] if leaf.shape else 0
+        if not rows or rows % (parts * accumulation):
+            raise ValueError(
+                f"batch/{path}: {rows} rows (shape {tuple(leaf.shape)}) do not divide over "
+                f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices "
+                f"x accumulation={accumulation}; make the bucket's batch_size a multiple of "
+                f"{parts * accumulation}"
+            )
+
+
+def reader_shard(mesh: Mesh) -> tuple[int, int]:
+    """(index, count) of the slice of every global batch that this process reads.
+
+    Processes that hold the same rows (a tensor axis that spans hosts) read the same slice, so
+    `count` can be below jax.process_count(). Pass both to data.pipeline.Pipeline.
+    """
+    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    blocks: dict[int, set[int]] = {}
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
+        blocks.setdefault(device.process_index, set()).add(rows.indices(parts)[0])
+    slices = sorted({tuple(sorted(rows)) for rows in blocks.values()})
+    flat = [row for rows in slices for row in rows]
+    if len(flat) != len(set(flat)) or len({len(rows) for rows in slices}) != 1:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: processes share some but not all rows of a batch ({slices}); "
+            "choose sizes so that data x fsdp is a multiple or a divisor of the process count"
+        )
+    return slices.index(tuple(sorted(blocks[jax.process_index()]))), len(slices)
+
+
+def global_batch(local: Any, mesh: Mesh) -> Any:
+    """Global arrays from the rows that this process read.
+
+    Args:
+      local: nested dict of numpy arrays [B/count, ...], slice `index` of `reader_shard(mesh)`.
+
+    Returns:
+      the same nest of jax.Array [B, ...], rows sharded over (data, fsdp).
+    """
+    _, count = reader_shard(mesh)
+    whole = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0] * count, *x.shape[1:]), x.dtype), local
+    )
+    check_batch_divides(whole, mesh)
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x, g: jax.make_array_from_process_local_data(sharding, np.asarray(x), g.shape),
+        local,
+        whole,
+    )

@@ -1,0 +1,99 @@
+"""TPU topologies that can be compiled for without a TPU (needs the extra `plan`: libtpu)."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU generation.
+
+    Attributes:
+      hbm: bytes of memory a chip.
+      peak: dense bfloat16 FLOP/s a chip.
+      dimensions: of its network: 2 (torus of x:y) or 3 (x:y:z).
+      host: largest block of chips on one host.
+      options: extra arguments of get_topology_desc. v4 and v5p need megacore, else every chip
+        shows as two devices.
+    """
+
+    hbm: int
+    peak: float
+    dimensions: int
+    host: tuple[int, ...]
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+# Published figures of https://cloud.google.com/tpu/docs/system-architecture-tpu-vm.
+CHIPS: dict[str, Chip] = {
+    "v4": Chip(32 * GIB, 275e12, 3, (2, 2, 1), {"chip_config_name": "megacore"}),
+    "v5p": Chip(95 * GIB, 459e12, 3, (2, 2, 1), {"chip_config_name": "megacore"}),
+    "v5e": Chip(16 * GIB, 197e12, 2, (2, 2)),
+    "v6e": Chip(32 * GIB, 918e12, 2, (2, 2)),
+}
+
+
+def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
+    """"v4:2x2x2" -> (Chip, (2, 2, 2)).
+
+    Raises:
+      ValueError: unknown generation, or not as many sizes as its network has dimensions.
+    """
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if not match or match[1] not in CHIPS:
+        raise ValueError(
+            f"topology {name!r}: expected GENERATION:SIZES such as v5e:2x4 or v4:2x2x2 with a "
+            f"generation of {', '.join(CHIPS)}"
+        )
+    chip, sizes = CHIPS[match[1]], tuple(int(size) for size in match[2].split("x"))
+    if len(sizes) != chip.dimensions or min(sizes) < 1:
+        raise ValueError(
+            f"topology {name!r}: {match[1]} has {chip.dimensions} dimensions, got {sizes}"
+        )
+    return chip, sizes
+
+
+def prepare_environment() -> None:
+    """Settings that libtpu wants where there is no TPU; call before JAX starts a backend."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_LIBRARY_PATH", _libtpu_path())
+
+
+def topology_devices(name: str) -> list[jax.Device]:
+    """Devices of a topology, to build a mesh and to compile for; nothing can run on them."""
+    chip, sizes = parse_topology(name)
+    prepare_environment()
+    host = tuple(min(size, bound) for size, bound in zip(sizes, chip.host, strict=True))
+    host = host + (1,) * (3 - len(host))
+    generation = name.split(":")[0]
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{generation}-8")
+    description = topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=name,
+        chips_per_host_bounds=host,
+        wrap=(False,) * 3,
+        **chip.options,
+    )
+    devices = list(description.devices)
+    if len(devices) != math.prod(sizes):
+        raise RuntimeError(f"topology {name}: expected {math.prod(sizes)} chips, got {devices}")
+    return devices
+
+
+def _libtpu_path() -> str:
+    spec = importlib.util.find_spec("libtpu")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "libtpu is not installed; install the extra: pip install 'tpo_jax[plan]'"
+        )
+    return os.path.join(spec.submodule_search_locations[0], "libtpu.so")

@@ -1,0 +1,176 @@
+"""Media files and annotations to prepared folders, and a look at both.
+
+python -m tpo_jax.prepare run --data world/train --out prepared/train --size 64
+python -m tpo_jax.prepare run --config configs/prepare.py:world/train --out prepared/train
+python -m tpo_jax.prepare check --format qvhighlights --annotations highlight_train.jsonl
+python -m tpo_jax.prepare inspect --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from tpo_jax.data import formats
+from tpo_jax.data.ingest import statistics
+from tpo_jax.data.ingest.plan import PrepareError, Settings, Source, read_source
+from tpo_jax.data.ingest.run import prepare
+from tpo_jax.data.ingest.sources import check_config, from_config, from_manifest
+from tpo_jax.data.media import MediaFolder
+
+RUN_EXAMPLES = """examples:
+  # a data set that names its own annotations in dataset.json (as moving_shapes writes it)
+  python -m tpo_jax.prepare run --data world/train --out prepared/train --size 64 --processes 2
+  # any folder of videos and one annotation file
+  python -m tpo_jax.prepare run --media videos --format native --annotations a.jsonl --out prepared
+  # several sources by config; any value can be changed on the command line
+  python -m tpo_jax.prepare run --config configs/prepare.py:world --config.fps=4 --out prepared
+
+A run that was stopped, even by kill -9, is continued by the same command.
+"""
+CHECK_EXAMPLES = """examples:
+  python -m tpo_jax.prepare check --format videochat2 --annotations conversations.json
+  python -m tpo_jax.prepare check --format native --annotations my.jsonl --media videos
+
+The exit status is 1 when a record is invalid.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["inspect"]:
+        from tpo_jax.data import inspect  # draws with matplotlib; the others do not need it
+
+        return inspect.main(arguments[1:]) or 0
+    parser = _parser()
+    options, config_arguments = parser.parse_known_args(arguments)
+    stray = [a for a in config_arguments if not a.startswith("--config.")]
+    if stray or (config_arguments and options.command != "run"):
+        parser.error(f"unrecognized arguments: {' '.join(stray or config_arguments)}")
+    try:
+        if options.command == "check":
+            return _check(options)
+        return _run(options, config_arguments)
+    except PrepareError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m tpo_jax.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,check,inspect}")
+    known = ", ".join(formats.FORMATS)
+
+    run = commands.add_parser(
+        "run",
+        help="decode media and write the two tables",
+        epilog=RUN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    run.add_argument("--out", type=pathlib.Path, required=True, help="the folder to write")
+    run.add_argument("--data", type=pathlib.Path, help="a folder with a dataset.json")
+    run.add_argument("--config", help="a config file, configs/prepare.py:ARG")
+    run.add_argument("--media", type=pathlib.Path, help="the folder of the media files")
+    run.add_argument("--format", choices=formats.FORMATS, metavar="NAME", help=known)
+    run.add_argument("--annotations", type=pathlib.Path, help="the annotation file or folder")
+    run.add_argument("--fps", type=float, default=2.0, help="frames a second to keep (2)")
+    run.add_argument("--size", type=int, help="square frames of so many pixels (native size)")
+    run.add_argument("--encoding", default="raw", help="raw or jpeg (raw)")
+    run.add_argument("--processes", type=int, default=1, help="parallel processes (1)")
+    _add_ignore_keys(run)
+
+    check = commands.add_parser(
+        "check",
+        help="list the invalid records of an annotation file",
+        epilog=CHECK_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    check.add_argument(
+        "--format", required=True, choices=formats.FORMATS, metavar="NAME", help=known
+    )
+    check.add_argument("--annotations", type=pathlib.Path, required=True)
+    check.add_argument("--media", type=pathlib.Path, help="also look the media up")
+    _add_ignore_keys(check)
+    commands.add_parser("inspect", help="draw one training row (see inspect --help)")
+    return parser
+
+
+def _add_ignore_keys(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore_keys",
+        type=lambda text: frozenset(text.split(",")),
+        default=frozenset(),
+        metavar="A,B",
+        help="keys of records that are known to mean nothing here",
+    )
+
+
+def _run(options: argparse.Namespace, config_arguments: Sequence[str]) -> int:
+    settings = Settings(options.fps, options.size, options.encoding)
+    processes = options.processes
+    ways = [name for name in ("data", "config", "media") if getattr(options, name) is not None]
+    if len(ways) != 1:
+        raise PrepareError("say where the data is: one of --data, --config, or --media")
+    if options.config:
+        config = _load_config(options.config, config_arguments)
+        check_config(config)
+        sources, settings, processes = from_config(config)
+    elif options.data:
+        sources = from_manifest(options.data, options.ignore_keys)
+    elif options.format and options.annotations:
+        sources = [
+            Source(
+                options.media,
+                options.format,
+                options.annotations,
+                options.annotations.stem,
+                options.ignore_keys,
+            )
+        ]
+    else:
+        raise PrepareError("--media needs --format and --annotations")
+    found = prepare(sources, options.out, settings, processes)
+    print(f"prepared {options.out}")
+    print(statistics.table(found))
+    if found["quarantined"]:
+        print(f"{found['quarantined']} left out, see {options.out / 'quarantine.jsonl'}")
+    return 0
+
+
+def _load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    values(["prepare", f"--config={path}", *overrides])
+    return holder.value
+
+
+def _check(options: argparse.Namespace) -> int:
+    try:
+        media = MediaFolder(options.media) if options.media else None
+    except FileNotFoundError as error:
+        raise PrepareError(str(error)) from error
+    source = Source(
+        options.media, options.format, options.annotations, "check", options.ignore_keys
+    )
+    drafts, problems = read_source(source, media)
+    for problem in problems:
+        print(problem)
+    print(f"{options.annotations}: {len(drafts)} valid examples, {len(problems)} problems")
+    print(statistics.table(statistics.count_examples(draft.example for draft in drafts)))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""How it runs: train state, optimizer, train step, checkpoints, ledger and writers."""

@@ -1,0 +1,358 @@
+"""The training config: its skeleton with defaults, typed config-file arguments, and validation.
+
+A config file is `def get_config(arg=None) -> ConfigDict`: it takes `default_config()`, fills it in,
+and returns it. Every key that exists is in the skeleton; `validate` refuses any other, so that a
+misspelt option cannot be ignored.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+OBJECTIVES = ("sft", "preference")
+TASKS = ("conversation", "temporal", "region", "mask", "tracking", "action", "preference")
+# Options whose keys are names that the config chooses.
+_FREE_KEYS = ("buckets", "losses", "slots", "tasks")
+# Options that do not change what is learnt: a run may resume with other values.
+FREE_ON_RESUME = ("mesh", "checkpoint", "log_every", "compile_cache", "data.threads")
+
+
+class ConfigError(ValueError):
+    """One or more options that cannot be used: option, value, reason and fix of each."""
+
+
+def default_config() -> ConfigDict:
+    """The skeleton: every option with its default. Lists and buckets start empty."""
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 1000
+    config.objective = "sft"  # or "preference" (DPO and relatives)
+    config.model = {
+        "preset": "tiny",  # models.presets.PRESETS; "": the configuration in init_from
+        "heads": [],  # of models.heads.HEADS: region, temporal, mask
+    }
+    config.init_from = ""  # model folder to start from; "": random weights
+    config.init_missing = []  # regexes of parameters that init_from may lack (new heads)
+    config.tokenizer = ""  # tokenizer.json; "": the one in init_from
+    config.data = {
+        "train": [],  # source_config(...): prepared folders and their weights
+        "validation": [],
+        "references": [],  # sidecars with reference log-probabilities of preference pairs
+        "threads": 2,  # that read batches ahead
+    }
+    config.buckets = {}  # name -> bucket_config(...): the shapes that are compiled
+    config.losses = {"language": 1.0}  # term -> weight; "region/l1" is a term of a head
+    config.preference = {"loss": "sigmoid", "beta": 0.1, "sft": 0.0, "label_smoothing": 0.0}
+    config.trainable = []  # [regex, peak learning rate]; first match wins, the rest is frozen
+    config.optimizer = {
+        "warmup": 0.05,  # share of all steps
+        "weight_decay": 0.05,
+        "clip": 1.0,  # largest global gradient norm; 0: no clipping
+        "min_lr_ratio": 0.1,
+    }
+    config.accumulation = 1  # micro-batches a step
+    config.dropout = 0.0
+    config.mesh = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}  # -1: what is left
+    config.checkpoint = {"every": 500, "keep": 2}  # steps between saves; how many stay
+    config.log_every = 10
+    config.eval_every = 500  # 0: no validation
+    config.eval_batches = 8
+    config.compile_cache = ""  # directory; compiled programs survive restarts
+    return config
+
+
+def source_config(path: str, *, weight: float = 1.0, tasks: Mapping[str, float]) -> dict[str, Any]:
+    """One entry of data.train or data.validation: a prepared folder, and weights of its tasks."""
+    return {"path": path, "weight": weight, "tasks": dict(tasks)}
+
+
+def bucket_config(
+    *,
+    media: str,
+    batch_size: int,
+    frames: int,
+    branches: int,
+    branch_tokens: int,
+    answers: int,
+    question: int = 0,
+    slots: Mapping[str, int] | None = None,
+    windows: int = 0,
+    mask_size: int = 0,
+    weight: float = 1.0,
+) -> dict[str, Any]:
+    """One entry of buckets: fields as in data.pipeline.Bucket, sizes per row except batch_size."""
+    return {
+        "media": media,
+        "batch_size": batch_size,
+        "frames": frames,
+        "question": question,
+        "branches": branches,
+        "branch_tokens": branch_tokens,
+        "answers": answers,
+        "slots": dict(slots or {}),
+        "windows": windows,
+        "mask_size": mask_size,
+        "weight": weight,
+    }
+
+
+def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDict:
+    """Parses the part of --config=file.py:ARG behind the colon, "key=value,flag,...".
+
+    Types come from the defaults; a bare name is a bool set to True. `parse_arg("stage=2,tiny",
+    stage=1, tiny=False)` gives stage 2 (an int) and tiny True.
+
+    Raises:
+      ConfigError: an unknown key, a key given twice, or a value of the wrong type.
+    """
+    values = ConfigDict(defaults)
+    seen: set[str] = set()
+    for item in filter(None, (arg or "").split(",")):
+        key, equals, text = item.partition("=")
+        if key not in defaults:
+            known = ", ".join(f"{name}={default!r}" for name, default in defaults.items())
+            raise ConfigError(f"config argument {item!r}: unknown key {key!r}; known: {known}")
+        if key in seen:
+            raise ConfigError(f"config argument {arg!r}: {key!r} is given twice")
+        seen.add(key)
+        values[key] = _parse_value(item, text if equals else "true", type(defaults[key]))
+    return values
+
+
+def _parse_value(item: str, text: str, kind: type) -> bool | int | float | str:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"config argument {item!r}: expected true or false, got {text!r}")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"config argument {item!r}: expected {kind.__name__}, got {text!r}"
+        ) from error
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON-able dicts and lists (tuples become lists)."""
+    return json.loads(config.to_json())
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every option that can be checked without data, weights or devices.
+
+    Raises:
+      ConfigError: lists every problem as "option = value: reason; fix".
+    """
+    problems = _check_keys(to_dict(config), default_config())
+    if not problems:  # the checks below read keys that the first pass has verified
+        problems = [*_check_scalars(config), *_check_data(config), *_check_buckets(config)]
+        problems += _check_objective(config)
+    if problems:
+        raise ConfigError("config:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def _problem(option: str, value: Any, reason: str, fix: str) -> str:
+    return f"{option} = {value!r}: {reason}; {fix}"
+
+
+def _check_keys(values: Mapping[str, Any], skeleton: Any, prefix: str = "") -> list[str]:
+    """Unknown and missing keys, and types that differ from the skeleton's."""
+    problems = []
+    for key in skeleton:
+        if key not in values:
+            problems.append(_problem(prefix + key, None, "missing", "start from default_config()"))
+    for key, value in values.items():
+        option = prefix + key
+        if key not in skeleton:
+            near = difflib.get_close_matches(key, list(skeleton), n=1)
+            fix = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(skeleton)}"
+            problems.append(_problem(option, value, "unknown key", fix))
+            continue
+        expected = skeleton[key]
+        kind = _kind(expected)
+        if _kind(value) != kind and not (kind == "float" and _kind(value) == "int"):
+            problems.append(_problem(option, value, f"is a {_kind(value)}", f"give a {kind}"))
+        elif kind == "dict" and key not in _FREE_KEYS:
+            problems += _check_keys(value, expected, option + ".")
+    return problems
+
+
+def _kind(value: Any) -> str:
+    """bool, int, float, str, dict or list: the JSON type of a value."""
+    for name, kind in [("bool", bool), ("int", int), ("float", float), ("str", str)]:
+        if isinstance(value, kind):
+            return name
+    return "dict" if isinstance(value, Mapping | ConfigDict) else "list"
+
+
+def _check_scalars(config: ConfigDict) -> list[str]:
+    problems = []
+    positive = (
+        "steps", "accumulation", "log_every", "checkpoint.every", "checkpoint.keep", "data.threads",
+    )  # fmt: skip
+    for option in (*positive, "eval_every", "eval_batches"):
+        value, low = _get(config, option), 1 if option in positive else 0
+        if value < low:
+            problems.append(_problem(option, value, "too small", f"give at least {low}"))
+    if not 0.0 <= config.dropout < 1.0:
+        problems.append(_problem("dropout", config.dropout, "not a share", "give one in [0, 1)"))
+    if config.eval_every and not config.data.validation:
+        fix = "list prepared folders there, or set eval_every=0"
+        problems.append(
+            _problem("eval_every", config.eval_every, "data.validation is empty", fix)
+        )
+    if config.eval_every and not config.eval_batches:
+        fix = "give at least 1, or set eval_every=0"
+        problems.append(_problem("eval_batches", config.eval_batches, "nothing to average", fix))
+    if not config.trainable:
+        fix = 'list [regex, learning rate] groups, such as [[".*", 1e-3]]'
+        problems.append(_problem("trainable", config.trainable, "everything is frozen", fix))
+    for index, group in enumerate(config.trainable):
+        if _kind(group) != "list" or [_kind(x) for x in group] not in (
+            ["str", "float"], ["str", "int"],
+        ):  # fmt: skip
+            fix = "give [regex, peak learning rate]"
+            problems.append(_problem(f"trainable[{index}]", group, "not a group", fix))
+    if not config.tokenizer and not config.init_from:
+        fix = "name a tokenizer.json, or a model folder in init_from"
+        problems.append(_problem("tokenizer", "", "no tokenizer and no init_from", fix))
+    if config.tokenizer and config.init_from:
+        reason = f"init_from={config.init_from!r} brings its own"
+        problems.append(_problem("tokenizer", config.tokenizer, reason, "leave it empty"))
+    if not config.model.preset and not config.init_from:
+        fix = "name a preset, or a model folder in init_from"
+        problems.append(_problem("model.preset", "", "no preset and no init_from", fix))
+    if config.init_missing and not config.init_from:
+        problems.append(
+            _problem("init_missing", config.init_missing, "init_from is empty", "leave it empty")
+        )
+    return problems
+
+
+def _check_data(config: ConfigDict) -> list[str]:
+    problems = []
+    if not config.data.train:
+        problems.append(_problem("data.train", [], "no training data", "list prepared folders"))
+    for split in ("train", "validation"):
+        for index, source in enumerate(config.data[split]):
+            option = f"data.{split}[{index}]"
+            wrong = _check_keys(source, source_config("", tasks={}), option + ".")
+            problems += wrong
+            if wrong:
+                continue
+            if source["weight"] <= 0:
+                problems.append(
+                    _problem(f"{option}.weight", source["weight"], "not positive", "remove it")
+                )
+            if not any(weight > 0 for weight in source["tasks"].values()):
+                fix = f"give positive weights to some of {', '.join(TASKS)}"
+                problems.append(_problem(f"{option}.tasks", source["tasks"], "draws nothing", fix))
+            for task in source["tasks"]:
+                if task not in TASKS:
+                    fix = f"one of {', '.join(TASKS)}"
+                    problems.append(_problem(f"{option}.tasks.{task}", task, "unknown task", fix))
+    return problems
+
+
+def _check_buckets(config: ConfigDict) -> list[str]:
+    problems = []
+    if not config.buckets:
+        problems.append(_problem("buckets", {}, "no bucket", "add one made by bucket_config(...)"))
+    skeleton = bucket_config(
+        media="", batch_size=1, frames=1, branches=1, branch_tokens=1, answers=1
+    )
+    for name, bucket in to_dict(config)["buckets"].items():
+        wrong = _check_keys(bucket, skeleton, f"buckets.{name}.")
+        problems += wrong
+        if wrong:
+            continue
+        at = f"buckets.{name}."
+        if bucket["media"] not in ("video", "image"):
+            problems.append(_problem(at + "media", bucket["media"], "unknown", "video or image"))
+        for field in ("batch_size", "frames", "branches", "branch_tokens", "answers"):
+            if bucket[field] < 1:
+                problems.append(_problem(at + field, bucket[field], "too small", "give >= 1"))
+        if bucket["batch_size"] % config.accumulation:
+            fix = "make batch_size a multiple of it"
+            reason = f"does not divide by accumulation={config.accumulation}"
+            problems.append(_problem(at + "batch_size", bucket["batch_size"], reason, fix))
+        if bucket["answers"] >= bucket["branch_tokens"]:
+            reason = "a branch starts with at least one token that is given"
+            fix = f"give less than branch_tokens={bucket['branch_tokens']}"
+            problems.append(_problem(at + "answers", bucket["answers"], reason, fix))
+        for head in bucket["slots"]:
+            if head != "box" and head not in config.model.heads:
+                fix = f"add {head!r} to model.heads or drop the slot"
+                problems.append(
+                    _problem(f"{at}slots.{head}", bucket["slots"][head], "no such head", fix)
+                )
+    return problems
+
+
+def _check_objective(config: ConfigDict) -> list[str]:
+    problems = []
+    if config.objective not in OBJECTIVES:
+        fix = f"one of {', '.join(OBJECTIVES)}"
+        problems.append(_problem("objective", config.objective, "unknown objective", fix))
+    for term, weight in config.losses.items():
+        head = term.split("/")[0]
+        if head not in ("language", "preference") and head not in config.model.heads:
+            fix = "add the head to model.heads or drop the term"
+            problems.append(_problem(f"losses.{term}", weight, "term of a missing head", fix))
+        if weight < 0:
+            problems.append(_problem(f"losses.{term}", weight, "negative", "give a weight >= 0"))
+    if config.objective == "preference":
+        if not config.data.references:
+            fix = "name the sidecars that `python -m tpo_jax.preferences score` wrote"
+            problems.append(_problem("data.references", [], "no reference model's scores", fix))
+        for name, bucket in config.buckets.items():
+            if not bucket.question:
+                reason = "the question of a pair stands in the prefix"
+                problems.append(_problem(f"buckets.{name}.question", 0, reason, "give its tokens"))
+            if bucket.branches != 2:
+                reason = "a preference row is the branches (chosen, rejected)"
+                problems.append(
+                    _problem(f"buckets.{name}.branches", bucket.branches, reason, "give 2")
+                )
+        if config.preference.beta <= 0:
+            problems.append(
+                _problem("preference.beta", config.preference.beta, "not positive", "such as 0.1")
+            )
+    return problems
+
+
+def changed_since(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Options that differ between a checkpoint's config and ours and would change the run.
+
+    Returns:
+      "option: checkpoint has X, this command has Y" lines; options in FREE_ON_RESUME may differ.
+    """
+    lines = []
+
+    def compare(a: Any, b: Any, option: str) -> None:
+        if option in FREE_ON_RESUME or a == b:
+            return
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            for key in {**a, **b}:
+                compare(a.get(key), b.get(key), f"{option}.{key}" if option else key)
+        elif _is_list(a) and _is_list(b) and len(a) == len(b):
+            for index, (x, y) in enumerate(zip(a, b, strict=True)):
+                compare(x, y, f"{option}[{index}]")
+        else:
+            lines.append(f"{option}: checkpoint has {a!r}, this command has {b!r}")
+
+    compare(saved, current, "")
+    return lines
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _get(config: ConfigDict, option: str) -> Any:
+    for key in option.split("."):
+        config = config[key]
+    return config

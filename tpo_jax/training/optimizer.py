@@ -1,0 +1,174 @@
+"""AdamW with one learning rate per group of parameters, from optax parts.
+
+Groups are `[[regex, learning_rate], ...]` over "/"-joined parameter paths, anchored at the start;
+the first match wins. A parameter that no group matches is frozen: it gets no gradient and no
+optimizer state. All groups follow one schedule: linear warm-up, then cosine to a floor.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from tpo_jax.parallel.paths import first_match, flatten, map_with_path
+
+Groups = Sequence[tuple[str, float]]
+
+# Scales, offsets, embeddings and single learnt vectors are not pulled to zero.
+NO_DECAY = r"(.*/)?(bias|scale|embed|position|frame_position|task_tokens)(/|$)"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """config.optimizer.
+
+    Attributes:
+      warmup: share of all steps in [0, 1) with a linearly rising learning rate.
+      weight_decay: decoupled, multiplied by the learning rate; matrices only (see NO_DECAY).
+      clip: largest global norm of the trainable gradients; 0 switches clipping off.
+      min_lr_ratio: learning rate at the last step over the peak.
+      b1, b2, eps: Adam's.
+    """
+
+    warmup: float
+    weight_decay: float
+    clip: float
+    min_lr_ratio: float
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        for field, low, high in [("warmup", 0, 1), ("min_lr_ratio", 0, 1), ("b1", 0, 1), ("b2", 0, 1)]:
+            if not low <= (value := getattr(self, field)) <= high:
+                raise ValueError(f"optimizer.{field}={value}: must be in [{low}, {high}]")
+        for field in ("weight_decay", "clip", "eps"):
+            if (value := getattr(self, field)) < 0:
+                raise ValueError(f"optimizer.{field}={value}: must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optax transformation over the trainable subset, and what it trains.
+
+    Attributes:
+      transform: init(trainable) and update(grads, state, trainable), on nested dicts.
+      schedule: step -> learning rate as a multiple of each group's own (peak 1).
+      learning_rates: {path: peak learning rate} of every trainable parameter.
+      report: a table of groups for the log.
+    """
+
+    transform: optax.GradientTransformation
+    schedule: optax.Schedule
+    learning_rates: dict[str, float]
+    report: str
+
+
+def make_optimizer(config: OptimizerConfig, groups: Groups, steps: int, params: Any) -> Optimizer:
+    """AdamW over the parameters that `groups` match.
+
+    Args:
+      groups: config.trainable, (regex, peak learning rate).
+      steps: optimizer steps of the run, the length of the schedule.
+      params: nested dict of arrays or ShapeDtypeStructs; only paths and shapes are read.
+
+    Raises:
+      ValueError: a regex that is invalid or matches no parameter, or no trainable parameter.
+    """
+    assigned = assign_groups(groups, list(flatten(params)))
+    rates = {path: float(groups[index][1]) for path, index in assigned.items()}
+    schedule = warmup_cosine(steps, config.warmup, config.min_lr_ratio)
+    parts = [
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        optax.scale_by_schedule(schedule),
+        _scale_by_path(rates),
+    ]
+    report = group_report(groups, assigned, flatten(params))
+    return Optimizer(optax.chain(*parts), schedule, rates, report)
+
+
+def assign_groups(groups: Groups, paths: Sequence[str]) -> dict[str, int]:
+    """{path: group index} of the trainable paths."""
+    patterns = [pattern for pattern, _ in groups]
+    for index, pattern in enumerate(patterns):
+        try:
+            matched = any(re.match(pattern, path) for path in paths)
+        except re.error as error:
+            raise ValueError(f"trainable[{index}]={pattern!r}: not a regex ({error})") from error
+        if not matched:
+            roots = sorted({"/".join(path.split("/")[:2]) for path in paths})
+            raise ValueError(
+                f"trainable[{index}]={pattern!r} matches no parameter; patterns start at the root "
+                f"of a path, which are {', '.join(roots)}"
+            )
+    found = {path: first_match(patterns, path) for path in paths}
+    assigned = {path: index for path, index in found.items() if index is not None}
+    for index, pattern in enumerate(patterns):
+        if index not in assigned.values():
+            raise ValueError(
+                f"trainable[{index}]={pattern!r}: earlier groups take all that it matches; "
+                "put the narrower pattern first"
+            )
+    if not assigned:
+        raise ValueError("trainable=[]: nothing to train; give at least one [regex, learning rate]")
+    return assigned
+
+
+def warmup_cosine(steps: int, warmup: float, min_lr_ratio: float) -> optax.Schedule:
+    """step -> multiple of the peak: 0 -> 1 over warmup * steps, then cosine to `min_lr_ratio`.
+
+    The first step already moves (its multiple is 1 / warm-up steps), and the last of `steps`
+    steps is one before the floor.
+    """
+    rise = max(1, round(warmup * steps))
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(1 / rise, 1.0, max(rise - 1, 1)),
+            optax.cosine_decay_schedule(1.0, max(steps - rise + 1, 1), alpha=min_lr_ratio),
+        ],
+        [rise - 1],
+    )
+
+
+def decay_mask(params: Any) -> Any:
+    """Which leaves weight decay applies to: same nest as `params`, bool leaves."""
+    return map_with_path(lambda path, _: re.match(NO_DECAY, path) is None, params)
+
+
+def group_report(groups: Groups, assigned: dict[str, int], leaves: dict[str, Any]) -> str:
+    """A table: group, learning rate, leaves, parameters; the frozen rest comes last."""
+    rows = [("group", "learning rate", "leaves", "parameters")]
+    for index in [*range(len(groups)), None]:
+        paths = [path for path in leaves if assigned.get(path) == index]
+        count = sum(int(np.prod(leaves[path].shape)) for path in paths)
+        pattern, rate = groups[index] if index is not None else ("(frozen)", 0.0)
+        rows.append((pattern, f"{rate:g}", str(len(paths)), f"{count:,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def _scale_by_path(rates: dict[str, float]) -> optax.GradientTransformation:
+    """Multiplies every update by minus the learning rate of its path."""
+
+    def scale(updates: Any, params: Any = None) -> Any:
+        del params
+        return map_with_path(lambda path, update: -rates[path] * update, updates)
+
+    return optax.stateless(scale)
+
+
+def learning_rate(optimizer: Optimizer, step: jax.Array) -> jax.Array:
+    """float32[]: the largest group's learning rate at `step`."""
+    return max(optimizer.learning_rates.values()) * optimizer.schedule(step)

@@ -1,0 +1,155 @@
+"""The compiled program of a run, from its config: what `train` calls and `plan` compiles."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.objectives.preference import PreferenceConfig
+from tpo_jax.parallel.mesh import batch_sharding, check_batch_divides, replicated
+from tpo_jax.parallel.rules import follow_params, param_shardings, place
+from tpo_jax.training.objective import Objective, PreferenceObjective, SftObjective
+from tpo_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from tpo_jax.training.state import Params, TrainState, init_state
+from tpo_jax.training.step import (
+    jit_train_step,
+    make_eval_step,
+    make_score_step,
+    make_train_step,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Everything of a run that is decided before data is read.
+
+    Attributes:
+      model: FunctionalModel with the config's dropout.
+      abstract_state: TrainState of ShapeDtypeStruct with shardings, to compile or restore into.
+      train_step: jitted (state, batch, base_key) -> (state, metrics); donates state.
+      eval_step: jitted (params, batch) -> terms and metrics, see `weighted_total`.
+      score_step: jitted (params, batch) -> float32[B, K, A] token log-probabilities, replicated.
+    """
+
+    model: FunctionalModel
+    objective: Objective
+    optimizer: Optimizer
+    mesh: Mesh
+    accumulation: int
+    abstract_state: TrainState
+    train_step: Any
+    eval_step: Any
+    score_step: Any
+
+    @property
+    def param_shardings(self) -> Any:
+        return jax.tree.map(lambda x: x.sharding, self.abstract_state.params)
+
+    def init_params(self, seed: int) -> Params:
+        """Freshly drawn parameters, each device drawing its own shards."""
+        draw = jax.jit(self.model.init, out_shardings=self.param_shardings)
+        return draw(jax.random.key(seed))
+
+    def init_state(self, params: Params) -> TrainState:
+        """State at step 0 on the mesh.
+
+        Args:
+          params: host arrays, or arrays of `init_params`. Arrays that are on the mesh already are
+            taken over: the first train step donates them.
+        """
+        if not isinstance(jax.tree.leaves(params)[0], jax.Array):
+            params = place(params, self.param_shardings)
+        start = jax.jit(
+            lambda p: init_state(p, self.optimizer.transform, self.trainable).opt_state,
+            out_shardings=jax.tree.map(lambda x: x.sharding, self.abstract_state.opt_state),
+        )
+        step = place(np.zeros((), np.int32), replicated(self.mesh))
+        return TrainState(step, params, start(params))
+
+    @property
+    def trainable(self) -> frozenset[str]:
+        return frozenset(self.optimizer.learning_rates)
+
+    def base_key(self, seed: int) -> jax.Array:
+        """The run's random key, on every device of the mesh."""
+        return jax.jit(jax.random.key, out_shardings=replicated(self.mesh))(jnp.uint32(seed))
+
+    def lower_train_step(self, batch: Any) -> jax.stages.Lowered:
+        """Lowers `train_step` for a batch (arrays or ShapeDtypeStructs of global shape)."""
+        check_batch_divides(batch, self.mesh, self.accumulation)
+        key = jax.eval_shape(jax.random.key, jnp.uint32(0))
+        return self.train_step.lower(self.abstract_state, batch, key)
+
+
+def make_objective(config: ConfigDict) -> Objective:
+    """config.objective with its options."""
+    if config.objective == "preference":
+        return PreferenceObjective(PreferenceConfig(**config.preference.to_dict()))
+    if config.objective == "sft":
+        return SftObjective(config.losses.to_dict())
+    raise ValueError(f"objective={config.objective!r}: expected 'sft' or 'preference'")
+
+
+def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> Program:
+    """Builds the steps of a run.
+
+    Args:
+      config: training config; reads objective, losses, preference, trainable, optimizer, steps,
+        accumulation and dropout.
+      model_config: of the preset or of the model folder in init_from.
+      mesh: from parallel.mesh.make_mesh, of real devices or of a topology.
+    """
+    language = dataclasses.replace(model_config.language, dropout=config.dropout)
+    model = FunctionalModel(dataclasses.replace(model_config, language=language))
+    objective = make_objective(config)
+    groups = [(pattern, rate) for pattern, rate in config.trainable]
+    optimizer = make_optimizer(
+        OptimizerConfig(**config.optimizer.to_dict()), groups, config.steps, model.abstract()
+    )
+    abstract_state = _abstract_state(model, optimizer, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+    train_step = make_train_step(
+        model,
+        objective,
+        optimizer,
+        accumulation=config.accumulation,
+        dropout=config.dropout > 0,
+    )
+    rows, whole = batch_sharding(mesh), replicated(mesh)
+    jit = functools.partial(
+        jax.jit, in_shardings=(shardings.params, rows), out_shardings=whole
+    )
+    return Program(
+        model=model,
+        objective=objective,
+        optimizer=optimizer,
+        mesh=mesh,
+        accumulation=config.accumulation,
+        abstract_state=abstract_state,
+        train_step=jit_train_step(train_step, mesh, shardings),
+        eval_step=jit(make_eval_step(model, objective)),
+        score_step=jit(make_score_step(model)),
+    )
+
+
+def _abstract_state(model: FunctionalModel, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    params = model.abstract()
+    shardings = param_shardings(params, mesh)
+    state = jax.eval_shape(
+        lambda p: init_state(p, optimizer.transform, frozenset(optimizer.learning_rates)), params
+    )
+    placed = TrainState(
+        step=replicated(mesh),
+        params=shardings,
+        opt_state=follow_params(state.opt_state, params, shardings, mesh),
+    )
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
+    )

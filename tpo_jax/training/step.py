@@ -1,0 +1,184 @@
+"""Train, evaluation and scoring steps: pure functions of pytrees, and how they are jitted.
+
+    train_step = make_train_step(functional_model, objective, optimizer, accumulation=4)
+    state, metrics = train_step(state, batch, base_key)
+
+The total is sum over terms of weights[term] * (sum of the term / weight of the term), where both
+sums run over the whole global batch: micro-batches, packing and devices do not change it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from tpo_jax.parallel.mesh import batch_sharding, replicated
+from tpo_jax.parallel.weighted_sum import WeightedSum
+from tpo_jax.training.objective import Batch, Objective, Sums, answer_scores, denominators
+from tpo_jax.training.optimizer import Optimizer, learning_rate
+from tpo_jax.training.state import TrainState, merge, partition
+
+TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Sums]]
+
+
+def row_keys(base_key: jax.Array, step: jax.Array, example_ids: jax.Array) -> jax.Array:
+    """key[B]: fold_in(fold_in(base_key, step), example_id).
+
+    A row's dropout depends on the seed, the step and the example, not on where the row lies.
+    """
+    step_key = jax.random.fold_in(base_key, step)
+    return jax.vmap(lambda example_id: jax.random.fold_in(step_key, example_id))(example_ids)
+
+
+def make_train_step(
+    functional_model: Any,
+    objective: Objective,
+    optimizer: Optimizer,
+    *,
+    accumulation: int = 1,
+    dropout: bool = False,
+) -> TrainStep:
+    """The function that `train` runs and `plan` compiles.
+
+    Args:
+      functional_model: models.FunctionalModel.
+      objective: SftObjective or PreferenceObjective.
+      optimizer: from make_optimizer; its learning_rates name the trainable parameters.
+      accumulation: micro-batches a step; must divide the rows of a batch.
+      dropout: whether rows get dropout keys.
+
+    Returns:
+      (state, batch, base_key) -> (state, metrics). Metrics are WeightedSums that add up over
+      steps: every term by name, the objective's metrics, loss (the weighted total), grad_norm
+      (before clipping), learning_rate, and nonfinite: 1 for a step whose loss or gradient is not
+      finite. Such a step changes neither parameters nor optimizer state, it only counts.
+    """
+    trainable_paths = frozenset(optimizer.learning_rates)
+
+    def micro_loss(
+        trainable: Any, frozen: Any, batch: Batch, keys: jax.Array | None, weights: Any
+    ) -> tuple[jax.Array, Sums]:
+        model = functional_model.bind(merge(trainable, frozen))
+        predictions = objective.predict(model, batch, keys)
+        terms = objective.terms(predictions, batch)
+        if weights is None:  # this is the whole batch
+            weights = {name: term.weight for name, term in terms.items()}
+        total = sum(
+            objective.weights[name] * WeightedSum(term.total, weights[name]).mean()
+            for name, term in terms.items()
+        )
+        return total, terms | objective.metrics(predictions, batch)
+
+    gradient = jax.value_and_grad(micro_loss, has_aux=True)
+
+    def train_step(
+        state: TrainState, batch: Batch, base_key: jax.Array
+    ) -> tuple[TrainState, Sums]:
+        trainable, frozen = partition(state.params, trainable_paths)
+        keys = row_keys(base_key, state.step, batch["example_ids"]) if dropout else None
+        weights = None
+        if accumulation > 1:  # every micro-batch divides by the weight of the whole batch
+            weights = denominators(objective, functional_model, state.params, batch, keys)
+
+        def one(micro: tuple[Batch, jax.Array | None]) -> Any:
+            value, grads = gradient(trainable, frozen, *micro, weights)
+            return value, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+        (loss, sums), grads = accumulate(one, (batch, keys), accumulation)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.transform.update(grads, state.opt_state, trainable)
+        updated = TrainState(
+            step=state.step + 1,
+            params=merge(_select(finite, optax.apply_updates(trainable, updates), trainable), frozen),
+            opt_state=_select(finite, opt_state, state.opt_state),
+        )
+        once = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate(optimizer, state.step),
+            "nonfinite": 1 - finite.astype(jnp.float32),
+        }
+        one_step = jnp.ones((), jnp.float32)
+        return updated, sums | {k: WeightedSum(v, one_step) for k, v in once.items()}
+
+    return train_step
+
+
+def make_eval_step(functional_model: Any, objective: Objective) -> Callable[[Any, Batch], Sums]:
+    """(params, batch) -> terms and metrics as WeightedSums, without dropout.
+
+    "loss" is left to `weighted_total`, after the sums of all batches are added.
+    """
+
+    def eval_step(params: Any, batch: Batch) -> Sums:
+        predictions = objective.predict(functional_model.bind(params), batch, None)
+        return objective.terms(predictions, batch) | objective.metrics(predictions, batch)
+
+    return eval_step
+
+
+def weighted_total(objective: Objective, sums: Sums) -> jax.Array:
+    """float32[]: the objective's total from added-up terms."""
+    return sum(weight * sums[name].mean() for name, weight in objective.weights.items())
+
+
+def make_score_step(functional_model: Any) -> Callable[[Any, Batch], jax.Array]:
+    """(params, batch) -> float32[B, K, A] log-probabilities of the answer tokens."""
+
+    def score_step(params: Any, batch: Batch) -> jax.Array:
+        model = functional_model.bind(params)
+        return answer_scores(model, model(batch, None), batch).logp
+
+    return score_step
+
+
+def accumulate(function: Callable[[Any], Any], rows: Any, count: int) -> Any:
+    """Sum over `count` micro-batches of function(micro), in a scan.
+
+    Args:
+      rows: pytree of arrays [B, ...]; micro-batch i holds rows i, i + count, ... so that every
+        device keeps the rows that it has.
+      function: micro -> pytree of sums.
+
+    Raises:
+      ValueError: B does not divide by `count`.
+    """
+    if count == 1:
+        return function(rows)
+    size = jax.tree.leaves(rows)[0].shape[0]
+    if size % count:
+        raise ValueError(
+            f"accumulation={count} does not divide the {size} rows of a batch; "
+            "change config.accumulation or the bucket's batch_size"
+        )
+    micros = jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(size // count, count, *x.shape[1:]), 0, 1), rows
+    )
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], micros))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(total: Any, micro: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(micro)), None
+
+    return jax.lax.scan(add, zeros, micros)[0]
+
+
+def jit_train_step(train_step: TrainStep, mesh: Mesh, state_shardings: TrainState) -> Any:
+    """The jitted step: donated state, rows over (data, fsdp), replicated metrics.
+
+    `train` calls the result and `plan` lowers it; both get it from `training.program`.
+    """
+    return jax.jit(
+        train_step,
+        in_shardings=(state_shardings, batch_sharding(mesh), replicated(mesh)),
+        out_shardings=(state_shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def _select(finite: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)

@@ -1,0 +1,182 @@
+"""Where scalars go: a progress bar, a JSONL file, TensorBoard. Process 0 writes, others do not.
+
+All writers have the method names of clu.metric_writers (which needs TensorFlow):
+`write_scalars(step, scalars)`, `flush()`, `close()`. Names are "group/term", values plain floats.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+from etils import epath
+
+from tpo_jax.parallel.weighted_sum import WeightedSum
+
+
+class Writer(Protocol):
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class StdoutProgress:
+    """A progress bar over all steps; `shown` maps a scalar's name to its label beside the bar."""
+
+    def __init__(self, *, total: int, initial: int, shown: Mapping[str, str]) -> None:
+        self._bar = tqdm.tqdm(
+            total=total, initial=initial, desc="train", unit="step", dynamic_ncols=True
+        )
+        self._shown = dict(shown)
+        self._latest: dict[str, str] = {}
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, label in self._shown.items():
+            if name in scalars:
+                self._latest[label] = f"{scalars[name]:.4g}"
+        self._bar.set_postfix(self._latest, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def message(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._bar.write(text)
+
+    def flush(self) -> None:
+        self._bar.refresh()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class Jsonl:
+    """One JSON object a line: {"step": 10, "train/loss": 1.25, ...}.
+
+    A run that resumes at step n will write the steps after n again, so opening drops them: the
+    file of an interrupted run ends up equal to that of an uninterrupted one.
+    """
+
+    def __init__(self, path: epath.PathLike, *, resume_step: int) -> None:
+        """Opens `path` for appending after the records up to `resume_step`."""
+        self._path = epath.Path(path)
+        kept = [line for step, line in read_lines(self._path) if step <= resume_step]
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(self._path)
+        self._file = self._path.open("a")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        record = {"step": step} | {name: _number(value) for name, value in scalars.items()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()  # a killed process loses no complete record
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: epath.PathLike) -> list[tuple[int, str]]:
+    """(step, line) of every record of a metrics.jsonl; a torn last line is left out.
+
+    Raises:
+      ValueError: another line is not JSON with a step; names file and line number.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        return []
+    text = path.read_text()
+    # A line without its end was being written when the process was killed.
+    lines = text.split("\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append((int(json.loads(line)["step"]), line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number}: not a metrics record ({error}); expected "
+                '{"step": int, name: number, ...}; repair or remove the file'
+            ) from error
+    return records
+
+
+def read_scalars(path: epath.PathLike) -> list[dict[str, float]]:
+    """All records of a metrics.jsonl as dicts."""
+    return [json.loads(line) for _, line in read_lines(path)]
+
+
+class TensorBoard:
+    """Event files for TensorBoard under `directory`; steps after `resume_step` are superseded."""
+
+    def __init__(self, directory: epath.PathLike, *, resume_step: int) -> None:
+        self._writer = tensorboardX.SummaryWriter(
+            str(directory), purge_step=resume_step + 1, write_to_disk=True
+        )
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Writers:
+    """Several writers as one; an empty one is what processes other than 0 use."""
+
+    def __init__(self, writers: Sequence[Writer]) -> None:
+        self._writers = tuple(writers)
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write_scalars(step, scalars)
+
+    def flush(self) -> None:
+        for writer in self._writers:
+            writer.flush()
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+def _number(value: float) -> float | int | None:
+    """JSON has no NaN: a loss that is not finite is written as null, which plots as a gap."""
+    value = value.item() if isinstance(value, np.generic | np.ndarray) else value
+    return value if np.isfinite(value) else None
+
+
+class MetricWindow:
+    """Sums of training metrics since the last record, and the record.
+
+    Metrics are {name: WeightedSum} per step. Totals and weights add up over the steps of a window
+    and are divided once; a metric whose weight is 0 in the whole window has no value.
+    """
+
+    def __init__(self, saved: Mapping[str, Sequence[float]] | None = None) -> None:
+        """`saved` is `state()` of an interrupted window, which this one continues."""
+        self._sums = {name: (total, weight) for name, (total, weight) in (saved or {}).items()}
+
+    def add(self, metrics: Mapping[str, WeightedSum]) -> None:
+        """Adds one step; blocks until the step is done."""
+        for name, value in jax.device_get(dict(metrics)).items():
+            total, weight = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (total + float(value.total), weight + float(value.weight))
+
+    def means(self, prefix: str) -> dict[str, float]:
+        """{prefix + name: total / weight}."""
+        return {
+            prefix + name: total / weight for name, (total, weight) in self._sums.items() if weight
+        }
+
+    def state(self) -> dict[str, list[float]]:
+        """JSON for the checkpoint; floats survive it exactly."""
+        return {name: list(sums) for name, sums in self._sums.items()}
