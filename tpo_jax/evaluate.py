@@ -1,11 +1,11 @@
 """Scores a model on held-out videos, or computes the floors that its scores are read against.
 
-    python -m tpo_jax.evaluate --model=runs/demo/stage3/model --data=runs/demo/prepared/test \\
-        --pairs=runs/demo/pairs/test --out=runs/demo/eval/stage3.json
-    python -m tpo_jax.evaluate --model=runs/demo/blind/model --data=runs/demo/prepared/test \\
+    python -m tpo_jax.evaluate --model=runs/demo/stage3/model --data=runs/demo/data/test \\
+        --pairs=runs/demo/pairs/test/pairs.jsonl --out=runs/demo/eval/stage3.json
+    python -m tpo_jax.evaluate --model=runs/demo/blind/model --data=runs/demo/data/test \\
         --evidence=blind --out=runs/demo/eval/blind.json
-    python -m tpo_jax.evaluate --floors_from=runs/demo/prepared/train \\
-        --data=runs/demo/prepared/test --blind=runs/demo/eval/blind.json \\
+    python -m tpo_jax.evaluate --floors_from=runs/demo/data/train \\
+        --data=runs/demo/data/test --blind=runs/demo/eval/blind.json \\
         --middle_frame=runs/demo/eval/middle_frame.json --out=runs/demo/eval/floors.json
 
 Multiple choice is decided by the likelihood of the options. Head metrics come from free generation:
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from tpo_jax.data import evidence
+from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
 from tpo_jax.evaluation import benchmarks, floors, results
 from tpo_jax.evaluation.evaluator import TASK_HEADS, TASKS, Evaluator, Settings
@@ -60,16 +61,16 @@ def evaluate(flags: argparse.Namespace) -> None:
     """Scores one model and writes its metrics, intervals, items and samples."""
     started = time.monotonic()
     config, params, codec = load_model(flags.model)
-    tasks = choose_tasks(flags.tasks, flags.evidence, config.heads)
+    tasks = choose_tasks(flags.tasks, flags.evidence, config.heads, flags.pairs)
     settings = Settings(batch_size=flags.batch_size, evidence=flags.evidence)
     evaluator = Evaluator(config, params, codec, settings)
-    dataset = open_split(flags.data, flags.limit)
+    dataset = first_videos(PreparedDataset(flags.data), flags.limit)
     if "qa" in tasks:
         evaluator.questions(dataset)
-    if heads := [task for task in tasks if task != "qa"]:
+    if heads := [task for task in tasks if task in TASK_HEADS]:
         evaluator.heads(dataset, heads)
-    if flags.pairs:
-        evaluator.preferences(open_split(flags.pairs, flags.limit))
+    if "preference" in tasks:
+        evaluator.preferences(first_videos(PairedDataset(flags.data, flags.pairs), flags.limit))
     record = results.evaluation_record(
         evaluator.results.table.item_scores(),
         routing=benchmarks.routing_counts(evaluator.results.pairs),
@@ -90,12 +91,11 @@ def evaluate(flags: argparse.Namespace) -> None:
 
 def compute_floors(flags: argparse.Namespace) -> None:
     """Chooses constants on the training split, scores them on the test split."""
-    train, test = PreparedDataset(flags.floors_from), open_split(flags.data, flags.limit)
+    train = PreparedDataset(flags.floors_from)
+    test = first_videos(PreparedDataset(flags.data), flags.limit)
     found = floors.constant_floors(train, test, flags.frames)
     trained = {"text-only model": flags.blind, "middle-frame model": flags.middle_frame}
-    models = {
-        name: results.read_json(path)["metrics"] for name, path in trained.items() if path
-    }
+    models = {name: results.read_json(path)["metrics"] for name, path in trained.items() if path}
     found = floors.with_trained_models(found, models)
     record = results.floors_record(found, train=flags.floors_from, data=flags.data)
     results.write_json(flags.out, record)
@@ -103,29 +103,27 @@ def compute_floors(flags: argparse.Namespace) -> None:
     print(flags.out)
 
 
-def choose_tasks(asked: str, shown: str, heads: Sequence[str]) -> list[str]:
-    """The tasks to score: those asked for, or all that the model and the evidence allow."""
-    possible = ["qa"]
-    if shown == "full":
-        possible += [task for task, head in TASK_HEADS.items() if head in heads]
+def choose_tasks(asked: str, shown: str, heads: Sequence[str], pairs: str) -> list[str]:
+    """The tasks to score: those asked for, or all that model, evidence and pairs allow."""
+    refused: dict[str, str] = {}
+    for task, head in TASK_HEADS.items():
+        if head not in heads:
+            refused[task] = f"the model has heads {list(heads)}"
+        elif shown != "full":
+            refused[task] = f"--evidence={shown} hides the frames that heads answer for"
+    if not pairs:
+        refused["preference"] = "give the held-out pairs with --pairs=FILE.jsonl"
     if not asked:
-        return possible
-    tasks = asked.split(",")
-    for task in tasks:
+        return [task for task in TASKS if task not in refused]
+    for task in asked.split(","):
         if task not in TASKS:
             raise ValueError(f"--tasks: {task!r} is not a task; known: {', '.join(TASKS)}")
-        if task not in possible:
-            reason = (
-                f"the model has heads {list(heads)}"
-                if shown == "full"
-                else f"--evidence={shown} hides the frames that heads answer for"
-            )
-            raise ValueError(f"--tasks: {task!r} cannot be scored: {reason}")
-    return tasks
+        if task in refused:
+            raise ValueError(f"--tasks: {task!r} cannot be scored: {refused[task]}")
+    return asked.split(",")
 
 
-def open_split(path: str, limit: int) -> Any:
-    dataset = PreparedDataset(path)
+def first_videos(dataset: Any, limit: int) -> Any:
     return FirstVideos(dataset, limit) if limit else dataset
 
 
@@ -139,7 +137,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--model", help="model folder to score")
     what.add_argument("--floors_from", help="prepared training split: compute floors instead")
     parser.add_argument("--data", required=True, help="prepared split to score on")
-    parser.add_argument("--pairs", default="", help="prepared folder of held-out preference pairs")
+    parser.add_argument(
+        "--pairs",
+        default="",
+        metavar="FILE.jsonl",
+        help="held-out preference pairs about the videos of --data",
+    )
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--tasks", default="", help=f"comma-separated, of {','.join(TASKS)}")
     parser.add_argument("--limit", type=int, default=0, help="only the first N videos")

@@ -150,9 +150,15 @@ def _run(options: argparse.Namespace, config_arguments: Sequence[str]) -> int:
 
 
 def _load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
+    file = pathlib.Path(path.split(":", 1)[0])
+    if not file.is_file():
+        raise PrepareError(f"--config: {file} does not exist; correct the path")
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values)
-    values(["prepare", f"--config={path}", *overrides])
+    try:
+        values(["prepare", f"--config={path}", *overrides])
+    except (flags.Error, AttributeError) as error:  # an unknown or mistyped --config.KEY
+        raise PrepareError(f"--config: {error}") from error
     return holder.value
 
 
@@ -167,7 +173,8 @@ def _check(options: argparse.Namespace) -> int:
     drafts, problems = read_source(source, media)
     for problem in problems:
         print(problem)
-    print(f"{options.annotations}: {len(drafts)} valid examples, {len(problems)} problems")
+    noun = "problem" if len(problems) == 1 else "problems"
+    print(f"{options.annotations}: {len(drafts)} valid examples, {len(problems)} {noun}")
     print(statistics.table(statistics.count_examples(draft.example for draft in drafts)))
     return 1 if problems else 0
 

@@ -15,6 +15,7 @@ JAX_NUM_PROCESSES, JAX_PROCESS_ID).
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -26,18 +27,22 @@ from typing import Any
 import jax
 import numpy as np
 import tokenizers
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
+from tpo_jax.data.mixture import Source
+from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.pipeline import Pipeline, blank_batch
+from tpo_jax.data.records import PreparedDataset
 from tpo_jax.data.text import TextCodec, add_task_tokens
-from tpo_jax.interop.folder import added_tokens, load_config, load_into, save_model
+from tpo_jax.generation import sidecar
+from tpo_jax.interop.folder import added_tokens, load_config, load_into, load_model, save_model
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.presets import preset
 from tpo_jax.parallel.mesh import global_batch, make_mesh, reader_shard
 from tpo_jax.parallel.paths import flatten, unflatten
+from tpo_jax.parallel.weighted_sum import WeightedSum
 from tpo_jax.training import config as training_config
 from tpo_jax.training.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from tpo_jax.training.ledger import Ledger
@@ -69,97 +74,92 @@ _SHOWN = {
 
 def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledger: Ledger) -> int:
     """Runs or resumes the run in `workdir`; returns the exit status of the process."""
-    ########################################################################### Mesh and model
-    init = ledger.measure("init")
-    init.__enter__()
     is_writer = jax.process_index() == 0
-    mesh = make_mesh(config.mesh.to_dict())
-    model_config, codec = make_model_config(config)
-    program = make_program(config, model_config, mesh)
-    say(describe(program))
-
-    ########################################################################### Data
-    data = training_config.to_dict(config)["data"]
-    shard = reader_shard(mesh)
-    common = (codec, model_config, model_config.heads, config.buckets.to_dict())
-    pipeline = Pipeline(data["train"], *common, config.seed, *shard)
-    validation = None
-    if config.eval_every:
-        validation = Pipeline(data["validation"], *common, config.seed, *shard)
-    iterator = pipeline.iterator(threads=config.data.threads)
-
-    ########################################################################### Weights
-    # 1. A checkpoint in the workdir: everything, exactly.
-    # 2. config.init_from: weights by name, the rest of the state new.
-    # 3. Random weights.
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     plain_config = training_config.to_dict(config)
-    step = checkpoints.latest()
-    if step is not None:
-        restored = checkpoints.restore(step, program.abstract_state)
-        if changed := training_config.changed_since(restored.config, plain_config):
-            raise CheckpointError(
-                f"{workdir}: holds a run with another config:\n  " + "\n  ".join(changed) + "\n"
-                "Give the same options to resume it, or another --workdir to start a new run."
-            )
-        state, progress = restored.state, restored.progress
-        iterator.set_state(restored.data)
-        ledger.resume(restored.ledger)
-        say(f"resuming from step {step} of {config.steps}")
-    else:
-        step = 0
-        state = program.init_state(initial_params(config, program, model_config))
-        progress = {"evaluated": 0, "best": None, "window": {}}
-    window = MetricWindow(progress["window"])
-    iterator.start_prefetch()  # the first batch is read while the program compiles
-    base_key = program.base_key(config.seed)
+    with ledger.measure("init"):
+        ####################################################################### Mesh and model
+        mesh = make_mesh(config.mesh.to_dict())
+        model_config, codec = make_model_config(config)
+        program = make_program(config, model_config, mesh)
+        say(describe(program))
 
-    ########################################################################### Writers
-    if is_writer:
-        write_json(workdir / "config.json", plain_config)
-        bar = StdoutProgress(total=config.steps, initial=step, shown=_SHOWN)
-        metrics_file = Jsonl(workdir / "metrics.jsonl", resume_step=step)
-        tensorboard = TensorBoard(workdir / "tensorboard", resume_step=step)
-        writers = Writers([bar, metrics_file, tensorboard])
-    else:
-        writers = Writers([])
+        ####################################################################### Data
+        make_pipeline = functools.partial(
+            Pipeline,
+            codec=codec,
+            model_config=model_config,
+            heads=model_config.heads,
+            buckets=plain_config["buckets"],
+            seed=config.seed,
+            reference=read_references(config),
+            **dict(zip(("process_index", "process_count"), reader_shard(mesh), strict=True)),
+        )
+        pipeline = make_pipeline(read_sources(plain_config["data"]["train"]))
+        validation = None
+        if config.eval_every:
+            validation = make_pipeline(read_sources(plain_config["data"]["validation"]))
+        iterator = pipeline.iterator(threads=config.data.threads)
+
+        ####################################################################### Weights
+        # 1. A checkpoint in the workdir: everything, exactly.
+        # 2. config.init_from: weights by name, everything else new.
+        # 3. Random weights.
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+        start = checkpoints.latest()
+        if start is not None:
+            restored = checkpoints.restore(start, program.abstract_state)
+            check_same_config(workdir, restored.config, plain_config)
+            state, progress = restored.state, restored.progress
+            iterator.set_state(restored.data)
+            ledger.resume(restored.ledger)
+            say(f"resuming from step {start} of {config.steps}")
+        else:
+            start = 0
+            state = program.init_state(initial_params(config, program, model_config))
+            progress = {"evaluated": 0, "best": None, "window": {}}
+        iterator.start_prefetch()  # the first batch is read while the program compiles
+        base_key = program.base_key(config.seed)
+        if is_writer:
+            write_json(workdir / "config.json", plain_config)
 
     ########################################################################### Compile
-    init.__exit__(None, None, None)
     with ledger.measure("compile"):
         compiled = compile_buckets(program, pipeline, evaluate=validation is not None)
 
-    ########################################################################### Loop
-    pending: Callable[[], None] | None = None  # writes the metrics of the step before this one
-    clock, tokens = Clock(ledger, step), 0
-    start = step
+    ########################################################################### Writers
+    writers = Writers([])
+    if is_writer:
+        bar = StdoutProgress(total=config.steps, initial=start, shown=_SHOWN)
+        metrics_file = Jsonl(workdir / "metrics.jsonl", resume_step=start)
+        tensorboard = TensorBoard(workdir / "tensorboard", resume_step=start)
+        writers = Writers([bar, metrics_file, tensorboard])
 
-    def write_metrics(at: int, metrics: Any) -> None:
-        nonlocal window
+    ########################################################################### Loop
+    step, tokens = start, 0
+    window, clock = MetricWindow(progress["window"]), Clock(ledger, start)
+    pending: tuple[int, int, Any] | None = None  # last step, tokens, metrics; not yet written
+
+    def write_pending() -> None:
+        """Waits for the pending step; at the end of a window writes its record."""
+        nonlocal pending, window
+        if pending is None:
+            return
+        (at, tokens_then, metrics), pending = pending, None
         window.add(metrics)
         if at % config.log_every == 0 or at == config.steps:
             scalars = window.means("train/")
-            if scalars["train/nonfinite"] == 1.0:
-                raise FloatingPointError(
-                    f"no step up to {at} since the last record had a finite loss and gradient; "
-                    "lower the learning rates (trainable) or raise optimizer.warmup"
-                )
-            writers.write_scalars(at, scalars | clock.record(at, tokens))
+            check_finite(at, scalars)
+            with ledger.measure("other"):
+                writers.write_scalars(at, scalars | clock.record(at, tokens_then))
             window = MetricWindow()
-
-    def drain() -> None:
-        nonlocal pending
-        if pending is not None:
-            with ledger.measure("step"):
-                pending()
-        pending = None
 
     while True:
         # What is due at a step happens in this order, before the next batch is drawn, and leaves
         # its mark in `progress`: a run that stops anywhere resumes in the right place.
         due = config.eval_every and step and (step % config.eval_every == 0 or step == config.steps)
         if due and progress["evaluated"] < step:
-            drain()
+            with ledger.measure("step"):
+                write_pending()
             with ledger.measure("evaluation"):
                 result = evaluate(config, program, compiled, validation, state.params, preemption)
                 if result is not None:  # None: told to stop; evaluated again after the restart
@@ -171,7 +171,8 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
                         save_model(workdir / "best_model", model_config, state.params, codec)
         stop = preemption.reached()
         if stop or step == config.steps or (step > start and step % config.checkpoint.every == 0):
-            drain()
+            with ledger.measure("step"):
+                write_pending()
             progress["window"] = window.state()
             with ledger.measure("checkpoint"):
                 unit = (iterator.get_state(), dict(progress), ledger.state(), plain_config)
@@ -186,9 +187,8 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
             state, metrics = compiled[bucket].train(state, batch, base_key)
             tokens += compiled[bucket].tokens
             step += 1
-            if pending is not None:
-                pending()  # waits for the step before this one; this one is running
-            pending = lambda at=step, values=metrics: write_metrics(at, values)  # noqa: E731
+            write_pending()  # waits for the step before this one, while this one runs
+            pending = step, tokens, metrics
 
     ########################################################################### End
     with ledger.measure("checkpoint"):
@@ -204,6 +204,62 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
     return EXIT_STATUS if stop else 0
 
 
+def check_same_config(workdir: epath.Path, saved: Any, current: Any) -> None:
+    """Refuses to resume a run under a config that would continue it differently."""
+    if changed := training_config.changed_since(saved, current):
+        raise CheckpointError(
+            f"{workdir}: holds a run with another config:\n  " + "\n  ".join(changed) + "\n"
+            "Give the same options to resume it, or another --workdir to start a new run."
+        )
+
+
+def check_finite(step: int, scalars: dict[str, float]) -> None:
+    """Stops a run of which nothing is left: no finite step since the last record."""
+    if scalars["train/nonfinite"] == 1.0:
+        raise FloatingPointError(
+            f"no step up to {step} since the last record had a finite loss and gradient; "
+            "lower the learning rates (trainable) or raise optimizer.warmup"
+        )
+
+
+def read_sources(entries: list[dict[str, Any]]) -> list[Source]:
+    """data.train or data.validation: prepared folders, or the pairs generated on them."""
+    return [
+        Source(
+            PairedDataset(entry["path"], entry["pairs"])
+            if entry["pairs"]
+            else PreparedDataset(entry["path"]),
+            entry["weight"],
+            entry["tasks"],
+        )
+        for entry in entries
+    ]
+
+
+def read_references(config: ConfigDict) -> Callable[..., np.ndarray] | None:
+    """(pair id, frame indices, prefix tokens, branch tokens) -> float32[2, A] reference scores.
+
+    Refuses sidecars that were not scored with the very model that the run starts from.
+    """
+    if not config.data.references:
+        return None
+    model_config, params, codec = load_model(config.init_from)
+    (shape,) = {(bucket.frames, bucket.answers) for bucket in config.buckets.values()}
+    expected = sidecar.Fingerprint.of(model_config, params, codec, shape[0])
+    scores = sidecar.merge([sidecar.read(path, expected) for path in config.data.references])
+
+    def look_up(
+        pair: str, frames: np.ndarray, prefix: np.ndarray, branches: np.ndarray
+    ) -> np.ndarray:
+        digest = sidecar.hash_row(frames, prefix, *branches, pad_id=codec.pad_id)
+        logps = scores.lookup(pair, digest)
+        # The scorer's bucket may have been narrower or wider than ours; what is cut off is padding.
+        wide = np.pad(logps, [(0, 0), (0, max(shape[1] - logps.shape[1], 0))])
+        return wide[:, : shape[1]]
+
+    return look_up
+
+
 def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     """The model that the config asks for, and its tokenizer with the tokens of its heads."""
     if config.init_from:
@@ -215,9 +271,12 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     add_task_tokens(codec.tokenizer, heads)
     codec = TextCodec(codec.tokenizer, codec.template)
     if config.model.preset:
-        return preset(config.model.preset, heads, codec.task_tokens), codec
-    base = load_config(config.init_from)
-    return dataclasses.replace(base, heads=heads, tokens=codec.task_tokens), codec
+        base = preset(config.model.preset)
+    else:
+        base = load_config(config.init_from)
+    language = dataclasses.replace(base.language, num_tokens=codec.vocab_size)
+    tokens = codec.task_tokens
+    return dataclasses.replace(base, language=language, heads=heads, tokens=tokens), codec
 
 
 def initial_params(config: ConfigDict, program: Program, model_config: ModelConfig) -> Any:
@@ -289,7 +348,8 @@ def compile_buckets(
         leaves = flatten(batch)
         rows = leaves["branch_tokens"].shape[0]
         per_row = leaves["prefix_tokens"].shape[1] + np.prod(leaves["branch_tokens"].shape[1:])
-        lowered = program.eval_step.lower(program.abstract_state.params, batch) if evaluate else None
+        params = program.abstract_state.params
+        lowered = program.eval_step.lower(params, batch) if evaluate else None
         compiled[name] = CompiledBucket(
             name=name,
             shapes={path: (x.shape, x.dtype) for path, x in leaves.items()},
@@ -310,7 +370,8 @@ def evaluate(
     preemption: Preemption,
 ) -> dict[str, float] | None:
     """Means over the same eval_batches batches every time, or None when told to stop."""
-    sums: dict[str, Any] = {}
+    sums: dict[str, WeightedSum] = {}
+    zero = WeightedSum(np.float32(0), np.float32(0))
     batches: Iterator[Any] = validation.iterator(threads=config.data.threads)
     for _ in range(config.eval_batches):
         if preemption.reached():
@@ -319,7 +380,7 @@ def evaluate(
         metrics = jax.device_get(
             compiled[bucket].evaluate(params, global_batch(local, program.mesh))
         )
-        sums = {name: sums[name] + value if name in sums else value for name, value in metrics.items()}
+        sums = {name: value + sums.get(name, zero) for name, value in metrics.items()}
     means = {f"validation/{name}": float(value.mean()) for name, value in sums.items()}
     return means | {"validation/loss": float(weighted_total(program.objective, sums))}
 
@@ -392,6 +453,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
     ledger = Ledger()
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells forty lines a checkpoint
     with ledger.measure("init"):
         config = _CONFIG.value
         training_config.validate(config)

@@ -99,6 +99,16 @@ def test_iterator_equals_batches_and_restores_on_other_host_counts(codec, model)
     assert_same(jax.tree.map(lambda *x: np.concatenate(x), *parts), one.batch(4)[1])
 
 
+def test_worker_processes_give_the_same_batches(codec, model):
+    pipeline = make(codec, model)
+    iterator = pipeline.iterator(3, workers=1)
+    for step in (3, 4):
+        name, batch = next(iterator)
+        assert name == pipeline.batch(step)[0]
+        assert_same(batch, pipeline.batch(step)[1])
+    assert iterator.get_state() == {"next_index": 5}
+
+
 def test_every_batch_of_a_bucket_has_the_declared_shapes(codec, model):
     pipeline = make(codec, model)
     shapes = {name: jax.tree.map(lambda x: (x.shape, x.dtype), blank_batch(builder))

@@ -1,6 +1,7 @@
 """Tokenizer, template and codec."""
 
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -183,6 +184,13 @@ def test_save_and_load(codec, tmp_path):
     (tmp_path / "model" / "template.json").unlink()
     with pytest.raises(FileNotFoundError, match="template.json"):
         TextCodec.load(tmp_path / "model")
+    alone = TextCodec.load(tmp_path / "model" / "tokenizer.json")
+    assert alone.template == ChatTemplate() and alone.encode(text) == codec.encode(text)
+
+
+def test_pickle_keeps_what_is_not_in_the_tokenizer_file(codec):
+    copy = pickle.loads(pickle.dumps(codec))
+    assert copy.encode("<eos>") == codec.encode("<eos>") != [codec.eos_id]
 
 
 def test_template_refuses_other_versions_and_keys():

@@ -28,7 +28,7 @@ def test_box_iou_equals_pycocotools(first, second):
 
 
 def test_success_area_by_hand():
-    # IoU 0.5 lies strictly above the ten thresholds 0, 0.05 ... 0.45; 1.0 above twenty; 0 above none.
+    # IoU 0.5 lies strictly above the ten thresholds 0, 0.05 ... 0.45; 1.0 above 20; 0 above none.
     assert tracking.success_auc([0.5]) == pytest.approx(10 / 21)
     assert tracking.success_auc([1.0]) == pytest.approx(20 / 21)
     assert tracking.success_auc([0.5, 1.0, 0.0]) == pytest.approx(30 / 63)

@@ -12,7 +12,7 @@ MASKS = hnp.arrays(bool, st.tuples(st.integers(1, 4), st.just(9), st.just(11)))
 
 
 def ellipses(seed: int, height: int, width: int, count: int = 12) -> np.ndarray:
-    """bool[2, count, h, w]: label and prediction; empty on either side and both in the first three."""
+    """bool[2, count, h, w]: labels and predictions; the first three have empty ones."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     shapes = []

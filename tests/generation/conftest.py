@@ -1,77 +1,19 @@
-"""A micro model with random weights, its codec, and videos in memory."""
+"""The micro model, once for all tests of this room."""
 
-import dataclasses
-import pathlib
-
-import jax
-import numpy as np
+import micro_model
 import pytest
-
-from tpo_jax.data import text
-from tpo_jax.data.records import Example, Turn, VideoInfo
-from tpo_jax.models.presets import preset
-from tpo_jax.models.video_language import FunctionalModel
-
-COLOURS = ("red", "green", "blue", "yellow")
-QUESTIONS = tuple(f"What does the {colour} circle do?" for colour in COLOURS)
-HEADS = ("region", "temporal", "mask")
-
-
-class MemoryDataset:
-    """Random videos of 24 frames at 2 frames a second, with the interface of PreparedDataset."""
-
-    path = pathlib.Path("memory")
-
-    def __init__(self, videos: int = 3, examples=None):
-        self.videos = [f"video{i}" for i in range(videos)]
-        self._examples = examples or {}
-
-    def video_info(self, video_id):
-        times = np.arange(24, dtype=np.float32) / 2
-        return VideoInfo("video", 12.0, 24, times, 32, 32)
-
-    def frames(self, video_id, indices):
-        seed = int(video_id.removeprefix("video"))
-        video = np.random.default_rng(seed).integers(0, 256, (24, 32, 32, 3), np.uint8)
-        return video[np.asarray(indices)]
-
-    def examples(self, video_id):
-        return self._examples.get(video_id, [])
-
-
-def conversation(video_id, turns, start=0.0, end=12.0, name="talk"):
-    return Example(f"{video_id}/{name}", video_id, "video", "conversation", "test", start, end,
-                   tuple(turns), {})
-
-
-def make_codec(heads=HEADS):
-    texts = [*QUESTIONS, "it moves left then right", "it blinks and grows",
-             "Where is the red circle? It is here", "1234567890 s", "Options: a; b; c."]
-    tokenizer = text.train_tokenizer(texts, 330)
-    text.add_task_tokens(tokenizer, heads)
-    return text.TextCodec(tokenizer)
 
 
 @pytest.fixture(scope="session")
 def codec():
-    return make_codec()
+    return micro_model.make_codec()
 
 
 @pytest.fixture(scope="session")
 def model(codec):
-    config = preset("micro", HEADS, codec.task_tokens)
-    language = dataclasses.replace(config.language, num_tokens=codec.vocab_size)
-    return FunctionalModel(dataclasses.replace(config, language=language))
+    return micro_model.make_model(codec)
 
 
 @pytest.fixture(scope="session")
 def params(model):
-    """Random weights, with the output table scaled up so that answers differ."""
-    params = jax.jit(model.init)(jax.random.key(0))
-    params["language"]["lm_head"]["kernel"] = params["language"]["lm_head"]["kernel"] * 4.0
-    return params
-
-
-@pytest.fixture(scope="session")
-def turn():
-    return Turn(QUESTIONS[0], "it moves left", (), "action")
+    return micro_model.make_params(model)

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import QUESTIONS, MemoryDataset, conversation
+from micro_model import QUESTIONS, MemoryDataset, conversation
 
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Turn
 from tpo_jax.data.rows import BranchPlan, RowPlan, stack_rows
-from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys, keep_top_p
+from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys, keep_top_p, with_answers
 
 BUCKET = Bucket("prompts", "video", batch_size=3, frames=4, branches=2, branch_tokens=40,
                 answers=20, windows=1, mask_size=16)
@@ -206,21 +206,10 @@ def test_score_equals_the_log_probabilities_of_the_sampler(model, codec, params,
     sampler = Sampler(model, codec, Sampling(max_new=10, temperature=1.0))
     context = sampler.prefill(params, prompts)
     out = jax.device_get(sampler.generate(params, context, prompts, keys_of(prompts)))
-    batch = jax.tree.map(np.array, prompts)
-    A = out.tokens.shape[-1]
-    for name in ("branch_tokens", "branch_positions", "branch_segments"):
-        batch[name] = np.pad(batch[name], ((0, 0), (0, 0), (0, A)))
-    lengths = (batch["branch_segments"] > 0).sum(-1)
-    offsets = lengths[..., None] + np.arange(A)
-    np.put_along_axis(batch["branch_tokens"], offsets, out.tokens, -1)
-    np.put_along_axis(batch["branch_segments"], offsets, np.ones_like(out.tokens), -1)
-    start = np.take_along_axis(batch["branch_positions"], np.maximum(lengths[..., None] - 1, 0), -1)
-    np.put_along_axis(batch["branch_positions"], offsets, start + 1 + np.arange(A), -1)
-    batch["answer_positions"] = np.maximum(offsets - 1, 0)
-    batch["answer_tokens"] = out.tokens
+    batch = with_answers(prompts, out.tokens, out.lengths)
     scored = np.asarray(sampler.score(params, context, batch))
     slots = sampler._vocabulary.head_of[out.tokens] >= 0
-    real = (np.arange(A) < out.lengths[..., None]) & ~slots
+    real = (np.arange(10) < out.lengths[..., None]) & ~slots
     np.testing.assert_allclose(scored[real], out.logps[real], atol=2e-4)
 
 

@@ -7,8 +7,8 @@ import pytest
 from tpo_jax.generation import sidecar
 
 FINGERPRINT = sidecar.Fingerprint(
-    weights="w", tokenizer="t", template="c", preprocessing="p", bucket="b", dtype="float32",
-    attention="dense")
+    weights="w", model="m", tokenizer="t", template="c", preprocessing="p", bucket="b",
+    dtype="float32", attention="dense")
 
 
 def make(ids, fingerprint=FINGERPRINT):
@@ -76,3 +76,29 @@ def test_row_digest_sees_frames_and_token_boundaries():
     assert row == sidecar.hash_row(np.array([1, 2]), np.array([1, 2], np.int64), np.array([3]))
     assert row != sidecar.hash_row([1, 3], np.array([1, 2]), np.array([3]))
     assert row != sidecar.hash_row([1, 2], np.array([1]), np.array([2, 3]))
+    # Padding at the end is not part of a row, inside it is.
+    assert row == sidecar.hash_row([1, 2], np.array([1, 2, 0, 0]), np.array([3, 0]))
+    assert row != sidecar.hash_row([1, 2], np.array([1, 0, 2]), np.array([3]))
+
+
+def test_lookup_pads_to_the_bucket_and_refuses_a_shorter_one():
+    scored = make(["a", "b"])
+    wide = scored.lookup("b", "digest-b", 5)
+    assert wide.shape == (2, 5) and wide.sum() == 6
+    with pytest.raises(sidecar.SidecarMismatch, match="3 tokens.*answers = 2"):
+        scored.lookup("b", "digest-b", 2)
+
+
+def test_fingerprint_ignores_dropout_and_sees_weights_and_frames(model, params, codec):
+    make_print = sidecar.Fingerprint.of
+    base = make_print(model.config, params, codec, 8)
+    language = dataclasses.replace(model.config.language, dropout=0.1)
+    dropped = dataclasses.replace(model.config, language=language)
+    assert make_print(dropped, params, codec, 8) == base
+    assert make_print(model.config, params, codec, 4).bucket != base.bucket
+    table = params["language"]["embed"]["table"].at[0, 0].add(1.0)
+    other = {**params, "language": {**params["language"], "embed": {"table": table}}}
+    assert make_print(model.config, other, codec, 8).weights != base.weights
+    theta = dataclasses.replace(model.config.language, rope_theta=1e6)
+    assert make_print(dataclasses.replace(model.config, language=theta), params, codec,
+                      8).model != base.model

@@ -1,4 +1,6 @@
 import copy
+import pathlib
+import runpy
 
 import pytest
 
@@ -43,7 +45,7 @@ def test_a_good_config_passes():
         (lambda c: c.data.train[0]["tasks"].update(cooking=1.0), ["cooking", "unknown task"]),
         (lambda c: c.data.update(train=[]), ["data.train", "no training data"]),
         (lambda c: c.data.update(validation=[]), ["eval_every", "data.validation is empty"]),
-        (lambda c: c.buckets.pop("video"), ["buckets", "no bucket"]),
+        (lambda c: c.buckets.__delitem__("video"), ["buckets", "no bucket"]),
         (lambda c: c.update(steps=0), ["steps = 0", "at least 1"]),
         (lambda c: c.update(dropout=1.0), ["dropout = 1.0", "[0, 1)"]),
         (lambda c: c.update(accumulation=3), ["buckets.video.batch_size = 8", "accumulation=3"]),
@@ -74,6 +76,7 @@ def test_errors_name_option_value_reason_and_fix(change, expected):
 def test_a_preference_run_needs_pairs():
     config = good()
     config.objective = "preference"
+    config.init_from, config.tokenizer = "stage3/model", ""
     config.buckets.video.update(branches=2, question=16)
     config.data.references = ["pairs.npz"]
     validate(config)
@@ -144,3 +147,24 @@ def test_resume_may_change_only_what_does_not_change_the_run():
     assert any(line.startswith("optimizer.clip") for line in lines)
     assert any(line.startswith("buckets.video") for line in lines)
     assert len(lines) == 3
+
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+SHIPPED = [
+    ("tiny_base.py", None),
+    ("tiny_base.py", "tiny,data=somewhere"),
+    *(("demo.py", f"stage={stage}") for stage in ("1", "2", "3", "dpo")),
+    ("demo.py", "stage=1,tiny"),
+    ("demo.py", "stage=dpo,tiny,runs=elsewhere"),
+]
+
+
+@pytest.mark.parametrize(("name", "arg"), SHIPPED)
+def test_shipped_configs_are_valid(name, arg):
+    config = runpy.run_path(str(CONFIGS / name))["get_config"](arg)
+    validate(config)
+
+
+def test_an_unknown_stage_lists_the_stages():
+    with pytest.raises(ValueError, match="stage=4: expected one of 1, 2, 3, dpo"):
+        runpy.run_path(str(CONFIGS / "demo.py"))["get_config"]("stage=4")

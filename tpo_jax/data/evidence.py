@@ -11,8 +11,8 @@ import numpy as np
 
 MODES = ("full", "blind", "middle_frame")
 
-# Inside a prefix the visual span holds <pad>: the template reserves those places and the model writes
-# the visual embeddings over them.
+# Inside a prefix the visual span holds <pad>: the template reserves those places and the model
+# writes the visual embeddings over them.
 PAD_TOKEN = 0
 
 
@@ -20,10 +20,10 @@ def apply_evidence(batch: dict[str, Any], mode: str) -> dict[str, Any]:
     """Returns the batch with the hidden frames zeroed, invalid and their visual tokens masked.
 
     Args:
-      batch: nested dict of NumPy arrays with `frames` uint8[B, F, H, W, 3], `frame_valid` bool[B, F],
-        `prefix_tokens` int32[B, P] and `prefix_segments` int32[B, P]; the rest passes through.
-      mode: "full" leaves the batch alone; "blind" hides every frame; "middle_frame" keeps the middle
-        one of the valid frames of each row.
+      batch: nested dict of NumPy arrays with `frames` uint8[B, F, H, W, 3], `frame_valid`
+        bool[B, F], `prefix_tokens` and `prefix_segments` int32[B, P]; the rest passes through.
+      mode: "full" leaves the batch alone; "blind" hides every frame; "middle_frame" keeps the
+        middle one of the valid frames of each row.
     """
     if mode not in MODES:
         raise ValueError(f"evidence: got {mode!r}, expected one of {', '.join(MODES)}")
@@ -51,15 +51,16 @@ def middle_frame(valid: np.ndarray) -> np.ndarray:
 def visible_tokens(tokens: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """bool[B, P]: text tokens, and the visual tokens of the frames in `kept` bool[B, F].
 
-    The visual span is the run of <pad> that text follows (padding at the end has none after it). Its
-    tokens are stored frame by frame, the same number for each frame.
+    The visual span is the run of <pad> that text follows (padding at the end has none after it).
+    Its tokens are stored frame by frame, the same number for each frame.
     """
     text = tokens != PAD_TOKEN
     visual = ~text & np.logical_or.accumulate(text[:, ::-1], axis=1)[:, ::-1]
     count, frames = visual.sum(axis=1, keepdims=True), kept.shape[1]
     if (count % frames).any():
         raise ValueError(
-            f"prefix_tokens: {count.ravel().tolist()} visual tokens do not divide over {frames} frames"
+            f"prefix_tokens: {count.ravel().tolist()} visual tokens, expected a multiple of the "
+            f"{frames} frames"
         )
     rank = np.cumsum(visual, axis=1) - 1
     frame = np.clip(rank * frames // np.maximum(count, 1), 0, frames - 1)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import base64
+import dataclasses
 import html
 import io
+import json
 import pathlib
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
+from etils import epath
 from matplotlib.figure import Figure
 from ml_collections import config_flags
 
@@ -26,6 +29,7 @@ from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.records import TASKS, PreparedDataset
 from tpo_jax.data.rows import RowPlan
 from tpo_jax.data.text import TASK_TOKENS, TextCodec, add_task_tokens, texts_of, train_tokenizer
+from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import HEADS
 from tpo_jax.models.presets import PRESETS
 
@@ -37,7 +41,7 @@ EXAMPLES = """examples:
 """
 COLOURS = {"given": "#777777", "trained": "#00794c", "slot": "#c0392b", "note": "#2c3e8f"}
 SLOT_COLOURS = ("#e6194b", "#f58231", "#4363d8", "#911eb4", "#008080")
-COLUMNS = 110  # characters per line of text
+COLUMNS = 140  # characters per line of text
 FRAMES_PER_LINE = 8
 
 
@@ -114,16 +118,20 @@ def _slot_texts(row: Mapping[str, Any]) -> Iterator[str]:
     for head, s, slot in _valid_slots(row):
         text = f"slot {head} {s}: branch {slot['branch']}, token {slot['index']}"
         if "boxes" in slot:
-            text += f", box {np.round(slot['boxes'], 3).tolist()}"
+            text += f", box {_numbers(slot['boxes'])}"
         if "frame" in slot:
             text += f", frame {slot['frame']}"
         if "windows" in slot:
-            text += f", windows {np.round(slot['windows'][slot['window_valid']], 3).tolist()}"
+            text += f", windows {_numbers(slot['windows'][slot['window_valid']])}"
             text += f", saliency on {(slot['saliency'] >= 0).sum()} frames"
         if "masks" in slot:
             text += (f", masks of {slot['labelled'].sum()} frames, present in "
                      f"{slot['masks'].any((1, 2)).sum()}")
         yield text
+
+
+def _numbers(array: np.ndarray) -> str:
+    return str(np.round(array.astype(np.float64), 3).tolist())
 
 
 def wrap(lines: Sequence[Line], columns: int = COLUMNS) -> list[Line]:
@@ -211,7 +219,7 @@ def _draw_lines(axes: Any, lines: Sequence[Line]) -> None:
         x = 0
         for span in line:
             axes.text(x, y + 0.5, span.text.replace("$", r"\$"), color=COLOURS[span.style],
-                      family="monospace", fontsize=8.5, va="center")
+                      family="monospace", fontsize=8.9, va="center")
             x += len(span.text)
 
 
@@ -288,8 +296,14 @@ def pipeline_of_config(path: str, overrides: Sequence[str]) -> tuple[Pipeline, T
     heads = tuple(config.model.heads)
     add_task_tokens(codec.tokenizer, heads)
     codec = TextCodec(codec.tokenizer, codec.template)
-    model = PRESETS[config.model.preset](heads, tokens=codec.task_tokens)
-    pipeline = Pipeline(config.data.train, codec, model, heads, config.buckets, config.seed)
+    if config.model.preset:
+        model = PRESETS[config.model.preset]()
+    else:
+        model = ModelConfig.from_dict(
+            json.loads((epath.Path(config.init_from) / "config.json").read_text()))
+    model = dataclasses.replace(model, heads=heads, tokens=codec.task_tokens)
+    plain = json.loads(config.to_json())
+    pipeline = Pipeline(plain["data"]["train"], codec, model, heads, plain["buckets"], config.seed)
     return pipeline, codec
 
 

@@ -9,13 +9,14 @@ import dataclasses
 import functools
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.records import TASKS, Example, PreparedDataset
 from tpo_jax.data.rows import (
     BranchPlan,
@@ -27,7 +28,6 @@ from tpo_jax.data.rows import (
 )
 from tpo_jax.data.text import TASK_TOKENS, TextError, render_options
 
-OPTIONS_SHOWN = 0.5  # probability that a multiple-choice question is trained with its options
 MAX_REPORTED = 20
 
 
@@ -41,7 +41,7 @@ class Source:
       tasks: task -> share of draws; a task that is not named is not drawn.
     """
 
-    dataset: PreparedDataset
+    dataset: PreparedDataset | PairedDataset
     weight: float
     tasks: Mapping[str, float]
 
@@ -60,12 +60,18 @@ class Source:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Source:
-        """Reads an entry {path, weight, tasks} of `data.train`; an unknown key is an error."""
-        expected = {"path", "weight", "tasks"}
+        """Reads an entry {path, weight, tasks} of `data.train`; another key is an error.
+
+        An entry may also name `pairs`, a pairs.jsonl that replaces the examples of the folder.
+        """
+        config = {"pairs": "", **config}
+        expected = {"path", "weight", "tasks", "pairs"}
         if wrong := expected ^ set(config):
             raise ValueError(f"data source {config.get('path')!r}: missing or unknown keys "
                              f"{sorted(wrong)}, expected {sorted(expected)}.")
-        return cls(PreparedDataset(config["path"]), config["weight"], dict(config["tasks"]))
+        path, pairs = config["path"], config["pairs"]
+        dataset = PairedDataset(path, pairs) if pairs else PreparedDataset(path)
+        return cls(dataset, config["weight"], dict(config["tasks"]))
 
 
 def kind_of(example: Example) -> str:
@@ -73,31 +79,73 @@ def kind_of(example: Example) -> str:
     return "preference" if example.task == "preference" else "conversation"
 
 
-def plans_of(dataset: PreparedDataset, example: Example) -> Iterator[RowPlan]:
-    """Each turn of an example as a row of its own, at its longest (options shown)."""
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """One thing that a row may ask about its video.
+
+    Attributes:
+      example: number of the example among those of its video.
+      turn: index of its turn.
+      options_shown: whether the question lists its options.
+    """
+
+    example: int
+    turn: int
+    options_shown: bool
+
+
+def draws_of(
+    builder: RowBuilder, group: Sequence[RowBuilder], source: Source, video_id: str
+) -> tuple[list[Draw], list[str]]:
+    """What this bucket may draw about a video, and one message for each turn that fits no bucket.
+
+    A question with options counts as two draws: as it is, and with its options listed.
+
+    Args:
+      group: builders of all buckets of this media and kind, shortest branches first. A draw belongs
+        to the first that it fits, so that short branches are not padded to long ones.
+    """
+    dataset, draws, errors = source.dataset, [], []
+    for number, example in enumerate(dataset.examples(video_id)):
+        if not source.draws(example) or kind_of(example) != builder.bucket.kind:
+            continue
+        for turn in range(len(example.turns)):
+            for shown in (True, False) if example.turns[turn].options else (False,):
+                plan = plan_of(dataset, example, turn, shown)
+                try:
+                    _check_options(builder, plan)
+                    # What fits none goes to the widest, where the check says why it does not fit.
+                    fitting = next((other for other in group if other.fits(plan)), group[-1])
+                    if fitting is not builder:
+                        continue
+                    builder.check(plan)
+                except (RowError, TextError) as error:
+                    errors.append(str(error))
+                    break
+                draws.append(Draw(number, turn, shown))
+    return draws, errors
+
+
+def plan_of(
+    dataset: PreparedDataset | PairedDataset, example: Example, turn: int, options_shown: bool
+) -> RowPlan:
+    """A row of one turn; its options, if shown, are in the order of the annotation."""
     if kind_of(example) == "preference":
-        yield preference_plan(dataset, example)
-        return
-    for i, turn in enumerate(example.turns):
-        question = render_options(turn.question, turn.options) if turn.options else turn.question
-        branch = BranchPlan(example, i, question, turn.answer)
-        yield RowPlan(dataset, example.video_id, example.start, example.end, (branch,))
+        return preference_plan(dataset, example)
+    question, options = example.turns[turn].question, example.turns[turn].options
+    if options_shown:
+        question = render_options(question, options)
+    branch = BranchPlan(example, turn, question, example.turns[turn].answer)
+    return RowPlan(dataset, example.video_id, example.start, example.end, (branch,))
 
 
-def check_example(builder: RowBuilder, dataset: PreparedDataset, example: Example) -> list[str]:
-    """One message for each turn of an example that does not fit the bucket."""
-    errors = []
-    for plan in plans_of(dataset, example):
-        try:
-            turn = example.turns[plan.branches[0].turn]
-            if turn.options and turn.answer not in turn.options:
-                raise RowError(
-                    f"{builder.where(plan, plan.branches[0])}: answer {turn.answer!r} is not one "
-                    f"of the options {list(turn.options)}.")
-            builder.check(plan)
-        except (RowError, TextError) as error:
-            errors.append(str(error))
-    return errors
+def _check_options(builder: RowBuilder, plan: RowPlan) -> None:
+    branch = plan.branches[0]
+    turn = branch.example.turns[branch.turn]
+    if turn.options and turn.answer not in turn.options:
+        raise RowError(
+            f"{builder.where(plan, branch)}: answer {turn.answer!r} is not one of the options "
+            f"{list(turn.options)}.")
 
 
 class _Epochs:
@@ -106,6 +154,9 @@ class _Epochs:
     def __init__(self, count: int, seed: Sequence[int]):
         self._count, self._seed = count, seed
         self._order = functools.lru_cache(maxsize=4)(self._draw_order)
+
+    def __reduce__(self):
+        return _Epochs, (self._count, self._seed)
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         # Ranks of uniform draws: the stream of Generator.random is stable over NumPy versions.
@@ -131,22 +182,27 @@ class Mixture:
       builder: checks every example once, here.
       sources: all sources; those without a video (or pair) for this bucket take no part.
       seed: decides shuffling and draws.
+      group: builders of all buckets of this media and kind, shortest branches first; None is this
+        one alone.
 
     Raises:
       RowError: examples that do not fit (the first 20 by name), or nothing to draw.
     """
 
-    def __init__(self, builder: RowBuilder, sources: Sequence[Source], seed: int):
+    def __init__(self, builder: RowBuilder, sources: Sequence[Source], seed: int,
+                 group: Sequence[RowBuilder] | None = None):
         self.bucket, self.seed = builder.bucket, seed
         self._key = zlib.crc32(self.bucket.name.encode())
         self.sources: list[Source] = []
-        self.entries: list[list[tuple[str, str | None]]] = []
+        self.entries: list[list[tuple[str, list[Draw]]]] = []
         errors: list[str] = []
         for source in sources:
             entries = []
             for video_id in source.dataset.videos:
-                found, wrong = self._entries(builder, source, video_id)
-                entries += found
+                if source.dataset.video_info(video_id).media != self.bucket.media:
+                    continue
+                draws, wrong = draws_of(builder, group or [builder], source, video_id)
+                entries += self._entries(video_id, draws)
                 errors += wrong
             if entries:
                 self.sources.append(source)
@@ -160,68 +216,63 @@ class Mixture:
             raise RowError(
                 f"bucket {self.bucket.name!r}: no {self.bucket.media} with a "
                 f"{self.bucket.kind} example in {[str(s.dataset.path) for s in sources]} for the "
-                f"tasks {[dict(s.tasks) for s in sources]}. Remove the bucket or add the data.")
+                f"tasks {[dict(s.tasks) for s in sources]} that no shorter bucket takes. "
+                "Remove the bucket or add the data.")
         self._stream = grain.MapDataset.mix(
             [grain.MapDataset.source(_Epochs(len(entries), [seed, self._key, i]))
              .map(functools.partial(_tag, i)) for i, entries in enumerate(self.entries)],
             [source.weight for source in self.sources])
 
-    def _entries(self, builder: RowBuilder, source: Source, video_id: str) -> tuple[
-            list[tuple[str, str | None]], list[str]]:
-        """(video, None) of a conversation bucket or (video, pair) of each pair; error messages."""
-        dataset = source.dataset
-        if dataset.video_info(video_id).media != self.bucket.media:
-            return [], []
-        mine = [example for example in dataset.examples(video_id)
-                if source.draws(example) and kind_of(example) == self.bucket.kind]
-        errors = [error for example in mine for error in check_example(builder, dataset, example)]
+    def _entries(self, video_id: str, draws: list[Draw]) -> list[tuple[str, list[Draw]]]:
+        """One entry a video, or one a pair."""
         if self.bucket.kind == "preference":
-            return [(video_id, example.example_id) for example in mine], errors
-        return [(video_id, None)] * any(example.turns for example in mine), errors
+            return [(video_id, [draw]) for draw in draws]
+        return [(video_id, draws)] if draws else []
 
     def __call__(self, row: int) -> RowPlan:
         """The plan of a row of the global stream."""
         i, j = self._stream[row]
-        source, (video_id, pair) = self.sources[i], self.entries[i][j]
+        source, (video_id, draws) = self.sources[i], self.entries[i][j]
         examples = source.dataset.examples(video_id)
-        if pair is not None:
-            example, = (e for e in examples if e.example_id == pair)
-            return preference_plan(source.dataset, example)
+        if self.bucket.kind == "preference":
+            return preference_plan(source.dataset, examples[draws[0].example])
         random = np.random.default_rng([self.seed, self._key, row])
-        return draw_branches(source, video_id, examples, self.bucket, random)
+        return draw_branches(source, video_id, examples, draws, self.bucket, random)
 
 
-def draw_branches(source: Source, video_id: str, examples: Sequence[Example], bucket: Bucket,
-                  random: np.random.Generator) -> RowPlan:
+def draw_branches(
+    source: Source, video_id: str, examples: Sequence[Example], draws: Sequence[Draw],
+    bucket: Bucket, random: np.random.Generator
+) -> RowPlan:
     """Up to K turns about one clip, tasks by weight, without replacement until none is left.
 
     The first draw decides the clip; a turn about another clip or beyond the slot capacity of the
-    bucket is passed over.
+    bucket is passed over, and so is the second form of a turn that was drawn.
     """
-    remaining: dict[str, list[tuple[Example, int]]] = {}
-    for example in examples:
-        if source.draws(example) and kind_of(example) == bucket.kind:
-            remaining.setdefault(example.task, []).extend(
-                (example, turn) for turn in range(len(example.turns)))
-    remaining = {task: turns for task, turns in remaining.items() if turns}
+    remaining: dict[str, list[Draw]] = {}
+    for draw in draws:
+        remaining.setdefault(examples[draw.example].task, []).append(draw)
     used: dict[str, int] = {}
     chosen: list[BranchPlan] = []
+    asked: set[tuple[int, int]] = set()
     clip: tuple[float, float] | None = None
     while remaining and len(chosen) < bucket.branches:
         task = _weighted(list(remaining), source.tasks, random)
-        example, turn = remaining[task].pop(_index(len(remaining[task]), random))
+        draw = remaining[task].pop(_index(len(remaining[task]), random))
         if not remaining[task]:
             del remaining[task]
+        example, turn = examples[draw.example], draw.turn
         needed = {head: count for head in TASK_TOKENS
                   if (count := _markers(example, turn, head))}
-        if clip not in (None, (example.start, example.end)) or any(
+        if (draw.example, turn) in asked or clip not in (None, (example.start, example.end)) or any(
                 used.get(head, 0) + count > bucket.capacity(head)
                 for head, count in needed.items()):
             continue
         clip = (example.start, example.end)
+        asked.add((draw.example, turn))
         used |= {head: used.get(head, 0) + count for head, count in needed.items()}
         chosen.append(BranchPlan(
-            example, turn, _question(example, turn, random), example.turns[turn].answer))
+            example, turn, _question(example, draw, random), example.turns[turn].answer))
     assert clip is not None, f"{video_id} has no turn for bucket {bucket.name}"
     return RowPlan(source.dataset, video_id, *clip, tuple(chosen))
 
@@ -230,10 +281,10 @@ def _markers(example: Example, turn: int, head: str) -> int:
     return marker_count(example, head, turn + 1) - marker_count(example, head, turn)
 
 
-def _question(example: Example, turn: int, random: np.random.Generator) -> str:
-    """The question, half of the time with its options in a random order."""
-    question, options = example.turns[turn].question, list(example.turns[turn].options)
-    if not options or random.random() >= OPTIONS_SHOWN:
+def _question(example: Example, draw: Draw, random: np.random.Generator) -> str:
+    """The question, with its options in a random order where they are shown."""
+    question, options = example.turns[draw.turn].question, list(example.turns[draw.turn].options)
+    if not draw.options_shown:
         return question
     order = np.argsort(random.random(len(options)))
     return render_options(question, [options[i] for i in order])

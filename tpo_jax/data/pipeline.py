@@ -8,6 +8,9 @@ may continue on another number of hosts with the same batches.
 
 from __future__ import annotations
 
+import concurrent.futures
+import itertools
+import multiprocessing
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -68,8 +71,8 @@ class Pipeline:
     """Random access to global batches.
 
     Args:
-      config_data: `data.train` or `data.validation` of a config: a list of {path, weight, tasks},
-        or of `Source`.
+      config_data: `data.train` or `data.validation` of a config: a list of {path, weight, tasks,
+        pairs}, or of `Source`.
       codec: tokenizer and template.
       model_config: decides image size, visual tokens and heads.
       heads: heads of the model, as in `model_config`.
@@ -107,8 +110,26 @@ class Pipeline:
         self.process_index, self.process_count = process_index, process_count
         self.builders = {bucket.name: row_builder(codec, model_config, bucket, reference)
                          for bucket in buckets}
-        self.mixtures = {name: Mixture(builder, sources, seed)
+        self.mixtures = {name: Mixture(builder, sources, seed, self._group(builder.bucket))
                          for name, builder in self.builders.items()}
+
+    def _group(self, bucket: Bucket) -> list[RowBuilder]:
+        """Builders of the buckets of one media and kind, shortest branches first.
+
+        Raises:
+          ValueError: two of them have branches of one length, so that neither goes first.
+        """
+        group = sorted(
+            (builder for builder in self.builders.values()
+             if (builder.bucket.media, builder.bucket.kind) == (bucket.media, bucket.kind)),
+            key=lambda builder: builder.bucket.branch_tokens)
+        for one, other in itertools.pairwise(builder.bucket for builder in group):
+            if one.branch_tokens == other.branch_tokens:
+                raise ValueError(
+                    f"buckets.{one.name} and buckets.{other.name}: both {one.media} with "
+                    f"branch_tokens {one.branch_tokens}; a question goes to the shortest that it "
+                    "fits, so give them different lengths or merge them.")
+        return group
 
     def plans(self, step: int) -> tuple[str, range, list[Any]]:
         """Bucket name, numbers and plans of this host's rows of a step."""
@@ -125,14 +146,21 @@ class Pipeline:
         return name, stack_rows([builder.build(plan, row_id(name, row))
                                  for row, plan in zip(rows, plans, strict=True)])
 
-    def iterator(self, start_step: int = 0, threads: int = 2,
-                 prefetch: int = 4) -> grain.DatasetIterator:
-        """(bucket name, batch) from `start_step` on, read ahead by threads.
+    def iterator(self, start_step: int = 0, threads: int = 2, prefetch: int = 4,
+                 workers: int = 0) -> grain.DatasetIterator:
+        """(bucket name, batch) from `start_step` on, read ahead.
 
         The iterator's state, {"next_index": next step}, is valid on any number of hosts.
+
+        Args:
+          start_step: first step.
+          threads: batches that are built at the same time.
+          prefetch: batches that are kept ready.
+          workers: processes that build them; 0 builds in this process.
         """
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-        iterator = iter(grain.MapDataset.source(_Steps(self)).to_iter_dataset(options))
+        steps = _WorkerSteps(self, workers) if workers else _Steps(self)
+        options = grain.ReadOptions(max(threads, workers), prefetch)
+        iterator = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
         iterator.set_state({"next_index": start_step})
         return iterator
 
@@ -148,3 +176,29 @@ class _Steps:
 
     def __getitem__(self, step: int) -> tuple[str, Batch]:
         return self._pipeline.batch(step)
+
+
+class _WorkerSteps(_Steps):
+    """The same, built in other processes.
+
+    Grain's own worker processes keep one state each, which would tie a checkpoint to their number.
+    """
+
+    def __init__(self, pipeline: Pipeline, workers: int):
+        super().__init__(pipeline)
+        self._pool = concurrent.futures.ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), _install, (pipeline,))
+
+    def __getitem__(self, step: int) -> tuple[str, Batch]:
+        return self._pool.submit(_build, step).result()
+
+
+_installed: list[Pipeline] = []  # the pipeline of a worker process
+
+
+def _install(pipeline: Pipeline) -> None:
+    _installed[:] = [pipeline]
+
+
+def _build(step: int) -> tuple[str, Batch]:
+    return _installed[0].batch(step)

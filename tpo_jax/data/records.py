@@ -18,7 +18,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -70,19 +70,15 @@ class Clip:
     def from_record(cls, record: bytes) -> Clip:
         """Inverse of `to_record` (exact for raw)."""
         row = tables.Row(record)
-        encoding = row.text("encoding")
-        if encoding == "raw":
-            frames = row.array("frames")
-        else:
-            frames = np.stack([tables.decode_jpeg(data) for data in row.pictures("frames")])
+        timestamps = row.floats("timestamps")
         return cls(
             row.text("clip_id"),
             row.text("video_id"),
             row.text("media"),
             row.integer("chunk"),
-            row.floats("timestamps"),
-            frames,
-            encoding,
+            timestamps,
+            _decode_frames(row, np.arange(len(timestamps))),
+            row.text("encoding"),
         )
 
 
@@ -149,18 +145,21 @@ class Example:
         )
         return cls(**{name: data[name] for name in names - {"turns"}}, turns=turns)
 
-    def to_record(self, clip_ids: Sequence[str]) -> bytes:
-        """A record of the examples table, with the ids of the clips that [start, end] touches.
+    def to_record(self, timestamps: np.ndarray) -> bytes:
+        """A record of the examples table; `timestamps` float32[n] are those of its video.
 
-        The `json` column is the whole example; the others are for people who browse the table.
+        The `json` column is the whole example; the others, among them the ids of the clips that
+        [start, end] touches, are for people who browse the table.
         """
+        ends = np.searchsorted(timestamps, (self.start, self.end), side="right") - 1
+        first, last = np.maximum(ends, 0) // CLIP_FRAMES
         columns = ("example_id", "video_id", "media", "task", "source")
         return tables.serialize(
             {name: getattr(self, name) for name in columns}
             | {
                 "questions": [turn.question for turn in self.turns],
                 "answers": [turn.answer for turn in self.turns],
-                "clip_ids": clip_ids,
+                "clip_ids": [f"{self.video_id}#{chunk}" for chunk in range(first, last + 1)],
                 "json": json.dumps(self.to_json()),
             }
         )
@@ -256,11 +255,11 @@ class PreparedDataset:
         return list(self._entries)
 
     def video_info(self, video_id: str) -> VideoInfo:
-        return self._entry(video_id).info
+        return self.entry(video_id).info
 
     def examples(self, video_id: str) -> list[Example]:
         """All examples about one video."""
-        first, count = self._entry(video_id).examples
+        first, count = self.entry(video_id).examples
         return [Example.from_record(self._examples[first + i]) for i in range(count)]
 
     def frames(self, video_id: str, indices: np.ndarray) -> np.ndarray:
@@ -273,7 +272,7 @@ class PreparedDataset:
         Returns:
           uint8[F, h, w, 3]; only the clips that hold the indices are read.
         """
-        entry = self._entry(video_id)
+        entry = self.entry(video_id)
         indices = np.asarray(indices, np.int64)
         if indices.size and not 0 <= indices.min() <= indices.max() < entry.info.num_frames:
             raise IndexError(
@@ -283,20 +282,32 @@ class PreparedDataset:
         chunks = indices // CLIP_FRAMES
         wanted = np.unique(chunks)
         if len(wanted) == 1:  # the usual case, without a second copy
-            return self._clip(entry, wanted[0]).frames[indices - wanted[0] * CLIP_FRAMES]
+            return self._read(entry, wanted[0], indices)
         frames = np.empty((len(indices), entry.info.height, entry.info.width, 3), np.uint8)
         for chunk in wanted:
             here = chunks == chunk
-            frames[here] = self._clip(entry, chunk).frames[indices[here] - chunk * CLIP_FRAMES]
+            frames[here] = self._read(entry, chunk, indices[here])
         return frames
 
-    def _clip(self, entry: IndexEntry, chunk: int) -> Clip:
-        return Clip.from_record(self._clips[entry.clips[0] + int(chunk)])
+    def _read(self, entry: IndexEntry, chunk: int, indices: np.ndarray) -> np.ndarray:
+        """uint8[F, h, w, 3] of indices that all lie in one chunk."""
+        row = tables.Row(self._clips[entry.clips[0] + int(chunk)])
+        return _decode_frames(row, indices - chunk * CLIP_FRAMES)
 
-    def _entry(self, video_id: str) -> IndexEntry:
+    def entry(self, video_id: str) -> IndexEntry:
+        """The line of index.jsonl; raises KeyError for an unknown video."""
         if video_id not in self._entries:
             raise KeyError(f"{self.path} has no video {video_id!r}; see its index.jsonl")
         return self._entries[video_id]
+
+
+def _decode_frames(row: tables.Row, indices: np.ndarray) -> np.ndarray:
+    """uint8[F, h, w, 3] of a clip record, a new array; only the JPEGs asked for are decoded."""
+    if row.text("encoding") == "raw":
+        return row.array("frames")[indices]
+    pictures = row.pictures("frames")
+    different, places = np.unique(indices, return_inverse=True)
+    return np.stack([tables.decode_jpeg(pictures[i]) for i in different])[places]
 
 
 def _read_settings(path: pathlib.Path) -> dict[str, Any]:

@@ -172,6 +172,13 @@ class RowBuilder:
                     f"buckets.{bucket.name}.{field} or remove the example.")
         return branch
 
+    def fits(self, plan: RowPlan) -> bool:
+        """Whether every branch is short enough for this bucket."""
+        built = [self.codec.build_branch(b.question, b.answer, self.where(plan, b))
+                 for b in plan.branches]
+        return all(len(b.ids) <= self.bucket.branch_tokens
+                   and len(b.ids) - b.answer <= self.bucket.answers for b in built)
+
     def check(self, plan: RowPlan) -> None:
         """Raises the error that `build` would raise for this plan, without reading frames."""
         prefix, branches = self.tokens(plan)

@@ -26,9 +26,13 @@ JPEG_QUALITY = 92
 Column = str | int | np.ndarray | Sequence[str] | Sequence[bytes]
 
 
-def writer(path: pathlib.Path, encoding: str) -> array_record_module.ArrayRecordWriter:
-    """An ArrayRecord writer with random access. JPEG bytes are not compressed a second time."""
-    compression = "uncompressed" if encoding == "jpeg" else "uncompressed"
+def writer(path: pathlib.Path, table: str) -> array_record_module.ArrayRecordWriter:
+    """An ArrayRecord writer with random access.
+
+    Clips are not compressed: JPEG gains nothing, and raw frames are for reading at a quarter of the
+    time; examples (text, run lengths) are.
+    """
+    compression = "zstd:1" if table == "examples" else "uncompressed"
     return array_record_module.ArrayRecordWriter(str(path), f"group_size:1,{compression}")
 
 
@@ -54,7 +58,7 @@ def serialize(columns: Mapping[str, Column]) -> bytes:
             feature[name].bytes_list.value.extend(
                 item.encode() if isinstance(item, str) else item for item in value
             )
-    return proto.SerializeToString()
+    return proto.SerializeToString(deterministic=True)
 
 
 class Row:
@@ -85,6 +89,10 @@ class Row:
 
 def shard_name(table: str, index: int, count: int) -> str:
     return f"{table}-{SPLIT}.array_record-{index:05d}-of-{count:05d}"
+
+
+def is_shard(file_name: str) -> bool:
+    return ".array_record-" in file_name
 
 
 def write_metadata(folder: pathlib.Path, table: str, encoding: str, shards: Sequence[int]) -> None:

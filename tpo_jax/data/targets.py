@@ -8,7 +8,6 @@ arrays of one slot. Boxes are [x1, y1, x2, y2] in [0, 1], times are seconds of t
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -54,22 +53,27 @@ class SlotTarget:
     fill: Callable[[Mapping[str, Any], int, View, Bucket], Arrays]
 
 
-@functools.lru_cache(maxsize=64)
-def _area_weights(source: int, target: int) -> np.ndarray:
-    """float32[target, source]: share of each source pixel in each target pixel; rows sum to 1."""
-    edges = np.arange(target + 1) * source / target
-    pixels = np.arange(source)
-    overlap = (np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels))
-    return (np.clip(overlap, 0, None) * target / source).astype(np.float32)
-
-
 def area_resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
     """Mean over the area of each target pixel; float32[n, height, width, ...] of [n, h, w, ...]."""
-    rows = _area_weights(images.shape[1], height)
-    columns = _area_weights(images.shape[2], width)
-    resized = np.tensordot(rows, images.astype(np.float32), axes=(1, 1))  # [height, n, w, ...]
-    resized = np.tensordot(columns, resized, axes=(1, 2))  # [width, height, n, ...]
-    return np.moveaxis(resized, (2, 1, 0), (0, 1, 2))
+    return _resize_axis(_resize_axis(images, height, 1), width, 2).astype(np.float32)
+
+
+def _resize_axis(images: np.ndarray, size: int, axis: int) -> np.ndarray:
+    """Means along one axis; no BLAS, whose threads would fight those of the reader."""
+    source = images.shape[axis]
+    lines = np.moveaxis(images, axis, 0)
+    if source % size == 0:
+        factor = source // size
+        total = sum(lines[i::factor].astype(np.float32) for i in range(factor))
+        return np.moveaxis(total / factor, 0, axis)
+    # Differences of the running integral, interpolated inside the pixels that an edge cuts.
+    integral = np.cumsum(lines, axis=0, dtype=np.float64)
+    integral = np.concatenate([np.zeros_like(integral[:1]), integral])
+    edges = np.arange(size + 1) * source / size
+    whole = np.minimum(edges.astype(np.int64), source - 1)
+    part = (edges - whole).reshape(-1, *[1] * (images.ndim - 1))
+    values = integral[whole] + part * (integral[whole + 1] - integral[whole])
+    return np.moveaxis(np.diff(values, axis=0) * (size / source), 0, axis)
 
 
 def _require(targets: Mapping[str, Any], marker: str, *keys: str) -> None:
@@ -206,8 +210,7 @@ def _mask_fill(targets: Mapping[str, Any], occurrence: int, view: View, bucket: 
     times = np.asarray(targets["times"], np.float64)
     distance = np.abs(view.times[:, None] - times[None])
     nearest = distance.argmin(1)
-    spacing = max((float(np.median(np.diff(t))) for t in (np.sort(times), view.times)
-                   if len(t) > 1), default=0.0)
+    spacing = max(_spacing(np.sort(times)), _spacing(view.times))
     close = np.flatnonzero(distance.min(1) <= spacing / 2 + 1e-3)
     arrays["labelled"][close] = True
     annotations = targets["rles"] if targets.get("rles") is not None else targets["boxes"]
@@ -218,6 +221,12 @@ def _mask_fill(targets: Mapping[str, Any], occurrence: int, view: View, bucket: 
         for i, mask in zip(wanted, masks, strict=True):
             arrays["masks"][close[nearest[close] == i]] = mask
     return arrays
+
+
+def _spacing(times: np.ndarray) -> float:
+    """Median distance of consecutive times, 0 for a single one."""
+    gaps = np.sort(np.diff(times))
+    return float(gaps[len(gaps) // 2]) if len(gaps) else 0.0
 
 
 def _decode_rles(rles: Sequence[Mapping[str, Any]], size: int) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Tokenizer, chat template and the codec between marked text and token ids.
 
 Text of an example carries markers: "<region>", "<temporal>" and "<mask>" in an answer call the head
-of that name, "<box>" in a question is a box drawn by the user. In tokens a call is a routing token (predicted)
-followed by a slot token (forced, replaced by a learned vector), a box is a slot token alone.
+of that name, "<box>" in a question is a box drawn by the user. In tokens a call is a routing token
+(predicted) followed by a slot token (forced, replaced by a learned vector); a box is a slot token
+alone.
 """
 
 from __future__ import annotations
@@ -186,6 +187,10 @@ class TextCodec:
             if slot in self.special_ids:
                 self._markers[self.special_ids.get(routing), self.special_ids[slot]] = f"<{head}>"
 
+    def __reduce__(self):
+        # The tokenizer's own pickle forgets encode_special_tokens.
+        return TextCodec, (self.tokenizer, self.template)
+
     def _template_ids(self, field: str) -> list[int]:
         """Ids of one template text; special tokens by name, the rest as ordinary text."""
         ids, text = [], getattr(self.template, field)
@@ -336,14 +341,23 @@ class TextCodec:
 
     @classmethod
     def load(cls, directory: epath.PathLike) -> TextCodec:
-        """Reads what `save` wrote: the folder, or its tokenizer.json with the template beside."""
+        """Reads what `save` wrote.
+
+        Args:
+          directory: the folder, or a tokenizer.json; one without a template.json beside it (as
+            written before there is a model) gets the default template.
+        """
         directory = epath.Path(directory)
-        if directory.name == "tokenizer.json":
+        alone = directory.name == "tokenizer.json"
+        if alone:
             directory = directory.parent
-        for name in ("tokenizer.json", "template.json"):
-            if not (directory / name).exists():
-                raise FileNotFoundError(f"{directory / name}: missing; a codec is both files.")
-        template = ChatTemplate.from_json(
-            json.loads((directory / "template.json").read_text()),
-            str(directory / "template.json"))
+        path = directory / "template.json"
+        if not (directory / "tokenizer.json").exists():
+            raise FileNotFoundError(f"{directory / 'tokenizer.json'}: missing.")
+        if path.exists():
+            template = ChatTemplate.from_json(json.loads(path.read_text()), str(path))
+        elif alone:
+            template = ChatTemplate()
+        else:
+            raise FileNotFoundError(f"{path}: missing; the codec of a model is both files.")
         return cls(Tokenizer.from_str((directory / "tokenizer.json").read_text()), template)

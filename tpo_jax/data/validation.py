@@ -7,10 +7,12 @@ true duration is known. Field names are those of the native schema (docs/own_dat
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from pycocotools import mask as coco_mask
 
 from tpo_jax.data.problems import Invalid
@@ -163,7 +165,7 @@ def check_rle(field: str, value: Any) -> Mapping[str, Any]:
             "expected COCO's compressed counts (text)",
             "compress it with pycocotools.mask.frPyObjects",
         )
-    covered = _rle_pixels(value["counts"])
+    covered = rle_pixels(value["counts"])
     if covered != size[0] * size[1]:
         raise Invalid(
             f"{field}.counts",
@@ -180,31 +182,28 @@ def merge_rles(rles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"size": list(merged["size"]), "counts": merged["counts"].decode()}
 
 
-def _rle_pixels(counts: str) -> int:
+@functools.lru_cache(maxsize=4096)
+def rle_pixels(counts: str) -> int:
     """The number of pixels that compressed counts describe; -1 when they are not COCO's code.
 
     COCO writes each run as a signed variable-length number of 5-bit groups in characters from "0",
     and from the fourth run on only the difference to the run two before.
     """
-    runs, position = [], 0
-    while position < len(counts):
-        value, shift, more = 0, 0, True
-        while more:
-            if position == len(counts):
-                return -1
-            group = ord(counts[position]) - 48
-            if not 0 <= group < 64:
-                return -1
-            value |= (group & 31) << shift
-            more = bool(group & 32)
-            position += 1
-            shift += 5
-            if not more and group & 16:
-                value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-        if runs[-1] < 0:
-            return -1
-    return sum(runs)
+    groups = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+    last = groups & 32 == 0  # of its number
+    if not len(groups) or groups.min() < 0 or groups.max() > 63 or not last[-1]:
+        return -1
+    ends = np.flatnonzero(last)
+    starts = np.append(0, ends[:-1] + 1)
+    lengths = ends - starts + 1
+    if lengths.max() > 7:  # 35 bits: no picture is so large
+        return -1
+    shift = 5 * (np.arange(len(groups)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((groups & 31) << shift, starts)
+    runs -= np.where(groups[ends] & 16, np.int64(1) << 5 * lengths, 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return int(runs.sum()) if runs.min() >= 0 else -1
 
 
 def _one_of(field: str, value: Any, known: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 """From predictions to item scores: what each task is scored on, and with which metric.
 
-A *call* is one head call that a question asks for: a marker in its labelled answer. A prediction of a
-call is what the head's `decode` returned, or None when the model did not call that head there, which
-scores 0 in every metric. Nothing here knows of models: predictions come in as plain arrays.
+A *call* is one head call that a question asks for: a marker in its labelled answer. A prediction of
+a call is what the head's `decode` returned, or None when the model did not call that head there,
+which scores 0 in every metric. Nothing here knows of models: predictions come in as plain arrays.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Runs a model over a prepared split: option likelihood, free generation, forced routing, pairs.
 
 The buckets are as large as the longest question of the split needs, so evaluation has no length
-settings. Every batch passes `apply_evidence`, which is how blind and middle-frame models are scored.
+settings. Every batch passes `apply_evidence`, which is how blind and middle-frame models are
+scored.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,20 +22,20 @@ from tpo_jax.data.evidence import apply_evidence
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.data.rows import RowBuilder, RowPlan
-from tpo_jax.data.text import TextCodec, render_options
+from tpo_jax.data.text import Branch, TextCodec, render_options
 from tpo_jax.evaluation import benchmarks
 from tpo_jax.evaluation.benchmarks import Call, Table
 from tpo_jax.evaluation.metrics import preference, qa
 from tpo_jax.generation.routing import RoutedAnswer, Router
-from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys
+from tpo_jax.generation.sampler import Context, Sampler, Sampling, branch_keys
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import HEADS, ClipInfo
-from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.models.video_language import FunctionalModel, Outputs
 
 # Which head a task's answers call; a model without it is not asked (its base has no task tokens).
 TASK_HEADS = {"temporal": "temporal", "region": "region", "mask": "mask", "tracking": "mask"}
-TASKS = ("qa", *TASK_HEADS)
-SLOTS = 2  # of each head in a row
+TASKS = ("qa", *TASK_HEADS, "preference")
+SLOTS = 12  # of a head in a row, unless one question needs more
 SPARE_TOKENS = 8  # that a free answer may be longer than the longest labelled one
 
 Batches = Iterator[tuple[dict[str, Any], list[RowPlan]]]
@@ -67,7 +68,7 @@ class Settings:
     """
 
     batch_size: int = 8
-    branches: int = 16
+    branches: int = 24
     evidence: str = "full"
     progress: bool = True
 
@@ -83,7 +84,8 @@ class Evaluator:
         self.params = jax.tree.map(jax.numpy.asarray, params)
         self.results = Results()
         self._forced = jax.jit(self._forced_heads)
-        self._samplers: dict[int, Sampler] = {}
+        # One sampler prefills for all passes, so that equal shapes compile once.
+        self._scorer = Sampler(self.model, codec, Sampling(max_new=1))
         self._router = Router(self.model, codec)
 
     def questions(self, dataset: PreparedDataset) -> None:
@@ -117,8 +119,7 @@ class Evaluator:
             examples = [e for e in _examples(dataset, media) if e.task in tasks]
             if examples:
                 builder = row_builder(self.codec, self.config, self._head_bucket(media, examples))
-                self._generated(dataset, builder, tasks)
-                self._teacher_forced(dataset, builder, tasks)
+                self._ask_heads(dataset, builder, tasks)
 
     def preferences(self, dataset: PreparedDataset) -> None:
         """preference/accuracy with the video, preference/accuracy_blind without it."""
@@ -147,20 +148,24 @@ class Evaluator:
 
     # Programs.
 
-    def _forced_heads(self, params: Any, batch: Any) -> dict[str, dict[str, jax.Array]]:
+    def _forced_heads(
+        self, params: Any, context: Context, batch: Any
+    ) -> dict[str, dict[str, jax.Array]]:
+        """Head predictions at the slots of labelled answers, on videos that are encoded already."""
         model = self.model.bind(params)
-        return model.run_heads(model(batch), batch)
-
-    def _sampler(self, max_new: int) -> Sampler:
-        if max_new not in self._samplers:
-            self._samplers[max_new] = Sampler(self.model, self.codec, Sampling(max_new=max_new))
-        return self._samplers[max_new]
+        hidden, _ = model.language.extend(
+            model.embed_branches(batch["branch_tokens"], batch["slots"]),
+            batch["branch_positions"],
+            batch["branch_segments"],
+            context.prefix,
+            context.prefix_segments,
+        )
+        return model.run_heads(Outputs(hidden, hidden[:, 0], context.encoded), batch)
 
     def _answer_logps(self, batch: dict[str, Any]) -> np.ndarray:
         """float64[B, K]: summed log-probability of each branch's answer."""
-        sampler = self._sampler(1)
-        context = sampler.prefill(self.params, batch)
-        logps = np.asarray(sampler.score(self.params, context, batch), np.float64)
+        context = self._scorer.prefill(self.params, batch)
+        logps = np.asarray(self._scorer.score(self.params, context, batch), np.float64)
         return (logps * batch["answer_weights"]).sum(axis=-1)
 
     # Passes over the data.
@@ -183,21 +188,34 @@ class Evaluator:
                 | {"option_logps": logps.round(4).tolist(), "chosen": int(np.argmax(logps))}
             )
 
-    def _generated(
+    def _ask_heads(
         self, dataset: PreparedDataset, builder: RowBuilder, tasks: Sequence[str]
     ) -> None:
-        plans = evaluation_rows.build_question_rows(dataset, builder, tasks, with_answers=False)
-        sampler = self._sampler(builder.bucket.answers + SPARE_TOKENS)
-        for batch, rows in self._batches(builder, plans, "generate"):
-            context = sampler.prefill(self.params, batch)
-            ids = np.zeros(batch["branch_tokens"].shape[:2], np.uint32)
-            answers = sampler.generate(self.params, context, batch, branch_keys(0, ids))
+        """Every question twice on the same encoded video: answered freely, and teacher-forced."""
+        asked, labelled = (
+            evaluation_rows.build_question_rows(dataset, builder, tasks, with_answers=answers)
+            for answers in (False, True)
+        )
+        sampling = Sampling(max_new=builder.bucket.answers + SPARE_TOKENS)
+        sampler = Sampler(self.model, self.codec, sampling)
+        both = zip(
+            self._batches(builder, asked, "heads"),
+            evaluation_rows.batches(builder, labelled),
+            strict=True,
+        )
+        for (batch, rows), (labels, _) in both:
+            context = self._scorer.prefill(self.params, batch)
             clips = [_clip(dataset, plan, batch, row) for row, plan in enumerate(rows)]
-            asked = _frames_asked(rows, batch)
-            routed = self._router.route(self.params, context, batch, answers, clips, asked)
+            unused = branch_keys(0, np.zeros(batch["branch_tokens"].shape[:2], np.uint32))
+            answers = sampler.generate(self.params, context, batch, unused)
+            routed = self._router.route(
+                self.params, context, batch, answers, clips, _frames_asked(rows, batch)
+            )
+            forced = jax.device_get(self._forced(self.params, context, labels))
             for row, plan in enumerate(rows):
                 for branch, answer in zip(plan.branches, routed[row], strict=False):
                     self._score_answer(plan, branch.example, branch.turn, answer, clips[row].times)
+                self._score_forced(plan, clips[row], labels, forced, row)
 
     def _score_answer(
         self,
@@ -218,22 +236,22 @@ class Evaluator:
                 | {"place": call.place, "occurrence": call.occurrence, "answer": answer.to_json()}
             )
 
-    def _teacher_forced(
-        self, dataset: PreparedDataset, builder: RowBuilder, tasks: Sequence[str]
+    def _score_forced(
+        self,
+        plan: RowPlan,
+        clip: ClipInfo,
+        labels: dict[str, Any],
+        predictions: dict[str, dict[str, np.ndarray]],
+        row: int,
     ) -> None:
-        """The head reads its slot in the labelled answer, whatever the model would have said."""
-        plans = evaluation_rows.build_question_rows(dataset, builder, tasks, with_answers=True)
-        for batch, rows in self._batches(builder, plans, "forced routing"):
-            predictions = jax.device_get(self._forced(self.params, batch))
-            for row, plan in enumerate(rows):
-                clip = _clip(dataset, plan, batch, row)
-                for call, slot in _slots(plan):
-                    head = {k: v[row, slot] for k, v in predictions[call.head].items()}
-                    frame = int(batch["slots"]["region"]["frame"][row, slot]) if (
-                        call.head == "region") else 0  # fmt: skip
-                    result = HEADS[call.head].decode(head, dataclasses.replace(clip, frame=frame))
-                    scores = benchmarks.score_call(call, result, clip.times)
-                    self.results.table.add(call.item, plan.video_id, scores, prefix="forced/")
+        """The head read its slot in the labelled answer, whatever the model would have said."""
+        for call, slot in _slots(plan):
+            head = {name: value[row, slot] for name, value in predictions[call.head].items()}
+            if call.head == "region":
+                frame = int(labels["slots"]["region"]["frame"][row, slot])
+                clip = dataclasses.replace(clip, frame=frame)
+            scores = benchmarks.score_call(call, HEADS[call.head].decode(head, clip), clip.times)
+            self.results.table.add(call.item, plan.video_id, scores, prefix="forced/")
 
     def _batches(
         self,
@@ -253,9 +271,9 @@ class Evaluator:
     # Shapes.
 
     def _bucket(
-        self, media: str, branches_built: Iterable[Any], *, branches: int, **more: Any
+        self, media: str, built: Sequence[Branch], *, branches: int, windows: int = 1, **more: Any
     ) -> Bucket:
-        built = list(branches_built)
+        """Shapes that hold all of `built`, the branches that will be asked."""
         answers = max(len(branch.ids) - branch.answer for branch in built)
         return Bucket(
             name=f"evaluation_{media}",
@@ -265,29 +283,35 @@ class Evaluator:
             branches=branches,
             branch_tokens=_round_up(max(len(branch.ids) for branch in built), 8),
             answers=answers,
+            windows=windows,
             mask_size=self.config.mask_size,
             **more,
         )
 
     def _head_bucket(self, media: str, examples: Sequence[Example]) -> Bucket:
-        """Holds every question; a row has few slots of a head, which keeps the heads' memory low."""
-        turns = [(example, i) for example in examples for i in range(len(example.turns))]
-        built = [
-            self.codec.build_branch(e.turns[i].question, e.turns[i].answer) for e, i in turns
-        ]
+        """Holds every question; all those about one video in one row, up to the limits."""
+        built: list[Branch] = []
+        calls: dict[str, Counter[str]] = defaultdict(Counter)  # video -> slots by head
+        most: Counter[str] = Counter()  # of one question
+        questions: Counter[str] = Counter()
+        for example in examples:
+            for turn in example.turns:
+                branch = self.codec.build_branch(turn.question, turn.answer)
+                slots = Counter(slot.head for slot in branch.slots)
+                built.append(branch)
+                calls[example.video_id].update(slots)
+                questions[example.video_id] += 1
+                most |= slots
         slots = {
-            head: max(
-                SLOTS, max(sum(slot.head == head for slot in branch.slots) for branch in built)
-            )
+            head: max(1, most[head], min(SLOTS, max(c[head] for c in calls.values())))
             for head in (*self.config.heads, "box")
         }
-        windows = max((len(e.targets.get("windows", ())) for e in examples), default=1)
         return self._bucket(
             media,
             built,
-            branches=min(self.settings.branches, SLOTS * len(slots)),
+            branches=min(self.settings.branches, max(questions.values())),
             slots=slots,
-            windows=max(1, windows),
+            windows=max(1, *(len(e.targets.get("windows", ())) for e in examples)),
         )
 
 
@@ -353,4 +377,3 @@ def _sample(
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-

@@ -1,10 +1,10 @@
 """Floors: what a prediction that does not look at the video reaches.
 
 Every floor is chosen on the training split and then applied to the test split, never the other way
-round: the constant window, clip and box that score best in training, the answer that is most frequent
-there. A metric's floor is the best of its candidates. The two floors that need training themselves (a
-text-only model, a single-middle-frame model) are evaluations of such models and join by
-`with_trained_models`.
+round: the constant window, clip and box that score best in training, the answer that is most
+frequent there. A metric's floor is the best of its candidates. The two floors that need training
+themselves (a text-only model, a single-middle-frame model) are evaluations of such models and join
+by `with_trained_models`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WINDOW_STEPS = 32  # the grid of constant windows, per clip length
 BOX_STEPS = 16  # the grid of constant boxes, per side
 MASK_BOX_STEPS = 8
 CONTOUR_CANDIDATES = 32  # boxes, best by J, among which the best by F is looked for
-MAX_MASKS = 600  # training masks that constant boxes are compared on
+MAX_SAMPLES = 400  # training boxes, masks or examples that constants are compared on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,13 @@ def constant_floors(train: PreparedDataset, test: PreparedDataset, frames: int) 
       test: where they are scored.
       frames: how many frames the model sees of a clip.
     """
+    chosen, scored = _by_task(train), _by_task(test)
     floors: Floors = {}
     for task, function in _CONSTANTS.items():
-        chosen, scored = _examples(train, task), _examples(test, task)
-        if chosen and scored:
-            floors |= function(_Split(train, chosen, frames), _Split(test, scored, frames))
+        if chosen[task] and scored[task]:
+            floors |= function(
+                _Split(train, chosen[task], frames), _Split(test, scored[task], frames)
+            )
     return floors
 
 
@@ -105,19 +107,31 @@ class _Split:
         return np.asarray(timestamps, np.float64)[np.unique(indices)]
 
 
-def _examples(dataset: PreparedDataset, task: str) -> list[Example]:
-    every = (example for video in dataset.videos for example in dataset.examples(video))
-    return [example for example in every if example.task == task]
+def _by_task(dataset: PreparedDataset) -> dict[str, list[Example]]:
+    """{task: examples} of a split, read once."""
+    examples: dict[str, list[Example]] = collections.defaultdict(list)
+    for video in dataset.videos:
+        for example in dataset.examples(video):
+            examples[example.task].append(example)
+    return examples
+
+
+def _thin(items: Sequence[Any], most: int) -> Sequence[Any]:
+    """At most about `most` of the items, evenly spread."""
+    return items[:: max(1, -(-len(items) // most))]
 
 
 def _candidates(
     name: str, predict: Callable[[Example, np.ndarray], Any], train: _Split, test: _Split
 ) -> Floors:
-    """Scores one way of predicting on both splits with the scoring that models get."""
+    """Scores one way of predicting on both splits with the scoring that models get.
+
+    The training figure is for information; it is measured on some of the examples.
+    """
     means = []
-    for split in (train, test):
+    for split, examples in ((train, _thin(train.examples, MAX_SAMPLES)), (test, test.examples)):
         table = benchmarks.Table()
-        for example in split.examples:
+        for example in examples:
             times = split.times(example)
             for turn in range(len(example.turns)):
                 for call in benchmarks.find_calls(example, turn):
@@ -179,7 +193,7 @@ def _constant_window(window: np.ndarray, curve: np.ndarray) -> Callable[..., Any
 
 
 def _clip_rates(train: _Split, over_raters: Callable[[np.ndarray], Any]) -> np.ndarray:
-    """float64[clips]: how often each clip, by its place in the video, is a highlight in training."""
+    """float64[clips]: how often each clip, by its place, is a highlight in training."""
     labelled = [e for e in train.examples if e.targets.get("saliency")]
     rates = [
         np.array([float(over_raters(clip)) for clip in benchmarks.positive_clips(e)[0]])
@@ -208,84 +222,94 @@ def _boxes(steps: int) -> np.ndarray:
 
 
 def _region(train: _Split, test: _Split) -> Floors:
+    boxes = [box for example in train.examples for box in example.targets["boxes"]]
     grid = _boxes(BOX_STEPS)
-    targets = np.concatenate([np.asarray(e.targets["boxes"], float) for e in train.examples])
-    total = {"region/acc@0.5": np.zeros(len(grid)), "region/miou": np.zeros(len(grid))}
-    for target in targets:
-        iou = region.box_iou(grid, target)
-        total["region/acc@0.5"] += iou >= 0.5
-        total["region/miou"] += iou
+    iou = _iou_table(grid, _thin(boxes, MAX_SAMPLES))
+    goals = {"region/acc@0.5": (iou >= 0.5).mean(axis=1), "region/miou": iou.mean(axis=1)}
     floors: Floors = {}
-    for metric, goal in total.items():
+    for metric, goal in goals.items():
         box = grid[int(np.argmax(goal))].tolist()
         name = f"constant box {_format(box)}"
         floors[metric] = _candidates(name, lambda e, t, box=box: {"box": box}, train, test)[metric]
     return floors
 
 
+def _iou_table(grid: np.ndarray, boxes: Sequence[Sequence[float]]) -> np.ndarray:
+    """float32[grid, boxes]"""
+    targets = np.asarray(boxes, np.float64)
+    return np.stack([region.box_iou(grid, t) for t in targets], axis=1).astype(np.float32)
+
+
 def _mask(train: _Split, test: _Split) -> Floors:
+    """A filled box in every frame; also no mask at all, which is right where nothing is visible."""
     masks = _training_masks(train)
-    boxes = list(_boxes(MASK_BOX_STEPS))
-    filled = np.stack([_filled(box, masks.shape[1:]) for box in (*boxes, None)])
-    j = np.array([mask.region_similarity(masks, np.broadcast_to(m, masks.shape)).mean()
-                  for m in filled])  # fmt: skip
+    height, width = masks.shape[1:]
+    boxes = (*_boxes(MASK_BOX_STEPS), None)
+    filled = np.stack(
+        [np.zeros((height, width), bool) if b is None else mask.box_mask(b, height, width)
+         for b in boxes]
+    )  # fmt: skip
+    j = _mean_jaccard(filled, masks)
     likely = np.argsort(-j, kind="stable")[:CONTOUR_CANDIDATES]
-    f = np.array([mask.boundary_accuracy(masks, np.broadcast_to(filled[i], masks.shape)).mean()
-                  for i in likely])  # fmt: skip
+    f = np.array(
+        [mask.boundary_accuracy(np.broadcast_to(filled[i], masks.shape), masks).mean()
+         for i in likely]
+    )  # fmt: skip
     chosen = {
         "mask/j": int(likely[0]),
         "mask/f": int(likely[np.argmax(f)]),
         "mask/j&f": int(likely[np.argmax(j[likely] + f)]),
     }
-    floors: Floors = {}
-    for metric, index in chosen.items():
-        box = (*boxes, None)[index]
+    scored: dict[int, Floors] = {}
+    for index in set(chosen.values()):
+        box = boxes[index]
         name = "empty mask" if box is None else f"constant filled box {_format(box)}"
-        picture = filled[index]
-        floors[metric] = _candidates(
-            name,
-            lambda e, times, picture=picture: {
-                "times": times,
-                "masks": np.broadcast_to(picture, (len(times), *picture.shape)),
-            },
-            train,
-            test,
-        )[metric]
-    return floors
+        scored[index] = _candidates(name, _constant_mask(filled[index]), train, test)
+    return {metric: scored[index][metric] for metric, index in chosen.items()}
+
+
+def _mean_jaccard(filled: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """float64[n]: mean J of each constant mask bool[n, h, w] with labels bool[m, h, w]."""
+    one, two = (m.reshape(len(m), -1).astype(np.float32) for m in (filled, masks))
+    intersection = one @ two.T
+    union = one.sum(axis=1)[:, None] + two.sum(axis=1)[None] - intersection
+    jaccard = np.divide(intersection, union, out=np.ones_like(union), where=union > 0)
+    return jaccard.mean(axis=1).astype(np.float64)
 
 
 def _training_masks(train: _Split) -> np.ndarray:
     """bool[n, h, w]: labelled masks spread evenly over the training tracks, empty ones included."""
     labels = [rle for example in train.examples for rle in example.targets["rles"]]
-    step = max(1, len(labels) // MAX_MASKS)
     size = next((tuple(rle["size"]) for rle in labels if rle is not None), (1, 1))
-    masks = [benchmarks.decode_rles([rle], size) for rle in labels[::step]]
+    masks = [benchmarks.decode_rles([rle], size) for rle in _thin(labels, MAX_SAMPLES)]
     return np.concatenate([benchmarks.resize_nearest(m, *size) for m in masks])
 
 
-def _filled(box: Sequence[float] | None, size: tuple[int, ...]) -> np.ndarray:
-    return np.zeros(size, bool) if box is None else mask.box_mask(np.asarray(box), *size)
+def _constant_mask(picture: np.ndarray) -> Callable[..., Any]:
+    def predict(example: Example, times: np.ndarray) -> dict[str, Any]:
+        return {"times": times, "masks": np.broadcast_to(picture, (len(times), *picture.shape))}
+
+    return predict
 
 
 def _tracking(train: _Split, test: _Split) -> Floors:
     visible = [box for example in train.examples for box in example.targets["boxes"] if box]
-    step = max(1, len(visible) // MAX_MASKS)
-    targets = np.asarray(visible[::step], np.float64)
     grid = _boxes(BOX_STEPS)
-    auc = [(region.box_iou(box, targets)[:, None] > tracking.THRESHOLDS).mean() for box in grid]
+    iou = _iou_table(grid, _thin(visible, MAX_SAMPLES))
+    auc = np.mean([(iou > threshold).mean(axis=1) for threshold in tracking.THRESHOLDS], axis=0)
     box = grid[int(np.argmax(auc))].tolist()
     ways = {
-        f"constant box {_format(box)}": lambda e, times: {
-            "times": times,
-            "boxes": [box] * len(times),
-        },
-        "input box held still": lambda e, times: {
-            "times": times,
-            "boxes": [e.targets["input_box"]] * len(times),
-        },
+        f"constant box {_format(box)}": lambda e: box,
+        "input box held still": lambda e: e.targets["input_box"],
     }
-    scored = [_candidates(name, predict, train, test) for name, predict in ways.items()]
-    return {"tracking/auc": [c for way in scored for c in way["tracking/auc"]]}
+    floors: Floors = {"tracking/auc": []}
+    for name, choose in ways.items():
+
+        def predict(example: Example, times: np.ndarray, choose=choose) -> dict[str, Any]:
+            return {"times": times, "boxes": [choose(example)] * len(times)}
+
+        floors["tracking/auc"] += _candidates(name, predict, train, test)["tracking/auc"]
+    return floors
 
 
 # Questions: the option that is most frequent among the training answers of its kind.

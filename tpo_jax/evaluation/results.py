@@ -118,9 +118,7 @@ def format_floors(record: Mapping[str, Any]) -> str:
     for metric, candidates in record["candidates"].items():
         for candidate in sorted(candidates, key=lambda c: -c["test"]):
             train = "" if candidate["train"] is None else f"{candidate['train']:.3f}"
-            lines.append(
-                f"{metric:28s} {candidate['test']:7.3f} {train:>7s}  {candidate['name']}"
-            )
+            lines.append(f"{metric:28s} {candidate['test']:7.3f} {train:>7s}  {candidate['name']}")
     return "\n".join(lines)
 
 

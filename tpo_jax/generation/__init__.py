@@ -1,1 +1,1 @@
-"""How the model answers: KV-cached sampler, routing to heads, preference pairs, reference sidecar."""
+"""How the model answers: cached sampler, routing to heads, preference pairs, reference sidecar."""

@@ -56,18 +56,17 @@ def timeline(width: int, start: float, end: float,
       width: pixels.
       start: seconds at the left edge.
       end: seconds at the right edge.
-      tracks: (temporal result, colour); a result has "windows" [[s, e], ...] in seconds and
-        "saliency" [v, ...] with "times" [t, ...].
+      tracks: (temporal result, colour); a result has "windows" [[s, e, score], ...], best first,
+        and "saliency" [v, ...] in [0, 1] at "times" [t, ...], in seconds.
     """
     figure = Figure(figsize=(width / 100, TIMELINE_HEIGHT / 100), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0.02, 0.30, 0.96, 0.66))
     for result, colour in tracks:
         rgb = tuple(c / 255 for c in colour)
-        for s, e in result["windows"][:1]:
-            axes.axvspan(s, e, color=rgb, alpha=0.35)
-        if result.get("saliency"):
-            axes.plot(result["times"], result["saliency"], color=rgb, linewidth=1.5)
+        for s, e, score in result["windows"]:
+            axes.axvspan(s, e, color=rgb, alpha=0.4 * score)
+        axes.plot(result["times"], result["saliency"], color=rgb, linewidth=1.5)
     axes.set(xlim=(start, end), ylim=(-0.05, 1.05), yticks=[])
     axes.tick_params(labelsize=6, pad=1)
     canvas.draw()
@@ -96,8 +95,8 @@ def annotate(frames: np.ndarray, times: np.ndarray, prompt: str, text: str,
       times: float32[F] seconds.
       prompt: the user's words.
       text: the answer with results inlined.
-      events: as returned by `routing.route`; region results are drawn on their frame, or on all
-        frames when they name none; mask results have one RLE-free bool[h, w] mask or None per time.
+      events: {"task", "result"} with results of the heads' `decode`: a region is drawn on the frame
+        of its time, a mask with its box on each of the F frames, a window on the timeline.
     """
     painted = list(zip(events, _cycle_colours(len(events)), strict=True))
     base = enlarge(frames[0])
@@ -109,7 +108,7 @@ def annotate(frames: np.ndarray, times: np.ndarray, prompt: str, text: str,
     total = top + CAPTION_LINE * len(lines) + 8
     for index, frame in enumerate(frames):
         page = Image.new("RGB", (width, total + total % 2), (24, 24, 24))
-        page.paste(_paint(enlarge(frame), painted, index), (0, 0))
+        page.paste(_paint(enlarge(frame), painted, index, times), (0, 0))
         pen = ImageDraw.Draw(page)
         if strip:
             page.paste(strip, (0, height))
@@ -129,19 +128,18 @@ def _timeline_x(width: int, times: np.ndarray, index: int) -> float:
     return width * (0.02 + 0.96 * float(times[index] - times[0]) / span)
 
 
-def _paint(image: Image.Image, painted: Sequence[tuple[Mapping[str, Any], Any]],
-           index: int) -> Image.Image:
+def _paint(image: Image.Image, painted: Sequence[tuple[Mapping[str, Any], Any]], index: int,
+           times: np.ndarray) -> Image.Image:
     """Draws what the events say about frame `index`."""
     for event, colour in painted:
         result = event["result"]
-        if event["task"] == "region" and result["frame"] in (None, index):
-            draw_box(image, result["box"], colour)
-        for mask in (result.get("masks") or [])[index:index + 1]:
-            if mask is not None:
-                image = draw_mask(image, mask, colour)
-        for box in (result.get("boxes") or [])[index:index + 1]:
-            if box is not None:
-                draw_box(image, box, colour)
+        if event["task"] == "region":
+            if index == int(np.argmin(np.abs(times - result["time"]))):
+                draw_box(image, result["box"], colour)
+        elif event["task"] == "mask":
+            image = draw_mask(image, result["masks"][index], colour)
+            if result["boxes"][index] is not None:
+                draw_box(image, result["boxes"][index], colour)
     return image
 
 

@@ -16,34 +16,52 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from tpo_jax.data import sampling
 from tpo_jax.data.records import Example, PreparedDataset, Turn
+from tpo_jax.data.text import render_options
 
 MANIPULATIONS = ("localized", "comprehensive")
 # Share of the duration that a segment may have: of a longer one too little remains outside.
 LONGEST_SEGMENT = 0.7
+OPTIONS_SHOWN = 0.5  # share of multiple-choice questions that list their options
 CHOSEN_SEGMENT = (0.3, 0.6)  # share of the duration, where no example tells the segment
-_STOP_WORDS = frozenset("a an and are at by does do for from how in is it its of on or the then "
-                        "there this to was were what when where which while who with".split())
+# Questions whose answer is a time of the video: a segment alone cannot show it.
+KINDS_ABOUT_TIME = ("moment", "when")
+_STOP_WORDS = frozenset("a an and are at by do does for from happen happens how in is it its of on "
+                        "or the then there this to was were what when where which while who "
+                        "with".split())
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One turn that the model will answer, with the known answer for the judge.
+    """One turn that the model will answer.
 
-    `segment` is [start, end] in seconds of the evidence, None when no example tells it.
+    Attributes:
+      example: conversation that it is from.
+      index: of the turn.
+      asked: text as shown to the model, with its options or not.
+      segment: [start, end] in seconds of the evidence, None when no example tells it.
     """
 
-    question_id: str
-    video_id: str
-    media: str
-    turn: Turn
+    example: Example
+    index: int
+    asked: str
     segment: tuple[float, float] | None
+
+    @property
+    def turn(self) -> Turn:
+        return self.example.turns[self.index]
+
+    @property
+    def question_id(self) -> str:
+        return f"{self.example.example_id}/{self.index}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +84,44 @@ class Evidence:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvidenceSettings:
+    """How evidence is drawn.
+
+    Attributes:
+      frames: F, of every list of indices.
+      mix: probability of "localized"; the rest is "comprehensive".
+      subset: share of the F frames that the comprehensive manipulation keeps.
+      right: right frames of a localized pair with a known segment: "dense" in it, or "whole".
+      seed: of every draw.
+    """
+
+    frames: int
+    mix: float = 0.5
+    subset: float = 0.25
+    right: str = "dense"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, good, expected in (
+            ("frames", self.frames >= 1, "at least 1"),
+            ("mix", 0 <= self.mix <= 1, "in [0, 1]"),
+            ("subset", 0 < self.subset < 1, "in (0, 1)"),
+            ("right", self.right in ("dense", "whole"), "'dense' or 'whole'"),
+        ):
+            if not good:
+                raise ValueError(f"{name}: {getattr(self, name)!r}, expected {expected}.")
+
+
+@dataclasses.dataclass(frozen=True)
 class Answer:
     """One sampled answer.
 
-    `tokens` ends with <eos> if `finished`; `logp` is the sum of log-probabilities at temperature 1
-    under the frames that it was sampled with.
+    `length` counts tokens, with <eos> if `finished`; `logp` is the sum of log-probabilities at
+    temperature 1 under the frames that it was sampled with.
     """
 
     text: str
-    tokens: tuple[int, ...]
+    length: int
     finished: bool
     logp: float
 
@@ -117,74 +164,72 @@ class FilterSettings:
 # --- questions and evidence ---
 
 
-def questions_of(dataset: PreparedDataset, video_id: str, limit: int, seed: int) -> list[Question]:
-    """The conversation turns of one video without markers, at most `limit`, chosen by `seed`."""
-    examples = dataset.examples(video_id)
+def questions_of(dataset: PreparedDataset, video_id: str, limit: int,
+                 seed: int) -> list[Question]:
+    """The conversation turns of one video, at most `limit`, drawn by `seed`.
+
+    Turns that call a head are left out: they have no answer text to prefer.
+    """
+    examples, duration = dataset.examples(video_id), dataset.video_info(video_id).duration
     found = []
     for example in examples:
-        if example.task != "conversation":
-            continue
         for index, turn in enumerate(example.turns):
-            if "<" in turn.question + turn.answer:
-                continue  # a turn that calls a head has no answer text to prefer
-            segment = evidence_segment(example, turn, examples,
-                                       dataset.video_info(video_id).duration)
-            found.append(Question(f"{example.example_id}/{index}", video_id, example.media, turn,
-                                  segment))
-    if len(found) > limit:
-        order = np.random.default_rng([seed, _stable_id(video_id)]).permutation(len(found))
-        found = [found[i] for i in sorted(order[:limit])]
-    return found
+            if example.task != "conversation" or "<" in turn.question + turn.answer:
+                continue
+            draw = random_of(seed, f"{example.example_id}/{index}/options")
+            shown = turn.options and draw.random() < OPTIONS_SHOWN
+            asked = render_options(turn.question, turn.options) if shown else turn.question
+            segment = evidence_segment(example, turn, examples, duration)
+            found.append(Question(example, index, asked, segment))
+    order = random_of(seed, f"{video_id}/questions").permutation(len(found))
+    return [found[i] for i in sorted(order[:limit])]
 
 
 def evidence_segment(example: Example, turn: Turn, examples: Sequence[Example],
                      duration: float) -> tuple[float, float] | None:
     """[start, end] in seconds that the question is about, or None.
 
-    Known when the example is bounded to a part of the video, or when a temporal example of the
-    video asks about the same things: all content words of its question are in this question.
+    Known when the example is bounded to a part of the video, or when temporal examples of the video
+    ask for things that question and answer name: all words of theirs occur. Their windows are then
+    joined, unless too little of the video would remain.
     """
     if example.end - example.start < LONGEST_SEGMENT * duration:
         return float(example.start), float(example.end)
-    words = _content_words(turn.question)
+    words = content_words(f"{turn.question} {turn.answer}")
+    windows = []
     for other in examples:
-        if other.task != "temporal" or not other.targets["windows"]:
-            continue
-        asked = _content_words(other.turns[0].question)
+        asked = content_words(other.turns[0].question) if other.task == "temporal" else None
         if asked and asked <= words:
-            start = min(s for s, _ in other.targets["windows"])
-            end = max(e for _, e in other.targets["windows"])
-            if end - start < LONGEST_SEGMENT * duration:
-                return float(start), float(end)
-    return None
+            windows += other.targets["windows"]
+    if not windows:
+        return None
+    start, end = float(min(s for s, _ in windows)), float(max(e for _, e in windows))
+    return (start, end) if end - start < LONGEST_SEGMENT * duration else None
 
 
-def plan_evidence(question: Question, timestamps: np.ndarray, frames: int, mix: float,
-                  subset: float, seed: int) -> Evidence:
+def plan_evidence(question: Question, timestamps: np.ndarray,
+                  settings: EvidenceSettings) -> Evidence:
     """Draws the manipulation and its frames for one question.
 
     Args:
       question: with or without a known segment.
       timestamps: float32[n] seconds of the stored frames.
-      frames: F, of every list of indices.
-      mix: probability of "localized" (the rest is "comprehensive").
-      subset: share of the F frames that the comprehensive manipulation keeps.
-      seed: with the question id it determines the drawing.
+      settings: with the ids of question and video they determine the draw.
     """
-    video_seed = [seed, _stable_id(question.video_id)]
+    frames, seed = settings.frames, settings.seed
     whole = sampling.uniform(timestamps, frames)
-    draw = np.random.default_rng([seed, _stable_id(question.question_id)])
-    if draw.random() >= mix:
-        # One subset per video, so that its questions share one prefill.
-        kept = sampling.random_subset(whole, max(1, round(subset * frames)), video_seed)
+    # Drawn per video where possible, so that questions share the prefill of one set of frames.
+    of_video = random_of(seed, f"{question.example.video_id}/evidence")
+    if random_of(seed, f"{question.question_id}/manipulation").random() >= settings.mix:
+        kept = sampling.random_subset(
+            whole, max(1, round(settings.subset * frames)), int(of_video.integers(2**31)))
         return Evidence("comprehensive", _indices(whole), _indices(whole),
                         _indices(repeat_to(kept, frames)), None)
-    if question.segment is not None:
-        segment = question.segment
+    right, segment = whole, question.segment
+    if segment is None:
+        segment = _choose_segment(timestamps, of_video)
+    elif settings.right == "dense" and question.turn.kind not in KINDS_ABOUT_TIME:
         right = repeat_to(sampling.dense_segment(timestamps, frames, *segment), frames)
-    else:
-        segment = _choose_segment(timestamps, np.random.default_rng(video_seed))
-        right = whole
     rest = repeat_to(sampling.excluding(timestamps, frames, [segment]), frames)
     return Evidence("localized", _indices(whole), _indices(right), _indices(rest), segment)
 
@@ -205,13 +250,15 @@ def _indices(array: np.ndarray) -> tuple[int, ...]:
     return tuple(int(i) for i in array)
 
 
-def _stable_id(text: str) -> int:
-    """A number that names a string the same way in every process (unlike `hash`)."""
-    return int.from_bytes(text.encode(), "little")
+def random_of(seed: int, name: str) -> np.random.Generator:
+    """A random stream of its own for everything that has a name."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
-def _content_words(text: str) -> frozenset[str]:
-    return frozenset(re.findall(r"[a-z0-9]+", text.lower())) - _STOP_WORDS
+def content_words(text: str) -> frozenset[str]:
+    """Lower-case words that carry meaning, without the s of verbs and plurals."""
+    words = frozenset(re.findall(r"[a-z0-9]+", text.lower())) - _STOP_WORDS
+    return frozenset(word.removesuffix("s") for word in words)
 
 
 # --- filters ---
@@ -262,11 +309,13 @@ def reject_reason(candidate: Candidate, settings: FilterSettings) -> str | None:
     words_w, words_l = normalise(chosen.text).split(), normalise(rejected.text).split()
     if not words_w or not words_l:
         return "empty"
+    if "<" in chosen.text + rejected.text:
+        return "head call"
     if words_w == words_l:
         return "identical"
     if difflib.SequenceMatcher(None, words_w, words_l, False).ratio() >= settings.near_equal:
         return "near-equal"
-    lengths = sorted((len(chosen.tokens), len(rejected.tokens)))
+    lengths = sorted((chosen.length, rejected.length))
     if lengths[1] > settings.length_ratio * lengths[0]:
         return "length ratio"
     if not candidate.gap > settings.gap:
@@ -277,14 +326,20 @@ def reject_reason(candidate: Candidate, settings: FilterSettings) -> str | None:
 # --- the pair as a record ---
 
 
-def to_example(candidate: Candidate, settings: dict) -> Example:
-    """The pair as a "preference" example; `settings` (temperature, seed, ...) goes into targets."""
+def to_example(candidate: Candidate, duration: float, drawn: Mapping[str, Any]) -> Example:
+    """The pair as an Example of task "preference".
+
+    Args:
+      candidate: that was kept.
+      duration: of the video, seconds.
+      drawn: how the answers were drawn (temperature, top_p, seed, model, ...), kept in the targets.
+    """
     question, evidence = candidate.question, candidate.evidence
     return Example(
-        example_id=f"{question.question_id}/pair-{candidate.sample}",
-        video_id=question.video_id, media=question.media, task="preference",
-        source="self-generated", start=0.0, end=settings["duration"],
-        turns=(dataclasses.replace(question.turn),),
+        example_id=f"{question.question_id}/pair", video_id=question.example.video_id,
+        media=question.example.media, task="preference", source=question.example.source,
+        start=0.0, end=duration,
+        turns=(dataclasses.replace(question.turn, question=question.asked),),
         targets={
             "chosen": candidate.chosen.text,
             "rejected": candidate.rejected.text,
@@ -294,7 +349,8 @@ def to_example(candidate: Candidate, settings: dict) -> Example:
             "chosen_indices": list(evidence.chosen_indices),
             "manipulated_indices": list(evidence.manipulated_indices),
             "chosen_logp": candidate.chosen.logp,
-            "rejected_logp": candidate.rejected.logp,
             "chosen_logp_manipulated": candidate.manipulated_logp,
-            **settings,
+            "rejected_logp_manipulated": candidate.rejected.logp,
+            "sample": candidate.sample,
+            **drawn,
         })

@@ -291,6 +291,31 @@ def branch_keys(seed: int, ids: np.ndarray, sample: int = 0) -> jax.Array:
     return fold_rows(jnp.broadcast_to(base, ids.shape), ids)
 
 
+def with_answers(prompts: Arrays, tokens: np.ndarray, lengths: np.ndarray) -> Arrays:
+    """The branch and answer arrays of prompts continued by answers, for `Sampler.score`.
+
+    Args:
+      prompts: the entries of `BRANCH_ARRAYS`, numpy.
+      tokens: int32[B, K, A] answers.
+      lengths: int32[B, K] tokens of each answer; 0 for none.
+    """
+    A = tokens.shape[-1]
+    batch = {name: np.pad(prompts[name], ((0, 0), (0, 0), (0, A))) for name in BRANCH_ARRAYS[:3]}
+    before = (prompts["branch_segments"] > 0).sum(-1, keepdims=True)
+    first = np.take_along_axis(prompts["branch_positions"], np.maximum(before - 1, 0), -1) + 1
+    number = np.arange(A, dtype=np.int32)
+    real = number < lengths[..., None]
+    for name, values in (("branch_tokens", np.where(real, tokens, 0)),
+                         ("branch_positions", np.where(real, first + number, 0)),
+                         ("branch_segments", real.astype(np.int32))):
+        np.put_along_axis(batch[name], before + number, values, -1)
+    return batch | {
+        "slots": prompts["slots"],
+        "answer_positions": np.where(real, before + number - 1, 0).astype(np.int32),
+        "answer_tokens": np.where(real, tokens, 0).astype(np.int32),
+    }
+
+
 def keep_top_p(logits: jax.Array, top_p: float) -> jax.Array:
     """float[..., V] with everything outside the smallest set of probability >= top_p masked."""
     descending = jnp.sort(logits, axis=-1, descending=True)

@@ -19,6 +19,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from tpo_jax.data.rows import Reference
+from tpo_jax.data.text import TextCodec
+from tpo_jax.models.config import ModelConfig
 from tpo_jax.parallel import paths
 
 FORMAT_VERSION = 1
@@ -49,27 +52,61 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def hash_row(frame_indices: Sequence[int], *tokens: np.ndarray) -> str:
-    """Digest of what one pair shows the model: its frame indices and its int32 token arrays."""
+def hash_row(frame_indices: Sequence[int], *tokens: np.ndarray, pad_id: int = 0) -> str:
+    """Digest of what one pair shows the model: its frame indices and its token arrays.
+
+    Padding at the end of a sequence is left out, so that the size of the bucket does not matter.
+
+    Args:
+      frame_indices: int[n].
+      tokens: int32[..., n] each.
+      pad_id: of the tokenizer.
+    """
     digest = hashlib.sha256(np.asarray(frame_indices, np.int64).tobytes())
     for array in tokens:
-        array = np.ascontiguousarray(array, np.int32)
-        digest.update(f"{array.shape};".encode())
-        digest.update(array.tobytes())
+        for row in np.asarray(array, np.int32).reshape(-1, array.shape[-1]):
+            real = np.flatnonzero(row != pad_id)
+            row = row[: real[-1] + 1 if real.size else 0]
+            digest.update(f"{len(row)};".encode() + row.tobytes())
     return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """Everything but the pair itself that changes a reference log-probability."""
+    """Everything but the pair itself that changes a reference log-probability.
+
+    weights, model, tokenizer and template are hashes; the rest is readable. A bucket counts by its
+    medium and frames: more padding changes nothing.
+    """
 
     weights: str
+    model: str
     tokenizer: str
     template: str
     preprocessing: str
     bucket: str
     dtype: str
     attention: str
+
+    @classmethod
+    def of(cls, config: ModelConfig, params: Any, codec: TextCodec, frames: int,
+           media: str = "video") -> Fingerprint:
+        """The fingerprint of a model that scores clips of `frames` frames."""
+        vision = config.vision
+        # What changes speed and memory only, or training only, is no difference.
+        language = dataclasses.replace(config.language, dropout=0.0, remat=False)
+        same = dataclasses.replace(
+            config, language=language, vision=dataclasses.replace(vision, remat=False))
+        return cls(
+            weights=hash_weights(params),
+            model=hash_json(same.to_dict()),
+            tokenizer=hash_json(json.loads(codec.tokenizer.to_str())),
+            template=hash_json(codec.template.to_json()),
+            preprocessing=f"{vision.image_size} pixels, area, x / 127.5 - 1, "
+                          f"{config.connector.tokens_per_frame} tokens a frame",
+            bucket=f"{media}, {frames} frames",
+            dtype=config.dtype,
+            attention=config.language.attention)
 
     def require(self, stored: Fingerprint, where: str) -> None:
         """Raises SidecarMismatch naming every field that differs and both of its values."""
@@ -100,8 +137,14 @@ class Sidecar:
     logps: Mapping[str, np.ndarray]
     path: str = "<memory>"
 
-    def lookup(self, pair_id: str, digest: str) -> np.ndarray:
-        """float32[2, A] of one pair; SidecarMismatch when it is absent or shows other tokens."""
+    def lookup(self, pair_id: str, digest: str, answers: int | None = None) -> np.ndarray:
+        """float32[2, A] of one pair; SidecarMismatch when it is absent or shows other tokens.
+
+        Args:
+          pair_id: example_id of the pair.
+          digest: `hash_row` of it.
+          answers: A of the bucket; None gives the length in the file.
+        """
         if pair_id not in self.logps:
             raise SidecarMismatch(
                 f"{self.path}: pair {pair_id!r} was never scored ({len(self.logps)} pairs are). "
@@ -111,7 +154,16 @@ class Sidecar:
                 f"{self.path}: pair {pair_id!r} was scored with frames and tokens "
                 f"{self.digests[pair_id]}, but is read with {digest}. The pair, its frame "
                 "indices or its text changed since; score again.")
-        return self.logps[pair_id]
+        logps = self.logps[pair_id]
+        if answers is None:
+            return logps
+        padded = np.zeros((2, max(answers, logps.shape[1])), np.float32)
+        padded[:, : logps.shape[1]] = logps
+        if padded[:, answers:].any():
+            raise SidecarMismatch(
+                f"{self.path}: pair {pair_id!r} has answers of {np.max(np.nonzero(logps)[1]) + 1} "
+                f"tokens, but the bucket has answers = {answers}. Raise buckets.*.answers.")
+        return padded[:, :answers]
 
 
 def write(path: epath.PathLike, sidecar: Sidecar) -> None:
@@ -126,12 +178,20 @@ def write(path: epath.PathLike, sidecar: Sidecar) -> None:
         header=np.asarray(json.dumps(header)),
         ids=np.asarray(ids, dtype=str),
         digests=np.asarray([sidecar.digests[i] for i in ids], dtype=str),
-        logps=np.stack([np.asarray(sidecar.logps[i], np.float32) for i in ids])
-        if ids else np.zeros((0, 2, 0), np.float32))
+        logps=_stack([sidecar.logps[i] for i in ids]))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_bytes(buffer.getvalue())
     temporary.rename(path)
+
+
+def _stack(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """float32[n, 2, A] of rows float32[2, a] with a <= A, zeros at the end."""
+    longest = max((row.shape[1] for row in rows), default=0)
+    stacked = np.zeros((len(rows), 2, longest), np.float32)
+    for out, row in zip(stacked, rows, strict=True):
+        out[:, : row.shape[1]] = row
+    return stacked
 
 
 def read(path: epath.PathLike, expected: Fingerprint | None = None) -> Sidecar:
@@ -166,3 +226,23 @@ def merge(parts: Sequence[Sidecar]) -> Sidecar:
         digests.update(part.digests)
         logps.update(part.logps)
     return Sidecar(first.fingerprint, digests, logps)
+
+
+def reference(files: Sequence[epath.PathLike], expected: Fingerprint, answers: int,
+              pad_id: int = 0) -> Reference:
+    """What the data pipeline asks for reference log-probabilities, from verified sidecars.
+
+    Args:
+      files: sidecars, of training and of validation pairs.
+      expected: fingerprint of the reference model, i.e. of the weights that training starts from.
+      answers: A of the preference bucket.
+      pad_id: of the tokenizer.
+    """
+    merged = merge([read(file, expected) for file in files])
+
+    def look_up(pair_id: str, frame_indices: np.ndarray, prefix_tokens: np.ndarray,
+                branch_tokens: np.ndarray) -> np.ndarray:
+        digest = hash_row(frame_indices, prefix_tokens, branch_tokens, pad_id=pad_id)
+        return merged.lookup(pair_id, digest, answers)
+
+    return look_up

@@ -196,7 +196,7 @@ def _assign_shards(leaves: Mapping[str, Any]) -> list[list[str]]:
 def _to_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.ascontiguousarray(np.asarray(leaf))
+    return np.asarray(leaf, order="C")
 
 
 def _write_json(path: epath.Path, value: Mapping[str, Any]) -> None:

@@ -44,7 +44,9 @@ class VisionConfig:
     max_frames: int
     # "divided": each block first attends over time at each patch. "none": frames are independent.
     temporal: str = "divided"
+    # Recompute each layer in the backward pass / one program per layer instead of a loop.
     remat: bool = False
+    unroll: bool = False
 
     def __post_init__(self):
         _require_positive(
@@ -127,7 +129,9 @@ class LanguageConfig:
     qkv_bias: bool = False
     tied_head: bool = False
     dropout: float = 0.0
+    # Recompute each layer in the backward pass / one program per layer instead of a loop.
     remat: bool = False
+    unroll: bool = False
     attention: str = "xla"
 
     def __post_init__(self):

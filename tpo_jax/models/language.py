@@ -15,7 +15,7 @@ from flax import nnx
 
 from tpo_jax.models.attention import attention, branch_attention
 from tpo_jax.models.config import LanguageConfig
-from tpo_jax.models.layers import Linear, RMSNorm, dropout, fold_rows, scan_layers, stack
+from tpo_jax.models.layers import Linear, RMSNorm, dropout, fold_rows, run_layers, stack
 
 
 @jax.tree_util.register_dataclass
@@ -133,11 +133,7 @@ class LanguageModel(nnx.Module):
         """Output table float[V, D]: logits = hidden @ table.T."""
         if self.config.tied_head:
             return self.embed["table"][...]
-        kernel = self.lm_head.kernel[...]
-        if self.lm_head.lora_a is not None:
-            adapter = self.lm_head.lora_a[...] @ self.lm_head.lora_b[...]
-            kernel = kernel + self.lm_head.lora_scale * adapter
-        return kernel.T
+        return self.lm_head.merged_kernel.T
 
     def prefill(
         self,
@@ -167,7 +163,7 @@ class LanguageModel(nnx.Module):
         def apply(layer, x, index):
             return layer(x, tables, attend, fold_rows(keys, index))
 
-        x, (k, v) = self._scan(apply, embeds, jnp.arange(self.config.depth))
+        x, (k, v) = self._run(apply, embeds, jnp.arange(self.config.depth))
         return self.final_norm(x), KVCache(k, v)
 
     def extend(
@@ -233,12 +229,15 @@ class LanguageModel(nnx.Module):
             jnp.arange(self.config.depth), (prefix.k, prefix.v),
             None if own is None else (own.k, own.v),
         )  # fmt: skip
-        x, written = self._scan(apply, embeds, inputs)
+        x, written = self._run(apply, embeds, inputs)
         cache = None if own is None else KVCache(*written, segments=own_segments)
         return self.final_norm(x), cache
 
-    def _scan(self, apply, x, inputs):
-        return scan_layers(self.layers, apply, x, inputs, remat=self.config.remat)
+    def _run(self, apply, x, inputs):
+        config = self.config
+        return run_layers(
+            self.layers, apply, x, inputs, remat=config.remat, unroll=config.unroll
+        )
 
     def empty_cache(self, rows: int, branches: int, length: int, dtype: jnp.dtype) -> KVCache:
         """Own cache for `extend`: room for `length` tokens in each of rows x branches."""

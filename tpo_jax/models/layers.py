@@ -73,6 +73,13 @@ class Linear(nnx.Module):
         self.lora_b = None
         self.lora_scale = 0.0
 
+    @property
+    def merged_kernel(self) -> jax.Array:
+        """float[in, out] with the adapter in it."""
+        if self.lora_a is None:
+            return self.kernel[...]
+        return self.kernel[...] + self.lora_scale * (self.lora_a[...] @ self.lora_b[...])
+
     def __call__(self, x: jax.Array) -> jax.Array:
         y = matmul(x, self.kernel[...].astype(x.dtype))
         if self.lora_a is not None:
@@ -158,8 +165,9 @@ def stack(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Bloc
     return nnx.merge(structure, parameters)
 
 
-def scan_layers(
-    layers: Block, apply: Callable, carry, inputs=None, *, remat: bool = False
+def run_layers(
+    layers: Block, apply: Callable, carry, inputs=None, *, remat: bool = False,
+    unroll: bool = False,
 ) -> tuple:
     """Runs a stack made by `stack`: carry, output_l = apply(layer_l, carry, inputs_l).
 
@@ -168,6 +176,9 @@ def scan_layers(
       apply: function of (block, carry, inputs of one layer) -> (carry, outputs of one layer).
       inputs: pytree with leading axis L, or None.
       remat: recompute each layer in the backward pass and store only its carry.
+      unroll: a copy of the program for each layer instead of one loop. Compiles depth times as
+        much, but does not stack what the backward pass needs, which is most of a small model's
+        time on a CPU.
 
     Returns: (carry, outputs stacked to [L, ...]).
     """
@@ -177,4 +188,12 @@ def scan_layers(
         parameters, inputs = layer
         return apply(nnx.merge(structure, parameters), carry, inputs)
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (parameters, inputs))
+    body = jax.checkpoint(body) if remat else body
+    if not unroll:
+        return jax.lax.scan(body, carry, (parameters, inputs))
+    outputs = []
+    for index in range(jax.tree.leaves(parameters)[0].shape[0]):
+        layer = jax.tree.map(lambda leaf, index=index: leaf[index], (parameters, inputs))
+        carry, output = body(carry, layer)
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)

@@ -23,12 +23,13 @@ def tiny(heads: tuple[str, ...] = (), tokens: Mapping[str, int] | None = None) -
     """The shipped base: 64 x 64 pixels, 32 frames, about 2M parameters; trains on a CPU."""
     return ModelConfig(
         vision=VisionConfig(
-            image_size=64, stem_strides=(4, 2, 2), stem_widths=(32, 64, 128), width=128, depth=4,
-            heads=4, mlp_ratio=4.0, max_frames=32,
+            image_size=64, stem_strides=(4, 2, 2), stem_widths=(32, 64, 128), width=128, depth=2,
+            heads=4, mlp_ratio=4.0, max_frames=32, unroll=True,
         ),
         connector=ConnectorConfig(grid=2, hidden=256),
         language=LanguageConfig(
             vocab_size=1024, width=128, depth=4, heads=4, kv_heads=2, head_dim=32, mlp_width=384,
+            unroll=True,
         ),
         head=HeadConfig(width=64, heads=4, layers=2, mask_stride=2),
         heads=tuple(heads),

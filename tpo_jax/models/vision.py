@@ -13,7 +13,7 @@ from flax import nnx
 
 from tpo_jax.models.attention import attention
 from tpo_jax.models.config import VisionConfig
-from tpo_jax.models.layers import LayerNorm, Linear, Mlp, scan_layers, stack
+from tpo_jax.models.layers import LayerNorm, Linear, Mlp, run_layers, stack
 
 
 @jax.tree_util.register_dataclass
@@ -152,7 +152,8 @@ class VisionEncoder(nnx.Module):
         x = x.reshape(B, F, h * w, D) + self.position[...].astype(x.dtype)
         if config.temporal == "divided":
             x = x + self.frame_position[...][:F, None].astype(x.dtype)
-        x, _ = scan_layers(
-            self.layers, lambda layer, x, _: (layer(x, frame_valid), None), x, remat=config.remat
-        )
+        x, _ = run_layers(
+            self.layers, lambda layer, x, _: (layer(x, frame_valid), None), x,
+            remat=config.remat, unroll=config.unroll,
+        )  # fmt: skip
         return VisionFeatures(stem, self.final_norm(x).reshape(B, F, h, w, D))

@@ -93,7 +93,7 @@ def token_logps(
 def _score_chunk(
     hidden: jax.Array, table: jax.Array, targets: jax.Array, *, vocab_size: int
 ) -> TokenScores:
-    """hidden float[B, T, D], table float[V, D], targets int32[B, T] -> TokenScores float32[B, T]."""
+    """float[B, T, D], float[V, D], int32[B, T] -> TokenScores of float32[B, T]."""
     logits = jnp.einsum(
         "btd,vd->btv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
     )

@@ -7,7 +7,8 @@ Axes, outermost (slowest network) first:
   tensor   attention heads and hidden units are split over it
 """
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,22 +91,29 @@ def check_batch_divides(batch: Any, mesh: Mesh, accumulation: int = 1) -> None:
             )
 
 
-def reader_shard(mesh: Mesh) -> tuple[int, int]:
+def reader_shard(
+    mesh: Mesh,
+    process_of: Callable[[jax.Device], int] = operator.attrgetter("process_index"),
+) -> tuple[int, int]:
     """(index, count) of the slice of every global batch that this process reads.
 
     Processes that hold the same rows (a tensor axis that spans hosts) read the same slice, so
     `count` can be below jax.process_count(). Pass both to data.pipeline.Pipeline.
+
+    Raises:
+      ValueError: processes whose rows overlap in part, or that hold unequal numbers of rows.
     """
     parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
     blocks: dict[int, set[int]] = {}
     for device, (rows,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
-        blocks.setdefault(device.process_index, set()).add(rows.indices(parts)[0])
+        blocks.setdefault(process_of(device), set()).add(rows.indices(parts)[0])
     slices = sorted({tuple(sorted(rows)) for rows in blocks.values()})
     flat = [row for rows in slices for row in rows]
     if len(flat) != len(set(flat)) or len({len(rows) for rows in slices}) != 1:
         raise ValueError(
-            f"mesh {dict(mesh.shape)}: processes share some but not all rows of a batch ({slices}); "
-            "choose sizes so that data x fsdp is a multiple or a divisor of the process count"
+            f"mesh {dict(mesh.shape)}: processes share some but not all rows of a batch "
+            f"({slices}); choose sizes so that data x fsdp is a multiple or a divisor of the "
+            "process count"
         )
     return slices.index(tuple(sorted(blocks[jax.process_index()]))), len(slices)
 

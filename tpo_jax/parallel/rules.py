@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tpo_jax.parallel.mesh import BATCH_AXES
 from tpo_jax.parallel.paths import first_match, flatten, map_with_path
 
 Rules = Sequence[tuple[str, P]]
@@ -31,7 +32,8 @@ RULES: Rules = (
     (r"(language|vision)/layers/.*(o_proj|down_proj|fc2)/kernel$", P(None, "tensor", "fsdp")),
     (r"(language|vision)/layers/.*lora_a$", P(None, "fsdp", None)),
     (r"(language|vision)/layers/.*lora_b$", P(None, None, "fsdp")),
-    # single matrices [in, out]: stem, connector, box encoder, heads
+    # single matrices [in, out]: stem (whose input is patch pixels), connector, box encoder, heads
+    (r"vision/stem/.*kernel$", P(None, "fsdp")),
     (r".*fc1/kernel$", P("fsdp", "tensor")),
     (r".*fc2/kernel$", P("tensor", "fsdp")),
     (r".*(kernel|lora_a)$", P("fsdp", None)),
@@ -115,6 +117,15 @@ def describe(params: Any, shardings: Any) -> str:
     rows = [(p, str(tuple(x.shape)), str(specs[p].spec)) for p, x in flatten(params).items()]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{p:<{widths[0]}}  {s:<{widths[1]}}  {spec}" for p, s, spec in rows)
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Tells the compiler that dimension 0 of an activation holds batch rows, split over (data,
+    fsdp), and that the rest is not split by it. Nothing happens outside a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    open_rest = (P.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *open_rest))
 
 
 def place(tree: Any, shardings: Any) -> Any:

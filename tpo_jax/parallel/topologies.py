@@ -63,7 +63,7 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
 
 def prepare_environment() -> None:
     """Settings that libtpu wants where there is no TPU; call before JAX starts a backend."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_LIBRARY_PATH", _libtpu_path())

@@ -64,9 +64,14 @@ def default_config() -> ConfigDict:
     return config
 
 
-def source_config(path: str, *, weight: float = 1.0, tasks: Mapping[str, float]) -> dict[str, Any]:
-    """One entry of data.train or data.validation: a prepared folder, and weights of its tasks."""
-    return {"path": path, "weight": weight, "tasks": dict(tasks)}
+def source_config(
+    path: str, *, weight: float = 1.0, tasks: Mapping[str, float], pairs: str = ""
+) -> dict[str, Any]:
+    """One entry of data.train or data.validation: a prepared folder, and weights of its tasks.
+
+    `pairs` names the pairs.jsonl of a preference run, which replaces the folder's examples.
+    """
+    return {"path": path, "weight": weight, "tasks": dict(tasks), "pairs": pairs}
 
 
 def bucket_config(
@@ -308,6 +313,13 @@ def _check_objective(config: ConfigDict) -> list[str]:
         if not config.data.references:
             fix = "name the sidecars that `python -m tpo_jax.preferences score` wrote"
             problems.append(_problem("data.references", [], "no reference model's scores", fix))
+        if len({(bucket.frames, bucket.answers) for bucket in config.buckets.values()}) > 1:
+            fix = "give one bucket, or equal ones"
+            reason = "sidecars are scored for one number of frames and answers"
+            problems.append(_problem("buckets", sorted(config.buckets), reason, fix))
+        if not config.init_from:
+            fix = "name the model folder that scored the references"
+            problems.append(_problem("init_from", "", "the policy starts at the reference", fix))
         for name, bucket in config.buckets.items():
             if not bucket.question:
                 reason = "the question of a pair stands in the prefix"

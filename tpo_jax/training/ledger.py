@@ -1,7 +1,7 @@
 """Where the wall-clock time of a run went, across restarts (goodput).
 
 Categories, in seconds:
-  init        start of the process to the first compile: imports, data index, weights, restore
+  init        start of the command to the first compile: processes, data index, weights, restore
   compile     compiling every bucket
   data_wait   the loop waiting for a batch
   step        the device training (the loop waits for results one step late)
@@ -9,7 +9,7 @@ Categories, in seconds:
   checkpoint  the loop blocked by a save (the write itself runs beside the training)
   restart     lost to a restart: from the checkpoint that was restored to the start of the process
               that restored it (work done twice, and the time in the queue)
-  other       everything else in the loop (logging)
+  other       everything else (writing metrics)
 Goodput = step / sum of all.
 """
 

@@ -43,9 +43,9 @@ class OptimizerConfig:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        for field, low, high in [("warmup", 0, 1), ("min_lr_ratio", 0, 1), ("b1", 0, 1), ("b2", 0, 1)]:
-            if not low <= (value := getattr(self, field)) <= high:
-                raise ValueError(f"optimizer.{field}={value}: must be in [{low}, {high}]")
+        for field in ("warmup", "min_lr_ratio", "b1", "b2"):
+            if not 0 <= (value := getattr(self, field)) <= 1:
+                raise ValueError(f"optimizer.{field}={value}: must be in [0, 1]")
         for field in ("weight_decay", "clip", "eps"):
             if (value := getattr(self, field)) < 0:
                 raise ValueError(f"optimizer.{field}={value}: must not be negative")

@@ -23,10 +23,11 @@ from tpo_jax.training.step import (
     make_eval_step,
     make_score_step,
     make_train_step,
+    on_mesh,
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """Everything of a run that is decided before data is read.
 
@@ -134,8 +135,8 @@ def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> P
         accumulation=config.accumulation,
         abstract_state=abstract_state,
         train_step=jit_train_step(train_step, mesh, shardings),
-        eval_step=jit(make_eval_step(model, objective)),
-        score_step=jit(make_score_step(model)),
+        eval_step=jit(on_mesh(make_eval_step(model, objective), mesh)),
+        score_step=jit(on_mesh(make_score_step(model), mesh)),
     )
 
 

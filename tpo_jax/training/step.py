@@ -7,6 +7,7 @@ The total is sum over terms of weights[term] * (sum of the term / weight of the 
 sums run over the whole global batch: micro-batches, packing and devices do not change it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -91,9 +92,10 @@ def make_train_step(
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, trainable)
+        moved = optax.apply_updates(trainable, updates)
         updated = TrainState(
             step=state.step + 1,
-            params=merge(_select(finite, optax.apply_updates(trainable, updates), trainable), frozen),
+            params=merge(_select(finite, moved, trainable), frozen),
             opt_state=_select(finite, opt_state, state.opt_state),
         )
         once = {
@@ -167,13 +169,28 @@ def accumulate(function: Callable[[Any], Any], rows: Any, count: int) -> Any:
     return jax.lax.scan(add, zeros, micros)[0]
 
 
+def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function`, traced where jax.sharding.get_abstract_mesh() is `mesh`.
+
+    Modules carry no mesh; what has to know it (a kernel under shard_map, `rules.constrain_rows`)
+    asks for the one around it.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
+
+
 def jit_train_step(train_step: TrainStep, mesh: Mesh, state_shardings: TrainState) -> Any:
     """The jitted step: donated state, rows over (data, fsdp), replicated metrics.
 
     `train` calls the result and `plan` lowers it; both get it from `training.program`.
     """
     return jax.jit(
-        train_step,
+        on_mesh(train_step, mesh),
         in_shardings=(state_shardings, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
         donate_argnums=0,

@@ -18,7 +18,7 @@ from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example, Turn
 
 TRUTH = "groundtruth.txt"
-QUESTION = "Where does the {name} at <box> go?"
+QUESTION = "Where does the object at <box> go?"  # not its class: the box must be read
 ANSWER = "It moves along <mask>."
 
 
@@ -29,7 +29,8 @@ class _Sequence:
     meta: dict[str, str]
 
 
-def records(path: pathlib.Path) -> Iterator[Record]:
+def records(context: Context) -> Iterator[Record]:
+    path = context.file
     if not path.is_dir():
         raise Invalid("", None, "expected the folder that holds the sequences", f"check {path}")
     found = sorted(path.rglob(TRUTH))
@@ -56,8 +57,7 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
     ]
     if not any(boxes):
         raise Invalid(TRUTH, None, "the object is in no frame", "remove the sequence")
-    noun = record.meta.get("object_class", "object")
-    turn = Turn(QUESTION.format(name=noun), ANSWER, (), "tracking")
+    turn = Turn(QUESTION, ANSWER, (), "tracking")
     targets = {
         "times": [i / fps for i in range(len(boxes))],
         "boxes": boxes,

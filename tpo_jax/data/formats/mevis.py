@@ -8,7 +8,6 @@ frame rate of the video file is used then.
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,46 +21,48 @@ QUESTION = 'Which pixels show "{expression}"?'
 ANSWER = "It is <mask>."
 
 
-def records(path: pathlib.Path) -> Iterator[Record]:
-    """`path` is the folder, or meta_expressions.json in it."""
-    folder = path if path.is_dir() else path.parent
-    data = load_json(folder / EXPRESSIONS if path.is_dir() else path)
-    masks = load_json(folder / MASKS)
-    validation.check_keys(data, ("info",), ("videos",))
+def records(context: Context) -> Iterator[Record]:
+    """One record per expression; the file is the folder, or meta_expressions.json in it."""
+    path = context.file / EXPRESSIONS if context.file.is_dir() else context.file
+    data = load_json(path)
+    masks = load_json(path.with_name(MASKS))
+    context.keys(data, ("videos",), ("info",))
     for video, entry in data["videos"].items():
-        yield video, (entry, masks)
+        try:
+            context.keys(entry, ("frames", "expressions"), ("vid_id", "fps"))
+        except Invalid as invalid:
+            yield video, invalid
+            continue
+        for key, item in entry["expressions"].items():
+            yield f"{video}/{key}", (video, entry, item, masks)
 
 
 def parse(record: Any, label: str, context: Context) -> list[Example]:
-    entry, masks = record
-    context.keys(entry, ("frames", "expressions"), ("vid_id", "fps"))
-    name = context.find(label, "videos")
-    frames = validation.check_list("frames", entry["frames"])
+    video, entry, item, masks = record
+    name = context.find(video, "videos")
+    count = len(validation.check_list("frames", entry["frames"]))
     if "fps" in entry:
         fps = validation.check_number("fps", entry["fps"], 1e-6, float("inf"), "frames a second")
     else:
         fps = context.frame_rate(name, "fps")
-    times = [i / fps for i in range(len(frames))]
-    examples = []
-    for key, item in entry["expressions"].items():
-        field = f"expressions.{key}"
-        context.keys(item, ("exp", "anno_id"), ("obj_id",), field)
-        text = validation.check_text(f"{field}.exp", item["exp"])
-        ids = validation.check_list(f"{field}.anno_id", item["anno_id"])
-        rles = _union([_masks(masks, i, len(frames), field) for i in ids], field)
-        turn = Turn(QUESTION.format(expression=text), ANSWER, (), "mask")
-        targets = {"times": times, "rles": rles}
-        examples.append(context.example(name, f"{label}/{key}", "mask", [turn], targets))
-    return examples
+    context.keys(item, ("exp", "anno_id"), ("obj_id",))
+    text = validation.check_text("exp", item["exp"])
+    ids = validation.check_list("anno_id", item["anno_id"])
+    turn = Turn(QUESTION.format(expression=text), ANSWER, (), "mask")
+    targets = {
+        "times": [i / fps for i in range(count)],
+        "rles": _union([_masks(masks, i, count) for i in ids]),
+    }
+    return [context.example(name, label, "mask", [turn], targets)]
 
 
-def _masks(table: Mapping[str, Any], anno_id: Any, count: int, field: str) -> Sequence[Any]:
+def _masks(table: Mapping[str, Any], anno_id: Any, count: int) -> Sequence[Any]:
     if str(anno_id) not in table:
-        raise Invalid(f"{field}.anno_id", anno_id, f"{MASKS} has no such id", "correct the id")
+        raise Invalid("anno_id", anno_id, f"{MASKS} has no such id", "correct the id")
     rles = validation.check_list(f"{MASKS}[{anno_id}]", table[str(anno_id)])
     if len(rles) != count:
         raise Invalid(
-            f"{field}.anno_id",
+            "anno_id",
             anno_id,
             f"{MASKS} has {len(rles)} masks for {count} frames",
             "write one mask or null per frame",
@@ -69,25 +70,20 @@ def _masks(table: Mapping[str, Any], anno_id: Any, count: int, field: str) -> Se
     return rles
 
 
-def _union(tracks: Sequence[Sequence[Any]], field: str) -> list[Any]:
+def _union(tracks: Sequence[Sequence[Any]]) -> list[Any]:
     """Per frame: null where every object is absent, else the union."""
     if not tracks:
-        raise Invalid(f"{field}.anno_id", [], "names no object", "name one, or remove it")
-    union: list[Any] = []
-    for i, frame in enumerate(zip(*tracks, strict=True)):
-        present = [rle for rle in frame if rle is not None]
-        for rle in present:
-            validation.check_rle(f"{field}.masks[{i}]", rle)
-        if len({tuple(rle["size"]) for rle in present}) > 1:
-            raise Invalid(f"{field}.masks[{i}]", None, "masks of different sizes", "use one size")
-        union.append(
-            None
-            if not present
-            else present[0]
-            if len(present) == 1
-            else validation.merge_rles(present)
-        )
-    return union
+        raise Invalid("anno_id", [], "names no object", "name one, or remove it")
+    if len(tracks) == 1:
+        return list(tracks[0])
+    return [_merge(frame, f"masks[{i}]") for i, frame in enumerate(zip(*tracks, strict=True))]
+
+
+def _merge(rles: Sequence[Any], field: str) -> Mapping[str, Any] | None:
+    present = [validation.check_rle(field, rle) for rle in rles if rle is not None]
+    if len({tuple(rle["size"]) for rle in present}) > 1:
+        raise Invalid(field, None, "masks of different sizes", "use one size")
+    return validation.merge_rles(present) if present else None
 
 
 FORMAT = Format("mevis", "referring masks over time, meta_expressions + mask_dict", records, parse)

@@ -5,7 +5,6 @@ See docs/own_data.md. Shortest line: {"video": "a.mp4", "turns": [{"question": "
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,8 +19,8 @@ OPTIONAL = (
 )
 
 
-def records(path: pathlib.Path) -> Iterator[Record]:
-    return json_lines(path)
+def records(context: Context) -> Iterator[Record]:
+    return json_lines(context.file)
 
 
 def parse(record: Any, label: str, context: Context) -> list[Example]:

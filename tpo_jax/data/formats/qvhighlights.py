@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,8 +21,8 @@ QUESTION = 'When does this happen: "{query}"?'
 ANSWER = "It happens at <temporal>."
 
 
-def records(path: pathlib.Path) -> Iterator[Record]:
-    return json_lines(path)
+def records(context: Context) -> Iterator[Record]:
+    return json_lines(context.file)
 
 
 def parse(record: Any, label: str, context: Context) -> list[Example]:

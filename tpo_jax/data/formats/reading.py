@@ -107,7 +107,7 @@ class Format:
 
     name: str
     description: str
-    records: Callable[[pathlib.Path], Iterator[Record]]
+    records: Callable[[Context], Iterator[Record]]
     parse: Callable[[Any, str, Context], Sequence[Example]]
 
     def read(self, context: Context) -> tuple[list[Draft], list[Problem]]:
@@ -115,7 +115,7 @@ class Format:
         drafts, problems = [], []
         file = str(context.file)
         try:
-            for label, record in self.records(context.file):
+            for label, record in self.records(context):
                 try:
                     if isinstance(record, Invalid):
                         raise record

@@ -6,7 +6,6 @@ video then, and `time` says which frame, in seconds.
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,12 +23,10 @@ QUESTION_AT_TIME = 'Where is "{sentence}" at {time:g} s?'
 ANSWER = "It is at <region>."
 
 
-def records(path: pathlib.Path) -> Iterator[Record]:
+def records(context: Context) -> Iterator[Record]:
     """Each ref with its annotation and image joined in."""
-    data = load_json(path)
-    validation.check_keys(
-        data, ("info", "licenses", "categories"), ("images", "annotations", "refs")
-    )
+    data = load_json(context.file)
+    context.keys(data, ("images", "annotations", "refs"), ("info", "licenses", "categories"))
     images = _by_id(data["images"], "images")
     boxes = _by_id(data["annotations"], "annotations")
     for i, ref in enumerate(validation.check_list("refs", data["refs"])):

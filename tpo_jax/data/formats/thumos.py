@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,9 +20,9 @@ SEGMENT_KEYS = ("segment(frames)", "label_id")
 QUESTION = "Which actions happen in the video?"
 
 
-def records(path: pathlib.Path) -> Iterator[Record]:
-    data = load_json(path)
-    validation.check_keys(data, ("version", "taxonomy"), ("database",))
+def records(context: Context) -> Iterator[Record]:
+    data = load_json(context.file)
+    context.keys(data, ("database",), ("version", "taxonomy"))
     if not isinstance(data["database"], dict):
         raise Invalid("database", data["database"], "expected {video: {...}}", "correct it")
     return iter(data["database"].items())

@@ -7,7 +7,6 @@ Captions have an empty `q`; the instruction `i` of the first turn is the questio
 
 from __future__ import annotations
 
-import pathlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,8 +21,8 @@ _LETTER = re.compile(r"\(([A-Z])\)\s*")
 _ANSWER = re.compile(r"^(?:Answer:\s*)?\(([A-Z])\)\s*(.*)$", re.IGNORECASE | re.DOTALL)
 
 
-def records(path: pathlib.Path) -> Iterator[Record]:
-    data = load_json(path)
+def records(context: Context) -> Iterator[Record]:
+    data = load_json(context.file)
     if not isinstance(data, list):
         raise Invalid(
             "", type(data).__name__, "expected a JSON list of records", "wrap it in [...]"

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import pathlib
 import shutil
 from collections.abc import Sequence
 from typing import Any
 
 from tpo_jax.data import tables
+from tpo_jax.data.ingest.files import link, publish, read_lines, write_json, write_lines
 from tpo_jax.data.ingest.plan import Plan, PrepareError
 from tpo_jax.data.ingest.statistics import summarise
-from tpo_jax.data.ingest.work import publish, read_lines, write_lines
 from tpo_jax.data.records import FORMAT_VERSION, Example, IndexEntry
 
 
@@ -39,8 +37,8 @@ def assemble(plan: Plan, parts: pathlib.Path, out: pathlib.Path) -> dict[str, An
     write_lines(building / "index.jsonl", [entry.to_json() for entry in entries])
     write_lines(building / "quarantine.jsonl", quarantine)
     statistics = summarise(entries, _examples(building), quarantine)
-    _write_json(building / "statistics.json", statistics)
-    _write_json(
+    write_json(building / "statistics.json", statistics)
+    write_json(
         building / "prepared.json",
         {
             "format_version": FORMAT_VERSION,
@@ -58,17 +56,9 @@ def _build_table(folder: pathlib.Path, table: str, encoding: str, column: str, u
     folder = folder / tables.TABLE_VERSION
     folder.mkdir(parents=True)
     for i, (part, _) in enumerate(used):
-        _link(part / table, folder / tables.shard_name(table, i, len(used)))
+        link(part / table, folder / tables.shard_name(table, i, len(used)))
     lengths = [sum(getattr(entry, column)[1] for entry in index) for _, index in used]
     tables.write_metadata(folder, table, encoding, lengths)
-
-
-def _link(source: pathlib.Path, target: pathlib.Path) -> None:
-    """A second name for a file; a copy where the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _join(indices: Sequence[Sequence[IndexEntry]]) -> list[IndexEntry]:
@@ -92,10 +82,6 @@ def _join(indices: Sequence[Sequence[IndexEntry]]) -> list[IndexEntry]:
 def _examples(folder: pathlib.Path):
     table = tables.open_table(folder / "examples")
     return (Example.from_record(table[i]) for i in range(len(table)))
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
 def _nothing_left(quarantine: Sequence[dict[str, Any]], out: pathlib.Path) -> str:

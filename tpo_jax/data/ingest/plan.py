@@ -21,10 +21,12 @@ from tpo_jax.data.media import MediaFolder
 from tpo_jax.data.problems import Invalid, Problem
 from tpo_jax.data.records import CLIP_FRAMES, FORMAT_VERSION
 
-# At most this many media in a piece, unless that would make more than MAX_PIECES files a table.
+# A piece is a shard of both tables. Many small ones spread over processes and lose little in a
+# kill; but readers keep every shard open, so there are about PIECES, and more only for sets whose
+# pieces would grow beyond LARGEST_PIECE.
+PIECES = 64
 PIECE_MEDIA = 64
-PIECE_BYTES = 64 * 2**20
-MAX_PIECES = 256
+SMALLEST_PIECE, LARGEST_PIECE = 4 * 2**20, 2**30  # bytes of media files
 
 
 class PrepareError(ValueError):
@@ -164,8 +166,8 @@ def _duplicate(draft: Draft, other: Draft) -> Problem:
 def _group(items: Sequence[MediaItem]) -> list[tuple[MediaItem, ...]]:
     """Consecutive media, cut by number and by bytes."""
     sizes = [item.path.stat().st_size for item in items]
-    most_media = max(PIECE_MEDIA, -(-len(items) // MAX_PIECES))
-    most_bytes = max(PIECE_BYTES, -(-sum(sizes) // MAX_PIECES))
+    most_media = max(PIECE_MEDIA, -(-len(items) // PIECES))
+    most_bytes = min(max(SMALLEST_PIECE, -(-sum(sizes) // PIECES)), LARGEST_PIECE)
     groups: list[list[MediaItem]] = [[]]
     filled = 0
     for item, size in zip(items, sizes, strict=True):

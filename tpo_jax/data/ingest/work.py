@@ -7,10 +7,7 @@ final name is whole. A file that cannot be used removes its own records only.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import pathlib
-import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tpo_jax.data import tables, validation
+from tpo_jax.data.ingest.files import publish, write_lines
 from tpo_jax.data.ingest.plan import MediaItem, Piece, Settings
 from tpo_jax.data.problems import Invalid, Problem
 from tpo_jax.data.records import CLIP_FRAMES, Clip, IndexEntry, VideoInfo
@@ -30,8 +28,8 @@ SPOOL_BYTES = 64 * 2**20
 def do_piece(piece: Piece, settings: Settings, parts: pathlib.Path) -> int:
     """Writes parts/<key>/ with clips, examples, index and quarantine; returns its problem count."""
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f"writing-{piece.key}-", dir=parts))
-    clips = tables.writer(temporary / "clips", settings.encoding)
-    examples = tables.writer(temporary / "examples", "raw")
+    clips = tables.writer(temporary / "clips", "clips")
+    examples = tables.writer(temporary / "examples", "examples")
     entries: list[IndexEntry] = []
     problems: list[Problem] = []
     rows = [0, 0]
@@ -59,28 +57,6 @@ def do_piece(piece: Piece, settings: Settings, parts: pathlib.Path) -> int:
     write_lines(temporary / "quarantine.jsonl", [problem.to_json() for problem in problems])
     publish(temporary, parts / piece.key)
     return len(problems)
-
-
-def publish(temporary: pathlib.Path, final: pathlib.Path) -> None:
-    """Gives a complete folder its final name, once; a twin that was faster stays."""
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-    try:
-        temporary.rename(final)
-    except OSError:
-        if not final.is_dir():
-            raise
-        shutil.rmtree(temporary)
-
-
-def write_lines(path: pathlib.Path, values: list[dict]) -> None:
-    path.write_text("".join(json.dumps(value) + "\n" for value in values), "utf-8")
-
-
-def read_lines(path: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def _decode(item: MediaItem, settings: Settings, spool) -> VideoInfo:
@@ -141,10 +117,7 @@ def _encode_examples(item: MediaItem, info: VideoInfo) -> tuple[list[bytes], lis
         except Invalid as invalid:
             problems.append(invalid.at(draft.file, draft.record))
             continue
-        first = np.searchsorted(info.timestamps, example.start, side="right") - 1
-        last = np.searchsorted(info.timestamps, example.end, side="right") - 1
-        chunks = range(max(first, 0) // CLIP_FRAMES, max(last, 0) // CLIP_FRAMES + 1)
-        records.append(example.to_record([f"{item.video_id}#{chunk}" for chunk in chunks]))
+        records.append(example.to_record(info.timestamps))
     return records, problems
 
 

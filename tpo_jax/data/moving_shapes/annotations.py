@@ -1,4 +1,4 @@
-"""Annotations of one scene, as plain JSON data; identifiers are given when a split is put together."""
+"""Annotations of one scene as plain JSON data; identifiers are given when a split is written."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ REGION_FRAMES = 3
 MASK_EXPRESSIONS = 4
 TRACKS = 2
 QUERIES = 4
+MAX_WINDOWS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Annotations:
     """All labels of one video or image.
 
-    queries: QVHighlights rows.  frames: what RefCOCO needs per frame.  masks: per actor, one RLE or None per
-    annotated frame.  expressions: for the masks.  tracks: GOT-10k sequences.  segments: actions.
+    queries: QVHighlights rows.  frames: what RefCOCO needs per frame.  masks: per actor, one RLE or
+    None per annotated frame.  expressions: for the masks.  tracks: GOT-10k sequences.
+    segments: actions.
     """
 
     name: str
@@ -102,10 +104,14 @@ def bounding_box(mask: np.ndarray) -> list[int] | None:
 
 
 def _queries(rng: np.random.Generator, scene: Scene, name: str) -> list[dict[str, Any]]:
-    """One row per different event; an event that happens twice has two windows."""
+    """One row per different event; an event that happens twice has two windows.
+
+    Events that happen more often are left out: a constant guess is right too easily about them.
+    """
     windows: dict[str, list[Event]] = {}
     for event in scene.events:
         windows.setdefault(phrases.sentence(event, scene.actors), []).append(event)
+    windows = {q: events for q, events in windows.items() if len(events) <= MAX_WINDOWS}
     chosen = [list(windows)[i] for i in rng.permutation(len(windows))[:QUERIES]]
     return [
         {
@@ -120,7 +126,7 @@ def _queries(rng: np.random.Generator, scene: Scene, name: str) -> list[dict[str
 
 
 def _saliency(rng: np.random.Generator, events: list[Event], seconds: int) -> dict[str, Any]:
-    """Clips that the windows touch; three raters who give twice the covered seconds, now and then one less."""
+    """Clips that the windows touch, and three ratings: twice the covered seconds, or one less."""
     starts = np.arange(0, seconds, CLIP_SECONDS)
     covered = sum(
         np.clip(np.minimum(starts + CLIP_SECONDS, e.end) - np.maximum(starts, e.start), 0, None)
@@ -139,7 +145,7 @@ def _saliency(rng: np.random.Generator, events: list[Event], seconds: int) -> di
 def _frame(
     rng: np.random.Generator, scene: Scene, visible: np.ndarray, index: int
 ) -> dict[str, Any]:
-    """Boxes of the actors that are seen in one frame (visible: bool[N, H, W]) and texts for some of them."""
+    """Boxes of who is seen in one frame (visible: bool[N, H, W]) and texts for some of them."""
     seen = [a.index for a in scene.actors if visible[a.index].any()]
     texts = [e for e in scene_expressions(scene) if e.actor in seen]
     relations = frame_expressions(scene, index, seen)
@@ -168,7 +174,7 @@ def _frame(
 def _mask_expressions(
     rng: np.random.Generator, scene: Scene, visible: np.ndarray
 ) -> list[Expression]:
-    """Texts whose actor is seen in some frame: half by action where possible, half by name or attribute."""
+    """Texts whose actor is seen in some frame: half of them by action where possible."""
     texts = [e for e in scene_expressions(scene) if visible[e.actor].any()]
     texts = [texts[i] for i in rng.permutation(len(texts))]
     actions = [e for e in texts if e.kind == "action"][: MASK_EXPRESSIONS // 2]
@@ -177,7 +183,7 @@ def _mask_expressions(
 
 
 def _tracks(rng: np.random.Generator, scene: Scene, visible: np.ndarray) -> list[dict[str, Any]]:
-    """Boxes over time of actors that are seen in the first annotated frame; the busiest come first."""
+    """Boxes over time of actors that are seen in the first annotated frame, the busiest first."""
     travelled = np.abs(np.diff(scene.states.x)).sum(1) + np.abs(np.diff(scene.states.y)).sum(1)
     started = [a.index for a in scene.actors if visible[a.index, 0].any()]
     order = sorted(started, key=lambda i: -travelled[i] + rng.random())

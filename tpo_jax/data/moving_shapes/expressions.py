@@ -39,10 +39,10 @@ def scene_expressions(scene: Scene) -> list[Expression]:
 
 
 def frame_expressions(scene: Scene, frame: int, seen: list[int]) -> list[Expression]:
-    """"the square left of the red bar": relations in one frame that single out one of the seen actors.
+    """Relations in one frame that single out a seen actor: "the square left of the red bar".
 
-    The form alone may be shared; the relation then decides. An actor on the diagonal is not said to be on
-    any side, so a relation is used only where every actor of that form has a clear one.
+    The form alone may be shared; the relation then decides. An actor on the diagonal is not said to
+    be on any side, so a relation is used only where every actor of that form has a clear one.
     """
     found = []
     for anchor in seen:

@@ -17,7 +17,7 @@ CLEAR = 1.7
 
 
 def relation(scene: Scene, frame: int, first: Actor, second: Actor) -> str | None:
-    """Where `first` is, seen from `second`: "left of", "right of", "above", "below"; None when diagonal."""
+    """Where `first` is, seen from `second`: "left of", "above", ...; None when diagonal."""
     dx = float(scene.states.x[first.index, frame] - scene.states.x[second.index, frame])
     dy = float(scene.states.y[first.index, frame] - scene.states.y[second.index, frame])
     if abs(dx) >= CLEAR * abs(dy):
@@ -57,9 +57,7 @@ def _attribute(rng: np.random.Generator, scene: Scene) -> list[Question]:
         wrong = rng.permutation([f for f in FORMS if f != actor.form])[: NUM_OPTIONS - 1]
         text = f"What is the {actor.colour} shape?"
         answer = f"a {actor.form}"
-        questions.append(
-            choice(rng, "image_attribute", text, answer, [f"a {w}" for w in wrong])
-        )
+        questions.append(choice(rng, "image_attribute", text, answer, [f"a {w}" for w in wrong]))
     return questions
 
 

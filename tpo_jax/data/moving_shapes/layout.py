@@ -1,6 +1,6 @@
 """Where everything happens: places and paths on which actors meet only when the plan says so.
 
-Many random layouts are tried at once (A attempts); the first one that satisfies every condition is taken.
+Many random layouts are tried at once (A attempts); the first that meets every condition is taken.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ MOVE = (18.0, 28.0)
 APPROACH = 12.0  # least visible path before a hit
 RECOIL = 5.0
 # Radius ranges, by the number of actors and by role.
-ORDINARY: dict[int, tuple[float, float]] = {1: (7.5, 10.0), 2: (7.2, 9.0), 3: (6.8, 8.0), 4: (6.4, 7.2)}
+ORDINARY: dict[int, tuple[float, float]] = {
+    1: (7.5, 10.0),
+    2: (7.2, 9.0),
+    3: (6.8, 8.0),
+    4: (6.4, 7.2),
+}
 SMALL, LARGE = (6.2, 6.8), (9.8, 10.6)
 
 
@@ -89,7 +94,7 @@ def _sample_starts(
     size: int,
     scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Starts float[A, N, 2] that keep apart and inside during all moves, and which attempts hold: bool[A].
+    """Starts float[A, N, 2] apart and inside during all moves, and which attempts hold: bool[A].
 
     Large actors are placed first, each at the first of some candidates that is free.
     """
@@ -115,7 +120,7 @@ def _sample_starts(
 
 
 class _Search:
-    """Plays a plan on all attempts at once and strikes out those in which something is in the way."""
+    """Plays a plan on all attempts at once; strikes out those in which something is in the way."""
 
     def __init__(self, plan, radii, reach, start, good, size, scale):
         self.plan, self.radii, self.reach = plan, radii, reach
@@ -135,7 +140,7 @@ class _Search:
             outside = self._outside(here, event)
             begin, target = (outside, here) if event.action == "enter" else (here, outside)
         elif event.action == "hide":
-            target = self.place[:, event.other]
+            target = self.place[:, event.other].copy()
         elif event.action == "hit":
             target, kick = self._contact(here, event)
         self._require_free(begin, target, event)

@@ -1,4 +1,4 @@
-"""The words of the world: one short sentence per event, and nothing that needs a large vocabulary."""
+"""The words of the world: a short sentence per event, and nothing that needs many words."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def _object_of(event: Event, actors: Sequence[Actor]) -> str:
 
 
 def predicate(event: Event, actors: Sequence[Actor]) -> str:
-    """"moves left", "hits the blue square"."""
+    """As in "moves left", "hits the blue square"."""
     return THIRD_PERSON[event.action] + _object_of(event, actors)
 
 
 def bare_predicate(event: Event, actors: Sequence[Actor]) -> str:
-    """"move left", "hit the blue square"."""
+    """As in "move left", "hit the blue square"."""
     verb = "hide behind" if event.action == "hide" else event.action
     return verb + _object_of(event, actors)
 
@@ -51,12 +51,12 @@ def general_predicate(event: Event) -> str:
 
 
 def sentence(event: Event, actors: Sequence[Actor]) -> str:
-    """"the red circle moves left"."""
+    """As in "the red circle moves left"."""
     return f"{actors[event.actor].name} {predicate(event, actors)}"
 
 
 def join(parts: Sequence[str]) -> str:
-    """"a, b and c"."""
+    """As in "a, b and c"."""
     if len(parts) < 2:
         return "".join(parts)
     return ", ".join(parts[:-1]) + " and " + parts[-1]

@@ -1,7 +1,8 @@
 """Who is in a scene and what happens in it, before anything has a place.
 
-A plan is drawn without looking at the layout, so that the text of questions and answers follows one
-distribution; wrong options are taken from other plans for the same cast and cannot be told by their wording.
+A plan is drawn without looking at the layout, so that all texts follow one distribution. Wrong
+options are events that another plan for the same cast could have, so their wording does not betray
+them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ from tpo_jax.data.moving_shapes.world import (
 )
 
 MAX_COUNT = 3
+PHANTOM_TRIES = 60
+# Share of the events of the counting theme among the different events of a video.
+THEME_SHARE = 0.35
+_ACTIONS = tuple(ACTION_WEIGHTS)
+_CUMULATIVE = np.cumsum(list(ACTION_WEIGHTS.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +77,14 @@ def sample_events(
 ) -> tuple[CountTheme, tuple[Event, ...]]:
     """A counting theme and about `count` events of this cast, in order of time."""
     theme, events = _sample_theme(rng, actors)
-    actions = list(ACTION_WEIGHTS)
-    weights = np.array([ACTION_WEIGHTS[a] for a in actions])
     count = max(count, len(events) + 1)  # never the repeated event alone
     for _ in range(30 * count):
         if len(events) >= count:
             break
-        event = _sample_event(rng, str(rng.choice(actions, p=weights)), actors, events)
-        if event is not None and _allowed(event, actors, events, theme):
+        event = sample_event(
+            rng, _ACTIONS[np.searchsorted(_CUMULATIVE, rng.random())], actors, events
+        )
+        if _allowed(event, actors, events, theme):
             events.append(event)
     return theme, _in_order(rng, events)
 
@@ -88,8 +94,8 @@ def _sample_theme(
 ) -> tuple[CountTheme, list[Event]]:
     """The theme and the events that its count asks for.
 
-    What is asked is drawn before the count and with the same conditions for every count, so the question
-    does not betray its answer.
+    What is asked is drawn before the count and with the same conditions for every count, so the
+    question does not betray its answer.
     """
     turning = [a.index for a in actors if a.form in TURNING_FORMS]
     scope = "shapes" if len(actors) >= MAX_COUNT and rng.random() < 0.5 else "times"
@@ -107,32 +113,65 @@ def _sample_theme(
     return CountTheme(scope, action, actor, count), events
 
 
+def sample_action(rng: np.random.Generator) -> str:
+    """An action as often as it is met among the different events of a video."""
+    if rng.random() < THEME_SHARE:
+        return COUNTED_ACTIONS[rng.integers(len(COUNTED_ACTIONS))]
+    return _ACTIONS[np.searchsorted(_CUMULATIVE, rng.random())]
+
+
+def sample_phantoms(
+    rng: np.random.Generator, actors: Sequence[Actor], events: Sequence[Event], count: int
+) -> list[Event] | None:
+    """`count` events that do not happen but would fit beside those that do, and beside each other.
+
+    Actions and actors are drawn as in `sample_events`. None when that many cannot be found.
+    """
+    found: list[Event] = []
+    for _ in range(PHANTOM_TRIES):
+        if len(found) == count:
+            break
+        event = sample_event(rng, sample_action(rng), actors, [*events, *found])
+        if possible(event, actors) and all(compatible(event, e) for e in (*events, *found)):
+            found.append(event)
+    return found if len(found) == count else None
+
+
 def _direction(rng: np.random.Generator, action: str) -> str | None:
-    return str(rng.choice(list(DIRECTIONS))) if action in ("move", "enter", "leave") else None
+    if action not in ("move", "enter", "leave"):
+        return None
+    return tuple(DIRECTIONS)[rng.integers(len(DIRECTIONS))]
 
 
-def _sample_event(
+def sample_event(
     rng: np.random.Generator, action: str, actors: Sequence[Actor], events: Sequence[Event]
-) -> Event | None:
+) -> Event:
     """An event of this action; actors that do nothing yet are preferred."""
-    busy = np.array([sum(e.actor == a.index for e in events) for a in actors], float)
-    weights = 0.3**busy
-    actor = int(rng.choice(len(actors), p=weights / weights.sum()))
+    weights = np.cumsum([0.2 ** sum(e.actor == a.index for e in events) for a in actors])
+    actor = int(np.searchsorted(weights, rng.random() * weights[-1]))
     other = None
     if action in ("hit", "hide"):
-        other = int(rng.choice([a.index for a in actors if a.index != actor]))
+        other = int(rng.integers(len(actors) - 1))
+        other += other >= actor
     return Event(action, actor, other, _direction(rng, action))
+
+
+def possible(event: Event, actors: Sequence[Actor]) -> bool:
+    """Whether these forms can do this."""
+    if event.action == "turn":
+        return actors[event.actor].form in TURNING_FORMS
+    return event.action != "hide" or actors[event.other].form in COVERING_FORMS
 
 
 def _allowed(
     event: Event, actors: Sequence[Actor], events: Sequence[Event], theme: CountTheme
 ) -> bool:
-    """Whether the event can join the others without changing the theme's count or making words ambiguous."""
-    if event.action == "turn" and actors[event.actor].form not in TURNING_FORMS:
-        return False
-    if event.action == "hide" and actors[event.other].form not in COVERING_FORMS:
-        return False
-    return _keeps_theme(event, theme) and all(compatible(event, old) for old in events)
+    """Whether the event can join the others and leave the theme's count and all words clear."""
+    return (
+        possible(event, actors)
+        and _keeps_theme(event, theme)
+        and all(compatible(event, old) for old in events)
+    )
 
 
 def _keeps_theme(event: Event, theme: CountTheme) -> bool:
@@ -163,7 +202,7 @@ def compatible(a: Event, b: Event) -> bool:
             return False
         if actions <= {"hit", "hide"}:
             return False
-    if {a.actor, a.other} == {b.actor, b.other}:
+    if None not in (a.other, b.other) and involved_a == involved_b:
         return False  # "a hits b" and "b hits a" look the same
     return _sizes_agree(a, b) and _sizes_agree(b, a)
 
@@ -178,7 +217,7 @@ def _sizes_agree(a: Event, b: Event) -> bool:
 
 
 def _in_order(rng: np.random.Generator, events: list[Event]) -> tuple[Event, ...]:
-    """A random order, in which nobody moves in one direction twice in a row where that can be had."""
+    """A random order; nobody moves in one direction twice in a row where that can be had."""
     for _ in range(20):
         order = [events[i] for i in rng.permutation(len(events))]
         moves = [(e.actor, e.direction) for e in order if e.action == "move"]

@@ -1,7 +1,8 @@
-"""Questions about a video. Every wrong option is false in the video but could be true by its wording.
+"""Questions about a video. Every wrong option is false there but could be true by its wording.
 
-Wrong events are taken from other plans for the same cast ("phantoms"), so a reader of the text alone, or of a
-single frame, cannot tell them from what happened. Answers are uniform within a kind, or close to it.
+Wrong events could be in another plan for the same cast ("phantoms"), so a reader of the text alone,
+or of a single frame, cannot tell them from what happened. Answers are uniform within a kind, or
+nearly so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from tpo_jax.data.moving_shapes import phrases
-from tpo_jax.data.moving_shapes.plan import MAX_COUNT, compatible, sample_events
+from tpo_jax.data.moving_shapes.plan import (
+    MAX_COUNT,
+    possible,
+    sample_action,
+    sample_event,
+    sample_phantoms,
+)
 from tpo_jax.data.moving_shapes.scene import Scene
 from tpo_jax.data.moving_shapes.world import (
     COLOURS,
@@ -27,7 +34,7 @@ from tpo_jax.data.moving_shapes.world import (
 QUESTIONS = 2  # purpose of the random stream, see Scene.rng
 NUM_OPTIONS = 4
 PARTS = ("the first quarter", "the second quarter", "the third quarter", "the last quarter")
-PHANTOM_PLANS = 8
+ACTION_TRIES = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,23 +89,10 @@ class _Writer:
     def _pick(self, items: Sequence, count: int) -> list:
         return [items[i] for i in self.rng.permutation(len(items))[:count]]
 
-    def _phantoms(self, count: int) -> list[Event] | None:
-        """`count` events that do not happen but would fit beside the ones that do, and each other."""
-        found: list[Event] = []
-        for _ in range(PHANTOM_PLANS):
-            _, events = sample_events(self.rng, self.actors, len(self.events))
-            for event in events:
-                present = [*self.events, *found]
-                busy = sum(event.actor == e.actor for e in present)
-                fits = self.rng.random() < 0.4**busy and all(compatible(event, e) for e in present)
-                if fits and len(found) < count:
-                    found.append(event)
-        return found if len(found) == count else None
-
     def _event_options(self, known: Sequence[str]) -> list[str] | None:
         """Three wrong sentences: of the known events first, phantoms after them."""
         wrong = self._pick(known, NUM_OPTIONS - 1)
-        phantoms = self._phantoms(NUM_OPTIONS - 1 - len(wrong))
+        phantoms = sample_phantoms(self.rng, self.actors, self.events, NUM_OPTIONS - 1 - len(wrong))
         if phantoms is None:
             return None
         return wrong + [phrases.sentence(e, self.actors) for e in phantoms]
@@ -147,7 +141,7 @@ class _Writer:
         return questions
 
     def counting(self) -> list[Question]:
-        """The question that the video was planned around: its answers are uniform over zero to three."""
+        """The question that the video was planned around: answers are uniform, zero to three."""
         theme = self.scene.theme
         if theme.scope == "times":
             text = f"How many times does {self.actors[theme.actor].name} {theme.action}?"
@@ -177,26 +171,25 @@ class _Writer:
     def _other_actions(self, event: Event) -> list[str] | None:
         """Three other predicates for the same actor.
 
-        Entering and the like is also movement: a question offers moves or those, never both, whatever the
-        answer.
+        Entering and the like is also movement: a question offers moves or those, never both,
+        whatever the answer.
         """
         answer = phrases.predicate(event, self.actors)
         if event.action in ("turn", "grow", "blink"):
             excluded = ("move",) if self.rng.random() < 0.5 else TRANSLATIONS
         else:
             excluded = TRANSLATIONS if event.action == "move" else ("move",)
-        turns = self.actors[event.actor].form in TURNING_FORMS
         found: dict[str, None] = {}
-        for _ in range(PHANTOM_PLANS):
-            _, events = sample_events(self.rng, self.actors, len(self.events))
-            for other in events:
-                if other.action in excluded or (other.action == "turn" and not turns):
-                    continue
-                text = phrases.predicate(other, self.actors)
-                if other.other != event.actor and text != answer:
-                    found.setdefault(text)
-        wrong = list(found)[: NUM_OPTIONS - 1]
-        return wrong if len(wrong) == NUM_OPTIONS - 1 else None
+        for _ in range(ACTION_TRIES):
+            if len(found) == NUM_OPTIONS - 1:
+                return list(found)
+            other = sample_event(self.rng, sample_action(self.rng), self.actors, ())
+            other = dataclasses.replace(other, actor=event.actor)
+            text = phrases.predicate(other, self.actors)
+            fits = other.other != event.actor and possible(other, self.actors)
+            if fits and other.action not in excluded and text != answer:
+                found.setdefault(text)
+        return None
 
     def attribute(self) -> list[Question]:
         """Who does it: by name and by colour. Wrong options are in the scene as far as possible."""
@@ -220,10 +213,13 @@ class _Writer:
         return questions
 
     def _other_names(self, answer: str, forms: Sequence[str]) -> list[str]:
-        present = [a.name for a in self.actors if a.form in forms and a.name != answer]
-        taken = {a.colour for a in self.actors}
-        absent = [f"the {c} {self.rng.choice(forms)}" for c in COLOURS if c not in taken]
-        return [*self._pick(present, NUM_OPTIONS - 1), *self._pick(absent, 3)][: NUM_OPTIONS - 1]
+        present = [a for a in self.actors if a.form in forms and a.name != answer]
+        cast = {a.name for a in self.actors}
+        used = {a.colour for a in present} | {answer.split()[1]}
+        absent = [f"the {c} {self.rng.choice(forms)}" for c in COLOURS if c not in used]
+        absent = [name for name in absent if name not in cast]
+        names = [*self._pick([a.name for a in present], 3), *self._pick(absent, 3)]
+        return names[: NUM_OPTIONS - 1]
 
     def _other_colours(self, answer: str, forms: Sequence[str]) -> list[str]:
         present = {a.colour for a in self.actors if a.form in forms} - {answer}
@@ -232,7 +228,7 @@ class _Writer:
         return ordered[: NUM_OPTIONS - 1]
 
     def existence(self) -> list[Question]:
-        phantoms = self._phantoms(NUM_OPTIONS - 1)
+        phantoms = sample_phantoms(self.rng, self.actors, self.events, NUM_OPTIONS - 1)
         if phantoms is None:
             return []
         answer = self._pick(self.distinct, 1)[0]
@@ -266,15 +262,17 @@ class _Writer:
         return [Question("caption", text, ", then ".join(self.sentences))]
 
     def when(self) -> list[Question]:
+        """For windows of whole seconds: the answer is exact and has few words."""
+        whole = [e for e in self.single if e.start.is_integer() and e.end.is_integer()]
         return [
             Question(
                 "when",
                 f"When does {self._clause(e)}?",
                 f"from {int(e.start)} to {int(e.end)} seconds",
             )
-            for e in self._pick(self.single, 2)
+            for e in self._pick(whole, 2)
         ]
 
     def _clause(self, event: Event) -> str:
-        """"the red circle move left", to follow "does"."""
+        """As in "the red circle move left", to follow "does"."""
         return f"{self.actors[event.actor].name} {phrases.bare_predicate(event, self.actors)}"

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from tpo_jax.data.moving_shapes.scene import Scene
-from tpo_jax.data.moving_shapes.world import BLINK_COLOUR, COLOURS, Actor
+from tpo_jax.data.moving_shapes.world import BLINK_COLOUR, COLOURS, EXTENT
 
 PIXELS = 1  # purpose of the random stream, see Scene.rng
 
@@ -28,31 +28,48 @@ def render(scene: Scene) -> Rendered:
     unique, inverse = np.unique(stacked.reshape(-1, stacked.shape[-1]), axis=1, return_inverse=True)
     unique = unique.reshape(5, len(scene.actors), -1)
     rng = scene.rng(PIXELS)
-    drawn = np.broadcast_to(_background(rng, size), (unique.shape[-1], size, size, 3)).copy()
+    drawn = np.repeat(_background(rng, size)[None], unique.shape[-1], axis=0)
     visible = np.zeros((len(scene.actors), unique.shape[-1], size, size), bool)
     for index in scene.depth:
         x, y, radius, angle, white = unique[:, index]
-        alpha = coverage(scene.actors[index].form, x, y, radius, angle, size)
-        colour = np.where(
-            white[:, None] > 0, BLINK_COLOUR, COLOURS[scene.actors[index].colour]
-        ).astype(np.float32)
-        drawn += alpha[..., None] * (colour[:, None, None, :] - drawn)
+        actor = scene.actors[index]
+        rows, columns = _extent(y, radius, actor.form, size), _extent(x, radius, actor.form, size)
+        alpha = coverage(actor.form, x, y, radius, angle, rows, columns)
+        colour = np.where(white[:, None] > 0, BLINK_COLOUR, COLOURS[actor.colour])
+        window = drawn[:, rows, columns]
+        window += alpha[..., None] * (colour.astype(np.float32)[:, None, None] - window)
         solid = alpha >= 0.5
-        visible &= ~solid
-        visible[index] = solid
+        visible[:, :, rows, columns] &= ~solid
+        visible[index, :, rows, columns] = solid
     inverse = inverse.reshape(-1)
     noise = rng.standard_normal((len(inverse), size, size, 1), dtype=np.float32)
-    frames = drawn[inverse] + noise * scene.config.noise
-    return Rendered(np.clip(frames + 0.5, 0, 255).astype(np.uint8), visible[:, inverse])
+    noise *= scene.config.noise
+    frames = drawn[inverse]
+    frames += noise + 0.5
+    return Rendered(np.clip(frames, 0, 255, out=frames).astype(np.uint8), visible[:, inverse])
+
+
+def _extent(centre: np.ndarray, radius: np.ndarray, form: str, size: int) -> slice:
+    """The rows (or columns) that an actor ever touches."""
+    reach = EXTENT[form] * radius + 1
+    low, high = np.min(centre - reach), np.max(centre + reach)
+    return slice(int(np.clip(low, 0, size)), int(np.clip(np.ceil(high), 0, size)))
 
 
 def coverage(
-    form: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray, angle: np.ndarray, size: int
+    form: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    radius: np.ndarray,
+    angle: np.ndarray,
+    rows: slice,
+    columns: slice,
 ) -> np.ndarray:
-    """float32[U, size, size]: share of each pixel that the form covers, for U states (pixels, degrees)."""
-    grid = np.arange(size, dtype=np.float32) + 0.5
-    dx = grid[None, None, :] - x.astype(np.float32)[:, None, None]
-    dy = grid[None, :, None] - y.astype(np.float32)[:, None, None]
+    """float32[U, rows, columns]: share of each pixel covered, in U states (pixels, degrees)."""
+    across = np.arange(columns.start, columns.stop, dtype=np.float32) + 0.5
+    along = np.arange(rows.start, rows.stop, dtype=np.float32) + 0.5
+    dx = across[None, None, :] - x.astype(np.float32)[:, None, None]
+    dy = along[None, :, None] - y.astype(np.float32)[:, None, None]
     turn = np.deg2rad(angle.astype(np.float32))[:, None, None]
     u = np.cos(turn) * dx + np.sin(turn) * dy
     v = np.cos(turn) * dy - np.sin(turn) * dx
@@ -78,11 +95,6 @@ def _signed_distance(form: str, u: np.ndarray, v: np.ndarray, radius: np.ndarray
     raise ValueError(f"form={form!r}: no such form is drawn; add it here and to world.FORMS.")
 
 
-def actor_colour(actor: Actor) -> tuple[int, int, int]:
-    """RGB of an actor at rest."""
-    return COLOURS[actor.colour]
-
-
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     """float32[size, size, 3]: a dark, static, slowly varying and slightly tinted ground."""
     coarse = rng.uniform(-1, 1, (4, 4, 1)) * 12 + rng.uniform(-1, 1, (4, 4, 3)) * 5
@@ -92,5 +104,5 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     weights = np.zeros((size, 4))
     weights[np.arange(size), low] = 1 - part
     weights[np.arange(size), low + 1] += part
-    field = np.einsum("ia,jb,abc->ijc", weights, weights, coarse)
+    field = np.tensordot(weights, np.tensordot(weights, coarse, (1, 1)), (1, 1))
     return (field + rng.uniform(45, 80)).astype(np.float32)

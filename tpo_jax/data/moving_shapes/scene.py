@@ -10,15 +10,19 @@ import numpy as np
 
 from tpo_jax.data.moving_shapes.layout import Layout, find_layout
 from tpo_jax.data.moving_shapes.plan import Plan, sample_cast, sample_plan
+from tpo_jax.data.moving_shapes.timeline import sample_windows
 from tpo_jax.data.moving_shapes.world import (
     GROWTH,
+    TURNING_FORMS,
     Actor,
     CountTheme,
     Event,
     WorldConfig,
 )
 
-TURN_RATE = 90.0  # degrees per second
+# A turn ends on a multiple of this, at about 90 degrees per second: 45 between the frames of a
+# model that sees 2 per second, where a square becomes a diamond.
+QUARTER = 90.0
 BLINK_PERIOD = 1.0  # seconds
 # Share of a period that is white: more than half, so that sampling at 1 fps meets white as well.
 BLINK_SHARE = 0.625
@@ -82,85 +86,16 @@ def _trim(plan: Plan, count: int) -> Plan:
     return dataclasses.replace(plan, events=tuple(events))
 
 
-def sample_windows(
-    rng: np.random.Generator, events: Sequence[Event], seconds: int
-) -> list[tuple[int, int]] | None:
-    """Whole-second windows in order, 2 to 4 s long, at least 1 s apart (2 s when an event repeats).
-
-    One event, the anchor, starts anywhere with equal probability, which decides how many events come before
-    it; the others are spread over what is left. Packing all of them at once would crowd the two ends of the
-    video, where one constant window would then be right too often. None when the draw does not fit.
-    """
-    count = len(events)
-    lengths = rng.integers(2, 5 if seconds >= 5 * count else 4, size=count)
-    gaps = [_gap(a, b) for a, b in zip(events[:-1], events[1:], strict=True)]
-    anchor_length = int(rng.choice(lengths))
-    start = int(rng.integers(0, seconds - anchor_length + 1))
-    anchor = _anchor_index(rng, count, start, seconds - start - anchor_length)
-    if anchor is None:
-        return None
-    lengths[anchor] = anchor_length
-    before, after = slice(0, anchor), slice(anchor + 1, count)
-    room = start - (gaps[anchor - 1] if anchor else 0)
-    left = _spread(rng, lengths[before][::-1], gaps[: max(anchor - 1, 0)][::-1], room)
-    begin = start + anchor_length + (gaps[anchor] if anchor + 1 < count else 0)
-    right = _spread(rng, lengths[after], gaps[anchor + 1 :], seconds - begin)
-    if left is None or right is None:
-        return None
-    mirrored = [(room - e, room - s) for s, e in reversed(left)]
-    shifted = [(begin + s, begin + e) for s, e in right]
-    return [*mirrored, (start, start + anchor_length), *shifted]
-
-
-def _gap(before: Event, after: Event) -> int:
-    """Seconds of rest between two events."""
-    return 2 if before.actor == after.actor and before.action == after.action else 1
-
-
-def _anchor_index(rng: np.random.Generator, count: int, left: int, right: int) -> int | None:
-    """How many of the other events come before the anchor: binomial by the room on both sides."""
-    least = 3  # an event of 2 s and a gap
-    chances = np.array(
-        [
-            math.comb(count - 1, k) * float(left) ** k * float(right) ** (count - 1 - k)
-            if k * least <= left and (count - 1 - k) * least <= right
-            else 0.0
-            for k in range(count)
-        ]
-    )
-    total = chances.sum()
-    return int(rng.choice(count, p=chances / total)) if total > 0 else None
-
-
-def _spread(
-    rng: np.random.Generator, lengths: Sequence[int], gaps: Sequence[int], room: int
-) -> list[tuple[int, int]] | None:
-    """Windows from 0 (beside the anchor) to `room` (the end of the video), in whole seconds."""
-    if len(lengths) == 0:
-        return []
-    slack = room - int(sum(lengths)) - sum(gaps)
-    if slack < 0:
-        return None
-    # The cut that is left out keeps windows from sticking to the end of the video.
-    cuts = np.sort(rng.integers(0, slack + 1, size=len(lengths) + 1))[:-1]
-    windows, packed = [], 0
-    for length, gap, cut in zip(lengths, [0, *gaps], cuts, strict=True):
-        begin = packed + gap + int(cut)
-        windows.append((begin, begin + int(length)))
-        packed += gap + int(length)
-    return windows
-
-
 def _scene(
     seed: tuple[int, ...],
     config: WorldConfig,
     plan: Plan,
-    windows: list[tuple[int, int]],
+    windows: list[tuple[float, float]],
     layout: Layout,
     rng: np.random.Generator,
 ) -> Scene:
     events = tuple(
-        dataclasses.replace(e, start=float(s), end=float(t), direction=d)
+        dataclasses.replace(e, start=s, end=t, direction=d)
         for e, (s, t), d in zip(plan.events, windows, layout.directions, strict=True)
     )
     actors = tuple(
@@ -208,7 +143,7 @@ def _animate(
             place[event.other, inside] += recoil[inside]
         elif event.action == "turn":
             sign = rng.choice([-1.0, 1.0])
-            angle[i] += sign * TURN_RATE * (event.end - event.start) * progress
+            angle[i] += sign * QUARTER * math.floor(event.end - event.start + 0.5) * progress
         elif event.action == "grow":
             radius[i] *= 1 + (GROWTH - 1) * progress
         elif event.action == "blink":
@@ -224,8 +159,8 @@ def _animate(
 
 
 def _rest_angle(rng: np.random.Generator, actor: Actor) -> float:
-    """Bars lie or stand; the other forms are upright."""
-    return float(rng.choice([0.0, 90.0])) if actor.form == "bar" else 0.0
+    """A multiple of 90 degrees, so that the angle of one frame does not tell who has turned."""
+    return QUARTER * int(rng.integers(4)) if actor.form in TURNING_FORMS else 0.0
 
 
 def simulate_image(seed: tuple[int, ...], config: WorldConfig) -> Scene:

@@ -34,17 +34,17 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
     "up": (0, -1),
     "down": (0, 1),
 }
-# How often each action is drawn beside the events of the counting theme, which are moves, turns and blinks;
-# "move" stands for four directions.
+# How often each action is drawn beside the events of the counting theme, which are moves, turns and
+# blinks; "move" stands for four directions.
 ACTION_WEIGHTS: dict[str, float] = {
-    "move": 0.25,
-    "turn": 0.08,
-    "grow": 0.20,
-    "blink": 0.08,
+    "move": 0.22,
+    "turn": 0.07,
+    "grow": 0.16,
+    "blink": 0.07,
     "hit": 0.12,
-    "enter": 0.09,
-    "leave": 0.09,
-    "hide": 0.09,
+    "enter": 0.10,
+    "leave": 0.10,
+    "hide": 0.16,
 }
 # Actions that displace an actor although it is not said to "move".
 TRANSLATIONS: tuple[str, ...] = ("hit", "enter", "leave", "hide")
@@ -75,8 +75,8 @@ class WorldConfig:
     max_actors: int = 4
     annotation_fps: int = 2
     shared_colour: float = 0.15
-    noise: float = 2.0
-    crf: int = 14
+    noise: float = 1.0
+    crf: int = 15
     gop: int = 8
 
     def __post_init__(self) -> None:
@@ -108,9 +108,8 @@ class WorldConfig:
 
     @property
     def annotation_frames(self) -> list[int]:
-        """Indices of the mp4 frames that carry masks and boxes: the middle of each interval."""
-        stride = self.fps // self.annotation_fps
-        return list(range(stride // 2, self.num_frames, stride))
+        """The mp4 frames that carry masks and boxes: number i is at i / annotation_fps seconds."""
+        return list(range(0, self.num_frames, self.fps // self.annotation_fps))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +130,7 @@ class Actor:
 class Event:
     """Something that one actor does in [start, end) seconds.
 
-    other: the actor that is hit or hidden behind.  direction: of a move, or the side of entering and leaving.
+    other: the actor that is hit or hidden behind.  direction: of a move, or the side of the frame.
     """
 
     action: str

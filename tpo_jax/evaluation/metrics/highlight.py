@@ -1,7 +1,7 @@
 """Highlight detection: mAP and HIT@1 as the QVHighlights evaluator defines them.
 
-A video is cut into clips of two seconds; several raters give each clip a score. A clip is positive for
-a rater when the score reaches the threshold ("very good": the top of the scale).
+A video is cut into clips of two seconds; several raters give each clip a score. A clip is positive
+for a rater when the score reaches the threshold ("very good": the top of the scale).
 """
 
 import numpy as np
@@ -12,8 +12,8 @@ CLIP_SECONDS = 2.0
 def highlight_average_precision(predicted: np.ndarray, positive: np.ndarray) -> float:
     """Mean over raters of the interpolated average precision of the clip scores.
 
-    A rater without any positive clip counts 0, one whose clips are all positive counts 1. Predictions
-    are cut or padded with zeros to the number of clips, as the evaluator does.
+    A rater without any positive clip counts 0, one whose clips are all positive counts 1.
+    Predictions are cut or padded with zeros to the number of clips, as the evaluator does.
 
     Args:
       predicted: float[n] saliency per clip.

@@ -1,8 +1,9 @@
 """Video object segmentation: region similarity J and boundary accuracy F of the DAVIS benchmark.
 
 A track is bool[frames, h, w]; its J and F are means over frames. Two empty masks agree (J = F = 1).
-F is the F-measure of boundary pixels matched within ceil(0.008 * image diagonal) pixels: each boundary
-is dilated by a disk of that radius before the other is looked up in it (Perazzi et al., CVPR 2016).
+F is the F-measure of boundary pixels matched within ceil(0.008 * image diagonal) pixels: each
+boundary is dilated by a disk of that radius before the other is looked up in it (Perazzi et al.,
+CVPR 2016).
 """
 
 import numpy as np

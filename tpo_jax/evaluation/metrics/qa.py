@@ -6,8 +6,9 @@ import numpy as np
 def option_correct(option_logps: np.ndarray, answer: int) -> float:
     """1.0 when the option with the highest summed log-probability is the answer.
 
-    Equal likelihoods are shared: an answer that ties with n - 1 others counts 1 / n, so that a model
-    which cannot tell the options apart scores exactly chance, whatever the order of the options.
+    Equal likelihoods are shared: an answer that ties with n - 1 others counts 1 / n, so that a
+    model which cannot tell the options apart scores exactly chance, whatever the order of the
+    options.
 
     Args:
       option_logps: float[options], summed over the tokens of each option.

@@ -1,8 +1,8 @@
 """Moment retrieval: R1@theta, mIoU and mAP as the QVHighlights evaluator defines them.
 
-Windows are (start, end) in seconds. R1 takes the highest-scoring window of a query against the label
-window that it overlaps best; mAP is the mean over IoU 0.50, 0.55 ... 0.95 of the interpolated average
-precision of one query with at most ten windows.
+Windows are (start, end) in seconds. R1 takes the highest-scoring window of a query against the
+label window that it overlaps best; mAP is the mean over IoU 0.50, 0.55 ... 0.95 of the interpolated
+average precision of one query with at most ten windows.
 """
 
 import numpy as np

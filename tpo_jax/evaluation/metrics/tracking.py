@@ -1,8 +1,8 @@
 """Single-object tracking: area under the success curve (OTB, LaSOT, GOT-10k).
 
-The curve is the share of frames whose IoU is strictly above 21 thresholds 0, 0.05 ... 1; its area is
-the mean of the 21 values, so that a perfect track reaches 20/21. The frame that gives the tracker its
-box, and frames where the object is not visible, are not counted (GOT-10k).
+The curve is the share of frames whose IoU is strictly above 21 thresholds 0, 0.05 ... 1; its area
+is the mean of the 21 values, so that a perfect track reaches 20/21. The frame that gives the
+tracker its box, and frames where the object is not visible, are not counted (GOT-10k).
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ def success_auc(ious: np.ndarray) -> float:
 def track_ious(predicted: Sequence[Box | None], target: Sequence[Box | None]) -> np.ndarray:
     """float64[counted frames]: overlaps of two tracks, one box or None (absent) per frame.
 
-    The first visible frame is where the tracker is told the box, so it is left out. A frame where the
-    object is visible and nothing is predicted counts 0.
+    The first visible frame is where the tracker is told the box, so it is left out. A frame where
+    the object is visible and nothing is predicted counts 0.
     """
     if len(predicted) != len(target):
         raise ValueError(

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tpo_jax.models.attention import attention
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.layers import LayerNorm, Linear, Mlp
 from tpo_jax.models.vision import SelfAttention, VisionFeatures
@@ -81,7 +80,12 @@ class Head:
 
 
 class SlotAttention(nnx.Module):
-    """Pre-norm cross-attention of queries to tokens, then an MLP; both residual."""
+    """Pre-norm cross-attention of a few queries to many tokens, then an MLP; both residual.
+
+    Keys and values are never formed: q . (t Wk) = (q Wk^T) . t, and values are projected after the
+    weighted sum of tokens. The bias of k_proj adds the same number to every logit of a query and
+    cancels.
+    """
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         self.query_norm = LayerNorm(width)
@@ -96,13 +100,15 @@ class SlotAttention(nnx.Module):
     def __call__(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
         """float32[rows, S, C], float32[rows, T, C] -> float32[rows, S, C]."""
         rows, S, C = queries.shape
-
-        def split(x):
-            return x.reshape(rows, -1, self.heads, C // self.heads)
-
-        q = split(self.q_proj(self.query_norm(queries)))
-        mixed = attention(q, split(self.k_proj(tokens)), split(self.v_proj(tokens)))
-        x = queries + self.o_proj(mixed.reshape(rows, S, C))
+        H = C // self.heads
+        q = self.q_proj(self.query_norm(queries)).reshape(rows, S, self.heads, H)
+        to_keys = self.k_proj.merged_kernel.reshape(C, self.heads, H)
+        to_values = self.v_proj.merged_kernel.reshape(C, self.heads, H)
+        q = jnp.einsum("bsnh,cnh->bsnc", q * H**-0.5, to_keys).reshape(rows, -1, C)
+        weights = jax.nn.softmax(jnp.einsum("bqc,btc->bqt", q, tokens), axis=-1)
+        pooled = jnp.einsum("bqt,btc->bqc", weights, tokens).reshape(rows, S, self.heads, C)
+        mixed = jnp.einsum("bsnc,cnh->bsnh", pooled, to_values).reshape(rows, S, C)
+        x = queries + self.o_proj(mixed + self.v_proj.bias[...])
         return x + self.mlp(self.mlp_norm(x))
 
 

@@ -28,9 +28,8 @@ from tpo_jax.models.layers import LayerNorm, Linear, Mlp
 from tpo_jax.models.vision import to_patches
 from tpo_jax.parallel.weighted_sum import WeightedSum
 
-# Focal loss (Lin et al. 2017, 1708.02002).
+# Focal loss (Lin et al. 2017, 1708.02002) with gamma = 2.
 _FOCAL_ALPHA = 0.25
-_FOCAL_GAMMA = 2.0
 
 
 class MaskHead(nnx.Module):
@@ -68,9 +67,13 @@ class MaskHead(nnx.Module):
         for layer in self.layers.values():
             x = layer(x, inputs.frame_valid)
         x = self.final_norm(x)
-        query = self.query(x)
+        query, offset = jnp.split(self.query(x), [self.pixel_width], axis=-1)
+        # The output layer of the pixels is linear, so it is applied to the few queries instead:
+        # q . (x W + b) = (q W^T) . x + q . b.
+        offset = offset + query @ self.pixel_out.bias[...][:, None]
+        query = query @ self.pixel_out.merged_kernel.T
         pixels = self._pixels(inputs.frames, tokens)
-        logits = jnp.einsum("bsfc,bfpc->bsfp", query[..., :-1], pixels) + query[..., -1:]
+        logits = jnp.einsum("bsfc,bfpc->bsfp", query, pixels) + offset
         m = self.mask_size
         return {
             "masks": logits.reshape(B, S, F, m, m),
@@ -78,21 +81,23 @@ class MaskHead(nnx.Module):
         }
 
     def _pixels(self, frames: jax.Array, tokens: jax.Array) -> jax.Array:
-        """float32[B, F, H, W, 3], float32[B*F, h1*w1, C] -> float32[B, F, m*m, C/2]."""
+        """Before `pixel_out`: float32[B, F, H, W, 3], float32[B*F, h1*w1, C] -> [B, F, m*m, C/2]."""
         B, F = frames.shape[:2]
         m, grid = self.mask_size, self.stem_grid
         raw = self.raw_proj(to_patches(frames, self.stride)).reshape(B * F, m, m, -1)
         context = self.token_proj(tokens).reshape(B * F, grid, grid, -1)
         context = resize_grid(context, m)
-        pixels = self.pixel_out(jax.nn.gelu(raw + context, approximate=True))
-        return pixels.reshape(B, F, m * m, -1)
+        return jax.nn.gelu(raw + context, approximate=True).reshape(B, F, m * m, -1)
 
 
 def resize_grid(x: jax.Array, size: int) -> jax.Array:
     """Bilinear float32[rows, h, h, C] -> float32[rows, size, size, C], half-pixel centres."""
-    weights = jnp.asarray(bilinear_weights(x.shape[1], size), x.dtype)
-    x = jnp.einsum("ab,nbwc->nawc", weights, x)
-    return jnp.einsum("ab,nhbc->nhac", weights, x)
+    rows, h, _, C = x.shape
+    weights = jnp.asarray(bilinear_weights(h, size), x.dtype)
+    # As batched products of matrices in the order they lie in memory, without a transpose.
+    x = jnp.broadcast_to(weights, (rows * h, size, h)) @ x.reshape(rows * h, h, C)
+    x = jnp.broadcast_to(weights, (rows, size, h)) @ x.reshape(rows, h, size * C)
+    return x.reshape(rows, size, size, C)
 
 
 def bilinear_weights(size_in: int, size_out: int) -> np.ndarray:
@@ -116,7 +121,7 @@ def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, 
     chance = jax.nn.sigmoid(logits)
     miss = chance + masks - 2.0 * chance * masks
     alpha = _FOCAL_ALPHA * masks + (1.0 - _FOCAL_ALPHA) * (1.0 - masks)
-    focal = jnp.mean(alpha * miss**_FOCAL_GAMMA * bce, axis=-1)
+    focal = jnp.mean(alpha * jnp.square(miss) * bce, axis=-1)
     shared = jnp.sum(chance * masks, axis=-1)
     dice = 1.0 - (2.0 * shared + 1.0) / (jnp.sum(chance, -1) + jnp.sum(masks, -1) + 1.0)
     presence = predictions["presence"]

@@ -1,0 +1,135 @@
+"""The stages of the demo, each a run of its own that starts from the one before.
+
+    python -m tpo_jax.train --config=configs/demo.py:stage=1 --workdir=runs/demo/stage1
+    python -m tpo_jax.train --config=configs/demo.py:stage=2 --workdir=runs/demo/stage2
+    python -m tpo_jax.train --config=configs/demo.py:stage=3 --workdir=runs/demo/stage3
+    python -m tpo_jax.train --config=configs/demo.py:stage=dpo --workdir=runs/demo/dpo
+
+  1    task assignment: the language model learns which task token answers a question
+  2    heads and tokens: everything else is frozen
+  3    joint co-training of all of it with conversation
+  dpo  temporal preferences on pairs that the model of stage 3 generated and scored
+
+`runs` is the folder that holds data/{train,validation}, the stages and the pairs; `init` replaces
+the model folder a stage starts from; `tiny` is a few steps on small shapes, for tests.
+"""
+
+import importlib.resources
+
+from ml_collections import ConfigDict
+
+from tpo_jax.training.config import (
+    ConfigError,
+    bucket_config,
+    default_config,
+    parse_arg,
+    source_config,
+)
+
+HEADS = ["region", "temporal", "mask"]
+TASKS = {"conversation": 1.0, "temporal": 1.0, "region": 0.7, "mask": 0.7, "tracking": 0.7}
+HEAD_LOSSES = {
+    "region/l1": 5.0,
+    "region/giou": 2.0,
+    "temporal/foreground": 1.0,
+    "temporal/l1": 5.0,
+    "temporal/giou": 1.0,
+    "temporal/saliency": 1.0,
+    "mask/focal": 5.0,
+    "mask/dice": 1.0,
+    "mask/presence": 1.0,
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, stage="1", runs="runs/demo", init="", tiny=False)
+    stages = {"1": _stage1, "2": _stage2, "3": _stage3, "dpo": _dpo}
+    if arg.stage not in stages:
+        raise ConfigError(f"config argument stage={arg.stage}: expected one of {', '.join(stages)}")
+    config = default_config()
+    # Sizes come from the folder in init_from: every stage is the same model with more trained.
+    config.model = {"preset": "", "heads": HEADS}
+    config.data.train = [source_config(f"{arg.runs}/data/train", tasks=TASKS)]
+    config.data.validation = [source_config(f"{arg.runs}/data/validation", tasks=TASKS)]
+    config.buckets = {"video": _video_bucket(arg.tiny)}
+    config.losses = {"language": 1.0, **HEAD_LOSSES}
+    config.optimizer = {"warmup": 0.05, "weight_decay": 0.05, "clip": 1.0, "min_lr_ratio": 0.05}
+    config.checkpoint = {"every": 200, "keep": 1}
+    config.log_every = 10
+    config.eval_every = 100
+    config.eval_batches = 4
+    stages[arg.stage](config, arg.runs)
+    if arg.init:
+        config.init_from = arg.init
+    if arg.tiny:
+        config.steps, config.log_every = 4, 1
+        config.eval_every, config.eval_batches = 2, 1
+    return config
+
+
+def _video_bucket(tiny: bool) -> dict:
+    return bucket_config(
+        media="video",
+        batch_size=4 if tiny else 16,
+        frames=4 if tiny else 32,
+        branches=4,
+        branch_tokens=96,
+        answers=48,
+        slots={"region": 2, "temporal": 2, "mask": 2, "box": 2},
+        windows=4,
+        mask_size=16 if tiny else 32,
+    )
+
+
+def _stage1(config: ConfigDict, runs: str) -> None:
+    """Language model, embeddings and task tokens; head losses are only reported."""
+    del runs
+    config.init_from = str(importlib.resources.files("tpo_jax") / "assets" / "tiny_base")
+    config.init_missing = ["task_tokens/", "box_encoder/", "heads/"]
+    config.steps = 300
+    config.losses.update(dict.fromkeys(HEAD_LOSSES, 0.0))
+    config.trainable = [["language/|task_tokens/|box_encoder/", 5e-4]]
+
+
+def _stage2(config: ConfigDict, runs: str) -> None:
+    """Heads and tokens on a frozen video-language model."""
+    config.init_from = f"{runs}/stage1/model"
+    config.steps = 600
+    config.data.train[0]["tasks"]["conversation"] = 0.1
+    config.trainable = [["heads/", 1e-3], ["task_tokens/|box_encoder/", 1e-3]]
+
+
+def _stage3(config: ConfigDict, runs: str) -> None:
+    """Everything, the towers gently."""
+    config.init_from = f"{runs}/stage2/model"
+    config.steps = 800
+    config.trainable = [
+        ["heads/|task_tokens/|box_encoder/", 1e-3],
+        ["language/|connector/", 3e-4],
+        ["vision/", 2e-4],
+    ]
+
+
+def _dpo(config: ConfigDict, runs: str) -> None:
+    """DPO + SFT on right against manipulated evidence."""
+    config.init_from = f"{runs}/stage3/model"
+    config.objective = "preference"
+    config.preference = {"loss": "sigmoid", "beta": 0.3, "sft": 0.5, "label_smoothing": 0.0}
+    config.losses = {"language": 1.0}  # of the other objective; not read
+    config.steps = 200
+    for split in ("train", "validation"):
+        pairs = f"{runs}/pairs/{split}/pairs.jsonl"
+        config.data[split] = [
+            source_config(f"{runs}/data/{split}", tasks={"preference": 1.0}, pairs=pairs)
+        ]
+    config.data.references = [
+        f"{runs}/pairs/{split}/reference.npz" for split in ("train", "validation")
+    ]
+    frames, size = config.buckets.video.frames, config.buckets.video.batch_size
+    config.buckets = {
+        "pairs": bucket_config(
+            media="video", batch_size=size, frames=frames, question=64, branches=2,
+            branch_tokens=64, answers=48, windows=1, mask_size=config.buckets.video.mask_size,
+        )
+    }  # fmt: skip
+    config.trainable = [["language/", 5e-5]]

@@ -1,0 +1,220 @@
+"""Questions: true, clear, balanced, and not to be answered from their text."""
+
+import collections
+import re
+
+import numpy as np
+import pytest
+from observer import observed
+
+from tpo_jax.data.moving_shapes import WorldConfig, render, simulate, simulate_image
+from tpo_jax.data.moving_shapes.image_questions import image_questions
+from tpo_jax.data.moving_shapes.questions import NUM_OPTIONS, PARTS, choice, video_questions
+
+CONFIG = WorldConfig()
+NUMBERS = ("zero", "one", "two", "three")
+KINDS = {
+    *("direction", "order", "before_after", "counting", "action", "attribute"),
+    *("existence", "moment", "caption", "when"),
+}
+
+
+@pytest.fixture(scope="module")
+def videos():
+    return [(scene, video_questions(scene)) for scene in (simulate((5, 0, 0, i), CONFIG) for i in range(450))]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images():
+    scenes = [simulate_image((5, 0, 1, i), CONFIG) for i in range(150)]
+    return [(scene, image_questions(scene)) for scene in scenes]
+
+
+def _of_kind(videos, kind):
+    return [q for _, questions in videos for q in questions if q.kind == kind]
+
+
+def _third_person(text):
+    """ "the red bar hide behind the blue circle" to "the red bar hides behind the blue circle"."""
+    words = text.split()
+    return " ".join([*words[:3], words[3] + "s", *words[4:]])
+
+
+def _judge(question, seen):
+    """The true options of a video question, from what was seen: [(start, end, sentence)]."""
+    text, sentences = question.question, [s for _, _, s in seen]
+    if question.kind == "direction":
+        name = re.fullmatch("Which way does (.*) move[?]", text)[1]
+        return [o for o in question.options if f"{name} moves {o}" in sentences]
+    if question.kind == "order":
+        return [sentences[0 if "first" in text else -1]]
+    if question.kind == "before_after":
+        word, named = re.fullmatch("What happens right (after|before) (.*)[?]", text).groups()
+        assert sentences.count(named) == 1
+        return [sentences[sentences.index(named) + (1 if word == "after" else -1)]]
+    if question.kind == "counting":
+        return [NUMBERS[_count(text, sentences)]]
+    if question.kind == "action":
+        name = re.fullmatch("What does (.*) do[?]", text)[1]
+        return [o for o in question.options if f"{name} {o}" in sentences]
+    if question.kind == "existence":
+        return [o for o in question.options if o in sentences]
+    if question.kind == "attribute":
+        return _attribute(text, question.options, sentences)
+    assert question.kind == "moment"
+    clause = re.fullmatch("In which part of the video does (.*)[?]", text)[1]
+    ((start, end, _),) = [s for s in seen if s[2] == _third_person(clause)]
+    return [PARTS[int((start + end) / 2 / (CONFIG.seconds / 4))]]
+
+
+def _count(text, sentences):
+    verbs = [(" ".join(s.split()[:3]), s.split()[3]) for s in sentences]
+    if "times" in text:
+        name, verb = re.fullmatch("How many times does (.*) (.*)[?]", text).groups()
+        return verbs.count((name, verb + "s"))
+    verb = re.fullmatch("How many shapes (.*)[?]", text)[1]
+    return len({name for name, v in verbs if v == verb + "s"})
+
+
+def _attribute(text, options, sentences):
+    colour = text.startswith("What colour")
+    what = re.fullmatch("(?:Which shape|What colour is the shape that) (.*)[?]", text)[1]
+    pattern = what.replace("another shape", "the .*") + "$"
+    doers = {s.split()[1] if colour else " ".join(s.split()[:3])
+             for s in sentences if re.match("the [a-z]+ [a-z]+ " + pattern, s)}  # fmt: skip
+    return [o for o in options if o in doers]
+
+
+def test_exactly_the_answer_is_true(videos):
+    judged = collections.Counter()
+    for scene, questions in videos[:60]:
+        seen = observed(scene, render(scene).visible)
+        for question in questions:
+            if question.options:
+                assert _judge(question, seen) == [question.answer], (scene.seed, question)
+                judged[question.kind] += 1
+    assert set(judged) == KINDS - {"caption", "when"}
+    assert min(judged.values()) >= 20
+
+
+def test_captions_list_everything_in_order(videos):
+    for scene, questions in videos[:60]:
+        (caption,) = (q for q in questions if q.kind == "caption")
+        seen = observed(scene, render(scene).visible)
+        assert caption.answer.split(", then ") == [s for _, _, s in seen]
+
+
+def test_when_gives_the_window(videos):
+    for scene, questions in videos:
+        for question in (q for q in questions if q.kind == "when"):
+            clause = re.fullmatch("When does (.*)[?]", question.question)[1]
+            start, end = map(
+                int, re.fullmatch("from (.*) to (.*) seconds", question.answer).groups()
+            )
+            seen = observed(scene, render(scene).visible) if scene.seed[-1] < 30 else None
+            if seen:
+                ((first, last, _),) = [s for s in seen if s[2] == _third_person(clause)]
+                assert first == start and end - 0.4 <= last <= end
+
+
+def test_four_different_options_and_the_answer_among_them(videos, images):
+    for _, questions in (*videos, *images):
+        for question in questions:
+            if question.options:
+                assert len(set(question.options)) == NUM_OPTIONS
+                assert question.answer in question.options
+
+
+def test_many_questions_of_every_kind(videos):
+    per_video = [len(questions) for _, questions in videos]
+    assert np.mean(per_video) >= 10 and max(per_video) <= 16
+    count = collections.Counter(q.kind for _, questions in videos for q in questions)
+    assert set(count) == KINDS
+    for kind in KINDS:
+        assert count[kind] >= 0.5 * len(videos), kind
+
+
+def test_positions_and_closed_answers_are_balanced(videos):
+    for kind in KINDS - {"caption", "when"}:
+        questions = _of_kind(videos, kind)
+        places = np.bincount([q.options.index(q.answer) for q in questions], minlength=4)
+        assert places.max() / len(questions) <= 0.25 + 3.5 * np.sqrt(0.1875 / len(questions)), kind
+        if kind in ("direction", "counting", "moment"):
+            answers = collections.Counter(q.answer for q in questions)
+            assert max(answers.values()) / len(questions) <= 0.36, (kind, answers)
+
+
+def _cues(question, option):
+    """What a reader of the text may go by."""
+    words = option.split()
+    others = [o.split() for o in question.options if o != option]
+    yield from (("word", question.kind, w) for w in words)
+    yield "option", question.kind, option
+    asked = set(re.findall("[a-z]+", question.question)) - {"the", "shape", "shapes"}
+    yield "shared", question.kind, len(asked & set(words))
+    yield "same actor", question.kind, sum(o[:3] == words[:3] for o in others)
+    if len(words) > 3:
+        yield "same verb", question.kind, words[3], sum(o[3:4] == words[3:4] for o in others)
+
+
+def test_a_reader_of_the_text_is_near_chance(videos):
+    """Log-odds of every cue from two thirds of the videos, tested on the rest."""
+    half = 2 * len(videos) // 3
+    right, wrong = collections.Counter(), collections.Counter()
+    for _, questions in videos[:half]:
+        for q in questions:
+            for option in q.options:
+                (right if option == q.answer else wrong).update(_cues(q, option))
+    hits = collections.defaultdict(list)
+    for _, questions in videos[half:]:
+        for q in questions:
+            scores = [
+                sum(np.log((right[c] + 1) / (wrong[c] / 3 + 1)) for c in _cues(q, option))
+                for option in q.options
+            ]
+            if scores:
+                hits[q.kind].append(q.options[int(np.argmax(scores))] == q.answer)
+    assert np.mean(np.concatenate(list(hits.values()))) <= 0.33
+    for kind, found in hits.items():
+        assert np.mean(found) <= 0.25 + 4 * np.sqrt(0.1875 / len(found)), kind
+
+
+def test_few_words_and_short_texts(videos, images):
+    texts = [t for _, questions in (*videos, *images) for q in questions
+             for t in (q.question, q.answer, *q.options)]  # fmt: skip
+    words = {w for text in texts for w in re.findall("[a-z]+|[0-9]+", text.lower())}
+    assert len(words) < 150
+    assert max(len(q.question.split()) for _, qs in videos for q in qs) <= 16
+
+
+def test_image_questions_are_true(images):
+    for scene, questions in images:
+        names = {a.name: a for a in scene.actors}
+        kinds = {q.kind for q in questions}
+        assert {"image_counting", "image_caption", "image_existence"} <= kinds
+        for q in questions:
+            if q.kind == "image_counting":
+                assert (
+                    NUMBERS.index(q.answer) == len(names) if len(names) < 4 else q.answer == "four"
+                )
+            elif q.kind == "image_existence":
+                assert [o for o in q.options if o in names] == [q.answer]
+            elif q.kind == "image_position":
+                _check_position(scene, names, q)
+            elif q.kind == "image_attribute" and q.question.startswith("What colour"):
+                form = q.question.split()[-1].rstrip("?")
+                assert [a.colour for a in scene.actors if a.form == form] == [q.answer]
+
+
+def _check_position(scene, names, question):
+    first = names[re.fullmatch("Where is (.*)[?]", question.question)[1]]
+    where, second = re.fullmatch("(left of|right of|above|below) (.*)", question.answer).groups()
+    x, y = scene.states.x[:, 0], scene.states.y[:, 0]
+    dx, dy = (v[first.index] - v[names[second].index] for v in (x, y))
+    assert {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[where] > 0
+    assert (abs(dx) > abs(dy)) == (where in ("left of", "right of"))
+
+
+def test_equal_options_are_refused():
+    with pytest.raises(ValueError, match="4 different options"):
+        choice(np.random.default_rng(0), "order", "What?", "a", ["a", "b", "c"])

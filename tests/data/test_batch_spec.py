@@ -1,0 +1,36 @@
+"""Abstract shapes equal the ones that the row builder makes."""
+
+import dataclasses
+
+import jax
+import pytest
+from fake_batches import HEADS, bucket, pair_bucket
+
+from tpo_jax.data.batch_spec import batch_spec
+from tpo_jax.data.pipeline import blank_batch, row_builder
+from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
+from tpo_jax.models.presets import PRESETS
+
+
+def codec_of(heads):
+    tokenizer = train_tokenizer(["a red square moves", "it is blue"], 300)
+    add_task_tokens(tokenizer, heads)
+    return TextCodec(tokenizer)
+
+
+@pytest.mark.parametrize("heads", [(), ("temporal",), HEADS])
+@pytest.mark.parametrize("shapes", [bucket(2), pair_bucket(2), bucket(2, media="image", frames=1)])
+def test_equals_the_row_builder(heads, shapes):
+    codec = codec_of(heads)
+    config = dataclasses.replace(PRESETS["micro"](heads), tokens=codec.task_tokens)
+
+    def reference(*_):
+        raise AssertionError("a blank row has no reference")
+
+    for scored in (True, False):
+        built = blank_batch(row_builder(codec, config, shapes, reference if scored else None))
+        want = jax.tree.map(lambda x: (x.shape, x.dtype), built)
+        spec = batch_spec(shapes, config, reference=scored)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), spec) == want
+
+

@@ -1,0 +1,144 @@
+"""The command line of prepare."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+from media_samples import write_media
+
+from tpo_jax import prepare
+from tpo_jax.data.records import PreparedDataset
+
+SAMPLES = pathlib.Path(__file__).parent / "samples"
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A data set with a manifest."""
+    folder = tmp_path / "world"
+    write_media(folder / "media")
+    for name in ("native.jsonl", "qvhighlights.jsonl"):
+        shutil.copy(SAMPLES / name, folder / name)
+    listed = [{"format": n, "path": f"{n}.jsonl"} for n in ("native", "qvhighlights")]
+    manifest = {"name": "samples", "media": "media", "annotations": listed}
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_run_on_a_manifest(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert prepare.main(["run", "--data", str(world), "--out", str(out), "--size", "32"]) == 0
+    dataset = PreparedDataset(out)
+    sources = {e.source for v in dataset.videos for e in dataset.examples(v)}
+    assert sources == {"samples/native", "samples/qvhighlights"}
+    printed = capsys.readouterr().out
+    assert "conversation 1" in printed and "temporal 3" in printed
+
+
+def test_run_on_a_folder_and_one_file(world, tmp_path, capsys):
+    media, file = str(world / "media"), world / "native.jsonl"
+    file.write_text(file.read_text() + '{"video": "nope.mp4", "turns": []}\n')
+    out = tmp_path / "out"
+    command = ["run", "--media", media, "--format", "native", "--annotations", str(file)]
+    assert prepare.main([*command, "--out", str(out), "--encoding", "jpeg", "--fps", "4"]) == 0
+    assert PreparedDataset(out).settings["encoding"] == "jpeg"
+    assert PreparedDataset(out).video_info("clip_a.mp4").num_frames == 16
+    assert "1 left out" in capsys.readouterr().out
+
+
+def test_run_on_a_config(world, tmp_path, monkeypatch, capsys):
+    config = pathlib.Path(__file__).parents[2] / "configs" / "prepare.py"
+    out = tmp_path / "out"
+    options = [f"--config={config}:{world}", "--config.size=16", "--config.processes=1"]
+    command = ["prepare", "run", *options, "--out", str(out)]
+    monkeypatch.setattr("sys.argv", command)  # where ml_collections looks for --config.KEY
+    assert prepare.main() == 0
+    info = PreparedDataset(out).video_info("clip_a.mp4")
+    assert (info.height, info.width, info.num_frames) == (16, 16, 8)
+    monkeypatch.setattr("sys.argv", [*command, "--config.szie=3"])
+    assert prepare.main() == 1
+    assert "szie" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("config.sauces = ()", "config.sauces: ().*unknown key"),
+        ("config.encoding = 'png'", "encoding: 'png'"),
+        ("config.manifest = ''", "names no data"),
+        ("config.sources = ({'media': 'x'},)", r"config.sources\[0\].format: None: missing"),
+    ],
+)
+def test_bad_config(body, message, world, tmp_path, capsys):
+    original = pathlib.Path(__file__).parents[2] / "configs" / "prepare.py"
+    config = tmp_path / "config.py"
+    text = original.read_text().replace("    return config", f"    {body}\n    return config")
+    config.write_text(text)
+    options = [f"--config={config}:{world}", "--out", str(tmp_path / "out")]
+    assert prepare.main(["run", *options]) == 1
+    import re
+
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"media": "../elsewhere"}, "leaves the media folder"),
+        ({"annotations": [{"format": "native", "path": "/etc/x"}]}, "leaves the media folder"),
+        ({"annotations": [{"format": "coco", "path": "x"}]}, "'coco': expected one of"),
+        ({"media": "absent"}, "does not exist"),
+        ({"colour": "red"}, "unknown key"),
+    ],
+)
+def test_bad_manifest(change, message, world, tmp_path, capsys):
+    manifest = json.loads((world / "dataset.json").read_text()) | change
+    (world / "dataset.json").write_text(json.dumps(manifest))
+    assert prepare.main(["run", "--data", str(world), "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_says_which_options_are_missing(world, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    assert prepare.main(["run", *out]) == 1
+    assert "--data, --config, or --media" in capsys.readouterr().err
+    assert prepare.main(["run", "--media", str(world), *out]) == 1
+    assert "--format and --annotations" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare.main(["run", "--data", str(world), *out, "--szie", "3"])
+    assert "--szie" in capsys.readouterr().err
+
+
+def test_check_prints_every_invalid_record(tmp_path, capsys):
+    file = tmp_path / "a.jsonl"
+    lines = (SAMPLES / "qvhighlights.jsonl").read_text().splitlines()
+    bad = json.loads(lines[0]) | {"relevant_windows": [[2, 9]], "qid": 9}
+    file.write_text("\n".join([*lines, json.dumps(bad), "{"]))
+    command = ["check", "--format", "qvhighlights", "--annotations", str(file)]
+    assert prepare.main(command) == 1
+    printed = capsys.readouterr().out
+    assert f"{file} [line 3]: relevant_windows[0]: [2, 9]: the window goes beyond" in printed
+    assert "[line 4]" in printed and "Fix:" in printed
+    assert "2 valid examples, 2 problems" in printed and "temporal 2" in printed
+
+
+def test_check_with_and_without_media(tmp_path, capsys):
+    command = ["check", "--format", "native", "--annotations", str(SAMPLES / "native.jsonl")]
+    assert prepare.main(command) == 0
+    assert "5 valid examples, 0 problems" in capsys.readouterr().out
+    media = write_media(tmp_path / "media")
+    assert prepare.main([*command, "--media", str(media)]) == 0
+    (media / "clip_b.mp4").unlink()
+    assert prepare.main([*command, "--media", str(media)]) == 1
+    assert "unknown video" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        prepare.main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"python -m tpo_jax.prepare {command}" in capsys.readouterr().out

@@ -1,0 +1,101 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models.oracle import dense_attention, visible
+from tpo_jax.models.attention import attention, branch_attention
+
+N, G, H = 4, 2, 8
+
+
+def _arrays(seed, *shapes):
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def _prefix_case():
+    """Two rows of a causal prefix: two packed segments and padding; all padding."""
+    q, k, v = _arrays(0, (2, 12, N, H), (2, 12, G, H), (2, 12, G, H))
+    segments = jnp.array([[1] * 5 + [2] * 4 + [0] * 3, [0] * 12], jnp.int32)
+    return q, k, v, segments
+
+
+def _branch_case():
+    """B=2, K=3, R=5 against P=7; branch tokens of two segments, padded."""
+    shapes = [(2, 3, 5, N, H), (2, 7, G, H), (2, 7, G, H), (2, 3, 5, G, H), (2, 3, 5, G, H)]
+    arrays = _arrays(1, *shapes)
+    prefix_segments = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1]], jnp.int32)
+    segments = jnp.array(
+        [[[1, 1, 1, 0, 0], [2, 2, 2, 2, 2], [1, 1, 2, 2, 0]], [[1] * 5, [1, 0, 0, 0, 0], [0] * 5]],
+        jnp.int32,
+    )
+    return arrays, prefix_segments, segments
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash_interpret"])
+def test_prefix_attention_is_the_rule_in_words(backend):
+    q, k, v, segments = _prefix_case()
+    out = attention(
+        q, k, v, q_segments=segments, kv_segments=segments, causal_offset=0, backend=backend
+    )
+    for b in range(2):
+        expected = dense_attention(q[b], k[b], v[b], visible(segments[b], segments[b], 0))
+        np.testing.assert_allclose(out[b], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash_interpret"])
+def test_branch_attention_is_the_rule_in_words(backend):
+    (q, pk, pv, k, v), prefix_segments, segments = _branch_case()
+    out = branch_attention(
+        q, pk, pv, k, v, q_segments=segments, prefix_segments=prefix_segments,
+        own_segments=segments, backend=backend,
+    )  # fmt: skip
+    for b in range(2):
+        for r in range(3):
+            mask = visible(segments[b, r], np.r_[prefix_segments[b], segments[b, r]], 7)
+            keys, values = np.r_[pk[b], k[b, r]], np.r_[pv[b], v[b, r]]
+            expected = dense_attention(q[b, r], keys, values, mask)
+            np.testing.assert_allclose(out[b, r], expected, atol=2e-5)
+
+
+def test_splash_gradients_equal_xla():
+    (q, pk, pv, k, v), prefix_segments, segments = _branch_case()
+    real = (segments > 0)[..., None, None]
+
+    def total(arrays, backend):
+        out = branch_attention(
+            *arrays, q_segments=segments, prefix_segments=prefix_segments,
+            own_segments=segments, backend=backend,
+        )  # fmt: skip
+        return jnp.sum(jnp.where(real, jnp.sin(out), 0.0))
+
+    want = jax.grad(total)((q, pk, pv, k, v), "xla")
+    got = jax.grad(total)((q, pk, pv, k, v), "splash_interpret")
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+def test_without_mask_every_key_counts():
+    q, k, v, _ = _prefix_case()
+    expected = dense_attention(q[0], k[0], v[0], np.ones((12, 12), bool))
+    np.testing.assert_allclose(attention(q, k, v)[0], expected, atol=2e-5)
+
+
+def test_a_row_that_sees_nothing_is_finite_with_finite_gradient():
+    q, k, v, _ = _prefix_case()
+    one, other = jnp.ones((2, 12), jnp.int32), jnp.full((2, 12), 2, jnp.int32)
+
+    def total(q):
+        return jnp.sum(attention(q, k, v, q_segments=one, kv_segments=other) ** 2)
+
+    assert np.isfinite(total(q))
+    assert np.all(np.isfinite(jax.grad(total)(q)))
+
+
+def test_the_rule_is_part_of_the_call():
+    q, k, v, segments = _prefix_case()
+    with pytest.raises(ValueError, match="backend 'flash' is unknown; use one of"):
+        attention(q, k, v, backend="flash")
+    with pytest.raises(ValueError, match="must be given together"):
+        attention(q, k, v, q_segments=segments)

@@ -1,0 +1,83 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models.batches import model_batch
+from tpo_jax.models import lora
+from tpo_jax.models.config import LoraConfig
+from tpo_jax.models.presets import micro
+from tpo_jax.models.video_language import FunctionalModel
+
+LORA = LoraConfig(r"^language/(layers/.*(q|v|down)_proj|lm_head)/kernel$", rank=3, alpha=6.0)
+BASE = micro()
+ADAPTED = dataclasses.replace(BASE, lora=LORA)
+
+
+def _paths(tree):
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(k.key for k in path): leaf for path, leaf in leaves}
+
+
+def _set(tree, value):
+    """The adapted tree with every lora_b drawn instead of zero."""
+    keys = iter(jax.random.split(jax.random.key(7), 100))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: value * jax.random.normal(next(keys), x.shape)
+        if path[-1].key == "lora_b" else x, tree,
+    )  # fmt: skip
+
+
+def _logits(model, params, batch):
+    bound = model.bind(params)
+    return bound(batch).branch_hidden @ bound.language.table.T
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    model = FunctionalModel(ADAPTED)
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
+def test_adapters_are_separate_leaves_of_the_chosen_kernels(adapted):
+    _, params = adapted
+    extra = {p: x for p, x in _paths(params).items() if "lora" in p}
+    names = {path.rsplit("/", 1)[0].removeprefix("language/") for path in extra}
+    assert names == {
+        "layers/self_attn/q_proj", "layers/self_attn/v_proj", "layers/mlp/down_proj", "lm_head",
+    }  # fmt: skip
+    assert extra["language/layers/mlp/down_proj/lora_a"].shape == (2, 64, 3)
+    assert extra["language/layers/mlp/down_proj/lora_b"].shape == (2, 3, 32)
+    base = _paths(FunctionalModel(BASE).abstract())
+    assert set(base) == set(_paths(params)) - set(extra)
+
+
+def test_a_new_adapter_changes_nothing_and_merge_equals_adapter_on(adapted):
+    model, params = adapted
+    base = FunctionalModel(BASE)
+    batch = model_batch(BASE, B=1, F=2, K=2, R=6)
+    without = lora.merge(params, LORA)
+    np.testing.assert_array_equal(
+        _logits(model, params, batch), _logits(base, without, batch)
+    )
+    trained = _set(params, 0.1)
+    on = _logits(model, trained, batch)
+    assert np.abs(on - _logits(model, params, batch)).max() > 1e-2
+    np.testing.assert_allclose(_logits(base, lora.merge(trained, LORA), batch), on, atol=1e-4)
+
+
+def test_gradient_reaches_every_adapter(adapted):
+    model, params = adapted
+    batch = model_batch(BASE, B=1, F=2, K=2, R=6)
+    gradient = jax.grad(lambda p: jnp.sum(jnp.sin(_logits(model, p, batch))))(_set(params, 0.1))
+    for path, leaf in _paths(gradient).items():
+        if "lora" in path:
+            assert np.abs(leaf).max() > 0, path
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    config = dataclasses.replace(BASE, lora=LoraConfig("query_proj", 2, 2.0))
+    with pytest.raises(ValueError, match="lora.pattern='query_proj' matches no kernel"):
+        FunctionalModel(config)

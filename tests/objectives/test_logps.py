@@ -1,0 +1,103 @@
+"""Chunked log-probabilities against the plain softmax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tpo_jax.objectives.logps import gather_positions, token_logps, token_scores
+
+V, D = 24, 8
+
+
+def draw(shape, seed=0, vocab=V):
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(*shape, D)).astype(np.float32)
+    table = rng.normal(size=(V, D)).astype(np.float32)
+    return hidden, table, rng.integers(0, vocab, shape).astype(np.int32)
+
+
+def plain(hidden, table, targets, vocab=V):
+    logits = (hidden @ table.T)[..., :vocab]
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+
+
+# chunks of one, that divide, that leave a rest, that hold everything
+@pytest.mark.parametrize(
+    ("shape", "chunk"), [((2, 3), 1), ((2, 2, 3), 4), ((3, 2, 5), 12), ((1, 1, 1), 512)]
+)
+@pytest.mark.parametrize("vocab", [V - 3, V])
+def test_equals_log_softmax_for_any_chunk(shape, chunk, vocab):
+    hidden, table, targets = draw(shape, vocab=vocab)
+    got = token_logps(hidden, table, targets, vocab_size=vocab, chunk=chunk)
+    np.testing.assert_allclose(got, plain(hidden, table, targets, vocab), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_equal_log_softmax():
+    hidden, table, targets = draw((2, 7))
+    weights = jnp.arange(14, dtype=jnp.float32).reshape(2, 7)
+
+    def loss(function):
+        return jax.grad(lambda h, t: (function(h, t, targets) * weights).sum(), (0, 1))
+
+    chunked = loss(lambda h, t, y: token_logps(h, t, y, chunk=3))(hidden, table)
+    for got, want in zip(chunked, loss(plain)(hidden, table), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_padded_rows_of_the_table_get_no_probability_and_no_gradient():
+    hidden, table, targets = draw((2, 5), vocab=20)
+    table[20:] = 100.0  # would win everywhere
+    scores = token_scores(hidden, table, targets, vocab_size=20)
+    np.testing.assert_allclose(scores.logp, plain(hidden, table, targets, 20), rtol=1e-4)
+    gradient = jax.grad(lambda t: token_logps(hidden, t, targets, vocab_size=20).sum())(table)
+    assert np.all(np.asarray(gradient)[20:] == 0) and np.any(np.asarray(gradient)[:20] != 0)
+
+
+def test_correct_marks_the_arg_max():
+    hidden, table, targets = draw((3, 4))
+    best = np.argmax(hidden @ table.T, -1)
+    targets[:, :2] = best[:, :2]
+    np.testing.assert_array_equal(token_scores(hidden, table, targets).correct, best == targets)
+
+
+def test_nothing_of_the_size_of_all_logits_is_made():
+    """The largest array of forward and backward is a chunk of logits."""
+    rows, answers, vocab = 2, 256, 512
+    hidden = jax.ShapeDtypeStruct((rows, answers, D), jnp.float32)
+    table = jax.ShapeDtypeStruct((vocab, D), jnp.float32)
+    targets = jax.ShapeDtypeStruct((rows, answers), jnp.int32)
+
+    def loss(h, t, y):
+        return token_logps(h, t, y, chunk=32).sum()
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (variable.aval.size for variable in equation.outvars)
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    yield from sizes(inner)
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, table, targets).jaxpr
+    assert max(sizes(jaxpr)) <= 32 * vocab < rows * answers * vocab
+
+
+def test_low_precision_inputs_accumulate_in_float32():
+    hidden, table, targets = draw((2, 5))
+    low = hidden.astype(jnp.bfloat16)
+    got = token_logps(low, table, targets)
+    assert got.dtype == jnp.float32
+    want = plain(low.astype(jnp.float32), table.astype(jnp.bfloat16).astype(jnp.float32), targets)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_vocab_size_beyond_the_table_is_refused():
+    with pytest.raises(ValueError, match="vocab_size 25 is outside 1..24"):
+        token_logps(*draw((1, 2)), vocab_size=25)
+
+
+def test_gather_positions_reads_the_position_before_each_answer_token():
+    hidden = jnp.arange(2 * 1 * 4 * 1).reshape(2, 1, 4, 1)
+    got = gather_positions(hidden, jnp.array([[[0, 2, 2]], [[3, 1, 0]]]))
+    np.testing.assert_array_equal(got[..., 0], [[[0, 2, 2]], [[7, 5, 4]]])

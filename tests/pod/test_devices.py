@@ -1,0 +1,91 @@
+"""Eight devices against one: same losses and parameters, whatever the mesh.
+
+The devices are fake ones of this host (see tests/conftest.py); the programs are partitioned as on
+a pod.
+"""
+
+import jax
+import numpy as np
+import pytest
+from fake_batches import (
+    FAST_COMPILE,
+    HEADS,
+    SMOOTH,
+    bucket,
+    micro,
+    random_batch,
+    train_config,
+)
+
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.mesh import global_batch, make_mesh
+from tpo_jax.parallel.paths import flatten
+from tpo_jax.training.program import make_program
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eight_devices():
+    if jax.device_count() < 8:
+        pytest.fail(f"got {jax.device_count()} devices; see XLA_FLAGS in tests/conftest.py")
+
+
+def two_steps(heads, sizes, devices, accumulation=1):
+    """(metrics of both steps, parameters after them as {path: numpy})."""
+    config = micro(heads)
+    params = jax.tree.map(np.asarray, FunctionalModel(config).init(jax.random.key(1)))
+    mesh = make_mesh(sizes, jax.devices()[:devices])
+    options = train_config(heads, dropout=0.1, optimizer=SMOOTH, accumulation=accumulation)
+    program = make_program(options, config, mesh)
+    local = random_batch(bucket(8), config)
+    compiled = program.lower_train_step(local).compile(FAST_COMPILE)
+    batch, state, key = global_batch(local, mesh), program.init_state(params), program.base_key(0)
+    history = []
+    for _ in range(2):
+        state, metrics = compiled(state, batch, key)
+        history.append({name: float(value.mean()) for name, value in metrics.items()})
+    for path, x in flatten(state).items():
+        assert x.sharding.is_equivalent_to(flatten(program.abstract_state)[path].sharding, x.ndim)
+    return history, flatten(jax.tree.map(np.asarray, state.params))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    results = {}
+
+    def get(heads):
+        if heads not in results:
+            results[heads] = two_steps(heads, {}, 1)
+        return results[heads]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("heads", "sizes", "accumulation"),
+    [
+        ((), {"data": 8}, 1),
+        ((), {"data": 2, "fsdp": 4}, 1),
+        (HEADS, {"data": 2, "fsdp": 2, "tensor": 2}, 2),
+    ],
+)
+def test_eight_devices_equal_one(one_device, heads, sizes, accumulation):
+    want_metrics, want = one_device(heads)
+    got_metrics, got = two_steps(heads, sizes, 8, accumulation)
+    for one, other in zip(got_metrics, want_metrics, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+    worst = max(got, key=lambda path: np.abs(got[path] - want[path]).max())
+    np.testing.assert_allclose(got[worst], want[worst], atol=3e-5, err_msg=worst)
+
+
+def test_parameters_are_really_split():
+    """An fsdp mesh of 8 leaves each device an eighth of every large matrix."""
+    mesh = make_mesh({"fsdp": 8}, jax.devices()[:8])
+    program = make_program(train_config(), micro(), mesh)
+    params = flatten(program.init_params(0))
+    kernel = params["language/layers/mlp/gate_proj/kernel"]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+    moments = [
+        leaf for path, leaf in flatten(program.abstract_state.opt_state).items()
+        if path.endswith("mu/language/layers/mlp/gate_proj/kernel")
+    ]  # fmt: skip
+    assert [m.sharding for m in moments] == [kernel.sharding]

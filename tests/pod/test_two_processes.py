@@ -1,0 +1,133 @@
+"""Two processes (gloo) train as one does; SIGTERM to one of them stops both at the same step."""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny_run
+
+from tpo_jax.interop.folder import load_model
+from tpo_jax.parallel.paths import flatten
+from tpo_jax.training.preemption import EXIT_STATUS
+from tpo_jax.training.writers import read_scalars
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+STEPS = 12
+
+# The train command, and a SIGTERM to oneself when the batch of a given step is at hand.
+PROGRAM = """
+import os, signal, sys
+import tpo_jax.train
+from absl import app
+
+at, real = int(sys.argv.pop(1)), tpo_jax.train.global_batch
+seen = iter(range(10**6))
+def global_batch(local, mesh):
+    if next(seen) == at:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(local, mesh)
+tpo_jax.train.global_batch = global_batch
+app.run(tpo_jax.train.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_run.write_data(tmp_path_factory.mktemp("data"))
+
+
+def start(data, workdir, *, mesh=("data=2",), processes=1, sigterm_at=(-1, -1)):
+    """Starts the run on two devices, in one process or in two; returns the processes."""
+    port = free_port()
+    running = []
+    for index in range(processes):
+        command = [
+            sys.executable, "-c", PROGRAM, str(sigterm_at[index]),
+            f"--config=tests/tiny_run.py:data={data},steps={STEPS},buckets=1",
+            f"--workdir={workdir}", "--config.log_every=1",
+            *(f"--config.mesh.{axis}" for axis in mesh),
+        ]  # fmt: skip
+        if processes > 1:
+            command += [
+                f"--coordinator=localhost:{port}", f"--num_processes={processes}",
+                f"--process_id={index}",
+            ]  # fmt: skip
+        devices = f"--xla_force_host_platform_device_count={2 // processes}"
+        environment = os.environ | {"XLA_FLAGS": devices}
+        running.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+            )
+        )
+    return running
+
+
+def finish(running) -> list[int]:
+    """Exit statuses; prints what the processes said."""
+    for process in running:
+        print(process.communicate(timeout=400)[1])
+    return [process.returncode for process in running]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def metrics(workdir) -> list[dict]:
+    return [
+        {name: value for name, value in record.items() if not name.startswith("time/")}
+        for record in read_scalars(workdir / "metrics.jsonl")
+    ]
+
+
+def assert_close(one: list[dict], two: list[dict]) -> None:
+    """Equal up to round-off, which training amplifies from step to step."""
+    assert [(r["step"], r.keys()) for r in one] == [(r["step"], r.keys()) for r in two]
+    for a, b in zip(one, two, strict=True):
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-4, atol=1e-5, err_msg=f"{a} {b}")
+
+
+@pytest.fixture(scope="module")
+def together(data, tmp_path_factory):
+    """An uninterrupted run of two processes."""
+    workdir = tmp_path_factory.mktemp("together")
+    assert finish(start(data, workdir, processes=2)) == [0, 0]
+    return workdir
+
+
+def test_two_processes_give_the_losses_of_one(data, together, tmp_path):
+    assert finish(start(data, tmp_path)) == [0]
+    one, two = metrics(tmp_path), metrics(together)
+    assert_close(one, two)
+    # The first steps have not had the time to drift apart: equal to round-off.
+    np.testing.assert_allclose(one[0]["train/loss"], two[0]["train/loss"], rtol=1e-6)
+
+
+def test_sigterm_to_one_stops_both_at_one_step_and_the_restart_continues(data, together, tmp_path):
+    stopped, alone = tmp_path / "stopped", tmp_path / "alone"
+    first = finish(start(data, stopped, processes=2, sigterm_at=(-1, 3)))
+    assert first == [EXIT_STATUS, EXIT_STATUS]
+    step = json.loads((stopped / "ledger.json").read_text())["step"]
+    saved = sorted(int(path.name) for path in (stopped / "checkpoints").iterdir())
+    # Heard while step 4 ran; the service agrees on a poll that no process has passed.
+    assert 4 <= step < STEPS and saved[-1] == step == metrics(stopped)[-1]["step"]
+    shutil.copytree(stopped, alone)
+
+    assert finish(start(data, stopped, processes=2)) == [0, 0]
+    assert metrics(stopped) == metrics(together)
+    (_, a, _), (_, b, _) = load_model(stopped / "model"), load_model(together / "model")
+    for path, leaf in flatten(a).items():
+        np.testing.assert_array_equal(leaf, flatten(b)[path], err_msg=path)
+
+    # Another number of processes reads the same batches.
+    assert finish(start(data, alone)) == [0]
+    assert_close(metrics(alone), metrics(together))

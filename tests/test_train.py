@@ -1,0 +1,212 @@
+"""The train command on a model and data that take seconds, on one device in this process."""
+
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from etils import epath
+
+import tpo_jax.train
+from tpo_jax.interop.folder import ModelFolderError, load_model
+from tpo_jax.parallel.mesh import global_batch, make_mesh
+from tpo_jax.parallel.paths import flatten
+from tpo_jax.training.checkpoint import CheckpointError
+from tpo_jax.training.ledger import Ledger
+from tpo_jax.training.preemption import EXIT_STATUS, Preemption
+from tpo_jax.training.writers import read_scalars
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_run.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device_and_one_compilation():
+    """Runs on one of the fake devices; runs with the same program share what is compiled."""
+    compiled, compile_buckets = {}, tpo_jax.train.compile_buckets
+
+    def compile_once(program, pipeline, *, evaluate):
+        shapes = str((program.abstract_state, [b.bucket for b in pipeline.builders.values()]))
+        key = (shapes, str(program.objective), program.optimizer.report, evaluate)
+        if key not in compiled:
+            compiled[key] = compile_buckets(program, pipeline, evaluate=evaluate)
+        return compiled[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        mesh = functools.partial(make_mesh, devices=jax.devices()[:1])
+        patch.setattr(tpo_jax.train, "make_mesh", mesh)
+        patch.setattr(tpo_jax.train, "compile_buckets", compile_once)
+        yield
+
+
+def run(config, workdir) -> int:
+    with Preemption() as preemption:
+        return tpo_jax.train.train(config, epath.Path(workdir), preemption, Ledger())
+
+
+def metrics(workdir) -> list[dict]:
+    """All records without the measured times."""
+    return [
+        {name: value for name, value in record.items() if not name.startswith("time/")}
+        for record in read_scalars(workdir / "metrics.jsonl")
+    ]
+
+
+def assert_same_model(a, b):
+    (config_a, params_a, _), (config_b, params_b, _) = load_model(a), load_model(b)
+    assert config_a == config_b
+    assert flatten(params_a).keys() == flatten(params_b).keys()
+    for path, leaf in flatten(params_a).items():
+        np.testing.assert_array_equal(leaf, flatten(params_b)[path], err_msg=path)
+
+
+def kill_at(monkeypatch, step: int) -> None:
+    """Sends this process a SIGTERM while it handles the batch of `step`."""
+    seen = iter(range(10**6))
+
+    def send(local, mesh):
+        if next(seen) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return global_batch(local, mesh)
+
+    monkeypatch.setattr(tpo_jax.train, "global_batch", send)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """An uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert run(tiny_run.get_config(f"data={data}"), workdir) == 0
+    return workdir
+
+
+def test_a_run_learns_and_leaves_everything_behind(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert names == {
+        "config.json", "metrics.jsonl", "tensorboard", "ledger.json", "checkpoints", "model",
+        "best_model",
+    }  # fmt: skip
+    records = metrics(whole)
+    train = [record for record in records if "train/loss" in record]
+    assert [record["step"] for record in train] == [2, 4, 6, 8, 10, 12]
+    assert train[-1]["train/loss"] < 0.6 * train[0]["train/loss"]
+    evaluated = [record for record in records if "validation/loss" in record]
+    assert [record["step"] for record in evaluated] == [6, 12]
+    ledger = json.loads((whole / "ledger.json").read_text())
+    assert ledger["finished"] and ledger["restarts"] == 0 and ledger["seconds"]["step"] > 0
+    best = min(evaluated, key=lambda record: record["validation/loss"])
+    assert ledger["best"] == {"step": best["step"], "loss": best["validation/loss"]}
+    if best["step"] == 12:
+        assert_same_model(whole / "best_model", whole / "model")
+    assert [int(p.name) for p in (whole / "checkpoints").iterdir()] in ([10, 12], [12, 10])
+
+
+# The counter runs over the two validation batches at step 6 as well: 6 is the first of them, 3 is
+# in the middle of a logging window, 2 in the third run is the step after the repeated validation.
+@pytest.mark.parametrize("steps", [(3,), (6,), (0, 4, 2)])
+def test_sigterm_saves_exits_with_75_and_continues_bit_identically(
+    data, whole, tmp_path, monkeypatch, steps
+):
+    config = tiny_run.get_config(f"data={data}")
+    for step in steps:
+        with monkeypatch.context() as patch:
+            kill_at(patch, step)
+            assert run(config, tmp_path) == EXIT_STATUS
+        assert not (tmp_path / "model").exists()
+    assert run(config, tmp_path) == 0
+    assert metrics(tmp_path) == metrics(whole)
+    assert_same_model(tmp_path / "model", whole / "model")
+    assert_same_model(tmp_path / "best_model", whole / "best_model")
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert ledger["restarts"] == len(steps)
+
+
+def test_resuming_with_another_config_names_the_option(data, whole):
+    config = tiny_run.get_config(f"data={data}")
+    config.trainable = [[".*", 1e-4]]
+    config.log_every = 1  # may change
+    with pytest.raises(CheckpointError) as error:
+        run(config, whole)
+    assert "trainable[0][1]: checkpoint has 0.003, this command has 0.0001" in str(error.value)
+    assert "log_every" not in str(error.value)
+
+
+def test_a_stage_starts_from_a_model_folder_and_trains_only_its_group(data, whole, tmp_path):
+    config = tiny_run.get_config(f"data={data},heads=True,steps=2,init_from={whole / 'model'}")
+    config.eval_every = 0
+    with pytest.raises(ModelFolderError, match="heads/region/.*init_missing"):
+        run(config, tmp_path / "strict")
+    config.init_missing = ["task_tokens/", "box_encoder/", "heads/"]
+    config.trainable = [["heads/", 1e-3]]
+    assert run(config, tmp_path / "stage") == 0
+    old_config, old, _ = load_model(whole / "model")
+    new_config, new, codec = load_model(tmp_path / "stage/model")
+    assert new_config.heads == ("region", "temporal") and not old_config.heads
+    old, new = flatten(old), flatten(new)
+    added = sorted(new_config.tokens.values())
+    assert added == list(range(added[0], codec.vocab_size))
+    for path, leaf in old.items():
+        kept = np.ones(len(leaf), bool) if leaf.ndim else np.ones((), bool)
+        if path == "language/embed/table":
+            kept[added] = False
+            mean = leaf[: added[0]].mean(axis=0, dtype=np.float32)
+            np.testing.assert_allclose(new[path][added], np.tile(mean, (len(added), 1)), atol=1e-6)
+        if path == "language/lm_head/kernel":
+            leaf, new[path] = np.delete(leaf, added, 1), np.delete(new[path], added, 1)
+        np.testing.assert_array_equal(new[path][kept], leaf[kept], err_msg=path)
+
+
+def test_a_batch_of_another_shape_is_an_error_with_the_shapes(data, tmp_path, monkeypatch):
+    def cut(local, mesh):
+        return global_batch(local | {"frames": local["frames"][:, :1]}, mesh)
+
+    monkeypatch.setattr(tpo_jax.train, "global_batch", cut)
+    with pytest.raises(ValueError, match=r"bucket '\w+' would compile again:\s+frames: compiled"):
+        run(tiny_run.get_config(f"data={data}"), tmp_path)
+
+
+def test_the_command_line_exits_with_75_on_sigterm(data, whole, tmp_path):
+    """The real process: signal from outside, exit status, overrides, restart."""
+    command = [
+        sys.executable, "-m", "tpo_jax.train",
+        f"--config=tests/tiny_run.py:data={data},steps=100000,buckets=1",
+        f"--workdir={tmp_path}", "--config.log_every=1", "--config.eval_every=0",
+    ]  # fmt: skip
+    environment = os.environ | {"XLA_FLAGS": ""}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE) as process:
+        metrics_file = tmp_path / "metrics.jsonl"
+        for line in iter(process.stderr.readline, b""):  # the bar moves as records are written
+            if metrics_file.exists() and len(metrics_file.read_text().splitlines()) > 3:
+                process.send_signal(signal.SIGTERM)
+                break
+            assert b"Error" not in line, line
+        _, rest = process.communicate(timeout=120)
+    assert process.returncode == EXIT_STATUS, rest.decode()
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    steps = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert ledger["step"] == max(steps) == metrics(tmp_path)[-1]["step"] > 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("--config.stepz=3", "stepz"), ("--config.optimizer.clip=-1", "optimizer.clip")],
+)
+def test_a_wrong_option_stops_the_command_by_name(data, tmp_path, override, message):
+    command = [
+        sys.executable, "-m", "tpo_jax.train", f"--config=tests/tiny_run.py:data={data}",
+        f"--workdir={tmp_path / 'run'}", override,
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and message in done.stderr
+    assert not list((tmp_path / "run").glob("*")) if (tmp_path / "run").exists() else True

@@ -1,0 +1,89 @@
+"""Counted FLOPs against closed formulas."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from fake_batches import HEADS, bucket, micro
+
+from tpo_jax.data.batch_spec import batch_spec
+from tpo_jax.training.flops import forward_flops, matmul_flops, train_flops
+
+
+def spec(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def test_counts_scans_by_length_and_looks_into_nested_programs():
+    def layer(x, w):
+        return jax.checkpoint(jax.jit(jnp.tanh))(x @ w), None
+
+    def stack(x, w):
+        return jax.lax.scan(layer, x, w)[0]
+
+    assert matmul_flops(stack, spec(4, 8), spec(3, 8, 8)) == 3 * 2 * 4 * 8 * 8
+
+
+def test_counts_batched_products_and_the_backward_pass():
+    def loss(x, y):
+        return jnp.einsum("bij,bjk->bik", x, y).sum()
+
+    shapes = spec(5, 2, 3), spec(5, 3, 4)
+    assert matmul_flops(loss, *shapes) == 2 * 5 * 2 * 3 * 4
+    # The product itself is not needed for its gradient: two products, one for each argument.
+    assert matmul_flops(jax.grad(loss, (0, 1)), *shapes) >= 2 * 2 * 5 * 2 * 3 * 4
+
+
+def test_one_branch_of_a_condition_counts():
+    def either(flag, x):
+        return jax.lax.cond(flag, lambda x: x @ x, lambda x: x, x)
+
+    assert matmul_flops(either, jax.ShapeDtypeStruct((), jnp.bool_), spec(4, 4)) == 2 * 4**3
+
+
+@pytest.fixture(scope="module")
+def counted():
+    config, shapes = micro(HEADS), bucket(8)
+    batch = batch_spec(shapes, config)
+    return config, shapes, batch, forward_flops(config, batch)
+
+
+def test_language_equals_its_formula(counted):
+    config, b, batch, flops = counted
+    c = config.language
+    P, T = batch["prefix_tokens"].shape[1], b.branches * b.branch_tokens
+    weights = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + 3 * c.width * c.mlp_width
+    attention = 2 * c.heads * c.head_dim * (P * P + T * (P + b.branch_tokens))
+    layers = c.depth * b.batch_size * (2 * weights * (P + T) + 2 * attention)
+    # Boxes of users go through the box encoder: 4 -> D -> D.
+    boxes = 2 * b.batch_size * b.capacity("box") * (4 * c.width + c.width**2)
+    assert flops["language"] == layers + boxes
+
+
+def test_vision_equals_its_formula(counted):
+    config, b, _, flops = counted
+    c, frames = config.vision, b.batch_size * b.frames
+    sides = [c.image_size // c.stem_strides[0], c.grid]
+    channels = (3, *c.stem_widths)
+    stem = sum(
+        frames * sides[i] ** 2 * c.stem_strides[i] ** 2 * channels[i] * channels[i + 1]
+        for i in range(2)
+    )
+    patches = c.grid**2
+    projections = 2 * 4 * c.width**2 + 2 * c.width * c.mlp_width  # over space and over time
+    mixing = 2 * c.width * (patches + b.frames)
+    layers = c.depth * frames * patches * (projections + mixing)
+    tokens = frames * config.connector.tokens_per_frame
+    connector = tokens * config.connector.hidden * (c.width + config.language.width)
+    assert flops["vision"] == 2 * (stem + layers + connector)
+
+
+def test_lm_head_runs_on_answers_only(counted):
+    config, b, _, flops = counted
+    tokens = b.batch_size * b.branches * b.answers
+    assert flops["lm_head"] == 2 * tokens * config.language.width * config.language.vocab_size
+
+
+def test_a_train_step_is_three_forward_passes(counted):
+    config, _, batch, flops = counted
+    assert flops["heads"] > 0
+    assert train_flops(config, batch) == 3 * sum(flops.values())

@@ -1,0 +1,150 @@
+"""Groups, schedule, decay and clipping."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from fake_batches import HEADS, micro
+
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.paths import flatten
+from tpo_jax.training.optimizer import (
+    OptimizerConfig,
+    assign_groups,
+    decay_mask,
+    make_optimizer,
+    warmup_cosine,
+)
+from tpo_jax.training.state import init_state, merge, partition
+
+PLAIN = {"warmup": 0.0, "weight_decay": 0.0, "clip": 0.0, "min_lr_ratio": 1.0}
+PARAMS = {
+    "language": {"lm_head": {"kernel": jnp.ones((2, 3))}, "norm": {"scale": jnp.ones(2)}},
+    "heads": {"region": {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.ones(2)}},
+    "vision": {"kernel": jnp.ones((2, 2))},
+}
+
+
+def update(optimizer, params, grads):
+    trainable, _ = partition(params, optimizer.learning_rates)
+    state = optimizer.transform.init(trainable)
+    updates, _ = optimizer.transform.update(partition(grads, optimizer.learning_rates)[0], state,
+                                            trainable)
+    return flatten(updates)
+
+
+def test_first_matching_group_decides_the_learning_rate_and_the_rest_is_frozen():
+    groups = [("heads/.*bias", 1e-3), ("heads/", 1e-2), ("language/lm_head", 1e-4)]
+    optimizer = make_optimizer(OptimizerConfig(**PLAIN), groups, 10, PARAMS)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    moved = {path: float(-x.ravel()[0]) for path, x in update(optimizer, PARAMS, grads).items()}
+    # Adam's first step is the sign of the gradient.
+    assert moved == pytest.approx(
+        {"heads/region/bias": 1e-3, "heads/region/kernel": 1e-2, "language/lm_head/kernel": 1e-4},
+        rel=1e-5,
+    )
+    state = init_state(PARAMS, optimizer.transform, optimizer.learning_rates)
+    kept = "\n".join(flatten(state.opt_state))
+    assert "lm_head" in kept and "vision" not in kept and "norm" not in kept
+
+
+def test_report_counts_leaves_and_parameters():
+    optimizer = make_optimizer(OptimizerConfig(**PLAIN), [("heads/", 1e-2)], 10, PARAMS)
+    rows = [line.split() for line in optimizer.report.splitlines()]
+    assert rows[1:] == [["heads/", "0.01", "2", "6"], ["(frozen)", "0", "3", "12"]]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([("head/", 1e-2)], r"trainable\[0\]='head/' matches no parameter.*heads/region"),
+        ([("region", 1e-2)], "matches no parameter"),  # patterns start at the root
+        ([("heads/", 1e-2), ("heads/region", 1e-3)], r"trainable\[1\].*narrower pattern first"),
+        ([("heads/(", 1e-2)], r"trainable\[0\]='heads/\(': not a regex"),
+        ([], "nothing to train"),
+    ],
+)
+def test_groups_that_cannot_be_meant_are_refused(groups, message):
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(OptimizerConfig(**PLAIN), groups, 10, PARAMS)
+
+
+def test_schedule_rises_then_falls_to_the_floor():
+    schedule = warmup_cosine(steps=100, warmup=0.1, min_lr_ratio=0.2)
+    rates = np.array([float(schedule(step)) for step in range(101)])
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-5)
+    assert np.all(np.diff(rates[9:]) < 0)
+    # half-way between peak (step 9) and floor (step 100)
+    middle = 0.2 + 0.8 * (1 + np.cos(np.pi * 46 / 91)) / 2
+    np.testing.assert_allclose([rates[55], rates[100]], [middle, 0.2], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.0), (1, 1.0), (3, 0.5), (10, 1.0)])
+def test_schedule_of_short_runs_is_finite_and_positive(steps, warmup):
+    schedule = warmup_cosine(steps, warmup, 0.1)
+    rates = [float(schedule(step)) for step in range(steps)]
+    assert all(0 < rate <= 1 for rate in rates)
+
+
+def test_decay_reaches_matrices_only():
+    params = FunctionalModel(micro(HEADS)).abstract()
+    kept = {path for path, decays in flatten(decay_mask(params)).items() if decays}
+    assert kept and all(path.endswith("/kernel") for path in kept)
+    assert {p for p in flatten(params) if p.endswith("kernel")} == kept
+
+
+def test_decay_is_decoupled_and_scaled_by_the_learning_rate():
+    config = OptimizerConfig(**PLAIN | {"weight_decay": 0.1})
+    optimizer = make_optimizer(config, [("heads/", 1e-2)], 10, PARAMS)
+    updates = update(optimizer, PARAMS, jax.tree.map(jnp.zeros_like, PARAMS))
+    np.testing.assert_allclose(updates["heads/region/kernel"], -1e-2 * 0.1 * 2.0, rtol=1e-6)
+    np.testing.assert_array_equal(updates["heads/region/bias"], 0.0)
+
+
+def test_clipping_sees_trainable_gradients_only():
+    """With b1 = 0 and an eps that dwarfs it, Adam's update is proportional to the gradient."""
+    config = OptimizerConfig(**PLAIN | {"clip": 1.0, "b1": 0.0, "eps": 1e6})
+    optimizer = make_optimizer(config, [("heads/region/bias", 1.0)], 10, PARAMS)
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 3.0), PARAMS)
+    updates = update(optimizer, PARAMS, grads)
+    # norm of (3, 3) is sqrt(18): each becomes 1 / sqrt(2), whatever the frozen gradients are
+    np.testing.assert_allclose(-1e6 * updates["heads/region/bias"], 2**-0.5, rtol=1e-5)
+
+
+def test_equals_optax_adamw_for_one_group_without_mask():
+    params = {"kernel": jnp.array([[1.0, -2.0]])}
+    config = OptimizerConfig(warmup=0.0, weight_decay=0.1, clip=0.0, min_lr_ratio=1.0)
+    ours = make_optimizer(config, [("kernel", 0.05)], 10, params).transform
+    theirs = optax.adamw(0.05, weight_decay=0.1)
+    got, want = params, params
+    states = [ours.init(params), theirs.init(params)]
+    for step in range(3):
+        grads = {"kernel": jnp.array([[0.5, -1.0]]) * (step + 1)}
+        updates, states[0] = ours.update(grads, states[0], got)
+        got = optax.apply_updates(got, updates)
+        updates, states[1] = theirs.update(grads, states[1], want)
+        want = optax.apply_updates(want, updates)
+    np.testing.assert_allclose(got["kernel"], want["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("warmup", 1.5), ("min_lr_ratio", -0.1), ("clip", -1.0), ("b2", 2.0)]
+)
+def test_numbers_out_of_range_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=f"optimizer.{field}={value}"):
+        OptimizerConfig(**PLAIN | {field: value})
+
+
+def test_partition_and_merge_are_inverse():
+    trainable, frozen = partition(PARAMS, {"heads/region/bias", "vision/kernel"})
+    assert sorted(flatten(trainable)) == ["heads/region/bias", "vision/kernel"]
+    assert jax.tree.structure(merge(trainable, frozen)) == jax.tree.structure(PARAMS)
+    with pytest.raises(ValueError, match="params/heads/nothing: a trainable path"):
+        partition(PARAMS, {"heads/nothing"})
+    with pytest.raises(ValueError, match="both trainable and frozen"):
+        merge(trainable, PARAMS)
+
+
+def test_assign_groups_leaves_unmatched_paths_out():
+    assert assign_groups([("a/", 1.0), ("b", 2.0)], ["a/x", "b", "c/a/"]) == {"a/x": 0, "b": 1}

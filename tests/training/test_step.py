@@ -1,0 +1,214 @@
+"""The train step on the real micro model, on one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fake_batches import (
+    FAST_COMPILE,
+    HEADS,
+    SMOOTH,
+    bucket,
+    micro,
+    pair_bucket,
+    random_batch,
+    train_config,
+)
+
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.parallel.paths import flatten, unflatten
+from tpo_jax.parallel.weighted_sum import WeightedSum
+from tpo_jax.training.objective import SftObjective, denominators
+from tpo_jax.training.program import Program, make_program
+from tpo_jax.training.step import accumulate, row_keys
+
+B = 4
+
+
+@pytest.fixture(scope="module")
+def host_params():
+    """Parameters of the micro model with every head, as numpy."""
+    params = FunctionalModel(micro(HEADS)).init(jax.random.key(1))
+    return jax.tree.map(np.asarray, params)
+
+
+def without_heads(params):
+    return {name: params[name] for name in ("vision", "connector", "language")}
+
+
+def select(params, program):
+    """The parameters that the program's model has."""
+    leaves = flatten(params)
+    return unflatten({path: leaves[path] for path in flatten(program.abstract_state.params)})
+
+
+PROGRAMS: dict[str, Program] = {}  # compiling costs most of the time: tests share what they can
+
+
+def program_of(heads=(), **changes):
+    name = repr((heads, changes))
+    if name not in PROGRAMS:
+        mesh = make_mesh({}, jax.devices()[:1])
+        PROGRAMS[name] = make_program(train_config(heads, **changes), micro(heads), mesh)
+    return PROGRAMS[name]
+
+
+@functools.cache
+def compile_step(program, shapes):
+    leaves, structure = shapes
+    return program.lower_train_step(jax.tree.unflatten(structure, leaves)).compile(FAST_COMPILE)
+
+
+def run(program, params, batch, steps=1):
+    """(state, metric means of every step)."""
+    state, key = program.init_state(params), program.base_key(0)
+    leaves, structure = jax.tree.flatten(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    )
+    compiled = compile_step(program, (tuple(leaves), structure))
+    history = []
+    for _ in range(steps):
+        state, metrics = compiled(state, batch, key)
+        history.append({name: float(value.mean()) for name, value in metrics.items()})
+    return state, history
+
+
+def difference(a, b):
+    a, b = flatten(a), flatten(b)
+    return max(float(np.abs(np.asarray(a[path]) - np.asarray(b[path])).max()) for path in a)
+
+
+def test_micro_batches_equal_one_batch_with_dropout_and_every_head(host_params):
+    batch = random_batch(bucket(B), micro(HEADS))
+    options = {"dropout": 0.2, "optimizer": SMOOTH}
+    whole_state, whole = run(program_of(HEADS, **options), host_params, batch, steps=2)
+    parts_state, parts = run(
+        program_of(HEADS, accumulation=2, **options), host_params, batch, steps=2
+    )
+    assert {"language", "region/giou", "temporal/saliency", "mask/dice"} < set(whole[0])
+    for got, want in zip(parts, whole, strict=True):
+        assert got == pytest.approx(want, rel=1e-4, abs=1e-5)
+    assert difference(whole_state.params, parts_state.params) < 2e-5
+    assert all(value["nonfinite"] == 0 for value in whole)
+    # Dropout was on: without it the loss is another one.
+    without = program_of(HEADS).eval_step(whole_state.params, batch)
+    assert abs(float(without["language"].mean()) - whole[1]["language"]) > 1e-3
+
+
+def test_denominators_do_not_run_the_model(host_params):
+    """The compiler drops everything but the counting of labels."""
+    program = program_of(HEADS)
+    batch = random_batch(bucket(B), micro(HEADS))
+
+    def weights(params, batch):
+        return denominators(program.objective, program.model, params, batch, None)
+
+    compiled = jax.jit(weights).lower(host_params, batch).compile()
+    assert "dot(" not in compiled.as_text() and "while(" not in compiled.as_text()
+    counted = compiled(host_params, batch)
+    terms = program.eval_step(program.init_state(host_params).params, batch)
+    for name, weight in counted.items():
+        assert float(weight) == float(terms[name].weight), name
+        assert float(weight) > 0, name
+
+
+def test_frozen_leaves_stay_bit_identical_and_all_others_move(host_params):
+    groups = [["heads/region/", 1e-2], ["task_tokens/region", 1e-3], ["language/lm_head", 1e-3]]
+    batch = random_batch(bucket(B), micro(("region",)))
+    host_params = select(host_params, program_of(("region",)))
+    program = program_of(("region",), trainable=groups)
+    before = flatten(jax.tree.map(np.array, host_params))
+    state, _ = run(program, host_params, batch)
+    after = flatten(jax.tree.map(np.asarray, state.params))
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    wanted = {
+        path
+        for path in before
+        if path.startswith(("heads/region/", "task_tokens/region", "language/lm_head"))
+    }
+    # The task token reaches the loss only where its slot token stands in the branch.
+    assert wanted - moved <= {"task_tokens/region"} and moved <= wanted
+    state_paths = "\n".join(flatten(state.opt_state))
+    assert "vision" not in state_paths and "heads/region/" in state_paths
+
+
+def test_overfits_one_batch(host_params):
+    batch = random_batch(bucket(B), micro())
+    _, history = run(program_of(steps=200), without_heads(host_params), batch, steps=120)
+    assert history[0]["language"] > 5.0
+    assert history[-1]["language"] < 0.1 and history[-1]["token_accuracy"] > 0.99
+
+
+def test_preference_loss_starts_at_log_two_and_can_be_overfitted(host_params):
+    config = micro()
+    batch = random_batch(pair_bucket(B), config)
+    program = program_of(
+        objective="preference", trainable=[[".*", 3e-3]],
+        preference={"loss": "sigmoid", "beta": 0.3, "sft": 0.5},
+    )  # fmt: skip
+    params = program.init_state(without_heads(host_params)).params
+    batch["reference_logps"] = np.asarray(program.score_step(params, batch))
+    state, history = run(program, without_heads(host_params), batch, steps=15)
+    assert history[0]["preference/sigmoid"] == pytest.approx(np.log(2), abs=1e-6)
+    assert history[0]["preference/margin"] == pytest.approx(0, abs=1e-4)
+    total = history[0]["preference/sigmoid"] + 0.5 * history[0]["preference/sft"]
+    assert history[0]["loss"] == pytest.approx(total, rel=1e-6)
+    assert history[-1]["preference/sigmoid"] < 0.1
+    assert history[-1]["preference/accuracy"] == 1.0
+    scores = program.score_step(state.params, batch)
+    assert scores.shape == (B, 2, 5) and scores.dtype == jnp.float32
+
+
+def test_a_step_that_is_not_finite_is_counted_and_changes_nothing(host_params):
+    params = without_heads(host_params)
+    batch = random_batch(bucket(B), micro())
+    batch["answer_weights"][0, 0, 0] = np.inf
+    state, history = run(program_of(steps=200), params, batch)
+    assert history[0]["nonfinite"] == 1.0 and int(state.step) == 1
+    assert difference(state.params, params) == 0.0
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state.opt_state))
+
+
+def test_terms_and_weights_must_name_each_other():
+    scores = {"scores": type("S", (), {"logp": jnp.zeros((1, 1, 1))}), "heads": {}}
+    batch = {"answer_weights": jnp.ones((1, 1, 1))}
+    with pytest.raises(ValueError, match="config.losses has no weight for 'language'"):
+        SftObjective({}).terms(scores, batch)
+    with pytest.raises(ValueError, match=r"config.losses\['language/x'\] names no term"):
+        SftObjective({"language": 1.0, "language/x": 1.0}).terms(scores, batch)
+
+
+def test_preference_rows_without_reference_are_refused():
+    batch = random_batch(pair_bucket(B), micro())
+    del batch["reference_logps"]
+    program = program_of(objective="preference")
+    with pytest.raises(ValueError, match="batch/reference_logps is missing.*preferences score"):
+        program.lower_train_step(batch)
+
+
+def test_row_keys_depend_on_seed_step_and_example_only():
+    ids = jnp.array([7, 2**32 - 1, 3], jnp.uint32)
+    keys = jax.random.key_data(row_keys(jax.random.key(0), jnp.int32(5), ids))
+    turned = jax.random.key_data(row_keys(jax.random.key(0), jnp.int32(5), ids[::-1]))
+    np.testing.assert_array_equal(keys, turned[::-1])
+    for other in (
+        row_keys(jax.random.key(0), jnp.int32(6), ids),
+        row_keys(jax.random.key(1), jnp.int32(5), ids),
+    ):
+        assert not np.any(np.all(keys == jax.random.key_data(other), axis=-1))
+
+
+def test_accumulate_takes_every_row_once():
+    rows = {"x": jnp.arange(6.0), "y": jnp.arange(12.0).reshape(6, 2)}
+
+    def total(micro):
+        assert micro["x"].shape == (2,)
+        return WeightedSum(micro["x"].sum() + micro["y"].sum(), jnp.float32(2))
+
+    got = accumulate(total, rows, 3)
+    assert (float(got.total), float(got.weight)) == (15 + 66, 6)
+    with pytest.raises(ValueError, match="accumulation=4 does not divide the 6 rows"):
+        accumulate(total, rows, 4)

@@ -1,0 +1,173 @@
+"""summary.json of a run: everything that was measured, in one file, and its table.
+
+The run folder holds what the commands wrote:
+
+    eval/<stage>.json            `evaluate` of base, stage1, stage2, stage3 and dpo
+    eval/<stage>_preference.json the same model on pairs that were generated later (optional)
+    eval/floors.json             `evaluate --floors_from`
+    data/<split>/statistics.json `prepare run`
+    pairs/<split>/counts.json    `preferences generate`
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+import tpo_jax
+from tpo_jax.evaluation import results
+from tpo_jax.evaluation.bootstrap import ItemScores, paired_difference
+from tpo_jax.evaluation.targets import check_targets
+
+STAGES = ("base", "stage1", "stage2", "stage3", "dpo")
+# Metrics of the table, in its order; the rest is in the file.
+SHOWN = (
+    "qa/accuracy", "temporal/r1@0.3", "temporal/r1@0.5", "temporal/r1@0.7", "temporal/miou",
+    "highlight/map", "highlight/hit@1", "region/acc@0.5", "mask/j", "mask/f", "mask/j&f",
+    "tracking/auc", "preference/accuracy", "preference/accuracy_blind",
+)  # fmt: skip
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def assemble(
+    run_dir: epath.PathLike,
+    *,
+    seed: int,
+    seconds: Mapping[str, float],
+    max_abs_difference: float | None,
+) -> dict[str, Any]:
+    """Collects what the commands left in a run folder.
+
+    Args:
+      run_dir: the run folder.
+      seed: of the run.
+      seconds: {step: seconds}.
+      max_abs_difference: import(export(model)) against the model, over all leaves.
+    """
+    run_dir = epath.Path(run_dir)
+    records = {stage: found for stage in STAGES if (found := _evaluation(run_dir, stage))}
+    floors = results.read_json(run_dir / "eval" / "floors.json")
+    evaluations = {stage: record["metrics"] for stage, record in records.items()}
+    counts = collect_counts(run_dir, records)
+    targets = check_targets(evaluations, floors["floors"], counts)
+    return {
+        "seed": seed,
+        "device": describe_device(),
+        "versions": versions(),
+        "seconds": dict(seconds),
+        "floors": floors["floors"],
+        "floor_candidates": floors["candidates"],
+        "eval": evaluations,
+        "intervals": {stage: record["intervals"] for stage, record in records.items()},
+        "changes": changes(records),
+        "routing": {stage: record["routing"] for stage, record in records.items()},
+        "counts": counts,
+        "export": {"max_abs_difference": max_abs_difference},
+        "targets": [target.to_json() for target in targets],
+    }
+
+
+def changes(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{"stage3 - base": {metric: {value, low, high, items}}}: paired, over the same items."""
+    out: dict[str, dict[str, Any]] = {}
+    for before, after in (("base", "stage3"), ("stage3", "dpo")):
+        if before in records and after in records:
+            earlier, later = records[before]["items"], records[after]["items"]
+            rows = {}
+            for metric in sorted(earlier.keys() & later.keys()):
+                one, two = (ItemScores.from_json(items[metric]) for items in (earlier, later))
+                change = paired_difference(one, two)
+                rows[metric] = {
+                    "value": round(change.value, 6),
+                    "interval": [round(change.low, 6), round(change.high, 6)],
+                    "items": change.items,
+                }
+            out[f"{after} - {before}"] = rows
+    return out
+
+
+def collect_counts(run_dir: epath.Path, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """{"data": {split: statistics}, "pairs": {split: counts}, "test": {questions, videos}}."""
+    questions = next(
+        (r["counts"]["qa/accuracy"] for r in records.values() if "qa/accuracy" in r["counts"]),
+        {"items": 0, "videos": 0},
+    )
+    return {
+        "data": _by_split(run_dir / "data", "statistics.json"),
+        "pairs": _by_split(run_dir / "pairs", "counts.json"),
+        "test": {"questions": questions["items"], "videos": questions["videos"]},
+    }
+
+
+def describe_device() -> str:
+    """For example "8 x TPU v5 lite" or "cpu (x86_64, 2 cores)"."""
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    return f"{len(devices)} x {kind}" if len(devices) > 1 else f"{kind} ({platform.machine()})"
+
+
+def versions() -> dict[str, str]:
+    """{package: version} of what decides the numbers."""
+    found = {"tpo_jax": tpo_jax.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        found[package] = importlib.metadata.version(package)
+    return found
+
+
+def write_summary(run_dir: epath.PathLike, summary: Mapping[str, Any]) -> epath.Path:
+    """Writes run_dir/summary.json and returns its path."""
+    path = epath.Path(run_dir) / "summary.json"
+    results.write_json(path, summary)
+    return path
+
+
+def format_table(summary: Mapping[str, Any]) -> str:
+    """Metrics by stage beside their floors, then every target with what was measured."""
+    stages = [stage for stage in STAGES if stage in summary["eval"]]
+    lines = [f"{'':28s} {'floor':>7s}" + "".join(f" {stage:>7s}" for stage in stages)]
+    kinds = sorted(m for m in summary["eval"].get("base", {}) if m.startswith("qa/accuracy/"))
+    for metric in (SHOWN[0], *kinds, *SHOWN[1:]):
+        values = [summary["eval"][stage].get(metric) for stage in stages]
+        if any(value is not None for value in values):
+            cells = [summary["floors"].get(metric), *values]
+            lines.append(f"{metric:28s} " + " ".join(_cell(value) for value in cells))
+    lines += ["", "targets"]
+    for target in summary["targets"]:
+        word = {True: "hit", False: "MISSED", None: "not measured"}[target["hit"]]
+        measured = f"{_cell(target['value'])} {target['sign']} {_cell(target['bound'])}"
+        lines.append(f"  {word:12s} {measured}   {target['name']}")
+    hits = sum(target["hit"] is True for target in summary["targets"])
+    lines.append(f"  {hits} of {len(summary['targets'])} targets hit")
+    return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return f"{'-':>7s}"
+    return f"{value:7d}" if isinstance(value, int) else f"{value:7.3f}"
+
+
+def _evaluation(run_dir: epath.Path, stage: str) -> dict[str, Any] | None:
+    """The evaluation of a stage, with that of its pairs when it was made apart."""
+    path = run_dir / "eval" / f"{stage}.json"
+    if not path.exists():
+        return None
+    record = results.read_json(path)
+    extra = run_dir / "eval" / f"{stage}_preference.json"
+    if extra.exists():
+        other = results.read_json(extra)
+        for part in ("metrics", "intervals", "counts", "items"):
+            record[part] = {**other[part], **record[part]}
+    return record
+
+
+def _by_split(folder: epath.Path, name: str) -> dict[str, Any]:
+    """{split: JSON} of folder/<split>/name."""
+    files = sorted(folder.glob(f"*/{name}")) if folder.exists() else []
+    return {file.parent.name: json.loads(file.read_text()) for file in files}

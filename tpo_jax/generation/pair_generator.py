@@ -1,0 +1,241 @@
+"""Runs the model on both sides of its questions: right frames first, then manipulated ones.
+
+Questions that share a video and a set of frames share one prefill; all samples of a row reuse it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.pipeline import row_builder
+from tpo_jax.data.records import Example, PreparedDataset
+from tpo_jax.data.rows import BranchPlan, RowBuilder, RowPlan, row_id, stack_rows
+from tpo_jax.data.text import TextCodec, render_options
+from tpo_jax.generation import pairs
+from tpo_jax.generation.pairs import Answer, Candidate, Evidence, Question
+from tpo_jax.generation.sampler import (
+    Arrays,
+    Context,
+    Generation,
+    Sampler,
+    Sampling,
+    branch_keys,
+    with_answers,
+)
+from tpo_jax.models.video_language import FunctionalModel
+
+LONG_ANSWER = 10  # tokens of a known answer from which a question goes to rows of long answers
+SCORED_TOKENS = 16  # scored answers are padded to a multiple of this
+SPARE_TOKENS = 8  # that a sampled answer may be longer than the longest known one
+
+# question number, sample number -> answer and the tokens of it
+Drawn = dict[tuple[int, int], tuple[Answer, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How pairs are generated.
+
+    Attributes:
+      evidence: how frames are drawn.
+      filters: which pairs are kept.
+      temperature, top_p: of sampling; temperature 0 is greedy.
+      max_new: answer tokens at most; 0: a little more than the longest known answer.
+      questions: most questions of a video.
+      samples: pairs drawn for a question; the first that passes the filters is kept.
+      batch_size: B, rows at a time.
+      branches: K, questions of a row.
+    """
+
+    evidence: pairs.EvidenceSettings
+    filters: pairs.FilterSettings
+    temperature: float = 0.7
+    top_p: float = 0.95
+    max_new: int = 0
+    questions: int = 16
+    samples: int = 2
+    batch_size: int = 16
+    branches: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("questions", "samples", "batch_size", "branches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1.")
+
+
+@dataclasses.dataclass
+class _Row:
+    """Questions (by number) that are asked about one set of frames."""
+
+    video_id: str
+    indices: tuple[int, ...]
+    questions: list[int]
+
+
+class PairGenerator:
+    """Generates and filters the pairs of some videos of one prepared split."""
+
+    def __init__(self, model: FunctionalModel, params: Any, codec: TextCodec,
+                 dataset: PreparedDataset, settings: Settings):
+        self.params, self.codec, self.dataset = params, codec, dataset
+        self.settings = settings
+        prompt, answer = longest_texts(dataset, codec)
+        max_new = settings.max_new or answer + SPARE_TOKENS
+        self.sampler = Sampler(model, codec, Sampling(
+            max_new, 1, settings.temperature, settings.top_p))
+        self._builder: RowBuilder = row_builder(codec, model.config, Bucket(
+            name="pairs", media="video", batch_size=settings.batch_size,
+            frames=settings.evidence.frames, branches=settings.branches,
+            branch_tokens=-(-prompt // 8) * 8, answers=1, windows=1,
+            mask_size=model.config.mask_size))
+
+    def videos(self) -> list[str]:
+        """All videos in the order in which they are worked through; images have no evidence."""
+        videos = [v for v in self.dataset.videos if self.dataset.video_info(v).media == "video"]
+        draw = pairs.random_of(self.settings.evidence.seed, "videos")
+        return [videos[i] for i in draw.permutation(len(videos))]
+
+    def run(self, videos: Sequence[str], drawn: dict[str, Any]) -> tuple[list[Example], Counter]:
+        """Kept pairs of these videos, and how many were generated, dropped (by reason) and kept."""
+        kept: dict[str, Candidate] = {}
+        counts: Counter = Counter()
+        for candidate in self.candidates(videos):
+            counts["generated"] += 1
+            key = candidate.question.question_id
+            reason = (pairs.reject_reason(candidate, self.settings.filters) if key not in kept
+                      else "question has a pair already")
+            counts[f"dropped: {reason}" if reason else "kept"] += 1
+            if reason is None:
+                kept[key] = candidate
+        durations = {v: float(self.dataset.video_info(v).duration) for v in videos}
+        return [pairs.to_example(c, durations[c.question.example.video_id], drawn)
+                for c in kept.values()], counts
+
+    def candidates(self, videos: Sequence[str]) -> Iterator[Candidate]:
+        """Every generated pair, question by question."""
+        settings = self.settings
+        questions = [q for video_id in videos for q in pairs.questions_of(
+            self.dataset, video_id, settings.questions, settings.evidence.seed)]
+        evidence = [pairs.plan_evidence(
+            q, self.dataset.video_info(q.example.video_id).timestamps, settings.evidence)
+            for q in questions]
+        chosen, rejected, manipulated = {}, {}, {}
+        for _, drawn, _ in self._answers(questions, evidence, "chosen"):
+            chosen |= drawn
+        for row_questions, drawn, score in self._answers(questions, evidence, "manipulated"):
+            rejected |= drawn
+            for sample in range(settings.samples):
+                manipulated |= score(sample, chosen, row_questions)
+        for number, question in enumerate(questions):
+            for sample in range(settings.samples):
+                key = (number, sample)
+                yield Candidate(question, evidence[number], sample, chosen[key][0],
+                                rejected[key][0], manipulated[key])
+
+    def _answers(self, questions: Sequence[Question], evidence: Sequence[Evidence], side: str):
+        """Yields (rows, drawn answers, scorer of other answers in the same context) per batch."""
+        rows = self._rows(questions, evidence, f"{side}_indices")
+        size = self.settings.batch_size
+        for first in range(0, len(rows), size):
+            now = rows[first : first + size]
+            batch = self._batch(now, questions)
+            context = self.sampler.prefill(self.params, batch)
+            ids = np.zeros(batch["branch_tokens"].shape[:2], np.uint32)
+            for b, k, number in _places(now):
+                ids[b, k] = zlib.crc32(f"{questions[number].question_id}/{side}".encode())
+            drawn: Drawn = {}
+            for sample in range(self.settings.samples):
+                keys = branch_keys(self.settings.evidence.seed, ids, sample)
+                out = self.sampler.generate(self.params, context, batch, keys)
+                drawn |= self._read(jax.device_get(out), now, sample)
+            yield now, drawn, self._scorer(context, batch)
+
+    def _rows(self, questions: Sequence[Question], evidence: Sequence[Evidence],
+              field: str) -> list[_Row]:
+        """Questions by video and frames, at most K a row; rows with long answers come last.
+
+        A batch runs until its longest answer ends, so captions are kept apart from short answers.
+        """
+        lengths = [len(self.codec.encode(q.turn.answer)) for q in questions]
+        groups: dict[tuple[str, tuple[int, ...], bool], list[int]] = defaultdict(list)
+        for number, (question, plan) in enumerate(zip(questions, evidence, strict=True)):
+            is_long = lengths[number] > LONG_ANSWER
+            groups[question.example.video_id, getattr(plan, field), is_long].append(number)
+        K = self.settings.branches
+        rows = [_Row(video_id, indices, numbers[i : i + K])
+                for (video_id, indices, _), numbers in groups.items()
+                for i in range(0, len(numbers), K)]
+        return sorted(rows, key=lambda row: max(lengths[number] for number in row.questions))
+
+    def _batch(self, rows: Sequence[_Row], questions: Sequence[Question]) -> Arrays:
+        """The prompts of some rows; blank rows fill the batch."""
+        built = []
+        for row in rows:
+            branches = tuple(BranchPlan(questions[n].example, questions[n].index,
+                                        questions[n].asked, None) for n in row.questions)
+            duration = self.dataset.video_info(row.video_id).duration
+            plan = RowPlan(self.dataset, row.video_id, 0.0, duration, branches,
+                           frame_indices=row.indices)
+            built.append(self._builder.build(plan, row_id("pairs", len(built))))
+        blank = [self._builder.blank()] * (self.settings.batch_size - len(built))
+        return stack_rows(built + blank)
+
+    def _read(self, out: Generation, rows: Sequence[_Row], sample: int) -> Drawn:
+        drawn = {}
+        for b, k, number in _places(rows):
+            tokens = out.tokens[b, k, : out.lengths[b, k]]
+            answer = Answer(self.codec.decode(tokens).strip(), len(tokens),
+                            bool(out.finished[b, k]), float(out.logps[b, k].sum()))
+            drawn[number, sample] = (answer, tokens)
+        return drawn
+
+    def _scorer(self, context: Context, batch: Arrays) -> Callable[..., dict]:
+        """Function of (sample, answers, rows): sums of log-probabilities of the answers there."""
+
+        def score(sample: int, answers: Drawn, rows: Sequence[_Row]) -> dict:
+            B, K = batch["branch_tokens"].shape[:2]
+            longest = max(len(answers[number, sample][1]) for _, _, number in _places(rows))
+            # Few distinct widths, because each compiles once.
+            tokens = np.zeros((B, K, -(-longest // SCORED_TOKENS) * SCORED_TOKENS), np.int32)
+            lengths = np.zeros((B, K), np.int32)
+            for b, k, number in _places(rows):
+                ids = answers[number, sample][1]
+                tokens[b, k, : len(ids)], lengths[b, k] = ids, len(ids)
+            answered = with_answers(batch, tokens, lengths)
+            logps = np.asarray(self.sampler.score(self.params, context, answered))
+            real = np.arange(tokens.shape[-1]) < lengths[..., None]
+            sums = np.where(real, logps, 0).sum(-1)
+            return {(number, sample): float(sums[b, k]) for b, k, number in _places(rows)}
+
+        return score
+
+
+def _places(rows: Sequence[_Row]) -> Iterator[tuple[int, int, int]]:
+    """(row, branch, question number)."""
+    for b, row in enumerate(rows):
+        for k, number in enumerate(row.questions):
+            yield b, k, number
+
+
+def longest_texts(dataset: PreparedDataset, codec: TextCodec) -> tuple[int, int]:
+    """Tokens of the longest prompt and answer of a split, so that no length needs setting."""
+    prompt, answer = 0, 0
+    for video_id in dataset.videos:
+        for example in dataset.examples(video_id):
+            for turn in example.turns if example.task == "conversation" else ():
+                if "<" not in turn.question + turn.answer:
+                    text = render_options(turn.question, turn.options)
+                    prompt = max(prompt, len(codec.build_branch(text, None).ids))
+                    answer = max(answer, len(codec.encode(turn.answer)))
+    if not prompt:
+        raise ValueError(f"{dataset.path}: no conversation to ask questions from; prepare the "
+                         "split with conversation annotations")
+    return prompt, answer

@@ -1,0 +1,176 @@
+"""Compiles a run for a TPU topology without a TPU: does it fit, and what does it cost?
+
+    python -m tpo_jax.plan --config=configs/demo.py:stage=3 --topology=v5e:2x4
+    python -m tpo_jax.plan --config=configs/tiny_base.py --topology=v4:2x2x2 --config.mesh.fsdp=8
+
+What is compiled is the train step that `python -m tpo_jax.train` runs, for every bucket of the
+config. Prints, per bucket: memory of one chip against its HBM, collectives in the program, analytic
+FLOPs (see training/flops.py for what is counted) and the time they take at peak. Exits with
+status 1 where a bucket does not fit. Needs libtpu: pip install 'tpo_jax[plan]'.
+
+Topologies are GENERATION:SIZES: v5e:2x4, v5e:16x16, v6e:4x4, v4:2x2x2, v5p:2x2x1, ...
+"""
+
+import collections
+import dataclasses
+import re
+import sys
+import time
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from tpo_jax.data.batch_spec import batch_spec
+from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.pipeline import read_buckets
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.parallel.topologies import GIB, parse_topology, prepare_environment, topology_devices
+from tpo_jax.train import make_model_config  # brings train's flags, --config among them
+from tpo_jax.training import config as training_config
+from tpo_jax.training.flops import TRAIN_OVER_FORWARD, forward_flops
+from tpo_jax.training.program import Program, make_program
+
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "GENERATION:SIZES, for example v4:2x2x2.")
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one chip.
+
+    arguments: state and batch. outputs: what is not written over an argument. temporaries: while
+    the step runs. peak: the most that is held at one time, by the compiler's own schedule.
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    peak: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketPlan:
+    """What compiling one bucket showed; memory is None where the compiler ran out of it.
+
+    collectives: {kind: count in the program text}; a scanned layer counts once.
+    flops: {part: FLOPs of a forward pass over the global batch}.
+    """
+
+    bucket: Bucket
+    seconds: float
+    memory: Memory | None
+    needed: int
+    collectives: dict[str, int]
+    flops: dict[str, float]
+
+    def fits(self, hbm: int) -> bool:
+        return self.needed <= hbm
+
+
+def plan_bucket(program: Program, model_config: ModelConfig, bucket: Bucket) -> BucketPlan:
+    """Compiles the train step of one bucket for the devices of the program's mesh."""
+    batch = batch_spec(bucket, model_config)
+    flops = forward_flops(model_config, batch)
+    begin = time.monotonic()
+    lowered = program.lower_train_step(batch)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = out_of_memory(str(error))
+        if needed is None:
+            raise
+        return BucketPlan(bucket, time.monotonic() - begin, None, needed, {}, flops)
+    analysis = compiled.memory_analysis()
+    memory = Memory(
+        arguments=analysis.argument_size_in_bytes,
+        outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        temporaries=analysis.temp_size_in_bytes,
+        peak=analysis.peak_memory_in_bytes,
+    )
+    seconds = time.monotonic() - begin
+    collectives = count_collectives(compiled.as_text())
+    return BucketPlan(bucket, seconds, memory, memory.peak, collectives, flops)
+
+
+def count_collectives(program_text: str) -> dict[str, int]:
+    """{kind: count} in HLO text; an asynchronous pair (-start, -done) counts once."""
+    found = re.findall(rf"\b({'|'.join(COLLECTIVES)})(?:-start)?\(", program_text)
+    return dict(collections.Counter(found))
+
+
+def out_of_memory(message: str) -> int | None:
+    """Bytes that the compiler says a program needs, or None if that is not what it says."""
+    match = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    if "RESOURCE_EXHAUSTED" not in message or match is None:
+        return None
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+
+
+def report(plan: BucketPlan, topology: str) -> str:
+    """Lines for people."""
+    chip, sizes = parse_topology(topology)
+    chips = 1
+    for size in sizes:
+        chips *= size
+    memory = plan.memory
+    parts = "over by the compiler's own account"
+    if memory is not None:
+        parts = (
+            f"arguments {memory.arguments / GIB:.3f}, outputs {memory.outputs / GIB:.3f}, "
+            f"temporaries {memory.temporaries / GIB:.3f}"
+        )
+    verdict = "fits" if plan.fits(chip.hbm) else "DOES NOT FIT"
+    train = TRAIN_OVER_FORWARD * sum(plan.flops.values())
+    split = ", ".join(f"{part} {value:.3g}" for part, value in plan.flops.items())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.collectives.items()))
+    return "\n".join(
+        [
+            f"bucket {plan.bucket.name}: {plan.bucket.batch_size} rows, "
+            f"{plan.bucket.frames} frames, compiled in {plan.seconds:.0f} s",
+            f"  memory a chip   peak {plan.needed / GIB:.3f} of {chip.hbm / GIB:.0f} GiB: "
+            f"{verdict} ({parts})",
+            f"  collectives     {kinds or 'none'}",
+            f"  FLOPs a step    {train:.4g} = {TRAIN_OVER_FORWARD} x forward ({split})",
+            f"  at peak         {1e3 * train / (chips * chip.peak):.3g} ms on {chips} chips of "
+            f"{chip.peak / 1e12:.0f} TFLOP/s",
+        ]
+    )
+
+
+def plan(config: ConfigDict, topology: str) -> list[BucketPlan]:
+    """Compiles every bucket of a config, printing as it goes."""
+    mesh = make_mesh(config.mesh.to_dict(), topology_devices(topology))
+    model_config, _ = make_model_config(config)
+    program = make_program(config, model_config, mesh)
+    print(f"{topology}, mesh {dict(mesh.shape)}\n{program.optimizer.report}", flush=True)
+    plans = []
+    for bucket in read_buckets(training_config.to_dict(config)["buckets"]):
+        plans.append(plan_bucket(program, model_config, bucket))
+        print(report(plans[-1], topology), flush=True)
+    return plans
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
+    config, topology = flags.FLAGS.config, _TOPOLOGY.value
+    chip, _ = parse_topology(topology)
+    training_config.validate(config)
+    over = [p for p in plan(config, topology) if not p.fits(chip.hbm)]
+    for p in over:
+        print(
+            f"bucket {p.bucket.name} needs {p.needed / GIB:.2f} GiB a chip, {topology} has "
+            f"{chip.hbm / GIB:.0f}; lower buckets.{p.bucket.name}.batch_size, raise accumulation, "
+            "or give mesh.fsdp more chips",
+            file=sys.stderr,
+        )
+    sys.exit(1 if over else 0)
+
+
+if __name__ == "__main__":
+    prepare_environment()
+    flags.mark_flag_as_required("config")
+    app.run(main)

@@ -1,0 +1,281 @@
+"""Answers questions about videos and images; head calls are run, written into the text and drawn.
+
+    python -m tpo_jax.predict --model=runs/demo/stage3/model --video=clip.mp4 \\
+        --prompt='When does this happen: "the red circle blinks"?' --out=predictions
+    python -m tpo_jax.predict --model=runs/demo/stage3/model --video=clip.mp4 \\
+        --prompt='Where does the red circle at <box> go?' --box=0.1,0.2,0.3,0.4
+    python -m tpo_jax.predict --model=runs/demo/stage3/model --input=list.jsonl --out=predictions
+
+A line of the list is {"video": FILE, "prompt": TEXT} and, if wanted, "id", "box" (normalised x1,
+y1, x2, y2; its place in the prompt is <box>), "time" (seconds: the frame that a box in the answer
+is for), "start" and "end" (seconds). Files are relative to the list. The folder then holds one
+annotated mp4 (video) or PNG (image) per question beside NAME.json, or results.jsonl for a list. A
+list that was stopped goes on where it was; lines that failed are tried again. The exit status is 1
+if a question failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from tpo_jax.data import video
+from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.pipeline import row_builder
+from tpo_jax.data.records import Example, Turn
+from tpo_jax.data.rows import BranchPlan, RowPlan, row_id, stack_rows
+from tpo_jax.data.text import TextCodec
+from tpo_jax.generation import draw
+from tpo_jax.generation.requests import (
+    Clip,
+    Request,
+    RequestError,
+    make_request,
+    prompt_length,
+    read_list,
+)
+from tpo_jax.generation.routing import RoutedAnswer, Router
+from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys
+from tpo_jax.interop.folder import load_model
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads import ClipInfo
+from tpo_jax.models.video_language import FunctionalModel
+
+_TIME_IN_PROMPT = re.compile(r"\bat (\d+(?:\.\d+)?) s\b")
+
+
+class Predictor:
+    """One model, ready to answer requests in batches of fixed shapes."""
+
+    def __init__(self, config: ModelConfig, params: Any, codec: TextCodec, *, prompt_tokens: int,
+                 batch_size: int, max_new: int):
+        self.config, self.codec, self.batch_size = config, codec, batch_size
+        self.params = jax.tree.map(jax.numpy.asarray, params)
+        model = FunctionalModel(config)
+        self.sampler = Sampler(model, codec, Sampling(max_new=max_new, events=4))
+        self.router = Router(model, codec)
+        self.builders = {
+            media: row_builder(codec, config, Bucket(
+                name=f"predict_{media}", media=media, batch_size=batch_size,
+                frames=config.vision.max_frames if media == "video" else 1, branches=1,
+                branch_tokens=prompt_tokens, answers=1, windows=1, mask_size=config.mask_size))
+            for media in ("video", "image")}
+
+    def answer(self, requests: Sequence[Request], clips: Sequence[Clip]
+               ) -> list[tuple[RoutedAnswer, np.ndarray, np.ndarray]]:
+        """At most `batch_size` requests of one medium: answer, frames shown and their times.
+
+        Returns:
+          (answer, uint8[n, h, w, 3], float32[n] seconds) per request.
+        """
+        builder = self.builders[clips[0].media]
+        plans = [_plan(request, clip) for request, clip in zip(requests, clips, strict=True)]
+        rows = [builder.build(plan, row_id("predict", i)) for i, plan in enumerate(plans)]
+        batch = stack_rows(rows + [builder.blank()] * (self.batch_size - len(rows)))
+        context = self.sampler.prefill(self.params, batch)
+        keys = branch_keys(0, np.zeros((self.batch_size, 1), np.uint32))
+        generation = self.sampler.generate(self.params, context, batch, keys)
+        infos = [_clip_info(request, clip, plan, row) for request, clip, plan, row in zip(
+            requests, clips, plans, rows, strict=True)]
+        answers = self.router.route(self.params, context, batch, generation, infos)
+        shown = [builder.frame_indices(plan) for plan in plans]
+        return [(answers[i][0], clip.frames("", shown[i]), clip.frames_read.timestamps[shown[i]])
+                for i, clip in enumerate(clips)]
+
+
+def _plan(request: Request, clip: Clip) -> RowPlan:
+    end = request.end if request.end is not None else clip.frames_read.duration
+    targets = {"input_box": list(request.box)} if request.box else {}
+    example = Example(request.id, request.id, clip.media, "conversation", "predict",
+                      request.start, end, (Turn(request.prompt, ""),), targets)
+    branch = BranchPlan(example, 0, request.prompt, None)
+    return RowPlan(clip, request.id, request.start, end, (branch,))
+
+
+def _clip_info(request: Request, clip: Clip, plan: RowPlan, row: dict[str, Any]) -> ClipInfo:
+    """Bounds, times and size; the frame asked about is that of `time`, or named in the prompt as
+    "at 4 s", or the middle one."""
+    count = int(row["frame_valid"].sum())
+    named = _TIME_IN_PROMPT.search(request.prompt)
+    time = request.time if request.time is not None else named and float(named[1])
+    times = row["frame_times"][:count]
+    frame = count // 2 if time is None else int(np.argmin(np.abs(times - time)))
+    return ClipInfo(plan.start, plan.end, row["frame_times"], row["frame_valid"],
+                    clip.probe.height, clip.probe.width, frame)
+
+
+def write_prediction(out: pathlib.Path, request: Request, answer: RoutedAnswer,
+                     frames: np.ndarray, times: np.ndarray, media: str) -> dict[str, Any]:
+    """Draws the answer and returns its record."""
+    events = [dataclasses.asdict(event) for event in answer.events]
+    pages = list(draw.annotate(frames, times, request.prompt, answer.text, events))
+    name = f"{request.id}.mp4" if media == "video" else f"{request.id}.png"
+    if media == "video":
+        interval = float(times[-1] - times[0]) / max(len(times) - 1, 1)
+        draw.write_mp4(out / name, pages, 1 / interval if interval else 1.0)
+    else:
+        draw.write_png(out / name, pages[0])
+    return {"id": request.id, "video": str(request.video), "prompt": request.prompt,
+            "media": media, **answer.to_json(), "annotated": name}
+
+
+def read_results(path: pathlib.Path, requests: Sequence[Request]) -> dict[str, dict[str, Any]]:
+    """Finished records by id. A last line that was cut off is not finished; failures neither."""
+    if not path.exists():
+        return {}
+    asked = {request.id: request for request in requests}
+    done = {}
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            continue
+        record = json.loads(line)
+        request = asked.get(record["id"])
+        if request and (record["video"], record["prompt"]) != (str(request.video), request.prompt):
+            raise RequestError(
+                f"{path}: id {record['id']!r} was {record['prompt']!r} about {record['video']}, "
+                f"now it is {request.prompt!r} about {request.video}; give another --out")
+        done.pop(record["id"], None)
+        if "error" not in record:
+            done[record["id"]] = record
+    return done
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes under a temporary name, then renames."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
+
+
+def records_of(predictor: Predictor, requests: Sequence[Request],
+               out: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """One record per request, batch by batch; a file that cannot be read gives {"id", "error"}."""
+    waiting: dict[str, list[tuple[Request, Clip]]] = {"video": [], "image": []}
+
+    def flush(media: str) -> Iterator[dict[str, Any]]:
+        asked, waiting[media] = waiting[media], []
+        if asked:
+            results = predictor.answer(*zip(*asked, strict=True))
+            for (request, _), result in zip(asked, results, strict=True):
+                yield write_prediction(out, request, *result, media)
+
+    for request in requests:
+        try:
+            clip = Clip.read(request, predictor.config.vision.max_frames)
+        except (video.VideoError, ValueError) as error:
+            yield {"id": request.id, "video": str(request.video), "prompt": request.prompt,
+                   "error": str(error)}
+            continue
+        waiting[clip.media].append((request, clip))
+        if len(waiting[clip.media]) == predictor.batch_size:
+            yield from flush(clip.media)
+    for media in waiting:
+        yield from flush(media)
+
+
+def run_list(predictor: Predictor, requests: Sequence[Request], out: pathlib.Path) -> int:
+    """Answers into results.jsonl what is not there yet; returns the number of failed requests."""
+    path = out / "results.jsonl"
+    done = read_results(path, requests)
+    # Without failures and a cut line.
+    write_text(path, "".join(json.dumps(record) + "\n" for record in done.values()))
+    todo = [request for request in requests if request.id not in done]
+    failed = 0
+    with path.open("a", encoding="utf-8") as file, tqdm.tqdm(
+            total=len(requests), initial=len(requests) - len(todo), desc="predict",
+            unit="question") as bar:
+        for record in records_of(predictor, todo, out):
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            failed += "error" in record
+            bar.update()
+            bar.write(f"{record['id']}: {record.get('text', record.get('error'))}")
+    return failed
+
+
+def run_one(predictor: Predictor, request: Request, out: pathlib.Path) -> int:
+    """Answers one request into NAME.json; returns the number of failed requests."""
+    record, = records_of(predictor, [request], out)
+    if "error" in record:
+        print(f"error: {record['error']}", file=sys.stderr)
+        return 1
+    write_text(out / f"{request.id}.json", json.dumps(record, indent=2) + "\n")
+    print(record["text"])
+    print(out / record["annotated"])
+    return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tpo_jax.predict", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="model folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--video", help="video or image file")
+    what.add_argument("--input", help="JSONL list of questions")
+    add("--prompt", help="question about --video; <box> stands for --box")
+    add("--box", help="normalised x1,y1,x2,y2 of a box that the question is about")
+    add("--time", type=float, help="seconds of the frame that a box in the answer is for")
+    add("--out", default="predictions", help="output folder (default: %(default)s)")
+    add("--max_new", type=int, default=64, help="answer tokens at most (default: %(default)s)")
+    add("--batch_size", type=int, default=8, help="questions at a time (default: %(default)s)")
+    flags = parser.parse_args(arguments)
+    if flags.video and not flags.prompt:
+        parser.error("--video needs --prompt")
+    if flags.input and (flags.prompt or flags.box or flags.time is not None):
+        parser.error("--prompt, --box and --time belong to --video; a list has its own")
+    return flags
+
+
+def requests_of(flags: argparse.Namespace) -> list[Request]:
+    """The list, or the one question of the command line."""
+    if flags.input:
+        return read_list(pathlib.Path(flags.input))
+    box = flags.box and [_number(value) for value in flags.box.split(",")]
+    stem = re.sub(r"[^\w.-]", "_", pathlib.Path(flags.video).stem)
+    entry = {"id": stem, "video": flags.video, "prompt": flags.prompt, "box": box or None,
+             "time": flags.time}
+    return [make_request("command line", entry, pathlib.Path())]
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # `make_request` names it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    flags = parse(arguments)
+    out = pathlib.Path(flags.out)
+    try:
+        requests = requests_of(flags)
+        config, params, codec = load_model(flags.model)
+        predictor = Predictor(
+            config, params, codec, prompt_tokens=prompt_length(codec, requests),
+            batch_size=min(flags.batch_size, len(requests)), max_new=flags.max_new)
+        out.mkdir(parents=True, exist_ok=True)
+        if flags.video:
+            return run_one(predictor, requests[0], out)
+        failed = run_list(predictor, requests, out)
+    except RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{out / 'results.jsonl'}: {len(requests) - failed} answered, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Analytic FLOPs of a step, counted from the traced forward pass.
+
+XLA's own cost analysis counts the body of a scan once, so it cannot be used for stacked layers. We
+count matrix products: 2 * b * m * n * k for every dot_general of shape [b, m, k] x [b, k, n] in the
+traced program, times the length of every scan around it. Elementwise work is left out.
+
+Conventions (as in PaLM, arXiv 2204.02311, appendix B): attention is counted dense, without the
+discount of a causal mask; a train step is 3 x forward (backward costs 2 x forward), without
+rematerialisation and without a discount for frozen parameters.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.training.objective import answer_scores
+
+TRAIN_OVER_FORWARD = 3
+
+
+def forward_flops(model_config: ModelConfig, batch: Any) -> dict[str, float]:
+    """FLOPs of one forward pass over a global batch, by part.
+
+    Args:
+      batch: arrays or ShapeDtypeStructs of the global batch.
+
+    Returns:
+      {"vision", "language", "lm_head", "heads"}; vision holds encoder and connector.
+    """
+    # The plain attention path is the one whose products are visible in the trace.
+    language = dataclasses.replace(model_config.language, attention="xla", remat=False)
+    model = FunctionalModel(dataclasses.replace(model_config, language=language))
+    params = model.abstract()
+
+    def encode(params: Any, batch: Any) -> Any:
+        return model.bind(params).encode(batch["frames"], batch["frame_valid"])
+
+    def decode(params: Any, batch: Any) -> Any:
+        return model.bind(params)(batch)
+
+    outputs = jax.eval_shape(decode, params, batch)
+    vision = matmul_flops(encode, params, batch)
+    return {
+        "vision": vision,
+        "language": matmul_flops(decode, params, batch) - vision,
+        "lm_head": matmul_flops(lambda p, o, b: answer_scores(model.bind(p), o, b), params,
+                                outputs, batch),
+        "heads": matmul_flops(lambda p, o, b: model.bind(p).run_heads(o, b), params, outputs,
+                              batch),
+    }  # fmt: skip
+
+
+def train_flops(model_config: ModelConfig, batch: Any) -> float:
+    """Model FLOPs of one train step over a global batch, the numerator of MFU."""
+    return TRAIN_OVER_FORWARD * sum(forward_flops(model_config, batch).values())
+
+
+def matmul_flops(function: Callable[..., Any], *args: Any) -> float:
+    """FLOPs of all matrix products of `function`, which is traced on abstract arguments."""
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: Any) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            total += _dot_flops(equation)
+            continue
+        inner = [_count(sub) for sub in _sub_jaxprs(equation.params)]
+        if equation.primitive.name == "cond":  # one branch runs
+            total += max(inner)
+        elif equation.primitive.name == "scan":
+            total += equation.params["length"] * sum(inner)
+        else:
+            total += sum(inner)
+    return total
+
+
+def _dot_flops(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    depth = math.prod(left[axis] for axis in contracted)
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
+
+
+def _sub_jaxprs(params: dict[str, Any]) -> list[Any]:
+    """Programs nested in an equation: of pjit, scan, cond, remat, custom derivatives."""
+    found = []
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            item = getattr(item, "jaxpr", item)  # a closed jaxpr holds a jaxpr
+            if hasattr(item, "eqns"):
+                found.append(item)
+    return found
