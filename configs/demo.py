@@ -9,6 +9,8 @@
   2    heads and tokens: everything else is frozen
   3    joint co-training of all of it with conversation
   dpo  temporal preferences on pairs that the model of stage 3 generated and scored
+  floor  the base on the conversations alone; with --config.data.evidence=blind or middle_frame
+         it is a model that cannot see (all of) the video
 
 `runs` is the folder that holds data/{train,validation}, the stages and the pairs; `init` replaces
 the model folder a stage starts from; `tiny` is a few steps on small shapes, for tests.
@@ -26,6 +28,7 @@ from tpo_jax.training.config import (
     source_config,
 )
 
+BASE = str(importlib.resources.files("tpo_jax") / "assets" / "tiny_base")
 HEADS = ["region", "temporal", "mask"]
 TASKS = {"conversation": 1.0, "temporal": 1.0, "region": 0.7, "mask": 0.7, "tracking": 0.7}
 HEAD_LOSSES = {
@@ -43,7 +46,7 @@ HEAD_LOSSES = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, stage="1", runs="runs/demo", init="", tiny=False)
-    stages = {"1": _stage1, "2": _stage2, "3": _stage3, "dpo": _dpo}
+    stages = {"1": _stage1, "2": _stage2, "3": _stage3, "dpo": _dpo, "floor": _floor}
     if arg.stage not in stages:
         raise ConfigError(f"config argument stage={arg.stage}: expected one of {', '.join(stages)}")
     config = default_config()
@@ -84,7 +87,7 @@ def _video_bucket(tiny: bool) -> dict:
 def _stage1(config: ConfigDict, runs: str) -> None:
     """Language model, embeddings and task tokens; head losses are only reported."""
     del runs
-    config.init_from = str(importlib.resources.files("tpo_jax") / "assets" / "tiny_base")
+    config.init_from = BASE
     config.init_missing = ["task_tokens/", "box_encoder/", "heads/"]
     config.steps = 300
     config.losses.update(dict.fromkeys(HEAD_LOSSES, 0.0))
@@ -108,6 +111,19 @@ def _stage3(config: ConfigDict, runs: str) -> None:
         ["language/|connector/", 3e-4],
         ["vision/", 2e-4],
     ]
+
+
+def _floor(config: ConfigDict, runs: str) -> None:
+    """The base on the same conversations; `data.evidence` takes the video away."""
+    del runs
+    config.init_from = BASE
+    config.model.heads = []
+    config.losses = {"language": 1.0}
+    config.steps = 150
+    for split in ("train", "validation"):
+        config.data[split][0]["tasks"] = {"conversation": 1.0}
+    config.buckets.video.slots = {}
+    config.trainable = [["language/", 5e-4]]
 
 
 def _dpo(config: ConfigDict, runs: str) -> None:

@@ -8,7 +8,9 @@ Each step is the command that a user would type; the report lists them with thei
 """
 
 import argparse
+import dataclasses
 import json
+import os
 import pathlib
 import shlex
 import subprocess
@@ -16,13 +18,33 @@ import sys
 import time
 
 from tpo_jax.evaluation import report, summary
+from tpo_jax.interop.export import largest_difference
 
 BASE = pathlib.Path("tpo_jax/assets/tiny_base")
-CONFIG = "configs/demo.py"
-STAGES = ("stage1", "stage2", "stage3")
+STAGES = ("1", "2", "3")
 # Floors that are models: the base trained on the same conversations without the video, or with
 # only its middle frame.
 FLOORS = ("blind", "middle_frame")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much of everything: videos and images a split, training steps, pairs."""
+
+    train: int = 400
+    validation: int = 60
+    test: int = 160
+    images: int = 240
+    train_pairs: int = 700
+    validation_pairs: int = 60
+    test_pairs: int = 260
+    # Appended to the argument of configs/demo.py.
+    config: str = ""
+
+
+FULL = Scale()
+# Seconds instead of minutes, for the tests; its figures mean nothing.
+TINY = Scale(8, 4, 4, 8, 8, 4, 4, config=",tiny")
 
 
 class Steps:
@@ -34,20 +56,25 @@ class Steps:
     def __init__(self, out: pathlib.Path):
         self.out = out
         self.journal = out / "steps.jsonl"
+        # Commands that compile the same program share it.
+        self.environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str((out / "compiled").absolute()),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         self.done: dict[str, dict] = {}
         if self.journal.exists():
             records = map(json.loads, self.journal.read_text().splitlines())
             self.done = {record["step"]: record for record in records}
 
-    def run(self, step: str, module: str, *arguments: str) -> None:
+    def run(self, step: str, module: str, *arguments: object) -> None:
         """Runs `python -m module arguments...`; a failing command ends the demo with its status."""
-        command = ["python", "-m", module, *arguments]
+        command = ["python", "-m", module, *map(str, arguments)]
         if step in self.done:
             print(f"[{step}] was done in {self.done[step]['seconds']:.0f} s", flush=True)
             return
         print(f"\n[{step}] {shlex.join(command)}", flush=True)
         start = time.monotonic()
-        finished = subprocess.run([sys.executable, *command[1:]])
+        finished = subprocess.run([sys.executable, *command[1:]], env=self.environment)
         if finished.returncode:
             print(f"[{step}] ended with status {finished.returncode}", file=sys.stderr)
             sys.exit(finished.returncode)
@@ -65,85 +92,138 @@ class Steps:
         return {step: round(record["seconds"], 1) for step, record in self.done.items()}
 
 
-def make_data(steps: Steps, seed: int) -> None:
+def make_data(steps: Steps, scale: Scale, seed: int) -> None:
     """Renders the three splits and writes their tables."""
     out = steps.out
+    splits = {"train": scale.train, "validation": scale.validation, "test": scale.test}
     steps.run(
-        "render", "tpo_jax.data.moving_shapes", f"--out={out}/videos", f"--seed={seed}",
-        "--videos=620", "--images=240", "--splits=train:400,validation:60,test:160",
+        "render", "tpo_jax.data.moving_shapes", "--out", out / "world", "--seed", seed,
+        "--videos", sum(splits.values()), "--images", scale.images, "--processes", 2,
+        "--splits", ",".join(f"{name}:{count}" for name, count in splits.items()),
     )  # fmt: skip
-    for split in ("train", "validation", "test"):
+    for split in splits:
         steps.run(
-            f"prepare/{split}", "tpo_jax.prepare", "run",
-            f"--data={out}/videos/{split}", f"--out={out}/data/{split}",
+            f"prepare {split}", "tpo_jax.prepare", "run", "--data", out / "world" / split,
+            "--out", out / "data" / split, "--processes", 2,
         )  # fmt: skip
 
 
-def train(steps: Steps, name: str, init_from: pathlib.Path, seed: int, *more: str) -> pathlib.Path:
-    """Trains one stage from a model folder; returns the model folder it leaves."""
+def train(
+    steps: Steps, scale: Scale, name: str, stage: str, seed: int, *more: object
+) -> pathlib.Path:
+    """Trains one stage; returns the model folder that it leaves."""
     workdir = steps.out / name
     steps.run(
-        f"train/{name}", "tpo_jax.train", f"--config={CONFIG}:stage={name},data={steps.out}/data",
-        f"--workdir={workdir}", f"--config.init_from={init_from}", f"--config.seed={seed}", *more,
+        f"train {name}", "tpo_jax.train",
+        f"--config=configs/demo.py:stage={stage},runs={steps.out}{scale.config}",
+        f"--workdir={workdir}", f"--config.seed={seed}", *more,
     )  # fmt: skip
     return workdir / "model"
 
 
-def evaluate(steps: Steps, name: str, model: pathlib.Path, *more: str) -> None:
-    """Evaluates a model folder on the test split into `eval/<name>.json`."""
+def evaluate(steps: Steps, name: str, model: pathlib.Path, *more: object) -> pathlib.Path:
+    """Evaluates a model folder on the test split; returns the file of its metrics."""
+    result = steps.out / "eval" / f"{name}.json"
     steps.run(
-        f"evaluate/{name}", "tpo_jax.evaluate", f"--model={model}",
-        f"--data={steps.out}/data/test", f"--out={steps.out}/eval/{name}.json", *more,
+        f"evaluate {name}", "tpo_jax.evaluate", "--model", model,
+        "--data", steps.out / "data" / "test", "--out", result, *more,
     )  # fmt: skip
+    return result
 
 
-def make_pairs(steps: Steps, model: pathlib.Path, seed: int) -> None:
-    """The trained model answers with right and with manipulated frames, on disjoint videos."""
-    for split in ("train", "test"):
-        data = f"--data={steps.out}/data/{split}"
-        pairs = steps.out / "pairs" / split
-        steps.run(
-            f"pairs/{split}", "tpo_jax.preferences", "generate", f"--model={model}", data,
-            f"--out={pairs}", f"--seed={seed}",
+def measure_floors(steps: Steps, scale: Scale, base: pathlib.Path, seed: int) -> None:
+    """Best constants of the training split, and models trained without the video."""
+    arguments: list[object] = []
+    for evidence in FLOORS:
+        model = train(
+            steps, scale, f"floor_{evidence}", "floor", seed,
+            f"--config.init_from={base}", f"--config.data.evidence={evidence}",
         )  # fmt: skip
+        result = evaluate(steps, f"floor_{evidence}", model, "--evidence", evidence)
+        arguments += [f"--{evidence}", result]
     steps.run(
-        "score", "tpo_jax.preferences", "score", f"--model={model}",
-        f"--data={steps.out}/data/train", f"--pairs={steps.out}/pairs/train/pairs.jsonl",
-        f"--out={steps.out}/pairs/train/reference.npz",
+        "floors", "tpo_jax.evaluate", "--floors_from", steps.out / "data" / "train",
+        "--data", steps.out / "data" / "test", "--out", steps.out / "eval" / "floors.json",
+        *arguments,
     )  # fmt: skip
+
+
+def make_pairs(steps: Steps, scale: Scale, model: pathlib.Path, seed: int) -> None:
+    """The trained model answers with right and with manipulated frames, on disjoint videos."""
+    counts = {
+        "train": scale.train_pairs,
+        "validation": scale.validation_pairs,
+        "test": scale.test_pairs,
+    }
+    for split, count in counts.items():
+        data, pairs = steps.out / "data" / split, steps.out / "pairs" / split
+        steps.run(
+            f"pairs {split}", "tpo_jax.preferences", "generate", "--model", model,
+            "--data", data, "--out", pairs, "--pairs", count, "--seed", seed,
+        )  # fmt: skip
+        if split != "test":
+            steps.run(
+                f"score {split}", "tpo_jax.preferences", "score", "--model", model,
+                "--data", data, "--pairs", pairs / "pairs.jsonl", "--out", pairs / "reference.npz",
+            )  # fmt: skip
+
+
+def predict(steps: Steps, model: pathlib.Path) -> None:
+    """Asks the last model about two test videos, with and without heads."""
+    videos = sorted((steps.out / "world" / "test" / "videos").glob("*.mp4"))[:2]
+    prompts = steps.out / "prompts.jsonl"
+    queries = (steps.out / "world" / "test" / "temporal.jsonl").read_text().splitlines()
+    lines = []
+    for video in videos:
+        query = next(q for q in map(json.loads, queries) if q["vid"] == video.stem)
+        for prompt in (f'When does this happen: "{query["query"]}"?', "Describe the video."):
+            lines.append({"video": str(video.absolute()), "prompt": prompt})
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps.run(
+        "predict", "tpo_jax.predict", "--model", model, "--input", prompts,
+        "--out", steps.out / "predictions",
+    )  # fmt: skip
+
+
+def export(steps: Steps, model: pathlib.Path) -> float:
+    """Exports and reads back; returns the largest difference over all leaves."""
+    exported, back = steps.out / "export", steps.out / "reimported"
+    steps.run("export", "tpo_jax.convert", "export", "--model", model, "--out", exported)
+    steps.run("import", "tpo_jax.convert", "import", "--source", exported, "--out", back)
+    return largest_difference(model, back)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0, help="rendering, splits and training")
+    parser.add_argument("--base", type=pathlib.Path, default=BASE, help="model folder to start from")
+    parser.add_argument("--tiny", action="store_true", help="a few videos and steps, for tests")
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
-    steps = Steps(flags.out)
-    make_data(steps, flags.seed)
+    steps, scale, seed = Steps(flags.out), TINY if flags.tiny else FULL, flags.seed
 
-    for floor in FLOORS:
-        model = train(steps, floor, BASE, flags.seed)
-        evaluate(steps, floor, model, f"--evidence={floor}", "--tasks=qa")
-    model = BASE
-    evaluate(steps, "base", model, "--tasks=qa")
+    make_data(steps, scale, seed)
+    evaluate(steps, "base", flags.base)
+    measure_floors(steps, scale, flags.base, seed)
     for stage in STAGES:
-        model = train(steps, stage, model, flags.seed)
-        evaluate(steps, stage, model)
+        more = [f"--config.init_from={flags.base}"] if stage == "1" else []
+        model = train(steps, scale, f"stage{stage}", stage, seed, *more)
+        evaluate(steps, f"stage{stage}", model)
+    make_pairs(steps, scale, model, seed)
+    pairs = ("--pairs", steps.out / "pairs" / "test" / "pairs.jsonl")
+    evaluate(steps, "stage3_preference", model, *pairs, "--tasks", "preference")
+    model = train(steps, scale, "dpo", "dpo", seed)
+    evaluate(steps, "dpo", model, *pairs)
+    predict(steps, model)
+    difference = export(steps, model)
 
-    make_pairs(steps, model, flags.seed)
-    pairs = f"--pairs={steps.out}/pairs/test/pairs.jsonl"
-    evaluate(steps, "stage3_preference", model, pairs, "--tasks=preference")
-    model = train(steps, "dpo", model, flags.seed)
-    evaluate(steps, "dpo", model, pairs)
-
-    export = steps.out / "export"
-    steps.run("predict", "tpo_jax.predict", f"--model={model}",
-              f"--input={steps.out}/prompts.jsonl", f"--out={steps.out}/predictions")  # fmt: skip
-    steps.run("export", "tpo_jax.convert", "export", f"--model={model}", f"--out={export}")
-    steps.run("import", "tpo_jax.convert", "import", f"--source={export}",
-              f"--out={steps.out}/reimported")  # fmt: skip
-    print(summary, report)
+    result = summary.assemble(
+        steps.out, seed=seed, seconds=steps.seconds, max_abs_difference=difference
+    )
+    summary.write_summary(steps.out, result)
+    page = report.build_report(steps.out)
+    print(f"\n{summary.format_table(result)}\n\n{page}")
 
 
 if __name__ == "__main__":

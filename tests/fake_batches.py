@@ -6,6 +6,7 @@ import numpy as np
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads import BOX_TOKEN, head
 from tpo_jax.models.presets import PRESETS
 from tpo_jax.training.config import default_config
 
@@ -62,6 +63,10 @@ def random_batch(bucket: Bucket, config: ModelConfig, seed: int = 0) -> dict:
         batch["answer_weights"][1, 1] = 0
     for name, slots in batch["slots"].items():
         _fill_slots(rng, name, slots, bucket)
+        token = BOX_TOKEN if name == "box" else head(name).slot_token
+        rows, number = np.nonzero(slots["valid"])
+        at = rows, slots["branch"][rows, number], slots["index"][rows, number]
+        batch["branch_tokens"][at] = config.tokens[token]
     return batch
 
 

@@ -87,3 +87,16 @@ def that_says(params, codec, *favourites):
         language["embed"]["table"][now, axis] = 1.0
         language["lm_head"]["kernel"][axis, after] = 1.0
     return {**params, "language": language, "task_tokens": task_tokens}
+
+
+def that_draws(params, codec, *texts):
+    """Weights under which every token of `texts`, or the end, is equally likely everywhere."""
+    language = jax.tree.map(np.array, params["language"])
+    for block, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
+        language["layers"][block][name]["kernel"][:] = 0.0
+    language["embed"]["table"][:] = np.eye(1, language["embed"]["table"].shape[1])
+    language["lm_head"]["kernel"][:] = 0.0
+    language["lm_head"]["kernel"][0] = -4.0
+    tokens = [token for text in texts for token in codec.encode(text)]
+    language["lm_head"]["kernel"][0, [*tokens, codec.eos_id]] = 4.0
+    return {**params, "language": language}

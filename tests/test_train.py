@@ -36,11 +36,11 @@ def one_device_and_one_compilation():
     """Runs on one of the fake devices; runs with the same program share what is compiled."""
     compiled, compile_buckets = {}, tpo_jax.train.compile_buckets
 
-    def compile_once(program, pipeline, *, evaluate):
-        shapes = str((program.abstract_state, [b.bucket for b in pipeline.builders.values()]))
+    def compile_once(program, builders, evaluate, say):
+        shapes = str((program.abstract_state, [b.bucket for b in builders.values()]))
         key = (shapes, str(program.objective), program.optimizer.report, evaluate)
         if key not in compiled:
-            compiled[key] = compile_buckets(program, pipeline, evaluate=evaluate)
+            compiled[key] = compile_buckets(program, builders, evaluate, say)
         return compiled[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -143,7 +143,8 @@ def test_resuming_with_another_config_names_the_option(data, whole):
 
 
 def test_a_stage_starts_from_a_model_folder_and_trains_only_its_group(data, whole, tmp_path):
-    config = tiny_run.get_config(f"data={data},heads=True,steps=2,init_from={whole / 'model'}")
+    arg = f"data={data},heads=True,steps=2,buckets=1,init_from={whole / 'model'}"
+    config = tiny_run.get_config(arg)
     config.eval_every = 0
     with pytest.raises(ModelFolderError, match="heads/region/.*init_missing"):
         run(config, tmp_path / "strict")

@@ -67,7 +67,7 @@ class BucketPlan:
     flops: dict[str, float]
 
     def fits(self, hbm: int) -> bool:
-        return self.needed <= hbm
+        return self.memory is not None and self.needed <= hbm
 
 
 def plan_bucket(program: Program, model_config: ModelConfig, bucket: Bucket) -> BucketPlan:
@@ -103,7 +103,7 @@ def count_collectives(program_text: str) -> dict[str, int]:
 
 def out_of_memory(message: str) -> int | None:
     """Bytes that the compiler says a program needs, or None if that is not what it says."""
-    match = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    match = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)", message)
     if "RESOURCE_EXHAUSTED" not in message or match is None:
         return None
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
@@ -116,7 +116,7 @@ def report(plan: BucketPlan, topology: str) -> str:
     for size in sizes:
         chips *= size
     memory = plan.memory
-    parts = "over by the compiler's own account"
+    parts = "the compiler gave up"
     if memory is not None:
         parts = (
             f"arguments {memory.arguments / GIB:.3f}, outputs {memory.outputs / GIB:.3f}, "

@@ -3,6 +3,7 @@
 python -m tpo_jax.prepare run --data world/train --out prepared/train --size 64
 python -m tpo_jax.prepare run --config configs/prepare.py:world/train --out prepared/train
 python -m tpo_jax.prepare check --format qvhighlights --annotations highlight_train.jsonl
+python -m tpo_jax.prepare tokenizer --data prepared/train --out prepared/tokenizer.json
 python -m tpo_jax.prepare inspect --help
 """
 
@@ -22,6 +23,8 @@ from tpo_jax.data.ingest.plan import PrepareError, Settings, Source, read_source
 from tpo_jax.data.ingest.run import prepare
 from tpo_jax.data.ingest.sources import check_config, from_config, from_manifest
 from tpo_jax.data.media import MediaFolder
+from tpo_jax.data.records import PreparedDataset
+from tpo_jax.data.text import texts_of, train_tokenizer
 
 RUN_EXAMPLES = """examples:
   # a data set that names its own annotations in dataset.json (as moving_shapes writes it)
@@ -56,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "check":
             return _check(options)
+        if options.command == "tokenizer":
+            return _tokenizer(options)
         return _run(options, config_arguments)
     except PrepareError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -68,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,check,inspect}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,check,tokenizer,inspect}")
     known = ", ".join(formats.FORMATS)
 
     run = commands.add_parser(
@@ -103,6 +108,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--annotations", type=pathlib.Path, required=True)
     check.add_argument("--media", type=pathlib.Path, help="also look the media up")
     _add_ignore_keys(check)
+
+    tokenizer = commands.add_parser(
+        "tokenizer",
+        help="train a tokenizer on the questions and answers of a prepared folder",
+        allow_abbrev=False,
+    )
+    tokenizer.add_argument("--data", type=pathlib.Path, required=True, help="a prepared folder")
+    tokenizer.add_argument("--out", type=pathlib.Path, required=True, help="tokenizer.json to write")
+    tokenizer.add_argument("--vocabulary", type=int, default=1000, help="most tokens (1000)")
     commands.add_parser("inspect", help="draw one training row (see inspect --help)")
     return parser
 
@@ -115,6 +129,15 @@ def _add_ignore_keys(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="keys of records that are known to mean nothing here",
     )
+
+
+def _tokenizer(options: argparse.Namespace) -> int:
+    tokenizer = train_tokenizer(texts_of(PreparedDataset(options.data)), options.vocabulary)
+    temporary = options.out.with_name(options.out.name + ".tmp")
+    temporary.write_text(tokenizer.to_str(pretty=True))
+    temporary.replace(options.out)
+    print(f"{options.out}: {tokenizer.get_vocab_size()} tokens")
+    return 0
 
 
 def _run(options: argparse.Namespace, config_arguments: Sequence[str]) -> int:

@@ -33,7 +33,7 @@ from ml_collections import ConfigDict, config_flags
 
 from tpo_jax.data.mixture import Source
 from tpo_jax.data.pairs import PairedDataset
-from tpo_jax.data.pipeline import Pipeline, blank_batch
+from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.records import PreparedDataset
 from tpo_jax.data.text import TextCodec, add_task_tokens
 from tpo_jax.generation import sidecar
@@ -45,6 +45,7 @@ from tpo_jax.parallel.paths import flatten, unflatten
 from tpo_jax.parallel.weighted_sum import WeightedSum
 from tpo_jax.training import config as training_config
 from tpo_jax.training.checkpoint import Checkpoint, CheckpointError, Checkpoints
+from tpo_jax.training.compiled import CompiledBucket, compile_buckets
 from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.preemption import EXIT_STATUS, Preemption
 from tpo_jax.training.program import Program, make_program
@@ -92,6 +93,7 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
             buckets=plain_config["buckets"],
             seed=config.seed,
             reference=read_references(config),
+            evidence=config.data.evidence,
             **dict(zip(("process_index", "process_count"), reader_shard(mesh), strict=True)),
         )
         pipeline = make_pipeline(read_sources(plain_config["data"]["train"]))
@@ -124,7 +126,7 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
 
     ########################################################################### Compile
     with ledger.measure("compile"):
-        compiled = compile_buckets(program, pipeline, evaluate=validation is not None)
+        compiled = compile_buckets(program, pipeline.builders, validation is not None, say)
 
     ########################################################################### Writers
     writers = Writers([])
@@ -291,74 +293,16 @@ def initial_params(config: ConfigDict, program: Program, model_config: ModelConf
     )
     say(f"weights from {config.init_from}: {len(loaded.leaves)} leaves")
     shardings = flatten(program.param_shardings)
-    draw = jax.jit(
-        lambda key: {name: flatten(program.model.init(key))[name] for name in loaded.missing},
-        out_shardings={name: shardings[name] for name in loaded.missing},
-    )
+
+    def draw_missing(key: jax.Array) -> dict[str, jax.Array]:
+        leaves = flatten(program.model.init(key))
+        return {name: leaves[name] for name in loaded.missing}
+
+    draw = jax.jit(draw_missing, out_shardings={name: shardings[name] for name in loaded.missing})
     drawn = draw(jax.random.key(config.seed)) if loaded.missing else {}
     for name in drawn:
         say(f"  new: {name} {drawn[name].shape}")
     return unflatten({name: (loaded.leaves | drawn)[name] for name in shardings})
-
-
-@dataclasses.dataclass(frozen=True)
-class CompiledBucket:
-    """The programs of one bucket; they cannot trace, so a wrong shape is an error, not a recompile.
-
-    tokens: positions of the decoder in one batch, padding included.
-    """
-
-    name: str
-    shapes: dict[str, tuple[tuple[int, ...], np.dtype]]
-    tokens: int
-    train_program: Any
-    eval_program: Any
-
-    def train(self, state: Any, batch: Any, key: jax.Array) -> Any:
-        self._check(batch)
-        return self.train_program(state, batch, key)
-
-    def evaluate(self, params: Any, batch: Any) -> Any:
-        self._check(batch)
-        return self.eval_program(params, batch)
-
-    def _check(self, batch: Any) -> None:
-        shapes = {path: (x.shape, x.dtype) for path, x in flatten(batch).items()}
-        if shapes != self.shapes:
-            wrong = [
-                f"  {path}: compiled for {self.shapes.get(path)}, got {shapes.get(path)}"
-                for path in sorted(shapes.keys() | self.shapes.keys())
-                if shapes.get(path) != self.shapes.get(path)
-            ]
-            raise ValueError(
-                f"a batch of bucket {self.name!r} would compile again:\n" + "\n".join(wrong)
-            )
-
-
-def compile_buckets(
-    program: Program, pipeline: Pipeline, *, evaluate: bool
-) -> dict[str, CompiledBucket]:
-    """Compiles the train (and validation) step of every bucket before the first batch is drawn."""
-    compiled = {}
-    for name, builder in pipeline.builders.items():
-        begin = time.monotonic()
-        batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), blank_batch(builder)
-        )
-        leaves = flatten(batch)
-        rows = leaves["branch_tokens"].shape[0]
-        per_row = leaves["prefix_tokens"].shape[1] + np.prod(leaves["branch_tokens"].shape[1:])
-        params = program.abstract_state.params
-        lowered = program.eval_step.lower(params, batch) if evaluate else None
-        compiled[name] = CompiledBucket(
-            name=name,
-            shapes={path: (x.shape, x.dtype) for path, x in leaves.items()},
-            tokens=int(rows * per_row),
-            train_program=program.lower_train_step(batch).compile(),
-            eval_program=lowered.compile() if lowered is not None else None,
-        )
-        say(f"compiled bucket {name!r} ({rows} rows) in {time.monotonic() - begin:.1f} s")
-    return compiled
 
 
 def evaluate(

@@ -80,16 +80,16 @@ def test_boxes_and_masks_come_from_training():
         + [example(8, "region", "<region>", {"boxes": [box], "times": [1.0]})]
     )
     test = MemoryDataset(
-        tracks(4, [box] * 4 + [[0.5, 0.5, 1.0, 1.0]] * 4)
+        tracks(4, [box] * 4 + [[0.25, 0.5, 0.5, 1.0]] * 4)
         + [example(9, "region", "<region>", {"boxes": [box], "times": [1.0]})]
     )
     found = values(floors.constant_floors(train, test, 8))
     name = "constant box (0.25, 0.25, 0.50, 0.75)"
     assert found["region/acc@0.5"] == {name: 1.0}
-    assert list(found["mask/j"].values())[0] == pytest.approx((4 + 0.0625 / 0.3125) / 8, abs=1e-3)
-    # Three frames after the given one are right (20/21), four overlap by 1/5 (four thresholds).
+    assert list(found["mask/j"].values())[0] == pytest.approx((4 + 4 / 3) / 8)
+    # Three frames after the given one are right (20/21), four overlap by 1/3 (seven of them).
     assert found["tracking/auc"]["input box held still"] == pytest.approx(
-        (3 * 20 + 4 * 4) / (7 * 21), abs=1e-6
+        (3 * 20 + 4 * 7) / (7 * 21), abs=1e-6
     )
     assert set(found["tracking/auc"]) == {name, "input box held still"}
 

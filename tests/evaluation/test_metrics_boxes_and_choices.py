@@ -20,6 +20,7 @@ def test_box_iou_by_hand():
     assert region.region_accuracy([0, 0, 2, 2.01], [0, 0, 2, 1]) == 0
 
 
+@hypothesis.settings(deadline=None, max_examples=50)
 @hypothesis.given(BOX, BOX)
 def test_box_iou_equals_pycocotools(first, second):
     as_xywh = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in (first, second)]

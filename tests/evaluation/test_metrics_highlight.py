@@ -50,6 +50,7 @@ def test_frames_are_averaged_into_clips():
         metrics.clip_scores(times, np.zeros(2), 0.0, 4)
 
 
+@hypothesis.settings(deadline=None, max_examples=50)
 @hypothesis.given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=20))
 def test_average_precision_equals_the_oracle(rows):
     scores = np.array([score for score, _ in rows], float)

@@ -8,7 +8,9 @@ from hypothesis.extra import numpy as hnp
 
 from tpo_jax.evaluation.metrics import mask as metrics
 
-MASKS = hnp.arrays(bool, st.tuples(st.integers(1, 4), st.just(9), st.just(11)))
+SLOW_MACHINE = hypothesis.settings(
+    deadline=None, max_examples=50, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 
 
 def ellipses(seed: int, height: int, width: int, count: int = 12) -> np.ndarray:
@@ -91,9 +93,10 @@ def test_two_empty_masks_agree_and_one_empty_mask_scores_zero():
         assert function(full, empty) == 0
 
 
-@hypothesis.given(MASKS, st.integers(0, 2**31))
-def test_scores_are_symmetric_bounded_and_one_for_equal_masks(masks, seed):
-    other = np.random.default_rng(seed).random(masks.shape) < 0.5
+@SLOW_MACHINE
+@hypothesis.given(st.integers(0, 2**31), st.floats(0, 1), st.integers(1, 20), st.integers(1, 20))
+def test_scores_are_symmetric_bounded_and_one_for_equal_masks(seed, share, height, width):
+    masks, other = np.random.default_rng(seed).random((2, 3, height, width)) < share
     for function in (metrics.region_similarity, metrics.boundary_accuracy):
         scores = function(masks, other)
         assert scores.shape == masks.shape[:1]
@@ -102,6 +105,7 @@ def test_scores_are_symmetric_bounded_and_one_for_equal_masks(masks, seed):
         np.testing.assert_array_equal(function(masks, masks), 1)
 
 
+@SLOW_MACHINE
 @hypothesis.given(hnp.arrays(bool, (9, 11)))
 def test_mask_box_covers_the_mask_and_nothing_smaller_does(mask):
     box = metrics.mask_box(mask)

@@ -69,6 +69,7 @@ def slow_average_precision(windows, scores, targets, threshold):
     return total
 
 
+@hypothesis.settings(deadline=None, max_examples=50)
 @hypothesis.given(WINDOWS, WINDOWS, st.integers(0, 2**31))
 def test_average_precision_equals_the_oracle(windows, targets, seed):
     windows = windows[:10]
@@ -79,6 +80,7 @@ def test_average_precision_equals_the_oracle(windows, targets, seed):
     )
 
 
+@hypothesis.settings(deadline=None, max_examples=50)
 @hypothesis.given(WINDOW, WINDOW)
 def test_iou_is_symmetric_and_bounded(first, second):
     iou = metrics.window_iou(first, second)

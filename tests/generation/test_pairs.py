@@ -87,6 +87,13 @@ def test_a_question_about_time_keeps_the_whole_video():
     assert plan.chosen_indices == plan.frame_indices and plan.segment == (4.0, 6.0)
 
 
+@pytest.mark.parametrize("times", [[0.0], [0.0, 5.0]])
+def test_a_video_without_remainder_gives_a_comprehensive_pair(times):
+    plan = pairs.plan_evidence(
+        question(segment=(0.0, 5.0)), np.array(times, np.float32), EvidenceSettings(8, mix=1.0))
+    assert plan.manipulation == "comprehensive" and len(plan.manipulated_indices) == 8
+
+
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=20, unique=True), st.integers(1, 40))
 def test_repeat_to_spreads_evenly(indices, count):
     repeated = pairs.repeat_to(np.array(sorted(indices)), count)

@@ -73,9 +73,9 @@ def test_results_equal_the_heads_run_on_the_slot_states(model, routed):
         slot = np.zeros((3, 1, states.shape[-1]), np.float32)
         slot[0, 0] = states[0, 1, event]
         frame = np.full((3, 1), 2, np.int32)
-        bound = model.bind(params)
-        predictions = jax.device_get(bound.run_head(
-            name, slot, context.encoded.features, batch["frames"], batch["frame_valid"], frame))
+        run = jax.jit(lambda *inputs, name=name: model.bind(params).run_head(name, *inputs))
+        predictions = jax.device_get(run(
+            slot, context.encoded.features, batch["frames"], batch["frame_valid"], frame))
         one = {k: v[0, 0] for k, v in predictions.items()}
         clip = ClipInfo(0.0, 12.0, batch["frame_times"][0], batch["frame_valid"][0], 32, 32, 2)
         expected = HEADS[name].decode(one, clip)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from tpo_jax.models.config import LanguageConfig
 from tpo_jax.models.language import LanguageModel, rotary_tables, rotate
+from tpo_jax.models.video_language import branch_keys
 
 CONFIG = LanguageConfig(
     vocab_size=128, width=16, depth=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24, qkv_bias=True
@@ -27,118 +28,139 @@ def _tokens(seed, *shape):
 
 
 def _plain(model, tokens):
-    """One unpadded causal row: int32[T] -> float[T, D]."""
-    T = tokens.shape[0]
-    hidden, _ = model.prefill(
-        model.embed_tokens(tokens[None]), jnp.arange(T)[None], jnp.ones((1, T), jnp.int32)
-    )
-    return hidden[0]
+    """Unpadded causal rows: int32[rows, T] -> float[rows, T, D]."""
+    rows, T = tokens.shape
+    positions = jnp.tile(jnp.arange(T), (rows, 1))
+    ones = jnp.ones((rows, T), jnp.int32)
+    return model.prefill(model.embed_tokens(tokens), positions, ones)[0]
 
 
 def _branched(model, prefix, branches, lengths):
-    """int32[B, P], int32[B, K, R]; lengths[b][k] tokens of a branch are real."""
+    """int32[B, P], int32[B, K, R]; lengths[k] tokens of branch k are real -> float[B, K, R, D]."""
     B, K, R = branches.shape
     ones = jnp.ones((B, P), jnp.int32)
-    hidden, cache = model.prefill(
-        model.embed_tokens(prefix), jnp.tile(jnp.arange(P), (B, 1)), ones
-    )
+    positions = jnp.tile(jnp.arange(P), (B, 1))
+    _, cache = model.prefill(model.embed_tokens(prefix), positions, ones)
     segments = (jnp.arange(R) < jnp.asarray(lengths)[..., None]).astype(jnp.int32)
+    segments = jnp.broadcast_to(segments, (B, K, R))
     positions = jnp.broadcast_to(P + jnp.arange(R), (B, K, R))
     out, _ = model.extend(model.embed_tokens(branches), positions, segments, cache, ones)
-    return hidden, out
+    return out
 
 
-@pytest.mark.parametrize("K", [1, 2, 5])
+@pytest.mark.parametrize("K", [1, 3])
 def test_branches_equal_separate_rows_in_values_and_gradients(model, K):
     structure, state = model
     prefix, branches = _tokens(1, 2, P), _tokens(2, 2, K, R)
-    lengths = 2 + np.arange(2 * K).reshape(2, K) % (R - 1)
+    lengths = [3, 5, 2][:K]
 
     def shared(state):
-        _, out = _branched(nnx.merge(structure, state), prefix, branches, lengths)
-        return [out[b, k, : lengths[b, k]] for b in range(2) for k in range(K)]
+        out = _branched(nnx.merge(structure, state), prefix, branches, lengths)
+        return [out[:, k, :length] for k, length in enumerate(lengths)]
 
     def separate(state):
         model = nnx.merge(structure, state)
-        return [
-            _plain(model, jnp.concatenate([prefix[b], branches[b, k, : lengths[b, k]]]))[P:]
-            for b in range(2)
-            for k in range(K)
-        ]
+        rows = [jnp.concatenate([prefix, branches[:, k, :n]], 1) for k, n in enumerate(lengths)]
+        return [_plain(model, row)[:, P:] for row in rows]
 
-    for got, want in zip(shared(state), separate(state), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5)
+    def with_gradient(rows):
+        def total(state):
+            out = rows(state)
+            return sum(jnp.sum(jnp.sin(3.0 * row)) for row in out), out
 
-    def scalar(rows):
-        return lambda state: sum(jnp.sum(jnp.sin(3.0 * row)) for row in rows(state))
+        (_, out), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(state)
+        return out, gradient
 
-    got, want = jax.jit(jax.grad(scalar(shared)))(state), jax.grad(scalar(separate))(state)
+    (got, got_gradient), (want, want_gradient) = with_gradient(shared), with_gradient(separate)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    _assert_close_gradients(got_gradient, want_gradient)
+
+
+def _assert_close_gradients(got, want):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
 
 
 def test_two_rows_packed_into_one_equal_two_rows(model):
-    model = nnx.merge(*model)
     a, b = _tokens(3, 4), _tokens(4, 3)
     one, two = _tokens(5, 3), _tokens(6, 2)
     # Prefix: a | b | padding. Branch: one (continues a) | two (continues b) | padding.
     prefix = jnp.concatenate([a, b, jnp.zeros(2, jnp.int32)])[None]
     prefix_segments = jnp.array([[1] * 4 + [2] * 3 + [0] * 2])
     prefix_positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 0]])
-    _, cache = model.prefill(model.embed_tokens(prefix), prefix_positions, prefix_segments)
     branch = jnp.concatenate([one, two, jnp.zeros(1, jnp.int32)])[None, None]
     segments = jnp.array([[[1, 1, 1, 2, 2, 0]]])
     positions = jnp.array([[[4, 5, 6, 3, 4, 0]]])
-    out, _ = model.extend(
-        model.embed_tokens(branch), positions, segments, cache, prefix_segments
-    )
-    np.testing.assert_allclose(out[0, 0, :3], _plain(model, jnp.r_[a, one])[4:], atol=1e-5)
-    np.testing.assert_allclose(out[0, 0, 3:5], _plain(model, jnp.r_[b, two])[3:], atol=1e-5)
+
+    @jax.jit
+    def run(state):
+        bound = nnx.merge(model[0], state)
+        embeds = bound.embed_tokens(prefix)
+        _, cache = bound.prefill(embeds, prefix_positions, prefix_segments)
+        out, _ = bound.extend(
+            bound.embed_tokens(branch), positions, segments, cache, prefix_segments
+        )
+        plain = [_plain(bound, jnp.r_[x, y][None])[0, len(x):] for x, y in ((a, one), (b, two))]
+        return out[0, 0], plain
+
+    out, (want_one, want_two) = run(model[1])
+    np.testing.assert_allclose(out[:3], want_one, atol=1e-5)
+    np.testing.assert_allclose(out[3:5], want_two, atol=1e-5)
     assert np.all(np.isfinite(out))
 
 
 def test_padding_of_the_prefix_changes_nothing(model):
-    model = nnx.merge(*model)
     prefix, branch = _tokens(7, 1, P), _tokens(8, 1, 1, R)
-    _, want = _branched(model, prefix, branch, [[R]])
     segments = jnp.array([[1] * P + [0] * 3])
     longer = jnp.concatenate([prefix, jnp.full((1, 3), 9)], axis=1)
-    _, cache = model.prefill(
-        model.embed_tokens(longer), jnp.r_[jnp.arange(P), 0, 0, 0][None], segments
-    )
-    positions = P + jnp.arange(R)[None, None]
-    got, _ = model.extend(
-        model.embed_tokens(branch), positions, jnp.ones((1, 1, R), jnp.int32), cache, segments
-    )
+
+    @jax.jit
+    def run(state):
+        bound = nnx.merge(model[0], state)
+        positions = jnp.r_[jnp.arange(P), 0, 0, 0][None]
+        _, cache = bound.prefill(bound.embed_tokens(longer), positions, segments)
+        got, _ = bound.extend(
+            bound.embed_tokens(branch), P + jnp.arange(R)[None, None],
+            jnp.ones((1, 1, R), jnp.int32), cache, segments,
+        )  # fmt: skip
+        return got, _branched(bound, prefix, branch, [R])
+
+    got, want = run(model[1])
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunks", [(1,) * 5, (3, 2), (5,)])
-def test_generation_cache_step_by_step_equals_one_pass(model, chunks):
-    model = nnx.merge(*model)
+def test_generation_cache_in_any_steps_equals_one_pass(model):
+    structure, state = model
     prefix, branches = _tokens(9, 2, P), _tokens(10, 2, 3, R)
-    _, want = _branched(model, prefix, branches, np.full((2, 3), R))
     ones = jnp.ones((2, P), jnp.int32)
-    _, cache = model.prefill(
-        model.embed_tokens(prefix), jnp.tile(jnp.arange(P), (2, 1)), ones
-    )
-    own = model.empty_cache(2, 3, R + 2, jnp.float32)
-    embeds = model.embed_tokens(branches)
 
     @jax.jit
-    def step(embeds, own, index):
-        T = embeds.shape[2]
-        positions = jnp.broadcast_to(P + index + jnp.arange(T), (2, 3, T))
-        return model.extend(
-            embeds, positions, jnp.ones((2, 3, T), jnp.int32), cache, ones, own, index
-        )
+    def start(state):
+        bound = nnx.merge(structure, state)
+        positions = jnp.tile(jnp.arange(P), (2, 1))
+        _, cache = bound.prefill(bound.embed_tokens(prefix), positions, ones)
+        want = _branched(bound, prefix, branches, [R] * 3)
+        return cache, bound.empty_cache(2, 3, R + 2, jnp.float32), want
 
-    start, pieces = 0, []
-    for size in chunks:
-        hidden, own = step(embeds[:, :, start : start + size], own, jnp.int32(start))
-        pieces.append(hidden)
-        start += size
-    np.testing.assert_allclose(jnp.concatenate(pieces, axis=2), want, atol=1e-5)
+    @jax.jit
+    def step(state, tokens, cache, own, index):
+        bound = nnx.merge(structure, state)
+        T = tokens.shape[2]
+        positions = jnp.broadcast_to(P + index + jnp.arange(T), (2, 3, T))
+        segments = jnp.ones((2, 3, T), jnp.int32)
+        embeds = bound.embed_tokens(tokens)
+        return bound.extend(embeds, positions, segments, cache, ones, own, index)
+
+    cache, empty, want = start(state)
+    for chunks in [(1,) * 5, (3, 1, 1), (5,)]:
+        at, own, pieces = 0, empty, []
+        for size in chunks:
+            tokens = branches[:, :, at : at + size]
+            hidden, own = step(state, tokens, cache, own, jnp.int32(at))
+            pieces.append(hidden)
+            at += size
+        np.testing.assert_allclose(jnp.concatenate(pieces, axis=2), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{"unroll": True}, {"remat": True}])
@@ -148,38 +170,50 @@ def test_loop_remat_and_unrolled_layers_agree(model, changes):
     other, _ = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)))
     prefix, branches = _tokens(11, 1, P), _tokens(12, 1, 2, R)
 
-    def total(state, structure):
-        _, out = _branched(nnx.merge(structure, state), prefix, branches, [[R, R]])
-        return jnp.sum(jnp.sin(3.0 * out))
+    def gradient(structure):
+        def total(state):
+            out = _branched(nnx.merge(structure, state), prefix, branches, [R, R])
+            return jnp.sum(jnp.sin(3.0 * out))
 
-    want, got = jax.grad(total)(state, structure), jax.grad(total)(state, other)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+        return jax.jit(jax.grad(total))(state)
+
+    _assert_close_gradients(gradient(other), gradient(structure))
 
 
-class TestDropout:
-    config = dataclasses.replace(CONFIG, dropout=0.3)
+@jax.jit
+def _with_dropout(keys, tokens):
+    """Prefix and K=2 branches of the same tokens -> float[B, P, D], float[B, 2, P, D]."""
+    model = LanguageModel(dataclasses.replace(CONFIG, dropout=0.3), rngs=nnx.Rngs(0))
+    B, T = tokens.shape
+    positions, ones = jnp.tile(jnp.arange(T), (B, 1)), jnp.ones((B, T), jnp.int32)
+    embeds = model.embed_tokens(tokens)
+    hidden, cache = model.prefill(embeds, positions, ones, keys)
+    wide = [jnp.repeat(x[:, None], 2, axis=1) for x in (embeds, positions + T, ones)]
+    own_keys = None if keys is None else branch_keys(keys, 2)
+    branches, _ = model.extend(*wide, cache, ones, keys=own_keys)
+    return hidden, branches
 
-    def run(self, keys, tokens, rate_config=None):
-        model = LanguageModel(rate_config or self.config, rngs=nnx.Rngs(0))
-        B, T = tokens.shape
-        positions, segments = jnp.tile(jnp.arange(T), (B, 1)), jnp.ones((B, T), jnp.int32)
-        return model.prefill(model.embed_tokens(tokens), positions, segments, keys)[0]
 
-    def test_a_row_does_not_depend_on_its_place(self):
-        keys, tokens = jax.random.split(jax.random.key(0), 3), _tokens(13, 3, P)
-        forward = self.run(keys, tokens)
-        np.testing.assert_allclose(self.run(keys[::-1], tokens[::-1])[::-1], forward, atol=1e-6)
-        np.testing.assert_allclose(self.run(keys[1:2], tokens[1:2])[0], forward[1], atol=1e-6)
+def test_dropout_of_a_row_does_not_depend_on_its_place():
+    keys, tokens = jax.random.split(jax.random.key(0), 3), _tokens(13, 3, P)
+    forward, backward = _with_dropout(keys, tokens), _with_dropout(keys[::-1], tokens[::-1])
+    for a, b in zip(forward, backward, strict=True):
+        np.testing.assert_allclose(a, b[::-1], atol=1e-6)
+    alone = _with_dropout(keys[1:2], tokens[1:2])
+    for a, b in zip(forward, alone, strict=True):
+        np.testing.assert_allclose(a[1:2], b, atol=1e-6)
+    branches = forward[1]
+    assert np.abs(branches[:, 0] - branches[:, 1]).max() > 1e-3, "branches share a mask"
 
-    def test_keys_matter_and_none_means_off(self):
-        tokens = _tokens(14, 1, P)
-        one = self.run(jax.random.split(jax.random.key(0), 1), tokens)
-        two = self.run(jax.random.split(jax.random.key(1), 1), tokens)
-        off = self.run(None, tokens)
-        assert np.abs(one - two).max() > 1e-3
-        np.testing.assert_array_equal(off, self.run(None, tokens, CONFIG))
-        assert np.abs(one - off).max() > 1e-3
+
+def test_dropout_follows_its_keys_and_none_means_off():
+    tokens = _tokens(14, 1, P)
+    one, _ = _with_dropout(jax.random.split(jax.random.key(0), 1), tokens)
+    two, _ = _with_dropout(jax.random.split(jax.random.key(1), 1), tokens)
+    off, branches = _with_dropout(None, tokens)
+    assert np.abs(one - two).max() > 1e-3
+    assert np.abs(one - off).max() > 1e-3
+    np.testing.assert_array_equal(branches[:, 0], branches[:, 1])
 
 
 def test_rotary_positions_turn_pairs_half_a_head_apart():

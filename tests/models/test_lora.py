@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ def _set(tree, value):
     )  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _logits(model, params, batch):
     bound = model.bind(params)
     return bound(batch).branch_hidden @ bound.language.table.T

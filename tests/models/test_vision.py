@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ CONFIG = micro().vision
 
 @pytest.fixture(scope="module")
 def encoder():
-    return VisionEncoder(CONFIG, rngs=nnx.Rngs(0))
+    structure, state = nnx.split(VisionEncoder(CONFIG, rngs=nnx.Rngs(0)))
+    run = jax.jit(lambda state, *arguments: nnx.merge(structure, state)(*arguments))
+    return functools.partial(run, state)
 
 
 def _frames(seed, B, F):

@@ -18,6 +18,7 @@ from typing import Any
 import grain
 
 from tpo_jax.data.buckets import Bucket, BucketSchedule
+from tpo_jax.data.evidence import apply_evidence
 from tpo_jax.data.mixture import Mixture, Source
 from tpo_jax.data.rows import Reference, RowBuilder, row_id, stack_rows
 from tpo_jax.data.text import TextCodec
@@ -81,6 +82,7 @@ class Pipeline:
       process_index: this host.
       process_count: number of hosts; must divide every batch size.
       reference: reference log-probabilities of preference pairs; None leaves them out.
+      evidence: what the model may see, one of `data.evidence.MODES`.
 
     Raises:
       RowError: naming every example that does not fit its bucket.
@@ -89,7 +91,7 @@ class Pipeline:
     def __init__(self, config_data: Sequence[Any], codec: TextCodec, model_config: ModelConfig,
                  heads: Sequence[str], buckets: Mapping[str, Any] | Sequence[Bucket], seed: int,
                  process_index: int = 0, process_count: int = 1,
-                 reference: Reference | None = None):
+                 reference: Reference | None = None, evidence: str = "full"):
         if set(heads) != set(model_config.heads):
             raise ValueError(f"heads: {list(heads)}, but the model has {list(model_config.heads)}.")
         if not 0 <= process_index < process_count:
@@ -108,6 +110,7 @@ class Pipeline:
                              "has question > 0.")
         self.schedule = BucketSchedule(buckets)
         self.process_index, self.process_count = process_index, process_count
+        self.evidence = evidence
         self.builders = {bucket.name: row_builder(codec, model_config, bucket, reference)
                          for bucket in buckets}
         self.mixtures = {name: Mixture(builder, sources, seed, self._group(builder.bucket))
@@ -143,8 +146,9 @@ class Pipeline:
         """Bucket name and this host's rows [i * B / n, (i + 1) * B / n) of a step's batch."""
         name, rows, plans = self.plans(step)
         builder = self.builders[name]
-        return name, stack_rows([builder.build(plan, row_id(name, row))
-                                 for row, plan in zip(rows, plans, strict=True)])
+        batch = stack_rows([builder.build(plan, row_id(name, row))
+                            for row, plan in zip(rows, plans, strict=True)])
+        return name, apply_evidence(batch, self.evidence)
 
     def iterator(self, start_step: int = 0, threads: int = 2, prefetch: int = 4,
                  workers: int = 0) -> grain.DatasetIterator:

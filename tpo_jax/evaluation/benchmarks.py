@@ -247,8 +247,11 @@ def decode_rles(
     sizes = {tuple(rle["size"]) for rle in rles if rle is not None} or {tuple(default_size)}
     if len(sizes) > 1:
         raise ValueError(f"rles: masks of one track have different sizes {sorted(sizes)}")
-    empty = np.zeros(sizes.pop(), bool)
-    return np.stack([empty if rle is None else coco_mask.decode(dict(rle)) > 0 for rle in rles])
+    masks = np.zeros((len(rles), *sizes.pop()), bool)
+    given = [index for index, rle in enumerate(rles) if rle is not None]
+    if given:
+        masks[given] = np.moveaxis(coco_mask.decode([dict(rles[index]) for index in given]), 2, 0)
+    return masks
 
 
 def resize_nearest(masks: np.ndarray, height: int, width: int) -> np.ndarray:

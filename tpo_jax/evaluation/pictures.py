@@ -140,6 +140,6 @@ def _join(canvases: Sequence[Image.Image], gap: int = 4) -> str:
         page.paste(canvas, (x, 0))
         x += canvas.width + gap
     buffer = io.BytesIO()
-    page.save(buffer, format="PNG", optimize=True)
+    page.save(buffer, format="PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="frames" width="{width}" src="data:image/png;base64,{data}">'

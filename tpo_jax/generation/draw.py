@@ -103,7 +103,8 @@ def annotate(frames: np.ndarray, times: np.ndarray, prompt: str, text: str,
     width, height = base.size
     lines = wrap(f"> {prompt}", width - 8) + wrap(text, width - 8)
     tracks = [(event["result"], colour) for event, colour in painted if event["task"] == "temporal"]
-    strip = timeline(width, float(times[0]), float(times[-1]), tracks) if tracks else None
+    has_timeline = bool(tracks) and len(times) > 1
+    strip = timeline(width, float(times[0]), float(times[-1]), tracks) if has_timeline else None
     top = height + (TIMELINE_HEIGHT if strip else 0)
     total = top + CAPTION_LINE * len(lines) + 8
     for index, frame in enumerate(frames):

@@ -6,7 +6,6 @@ Questions that share a video and a set of frames share one prefill; all samples 
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -150,7 +149,7 @@ class PairGenerator:
             context = self.sampler.prefill(self.params, batch)
             ids = np.zeros(batch["branch_tokens"].shape[:2], np.uint32)
             for b, k, number in _places(now):
-                ids[b, k] = zlib.crc32(f"{questions[number].question_id}/{side}".encode())
+                ids[b, k] = pairs.name_id(f"{questions[number].question_id}/{side}")
             drawn: Drawn = {}
             for sample in range(self.settings.samples):
                 keys = branch_keys(self.settings.evidence.seed, ids, sample)

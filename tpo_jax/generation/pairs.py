@@ -219,16 +219,20 @@ def plan_evidence(question: Question, timestamps: np.ndarray,
     frames, seed = settings.frames, settings.seed
     whole = sampling.uniform(timestamps, frames)
     # Drawn per video where possible, so that questions share the prefill of one set of frames.
-    of_video = random_of(seed, f"{question.example.video_id}/evidence")
-    if random_of(seed, f"{question.question_id}/manipulation").random() >= settings.mix:
+    video = question.example.video_id
+    segment = question.segment or _choose_segment(
+        timestamps, random_of(seed, f"{video}/segment"))
+    times = np.asarray(timestamps, np.float64)  # as `sampling` compares them
+    outside = (times < segment[0]) | (times > segment[1])
+    is_localized = random_of(seed, f"{question.question_id}/manipulation").random() < settings.mix
+    if not is_localized or not outside.any():  # a video of very few frames has no remainder
         kept = sampling.random_subset(
-            whole, max(1, round(settings.subset * frames)), int(of_video.integers(2**31)))
+            whole, max(1, round(settings.subset * frames)), [seed, name_id(f"{video}/subset")])
         return Evidence("comprehensive", _indices(whole), _indices(whole),
                         _indices(repeat_to(kept, frames)), None)
-    right, segment = whole, question.segment
-    if segment is None:
-        segment = _choose_segment(timestamps, of_video)
-    elif settings.right == "dense" and question.turn.kind not in KINDS_ABOUT_TIME:
+    right = whole
+    if (question.segment and settings.right == "dense"
+            and question.turn.kind not in KINDS_ABOUT_TIME):
         right = repeat_to(sampling.dense_segment(timestamps, frames, *segment), frames)
     rest = repeat_to(sampling.excluding(timestamps, frames, [segment]), frames)
     return Evidence("localized", _indices(whole), _indices(right), _indices(rest), segment)
@@ -252,7 +256,12 @@ def _indices(array: np.ndarray) -> tuple[int, ...]:
 
 def random_of(seed: int, name: str) -> np.random.Generator:
     """A random stream of its own for everything that has a name."""
-    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return np.random.default_rng([seed, name_id(name)])
+
+
+def name_id(name: str) -> int:
+    """uint32 of a name, the same in every process (unlike `hash`)."""
+    return zlib.crc32(name.encode())
 
 
 def content_words(text: str) -> frozenset[str]:

@@ -47,16 +47,17 @@ def attention(
     """
     if (q_segments is None) != (kv_segments is None):
         raise ValueError("attention: q_segments and kv_segments must be given together")
+    if q_segments is None and causal_offset is not None:
+        q_segments, kv_segments = (jnp.ones(x.shape[:2], jnp.int32) for x in (q, k))
     if backend == "xla":
-        mask = _mask(q.shape[1], k.shape[1], q_segments, kv_segments, causal_offset)
         logits = _logits(q, k)
+        mask = _mask(q.shape[1], causal_offset, q_segments, kv_segments)
         if mask is not None:
             logits = jnp.where(mask, logits, MASKED)
-        weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
-        return _combine(weights, v)
+        return _combine(jax.nn.softmax(logits, axis=-1).astype(q.dtype), v)
     if backend == "cudnn":
-        mask = _mask(q.shape[1], k.shape[1], q_segments, kv_segments, causal_offset)
-        mask = None if mask is None else mask[:, :, 0]
+        mask = _mask(q.shape[1], causal_offset, q_segments, kv_segments)
+        mask = None if mask is None else mask[:, :, :, 0]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     if backend in ("splash", "splash_interpret"):
         interpret = backend == "splash_interpret"
@@ -116,57 +117,72 @@ def _two_part_attention(
 ):
     """One softmax over prefix and own logits; the prefix is never repeated K times."""
     B, K, T, N, H = q.shape
-    P, S = prefix_k.shape[1], own_k.shape[2]
-    G = prefix_k.shape[2]
 
     def fold(x):
         return x.reshape(B * K, *x.shape[2:])
 
-    # All K * T queries of a row are one long query axis against its prefix: [B, G, N/G, K*T, P].
-    rows = q.reshape(B, K * T, N, H)
-    to_prefix = _logits(rows, prefix_k)
-    visible = _mask(K * T, P, q_segments.reshape(B, K * T), prefix_segments, None)
-    to_prefix = jnp.where(visible, to_prefix, MASKED)
-    to_own = _logits(fold(q), fold(own_k))
-    visible = _mask(T, S, fold(q_segments), fold(own_segments), own_offset)
-    to_own = jnp.where(visible, to_own, MASKED)
-    # [B*K, G, N/G, T, S] -> [B, G, N/G, K*T, S], the layout of the prefix part.
-    to_own = to_own.reshape(B, K, G, N // G, T, S).transpose(0, 2, 3, 1, 4, 5)
-    to_own = to_own.reshape(B, G, N // G, K * T, S)
-    weights = jax.nn.softmax(jnp.concatenate([to_prefix, to_own], axis=-1), axis=-1)
-    weights = weights.astype(q.dtype)
-    from_prefix = _combine(weights[..., :P], prefix_v).reshape(q.shape)
-    own_weights = weights[..., P:].reshape(B, G, N // G, K, T, S).transpose(0, 3, 1, 2, 4, 5)
-    from_own = _combine(own_weights.reshape(B * K, G, N // G, T, S), fold(own_v))
-    return from_prefix + from_own.reshape(q.shape)
+    # All K * T queries of a row are one long query axis against its prefix.
+    rows_mask = _mask(K * T, None, q_segments.reshape(B, K * T), prefix_segments)
+    to_prefix = jnp.where(rows_mask, _logits(q.reshape(B, K * T, N, H), prefix_k), MASKED)
+    own_mask = _mask(T, own_offset, fold(q_segments), fold(own_segments))
+    to_own = jnp.where(own_mask, _logits(fold(q), fold(own_k)), MASKED)
+
+    def per_query(x):
+        """[B, G, K*T, n, 1] <- [B*K, G, T, n, 1], the order of the prefix part."""
+        x = x.reshape(B, K, *x.shape[1:])
+        return jnp.swapaxes(x, 1, 2).reshape(B, x.shape[2], K * T, *x.shape[4:])
+
+    def per_branch(x):
+        """The inverse of per_query."""
+        x = x.reshape(B, x.shape[1], K, T, *x.shape[3:])
+        return fold(jnp.swapaxes(x, 1, 2))
+
+    # The shift cancels in the quotient, so no gradient goes through it.
+    peak = jnp.maximum(
+        jnp.max(to_prefix, axis=-1, keepdims=True),
+        per_query(jnp.max(to_own, axis=-1, keepdims=True)),
+    )
+    peak = jax.lax.stop_gradient(peak)
+    to_prefix, to_own = jnp.exp(to_prefix - peak), jnp.exp(to_own - per_branch(peak))
+    mass = jnp.sum(to_prefix, -1, keepdims=True) + per_query(jnp.sum(to_own, -1, keepdims=True))
+    from_prefix = _combine(to_prefix.astype(q.dtype), prefix_v).reshape(q.shape)
+    from_own = _combine(to_own.astype(q.dtype), fold(own_v)).reshape(q.shape)
+    # [B, G, K*T, n, 1] -> [B, K, T, N, 1]
+    mass = jnp.swapaxes(mass, 1, 2).reshape(B, K, T, N, 1)
+    total = from_prefix.astype(jnp.float32) + from_own.astype(jnp.float32)
+    return (total / mass).astype(q.dtype)
 
 
 def _logits(q: jax.Array, k: jax.Array) -> jax.Array:
-    """float[B, T, N, H], float[B, S, G, H] -> scaled float32[B, G, N/G, T, S]."""
+    """float[B, T, N, H], float[B, S, G, H] -> scaled float32[B, G, T, N/G, S].
+
+    The axes stay in the order in which a matrix product leaves them: no transpose of the logits.
+    """
     B, T, N, H = q.shape
     G = k.shape[2]
     # A Python float keeps bfloat16 queries bfloat16.
     q = (q * float(H) ** -0.5).reshape(B, T, G, N // G, H)
-    return jnp.einsum("btgnh,bsgh->bgnts", q, k, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        q, k, (((4,), (3,)), ((0, 2), (0, 2))), preferred_element_type=jnp.float32
+    )
 
 
 def _combine(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """float[B, G, N/G, T, S], float[B, S, G, H] -> float[B, T, N, H]."""
-    out = jnp.einsum("bgnts,bsgh->btgnh", weights, v)
-    B, T, G, n, H = out.shape
-    return out.reshape(B, T, G * n, H)
+    """float[B, G, T, N/G, S], float[B, S, G, H] -> float[B, T, N, H]."""
+    B, G, T, n, _ = weights.shape
+    out = jax.lax.dot_general(weights, v, (((4,), (1,)), ((0, 1), (0, 2))))
+    return jnp.swapaxes(out, 1, 2).reshape(B, T, G * n, -1)
 
 
-def _mask(T, S, q_segments, kv_segments, causal_offset) -> jax.Array | None:
-    """bool broadcastable to [B, 1, 1, T, S]; None where everything is visible."""
-    mask = None
-    if causal_offset is not None:
-        mask = jnp.arange(S)[None, :] <= jnp.arange(T)[:, None] + causal_offset
-        mask = mask[None, None, None]
-    if q_segments is not None:
-        same = q_segments[:, :, None] == kv_segments[:, None, :]
-        mask = same[:, None, None] if mask is None else mask & same[:, None, None]
-    return mask
+def _mask(T: int, causal_offset, q_segments, kv_segments) -> jax.Array | None:
+    """bool broadcastable to [B, 1, T, 1, S]; None where everything is visible."""
+    if q_segments is None:
+        return None
+    mask = q_segments[:, None, :, None, None] == kv_segments[:, None, None, None, :]
+    if causal_offset is None:
+        return mask
+    S = kv_segments.shape[1]
+    return mask & (jnp.arange(S) <= jnp.arange(T)[:, None, None] + causal_offset)
 
 
 def _splash(q, k, v, q_segments, kv_segments, causal_offset, interpret: bool) -> jax.Array:

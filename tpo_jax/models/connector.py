@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tpo_jax.models.config import ConnectorConfig
-from tpo_jax.models.layers import Mlp
+from tpo_jax.models.layers import Mlp, Rngs
 
 
 class Connector(nnx.Module):
@@ -17,7 +17,7 @@ class Connector(nnx.Module):
     text tokens enter the decoder alike.
     """
 
-    def __init__(self, config: ConnectorConfig, width: int, language_width: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: ConnectorConfig, width: int, language_width: int, *, rngs: Rngs):
         self.config = config
         self.mlp = Mlp(
             width, config.hidden, language_width, rngs=rngs, scale=language_width**-0.5

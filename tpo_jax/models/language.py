@@ -15,7 +15,7 @@ from flax import nnx
 
 from tpo_jax.models.attention import attention, branch_attention
 from tpo_jax.models.config import LanguageConfig
-from tpo_jax.models.layers import Linear, RMSNorm, dropout, fold_rows, run_layers, stack
+from tpo_jax.models.layers import Linear, RMSNorm, Rngs, dropout, fold_rows, run_layers, stack
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +48,7 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 class DecoderAttention(nnx.Module):
-    def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LanguageConfig, *, rngs: Rngs):
         self.config = config
         query_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
         bias = config.qkv_bias
@@ -75,7 +75,7 @@ class DecoderAttention(nnx.Module):
 class GatedMlp(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LanguageConfig, *, rngs: Rngs):
         width, hidden = config.width, config.mlp_width
         self.gate_proj = Linear(width, hidden, bias=False, rngs=rngs)
         self.up_proj = Linear(width, hidden, bias=False, rngs=rngs)
@@ -89,7 +89,7 @@ class GatedMlp(nnx.Module):
 class DecoderBlock(nnx.Module):
     """Pre-norm block; parameter names follow Hugging Face's Llama."""
 
-    def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LanguageConfig, *, rngs: Rngs):
         self.input_layernorm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         self.self_attn = DecoderAttention(config, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.width, epsilon=config.norm_epsilon)
@@ -115,7 +115,7 @@ class DecoderBlock(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    def __init__(self, config: LanguageConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LanguageConfig, *, rngs: Rngs):
         self.config = config
         draw = jax.random.normal(rngs.params(), (config.vocab_size, config.width), jnp.float32)
         self.embed = nnx.Dict(table=nnx.Param(draw * config.width**-0.5))

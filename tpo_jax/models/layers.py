@@ -22,6 +22,22 @@ from flax import nnx
 Block = TypeVar("Block", bound=nnx.Module)
 
 
+class Rngs:
+    """Independent keys for parameters, in the order in which they are drawn.
+
+    It has the one method of nnx.Rngs that modules use here. The counter is a plain integer: that of
+    nnx.Rngs is a Variable, and updating it inside a trace takes time in proportion to the trace.
+    """
+
+    def __init__(self, key: jax.Array | int):
+        self._key = jax.random.key(key) if isinstance(key, int) else key
+        self._drawn = 0
+
+    def params(self) -> jax.Array:
+        self._drawn += 1
+        return jax.random.fold_in(self._key, self._drawn)
+
+
 @jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """float[..., I] @ float[I, O] -> float[..., O].
@@ -62,7 +78,7 @@ class Linear(nnx.Module):
     """
 
     def __init__(
-        self, features_in: int, features_out: int, *, rngs: nnx.Rngs, bias: bool = True,
+        self, features_in: int, features_out: int, *, rngs: Rngs, bias: bool = True,
         scale: float = 1.0,
     ):
         deviation = scale * features_in**-0.5
@@ -124,7 +140,7 @@ class Mlp(nnx.Module):
     """Linear, GELU (tanh form), Linear."""
 
     def __init__(
-        self, features: int, hidden: int, features_out: int, *, rngs: nnx.Rngs, scale: float = 1.0
+        self, features: int, hidden: int, features_out: int, *, rngs: Rngs, scale: float = 1.0
     ):
         self.fc1 = Linear(features, hidden, rngs=rngs)
         self.fc2 = Linear(hidden, features_out, rngs=rngs, scale=scale)
@@ -157,11 +173,11 @@ def fold_rows(keys: jax.Array | None, data: jax.Array | int) -> jax.Array | None
     return jax.vmap(jax.random.fold_in)(keys.reshape(-1), numbers).reshape(keys.shape)
 
 
-def stack(make: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
+def stack(make: Callable[[Rngs], Block], depth: int, rngs: Rngs) -> Block:
     """`depth` independently drawn copies of one block as ONE block with parameters [L, ...]."""
     keys = jax.random.split(rngs.params(), depth)
-    structure = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    parameters = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys)
+    structure = nnx.graphdef(nnx.eval_shape(lambda: make(Rngs(0))))
+    parameters = jax.vmap(lambda key: nnx.state(make(Rngs(key))))(keys)
     return nnx.merge(structure, parameters)
 
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tpo_jax.models.config import LoraConfig
-from tpo_jax.models.layers import Linear
+from tpo_jax.models.layers import Linear, Rngs
 
 
-def attach(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
+def attach(model: nnx.Module, config: LoraConfig, rngs: Rngs) -> None:
     """Adds adapters in place, before the model is split.
 
     Raises: ValueError if the pattern matches no kernel.

@@ -18,7 +18,7 @@ from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.connector import Connector
 from tpo_jax.models.heads import BOX_TOKEN, HeadInputs, head, tokens_of
 from tpo_jax.models.language import KVCache, LanguageModel
-from tpo_jax.models.layers import Mlp, fold_rows
+from tpo_jax.models.layers import Mlp, Rngs, fold_rows
 from tpo_jax.models.vision import VisionEncoder, VisionFeatures
 
 
@@ -45,7 +45,7 @@ class Outputs:
 
 
 class VideoLanguageModel(nnx.Module):
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
         self.config = config
         width = config.language.width
         self.vision = VisionEncoder(config.vision, rngs=rngs)
@@ -207,7 +207,7 @@ class FunctionalModel:
         self._abstract = nnx.to_pure_dict(state)
 
     def _build(self, key: jax.Array) -> VideoLanguageModel:
-        return VideoLanguageModel(self.config, rngs=nnx.Rngs(key))
+        return VideoLanguageModel(self.config, rngs=Rngs(key))
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Freshly drawn float32 parameters. Jit-able (with out_shardings for a large model)."""

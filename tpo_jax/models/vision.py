@@ -13,7 +13,7 @@ from flax import nnx
 
 from tpo_jax.models.attention import attention
 from tpo_jax.models.config import VisionConfig
-from tpo_jax.models.layers import LayerNorm, Linear, Mlp, run_layers, stack
+from tpo_jax.models.layers import LayerNorm, Linear, Mlp, Rngs, run_layers, stack
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +40,7 @@ def to_patches(images: jax.Array, stride: int) -> jax.Array:
 class PatchEmbed(nnx.Module):
     """One stem level: non-overlapping patches and one matrix product, which is a strided conv."""
 
-    def __init__(self, features_in: int, features_out: int, stride: int, *, rngs: nnx.Rngs):
+    def __init__(self, features_in: int, features_out: int, stride: int, *, rngs: Rngs):
         self.proj = Linear(stride * stride * features_in, features_out, rngs=rngs)
         self.stride = stride
 
@@ -51,7 +51,7 @@ class PatchEmbed(nnx.Module):
 class SelfAttention(nnx.Module):
     """Bidirectional multi-head attention over the second axis of float[rows, T, D]."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, scale: float = 1.0):
+    def __init__(self, width: int, heads: int, *, rngs: Rngs, scale: float = 1.0):
         self.q_proj = Linear(width, width, rngs=rngs)
         self.k_proj = Linear(width, width, rngs=rngs)
         self.v_proj = Linear(width, width, rngs=rngs)
@@ -78,7 +78,7 @@ class SelfAttention(nnx.Module):
 class VisionBlock(nnx.Module):
     """Pre-norm block: attention over time (optional), over space, then an MLP."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, rngs: Rngs):
         width, heads = config.width, config.heads
         # Keeps the variance of the residual stream independent of the depth.
         scale = (2.0 * config.depth) ** -0.5
@@ -105,7 +105,7 @@ class VisionBlock(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, *, rngs: Rngs):
         self.config = config
         channels = (3, *config.stem_widths)
         levels = len(config.stem_strides)

@@ -65,6 +65,8 @@ def prepare_environment() -> None:
     """Settings that libtpu wants where there is no TPU; call before JAX starts a backend."""
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Several compilers at a time disturb nobody; the lock is for programs that own the chips.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_LIBRARY_PATH", _libtpu_path())
 

@@ -12,8 +12,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from tpo_jax.data.evidence import MODES
+from tpo_jax.data.records import TASKS
+
 OBJECTIVES = ("sft", "preference")
-TASKS = ("conversation", "temporal", "region", "mask", "tracking", "action", "preference")
 # Options whose keys are names that the config chooses.
 _FREE_KEYS = ("buckets", "losses", "slots", "tasks")
 # Options that do not change what is learnt: a run may resume with other values.
@@ -42,6 +44,7 @@ def default_config() -> ConfigDict:
         "validation": [],
         "references": [],  # sidecars with reference log-probabilities of preference pairs
         "threads": 2,  # that read batches ahead
+        "evidence": "full",  # "blind" and "middle_frame" train the models that floors come from
     }
     config.buckets = {}  # name -> bucket_config(...): the shapes that are compiled
     config.losses = {"language": 1.0}  # term -> weight; "region/l1" is a term of a head
@@ -239,6 +242,9 @@ def _check_scalars(config: ConfigDict) -> list[str]:
 
 def _check_data(config: ConfigDict) -> list[str]:
     problems = []
+    if config.data.evidence not in MODES:
+        fix = f"one of {', '.join(MODES)}"
+        problems.append(_problem("data.evidence", config.data.evidence, "unknown", fix))
     if not config.data.train:
         problems.append(_problem("data.train", [], "no training data", "list prepared folders"))
     for split in ("train", "validation"):

@@ -43,11 +43,11 @@ def forward_flops(model_config: ModelConfig, batch: Any) -> dict[str, float]:
     def decode(params: Any, batch: Any) -> Any:
         return model.bind(params)(batch)
 
-    outputs = jax.eval_shape(decode, params, batch)
+    decoded, outputs = jax.make_jaxpr(decode, return_shape=True)(params, batch)
     vision = matmul_flops(encode, params, batch)
     return {
         "vision": vision,
-        "language": matmul_flops(decode, params, batch) - vision,
+        "language": _count(decoded.jaxpr) - vision,
         "lm_head": matmul_flops(lambda p, o, b: answer_scores(model.bind(p), o, b), params,
                                 outputs, batch),
         "heads": matmul_flops(lambda p, o, b: model.bind(p).run_heads(o, b), params, outputs,

@@ -33,7 +33,8 @@ def _json(path):
 
 
 def _files(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}  # fmt: skip
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def _scene(name):
@@ -63,6 +64,7 @@ def test_our_readers_take_every_record_without_a_problem(folder, split):
     manifest = _json(folder / split / "dataset.json")
     media = MediaFolder(folder / split / manifest["media"])
     assert {a["format"] for a in manifest["annotations"]} == set(FORMATS) - {"native"}
+    assert set(manifest["info"]["tasks"]) == set(FORMATS) - {"native"}
     examples = []
     for entry in manifest["annotations"]:
         context = Context(folder / split / entry["path"], "shapes", media)

@@ -6,11 +6,11 @@ Many random layouts are tried at once (A attempts); the first that meets every c
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
-from tpo_jax.data.moving_shapes.plan import Plan
-from tpo_jax.data.moving_shapes.world import DIRECTIONS, EXTENT, GROWTH
+from tpo_jax.data.moving_shapes.world import DIRECTIONS, EXTENT, GROWTH, Actor, Event
 
 ATTEMPTS = 512
 CANDIDATES = 8
@@ -45,22 +45,26 @@ class Layout:
     paths: tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]
 
 
-def find_layout(rng: np.random.Generator, plan: Plan, size: int) -> Layout | None:
-    """A layout for the plan, or None when no attempt works."""
+def find_layout(
+    rng: np.random.Generator, actors: Sequence[Actor], events: Sequence[Event], size: int
+) -> Layout | None:
+    """A layout in which these actors can do all of these, or None when no attempt works."""
     scale = size / REFERENCE_SIZE
-    radii = _sample_radii(rng, plan) * scale
-    reach = radii * [EXTENT[a.form] for a in plan.actors] * _growth(plan)
-    steps = _sample_steps(rng, plan, scale)
-    start, good = _sample_starts(rng, plan, reach, steps, size, scale)
-    search = _Search(plan, radii, reach, start, good, size, scale)
-    for index in range(len(plan.events)):
-        search.play(index, steps[:, index])
+    radii = _sample_radii(rng, actors, events) * scale
+    reach = radii * [EXTENT[a.form] for a in actors] * _growth(actors, events)
+    steps = _sample_steps(rng, events, scale)
+    start, good = _sample_starts(rng, events, reach, steps, size, scale)
+    search = _Search(events, radii, reach, start, good, size, scale)
+    for index, event in enumerate(events):
+        search.play(event, steps[:, index])
     return search.first()
 
 
-def _sample_radii(rng: np.random.Generator, plan: Plan) -> np.ndarray:
-    ranges = [ORDINARY[len(plan.actors)]] * len(plan.actors)
-    for event in plan.events:
+def _sample_radii(
+    rng: np.random.Generator, actors: Sequence[Actor], events: Sequence[Event]
+) -> np.ndarray:
+    ranges = [ORDINARY[len(actors)]] * len(actors)
+    for event in events:
         if event.action in ("grow", "hide"):
             ranges[event.actor] = SMALL
         if event.action == "hide":
@@ -68,18 +72,18 @@ def _sample_radii(rng: np.random.Generator, plan: Plan) -> np.ndarray:
     return np.array([rng.uniform(*r) for r in ranges])
 
 
-def _growth(plan: Plan) -> np.ndarray:
-    growth = np.ones(len(plan.actors))
-    for event in plan.events:
+def _growth(actors: Sequence[Actor], events: Sequence[Event]) -> np.ndarray:
+    growth = np.ones(len(actors))
+    for event in events:
         if event.action == "grow":
             growth[event.actor] = GROWTH
     return growth
 
 
-def _sample_steps(rng: np.random.Generator, plan: Plan, scale: float) -> np.ndarray:
+def _sample_steps(rng: np.random.Generator, events: Sequence[Event], scale: float) -> np.ndarray:
     """float[A, E, 2]: displacement of every move, zero for other events."""
-    steps = np.zeros((ATTEMPTS, len(plan.events), 2))
-    for index, event in enumerate(plan.events):
+    steps = np.zeros((ATTEMPTS, len(events), 2))
+    for index, event in enumerate(events):
         if event.action == "move":
             length = rng.uniform(*MOVE, size=(ATTEMPTS, 1)) * scale
             steps[:, index] = length * np.array(DIRECTIONS[event.direction])
@@ -88,7 +92,7 @@ def _sample_steps(rng: np.random.Generator, plan: Plan, scale: float) -> np.ndar
 
 def _sample_starts(
     rng: np.random.Generator,
-    plan: Plan,
+    events: Sequence[Event],
     reach: np.ndarray,
     steps: np.ndarray,
     size: int,
@@ -98,11 +102,11 @@ def _sample_starts(
 
     Large actors are placed first, each at the first of some candidates that is free.
     """
-    starts = np.zeros((ATTEMPTS, len(plan.actors), 2))
+    starts = np.zeros((ATTEMPTS, len(reach), 2))
     good = np.ones(ATTEMPTS, bool)
     placed: list[int] = []
     for i in np.argsort(-reach):
-        own = [k for k, e in enumerate(plan.events) if e.actor == i]
+        own = [k for k, e in enumerate(events) if e.actor == i]
         travelled = np.cumsum(steps[:, own], axis=1) if own else np.zeros((ATTEMPTS, 1, 2))
         least = BORDER * scale + reach[i] - np.minimum(travelled.min(axis=1), 0)
         most = size - BORDER * scale - reach[i] - np.maximum(travelled.max(axis=1), 0)
@@ -122,15 +126,23 @@ def _sample_starts(
 class _Search:
     """Plays a plan on all attempts at once; strikes out those in which something is in the way."""
 
-    def __init__(self, plan, radii, reach, start, good, size, scale):
-        self.plan, self.radii, self.reach = plan, radii, reach
+    def __init__(
+        self,
+        events: Sequence[Event],
+        radii: np.ndarray,
+        reach: np.ndarray,
+        start: np.ndarray,
+        good: np.ndarray,
+        size: int,
+        scale: float,
+    ):
+        self.events, self.radii, self.reach = events, radii, reach
         self.start, self.place, self.good = start, start.copy(), good
         self.size, self.scale = size, scale
         self.paths: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def play(self, index: int, step: np.ndarray) -> None:
+    def play(self, event: Event, step: np.ndarray) -> None:
         """One event on every attempt. step: float[A, 2]."""
-        event = self.plan.events[index]
         here = self.place[:, event.actor].copy()
         begin, target, kick = here, here, np.zeros_like(here)
         if event.action == "move":
@@ -146,7 +158,7 @@ class _Search:
         self._require_free(begin, target, event)
         self.paths.append((begin, target, kick))
 
-    def _outside(self, here: np.ndarray, event) -> np.ndarray:
+    def _outside(self, here: np.ndarray, event: Event) -> np.ndarray:
         """The nearest place beyond the frame on the side of the event."""
         place = here.copy()
         axis = 0 if event.direction in ("left", "right") else 1
@@ -154,7 +166,7 @@ class _Search:
         place[:, axis] = -beyond if event.direction in ("left", "up") else self.size + beyond
         return place
 
-    def _contact(self, here: np.ndarray, event) -> tuple[np.ndarray, np.ndarray]:
+    def _contact(self, here: np.ndarray, event: Event) -> tuple[np.ndarray, np.ndarray]:
         """Where the actor touches the other, and the recoil of the other."""
         other = self.place[:, event.other]
         away = other - here
@@ -169,7 +181,7 @@ class _Search:
         self._require_free(other, pushed, event)
         return other - unit * touch, kick
 
-    def _require_free(self, begin: np.ndarray, target: np.ndarray, event) -> None:
+    def _require_free(self, begin: np.ndarray, target: np.ndarray, event: Event) -> None:
         """Strikes out attempts in which a third actor is near the segment begin-target."""
         if event.action in ("turn", "grow", "blink"):
             return
@@ -188,6 +200,6 @@ class _Search:
         if not self.good.any():
             return None
         row = int(np.argmax(self.good))
-        directions = tuple(e.direction for e in self.plan.events)
+        directions = tuple(e.direction for e in self.events)
         paths = tuple((b[row], t[row], k[row]) for b, t, k in self.paths)
         return Layout(self.start[row], self.radii, directions, paths)

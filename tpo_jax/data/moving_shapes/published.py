@@ -16,6 +16,14 @@ from tpo_jax.data.moving_shapes.world import ACTION_WEIGHTS, FORMS, WorldConfig
 Files = dict[str, str]
 INSTRUCTION = "Look at the {media} and answer the question with one of the options."
 LETTERS = "ABCD"
+TASKS = {
+    "videochat2": "conversation",
+    "qvhighlights": "temporal",
+    "refcoco": "region",
+    "mevis": "mask",
+    "got10k": "tracking",
+    "thumos": "action",
+}
 
 
 def split_files(
@@ -62,6 +70,7 @@ def _info(
         "split": split,
         "videos": len(videos),
         "images": len(images),
+        "tasks": TASKS,
         "questions": dict(sorted(kinds.items())),
         "world": {name: getattr(config, name) for name in config.__dataclass_fields__},
         "annotation_frames": config.annotation_frames,

@@ -23,6 +23,7 @@ from tpo_jax.data.moving_shapes.world import (
 # A turn ends on a multiple of this, at about 90 degrees per second: 45 between the frames of a
 # model that sees 2 per second, where a square becomes a diamond.
 QUARTER = 90.0
+IMAGE_SHARED_COLOUR = 0.3  # share of images in which two shapes have one colour
 BLINK_PERIOD = 1.0  # seconds
 # Share of a period that is white: more than half, so that sampling at 1 fps meets white as well.
 BLINK_SHARE = 0.625
@@ -68,7 +69,7 @@ def simulate(seed: tuple[int, ...], config: WorldConfig) -> Scene:
         plan = _trim(sample_plan(rng, config), trimmed)
         for _ in range(TRIES_PER_PLAN):
             windows = sample_windows(rng, plan.events, config.seconds)
-            layout = find_layout(rng, plan, config.size) if windows else None
+            layout = find_layout(rng, plan.actors, plan.events, config.size) if windows else None
             if layout is not None:
                 return _scene(seed, config, plan, windows, layout, rng)
         trimmed += 1  # a crowded world: fewer events, but the theme's own ones stay
@@ -167,11 +168,9 @@ def simulate_image(seed: tuple[int, ...], config: WorldConfig) -> Scene:
     """A still image of one to four shapes, uniformly many."""
     rng = np.random.default_rng([*seed, 0])
     count = int(rng.integers(1, 5))
-    config = dataclasses.replace(config, shared_colour=0.3)
-    theme = CountTheme("shapes", "blink", None, 0)
     while True:
-        cast = sample_cast(rng, count, config.shared_colour)
-        layout = find_layout(rng, Plan(cast, (), theme), config.size)
+        cast = sample_cast(rng, count, IMAGE_SHARED_COLOUR)
+        layout = find_layout(rng, cast, (), config.size)
         if layout is not None:
             break
     actors = tuple(

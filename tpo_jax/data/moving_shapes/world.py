@@ -59,7 +59,8 @@ class WorldConfig:
     size: frame height and width, pixels.
     fps: frames per second of the video file.
     seconds: length of a video, whole seconds.
-    density: mean number of events per 10 s of video.
+    density: mean number of events per 10 s of video, as far as the cast can do that many different
+      things; beyond about eight events a video is sparser.
     min_actors, max_actors: how many shapes a video has.
     annotation_fps: rate of masks and boxes; must divide fps. It is also the rate models should see.
     shared_colour: share of videos in which two shapes have one colour, so that the form matters.

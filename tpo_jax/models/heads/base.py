@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from tpo_jax.models.config import ModelConfig
-from tpo_jax.models.layers import LayerNorm, Linear, Mlp
+from tpo_jax.models.layers import LayerNorm, Linear, Mlp, Rngs
 from tpo_jax.models.vision import SelfAttention, VisionFeatures
 from tpo_jax.parallel.weighted_sum import WeightedSum
 
@@ -87,7 +87,7 @@ class SlotAttention(nnx.Module):
     cancels.
     """
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, *, rngs: Rngs):
         self.query_norm = LayerNorm(width)
         self.q_proj = Linear(width, width, rngs=rngs)
         self.k_proj = Linear(width, width, rngs=rngs)
@@ -115,7 +115,7 @@ class SlotAttention(nnx.Module):
 class FrameTokens(nnx.Module):
     """One fine token grid a frame: stem features, up-sampled patch features and a position."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
         vision, width = config.vision, config.head.width
         self.stem_proj = Linear(vision.stem_widths[0], width, rngs=rngs)
         self.patch_proj = Linear(vision.width, width, rngs=rngs)
@@ -135,7 +135,7 @@ class FrameTokens(nnx.Module):
 class FrameMixer(nnx.Module):
     """Pre-norm self-attention of a slot over the frames of its clip, then an MLP; both residual."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, *, rngs: Rngs):
         self.attention_norm = LayerNorm(width)
         self.attention = SelfAttention(width, heads, rngs=rngs)
         self.mlp_norm = LayerNorm(width)

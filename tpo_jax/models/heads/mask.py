@@ -24,7 +24,7 @@ from tpo_jax.models.heads.base import (
     HeadInputs,
     SlotAttention,
 )
-from tpo_jax.models.layers import LayerNorm, Linear, Mlp
+from tpo_jax.models.layers import LayerNorm, Linear, Mlp, Rngs
 from tpo_jax.models.vision import to_patches
 from tpo_jax.parallel.weighted_sum import WeightedSum
 
@@ -33,7 +33,7 @@ _FOCAL_ALPHA = 0.25
 
 
 class MaskHead(nnx.Module):
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
         width, heads = config.head.width, config.head.heads
         self.pixel_width = width // 2
         self.stride = config.head.mask_stride
@@ -81,7 +81,7 @@ class MaskHead(nnx.Module):
         }
 
     def _pixels(self, frames: jax.Array, tokens: jax.Array) -> jax.Array:
-        """Before `pixel_out`: float32[B, F, H, W, 3], float32[B*F, h1*w1, C] -> [B, F, m*m, C/2]."""
+        """Cells before `pixel_out`, float32[B, F, m*m, C/2]; `tokens` float32[B*F, h1*w1, C]."""
         B, F = frames.shape[:2]
         m, grid = self.mask_size, self.stem_grid
         raw = self.raw_proj(to_patches(frames, self.stride)).reshape(B * F, m, m, -1)

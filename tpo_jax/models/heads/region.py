@@ -16,12 +16,12 @@ from flax import nnx
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads.base import ClipInfo, FrameTokens, Head, HeadInputs, SlotAttention
 from tpo_jax.models.heads.geometry import box_cxcywh_to_xyxy, box_giou
-from tpo_jax.models.layers import LayerNorm, Linear, Mlp
+from tpo_jax.models.layers import LayerNorm, Linear, Mlp, Rngs
 from tpo_jax.parallel.weighted_sum import WeightedSum
 
 
 class RegionHead(nnx.Module):
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
         width = config.head.width
         self.tokens = FrameTokens(config, rngs=rngs)
         self.slot_proj = Linear(config.language.width, width, rngs=rngs)

@@ -21,7 +21,7 @@ from flax import nnx
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads.base import ClipInfo, FrameMixer, Head, HeadInputs, SlotAttention
 from tpo_jax.models.heads.geometry import soft_nms_1d, span_giou
-from tpo_jax.models.layers import LayerNorm, Linear, Mlp
+from tpo_jax.models.layers import LayerNorm, Linear, Mlp, Rngs
 from tpo_jax.parallel.weighted_sum import WeightedSum
 
 # Two labelled frames are ranked when their saliencies differ by more than this ...
@@ -34,7 +34,7 @@ _MAX_WINDOWS = 10
 
 
 class TemporalHead(nnx.Module):
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
         width, heads = config.head.width, config.head.heads
         self.patch_proj = Linear(config.vision.width, width, rngs=rngs)
         self.patch_norm = LayerNorm(width)

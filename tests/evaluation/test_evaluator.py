@@ -1,0 +1,191 @@
+"""The evaluator on rendered videos with an untrained micro model: what counts, what cannot."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tpo_jax import evaluate
+from tpo_jax.data import evaluation_rows
+from tpo_jax.data.pipeline import row_builder
+from tpo_jax.data.records import Example, PreparedDataset, Turn
+from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
+from tpo_jax.evaluation import benchmarks, results
+from tpo_jax.evaluation.evaluator import Evaluator, Settings
+from tpo_jax.generation.sampler import Sampler
+from tpo_jax.interop.folder import save_model
+from tpo_jax.models.presets import preset
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.training.step import make_score_step
+
+HEADS = ("region", "temporal", "mask")
+TASKS = ("temporal", "region", "mask", "tracking")
+
+
+@dataclasses.dataclass(frozen=True)
+class SomeVideos:
+    """Some videos of a split; `noise` replaces their frames, `pairs` their examples."""
+
+    dataset: PreparedDataset
+    videos: list[str]
+    noise: bool = False
+    pairs: tuple[Example, ...] = ()
+
+    @property
+    def path(self):
+        return self.dataset.path
+
+    def video_info(self, video_id):
+        return self.dataset.video_info(video_id)
+
+    def examples(self, video_id):
+        if self.pairs:
+            return [pair for pair in self.pairs if pair.video_id == video_id]
+        return self.dataset.examples(video_id)
+
+    def frames(self, video_id, indices):
+        frames = self.dataset.frames(video_id, indices)
+        if not self.noise:
+            return frames
+        return np.random.default_rng(0).integers(0, 256, frames.shape, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def dataset(prepared):
+    split = PreparedDataset(prepared / "test")
+    videos = [video for video in split.videos if split.video_info(video).media == "video"]
+    return SomeVideos(split, videos[:2])
+
+
+@pytest.fixture(scope="module")
+def model(dataset):
+    """(config, params, codec) with random weights."""
+    examples = [e for video in dataset.videos for e in dataset.examples(video)]
+    texts = [t for e in examples for x in e.turns for t in (x.question, x.answer, *x.options)]
+    tokenizer = train_tokenizer(texts, 400)
+    add_task_tokens(tokenizer, HEADS)
+    codec = TextCodec(tokenizer)
+    config = preset("micro", HEADS, codec.task_tokens)
+    language = dataclasses.replace(config.language, num_tokens=codec.vocab_size)
+    config = dataclasses.replace(config, language=language)
+    return config, jax.jit(FunctionalModel(config).init)(jax.random.key(0)), codec
+
+
+def evaluator(model, **settings):
+    return Evaluator(*model, Settings(batch_size=2, progress=False, **settings))
+
+
+def option_logps(model, dataset, **settings):
+    scorer = evaluator(model, **settings)
+    scorer.questions(dataset)
+    return {s["item"]: s["option_logps"] for s in scorer.results.samples}
+
+
+def test_options_are_scored_as_training_scores_them(model, dataset):
+    config, params, codec = model
+    scores = option_logps(model, dataset)
+    asked = [(e, i) for v in dataset.videos for e in dataset.examples(v)
+             for i, turn in enumerate(e.turns) if turn.options]  # fmt: skip
+    assert set(scores) == {f"{e.example_id}/{i}" for e, i in asked}
+    builder = row_builder(codec, config, evaluator(model)._bucket(
+        "video", [codec.build_branch("x" * 60, "y" * 12)], branches=8))  # fmt: skip
+    rows = evaluation_rows.build_option_rows(dataset, builder)[:2]
+    batch, _ = next(evaluation_rows.batches(builder, [row.plan for row in rows]))
+    expected = jax.jit(make_score_step(FunctionalModel(config)))(params, batch)
+    expected = np.asarray(expected * batch["answer_weights"]).sum(-1)
+    for row, sums in zip(rows, expected, strict=True):
+        for option, value in zip(row.branches, sums, strict=False):
+            got = scores[f"{option.example_id}/{option.turn}"][option.option]
+            assert got == pytest.approx(value, abs=1e-3)
+
+
+def test_a_blind_model_cannot_see_and_a_full_one_does(model, dataset):
+    noisy = dataclasses.replace(dataset, noise=True)
+    assert option_logps(model, dataset, evidence="blind") == option_logps(
+        model, noisy, evidence="blind"
+    )
+    assert option_logps(model, dataset) != option_logps(model, noisy)
+
+
+@pytest.fixture(scope="module")
+def asked_heads(model, dataset):
+    """Results of all heads when every answer begins with the temporal routing token."""
+    codec, free = model[2], Sampler.generate
+
+    def generate(self, params, context, batch, keys, first=None):
+        forced = np.full(batch["branch_tokens"].shape[:2], codec.special_ids["<time_begin>"])
+        return free(self, params, context, batch, keys, forced.astype(np.int32))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "generate", generate)
+        scorer = evaluator(model)
+        scorer.heads(dataset, TASKS)
+    return scorer.results
+
+
+def test_only_the_head_that_was_called_scores(asked_heads):
+    routing = benchmarks.routing_counts(asked_heads.pairs)
+    assert routing["temporal"]["correct"] > 0
+    assert routing["temporal"]["missing"] == routing["temporal"]["wrong"] == 0
+    for task in ("region", "mask", "tracking"):
+        assert routing[task]["wrong"] > 0
+        assert routing[task]["correct"] == routing[task]["missing"] == 0
+    scores = asked_heads.table.item_scores()
+    for metric in ("region/acc@0.5", "region/miou", "mask/j", "mask/f", "tracking/auc"):
+        assert scores[metric].mean() == 0
+    assert scores["temporal/miou"].mean() > 0  # untrained, but long windows overlap
+
+
+def test_forced_routing_scores_the_same_items_apart(asked_heads):
+    scores = asked_heads.table.item_scores()
+    free = {metric for metric in scores if not metric.startswith("forced/")}
+    assert {f"forced/{metric}" for metric in free} == set(scores) - free
+    for metric in free:
+        assert set(scores[metric].items) == set(scores[f"forced/{metric}"].items)
+    assert scores["forced/region/miou"].mean() > 0
+
+
+def test_samples_can_be_written_and_drawn(asked_heads):
+    samples = [json.loads(json.dumps(sample)) for sample in asked_heads.samples]
+    assert {sample["task"] for sample in samples} == set(TASKS)
+    result = next(s for s in samples if s["task"] == "temporal")["answer"]["events"][0]["result"]
+    assert len(result["times"]) == len(result["saliency"]) == 8
+
+
+def test_pairs_are_scored_with_and_without_the_video(model, dataset):
+    def pair(number, chosen, rejected):
+        targets = {"chosen": chosen, "rejected": rejected, "frame_indices": [0, 4, 8]}
+        turn = Turn("What happens?", chosen, (), "caption")
+        return Example(f"pair{number}", dataset.videos[number % 2], "video", "preference", "test",
+                       0.0, 16.0, (turn,), targets)  # fmt: skip
+
+    pairs = (pair(0, "the red circle grows", "the blue bar turns"), pair(1, "same", "same"))
+    found = []
+    for noise in (False, True):
+        scorer = evaluator(model)
+        scorer.preferences(dataclasses.replace(dataset, pairs=pairs, noise=noise))
+        found.append(scorer.results.table.item_scores())
+    for scores in found:
+        assert scores["preference/accuracy"].items == ("pair0", "pair1")
+        assert scores["preference/accuracy"].values[1] == 0.5
+    assert found[0]["preference/accuracy_blind"] == found[1]["preference/accuracy_blind"]
+
+
+def test_the_command_writes_metrics_and_samples(model, dataset, prepared, tmp_path, capsys):
+    config, params, codec = model
+    save_model(tmp_path / "model", config, params, codec)
+    out = tmp_path / "eval" / "base.json"
+    arguments = [f"--model={tmp_path / 'model'}", f"--data={prepared / 'test'}", f"--out={out}"]
+    assert evaluate.main([*arguments, "--tasks=qa", "--limit=1", "--batch_size=2"]) == 0
+    record = results.read_json(out)
+    assert record["metrics"]["qa/accuracy"] == pytest.approx(
+        np.mean(record["items"]["qa/accuracy"]["values"]), abs=1e-5
+    )
+    low, high = record["intervals"]["qa/accuracy"]
+    assert 0 <= low <= record["metrics"]["qa/accuracy"] <= high <= 1
+    assert record["counts"]["qa/accuracy"]["videos"] == 1
+    assert len(results.read_samples(out)) == record["counts"]["qa/accuracy"]["items"]
+    assert "qa/accuracy" in capsys.readouterr().out
+    assert [p.name for p in out.parent.iterdir()] and not list(out.parent.glob("*.tmp"))

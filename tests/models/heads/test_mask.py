@@ -1,0 +1,64 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpo_jax.models.heads import ClipInfo
+from tpo_jax.models.heads.mask import bilinear_weights, decode, loss, mask_extent, resize_grid
+
+
+def _targets():
+    """One slot, three frames of 4 x 4: an object, no object, not labelled."""
+    masks = np.zeros((1, 1, 3, 4, 4), np.uint8)
+    masks[0, 0, 0, 1:3, :2] = 1
+    return {"masks": masks, "labelled": np.array([[[True, True, False]]])}
+
+
+def test_perfect_masks_cost_nothing_and_count_their_frames():
+    targets = _targets()
+    logits = jnp.where(targets["masks"] > 0, 30.0, -30.0)
+    presence = jnp.array([[[30.0, -30.0, 30.0]]])
+    terms = loss({"masks": logits, "presence": presence}, targets, jnp.ones((1, 1), bool))
+    for name, term in terms.items():
+        np.testing.assert_allclose(term.mean(), 0.0, atol=1e-5, err_msg=name)
+    weights = {name: float(term.weight) for name, term in terms.items()}
+    assert weights == {"mask/focal": 2.0, "mask/dice": 1.0, "mask/presence": 2.0}
+
+
+def test_undecided_masks_cost_what_the_formulas_say():
+    targets = _targets()
+    zero = {"masks": jnp.zeros((1, 1, 3, 4, 4)), "presence": jnp.zeros((1, 1, 3))}
+    terms = loss(zero, targets, jnp.ones((1, 1), bool))
+    log2 = np.log(2.0)
+    # alpha * (1/2)^2 * log 2 with 4 of 16 cells positive in the first frame, none in the second.
+    focal = (4 * 0.25 + 12 * 0.75 + 16 * 0.75) / 32 * 0.25 * log2
+    np.testing.assert_allclose(terms["mask/focal"].mean(), focal, rtol=1e-5)
+    np.testing.assert_allclose(terms["mask/dice"].mean(), 1 - 5 / 13, rtol=1e-5)
+    np.testing.assert_allclose(terms["mask/presence"].mean(), log2, rtol=1e-5)
+
+
+def test_decode_resizes_drops_absent_frames_and_boxes_the_rest():
+    logits = np.full((3, 2, 2), -5.0)
+    logits[:2, 0, 0] = 5.0
+    clip = ClipInfo(
+        start=0.0, end=3.0, times=np.array([0.5, 1.5, 2.5]), height=4, width=8,
+        frame_valid=np.array([True, True, False]),
+    )  # fmt: skip
+    result = decode({"masks": logits, "presence": np.array([4.0, -4.0, 4.0])}, clip)
+    assert result["masks"].shape == (2, 4, 8) and result["masks"].dtype == bool
+    assert result["boxes"] == [[0.0, 0.0, 0.5, 0.5], None]
+    assert not result["masks"][1].any()
+    assert result["times"] == [0.5, 1.5]
+
+
+def test_extent_is_tight():
+    mask = np.zeros((4, 8), bool)
+    mask[1:3, 2:5] = True
+    assert mask_extent(mask) == [2 / 8, 1 / 4, 5 / 8, 3 / 4]
+
+
+def test_resampling_is_bilinear_with_half_pixel_centres():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    expected = jax.image.resize(x, (2, 8, 8, 3), "bilinear")
+    np.testing.assert_allclose(resize_grid(x, 8), expected, atol=1e-5)
+    np.testing.assert_allclose(bilinear_weights(5, 9).sum(axis=1), 1.0)
+    np.testing.assert_allclose(bilinear_weights(4, 4), np.eye(4))

@@ -1,0 +1,128 @@
+"""The train step, compiled for TPUs that are not there."""
+
+import importlib.util
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+import tiny_run
+from fake_batches import bucket, micro, train_config
+
+from tpo_jax import plan, train
+from tpo_jax.data.pipeline import row_builder
+from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.parallel.topologies import GIB, topology_devices
+from tpo_jax.training.program import Program, make_program
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `plan`)"
+)
+
+
+class Lowered(Exception):
+    """Stops a command where it would compile."""
+
+
+@pytest.fixture
+def lowered(monkeypatch):
+    """What Program.train_step.lower is called with, instead of lowering."""
+    calls = []
+
+    def record(self, batch):
+        calls.append((self.train_step, jax.tree.map(lambda x: (x.shape, x.dtype), batch)))
+        raise Lowered
+
+    monkeypatch.setattr(Program, "lower_train_step", record)
+    return calls
+
+
+def test_plan_compiles_the_function_that_train_runs(tmp_path, lowered):
+    """Both take it from `make_program` and lower it for the same shapes, through one method."""
+    assert plan.make_program is train.make_program
+    tiny_run.write_data(tmp_path)
+    config = tiny_run.get_config(f"data={tmp_path},heads=True,buckets=1")
+    model_config, codec = train.make_model_config(config)
+    program = make_program(config, model_config, make_mesh({}, jax.devices()[:1]))
+    (shapes,) = plan.read_buckets(config.buckets.to_dict())
+    pipeline = types.SimpleNamespace(
+        builders={shapes.name: row_builder(codec, model_config, shapes)}
+    )
+    with pytest.raises(Lowered):
+        train.compile_buckets(program, pipeline, evaluate=False)
+    with pytest.raises(Lowered):
+        plan.plan_bucket(program, model_config, shapes)
+    (trained, train_shapes), (planned, plan_shapes) = lowered
+    assert trained is planned and train_shapes == plan_shapes
+
+
+@needs_libtpu
+@pytest.mark.plan
+def test_fits_and_is_partitioned():
+    mesh = make_mesh({"data": 2, "fsdp": 4}, topology_devices("v5e:2x4"))
+    program = make_program(train_config(), micro(), mesh)
+    found = plan.plan_bucket(program, micro(), bucket(8))
+    assert found.fits(16 * GIB) and not found.fits(1024)
+    assert found.memory.arguments < found.needed < GIB
+    # Parameters are gathered for use and gradients are summed over rows.
+    assert found.collectives["all-gather"] > 0
+    assert found.collectives.get("all-reduce", 0) + found.collectives.get("reduce-scatter", 0) > 0
+    text = plan.report(found, "v5e:2x4")
+    assert "of 16 GiB: fits" in text and "all-gather" in text and "on 8 chips" in text
+
+
+@needs_libtpu
+@pytest.mark.plan
+@pytest.mark.parametrize(
+    ("name", "chips"), [("v4:2x2x2", 8), ("v5p:2x2x1", 4), ("v5e:16x16", 256), ("v6e:2x4", 8)]
+)
+def test_a_chip_is_a_device(name, chips):
+    assert len(topology_devices(name)) == chips
+
+
+@needs_libtpu
+@pytest.mark.plan
+def test_command_exits_with_the_figure_when_it_does_not_fit(tmp_path):
+    """A batch that no chip holds; the figure and the fix are on stderr, the status is 1."""
+    tiny_run.write_data(tmp_path)
+    command = [
+        sys.executable, "-m", "tpo_jax.plan", "--topology=v5e:1x1",
+        f"--config=tests/tiny_run.py:data={tmp_path},buckets=1",
+        "--config.buckets.long.batch_size=400000",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "DOES NOT FIT" in done.stdout
+    assert "bucket long needs" in done.stderr and "v5e:1x1 has 16" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("%a = f32[8] all-gather(%x), ...", {"all-gather": 1}),
+        ("%a = all-reduce-start(%x)\n%b = all-reduce-done(%a)", {"all-reduce": 1}),
+        ("calls=%all-gather.1, fusion(%all-reduce.2)", {}),
+        ("reduce-scatter(%x) all-to-all(%y) collective-permute-start(%z)",
+         {"reduce-scatter": 1, "all-to-all": 1, "collective-permute": 1}),
+    ],
+)  # fmt: skip
+def test_collectives_are_counted_in_program_text(text, found):
+    assert plan.count_collectives(text) == found
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G.",
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (17.50G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_out_of_memory_gives_the_figure(message):
+    assert plan.out_of_memory(message) == int(17.5 * GIB)
+
+
+def test_other_compiler_errors_are_not_taken_for_it():
+    assert plan.out_of_memory("INTERNAL: something else") is None

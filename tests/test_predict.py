@@ -1,0 +1,145 @@
+import json
+
+import av
+import micro_model
+import numpy as np
+import pytest
+from PIL import Image
+
+from tpo_jax import predict
+from tpo_jax.generation import draw
+from tpo_jax.generation.requests import Clip, Request, RequestError, make_request, read_list
+from tpo_jax.interop.folder import save_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that answers every question with "it <temporal> <region>"."""
+    codec = micro_model.make_codec()
+    model = micro_model.make_model(codec)
+    ids = codec.special_ids
+    said = [codec.encode("it")[0], ids["<time_begin>"], ids["<temp>"], ids["<box_begin>"],
+            ids["<boxes>"], codec.eos_id]
+    params = micro_model.that_says(micro_model.make_params(model), codec, *said)
+    path = tmp_path_factory.mktemp("model") / "model"
+    save_model(path, model.config, params, codec)
+    return path
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    path = tmp_path_factory.mktemp("media")
+    frames = np.random.default_rng(0).integers(0, 255, (16, 64, 96, 3), np.uint8)
+    draw.write_mp4(path / "clip.mp4", list(frames), 4.0)
+    Image.fromarray(frames[0]).save(path / "still.png")
+    (path / "cut.mp4").write_bytes((path / "clip.mp4").read_bytes()[:500])
+    return path
+
+
+def run(folder, out, *more):
+    return predict.main([f"--model={folder}", f"--out={out}", "--max_new=8", *more])
+
+
+def test_video_gives_json_and_annotated_mp4_with_several_head_calls(folder, media, tmp_path,
+                                                                    capsys):
+    assert run(folder, tmp_path, f"--video={media / 'clip.mp4'}", "--prompt=When at 3 s?") == 0
+    record = json.loads((tmp_path / "clip.json").read_text())
+    assert [event["task"] for event in record["events"]] == ["temporal", "region"]
+    assert record["marked"] == "it<temporal><region>" and record["finished"]
+    temporal, region = (event["result"] for event in record["events"])
+    assert all(0 <= s < e <= 4.0 for s, e, _ in temporal["windows"])
+    assert abs(region["time"] - 3.0) < 0.3  # the frame that the prompt names
+    pixels = np.array(region["box"]) * [96, 64, 96, 64]
+    np.testing.assert_allclose(region["box_pixels"], pixels)
+    assert record["text"] in capsys.readouterr().out
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert len(list(container.decode(video=0))) == 8  # the frames that the model saw
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.json", "clip.mp4"]
+
+
+def write_list(path, *entries):
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def test_list_reports_failures_and_is_resumed(folder, media, tmp_path, monkeypatch):
+    entries = [
+        {"id": "a", "video": "clip.mp4", "prompt": "What happens?"},
+        {"id": "bad", "video": "cut.mp4", "prompt": "What happens?"},
+        {"id": "b", "video": "still.png", "prompt": "Where is it?"},
+        {"id": "c", "video": "clip.mp4", "prompt": "Where does <box> go?",
+         "box": [0.1, 0.1, 0.5, 0.5], "start": 1.0, "end": 3.0},
+    ]
+    path = write_list(media / "list.jsonl", *entries)
+    out = tmp_path / "out"
+    assert run(folder, out, f"--input={path}", "--batch_size=2") == 1
+    records = {r["id"]: r for r in map(
+        json.loads, (out / "results.jsonl").read_text().splitlines())}
+    assert set(records) == {"a", "bad", "b", "c"}
+    assert "cut.mp4" in records["bad"]["error"]
+    assert sorted(p.name for p in out.iterdir()) == ["a.mp4", "b.png", "c.mp4", "results.jsonl"]
+    assert records["b"]["media"] == "image"
+    windows = records["c"]["events"][0]["result"]["windows"]
+    assert all(1.0 <= s < e <= 3.0 for s, e, _ in windows)
+    # A killed run leaves a cut line; the rest is not answered again, the failure is.
+    with (out / "results.jsonl").open("a") as file:
+        file.write('{"id": "c", "tex')
+    (media / "cut.mp4").write_bytes((media / "clip.mp4").read_bytes())
+    asked, real = [], predict.Predictor.answer
+
+    def answer(self, requests, clips):
+        asked.extend(request.id for request in requests)
+        return real(self, requests, clips)
+
+    monkeypatch.setattr(predict.Predictor, "answer", answer)
+    assert run(folder, out, f"--input={path}", "--batch_size=2") == 0
+    assert asked == ["bad"]
+    again = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert {r["id"]: r for r in again if r["id"] != "bad"} == {
+        i: r for i, r in records.items() if i != "bad"}
+    # The same id for another question is refused.
+    write_list(media / "list.jsonl", entries[0] | {"prompt": "Something else?"})
+    assert run(folder, out, f"--input={path}") == 1
+
+
+def test_frames_are_those_that_preparation_would_give(media):
+    clip = Clip.read(Request("x", media / "clip.mp4", "?"), 4)
+    np.testing.assert_allclose(clip.frames_read.timestamps, np.arange(16) / 4)
+    part = Clip.read(Request("x", media / "clip.mp4", "?", start=1.0, end=2.0), 4)
+    assert part.frames_read.timestamps[0] == 1.0 and part.frames_read.timestamps[-1] < 2.0
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"prompt": ""}, "prompt: ''"),
+    ({"video": 3}, "video: 3"),
+    ({"id": "../x"}, "id: '../x'"),
+    ({"box": [0.5, 0.5, 0.2, 0.9]}, r"box: \[0.5"),
+    ({"box": [0.1, 0.2, 0.3]}, r"box: \[0.1"),
+    ({"box": ["a", 0.2, 0.3, 0.4]}, r"box: \['a'"),
+    ({"box": [0.1, 0.2, 0.3, 0.4]}, "prompt: 0 places <box> for 1 box"),
+    ({"prompt": "Where is <box>?"}, "prompt: 1 places <box> for 0 box"),
+    ({"time": -1}, "time: -1"),
+    ({"end": "late"}, "end: 'late'"),
+])
+def test_bad_requests_name_the_field(media, change, message):
+    entry = {"id": "a", "video": "clip.mp4", "prompt": "What?"}
+    with pytest.raises(RequestError, match=f"^line: {message}"):
+        make_request("line", entry | change, media)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "list.jsonl:1: not JSON"),
+    ('{"video": "a", "prompt": "b", "boxx": 1}', "list.jsonl:1: expected an object with some of"),
+    ('{"id": "x", "video": "a", "prompt": "b"}\n' * 2, "list.jsonl:2: id 'x' occurs twice"),
+    ("", "no lines"),
+])
+def test_bad_lists_name_the_line(tmp_path, text, message):
+    (tmp_path / "list.jsonl").write_text(text)
+    with pytest.raises(RequestError, match=message):
+        read_list(tmp_path / "list.jsonl")
+
+
+def test_prompt_with_an_unknown_marker_is_an_error_not_a_crash(folder, media, tmp_path, capsys):
+    prompt = "--prompt=What is <thing>?"
+    assert run(folder, tmp_path, f"--video={media / 'clip.mp4'}", prompt) == 1
+    assert "<thing>" in capsys.readouterr().err

@@ -1,0 +1,193 @@
+import collections
+import json
+
+import jax
+import micro_model
+import numpy as np
+import pytest
+
+from tpo_jax import preferences
+from tpo_jax.data import pairs as pair_data
+from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.mixture import Source
+from tpo_jax.data.pairs import PairedDataset
+from tpo_jax.data.pipeline import Pipeline
+from tpo_jax.data.records import Example, RecordError, Turn
+from tpo_jax.generation import sidecar
+from tpo_jax.generation.pair_generator import PairGenerator
+from tpo_jax.interop.folder import load_model, save_model
+from tpo_jax.training.step import make_score_step
+
+VIDEOS = 4
+BUCKET = Bucket("pairs", "video", batch_size=2, frames=8, branches=2, branch_tokens=24, answers=20,
+                question=32, windows=1, mask_size=16)
+
+
+def dataset(*_):
+    turns = [Turn(f"What does the {colour} circle do?", "it moves left", (), "action")
+             for colour in micro_model.COLOURS]
+    return micro_model.MemoryDataset(
+        VIDEOS, {f"video{i}": [micro_model.conversation(f"video{i}", turns)]
+                 for i in range(VIDEOS)})
+
+
+@pytest.fixture(autouse=True)
+def in_memory(monkeypatch):
+    monkeypatch.setattr(preferences, "PreparedDataset", dataset)
+    monkeypatch.setattr(pair_data, "PreparedDataset", dataset)
+    monkeypatch.setattr(preferences, "CHUNK_VIDEOS", 2)
+    monkeypatch.setattr(preferences, "PART_BATCHES", 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that answers with a random mixture of a few words."""
+    codec = micro_model.make_codec()
+    model = micro_model.make_model(codec)
+    path = tmp_path_factory.mktemp("model") / "model"
+    params = micro_model.that_draws(micro_model.make_params(model), codec, "it moves left", "right")
+    save_model(path, model.config, params, codec)
+    return path
+
+
+def generate(folder, out, *more):
+    preferences.main(["generate", f"--model={folder}", "--data=memory", f"--out={out}",
+                      "--judge=none", "--gap=-1", "--temperature=1", "--top_p=1", "--max_new=16",
+                      "--batch_size=4", "--length_ratio=20", *more])
+
+
+@pytest.fixture(scope="module")
+def generated(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pairs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preferences, "PreparedDataset", dataset)
+        patch.setattr(preferences, "CHUNK_VIDEOS", 2)
+        generate(folder, out)
+    return out
+
+
+def score(folder, pairs, out):
+    preferences.main(["score", f"--model={folder}", "--data=memory", f"--pairs={pairs}",
+                      f"--out={out}", "--batch_size=4"])
+
+
+def test_generated_pairs_come_from_the_model_and_are_counted(generated):
+    counts = json.loads((generated / "counts.json").read_text())
+    assert counts["generated"] == VIDEOS * 4 * 2  # two samples of every question
+    assert counts["generated"] == sum(counts["dropped"].values()) + counts["kept"]
+    lines = (generated / "pairs.jsonl").read_text().splitlines()
+    assert len(lines) == counts["kept"] == counts["written"] > 5
+    assert sum(counts["manipulation"].values()) == len(lines)
+    pairs = [Example.from_json(json.loads(line)) for line in lines]
+    assert len({pair.example_id for pair in pairs}) == len(pairs)
+    said = {word for p in pairs for side in ("chosen", "rejected")
+            for word in p.targets[side].split()}
+    assert said and not said & {"blinks", "circle", "."}  # nothing but what the model can say
+    for pair in pairs:
+        assert pair.targets["chosen"] != pair.targets["rejected"]
+        assert len(pair.targets["frame_indices"]) == len(pair.targets["manipulated_indices"]) == 8
+
+
+def test_interrupted_generation_goes_on_and_gives_the_same(folder, generated, tmp_path,
+                                                           monkeypatch):
+    real, calls = PairGenerator.run, []
+
+    def run(self, videos, drawn):
+        calls.append(videos)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, videos, drawn)
+
+    monkeypatch.setattr(PairGenerator, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        generate(folder, tmp_path)
+    assert not (tmp_path / "pairs.jsonl").exists()
+    generate(folder, tmp_path)
+    assert len(calls) == 3 and calls[1] == calls[2] != calls[0]  # the first chunk is not redone
+    assert (tmp_path / "pairs.jsonl").read_text() == (generated / "pairs.jsonl").read_text()
+
+
+def test_generation_stops_when_there_are_enough(folder, tmp_path, capsys):
+    generate(folder, tmp_path, "--pairs=2")
+    assert len((tmp_path / "pairs.jsonl").read_text().splitlines()) == 2
+    assert json.loads((tmp_path / "counts.json").read_text())["videos"] == 2  # one chunk
+
+
+def test_another_command_into_the_same_folder_is_refused(folder, generated):
+    with pytest.raises(preferences.ResumeError) as error:
+        generate(folder, generated, "--seed=1", "--mix=0.9")
+    assert "evidence" in str(error.value) and "'mix': 0.5" in str(error.value)
+    assert "'mix': 0.9" in str(error.value)
+
+
+def test_sidecar_is_what_training_scores_at_step_0(folder, generated, tmp_path):
+    pairs, out = generated / "pairs.jsonl", tmp_path / "reference.npz"
+    score(folder, pairs, out)
+    assert [p.name for p in tmp_path.iterdir()] == ["reference.npz"]
+    config, params, codec = load_model(folder)
+    expected = sidecar.Fingerprint.of(config, params, codec, 8)
+    # Another bucket than the one that was scored with, as training has it.
+    pipeline = Pipeline(
+        [Source(PairedDataset("memory", pairs), 1.0, {"preference": 1.0})], codec, config,
+        config.heads, [BUCKET], 0, reference=sidecar.reference([out], expected, BUCKET.answers))
+    model = micro_model.make_model(codec)
+    step = jax.jit(make_score_step(model))
+    for number in range(3):
+        _, batch = pipeline.batch(number)
+        live = np.asarray(step(params, batch)) * (batch["answer_weights"] > 0)
+        assert np.abs(live).sum() > 1
+        np.testing.assert_allclose(batch["reference_logps"], live, atol=1e-5)
+
+
+def test_reference_of_another_model_is_refused(folder, generated, tmp_path):
+    out = tmp_path / "reference.npz"
+    score(folder, generated / "pairs.jsonl", out)
+    config, params, codec = load_model(folder)
+    params["language"]["final_norm"]["scale"] = params["language"]["final_norm"]["scale"] + 1
+    expected = sidecar.Fingerprint.of(config, params, codec, 8)
+    with pytest.raises(sidecar.SidecarMismatch) as error:
+        sidecar.reference([out], expected, 20)
+    stored = sidecar.read(out).fingerprint.weights
+    assert stored in str(error.value) and expected.weights in str(error.value)
+
+
+def test_interrupted_scoring_goes_on_and_a_finished_one_is_not_redone(
+        folder, generated, tmp_path, monkeypatch):
+    out, whole = tmp_path / "reference.npz", tmp_path / "whole.npz"
+    score(folder, generated / "pairs.jsonl", whole)
+    built = collections.Counter()
+    real = preferences.batches
+
+    def counted(builder, plans):
+        built["parts"] += 1
+        if built["parts"] == 3:
+            raise KeyboardInterrupt
+        yield from real(builder, plans)
+
+    monkeypatch.setattr(preferences, "batches", counted)
+    with pytest.raises(KeyboardInterrupt):
+        score(folder, generated / "pairs.jsonl", out)
+    assert not out.exists()
+    score(folder, generated / "pairs.jsonl", out)
+    first, second = sidecar.read(whole), sidecar.read(out)
+    assert first.digests == second.digests
+    for pair, logps in first.logps.items():
+        np.testing.assert_array_equal(second.logps[pair], logps)
+    parts = -(-len(first.logps) // 4)
+    assert built["parts"] == parts + 1  # the interrupted part alone was begun twice
+    score(folder, generated / "pairs.jsonl", out)
+    assert built["parts"] == parts + 1
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"video_id": "video9"}, "'video9' is not in"),
+    ({"task": "conversation"}, "expected 'preference'"),
+    ({"format_version": 0}, "format_version is 0"),
+    ({}, "occurs twice"),
+])
+def test_bad_manifest_names_the_line(generated, tmp_path, change, message):
+    line = json.loads((generated / "pairs.jsonl").read_text().splitlines()[0])
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps(line) + "\n" + json.dumps(line | change) + "\n")
+    with pytest.raises(RecordError, match=f"bad.jsonl:2: .*{message}"):
+        PairedDataset("memory", bad)

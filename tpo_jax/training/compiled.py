@@ -1,0 +1,83 @@
+"""Everything is compiled before the loop; inside it, a shape that is not compiled is an error."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from tpo_jax.data.pipeline import blank_batch
+from tpo_jax.data.rows import RowBuilder
+from tpo_jax.parallel.paths import flatten
+from tpo_jax.training.program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledBucket:
+    """The programs of one bucket; they cannot trace, so a wrong shape is an error, not a recompile.
+
+    tokens: positions of the decoder in one batch, padding included.
+    """
+
+    name: str
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype]]
+    tokens: int
+    train_program: Any
+    eval_program: Any
+
+    def train(self, state: Any, batch: Any, key: jax.Array) -> Any:
+        self._check(batch)
+        return self.train_program(state, batch, key)
+
+    def evaluate(self, params: Any, batch: Any) -> Any:
+        self._check(batch)
+        return self.eval_program(params, batch)
+
+    def _check(self, batch: Any) -> None:
+        shapes = {path: (x.shape, x.dtype) for path, x in flatten(batch).items()}
+        if shapes != self.shapes:
+            wrong = [
+                f"  {path}: compiled for {self.shapes.get(path)}, got {shapes.get(path)}"
+                for path in sorted(shapes.keys() | self.shapes.keys())
+                if shapes.get(path) != self.shapes.get(path)
+            ]
+            raise ValueError(
+                f"a batch of bucket {self.name!r} would compile again:\n" + "\n".join(wrong)
+            )
+
+
+def compile_buckets(
+    program: Program,
+    builders: Mapping[str, RowBuilder],
+    evaluate: bool,
+    say: Callable[[str], None],
+) -> dict[str, CompiledBucket]:
+    """Compiles the steps of every bucket.
+
+    Args:
+      builders: of the pipeline, by bucket name; they know the shapes.
+      evaluate: whether the validation step is compiled as well.
+      say: told of each bucket that is done.
+    """
+    compiled = {}
+    for name, builder in builders.items():
+        begin = time.monotonic()
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), blank_batch(builder)
+        )
+        leaves = flatten(batch)
+        rows = leaves["branch_tokens"].shape[0]
+        per_row = leaves["prefix_tokens"].shape[1] + np.prod(leaves["branch_tokens"].shape[1:])
+        params = program.abstract_state.params
+        lowered = program.eval_step.lower(params, batch) if evaluate else None
+        compiled[name] = CompiledBucket(
+            name=name,
+            shapes={path: (x.shape, x.dtype) for path, x in leaves.items()},
+            tokens=int(rows * per_row),
+            train_program=program.lower_train_step(batch).compile(),
+            eval_program=lowered.compile() if lowered is not None else None,
+        )
+        say(f"compiled bucket {name!r} ({rows} rows) in {time.monotonic() - begin:.1f} s")
+    return compiled
