@@ -54,7 +54,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model = {"preset": "", "heads": HEADS}
     config.data.train = [source_config(f"{arg.runs}/data/train", tasks=TASKS)]
     config.data.validation = [source_config(f"{arg.runs}/data/validation", tasks=TASKS)]
-    config.buckets = {"video": _video_bucket(arg.tiny)}
+    config.buckets = _video_buckets(arg.tiny)
     config.losses = {"language": 1.0, **HEAD_LOSSES}
     config.optimizer = {"warmup": 0.05, "weight_decay": 0.05, "clip": 1.0, "min_lr_ratio": 0.05}
     config.checkpoint = {"every": 200, "keep": 1}
@@ -70,18 +70,22 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config
 
 
-def _video_bucket(tiny: bool) -> dict:
-    return bucket_config(
-        media="video",
-        batch_size=4 if tiny else 16,
-        frames=4 if tiny else 32,
-        branches=4,
-        branch_tokens=96,
-        answers=48,
-        slots={"region": 2, "temporal": 2, "mask": 2, "box": 2},
-        windows=4,
-        mask_size=16 if tiny else 32,
-    )
+def _video_buckets(tiny: bool) -> dict:
+    """Short questions and head calls, and the long rest: listed options and captions."""
+    video = {
+        "media": "video",
+        "batch_size": 4 if tiny else 8,
+        "frames": 4 if tiny else 32,
+        "windows": 4,
+        "mask_size": 16 if tiny else 32,
+    }
+    slots = {"region": 3, "temporal": 3, "mask": 2, "box": 2}
+    return {
+        "video": bucket_config(
+            **video, branches=10, branch_tokens=32, answers=12, slots=slots, weight=4
+        ),
+        "video_long": bucket_config(**video, branches=4, branch_tokens=64, answers=48),
+    }
 
 
 def _stage1(config: ConfigDict, runs: str) -> None:
@@ -122,7 +126,8 @@ def _floor(config: ConfigDict, runs: str) -> None:
     config.steps = 150
     for split in ("train", "validation"):
         config.data[split][0]["tasks"] = {"conversation": 1.0}
-    config.buckets.video.slots = {}
+    for bucket in config.buckets.values():
+        bucket.slots = {}
     config.trainable = [["language/", 5e-4]]
 
 
@@ -145,7 +150,7 @@ def _dpo(config: ConfigDict, runs: str) -> None:
     config.buckets = {
         "pairs": bucket_config(
             media="video", batch_size=size, frames=frames, question=64, branches=2,
-            branch_tokens=64, answers=48, windows=1, mask_size=config.buckets.video.mask_size,
+            branch_tokens=64, answers=48, windows=4, mask_size=config.buckets.video.mask_size,
         )
     }  # fmt: skip
     config.trainable = [["language/", 5e-5]]

@@ -24,9 +24,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     short = {"branches": 12, "branch_tokens": 24, "answers": 12}
     long = {"branches": 4, "branch_tokens": 64, "answers": 48}
     rows, frames = (4, 4) if arg.tiny else (8, 32)
+    video = {"media": "video", "batch_size": rows, "frames": frames}
     config.buckets = {
-        "video": bucket_config(media="video", batch_size=rows, frames=frames, weight=3, **short),
-        "video_long": bucket_config(media="video", batch_size=rows, frames=frames, weight=1, **long),
+        "video": bucket_config(**video, weight=3, **short),
+        "video_long": bucket_config(**video, weight=1, **long),
     }
     if not arg.tiny:
         image = {"media": "image", "batch_size": 16, "frames": 1}

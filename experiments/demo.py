@@ -38,13 +38,14 @@ class Scale:
     train_pairs: int = 700
     validation_pairs: int = 60
     test_pairs: int = 260
+    judge: str = "rules"
     # Appended to the argument of configs/demo.py.
     config: str = ""
 
 
 FULL = Scale()
 # Seconds instead of minutes, for the tests; its figures mean nothing.
-TINY = Scale(8, 4, 4, 8, 8, 4, 4, config=",tiny")
+TINY = Scale(16, 8, 8, 16, 8, 4, 4, judge="none", config=",tiny")
 
 
 class Steps:
@@ -160,6 +161,7 @@ def make_pairs(steps: Steps, scale: Scale, model: pathlib.Path, seed: int) -> No
         steps.run(
             f"pairs {split}", "tpo_jax.preferences", "generate", "--model", model,
             "--data", data, "--out", pairs, "--pairs", count, "--seed", seed,
+            "--judge", scale.judge,
         )  # fmt: skip
         if split != "test":
             steps.run(
@@ -197,9 +199,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0, help="rendering, splits and training")
-    parser.add_argument("--base", type=pathlib.Path, default=BASE, help="model folder to start from")
+    parser.add_argument("--base", type=pathlib.Path, default=BASE, help="model folder")
     parser.add_argument("--tiny", action="store_true", help="a few videos and steps, for tests")
     flags = parser.parse_args()
+    if not (flags.base / "config.json").exists():
+        parser.error(
+            f"{flags.base}: no model folder; the base is trained as README.md says, "
+            "or name another one with --base"
+        )
     flags.out.mkdir(parents=True, exist_ok=True)
     steps, scale, seed = Steps(flags.out), TINY if flags.tiny else FULL, flags.seed
 

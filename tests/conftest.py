@@ -1,4 +1,4 @@
-"""One environment for every test: CPU, eight fake devices, a compile cache that outlives the run."""
+"""One environment for every test: CPU, eight fake devices, a compile cache."""
 
 import os
 import pathlib

@@ -42,12 +42,13 @@ def write_prepared(folder: pathlib.Path, videos: int, seed: int) -> None:
         box = [float(v) / SIZE for v in (x, y, x + 16, y + 16)]
         clip = Clip(f"{name}#0", name, "video", 0, times, frames, "raw")
         options = tuple(f"It is {other}." for other in COLOURS)
-        talk = Turn(QUESTION, f"It is {colour}.", options, "colour")
+        listed = Turn(QUESTION, f"It is {colour}.", options, "colour")
+        open_ended = Turn(QUESTION, f"It is {colour}.", (), "colour")  # fits the short bucket
         examples = [
-            _example(name, "conversation", talk, {}),
-            _example(name, "region", Turn(WHERE, "It is <region>."), {
+            _example(name, "conversation", (listed, open_ended), {}),
+            _example(name, "region", (Turn(WHERE, "It is <region>."),), {
                 "boxes": [box], "times": [1.0]}),
-            _example(name, "temporal", Turn(WHEN, "It is <temporal>."), {
+            _example(name, "temporal", (Turn(WHEN, "It is <temporal>."),), {
                 "windows": [[0.0, 2.0]], "saliency": [1.0, 0.0], "saliency_interval": 2.0}),
         ]  # fmt: skip
         rows = (len(records["clips"]), 1), (len(records["examples"]), len(examples))
@@ -66,8 +67,8 @@ def write_prepared(folder: pathlib.Path, videos: int, seed: int) -> None:
     (folder / "prepared.json").write_text(json.dumps({"format_version": FORMAT_VERSION}))
 
 
-def _example(video: str, task: str, turn: Turn, targets: dict) -> Example:
-    return Example(f"{video}/{task}", video, "video", task, "test", 0.0, 4.0, (turn,), targets)
+def _example(video: str, task: str, turns: tuple[Turn, ...], targets: dict) -> Example:
+    return Example(f"{video}/{task}", video, "video", task, "test", 0.0, 4.0, turns, targets)
 
 
 def get_config(arg: str | None = None):
@@ -81,11 +82,11 @@ def get_config(arg: str | None = None):
     tasks = {"conversation": 1.0} | ({"region": 1.0, "temporal": 1.0} if arg.heads else {})
     config.data.train = [source_config(f"{arg.data}/train", tasks=tasks)]
     config.data.validation = [source_config(f"{arg.data}/validation", tasks=tasks)]
-    shape = {"media": "video", "branches": 2, "branch_tokens": 64, "answers": 16,
+    shape = {"media": "video", "batch_size": 4, "frames": 4, "branches": 2, "answers": 16,
              "windows": 1 if arg.heads else 0}  # fmt: skip
     config.buckets = {
-        "long": bucket_config(batch_size=4, frames=4, **shape),
-        "short": bucket_config(batch_size=4, frames=2, weight=0.5, **shape),
+        "long": bucket_config(branch_tokens=64, **shape),
+        "short": bucket_config(branch_tokens=32, weight=0.5, **shape),
     }
     if arg.buckets == 1:  # half the compile time
         del config.buckets["short"]

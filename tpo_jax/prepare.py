@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,check,tokenizer,inspect}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{run,check,tokenizer,inspect}"
+    )
     known = ", ".join(formats.FORMATS)
 
     run = commands.add_parser(
@@ -115,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     tokenizer.add_argument("--data", type=pathlib.Path, required=True, help="a prepared folder")
-    tokenizer.add_argument("--out", type=pathlib.Path, required=True, help="tokenizer.json to write")
+    tokenizer.add_argument("--out", type=pathlib.Path, required=True, help="tokenizer.json")
     tokenizer.add_argument("--vocabulary", type=int, default=1000, help="most tokens (1000)")
     commands.add_parser("inspect", help="draw one training row (see inspect --help)")
     return parser

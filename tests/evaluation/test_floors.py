@@ -126,16 +126,6 @@ def test_trained_models_join_and_the_best_wins():
     assert len(constants["qa/accuracy"]) == 1
 
 
-def test_length_rule_of_pairs():
-    def pair(number, chosen, rejected):
-        return example(number, "preference", "x", {"chosen": chosen, "rejected": rejected})
-
-    train = [pair(0, "long answer", "short"), pair(1, "longer one", "no"), pair(2, "a", "bc")]
-    test = [pair(3, "aa", "b"), pair(4, "a", "bb"), pair(5, "a", "b"), pair(6, "abc", "a")]
-    found = floors.preference_floor(train, test)
-    assert values(found) == {"preference/accuracy": {"the longer answer": (1 + 0 + 0.5 + 1) / 4}}
-
-
 def test_rendered_videos_give_low_floors(prepared):
     train, test = (PreparedDataset(prepared / split) for split in ("train", "test"))
     found = floors.best(floors.constant_floors(train, test, 32))

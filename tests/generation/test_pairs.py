@@ -87,6 +87,14 @@ def test_a_question_about_time_keeps_the_whole_video():
     assert plan.chosen_indices == plan.frame_indices and plan.segment == (4.0, 6.0)
 
 
+def test_dense_frames_are_used_only_where_they_show_more():
+    settings = EvidenceSettings(16, mix=1.0)
+    fine = pairs.plan_evidence(question(), TIMES, settings)
+    assert fine.chosen_indices != fine.frame_indices
+    coarse = pairs.plan_evidence(question(), TIMES[::4], settings)  # 1 frame a second, 16 shown
+    assert coarse.chosen_indices == coarse.frame_indices and coarse.manipulation == "localized"
+
+
 @pytest.mark.parametrize("times", [[0.0], [0.0, 5.0]])
 def test_a_video_without_remainder_gives_a_comprehensive_pair(times):
     plan = pairs.plan_evidence(

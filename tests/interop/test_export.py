@@ -16,7 +16,7 @@ HEADS = ("region", "temporal", "mask")
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """A micro model with all heads; norms and biases are perturbed, so that none is the identity."""
+    """A micro model with all heads; perturbed, so that no norm or bias is the identity."""
     tokenizer = train_tokenizer(["what happens here? nothing", "the red circle moves left"], 300)
     add_task_tokens(tokenizer, HEADS)
     codec = TextCodec(tokenizer)

@@ -78,18 +78,6 @@ def with_trained_models(floors: Floors, models: Mapping[str, Mapping[str, float]
     return merged
 
 
-def preference_floor(train: Sequence[Example], test: Sequence[Example]) -> Floors:
-    """Preferring the longer, or the shorter, answer: whichever won more often in training."""
-
-    def rate(pairs: Sequence[Example], sign: int) -> float:
-        lengths = [len(p.targets["chosen"]) - len(p.targets["rejected"]) for p in pairs]
-        return float(np.mean([(np.sign(sign * n) + 1) / 2 for n in lengths]))
-
-    sign = 1 if rate(train, 1) >= 0.5 else -1
-    name = "the longer answer" if sign > 0 else "the shorter answer"
-    return {"preference/accuracy": [Candidate(name, rate(train, sign), rate(test, sign))]}
-
-
 def best(floors: Floors) -> dict[str, float]:
     """{metric: value}: the highest candidate of each metric on the test split.
 

@@ -149,7 +149,7 @@ def _cases(run_dir: epath.Path, summary: Mapping[str, Any]) -> str:
     if stage is None:
         return ""
     samples = results.read_samples(_eval(run_dir, stage))
-    dataset = PreparedDataset(results.read_json(_eval(run_dir, stage))["data"])
+    dataset = PreparedDataset(run_dir / "data" / "test")
     parts = [
         f"<p>From the evaluation of <b>{stage}</b>: the best and the worst of each task. "
         "<span class='label'>Green</span> is the label, "

@@ -4,7 +4,8 @@ Following Temporal Preference Optimization, the model answers one question twice
 answer with the right frames, the dis-preferred one with manipulated frames.
 
 * localized: the right frames are dense in the segment that the question is about (uniform over the
-  video when it is unknown), the manipulated ones come from the remainder, the segment excluded.
+  video when it is unknown, or when the store has no more frames of it), the manipulated ones come
+  from the remainder, the segment excluded.
 * comprehensive: the right frames are uniform over the video, the manipulated ones are a sparse
   random subset of them, repeated to the same number.
 
@@ -233,7 +234,10 @@ def plan_evidence(question: Question, timestamps: np.ndarray,
     right = whole
     if (question.segment and settings.right == "dense"
             and question.turn.kind not in KINDS_ABOUT_TIME):
-        right = repeat_to(sampling.dense_segment(timestamps, frames, *segment), frames)
+        dense = sampling.dense_segment(timestamps, frames, *segment)
+        # Where the store has no frames between those of the whole video, dense shows only less.
+        if len(dense) > len(np.intersect1d(whole, np.flatnonzero(~outside))):
+            right = repeat_to(dense, frames)
     rest = repeat_to(sampling.excluding(timestamps, frames, [segment]), frames)
     return Evidence("localized", _indices(whole), _indices(right), _indices(rest), segment)
 

@@ -24,9 +24,9 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
     the head's routing and slot token.
     """
     config, params, codec = load_model(model)
-    frames = np.random.default_rng(seed).integers(
-        0, 256, (1, min(4, config.vision.max_frames), *(2 * [config.vision.image_size]), 3), np.uint8
-    )
+    size = config.vision.image_size
+    shape = (1, min(4, config.vision.max_frames), size, size, 3)
+    frames = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
     functional_model = FunctionalModel(config)
     other = _runtime(exported).VideoLanguageModel.from_folder(exported)
     visual, features = other.encode(frames)

@@ -125,9 +125,9 @@ def llama_rows(*, tied: bool, qkv_bias: bool, prefix: str = "language/") -> list
     rows = [
         Row(f"{prefix}embed/table", "model.embed_tokens.weight"),
         Row(f"{prefix}final_norm/scale", "model.norm.weight"),
-        Row(f"{prefix}layers/input_layernorm/scale", layer + "input_layernorm.weight"),
-        Row(f"{prefix}layers/post_attention_layernorm/scale", layer + "post_attention_layernorm.weight"),
     ]
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        rows.append(Row(f"{prefix}layers/{name}/scale", f"{layer}{name}.weight"))
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         path, key = f"{prefix}layers/self_attn/{name}/", f"{layer}self_attn.{name}."
         rows.append(Row(path + "kernel", key + "weight", transpose=True))

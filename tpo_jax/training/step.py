@@ -89,7 +89,7 @@ def make_train_step(
             return value, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
         (loss, sums), grads = accumulate(one, (batch, keys), accumulation)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, trainable)
         moved = optax.apply_updates(trainable, updates)

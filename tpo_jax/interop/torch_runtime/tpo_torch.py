@@ -32,7 +32,8 @@ class Weights:
         self.tensors, self.prefix, self.layer = tensors, prefix, layer
 
     def at(self, name, layer=None):
-        return Weights(self.tensors, f"{self.prefix}{name}/", self.layer if layer is None else layer)
+        layer = self.layer if layer is None else layer
+        return Weights(self.tensors, f"{self.prefix}{name}/", layer)
 
     def has(self, name):
         return f"{self.prefix}{name}" in self.tensors
@@ -176,7 +177,7 @@ class VideoLanguageModel:
         return ids(t["before_video"]), after + ids(answer)
 
     def embed(self, ids, boxes=()):
-        """Embeddings [1, n, D]; slot tokens are task vectors, box tokens the given boxes in turn."""
+        """Embeddings [1, n, D]; slot tokens are task vectors, box tokens the boxes in turn."""
         names = {token: self.config["tokens"].get(token) for token in (*SLOT_TOKENS, BOX_TOKEN)}
         embeds = self.language.get_input_embeddings()(torch.tensor([ids])).clone()
         boxes = iter(boxes)
