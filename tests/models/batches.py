@@ -4,7 +4,7 @@ import numpy as np
 
 
 def model_batch(config, *, B, F, K, R, S=1, W=2, seed=0, heads=None):
-    """A full batch for `config`; one valid slot a head (index 1 + its number) in branch 0."""
+    """A full batch for `config`; in branch 0 a box at index 1, then one valid slot a head."""
     rng = np.random.default_rng(seed)
     visual, size, m = config.num_visual_tokens(F), config.vision.image_size, config.mask_size
     P = config.visual_offset + visual + 1
@@ -51,9 +51,9 @@ def model_batch(config, *, B, F, K, R, S=1, W=2, seed=0, heads=None):
         "branch_positions": np.tile(np.arange(P, P + R, dtype=np.int32), (B, K, 1)),
         "branch_segments": np.ones((B, K, R), np.int32),
         "slots": {
-            name: slots(i) | targets[name]() for i, name in enumerate(heads)
+            name: slots(1 + i) | targets[name]() for i, name in enumerate(heads)
         },
     }
     if heads:
-        batch["slots"]["box"] = slots(len(heads)) | {"boxes": boxes()}
+        batch["slots"]["box"] = slots(0) | {"boxes": boxes()}
     return batch

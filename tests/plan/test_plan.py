@@ -3,7 +3,6 @@
 import importlib.util
 import subprocess
 import sys
-import types
 
 import jax
 import pytest
@@ -46,11 +45,9 @@ def test_plan_compiles_the_function_that_train_runs(tmp_path, lowered):
     model_config, codec = train.make_model_config(config)
     program = make_program(config, model_config, make_mesh({}, jax.devices()[:1]))
     (shapes,) = plan.read_buckets(config.buckets.to_dict())
-    pipeline = types.SimpleNamespace(
-        builders={shapes.name: row_builder(codec, model_config, shapes)}
-    )
+    builders = {shapes.name: row_builder(codec, model_config, shapes)}
     with pytest.raises(Lowered):
-        train.compile_buckets(program, pipeline, evaluate=False)
+        train.compile_buckets(program, builders, evaluate=False, say=print)
     with pytest.raises(Lowered):
         plan.plan_bucket(program, model_config, shapes)
     (trained, train_shapes), (planned, plan_shapes) = lowered

@@ -40,8 +40,10 @@ def attach(model: nnx.Module, config: LoraConfig, rngs: Rngs) -> None:
         draw = jax.random.normal(
             rngs.params(), (*lead, features_in, config.rank), jnp.float32
         )
-        module.lora_a = nnx.Param(draw * features_in**-0.5)
-        module.lora_b = nnx.Param(jnp.zeros((*lead, config.rank, features_out), jnp.float32))
+        zeros = jnp.zeros((*lead, config.rank, features_out), jnp.float32)
+        # The attributes were None until now; nnx.data says that they become parameters.
+        module.lora_a = nnx.data(nnx.Param(draw * features_in**-0.5))
+        module.lora_b = nnx.data(nnx.Param(zeros))
         module.lora_scale = config.scale
 
 
