@@ -17,7 +17,7 @@ from tpo_jax.data.moving_shapes.__main__ import main, parse_splits
 from tpo_jax.data.moving_shapes.build import BuildError, scene_seed
 
 CONFIG = WorldConfig()
-VIDEOS = {"train": 5, "validation": 1, "test": 2}
+VIDEOS = {"train": 5, "validation": 2, "test": 2}
 IMAGES = {"train": 2, "validation": 1, "test": 1}
 
 
@@ -101,10 +101,14 @@ def test_highlights_cover_their_windows(folder):
                   if min(e, 2 * c + 2) > max(s, 2 * c)}  # fmt: skip
         assert row["relevant_clip_ids"] == sorted(inside)
         for clip, ratings in zip(row["relevant_clip_ids"], row["saliency_scores"], strict=True):
-            covered = sum(max(0, min(e, 2 * clip + 2) - max(s, 2 * clip))
-                          for s, e in row["relevant_windows"])  # fmt: skip
+            score = round(4 * _covered(row, clip) / max(_covered(row, c) for c in range(8)))
             assert len(ratings) == 3 and all(0 <= r <= 4 for r in ratings)
-            assert all(round(2 * covered) - 1 <= r <= round(2 * covered) for r in ratings)
+            assert all(score - 1 <= r <= score for r in ratings)
+
+
+def _covered(row, clip) -> float:
+    """Seconds of a two-second clip that the windows of a QVHighlights row cover."""
+    return sum(max(0, min(e, 2 * clip + 2) - max(s, 2 * clip)) for s, e in row["relevant_windows"])
 
 
 def test_masks_are_the_visible_pixels(folder):
@@ -156,6 +160,9 @@ def test_tracks_are_got10k_sequences(folder):
         absent = (root / name / "absence.label").read_text().split()
         assert len(lines) == len(absent) == len(visible) == 32
         assert absent[0] == "0"
+        scene = _scene(video)
+        x, y = scene.states.x[int(actor)], scene.states.y[int(actor)]
+        assert np.abs(np.diff(x)).sum() + np.abs(np.diff(y)).sum() >= 16, "it does not move"
         for line, gone, mask in zip(lines, absent, visible, strict=True):
             x, y, w, h = map(int, line.split(","))
             if gone == "1":

@@ -26,6 +26,7 @@ MIN_VISIBLE = 12 / 64**2  # share of the frame below which an actor counts as ab
 REGION_FRAMES = 3
 MASK_EXPRESSIONS = 4
 TRACKS = 2
+MIN_TRAVEL = 1 / 4  # of the frame, below which an actor is not tracked
 QUERIES = 4
 MAX_WINDOWS = 2
 
@@ -126,14 +127,14 @@ def _queries(rng: np.random.Generator, scene: Scene, name: str) -> list[dict[str
 
 
 def _saliency(rng: np.random.Generator, events: list[Event], seconds: int) -> dict[str, Any]:
-    """Clips that the windows touch, and three ratings: twice the covered seconds, or one less."""
+    """Clips that the windows touch, and three ratings: 4 for the best covered clip, or one less."""
     starts = np.arange(0, seconds, CLIP_SECONDS)
     covered = sum(
         np.clip(np.minimum(starts + CLIP_SECONDS, e.end) - np.maximum(starts, e.start), 0, None)
         for e in events
     )
     clips = np.flatnonzero(covered > 0)
-    scores = np.rint(4 * covered[clips] / CLIP_SECONDS).astype(int)
+    scores = np.rint(4 * covered[clips] / covered.max()).astype(int)
     strict = rng.random((len(clips), 3)) < 0.15
     ratings = np.clip(scores[:, None] - strict, 0, 4)
     return {
@@ -183,10 +184,18 @@ def _mask_expressions(
 
 
 def _tracks(rng: np.random.Generator, scene: Scene, visible: np.ndarray) -> list[dict[str, Any]]:
-    """Boxes over time of actors that are seen in the first annotated frame, the busiest first."""
+    """Boxes over time of actors that are seen in the first annotated frame, the busiest first.
+
+    As in GOT-10k only what moves is tracked: the first box, held still, would be right about the
+    others.
+    """
     travelled = np.abs(np.diff(scene.states.x)).sum(1) + np.abs(np.diff(scene.states.y)).sum(1)
-    started = [a.index for a in scene.actors if visible[a.index, 0].any()]
-    order = sorted(started, key=lambda i: -travelled[i] + rng.random())
+    moving = [
+        a.index
+        for a in scene.actors
+        if visible[a.index, 0].any() and travelled[a.index] >= MIN_TRAVEL * scene.config.size
+    ]
+    order = sorted(moving, key=lambda i: -travelled[i] + rng.random())
     return [
         {
             "actor": i,
