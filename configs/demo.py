@@ -56,7 +56,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.validation = [source_config(f"{arg.runs}/data/validation", tasks=TASKS)]
     config.buckets = _video_buckets(arg.tiny)
     config.losses = {"language": 1.0, **HEAD_LOSSES}
-    config.optimizer = {"warmup": 0.05, "weight_decay": 0.05, "clip": 1.0, "min_lr_ratio": 0.05}
+    config.optimizer.update(warmup=0.05, min_lr_ratio=0.05)
     config.checkpoint = {"every": 200, "keep": 1}
     config.log_every = 10
     config.eval_every = 100

@@ -1,21 +1,39 @@
-"""The demo's steps, each the real command, on a handful of videos and an untrained micro model."""
+"""The demo's steps, each the real command, on a handful of videos and a micro model."""
 
 import json
 import subprocess
 import sys
 
-import jax
 import pytest
 
-from tpo_jax.data.text import TextCodec, train_tokenizer
-from tpo_jax.interop.folder import save_model
-from tpo_jax.models import presets
-from tpo_jax.models.video_language import FunctionalModel
+
+def run(module, *arguments):
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def run_demo(*arguments):
-    command = [sys.executable, "-m", "experiments.demo", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run("experiments.demo", *arguments)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A micro model that has learnt to answer in sentences, if seldom in true ones."""
+    out = tmp_path_factory.mktemp("base")
+    data = out / "data"
+    commands = [
+        ("tpo_jax.data.moving_shapes", "--out", out / "world", "--videos", 40, "--seed", 1000,
+         "--splits", "train:32,validation:8"),
+        *(("tpo_jax.prepare", "run", "--data", out / "world" / split, "--out", data / split)
+          for split in ("train", "validation")),
+        ("tpo_jax.prepare", "tokenizer", "--data", data / "train", "--out", data / "tokenizer.json"),
+        ("tpo_jax.train", f"--config=configs/tiny_base.py:data={data},tiny", "--config.steps=300",
+         "--config.eval_every=0", "--config.checkpoint.every=300", f"--workdir={out}/run"),
+    ]  # fmt: skip
+    for command in commands:
+        finished = run(*command)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+    return out / "run" / "model"
 
 
 def test_a_missing_base_is_named(tmp_path):
@@ -26,12 +44,8 @@ def test_a_missing_base_is_named(tmp_path):
 
 
 @pytest.mark.long
-def test_every_step_runs_and_the_summary_is_complete(tmp_path):
-    codec = TextCodec(train_tokenizer(["the red circle moves left", "what happens?"], 300))
-    config = presets.preset("micro", (), {})
-    params = jax.jit(FunctionalModel(config).init)(jax.random.key(0))
-    save_model(tmp_path / "base", config, params, codec)
-    finished = run_demo("--tiny", "--base", tmp_path / "base", "--out", tmp_path / "run")
+def test_every_step_runs_and_the_summary_is_complete(base, tmp_path):
+    finished = run_demo("--tiny", "--base", base, "--out", tmp_path / "run")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(summary["eval"]) == {"base", "stage1", "stage2", "stage3", "dpo"}

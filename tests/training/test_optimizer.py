@@ -10,6 +10,7 @@ from fake_batches import HEADS, micro
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.training.optimizer import (
+    MUON_RMS,
     OptimizerConfig,
     assign_groups,
     decay_mask,
@@ -18,7 +19,7 @@ from tpo_jax.training.optimizer import (
 )
 from tpo_jax.training.state import init_state, merge, partition
 
-PLAIN = {"warmup": 0.0, "weight_decay": 0.0, "clip": 0.0, "min_lr_ratio": 1.0}
+PLAIN = {"name": "adamw", "warmup": 0.0, "weight_decay": 0.0, "clip": 0.0, "min_lr_ratio": 1.0}
 PARAMS = {
     "language": {"lm_head": {"kernel": jnp.ones((2, 3))}, "norm": {"scale": jnp.ones(2)}},
     "heads": {"region": {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.ones(2)}},
@@ -114,7 +115,7 @@ def test_clipping_sees_trainable_gradients_only():
 
 def test_equals_optax_adamw_for_one_group_without_mask():
     params = {"kernel": jnp.array([[1.0, -2.0]])}
-    config = OptimizerConfig(warmup=0.0, weight_decay=0.1, clip=0.0, min_lr_ratio=1.0)
+    config = OptimizerConfig(name="adamw", warmup=0.0, weight_decay=0.1, clip=0.0, min_lr_ratio=1.0)
     ours = make_optimizer(config, [("kernel", 0.05)], 10, params).transform
     theirs = optax.adamw(0.05, weight_decay=0.1)
     got, want = params, params
@@ -128,11 +129,36 @@ def test_equals_optax_adamw_for_one_group_without_mask():
     np.testing.assert_allclose(got["kernel"], want["kernel"], rtol=1e-6)
 
 
+def test_muon_orthogonalises_matrices_layer_by_layer_and_leaves_the_rest_to_adam():
+    keys = jax.random.split(jax.random.key(0), 2)
+    shape = (3, 16, 64)  # three layers
+    params = {
+        "layers": {"kernel": jnp.zeros(shape), "bias": jnp.zeros((3, 64))},
+        "embed": {"table": jnp.zeros((16, 64))},
+        "lm_head": {"kernel": jnp.zeros((16, 64))},
+    }
+    config = OptimizerConfig(**PLAIN | {"name": "muon"})
+    grads = jax.tree.map(lambda x: jax.random.normal(keys[0], x.shape), params)
+    # One direction of the gradient dwarfs the others; the update must not follow it alone.
+    grads["layers"]["kernel"] += 100 * jax.random.normal(keys[1], (3, 16, 1))
+    updates = update(make_optimizer(config, [(".*", 1e-2)], 10, params), params, grads)
+    for layer, gradient in zip(updates["layers/kernel"], grads["layers"]["kernel"], strict=True):
+        singular = np.linalg.svd(layer, compute_uv=False)
+        assert singular.max() < 3 * singular.min()  # Newton-Schulz is not exact
+        assert np.sqrt(np.mean(layer**2)) == pytest.approx(1e-2 * MUON_RMS, rel=0.2)
+        assert np.sum(layer * gradient) < 0
+    nadam = optax.scale_by_adam(nesterov=True)
+    for path in ("layers/bias", "embed/table", "lm_head/kernel"):
+        gradient = flatten(grads)[path]
+        want, _ = nadam.update(gradient, nadam.init(gradient))
+        np.testing.assert_allclose(updates[path], -1e-2 * want, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
-    ("field", "value"), [("warmup", 1.5), ("min_lr_ratio", -0.1), ("clip", -1.0), ("b2", 2.0)]
+    ("field", "value"), [("name", "sgd"), ("warmup", 1.5), ("min_lr_ratio", -0.1), ("clip", -1.0), ("b2", 2.0)]
 )
-def test_numbers_out_of_range_are_refused_by_name(field, value):
-    with pytest.raises(ValueError, match=f"optimizer.{field}={value}"):
+def test_values_out_of_range_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=f"optimizer.{field}={value!r}"):
         OptimizerConfig(**PLAIN | {field: value})
 
 

@@ -51,6 +51,7 @@ def default_config() -> ConfigDict:
     config.preference = {"loss": "sigmoid", "beta": 0.1, "sft": 0.0, "label_smoothing": 0.0}
     config.trainable = []  # [regex, peak learning rate]; first match wins, the rest is frozen
     config.optimizer = {
+        "name": "adamw",  # or "muon", for models that start from random weights
         "warmup": 0.05,  # share of all steps
         "weight_decay": 0.05,
         "clip": 1.0,  # largest global gradient norm; 0: no clipping

@@ -1,4 +1,8 @@
-"""AdamW with one learning rate per group of parameters, from optax parts.
+"""AdamW or Muon with one learning rate per group of parameters, from optax parts.
+
+Muon orthogonalises the updates of matrices and leaves everything else to AdamW; with its updates
+scaled to the size of Adam's, both take the same learning rates (Liu et al. 2025, arXiv:2502.16982).
+From random weights it needs a fraction of AdamW's steps; fine-tuning is AdamW's, as published.
 
 Groups are `[[regex, learning_rate], ...]` over "/"-joined parameter paths, anchored at the start;
 the first match wins. A parameter that no group matches is frozen: it gets no gradient and no
@@ -13,11 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import optax.contrib
 
 from tpo_jax.parallel.paths import first_match, flatten, map_with_path
 
 Groups = Sequence[tuple[str, float]]
 
+NAMES = ("adamw", "muon")
+# Root mean square of a Muon update, as large as Adam's usually are.
+MUON_RMS = 0.2
 # Scales, offsets, embeddings and single learnt vectors are not pulled to zero.
 NO_DECAY = r"(.*/)?(bias|scale|embed|position|frame_position|task_tokens)(/|$)"
 
@@ -27,6 +35,7 @@ class OptimizerConfig:
     """config.optimizer.
 
     Attributes:
+      name: one of NAMES. The AdamW part of optax's Muon has Nesterov momentum.
       warmup: share of all steps in [0, 1) with a linearly rising learning rate.
       weight_decay: decoupled, multiplied by the learning rate; matrices only (see NO_DECAY).
       clip: largest global norm of the trainable gradients; 0 switches clipping off.
@@ -34,6 +43,7 @@ class OptimizerConfig:
       b1, b2, eps: Adam's.
     """
 
+    name: str
     warmup: float
     weight_decay: float
     clip: float
@@ -43,6 +53,8 @@ class OptimizerConfig:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ValueError(f"optimizer.name={self.name!r}: expected one of {', '.join(NAMES)}")
         for field in ("warmup", "min_lr_ratio", "b1", "b2"):
             if not 0 <= (value := getattr(self, field)) <= 1:
                 raise ValueError(f"optimizer.{field}={value}: must be in [0, 1]")
@@ -69,7 +81,7 @@ class Optimizer:
 
 
 def make_optimizer(config: OptimizerConfig, groups: Groups, steps: int, params: Any) -> Optimizer:
-    """AdamW over the parameters that `groups` match.
+    """AdamW or Muon over the parameters that `groups` match.
 
     Args:
       groups: config.trainable, (regex, peak learning rate).
@@ -84,13 +96,40 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, steps: int, params: 
     schedule = warmup_cosine(steps, config.warmup, config.min_lr_ratio)
     parts = [
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        _update_rule(config),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_schedule(schedule),
         _scale_by_path(rates),
     ]
     report = group_report(groups, assigned, flatten(params))
     return Optimizer(optax.chain(*parts), schedule, rates, report)
+
+
+def _update_rule(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Gradients to directions, without a learning rate."""
+    adam = {"b1": config.b1, "b2": config.b2}
+    if config.name == "adamw":
+        return optax.scale_by_adam(**adam, eps=config.eps)
+    muon = optax.contrib.muon(
+        learning_rate=1.0, consistent_rms=MUON_RMS, eps=config.eps,
+        muon_weight_dimension_numbers=_matrix_axes,
+        **{f"adam_{name}": value for name, value in adam.items()},
+    )  # fmt: skip
+    return optax.chain(muon, optax.scale(-1.0))  # optax's optimizers descend; directions do not
+
+
+def _matrix_axes(params: Any) -> Any:
+    """Input and output axis of every hidden matrix (the last two; layers are stacked before them).
+
+    None, for AdamW, where a leaf is no matrix, or an embedding or output table.
+    """
+
+    def axes(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        if leaf.ndim < 2 or re.match(NO_DECAY, path) or "lm_head/" in path:
+            return None
+        return optax.contrib.MuonDimensionNumbers((leaf.ndim - 2,), (leaf.ndim - 1,))
+
+    return map_with_path(axes, params)
 
 
 def assign_groups(groups: Groups, paths: Sequence[str]) -> dict[str, int]:
