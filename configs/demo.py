@@ -59,14 +59,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optimizer.update(warmup=0.05, min_lr_ratio=0.05)
     config.checkpoint = {"every": 200, "keep": 1}
     config.log_every = 10
-    config.eval_every = 100
-    config.eval_batches = 4
+    config.eval_every = 0  # only the last stage chooses among its checkpoints
     stages[arg.stage](config, arg.runs)
     if arg.init:
         config.init_from = arg.init
     if arg.tiny:
-        config.steps, config.log_every = 4, 1
-        config.eval_every, config.eval_batches = 2, 1
+        config.steps, config.log_every, config.eval_batches = 4, 1, 1
+        config.eval_every = min(config.eval_every, 2)
     return config
 
 
@@ -110,6 +109,8 @@ def _stage3(config: ConfigDict, runs: str) -> None:
     """Everything, the towers gently."""
     config.init_from = f"{runs}/stage2/model"
     config.steps = 800
+    config.eval_every = 100
+    config.eval_batches = 4
     config.trainable = [
         ["heads/|task_tokens/|box_encoder/", 1e-3],
         ["language/|connector/", 3e-4],
@@ -124,8 +125,7 @@ def _floor(config: ConfigDict, runs: str) -> None:
     config.model.heads = []
     config.losses = {"language": 1.0}
     config.steps = 150
-    for split in ("train", "validation"):
-        config.data[split][0]["tasks"] = {"conversation": 1.0}
+    config.data.train[0]["tasks"] = {"conversation": 1.0}
     for bucket in config.buckets.values():
         bucket.slots = {}
     config.trainable = [["language/", 5e-4]]
@@ -138,14 +138,12 @@ def _dpo(config: ConfigDict, runs: str) -> None:
     config.preference = {"loss": "sigmoid", "beta": 0.3, "sft": 0.5, "label_smoothing": 0.0}
     config.losses = {"language": 1.0}  # of the other objective; not read
     config.steps = 200
-    for split in ("train", "validation"):
-        pairs = f"{runs}/pairs/{split}/pairs.jsonl"
-        config.data[split] = [
-            source_config(f"{runs}/data/{split}", tasks={"preference": 1.0}, pairs=pairs)
-        ]
-    config.data.references = [
-        f"{runs}/pairs/{split}/reference.npz" for split in ("train", "validation")
+    config.data.train = [
+        source_config(
+            f"{runs}/data/train", tasks={"preference": 1.0}, pairs=f"{runs}/pairs/train/pairs.jsonl"
+        )
     ]
+    config.data.references = [f"{runs}/pairs/train/reference.npz"]
     frames, size = config.buckets.video.frames, config.buckets.video.batch_size
     config.buckets = {
         "pairs": bucket_config(

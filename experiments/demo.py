@@ -2,7 +2,8 @@
 
 Renders videos, prepares them, post-trains the shipped base model in three stages and with
 preferences, evaluates after each, measures the floors, predicts, exports and writes a report.
-Each step is the command that a user would type; the report lists them with their time.
+Each step is the command that a user would type; the report lists them with their time. Evaluations
+and floors run beside the stages that follow them.
 
     python -m experiments.demo --out runs/demo --seed 0
 """
@@ -10,13 +11,10 @@ Each step is the command that a user would type; the report lists them with thei
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import shlex
-import subprocess
 import sys
-import time
 
+from experiments.steps import StepFailed, Steps
 from tpo_jax.evaluation import report, summary
 from tpo_jax.interop.export import largest_difference
 
@@ -36,7 +34,6 @@ class Scale:
     test: int = 160
     images: int = 240
     train_pairs: int = 700
-    validation_pairs: int = 60
     test_pairs: int = 260
     judge: str = "rules"
     # Appended to the argument of configs/demo.py.
@@ -45,52 +42,7 @@ class Scale:
 
 FULL = Scale()
 # Seconds instead of minutes, for the tests; its figures mean nothing.
-TINY = Scale(16, 8, 8, 16, 8, 4, 4, judge="none", config=",tiny")
-
-
-class Steps:
-    """Runs commands one after the other and keeps each one's time in seconds.
-
-    A step that finished in an earlier, interrupted run is not run again.
-    """
-
-    def __init__(self, out: pathlib.Path):
-        self.out = out
-        self.journal = out / "steps.jsonl"
-        # Commands that compile the same program share it.
-        self.environment = os.environ | {
-            "JAX_COMPILATION_CACHE_DIR": str((out / "compiled").absolute()),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        self.done: dict[str, dict] = {}
-        if self.journal.exists():
-            records = map(json.loads, self.journal.read_text().splitlines())
-            self.done = {record["step"]: record for record in records}
-
-    def run(self, step: str, module: str, *arguments: object) -> None:
-        """Runs `python -m module arguments...`; a failing command ends the demo with its status."""
-        command = ["python", "-m", module, *map(str, arguments)]
-        if step in self.done:
-            print(f"[{step}] was done in {self.done[step]['seconds']:.0f} s", flush=True)
-            return
-        print(f"\n[{step}] {shlex.join(command)}", flush=True)
-        start = time.monotonic()
-        finished = subprocess.run([sys.executable, *command[1:]], env=self.environment)
-        if finished.returncode:
-            print(f"[{step}] ended with status {finished.returncode}", file=sys.stderr)
-            sys.exit(finished.returncode)
-        record = {
-            "step": step,
-            "seconds": time.monotonic() - start,
-            "command": shlex.join(command),
-        }
-        self.done[step] = record
-        with self.journal.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return {step: round(record["seconds"], 1) for step, record in self.done.items()}
+TINY = Scale(16, 8, 8, 16, 8, 4, judge="none", config=",tiny")
 
 
 def make_data(steps: Steps, scale: Scale, seed: int) -> None:
@@ -109,23 +61,21 @@ def make_data(steps: Steps, scale: Scale, seed: int) -> None:
         )  # fmt: skip
 
 
-def train(
+def stage_command(
     steps: Steps, scale: Scale, name: str, stage: str, seed: int, *more: object
-) -> pathlib.Path:
-    """Trains one stage; returns the model folder that it leaves."""
-    workdir = steps.out / name
-    steps.run(
+) -> tuple[object, ...]:
+    """The command that trains one stage and leaves its weights in OUT/name/model."""
+    return (
         f"train {name}", "tpo_jax.train",
         f"--config=configs/demo.py:stage={stage},runs={steps.out}{scale.config}",
-        f"--workdir={workdir}", f"--config.seed={seed}", *more,
+        f"--workdir={steps.out / name}", f"--config.seed={seed}", *more,
     )  # fmt: skip
-    return workdir / "model"
 
 
 def evaluate(steps: Steps, name: str, model: pathlib.Path, *more: object) -> pathlib.Path:
-    """Evaluates a model folder on the test split; returns the file of its metrics."""
+    """Evaluates a model folder on the test split, beside; returns the file of its metrics."""
     result = steps.out / "eval" / f"{name}.json"
-    steps.run(
+    steps.beside(
         f"evaluate {name}", "tpo_jax.evaluate", "--model", model,
         "--data", steps.out / "data" / "test", "--out", result, *more,
     )  # fmt: skip
@@ -133,16 +83,16 @@ def evaluate(steps: Steps, name: str, model: pathlib.Path, *more: object) -> pat
 
 
 def measure_floors(steps: Steps, scale: Scale, base: pathlib.Path, seed: int) -> None:
-    """Best constants of the training split, and models trained without the video."""
+    """Best constants of the training split, and models trained without the video; beside."""
     arguments: list[object] = []
     for evidence in FLOORS:
-        model = train(
-            steps, scale, f"floor_{evidence}", "floor", seed,
-            f"--config.init_from={base}", f"--config.data.evidence={evidence}",
-        )  # fmt: skip
-        result = evaluate(steps, f"floor_{evidence}", model, "--evidence", evidence)
+        name = f"floor_{evidence}"
+        start, evidence_flag = f"--config.init_from={base}", f"--config.data.evidence={evidence}"
+        steps.beside(*stage_command(steps, scale, name, "floor", seed, start, evidence_flag))
+        model = steps.out / name / "model"
+        result = evaluate(steps, name, model, "--evidence", evidence, "--tasks", "qa")
         arguments += [f"--{evidence}", result]
-    steps.run(
+    steps.beside(
         "floors", "tpo_jax.evaluate", "--floors_from", steps.out / "data" / "train",
         "--data", steps.out / "data" / "test", "--out", steps.out / "eval" / "floors.json",
         *arguments,
@@ -151,23 +101,17 @@ def measure_floors(steps: Steps, scale: Scale, base: pathlib.Path, seed: int) ->
 
 def make_pairs(steps: Steps, scale: Scale, model: pathlib.Path, seed: int) -> None:
     """The trained model answers with right and with manipulated frames, on disjoint videos."""
-    counts = {
-        "train": scale.train_pairs,
-        "validation": scale.validation_pairs,
-        "test": scale.test_pairs,
-    }
-    for split, count in counts.items():
+    for split, count in (("test", scale.test_pairs), ("train", scale.train_pairs)):
         data, pairs = steps.out / "data" / split, steps.out / "pairs" / split
         steps.run(
             f"pairs {split}", "tpo_jax.preferences", "generate", "--model", model,
             "--data", data, "--out", pairs, "--pairs", count, "--seed", seed,
             "--judge", scale.judge,
         )  # fmt: skip
-        if split != "test":
-            steps.run(
-                f"score {split}", "tpo_jax.preferences", "score", "--model", model,
-                "--data", data, "--pairs", pairs / "pairs.jsonl", "--out", pairs / "reference.npz",
-            )  # fmt: skip
+    steps.run(
+        "score", "tpo_jax.preferences", "score", "--model", model, "--data", data,
+        "--pairs", pairs / "pairs.jsonl", "--out", pairs / "reference.npz",
+    )  # fmt: skip
 
 
 def predict(steps: Steps, model: pathlib.Path) -> None:
@@ -207,30 +151,43 @@ def main() -> None:
             f"{flags.base}: no model folder; the base is trained as README.md says, "
             "or name another one with --base"
         )
-    flags.out.mkdir(parents=True, exist_ok=True)
-    steps, scale, seed = Steps(flags.out), TINY if flags.tiny else FULL, flags.seed
-
-    make_data(steps, scale, seed)
-    evaluate(steps, "base", flags.base)
-    measure_floors(steps, scale, flags.base, seed)
-    for stage in STAGES:
-        more = [f"--config.init_from={flags.base}"] if stage == "1" else []
-        model = train(steps, scale, f"stage{stage}", stage, seed, *more)
-        evaluate(steps, f"stage{stage}", model)
-    make_pairs(steps, scale, model, seed)
-    pairs = ("--pairs", steps.out / "pairs" / "test" / "pairs.jsonl")
-    evaluate(steps, "stage3_preference", model, *pairs, "--tasks", "preference")
-    model = train(steps, scale, "dpo", "dpo", seed)
-    evaluate(steps, "dpo", model, *pairs)
-    predict(steps, model)
-    difference = export(steps, model)
-
+    steps, scale = Steps(flags.out), TINY if flags.tiny else FULL
+    try:
+        difference = run(steps, scale, flags.base, flags.seed)
+    except StepFailed as failure:
+        print(failure, file=sys.stderr)
+        sys.exit(failure.status)
     result = summary.assemble(
-        steps.out, seed=seed, seconds=steps.seconds, max_abs_difference=difference
+        steps.out, seed=flags.seed, seconds=steps.seconds, max_abs_difference=difference
     )
     summary.write_summary(steps.out, result)
     page = report.build_report(steps.out)
     print(f"\n{summary.format_table(result)}\n\n{page}")
+
+
+def run(steps: Steps, scale: Scale, base: pathlib.Path, seed: int) -> float:
+    """All steps; returns the largest difference between the exported and the trained weights."""
+    make_data(steps, scale, seed)
+    evaluate(steps, "base", base)
+    measure_floors(steps, scale, base, seed)
+    model = base
+    for stage in STAGES:
+        name, more = f"stage{stage}", []
+        if stage == "1":
+            more = [f"--config.init_from={base}"]
+        steps.run(*stage_command(steps, scale, name, stage, seed, *more))
+        model = steps.out / name / "model"
+        evaluate(steps, name, model)
+    make_pairs(steps, scale, model, seed)
+    pairs = ("--pairs", steps.out / "pairs" / "test" / "pairs.jsonl")
+    evaluate(steps, "stage3_preference", model, *pairs, "--tasks", "preference")
+    steps.run(*stage_command(steps, scale, "dpo", "dpo", seed))
+    model = steps.out / "dpo" / "model"
+    evaluate(steps, "dpo", model, *pairs)
+    predict(steps, model)
+    difference = export(steps, model)
+    steps.wait()
+    return difference
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ def base(tmp_path_factory):
          "--splits", "train:32,validation:8"),
         *(("tpo_jax.prepare", "run", "--data", out / "world" / split, "--out", data / split)
           for split in ("train", "validation")),
-        ("tpo_jax.prepare", "tokenizer", "--data", data / "train", "--out", data / "tokenizer.json"),
+        ("tpo_jax.prepare", "tokenizer", "--data", data / "train",
+         "--out", data / "tokenizer.json"),
         ("tpo_jax.train", f"--config=configs/tiny_base.py:data={data},tiny", "--config.steps=300",
          "--config.eval_every=0", "--config.checkpoint.every=300", f"--workdir={out}/run"),
     ]  # fmt: skip

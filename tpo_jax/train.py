@@ -21,7 +21,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -35,6 +35,7 @@ from tpo_jax.data.mixture import Source
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.records import PreparedDataset
+from tpo_jax.data.rows import Reference
 from tpo_jax.data.text import TextCodec, add_task_tokens
 from tpo_jax.generation import sidecar
 from tpo_jax.interop.folder import added_tokens, load_config, load_into, load_model, save_model
@@ -238,8 +239,8 @@ def read_sources(entries: list[dict[str, Any]]) -> list[Source]:
     ]
 
 
-def read_references(config: ConfigDict) -> Callable[..., np.ndarray] | None:
-    """(pair id, frame indices, prefix tokens, branch tokens) -> float32[2, A] reference scores.
+def read_references(config: ConfigDict) -> Reference | None:
+    """Reference log-probabilities by pair, or None where the config names no sidecars.
 
     Refuses sidecars that were not scored with the very model that the run starts from.
     """
@@ -247,19 +248,9 @@ def read_references(config: ConfigDict) -> Callable[..., np.ndarray] | None:
         return None
     model_config, params, codec = load_model(config.init_from)
     (shape,) = {(bucket.frames, bucket.answers) for bucket in config.buckets.values()}
-    expected = sidecar.Fingerprint.of(model_config, params, codec, shape[0])
-    scores = sidecar.merge([sidecar.read(path, expected) for path in config.data.references])
-
-    def look_up(
-        pair: str, frames: np.ndarray, prefix: np.ndarray, branches: np.ndarray
-    ) -> np.ndarray:
-        digest = sidecar.hash_row(frames, prefix, *branches, pad_id=codec.pad_id)
-        logps = scores.lookup(pair, digest)
-        # The scorer's bucket may have been narrower or wider than ours; what is cut off is padding.
-        wide = np.pad(logps, [(0, 0), (0, max(shape[1] - logps.shape[1], 0))])
-        return wide[:, : shape[1]]
-
-    return look_up
+    frames, answers = shape
+    expected = sidecar.Fingerprint.of(model_config, params, codec, frames)
+    return sidecar.reference(config.data.references, expected, answers, codec.pad_id)
 
 
 def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:

@@ -155,7 +155,8 @@ def test_muon_orthogonalises_matrices_layer_by_layer_and_leaves_the_rest_to_adam
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("name", "sgd"), ("warmup", 1.5), ("min_lr_ratio", -0.1), ("clip", -1.0), ("b2", 2.0)]
+    ("field", "value"),
+    [("name", "sgd"), ("warmup", 1.5), ("min_lr_ratio", -0.1), ("clip", -1.0), ("b2", 2.0)],
 )
 def test_values_out_of_range_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"optimizer.{field}={value!r}"):

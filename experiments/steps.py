@@ -1,0 +1,107 @@
+"""Commands that follow one another, as a user would type them, and the time each took."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import threading
+import time
+
+
+class StepFailed(Exception):
+    """A command ended with another status than 0."""
+
+    def __init__(self, step: str, status: int, log: pathlib.Path | None):
+        where = f"; see {log}" if log else ""
+        super().__init__(f"[{step}] ended with status {status}{where}")
+        self.status = status
+
+
+class Steps:
+    """Runs commands and keeps each one's time in seconds in `out`/steps.jsonl.
+
+    A step that finished in an earlier, interrupted run is not run again. Steps given to `beside`
+    run one after the other next to those given to `run`, which leave part of two cores idle; they
+    write to `out`/logs/ instead of the terminal.
+    """
+
+    def __init__(self, out: pathlib.Path):
+        out.mkdir(parents=True, exist_ok=True)
+        self.out = out
+        self.journal = out / "steps.jsonl"
+        # Commands that compile the same program share it.
+        self.environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str((out / "compiled").absolute()),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        self.done: dict[str, dict] = {}
+        if self.journal.exists():
+            records = map(json.loads, self.journal.read_text().splitlines())
+            self.done = {record["step"]: record for record in records}
+        self._lock = threading.Lock()
+        self._side = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        self._waiting: list[concurrent.futures.Future] = []
+
+    def run(self, step: str, module: str, *arguments: object) -> None:
+        """Runs `python -m module arguments...`. Raises StepFailed, also of an earlier `beside`."""
+        for future in self._waiting:
+            if future.done():
+                future.result()
+        self._run(step, module, arguments, None)
+
+    def beside(self, step: str, module: str, *arguments: object) -> None:
+        """Queues a command that nothing needs before `wait`."""
+        log = self.out / "logs" / f"{step.replace(' ', '_')}.log"
+        log.parent.mkdir(exist_ok=True)
+        before = self._waiting[-1] if self._waiting else None
+
+        def run_after() -> None:
+            if before is not None:
+                before.result()  # nothing runs after a failure
+            self._run(step, module, arguments, log)
+
+        self._waiting.append(self._side.submit(run_after))
+
+    def wait(self) -> None:
+        """Until all queued commands are done. Raises StepFailed of the first that failed."""
+        for future in self._waiting:
+            future.result()
+
+    def _run(
+        self, step: str, module: str, arguments: tuple[object, ...], log: pathlib.Path | None
+    ) -> None:
+        command = ["python", "-m", module, *map(str, arguments)]
+        if step in self.done:
+            self._say(f"[{step}] was done in {self.done[step]['seconds']:.0f} s")
+            return
+        self._say(f"\n[{step}] {shlex.join(command)}" + (f" > {log} &" if log else ""))
+        start = time.monotonic()
+        with open(log, "w") if log else open(os.devnull) as output:
+            finished = subprocess.run(
+                [sys.executable, *command[1:]],
+                env=self.environment,
+                stdout=output if log else None,
+                stderr=subprocess.STDOUT if log else None,
+            )
+        seconds = time.monotonic() - start
+        if finished.returncode:
+            raise StepFailed(step, finished.returncode, log)
+        if log:
+            self._say(f"\n[{step}] done in {seconds:.0f} s")
+        record = {"step": step, "seconds": seconds, "command": shlex.join(command)}
+        with self._lock:
+            self.done[step] = record
+            with self.journal.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _say(self, text: str) -> None:
+        print(text, flush=True)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {step: round(record["seconds"], 1) for step, record in self.done.items()}

@@ -1,0 +1,54 @@
+"""Steps of the experiments: journal, resumption, failures, and what runs beside."""
+
+import json
+
+import pytest
+
+from experiments.steps import StepFailed, Steps
+
+# A module of the standard library whose command line writes what it is told to.
+HELLO = ("timeit", "-n1", "-r1", "print('hello')")
+BROKEN = ("timeit", "-n1", "-r1", "raise ValueError")
+
+
+def journal(out):
+    return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+
+
+def test_a_step_is_journalled_and_not_run_twice(tmp_path, capfd):
+    Steps(tmp_path).run("greet", *HELLO)
+    assert "hello" in capfd.readouterr().out
+    (record,) = journal(tmp_path)
+    assert record["step"] == "greet" and record["command"].startswith("python -m timeit -n1")
+    again = Steps(tmp_path)
+    again.run("greet", *HELLO)
+    assert "hello\n" not in capfd.readouterr().out
+    assert again.seconds == {"greet": round(record["seconds"], 1)}
+
+
+def test_a_failing_step_stops_and_stays_undone(tmp_path):
+    steps = Steps(tmp_path)
+    with pytest.raises(StepFailed, match=r"\[break\] ended with status 1") as failure:
+        steps.run("break", *BROKEN)
+    assert failure.value.status == 1
+    assert not steps.done and not (tmp_path / "steps.jsonl").exists()
+
+
+def test_steps_beside_write_logs_and_are_waited_for(tmp_path):
+    steps = Steps(tmp_path)
+    for number in range(3):
+        steps.beside(f"greet {number}", *HELLO)
+    steps.wait()
+    assert [record["step"] for record in journal(tmp_path)] == ["greet 0", "greet 1", "greet 2"]
+    assert "hello" in (tmp_path / "logs" / "greet_1.log").read_text()
+
+
+def test_the_first_failure_beside_is_raised_and_nothing_runs_after_it(tmp_path):
+    steps = Steps(tmp_path)
+    steps.beside("break", *BROKEN)
+    steps.beside("greet", *HELLO)
+    with pytest.raises(StepFailed, match=r"\[break\] ended with status 1; see .*break.log"):
+        steps.wait()
+    with pytest.raises(StepFailed, match="break"):
+        steps.run("greet too", *HELLO)
+    assert not (tmp_path / "steps.jsonl").exists()
