@@ -9,7 +9,7 @@ export JAX_PLATFORMS
 # libtpu must not look for a TPU's metadata server when it only compiles.
 export TPU_SKIP_MDS_QUERY = 1
 
-.PHONY: demo test test-long test-py313 lint clean
+.PHONY: demo base test test-long test-py313 lint clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -27,6 +27,9 @@ $(VENV)/.test: setup.cfg | $(BIN)/python
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m experiments.demo --out runs/demo --seed $(SEED)
+
+base: $(VENV)/.demo
+	$(BIN)/python -m experiments.base --out runs/base
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import pytest
 
 from tests.models.oracle import dense_attention, visible
 from tpo_jax.models.attention import attention, branch_attention
+from tpo_jax.parallel.mesh import make_mesh
 
 N, G, H = 4, 2, 8
 
@@ -100,3 +101,20 @@ def test_the_rule_is_part_of_the_call():
         attention(q, k, v, backend="flash")
     with pytest.raises(ValueError, match="must be given together"):
         attention(q, k, v, q_segments=segments)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}])
+def test_splash_on_a_mesh_equals_one_device(sizes):
+    """tensor=2 splits the two key/value heads, tensor=4 cannot and repeats the work."""
+    q, k, v = _arrays(2, (4, 12, N, H), (4, 12, G, H), (4, 12, G, H))
+    segments = jnp.array([[1] * 5 + [2] * 4 + [0] * 3] * 4, jnp.int32)
+
+    def run(q, k, v, segments, backend):
+        return attention(
+            q, k, v, q_segments=segments, kv_segments=segments, causal_offset=0, backend=backend
+        )
+
+    want = run(q, k, v, segments, "xla")
+    with jax.set_mesh(make_mesh(sizes)):
+        got = jax.jit(run, static_argnums=4)(q, k, v, segments, "splash_interpret")
+    np.testing.assert_allclose(got, want, atol=2e-5)

@@ -17,6 +17,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
 )
+from jax.sharding import PartitionSpec as P
+
+from tpo_jax.parallel.mesh import BATCH_AXES
 
 BACKENDS = ("xla", "cudnn", "splash", "splash_interpret")
 # Finite, so that a row without any visible key gives a uniform average instead of NaN.
@@ -199,14 +202,36 @@ def _splash(q, k, v, q_segments, kv_segments, causal_offset, interpret: bool) ->
     def heads_first(x, size):
         return lengthen(x, size).transpose(0, 2, 1, 3)
 
-    # Filling uses segment -1, which nothing real carries; its rows are cut off again.
-    segments = splash_attention_kernel.SegmentIds(
-        q=lengthen(q_segments + 1, padded_t) - 1, kv=lengthen(kv_segments + 1, padded_s) - 1
-    )
-    kernel = _splash_kernel(padded_t, padded_s, N, causal_offset, interpret)
     q = heads_first(q * float(H) ** -0.5, padded_t)
-    out = jax.vmap(kernel)(q, heads_first(k, padded_s), heads_first(v, padded_s), segments)
+    k, v = heads_first(k, padded_s), heads_first(v, padded_s)
+    # Filling uses segment -1, which nothing real carries; its rows are cut off again.
+    q_segments = lengthen(q_segments + 1, padded_t) - 1
+    kv_segments = lengthen(kv_segments + 1, padded_s) - 1
+
+    def local(q, k, v, q_segments, kv_segments):
+        kernel = _splash_kernel(padded_t, padded_s, q.shape[1], causal_offset, interpret)
+        segments = splash_attention_kernel.SegmentIds(q=q_segments, kv=kv_segments)
+        return jax.vmap(kernel)(q, k, v, segments)
+
+    out = _per_device(local, k.shape[1])(q, k, v, q_segments, kv_segments)
     return out.transpose(0, 2, 1, 3)[:, :T]
+
+
+def _per_device(function, kv_heads: int):
+    """`function` on each device's rows and heads: the compiler cannot split a kernel by itself.
+
+    Rows are split over (data, fsdp). Heads are split over `tensor` where the key/value heads
+    divide; else every device of that axis computes all of them. Nothing happens outside a mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
+    array, segments = P(BATCH_AXES, heads), P(BATCH_AXES)
+    return jax.shard_map(
+        function, in_specs=(array, array, array, segments, segments), out_specs=array,
+        check_vma=False,
+    )  # fmt: skip
 
 
 def _splash_kernel(T: int, S: int, heads: int, causal_offset: int | None, interpret: bool):
