@@ -10,7 +10,7 @@ from flax import nnx
 from tpo_jax.models.config import ConnectorConfig
 from tpo_jax.models.connector import Connector
 from tpo_jax.models.presets import micro
-from tpo_jax.models.vision import VisionEncoder, to_patches
+from tpo_jax.models.vision import VisionEncoder, add_motion, to_patches
 
 CONFIG = micro().vision
 
@@ -31,6 +31,14 @@ def test_patches_hold_their_pixels_row_by_row():
     patches = to_patches(image, 2)
     assert patches.shape == (2, 2, 12)
     np.testing.assert_array_equal(patches[1, 0], np.asarray(image[2:4, 0:2]).reshape(-1))
+
+
+def test_motion_is_the_change_since_the_frame_before():
+    frames = _frames(3, 2, 4)
+    both = add_motion(frames)
+    np.testing.assert_array_equal(both[..., :3], frames)
+    np.testing.assert_array_equal(both[:, 0, ..., 3:], 0.0)
+    np.testing.assert_array_equal(both[:, 2, ..., 3:], frames[:, 2] - frames[:, 1])
 
 
 def test_shapes_of_a_video_and_of_an_image(encoder):

@@ -42,6 +42,8 @@ class VisionConfig:
     heads: int
     mlp_ratio: float
     max_frames: int
+    # Whether the stem sees, beside each frame, its change since the frame before.
+    motion: bool = False
     # "divided": each block first attends over time at each patch. "none": frames are independent.
     temporal: str = "divided"
     # Recompute each layer in the backward pass / one program per layer instead of a loop.
@@ -73,6 +75,11 @@ class VisionConfig:
             self.temporal in ("divided", "none"), "vision.temporal", self.temporal,
             'use "divided" or "none"',
         )
+
+    @property
+    def channels(self) -> int:
+        """Channels that the stem sees."""
+        return 6 if self.motion else 3
 
     @property
     def grid(self) -> int:

@@ -24,7 +24,7 @@ def tiny(heads: tuple[str, ...] = (), tokens: Mapping[str, int] | None = None) -
     return ModelConfig(
         vision=VisionConfig(
             image_size=64, stem_strides=(4, 2, 2), stem_widths=(32, 64, 128), width=128, depth=2,
-            heads=4, mlp_ratio=4.0, max_frames=32, unroll=True,
+            heads=4, mlp_ratio=4.0, max_frames=32, motion=True, unroll=True,
         ),
         connector=ConnectorConfig(grid=2, hidden=256),
         language=LanguageConfig(
@@ -42,7 +42,7 @@ def micro(heads: tuple[str, ...] = (), tokens: Mapping[str, int] | None = None) 
     return ModelConfig(
         vision=VisionConfig(
             image_size=32, stem_strides=(4, 2), stem_widths=(16, 32), width=32, depth=1, heads=2,
-            mlp_ratio=2.0, max_frames=8,
+            mlp_ratio=2.0, max_frames=8, motion=True,
         ),
         connector=ConnectorConfig(grid=1, hidden=32),
         language=LanguageConfig(

@@ -37,6 +37,16 @@ def to_patches(images: jax.Array, stride: int) -> jax.Array:
     return x.reshape(*lead, H // stride, W // stride, stride * stride * C)
 
 
+def add_motion(frames: jax.Array) -> jax.Array:
+    """float[B, F, H, W, 3] -> float[B, F, H, W, 6]: each frame and its change since the last one.
+
+    A short-range tubelet, as in ViViT (Arnab et al. 2021, 2103.15691), whose two halves are a frame
+    and a difference: movement is visible to the first layer. The first frame has not changed.
+    """
+    before = jnp.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
+    return jnp.concatenate([frames, frames - before], axis=-1)
+
+
 class PatchEmbed(nnx.Module):
     """One stem level: non-overlapping patches and one matrix product, which is a strided conv."""
 
@@ -107,7 +117,7 @@ class VisionBlock(nnx.Module):
 class VisionEncoder(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: Rngs):
         self.config = config
-        channels = (3, *config.stem_widths)
+        channels = (config.channels, *config.stem_widths)
         levels = len(config.stem_strides)
         self.stem = nnx.Dict(
             {
@@ -142,7 +152,7 @@ class VisionEncoder(nnx.Module):
                 f"vision: clip of {F} frames, but vision.max_frames={config.max_frames}; "
                 "give the bucket fewer frames or train a model with more"
             )
-        stem, x = None, frames
+        stem, x = None, add_motion(frames) if config.motion else frames
         for i in range(len(config.stem_strides)):
             x = self.stem[f"level{i}"](x)
             if i + 1 < len(config.stem_strides):

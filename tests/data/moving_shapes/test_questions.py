@@ -15,8 +15,9 @@ CONFIG = WorldConfig()
 NUMBERS = ("zero", "one", "two", "three")
 KINDS = {
     *("direction", "order", "before_after", "counting", "action", "attribute"),
-    *("existence", "moment", "caption", "when"),
+    *("existence", "moment", "caption", "when", "place"),
 }
+OPEN = {"caption", "when", "place"}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_exactly_the_answer_is_true(watched):
             if question.options:
                 assert _judge(question, seen) == [question.answer], (scene.seed, question)
                 judged[question.kind] += 1
-    assert set(judged) == KINDS - {"caption", "when"}
+    assert set(judged) == KINDS - OPEN
     assert min(judged.values()) >= 20
 
 
@@ -115,7 +116,22 @@ def test_when_gives_the_window(watched):
             clause = re.fullmatch("When does (.*)[?]", question.question)[1]
             window = re.fullmatch("from (.*) to (.*) seconds", question.answer).groups()
             ((start, end, _),) = [s for s in seen if s[2] == _third_person(clause)]
-            assert start == int(window[0]) and int(window[1]) - 0.4 <= end <= int(window[1])
+            first, last = map(float, window)
+            assert start == first and last - 0.4 <= end <= last
+
+
+def test_place_is_the_quarter_of_the_frame_that_holds_the_shape(videos, images):
+    asked = collections.Counter()
+    for scene, questions in (*videos, *images):
+        names = {a.name: a.index for a in scene.actors}
+        for question in (q for q in questions if q.kind in ("place", "image_place")):
+            name = re.search("is (the [a-z]+ [a-z]+)|picture is (.*)[?]", question.question)
+            actor = names[name[1] or name[2]]
+            frame = -1 if "at the end" in question.question else 0
+            x, y = scene.states.x[actor, frame], scene.states.y[actor, frame]
+            assert ("left" in question.answer) == (x < 32) and ("top" in question.answer) == (y < 32)
+            asked[question.answer] += 1
+    assert len(asked) == 4 and max(asked.values()) < 0.3 * sum(asked.values())
 
 
 def test_four_different_options_and_the_answer_among_them(videos, images):
@@ -128,7 +144,7 @@ def test_four_different_options_and_the_answer_among_them(videos, images):
 
 def test_many_questions_of_every_kind(videos):
     per_video = [len(questions) for _, questions in videos]
-    assert np.mean(per_video) >= 10 and max(per_video) <= 16
+    assert np.mean(per_video) >= 12 and max(per_video) <= 19
     count = collections.Counter(q.kind for _, questions in videos for q in questions)
     assert set(count) == KINDS
     for kind in KINDS:
@@ -136,7 +152,7 @@ def test_many_questions_of_every_kind(videos):
 
 
 def test_positions_and_closed_answers_are_balanced(videos):
-    for kind in KINDS - {"caption", "when"}:
+    for kind in KINDS - OPEN:
         questions = _of_kind(videos, kind)
         places = np.bincount([q.options.index(q.answer) for q in questions], minlength=4)
         assert places.max() / len(questions) <= 0.25 + 3.5 * np.sqrt(0.1875 / len(questions)), kind

@@ -7,7 +7,13 @@ from collections import Counter
 import numpy as np
 
 from tpo_jax.data.moving_shapes import phrases
-from tpo_jax.data.moving_shapes.questions import NUM_OPTIONS, QUESTIONS, Question, choice
+from tpo_jax.data.moving_shapes.questions import (
+    NUM_OPTIONS,
+    QUESTIONS,
+    Question,
+    choice,
+    quarter,
+)
 from tpo_jax.data.moving_shapes.scene import Scene
 from tpo_jax.data.moving_shapes.world import COLOURS, FORMS, Actor
 
@@ -28,13 +34,14 @@ def relation(scene: Scene, frame: int, first: Actor, second: Actor) -> str | Non
 
 
 def image_questions(scene: Scene) -> list[Question]:
-    """Four to six questions about one image, one caption among them."""
+    """Four to eight questions about one image, one caption among them."""
     rng = scene.rng(QUESTIONS)
     return [
         *_attribute(rng, scene),
         _counting(rng, scene),
         _existence(rng, scene),
         *_position(rng, scene),
+        *_place(rng, scene),
         _caption(rng, scene),
     ]
 
@@ -98,6 +105,14 @@ def _position(rng: np.random.Generator, scene: Scene) -> list[Question]:
             )
         )
     return questions
+
+
+def _place(rng: np.random.Generator, scene: Scene) -> list[Question]:
+    places = [(a.name, where) for a in scene.actors if (where := quarter(scene, a.index, 0))]
+    return [
+        Question("image_place", f"Where in the picture is {name}?", where)
+        for name, where in (places[i] for i in rng.permutation(len(places))[:2])
+    ]
 
 
 def _caption(rng: np.random.Generator, scene: Scene) -> Question:

@@ -35,6 +35,7 @@ QUESTIONS = 2  # purpose of the random stream, see Scene.rng
 NUM_OPTIONS = 4
 PARTS = ("the first quarter", "the second quarter", "the third quarter", "the last quarter")
 ACTION_TRIES = 60
+CLEAR_OF_CENTRE = 1 / 16  # of the frame; nearer to the middle a quarter is not said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def choice(
 
 
 def video_questions(scene: Scene) -> list[Question]:
-    """Ten to sixteen questions about one video, one caption among them."""
+    """Twelve to nineteen questions about one video, one caption among them."""
     writer = _Writer(scene)
     return [
         *writer.direction(),
@@ -72,7 +73,17 @@ def video_questions(scene: Scene) -> list[Question]:
         *writer.moment(),
         *writer.caption(),
         *writer.when(),
+        *writer.place(),
     ]
+
+
+def quarter(scene: Scene, actor: int, frame: int) -> str | None:
+    """Which quarter of the frame an actor is in: "in the top left"; None where it is not clear."""
+    size = scene.config.size
+    x, y = (float(v[actor, frame]) / size - 0.5 for v in (scene.states.x, scene.states.y))
+    if not all(CLEAR_OF_CENTRE <= abs(v) <= 0.5 for v in (x, y)):
+        return None
+    return f"in the {'top' if y < 0 else 'bottom'} {'left' if x < 0 else 'right'}"
 
 
 class _Writer:
@@ -262,16 +273,25 @@ class _Writer:
         return [Question("caption", text, ", then ".join(self.sentences))]
 
     def when(self) -> list[Question]:
-        """For windows of whole seconds: the answer is exact and has few words."""
-        whole = [e for e in self.single if e.start.is_integer() and e.end.is_integer()]
+        """Windows in words, on half seconds."""
         return [
             Question(
                 "when",
                 f"When does {self._clause(e)}?",
-                f"from {int(e.start)} to {int(e.end)} seconds",
+                f"from {e.start:g} to {e.end:g} seconds",
             )
-            for e in self._pick(whole, 2)
+            for e in self._pick(self.single, 3)
         ]
+
+    def place(self) -> list[Question]:
+        """Open, without options: a single frame is often enough to answer."""
+        found = [
+            Question("place", f"Where is {actor.name} at the {word}?", where)
+            for actor in self.actors
+            for word, frame in (("start", 0), ("end", -1))
+            if (where := quarter(self.scene, actor.index, frame))
+        ]
+        return self._pick(found, 2)
 
     def _clause(self, event: Event) -> str:
         """As in "the red circle move left", to follow "does"."""

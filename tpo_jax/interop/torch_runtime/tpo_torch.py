@@ -88,6 +88,12 @@ def frame_mixer(w, x, heads):
     return x + mlp(w.at("mlp"), layer_norm(w.at("mlp_norm"), x))
 
 
+def add_motion(frames):
+    """[B, F, H, W, 3] -> [B, F, H, W, 6]: each frame and its change since the one before."""
+    before = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
+    return torch.cat([frames, frames - before], dim=-1)
+
+
 def to_patches(x, stride):
     *lead, H, W, C = x.shape
     x = x.reshape(*lead, H // stride, stride, W // stride, stride, C).transpose(-4, -3)
@@ -130,7 +136,7 @@ class VideoLanguageModel:
         vision = self.config["vision"]
         w = self.weights.at("vision")
         pixels = self.normalise(frames)
-        x, stem = pixels, None
+        x, stem = add_motion(pixels) if vision["motion"] else pixels, None
         levels = len(vision["stem_strides"])
         for i, stride in enumerate(vision["stem_strides"]):
             x = linear(w.at("stem").at(f"level{i}").at("proj"), to_patches(x, stride))
