@@ -1,48 +1,93 @@
-"""The shipped base model: conversation only, no task tokens, from random weights.
+"""The shipped base model: conversation only, no task tokens, from random weights, in two stages.
 
-    python -m tpo_jax.train --config=configs/tiny_base.py --workdir=runs/base/run
+    C=configs/tiny_base.py
+    python -m tpo_jax.train --config=$C:stage=pictures --workdir=runs/base/pictures
+    python -m tpo_jax.train --config=$C:stage=videos --workdir=runs/base/videos
 
-Reads the folders that `experiments/base.py` prepares under DATA: train, pictures (still images,
-which teach colour, form and place at a small price), validation, and tokenizer.json. `tiny` is the
-same run with the smallest model and a few steps, for tests.
+  pictures  still images: colour, form and place, at a small part of the price of a video
+  videos    videos and some images, from the weights of the stage before
+
+`runs` is the folder that holds what experiments/base.py prepares: data/{train,pictures,validation}
+and data/tokenizer.json. `tiny` is a few steps of the smallest model, on videos from random weights,
+for tests.
 """
 
 from ml_collections import ConfigDict
 
-from tpo_jax.training.config import bucket_config, default_config, parse_arg, source_config
+from tpo_jax.training.config import (
+    ConfigError,
+    bucket_config,
+    default_config,
+    parse_arg,
+    source_config,
+)
+
+TASKS = {"conversation": 1.0}
+# Most questions are short; those that list their options and captions need up to 51 tokens.
+SHORT = {"branch_tokens": 24, "answers": 12}
+LONG = {"branch_tokens": 64, "answers": 48}
+# Twelve short or four long questions share one encoded video; an image has fewer to ask.
+BUCKETS = {
+    "image": {"media": "image", "batch_size": 32, "frames": 1, "branches": 4, **SHORT},
+    "image_long": {"media": "image", "batch_size": 32, "frames": 1, "branches": 3, **LONG},
+    "video": {"media": "video", "batch_size": 8, "frames": 32, "branches": 12, **SHORT},
+    "video_long": {"media": "video", "batch_size": 8, "frames": 32, "branches": 4, **LONG},
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, data="runs/base/data", tiny=False)
+    arg = parse_arg(arg, stage="videos", runs="runs/base", tiny=False)
+    stages = {"pictures": _pictures, "videos": _videos}
+    if arg.stage not in stages:
+        raise ConfigError(f"config argument stage={arg.stage}: expected one of {', '.join(stages)}")
     config = default_config()
-    config.steps = 6 if arg.tiny else 4000
-    config.model = {"preset": "micro" if arg.tiny else "tiny", "heads": []}
-    config.tokenizer = f"{arg.data}/tokenizer.json"
-    tasks = {"conversation": 1.0}
-    config.data.train = [source_config(f"{arg.data}/train", tasks=tasks)]
-    config.data.validation = [source_config(f"{arg.data}/validation", tasks=tasks)]
-    # Most questions are short; those that list their options and captions need up to 51 tokens.
-    # Twelve short or four long ones share one encoded video.
-    short = {"branch_tokens": 24, "answers": 12}
-    long = {"branch_tokens": 64, "answers": 48}
-    rows, frames = (4, 4) if arg.tiny else (8, 32)
-    video = {"media": "video", "batch_size": rows, "frames": frames}
-    config.buckets = {
-        "video": bucket_config(**video, weight=0.35, branches=12, **short),
-        "video_long": bucket_config(**video, weight=0.25, branches=4, **long),
-    }
-    if not arg.tiny:
-        config.data.train.append(source_config(f"{arg.data}/pictures", weight=5, tasks=tasks))
-        image = {"media": "image", "batch_size": 32, "frames": 1}
-        config.buckets["image"] = bucket_config(**image, weight=0.25, branches=4, **short)
-        config.buckets["image_long"] = bucket_config(**image, weight=0.15, branches=3, **long)
-    config.trainable = [[".*", 2e-3]]
+    config.data.validation = [source_config(f"{arg.runs}/data/validation", tasks=TASKS)]
     config.optimizer = {
         "name": "muon", "warmup": 0.03, "weight_decay": 0.05, "clip": 1.0, "min_lr_ratio": 0.05,
     }  # fmt: skip
-    config.checkpoint = {"every": 2 if arg.tiny else 250, "keep": 2}
-    config.log_every = 1 if arg.tiny else 20
-    config.eval_every = 3 if arg.tiny else 500
-    config.eval_batches = 1 if arg.tiny else 24
-    config.dropout = 0.0
+    config.trainable = [[".*", 2e-3]]
+    config.checkpoint = {"every": 250, "keep": 2}
+    config.log_every = 20
+    config.eval_every = 500
+    config.eval_batches = 24
+    if arg.tiny:
+        _tiny(config, arg.runs)
+    else:
+        stages[arg.stage](config, arg.runs)
     return config
+
+
+def _pictures(config: ConfigDict, runs: str) -> None:
+    config.model = {"preset": "tiny", "heads": []}
+    config.tokenizer = f"{runs}/data/tokenizer.json"
+    config.data.train = [source_config(f"{runs}/data/pictures", tasks=TASKS)]
+    config.buckets = _buckets(image=0.6, image_long=0.4)
+    config.steps = 2500
+
+
+def _videos(config: ConfigDict, runs: str) -> None:
+    config.model = {"preset": "", "heads": []}
+    config.init_from = f"{runs}/pictures/model"
+    config.data.train = [
+        source_config(f"{runs}/data/train", tasks=TASKS),
+        source_config(f"{runs}/data/pictures", weight=5, tasks=TASKS),
+    ]
+    config.buckets = _buckets(video=0.5, video_long=0.3, image=0.12, image_long=0.08)
+    config.steps = 6000
+
+
+def _tiny(config: ConfigDict, runs: str) -> None:
+    config.model = {"preset": "micro", "heads": []}
+    config.tokenizer = f"{runs}/data/tokenizer.json"
+    config.data.train = [source_config(f"{runs}/data/train", tasks=TASKS)]
+    config.buckets = _buckets(video=0.6, video_long=0.4)
+    for bucket in config.buckets.values():
+        bucket.update(batch_size=4, frames=4)
+    config.steps, config.checkpoint.every, config.log_every = 6, 2, 1
+    config.eval_every, config.eval_batches = 3, 1
+
+
+def _buckets(**weights: float) -> dict:
+    return {
+        name: bucket_config(**BUCKETS[name], weight=weight) for name, weight in weights.items()
+    }

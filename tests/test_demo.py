@@ -28,7 +28,7 @@ def base(tmp_path_factory):
           for split in ("train", "validation")),
         ("tpo_jax.prepare", "tokenizer", "--data", data / "train",
          "--out", data / "tokenizer.json"),
-        ("tpo_jax.train", f"--config=configs/tiny_base.py:data={data},tiny", "--config.steps=300",
+        ("tpo_jax.train", f"--config=configs/tiny_base.py:runs={out},tiny", "--config.steps=300",
          "--config.eval_every=0", "--config.checkpoint.every=300", f"--workdir={out}/run"),
     ]  # fmt: skip
     for command in commands:

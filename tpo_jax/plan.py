@@ -1,7 +1,7 @@
 """Compiles a run for a TPU topology without a TPU: does it fit, and what does it cost?
 
     python -m tpo_jax.plan --config=configs/demo.py:stage=3 --topology=v5e:2x4
-    python -m tpo_jax.plan --config=configs/tiny_base.py --topology=v4:2x2x2 --config.mesh.fsdp=8
+    python -m tpo_jax.plan --config=configs/demo.py:stage=3 --topology=v4:2x2x2 --config.mesh.fsdp=8
 
 What is compiled is the train step that `python -m tpo_jax.train` runs, for every bucket of the
 config. Prints, per bucket: memory of one chip against its HBM, collectives in the program, analytic

@@ -1,6 +1,6 @@
 """Trains a model, from a config to a model folder. Reads top to bottom.
 
-    python -m tpo_jax.train --config=configs/tiny_base.py --workdir=runs/base
+    python -m tpo_jax.train --config=configs/demo.py:stage=1 --workdir=runs/demo/stage1
     python -m tpo_jax.train --config=configs/demo.py:stage=2 --workdir=runs/stage2 --config.seed=1
 
 The workdir then holds config.json, metrics.jsonl, tensorboard/, ledger.json, checkpoints/, model/

@@ -152,7 +152,8 @@ def test_resume_may_change_only_what_does_not_change_the_run():
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = [
     ("tiny_base.py", None),
-    ("tiny_base.py", "tiny,data=somewhere"),
+    ("tiny_base.py", "stage=pictures"),
+    ("tiny_base.py", "tiny,runs=somewhere"),
     *(("demo.py", f"stage={stage}") for stage in ("1", "2", "3", "dpo")),
     ("demo.py", "stage=1,tiny"),
     ("demo.py", "stage=dpo,tiny,runs=elsewhere"),
