@@ -74,7 +74,7 @@ def _video_buckets(tiny: bool) -> dict:
     video = {
         "media": "video",
         "batch_size": 4 if tiny else 8,
-        "frames": 4 if tiny else 32,
+        "frames": 8 if tiny else 32,
         "windows": 4,
         "mask_size": 16 if tiny else 32,
     }

@@ -26,7 +26,7 @@ MIN_VISIBLE = 12 / 64**2  # share of the frame below which an actor counts as ab
 REGION_FRAMES = 3
 MASK_EXPRESSIONS = 4
 TRACKS = 2
-MIN_TRAVEL = 1 / 4  # of the frame, below which an actor is not tracked
+MAX_STILL = 0.5  # share of frames in which the first box, held still, may overlap by half
 QUERIES = 4
 MAX_WINDOWS = 2
 
@@ -184,24 +184,26 @@ def _mask_expressions(
 
 
 def _tracks(rng: np.random.Generator, scene: Scene, visible: np.ndarray) -> list[dict[str, Any]]:
-    """Boxes over time of actors that are seen in the first annotated frame, the busiest first.
+    """Boxes over time of actors that are seen in the first annotated frame.
 
-    As in GOT-10k only what moves is tracked: the first box, held still, would be right about the
-    others.
+    As in GOT-10k only what goes somewhere is tracked: a box that is held still, where the actor was
+    first, must be wrong about at least half of the frames.
     """
-    travelled = np.abs(np.diff(scene.states.x)).sum(1) + np.abs(np.diff(scene.states.y)).sum(1)
-    moving = [
-        a.index
-        for a in scene.actors
-        if visible[a.index, 0].any() and travelled[a.index] >= MIN_TRAVEL * scene.config.size
-    ]
-    order = sorted(moving, key=lambda i: -travelled[i] + rng.random())
-    return [
-        {
-            "actor": i,
-            "expression": scene.actors[i].name,
-            "boxes": [bounding_box(mask) for mask in visible[i]],
-            "pixels": [int(mask.sum()) for mask in visible[i]],
-        }
-        for i in order[:TRACKS]
-    ]
+    tracks = []
+    for actor in (scene.actors[i] for i in rng.permutation(len(scene.actors))):
+        boxes = [bounding_box(mask) for mask in visible[actor.index]]
+        if boxes[0] is None or _share_still(boxes) > MAX_STILL:
+            continue
+        pixels = [int(mask.sum()) for mask in visible[actor.index]]
+        expression = actor.name
+        tracks.append(
+            {"actor": actor.index, "expression": expression, "boxes": boxes, "pixels": pixels}
+        )
+    return tracks[:TRACKS]
+
+
+def _share_still(boxes: list[list[int] | None]) -> float:
+    """Share of the boxes that are there and overlap the first by an IoU of 0.5 or more."""
+    there = [box for box in boxes if box is not None]
+    overlaps = coco_mask.iou(there, boxes[:1], [0])
+    return float(np.mean(overlaps >= 0.5))
