@@ -69,7 +69,7 @@ def test_order_of_frames_matters(encoder):
 
 def test_frames_are_independent_without_temporal_attention():
     config = dataclasses.replace(
-        CONFIG, temporal="none", stem_strides=(8,), stem_widths=(32,)
+        CONFIG, temporal="none", motion=False, stem_strides=(8,), stem_widths=(32,)
     )
     encoder = VisionEncoder(config, rngs=nnx.Rngs(0))
     frames, valid = _frames(3, 1, 3), jnp.ones((1, 3), bool)

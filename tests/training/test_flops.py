@@ -63,7 +63,7 @@ def test_vision_equals_its_formula(counted):
     config, b, _, flops = counted
     c, frames = config.vision, b.batch_size * b.frames
     sides = [c.image_size // c.stem_strides[0], c.grid]
-    channels = (3, *c.stem_widths)
+    channels = (c.channels, *c.stem_widths)
     stem = sum(
         frames * sides[i] ** 2 * c.stem_strides[i] ** 2 * channels[i] * channels[i + 1]
         for i in range(2)
