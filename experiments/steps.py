@@ -49,28 +49,25 @@ class Steps:
 
     def run(self, step: str, module: str, *arguments: object) -> None:
         """Runs `python -m module arguments...`. Raises StepFailed, also of an earlier `beside`."""
-        for future in self._waiting:
-            if future.done():
-                future.result()
+        self._raise_failure()
         self._run(step, module, arguments, None)
 
     def beside(self, step: str, module: str, *arguments: object) -> None:
-        """Queues a command that nothing needs before `wait`."""
+        """Queues a command that nothing needs before `wait`. Raises an earlier StepFailed."""
+        self._raise_failure()
         log = self.out / "logs" / f"{step.replace(' ', '_')}.log"
         log.parent.mkdir(exist_ok=True)
-        before = self._waiting[-1] if self._waiting else None
-
-        def run_after() -> None:
-            if before is not None:
-                before.result()  # nothing runs after a failure
-            self._run(step, module, arguments, log)
-
-        self._waiting.append(self._side.submit(run_after))
+        self._waiting.append(self._side.submit(self._run, step, module, arguments, log))
 
     def wait(self) -> None:
         """Until all queued commands are done. Raises StepFailed of the first that failed."""
         for future in self._waiting:
             future.result()
+
+    def _raise_failure(self) -> None:
+        for future in self._waiting:
+            if future.done():
+                future.result()
 
     def _run(
         self, step: str, module: str, arguments: tuple[object, ...], log: pathlib.Path | None
@@ -90,6 +87,7 @@ class Steps:
             )
         seconds = time.monotonic() - start
         if finished.returncode:
+            self._side.shutdown(wait=False, cancel_futures=True)  # nothing starts after a failure
             raise StepFailed(step, finished.returncode, log)
         if log:
             self._say(f"\n[{step}] done in {seconds:.0f} s")

@@ -1,5 +1,6 @@
 """Steps of the experiments: journal, resumption, failures, and what runs beside."""
 
+import concurrent.futures
 import json
 
 import pytest
@@ -32,6 +33,20 @@ def test_a_failing_step_stops_and_stays_undone(tmp_path):
         steps.run("break", *BROKEN)
     assert failure.value.status == 1
     assert not steps.done and not (tmp_path / "steps.jsonl").exists()
+
+
+def test_what_is_queued_beside_does_not_start_after_a_failure(tmp_path):
+    steps = Steps(tmp_path)
+    gate = tmp_path / "gate"
+    wait = f"import os\nwhile not os.path.exists({str(gate)!r}): pass"
+    steps.beside("wait", "timeit", "-n1", "-r1", wait)
+    steps.beside("greet", *HELLO)
+    with pytest.raises(StepFailed, match="break"):
+        steps.run("break", *BROKEN)
+    gate.touch()
+    with pytest.raises(concurrent.futures.CancelledError):
+        steps.wait()
+    assert [record["step"] for record in journal(tmp_path)] == ["wait"]
 
 
 def test_steps_beside_write_logs_and_are_waited_for(tmp_path):
