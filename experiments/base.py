@@ -1,8 +1,8 @@
 """Trains the shipped base model from nothing: `make base`.
 
 Renders videos and still images, prepares them, makes a tokenizer, trains the two stages of
-`configs/tiny_base.py` and evaluates the result on other videos. About three hours on two cores; run
-again after an interruption, it goes on where it stopped. The model folder is OUT/videos/model.
+`configs/tiny_base.py` and evaluates each on other videos. Run again after an interruption, it goes
+on where it stopped. The model folder is OUT/videos/model.
 
     python -m experiments.base --out runs/base
 """

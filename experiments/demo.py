@@ -27,7 +27,7 @@ FLOORS = ("blind", "middle_frame")
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much of everything: videos and images a split, training steps, pairs."""
+    """How much of everything: videos of each split, images in all, preference pairs."""
 
     train: int = 400
     validation: int = 60
@@ -101,16 +101,16 @@ def measure_floors(steps: Steps, scale: Scale, base: pathlib.Path, seed: int) ->
 
 def make_pairs(steps: Steps, scale: Scale, model: pathlib.Path, seed: int) -> None:
     """The trained model answers with right and with manipulated frames, on disjoint videos."""
-    for split, count in (("test", scale.test_pairs), ("train", scale.train_pairs)):
-        data, pairs = steps.out / "data" / split, steps.out / "pairs" / split
+    data, pairs = steps.out / "data", steps.out / "pairs"
+    for split, count in (("train", scale.train_pairs), ("test", scale.test_pairs)):
         steps.run(
             f"pairs {split}", "tpo_jax.preferences", "generate", "--model", model,
-            "--data", data, "--out", pairs, "--pairs", count, "--seed", seed,
+            "--data", data / split, "--out", pairs / split, "--pairs", count, "--seed", seed,
             "--judge", scale.judge,
         )  # fmt: skip
     steps.run(
-        "score", "tpo_jax.preferences", "score", "--model", model, "--data", data,
-        "--pairs", pairs / "pairs.jsonl", "--out", pairs / "reference.npz",
+        "score", "tpo_jax.preferences", "score", "--model", model, "--data", data / "train",
+        "--pairs", pairs / "train" / "pairs.jsonl", "--out", pairs / "train" / "reference.npz",
     )  # fmt: skip
 
 
@@ -170,13 +170,11 @@ def run(steps: Steps, scale: Scale, base: pathlib.Path, seed: int) -> float:
     make_data(steps, scale, seed)
     evaluate(steps, "base", base)
     measure_floors(steps, scale, base, seed)
-    model = base
+    start = (f"--config.init_from={base}",)  # later stages start from the one before
     for stage in STAGES:
-        name, more = f"stage{stage}", []
-        if stage == "1":
-            more = [f"--config.init_from={base}"]
-        steps.run(*stage_command(steps, scale, name, stage, seed, *more))
-        model = steps.out / name / "model"
+        name = f"stage{stage}"
+        steps.run(*stage_command(steps, scale, name, stage, seed, *start))
+        start, model = (), steps.out / name / "model"
         evaluate(steps, name, model)
     make_pairs(steps, scale, model, seed)
     pairs = ("--pairs", steps.out / "pairs" / "test" / "pairs.jsonl")

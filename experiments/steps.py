@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -53,7 +54,7 @@ class Steps:
         self._run(step, module, arguments, None)
 
     def beside(self, step: str, module: str, *arguments: object) -> None:
-        """Queues a command that nothing needs before `wait`. Raises an earlier StepFailed."""
+        """Queues a command that only later queued ones need. Raises an earlier StepFailed."""
         self._raise_failure()
         log = self.out / "logs" / f"{step.replace(' ', '_')}.log"
         log.parent.mkdir(exist_ok=True)
@@ -74,31 +75,28 @@ class Steps:
     ) -> None:
         command = ["python", "-m", module, *map(str, arguments)]
         if step in self.done:
-            self._say(f"[{step}] was done in {self.done[step]['seconds']:.0f} s")
+            print(f"[{step}] was done in {self.done[step]['seconds']:.0f} s", flush=True)
             return
-        self._say(f"\n[{step}] {shlex.join(command)}" + (f" > {log} &" if log else ""))
+        print(f"\n[{step}] {shlex.join(command)}" + (f" > {log} &" if log else ""), flush=True)
         start = time.monotonic()
-        with open(log, "w") if log else open(os.devnull) as output:
+        with open(log, "w") if log else contextlib.nullcontext() as output:
             finished = subprocess.run(
                 [sys.executable, *command[1:]],
                 env=self.environment,
-                stdout=output if log else None,
-                stderr=subprocess.STDOUT if log else None,
+                stdout=output,
+                stderr=output,
             )
         seconds = time.monotonic() - start
         if finished.returncode:
             self._side.shutdown(wait=False, cancel_futures=True)  # nothing starts after a failure
             raise StepFailed(step, finished.returncode, log)
         if log:
-            self._say(f"\n[{step}] done in {seconds:.0f} s")
+            print(f"\n[{step}] done in {seconds:.0f} s", flush=True)
         record = {"step": step, "seconds": seconds, "command": shlex.join(command)}
         with self._lock:
             self.done[step] = record
             with self.journal.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
 
     @property
     def seconds(self) -> dict[str, float]:

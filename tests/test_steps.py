@@ -41,9 +41,11 @@ def test_what_is_queued_beside_does_not_start_after_a_failure(tmp_path):
     wait = f"import os\nwhile not os.path.exists({str(gate)!r}): pass"
     steps.beside("wait", "timeit", "-n1", "-r1", wait)
     steps.beside("greet", *HELLO)
-    with pytest.raises(StepFailed, match="break"):
-        steps.run("break", *BROKEN)
-    gate.touch()
+    try:
+        with pytest.raises(StepFailed, match="break"):
+            steps.run("break", *BROKEN)
+    finally:
+        gate.touch()
     with pytest.raises(concurrent.futures.CancelledError):
         steps.wait()
     assert [record["step"] for record in journal(tmp_path)] == ["wait"]

@@ -23,7 +23,7 @@ from tpo_jax.data.ingest.plan import PrepareError, Settings, Source, read_source
 from tpo_jax.data.ingest.run import prepare
 from tpo_jax.data.ingest.sources import check_config, from_config, from_manifest
 from tpo_jax.data.media import MediaFolder
-from tpo_jax.data.records import PreparedDataset
+from tpo_jax.data.records import PreparedDataset, RecordError
 from tpo_jax.data.text import texts_of, train_tokenizer
 
 RUN_EXAMPLES = """examples:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "tokenizer":
             return _tokenizer(options)
         return _run(options, config_arguments)
-    except PrepareError as error:
+    except (PrepareError, RecordError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -135,6 +135,7 @@ def _add_ignore_keys(parser: argparse.ArgumentParser) -> None:
 
 def _tokenizer(options: argparse.Namespace) -> int:
     tokenizer = train_tokenizer(texts_of(PreparedDataset(options.data)), options.vocabulary)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = options.out.with_name(options.out.name + ".tmp")
     temporary.write_text(tokenizer.to_str(pretty=True))
     temporary.replace(options.out)

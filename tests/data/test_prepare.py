@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from media_samples import write_media
+from tokenizers import Tokenizer
 
 from tpo_jax import prepare
 from tpo_jax.data.records import PreparedDataset
@@ -34,6 +35,20 @@ def test_run_on_a_manifest(world, tmp_path, capsys):
     assert sources == {"samples/native", "samples/qvhighlights"}
     printed = capsys.readouterr().out
     assert "conversation 1" in printed and "temporal 3" in printed
+
+
+def test_tokenizer_of_a_prepared_folder(world, tmp_path, capsys):
+    data, out = tmp_path / "out", tmp_path / "new" / "tokenizer.json"
+    prepare.main(["run", "--data", str(world), "--out", str(data), "--size", "32"])
+    assert prepare.main(["tokenizer", "--data", str(data), "--out", str(out)]) == 0
+    tokenizer = Tokenizer.from_file(str(out))
+    question = PreparedDataset(data).examples(PreparedDataset(data).videos[0])[0].turns[0].question
+    assert tokenizer.decode(tokenizer.encode(question).ids) == question
+    assert f"{tokenizer.get_vocab_size()} tokens" in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == ["tokenizer.json"]
+
+    assert prepare.main(["tokenizer", "--data", str(tmp_path), "--out", str(out)]) == 1
+    assert "is not a prepared folder" in capsys.readouterr().err
 
 
 def test_run_on_a_folder_and_one_file(world, tmp_path, capsys):

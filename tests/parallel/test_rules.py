@@ -24,6 +24,7 @@ from tpo_jax.parallel.rules import (
     partition_spec,
     place,
 )
+from tpo_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 
 def mesh_of(**sizes):
@@ -117,6 +118,33 @@ def test_optimizer_state_follows_its_parameter():
         assert specs[f"0/{moment}/language/lm_head/kernel"] == P("fsdp", "tensor")
         assert specs[f"0/{moment}/b/scale"] == P()
     assert specs["0/count"] == P()
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_muon_is_split_like_its_parameters_and_gives_the_same_update(sizes):
+    rng = np.random.default_rng(0)
+    shape = (2, 32, 64)  # two layers
+    params = {"language": {"layers": {"mlp": {"up_proj": {"kernel": np.zeros(shape, np.float32)}}}}}
+    grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), params)
+    config = OptimizerConfig("muon", warmup=0.0, weight_decay=0.0, clip=1.0, min_lr_ratio=1.0)
+    transform = make_optimizer(config, [(".*", 1e-2)], 10, params).transform
+    want, _ = jax.jit(transform.update)(grads, transform.init(params), params)
+
+    mesh = mesh_of(**sizes)
+    shardings = param_shardings(params, mesh)
+    state = transform.init(params)
+    states = follow_params(state, params, shardings, mesh)
+    momentum = [s for path, s in flatten(states).items() if path.endswith("up_proj/kernel")]
+    assert momentum and all(s.spec == only_leaf(shardings).spec for s in momentum)
+    assert any(axis is not None for axis in only_leaf(shardings).spec)
+    placed = place(grads, shardings), place(state, states), place(params, shardings)
+    got, _ = jax.jit(transform.update)(*placed)
+    np.testing.assert_allclose(only_leaf(got), only_leaf(want), atol=1e-6)
+
+
+def only_leaf(tree):
+    (only,) = flatten(tree).values()
+    return only
 
 
 def test_a_large_state_leaf_without_a_parameter_is_an_error_by_name():

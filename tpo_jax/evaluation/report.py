@@ -63,7 +63,7 @@ def _header(summary: Mapping[str, Any]) -> str:
     facts = (
         f"{test['questions']} questions with options on {test['videos']} held-out videos",
         f"{hits} of {len(summary['targets'])} targets",
-        f"{total / 60:.1f} minutes on {_escape(summary['device'])}",
+        f"{total / 60:.1f} minutes of commands on {_escape(summary['device'])}",
         f"seed {summary['seed']}",
     )
     return (

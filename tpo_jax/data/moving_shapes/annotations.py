@@ -195,10 +195,8 @@ def _tracks(rng: np.random.Generator, scene: Scene, visible: np.ndarray) -> list
         if boxes[0] is None or _share_still(boxes) > MAX_STILL:
             continue
         pixels = [int(mask.sum()) for mask in visible[actor.index]]
-        expression = actor.name
-        tracks.append(
-            {"actor": actor.index, "expression": expression, "boxes": boxes, "pixels": pixels}
-        )
+        track = {"actor": actor.index, "expression": actor.name, "boxes": boxes, "pixels": pixels}
+        tracks.append(track)
     return tracks[:TRACKS]
 
 
