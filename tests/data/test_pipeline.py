@@ -366,6 +366,17 @@ def test_frame_indices_of_a_pair_must_exist(codec, model, indices):
         make(codec, model, dataset, [PAIR])
 
 
+def test_a_clip_of_few_frames_shows_each_of_them_once(codec, model):
+    """Of 25 frames a second 2 are kept: every other one is early, and the next nearer to its place."""
+    times = np.array([0.0, 0.48, 1.0, 1.48, 2.0, 2.48], np.float32)
+    info = dataclasses.replace(video_info(6, fps=2.0), timestamps=times)
+    dataset = FakeDataset("d", {"v": []}, {"v": info})
+    builder = row_builder(codec, model, VIDEO)
+    for start, end, want in ((0.0, 3.0, range(6)), (0.9, 2.1, (2, 3, 4))):
+        indices = builder.frame_indices(RowPlan(dataset, "v", start, end, ()))
+        np.testing.assert_array_equal(indices, want)
+
+
 def test_preference_data_needs_a_preference_bucket(codec, model):
     with pytest.raises(ValueError, match="'preference' has a weight, but no bucket"):
         make(codec, model, buckets=[VIDEO])

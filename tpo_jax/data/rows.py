@@ -138,8 +138,10 @@ class RowBuilder:
                     f"bucket) below {len(timestamps)} (frames of the video).")
             return indices
         inside = sampling.frames_between(timestamps, plan.start, plan.end)
-        count = min(self.bucket.frames, len(inside))
-        return sampling.uniform(timestamps, count, plan.start, plan.end)
+        if len(inside) <= self.bucket.frames:
+            # Not `uniform`: where times are uneven, one frame may be nearest twice, another never.
+            return inside
+        return sampling.uniform(timestamps, self.bucket.frames, plan.start, plan.end)
 
     def tokens(self, plan: RowPlan) -> tuple[np.ndarray, list[Branch]]:
         """Prefix ids int32[n] and branches, refused by name where they exceed the bucket."""
