@@ -23,7 +23,7 @@ from tpo_jax.training.config import (
 )
 
 TASKS = {"conversation": 1.0}
-# Most questions are short; those that list their options and captions need up to 51 tokens.
+# Most questions are short; captions and options that are sentences need up to 51 tokens.
 SHORT = {"branch_tokens": 24, "answers": 12}
 LONG = {"branch_tokens": 64, "answers": 48}
 # Twelve short or four long questions share one encoded video; an image has fewer to ask.
@@ -72,8 +72,8 @@ def _videos(config: ConfigDict, runs: str) -> None:
         source_config(f"{runs}/data/train", tasks=TASKS),
         source_config(f"{runs}/data/pictures", weight=5, tasks=TASKS),
     ]
-    config.buckets = _buckets(video=0.5, video_long=0.3, image=0.12, image_long=0.08)
-    config.steps = 6000
+    config.buckets = _buckets(video=0.68, video_long=0.2, image=0.08, image_long=0.04)
+    config.steps = 4000
 
 
 def _tiny(config: ConfigDict, runs: str) -> None:

@@ -13,6 +13,7 @@ from tpo_jax.data.moving_shapes.questions import (
     Question,
     choice,
     quarter,
+    without_options,
 )
 from tpo_jax.data.moving_shapes.scene import Scene
 from tpo_jax.data.moving_shapes.world import COLOURS, FORMS, Actor
@@ -34,13 +35,17 @@ def relation(scene: Scene, frame: int, first: Actor, second: Actor) -> str | Non
 
 
 def image_questions(scene: Scene) -> list[Question]:
-    """Four to eight questions about one image, one caption among them."""
+    """Six to eleven questions about one image, one caption among them."""
     rng = scene.rng(QUESTIONS)
-    return [
+    listed = [
         *_attribute(rng, scene),
         _counting(rng, scene),
         _existence(rng, scene),
         *_position(rng, scene),
+    ]
+    return [
+        *listed,
+        *without_options(listed, "image_open"),
         *_place(rng, scene),
         _caption(rng, scene),
     ]

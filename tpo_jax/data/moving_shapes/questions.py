@@ -36,6 +36,10 @@ NUM_OPTIONS = 4
 PARTS = ("the first quarter", "the second quarter", "the third quarter", "the last quarter")
 ACTION_TRIES = 60
 CLEAR_OF_CENTRE = 1 / 16  # of the frame; nearer to the middle a quarter is not said
+CLEAR_OF_EVENTS = 1.0  # seconds; nearer to an event it is not said that nothing happens
+NOTHING = "nothing"
+# Their options say what is asked for, or one of several true answers.
+NEEDS_OPTIONS = ("existence", "image_existence", "image_position")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +63,19 @@ def choice(
     return Question(kind, question, answer, tuple(options[i] for i in order))
 
 
-def video_questions(scene: Scene) -> list[Question]:
-    """Twelve to nineteen questions about one video, one caption among them."""
-    writer = _Writer(scene)
+def without_options(questions: Sequence[Question], kind: str) -> list[Question]:
+    """The same questions once more, to be answered in the reader's own words."""
     return [
+        Question(kind, q.question, q.answer)
+        for q in questions
+        if q.options and q.kind not in NEEDS_OPTIONS
+    ]
+
+
+def video_questions(scene: Scene) -> list[Question]:
+    """About thirty questions about one video, one caption among them."""
+    writer = _Writer(scene)
+    listed = [
         *writer.direction(),
         *writer.order(),
         *writer.before_after(),
@@ -71,8 +84,13 @@ def video_questions(scene: Scene) -> list[Question]:
         *writer.attribute(),
         *writer.existence(),
         *writer.moment(),
+    ]
+    return [
+        *listed,
+        *without_options(listed, "open"),
         *writer.caption(),
         *writer.when(),
+        *writer.at_time(),
         *writer.place(),
     ]
 
@@ -283,15 +301,39 @@ class _Writer:
             for e in self._pick(self.single, 3)
         ]
 
+    def at_time(self) -> list[Question]:
+        """What happens at a second: twice within an event, once where none is near."""
+        seconds = range(1, self.scene.config.seconds)
+        during = [
+            (t, sentence)
+            for t in seconds
+            for e, sentence in zip(self.events, self.sentences, strict=True)
+            if e.start < t < e.end
+        ]
+        clear = [
+            (t, NOTHING)
+            for t in seconds
+            if all(
+                t <= e.start - CLEAR_OF_EVENTS or t >= e.end + CLEAR_OF_EVENTS for e in self.events
+            )
+        ]
+        return [
+            Question("at_time", f"What happens at {t} seconds?", answer)
+            for t, answer in [*self._pick(during, 2), *self._pick(clear, 1)]
+        ]
+
     def place(self) -> list[Question]:
-        """Open, without options: a single frame is often enough to answer."""
+        """Open, without options: a single frame is enough, if it is the right one."""
+        config = self.scene.config
+        moments = [("at the start", 0), ("at the end", -1)]
+        moments += [(f"at {t} seconds", t * config.fps) for t in range(1, config.seconds)]
         found = [
-            Question("place", f"Where is {actor.name} at the {word}?", where)
+            Question("place", f"Where is {actor.name} {when}?", where)
             for actor in self.actors
-            for word, frame in (("start", 0), ("end", -1))
+            for when, frame in moments
             if (where := quarter(self.scene, actor.index, frame))
         ]
-        return self._pick(found, 2)
+        return self._pick(found, 4)
 
     def _clause(self, event: Event) -> str:
         """As in "the red circle move left", to follow "does"."""
