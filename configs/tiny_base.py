@@ -88,6 +88,4 @@ def _tiny(config: ConfigDict, runs: str) -> None:
 
 
 def _buckets(**weights: float) -> dict:
-    return {
-        name: bucket_config(**BUCKETS[name], weight=weight) for name, weight in weights.items()
-    }
+    return {name: bucket_config(**BUCKETS[name], weight=weight) for name, weight in weights.items()}

@@ -15,9 +15,9 @@ CONFIG = WorldConfig()
 NUMBERS = ("zero", "one", "two", "three")
 KINDS = {
     *("direction", "order", "before_after", "counting", "action", "attribute"),
-    *("existence", "moment", "caption", "when", "place"),
+    *("existence", "moment", "open", "caption", "when", "at_time", "place"),
 }
-OPEN = {"caption", "when", "place"}
+OPEN = {"open", "caption", "when", "at_time", "place"}
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,27 @@ def test_when_gives_the_window(watched):
             assert start == first and last - 0.4 <= end <= last
 
 
+def test_at_time_names_what_happens_then_or_nothing(watched):
+    answers = collections.Counter()
+    for _, questions, seen in watched:
+        for question in (q for q in questions if q.kind == "at_time"):
+            second = int(re.fullmatch("What happens at (.*) seconds[?]", question.question)[1])
+            during = [sentence for start, end, sentence in seen if start < second < end]
+            near = [s for start, end, s in seen if start - 0.9 < second < end + 0.9]
+            assert question.answer in during or (question.answer == "nothing" and not near)
+            answers["nothing" if question.answer == "nothing" else "event"] += 1
+    assert 0.1 < answers["nothing"] / answers.total() < 0.4
+
+
+def test_without_options_the_same_is_asked_and_true(videos, images):
+    for _, questions in (*videos, *images):
+        listed = {(q.question, q.answer) for q in questions if q.options}
+        openly = [q for q in questions if q.kind in ("open", "image_open")]
+        assert openly and all((q.question, q.answer) in listed for q in openly)
+        told = {"Which of these happens?", "Which shape is in the picture?"}
+        assert not any(q.question in told or q.question.startswith("Where") for q in openly)
+
+
 def test_place_is_the_quarter_of_the_frame_that_holds_the_shape(videos, images):
     asked = collections.Counter()
     for scene, questions in (*videos, *images):
@@ -127,7 +148,9 @@ def test_place_is_the_quarter_of_the_frame_that_holds_the_shape(videos, images):
         for question in (q for q in questions if q.kind in ("place", "image_place")):
             name = re.search("is (the [a-z]+ [a-z]+)|picture is (.*)[?]", question.question)
             actor = names[name[1] or name[2]]
+            second = re.search("at ([0-9]+) seconds", question.question)
             frame = -1 if "at the end" in question.question else 0
+            frame = int(second[1]) * scene.config.fps if second else frame
             x, y = scene.states.x[actor, frame], scene.states.y[actor, frame]
             assert ("left" in question.answer) == (x < 32)
             assert ("top" in question.answer) == (y < 32)
@@ -145,7 +168,7 @@ def test_four_different_options_and_the_answer_among_them(videos, images):
 
 def test_many_questions_of_every_kind(videos):
     per_video = [len(questions) for _, questions in videos]
-    assert np.mean(per_video) >= 12 and max(per_video) <= 19
+    assert np.mean(per_video) >= 24 and max(per_video) <= 40
     count = collections.Counter(q.kind for _, questions in videos for q in questions)
     assert set(count) == KINDS
     for kind in KINDS:
