@@ -367,7 +367,7 @@ def test_frame_indices_of_a_pair_must_exist(codec, model, indices):
 
 
 def test_a_clip_of_few_frames_shows_each_of_them_once(codec, model):
-    """Of 25 frames a second 2 are kept: every other one is early, and the next nearer to its place."""
+    """At 25 frames a second those kept at 2 are uneven: one is nearer to the next one's place."""
     times = np.array([0.0, 0.48, 1.0, 1.48, 2.0, 2.48], np.float32)
     info = dataclasses.replace(video_info(6, fps=2.0), timestamps=times)
     dataset = FakeDataset("d", {"v": []}, {"v": info})

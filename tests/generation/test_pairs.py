@@ -144,6 +144,17 @@ def test_questions_leave_head_calls_out_and_are_limited_reproducibly():
     assert 3 < sum(shown) < 17
 
 
+def test_a_question_that_is_there_with_and_without_options_is_not_asked_twice():
+    turns = [MOVE, dataclasses.replace(MOVE, options=())]
+    asked = set()
+    for seed in range(8):
+        dataset = MemoryDataset(1, {"video0": [conversation("video0", turns)]})
+        questions = [q.asked for q in pairs.questions_of(dataset, "video0", 9, seed)]
+        assert len(questions) == len(set(questions))
+        asked.add(len(questions))
+    assert asked == {1, 2}
+
+
 @pytest.mark.parametrize("field, value", [
     ("frames", 0), ("mix", 1.5), ("subset", 0.0), ("subset", 1.0), ("right", "left")])
 def test_bad_evidence_settings_are_named(field, value):

@@ -34,7 +34,7 @@ LONGEST_SEGMENT = 0.7
 OPTIONS_SHOWN = 0.5  # share of multiple-choice questions that list their options
 CHOSEN_SEGMENT = (0.3, 0.6)  # share of the duration, where no example tells the segment
 # Questions whose answer is a time of the video: a segment alone cannot show it.
-KINDS_ABOUT_TIME = ("moment", "when")
+KINDS_ABOUT_TIME = ("moment", "when", "at_time", "place")
 _STOP_WORDS = frozenset("a an and are at by do does for from happen happens how in is it its of on "
                         "or the then there this to was were what when where which while who "
                         "with".split())
@@ -167,12 +167,12 @@ class FilterSettings:
 
 def questions_of(dataset: PreparedDataset, video_id: str, limit: int,
                  seed: int) -> list[Question]:
-    """The conversation turns of one video, at most `limit`, drawn by `seed`.
+    """The conversation turns of one video, at most `limit`, drawn by `seed`; none is asked twice.
 
     Turns that call a head are left out: they have no answer text to prefer.
     """
     examples, duration = dataset.examples(video_id), dataset.video_info(video_id).duration
-    found = []
+    found: dict[str, Question] = {}
     for example in examples:
         for index, turn in enumerate(example.turns):
             if example.task != "conversation" or "<" in turn.question + turn.answer:
@@ -181,9 +181,10 @@ def questions_of(dataset: PreparedDataset, video_id: str, limit: int,
             shown = turn.options and draw.random() < OPTIONS_SHOWN
             asked = render_options(turn.question, turn.options) if shown else turn.question
             segment = evidence_segment(example, turn, examples, duration)
-            found.append(Question(example, index, asked, segment))
+            found.setdefault(asked, Question(example, index, asked, segment))
     order = random_of(seed, f"{video_id}/questions").permutation(len(found))
-    return [found[i] for i in sorted(order[:limit])]
+    questions = list(found.values())
+    return [questions[i] for i in sorted(order[:limit])]
 
 
 def evidence_segment(example: Example, turn: Turn, examples: Sequence[Example],

@@ -45,7 +45,7 @@ def image_questions(scene: Scene) -> list[Question]:
     ]
     return [
         *listed,
-        *without_options(listed, "image_open"),
+        *without_options(listed),
         *_place(rng, scene),
         _caption(rng, scene),
     ]

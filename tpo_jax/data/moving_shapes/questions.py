@@ -63,10 +63,10 @@ def choice(
     return Question(kind, question, answer, tuple(options[i] for i in order))
 
 
-def without_options(questions: Sequence[Question], kind: str) -> list[Question]:
+def without_options(questions: Sequence[Question]) -> list[Question]:
     """The same questions once more, to be answered in the reader's own words."""
     return [
-        Question(kind, q.question, q.answer)
+        Question(q.kind, q.question, q.answer)
         for q in questions
         if q.options and q.kind not in NEEDS_OPTIONS
     ]
@@ -87,7 +87,7 @@ def video_questions(scene: Scene) -> list[Question]:
     ]
     return [
         *listed,
-        *without_options(listed, "open"),
+        *without_options(listed),
         *writer.caption(),
         *writer.when(),
         *writer.at_time(),
