@@ -21,9 +21,9 @@ CONFIG = WorldConfig()
 NUMBERS = ("zero", "one", "two", "three")
 KINDS = {
     *("direction", "order", "before_after", "counting", "action", "attribute"),
-    *("existence", "moment", "caption", "when", "at_time", "place"),
+    *("existence", "moment", "caption", "when", "at_time", "doing", "place"),
 }
-OPEN = {"caption", "when", "at_time", "place", "image_caption", "image_place"}
+OPEN = {"caption", "when", "at_time", "doing", "place", "image_caption", "image_place"}
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +130,27 @@ def test_at_time_names_what_happens_then_or_nothing(watched):
     answers = collections.Counter()
     for _, questions, seen in watched:
         for question in (q for q in questions if q.kind == "at_time"):
-            second = int(re.fullmatch("What happens at (.*) seconds[?]", question.question)[1])
+            second = int(re.fullmatch("What happens at (.*) seconds?[?]", question.question)[1])
             during = [sentence for start, end, sentence in seen if start < second < end]
             near = [s for start, end, s in seen if start - 0.9 < second < end + 0.9]
             assert question.answer in during or (question.answer == "nothing" and not near)
             answers["nothing" if question.answer == "nothing" else "event"] += 1
     assert 0.1 < answers["nothing"] / answers.total() < 0.4
+
+
+def test_doing_is_what_the_shape_does_then_or_rests(watched):
+    answers = collections.Counter()
+    for _, questions, seen in watched:
+        for question in (q for q in questions if q.kind == "doing"):
+            found = re.fullmatch("What does (.*) do at (.*) seconds?[?]", question.question)
+            name, second = found[1], int(found[2])
+            during = [s for start, end, s in seen if start < second < end]
+            if question.answer == "rests":
+                assert not any(sentence.startswith(name) for sentence in during)
+            else:
+                assert f"{name} {question.answer}" in during
+            answers[question.answer == "rests"] += 1
+    assert 0.3 < answers[True] / answers.total() < 0.5
 
 
 def test_without_options_the_same_is_asked_and_true(videos, images):
@@ -153,7 +168,7 @@ def test_place_is_the_quarter_of_the_frame_that_holds_the_shape(videos, images):
         for question in (q for q in questions if q.kind in ("place", "image_place")):
             name = re.search("is (the [a-z]+ [a-z]+)|picture is (.*)[?]", question.question)
             actor = names[name[1] or name[2]]
-            second = re.search("at ([0-9]+) seconds", question.question)
+            second = re.search("at ([0-9]+) second", question.question)
             frame = -1 if "at the end" in question.question else 0
             frame = int(second[1]) * scene.config.fps if second else frame
             x, y = scene.states.x[actor, frame], scene.states.y[actor, frame]

@@ -37,7 +37,7 @@ PARTS = ("the first quarter", "the second quarter", "the third quarter", "the la
 ACTION_TRIES = 60
 CLEAR_OF_CENTRE = 1 / 16  # of the frame; nearer to the middle a quarter is not said
 CLEAR_OF_EVENTS = 1.0  # seconds; nearer to an event it is not said that nothing happens
-NOTHING = "nothing"
+NOTHING, RESTS = "nothing", "rests"
 # Their options say what is asked for, or one of several true answers.
 NEEDS_OPTIONS = ("existence", "image_existence", "image_position")
 
@@ -73,7 +73,7 @@ def without_options(questions: Sequence[Question]) -> list[Question]:
 
 
 def video_questions(scene: Scene) -> list[Question]:
-    """About thirty questions about one video, one caption among them."""
+    """About thirty-five questions about one video, one caption among them."""
     writer = _Writer(scene)
     listed = [
         *writer.direction(),
@@ -91,6 +91,7 @@ def video_questions(scene: Scene) -> list[Question]:
         *writer.caption(),
         *writer.when(),
         *writer.at_time(),
+        *writer.doing(),
         *writer.place(),
     ]
 
@@ -102,6 +103,10 @@ def quarter(scene: Scene, actor: int, frame: int) -> str | None:
     if not all(CLEAR_OF_CENTRE <= abs(v) <= 0.5 for v in (x, y)):
         return None
     return f"in the {'top' if y < 0 else 'bottom'} {'left' if x < 0 else 'right'}"
+
+
+def _seconds(number: int) -> str:
+    return f"{number} second{'' if number == 1 else 's'}"
 
 
 class _Writer:
@@ -318,15 +323,39 @@ class _Writer:
             )
         ]
         return [
-            Question("at_time", f"What happens at {t} seconds?", answer)
+            Question("at_time", f"What happens at {_seconds(t)}?", answer)
             for t, answer in [*self._pick(during, 2), *self._pick(clear, 1)]
+        ]
+
+    def doing(self) -> list[Question]:
+        """What one shape does at a second: three times within an event, twice while it rests."""
+        seconds = range(1, self.scene.config.seconds)
+        active = [(e.actor, t, e) for e in self.events for t in seconds if e.start < t < e.end]
+        resting = [
+            (actor.index, t, None)
+            for actor in self.actors
+            for t in seconds
+            if quarter(self.scene, actor.index, t * self.scene.config.fps)
+            and not any(
+                actor.index in (e.actor, e.other)
+                and e.start - CLEAR_OF_EVENTS < t < e.end + CLEAR_OF_EVENTS
+                for e in self.events
+            )
+        ]
+        return [
+            Question(
+                "doing",
+                f"What does {self.actors[actor].name} do at {_seconds(t)}?",
+                phrases.predicate(event, self.actors) if event else RESTS,
+            )
+            for actor, t, event in [*self._pick(active, 3), *self._pick(resting, 2)]
         ]
 
     def place(self) -> list[Question]:
         """Open, without options: a single frame is enough, if it is the right one."""
         config = self.scene.config
         moments = [("at the start", 0), ("at the end", -1)]
-        moments += [(f"at {t} seconds", t * config.fps) for t in range(1, config.seconds)]
+        moments += [(f"at {_seconds(t)}", t * config.fps) for t in range(1, config.seconds)]
         found = [
             Question("place", f"Where is {actor.name} {when}?", where)
             for actor in self.actors
