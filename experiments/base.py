@@ -1,15 +1,18 @@
 """Trains the shipped base model from nothing: `make base`.
 
 Renders videos and still images, prepares them, makes a tokenizer, trains the two stages of
-`configs/tiny_base.py` and evaluates each on other videos. Run again after an interruption, it goes
-on where it stopped. The model folder is OUT/videos/model.
+`configs/tiny_base.py`, evaluates each on other videos and draws the losses. Run again after an
+interruption, it goes on where it stopped. The model folder is OUT/videos/model.
 
     python -m experiments.base --out runs/base
 """
 
 import argparse
+import json
 import pathlib
 import sys
+
+from matplotlib.figure import Figure
 
 from experiments.steps import StepFailed, Steps
 
@@ -19,6 +22,7 @@ IMAGES = 1600
 # A second world of still images alone.
 PICTURES_SEED = 2000
 PICTURES = 8200
+STAGES = ("pictures", "videos")
 
 
 def render(steps: Steps) -> None:
@@ -49,7 +53,7 @@ def prepare(steps: Steps) -> None:
 
 
 def train_and_evaluate(steps: Steps) -> None:
-    for stage in ("pictures", "videos"):
+    for stage in STAGES:
         steps.run(
             f"train {stage}", "tpo_jax.train",
             f"--config=configs/tiny_base.py:stage={stage},runs={steps.out}",
@@ -62,6 +66,22 @@ def train_and_evaluate(steps: Steps) -> None:
         )  # fmt: skip
 
 
+def draw_curves(out: pathlib.Path, stages: tuple[str, ...] = STAGES) -> pathlib.Path:
+    """OUT/curve.png: training and validation loss of the stages, one axes each."""
+    figure = Figure(figsize=(5 * len(stages), 3.2))
+    axes = figure.subplots(1, len(stages), squeeze=False)
+    for ax, stage in zip(axes[0], stages, strict=True):
+        records = [json.loads(line) for line in (out / stage / "metrics.jsonl").open()]
+        for name in ("train/loss", "validation/loss"):
+            points = [(r["step"], r[name]) for r in records if name in r]
+            ax.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 40 else "")
+        ax.set(title=stage, xlabel="step", ylabel="loss", ylim=(0, 1.5))
+        ax.legend()
+    path = out / "curve.png"
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/base"))
@@ -70,6 +90,7 @@ def main() -> None:
         render(steps)
         prepare(steps)
         train_and_evaluate(steps)
+        print(draw_curves(steps.out))
     except StepFailed as failure:
         print(failure, file=sys.stderr)
         sys.exit(failure.status)

@@ -13,7 +13,6 @@ from tpo_jax.data.moving_shapes.questions import (
     Question,
     choice,
     quarter,
-    without_options,
 )
 from tpo_jax.data.moving_shapes.scene import Scene
 from tpo_jax.data.moving_shapes.world import COLOURS, FORMS, Actor
@@ -35,17 +34,13 @@ def relation(scene: Scene, frame: int, first: Actor, second: Actor) -> str | Non
 
 
 def image_questions(scene: Scene) -> list[Question]:
-    """Six to eleven questions about one image, one caption among them."""
+    """Four to eight questions about one image, one caption among them."""
     rng = scene.rng(QUESTIONS)
-    listed = [
+    return [
         *_attribute(rng, scene),
         _counting(rng, scene),
         _existence(rng, scene),
         *_position(rng, scene),
-    ]
-    return [
-        *listed,
-        *without_options(listed),
         *_place(rng, scene),
         _caption(rng, scene),
     ]

@@ -38,8 +38,6 @@ ACTION_TRIES = 60
 CLEAR_OF_CENTRE = 1 / 16  # of the frame; nearer to the middle a quarter is not said
 CLEAR_OF_EVENTS = 1.0  # seconds; nearer to an event it is not said that nothing happens
 NOTHING, RESTS = "nothing", "rests"
-# Their options say what is asked for, or one of several true answers.
-NEEDS_OPTIONS = ("existence", "image_existence", "image_position")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +61,10 @@ def choice(
     return Question(kind, question, answer, tuple(options[i] for i in order))
 
 
-def without_options(questions: Sequence[Question]) -> list[Question]:
-    """The same questions once more, to be answered in the reader's own words."""
-    return [
-        Question(q.kind, q.question, q.answer)
-        for q in questions
-        if q.options and q.kind not in NEEDS_OPTIONS
-    ]
-
-
 def video_questions(scene: Scene) -> list[Question]:
-    """About thirty-five questions about one video, one caption among them."""
+    """About twenty-five questions about one video, one caption among them."""
     writer = _Writer(scene)
-    listed = [
+    return [
         *writer.direction(),
         *writer.order(),
         *writer.before_after(),
@@ -84,10 +73,6 @@ def video_questions(scene: Scene) -> list[Question]:
         *writer.attribute(),
         *writer.existence(),
         *writer.moment(),
-    ]
-    return [
-        *listed,
-        *without_options(listed),
         *writer.caption(),
         *writer.when(),
         *writer.at_time(),
