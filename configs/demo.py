@@ -92,7 +92,8 @@ def _stage1(config: ConfigDict, runs: str) -> None:
     del runs
     config.init_from = BASE
     config.init_missing = ["task_tokens/", "box_encoder/", "heads/"]
-    config.steps = 300
+    config.steps = 120
+    del config.buckets.video_long
     config.losses.update(dict.fromkeys(HEAD_LOSSES, 0.0))
     config.trainable = [["language/|task_tokens/|box_encoder/", 5e-4]]
 
@@ -100,7 +101,8 @@ def _stage1(config: ConfigDict, runs: str) -> None:
 def _stage2(config: ConfigDict, runs: str) -> None:
     """Heads and tokens on a frozen video-language model."""
     config.init_from = f"{runs}/stage1/model"
-    config.steps = 600
+    config.steps = 250
+    del config.buckets.video_long
     config.data.train[0]["tasks"]["conversation"] = 0.1
     config.trainable = [["heads/", 1e-3], ["task_tokens/|box_encoder/", 1e-3]]
 
@@ -108,7 +110,7 @@ def _stage2(config: ConfigDict, runs: str) -> None:
 def _stage3(config: ConfigDict, runs: str) -> None:
     """Everything, the towers gently."""
     config.init_from = f"{runs}/stage2/model"
-    config.steps = 800
+    config.steps = 350
     config.eval_every = 100
     config.eval_batches = 4
     config.trainable = [
@@ -124,7 +126,7 @@ def _floor(config: ConfigDict, runs: str) -> None:
     config.init_from = BASE
     config.model.heads = []
     config.losses = {"language": 1.0}
-    config.steps = 150
+    config.steps = 100
     config.data.train[0]["tasks"] = {"conversation": 1.0}
     for bucket in config.buckets.values():
         bucket.slots = {}
@@ -137,7 +139,7 @@ def _dpo(config: ConfigDict, runs: str) -> None:
     config.objective = "preference"
     config.preference = {"loss": "sigmoid", "beta": 0.3, "sft": 0.5, "label_smoothing": 0.0}
     config.losses = {"language": 1.0}  # of the other objective; not read
-    config.steps = 200
+    config.steps = 100
     config.data.train = [
         source_config(
             f"{runs}/data/train", tasks={"preference": 1.0}, pairs=f"{runs}/pairs/train/pairs.jsonl"
