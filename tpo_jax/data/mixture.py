@@ -95,34 +95,35 @@ class Draw:
 
 
 def draws_of(
-    builder: RowBuilder, group: Sequence[RowBuilder], source: Source, video_id: str
-) -> tuple[list[Draw], list[str]]:
-    """What this bucket may draw about a video, and one message for each turn that fits no bucket.
+    group: Sequence[RowBuilder], source: Source, video_id: str
+) -> tuple[dict[str, list[Draw]], list[str]]:
+    """What the buckets of a group may draw about a video: each turn goes to one of them.
 
     A question with options counts as two draws: as it is, and with its options listed.
 
     Args:
       group: builders of all buckets of this media and kind, shortest branches first. A draw belongs
         to the first that it fits, so that short branches are not padded to long ones.
+
+    Returns: draws by bucket name, and one message for each turn that fits no bucket.
     """
-    dataset, draws, errors = source.dataset, [], []
-    for number, example in enumerate(dataset.examples(video_id)):
-        if not source.draws(example) or kind_of(example) != builder.bucket.kind:
+    draws: dict[str, list[Draw]] = {builder.bucket.name: [] for builder in group}
+    errors: list[str] = []
+    for number, example in enumerate(source.dataset.examples(video_id)):
+        if not source.draws(example) or kind_of(example) != group[0].bucket.kind:
             continue
         for turn in range(len(example.turns)):
             for shown in (True, False) if example.turns[turn].options else (False,):
-                plan = plan_of(dataset, example, turn, shown)
+                plan = plan_of(source.dataset, example, turn, shown)
                 try:
-                    _check_options(builder, plan)
                     # What fits none goes to the widest, where the check says why it does not fit.
-                    fitting = next((other for other in group if other.fits(plan)), group[-1])
-                    if fitting is not builder:
-                        continue
+                    builder = next((one for one in group if one.fits(plan)), group[-1])
+                    _check_options(builder, plan)
                     builder.check(plan)
                 except (RowError, TextError) as error:
                     errors.append(str(error))
                     break
-                draws.append(Draw(number, turn, shown))
+                draws[builder.bucket.name].append(Draw(number, turn, shown))
     return draws, errors
 
 
@@ -175,59 +176,77 @@ def _tag(source: int, entry: int) -> tuple[int, int]:
     return source, entry
 
 
+# A video and what may be drawn about it.
+Entry = tuple[str, list[Draw]]
+
+
+def make_mixtures(
+    group: Sequence[RowBuilder], sources: Sequence[Source], seed: int
+) -> dict[str, Mixture]:
+    """The streams of the buckets of one media and kind, by name; reads every example once.
+
+    Args:
+      group: their builders, shortest branches first.
+      sources: all sources; those without a video (or pair) for a bucket take no part in it.
+      seed: decides shuffling and draws.
+
+    Raises:
+      RowError: examples that do not fit (the first 20 by name), or a bucket with nothing to draw.
+    """
+    parts: dict[str, list[tuple[Source, list[Entry]]]] = {b.bucket.name: [] for b in group}
+    errors: list[str] = []
+    for source in sources:
+        entries: dict[str, list[Entry]] = {name: [] for name in parts}
+        for video_id in source.dataset.videos:
+            if source.dataset.video_info(video_id).media != group[0].bucket.media:
+                continue
+            draws, wrong = draws_of(group, source, video_id)
+            errors += wrong
+            for name, found in draws.items():
+                entries[name] += _entries(group[0].bucket.kind, video_id, found)
+        for name, found in entries.items():
+            if found:
+                parts[name].append((source, found))
+    if errors:
+        shown = "\n".join(f"  {error}" for error in errors[:MAX_REPORTED])
+        more = f"\n  ... and {len(errors) - MAX_REPORTED} more" * (len(errors) > MAX_REPORTED)
+        raise RowError(f"{len(errors)} examples do not fit their bucket:\n{shown}{more}")
+    for builder in group:
+        if not parts[builder.bucket.name]:
+            raise RowError(
+                f"bucket {builder.bucket.name!r}: no {builder.bucket.media} with a "
+                f"{builder.bucket.kind} example in {[str(s.dataset.path) for s in sources]} for "
+                f"the tasks {[dict(s.tasks) for s in sources]} that no shorter bucket takes. "
+                "Remove the bucket or add the data.")
+    return {b.bucket.name: Mixture(b.bucket, parts[b.bucket.name], seed) for b in group}
+
+
+def _entries(kind: str, video_id: str, draws: list[Draw]) -> list[Entry]:
+    """One entry a video, or one a pair."""
+    if kind == "preference":
+        return [(video_id, [draw]) for draw in draws]
+    return [(video_id, draws)] if draws else []
+
+
 class Mixture:
     """The stream of rows of one bucket.
 
     Args:
-      builder: checks every example once, here.
-      sources: all sources; those without a video (or pair) for this bucket take no part.
+      parts: sources with what they have for this bucket, at least one.
       seed: decides shuffling and draws.
-      group: builders of all buckets of this media and kind, shortest branches first; None is this
-        one alone.
-
-    Raises:
-      RowError: examples that do not fit (the first 20 by name), or nothing to draw.
     """
 
-    def __init__(self, builder: RowBuilder, sources: Sequence[Source], seed: int,
-                 group: Sequence[RowBuilder] | None = None):
-        self.bucket, self.seed = builder.bucket, seed
-        self._key = zlib.crc32(self.bucket.name.encode())
-        self.sources: list[Source] = []
-        self.entries: list[list[tuple[str, list[Draw]]]] = []
-        errors: list[str] = []
-        for source in sources:
-            entries = []
-            for video_id in source.dataset.videos:
-                if source.dataset.video_info(video_id).media != self.bucket.media:
-                    continue
-                draws, wrong = draws_of(builder, group or [builder], source, video_id)
-                entries += self._entries(video_id, draws)
-                errors += wrong
-            if entries:
-                self.sources.append(source)
-                self.entries.append(entries)
-        if errors:
-            shown = "\n".join(f"  {error}" for error in errors[:MAX_REPORTED])
-            more = f"\n  ... and {len(errors) - MAX_REPORTED} more" * (len(errors) > MAX_REPORTED)
-            raise RowError(f"{len(errors)} examples do not fit bucket {self.bucket.name!r}:\n"
-                           f"{shown}{more}")
-        if not self.sources:
-            raise RowError(
-                f"bucket {self.bucket.name!r}: no {self.bucket.media} with a "
-                f"{self.bucket.kind} example in {[str(s.dataset.path) for s in sources]} for the "
-                f"tasks {[dict(s.tasks) for s in sources]} that no shorter bucket takes. "
-                "Remove the bucket or add the data.")
+    def __init__(
+        self, bucket: Bucket, parts: Sequence[tuple[Source, list[Entry]]], seed: int
+    ) -> None:
+        self.bucket, self.seed = bucket, seed
+        self._key = zlib.crc32(bucket.name.encode())
+        self.sources = [source for source, _ in parts]
+        self.entries = [entries for _, entries in parts]
         self._stream = grain.MapDataset.mix(
             [grain.MapDataset.source(_Epochs(len(entries), [seed, self._key, i]))
              .map(functools.partial(_tag, i)) for i, entries in enumerate(self.entries)],
             [source.weight for source in self.sources])
-
-    def _entries(self, video_id: str, draws: list[Draw]) -> list[tuple[str, list[Draw]]]:
-        """One entry a video, or one a pair."""
-        if self.bucket.kind == "preference":
-            return [(video_id, [draw]) for draw in draws]
-        return [(video_id, draws)] if draws else []
 
     def __call__(self, row: int) -> RowPlan:
         """The plan of a row of the global stream."""

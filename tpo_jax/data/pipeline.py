@@ -19,7 +19,7 @@ import grain
 
 from tpo_jax.data.buckets import Bucket, BucketSchedule
 from tpo_jax.data.evidence import apply_evidence
-from tpo_jax.data.mixture import Mixture, Source
+from tpo_jax.data.mixture import Mixture, Source, make_mixtures
 from tpo_jax.data.rows import Reference, RowBuilder, row_id, stack_rows
 from tpo_jax.data.text import TextCodec
 from tpo_jax.models.config import ModelConfig
@@ -113,10 +113,11 @@ class Pipeline:
         self.evidence = evidence
         self.builders = {bucket.name: row_builder(codec, model_config, bucket, reference)
                          for bucket in buckets}
-        self.mixtures = {name: Mixture(builder, sources, seed, self._group(builder.bucket))
-                         for name, builder in self.builders.items()}
+        self.mixtures: dict[str, Mixture] = {}
+        for media, kind in dict.fromkeys((bucket.media, bucket.kind) for bucket in buckets):
+            self.mixtures |= make_mixtures(self._group(media, kind), sources, seed)
 
-    def _group(self, bucket: Bucket) -> list[RowBuilder]:
+    def _group(self, media: str, kind: str) -> list[RowBuilder]:
         """Builders of the buckets of one media and kind, shortest branches first.
 
         Raises:
@@ -124,7 +125,7 @@ class Pipeline:
         """
         group = sorted(
             (builder for builder in self.builders.values()
-             if (builder.bucket.media, builder.bucket.kind) == (bucket.media, bucket.kind)),
+             if (builder.bucket.media, builder.bucket.kind) == (media, kind)),
             key=lambda builder: builder.bucket.branch_tokens)
         for one, other in itertools.pairwise(builder.bucket for builder in group):
             if one.branch_tokens == other.branch_tokens:

@@ -9,6 +9,7 @@ alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from tpo_jax.data.records import PreparedDataset
 from tpo_jax.models.heads import BOX_TOKEN, HEADS
 
 FORMAT_VERSION = 1
+REMEMBERED_TEXTS = 2**15
 SPECIAL_TOKENS = (
     "<pad>", "<bos>", "<eos>", "<user>", "<assistant>",
     "<video>", "</video>", "<image>", "</image>",
@@ -159,6 +161,8 @@ class TextCodec:
         self.template = template or ChatTemplate()
         # A user's text never turns into special tokens: those are inserted by id only.
         self.tokenizer.encode_special_tokens = True
+        # Questions and answers of a data set repeat, and all are checked before training starts.
+        self._encoded = functools.lru_cache(maxsize=REMEMBERED_TEXTS)(self._encode)
         self.special_ids = {
             token.content: id for id, token in tokenizer.get_added_tokens_decoder().items()}
         self.task_tokens = {
@@ -223,7 +227,10 @@ class TextCodec:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; nothing in it is read as a special token."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return list(self._encoded(text))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_marked(self, text: str, markers: Sequence[str], where: str) -> tuple[
             list[int], list[bool], list[Slot]]:
