@@ -73,7 +73,7 @@ def _videos(config: ConfigDict, runs: str) -> None:
         source_config(f"{runs}/data/pictures", weight=5, tasks=TASKS),
     ]
     config.buckets = _buckets(video=0.68, video_long=0.2, image=0.08, image_long=0.04)
-    config.steps = 4000
+    config.steps = 6000
 
 
 def _tiny(config: ConfigDict, runs: str) -> None:
