@@ -93,7 +93,6 @@ def _stage1(config: ConfigDict, runs: str) -> None:
     config.init_from = BASE
     config.init_missing = ["task_tokens/", "box_encoder/", "heads/"]
     config.steps = 120
-    del config.buckets.video_long
     config.losses.update(dict.fromkeys(HEAD_LOSSES, 0.0))
     config.trainable = [["language/|task_tokens/|box_encoder/", 5e-4]]
 
@@ -102,7 +101,6 @@ def _stage2(config: ConfigDict, runs: str) -> None:
     """Heads and tokens on a frozen video-language model."""
     config.init_from = f"{runs}/stage1/model"
     config.steps = 250
-    del config.buckets.video_long
     config.data.train[0]["tasks"]["conversation"] = 0.1
     config.trainable = [["heads/", 1e-3], ["task_tokens/|box_encoder/", 1e-3]]
 
