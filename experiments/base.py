@@ -71,7 +71,8 @@ def draw_curves(out: pathlib.Path, stages: tuple[str, ...] = STAGES) -> pathlib.
     figure = Figure(figsize=(5 * len(stages), 3.2))
     axes = figure.subplots(1, len(stages), squeeze=False)
     for ax, stage in zip(axes[0], stages, strict=True):
-        records = [json.loads(line) for line in (out / stage / "metrics.jsonl").open()]
+        lines = (out / stage / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
         for name in ("train/loss", "validation/loss"):
             points = [(r["step"], r[name]) for r in records if name in r]
             ax.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 40 else "")

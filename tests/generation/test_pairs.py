@@ -81,8 +81,9 @@ def test_evidence_is_a_function_of_seed_and_names_and_follows_the_mix():
     assert other.manipulated_indices not in subsets
 
 
-def test_a_question_about_time_keeps_the_whole_video():
-    turn = dataclasses.replace(MOVE, kind="when")
+@pytest.mark.parametrize("kind", ["moment", "when", "at_time", "doing", "place"])
+def test_a_question_about_time_keeps_the_whole_video(kind):
+    turn = dataclasses.replace(MOVE, kind=kind)
     plan = pairs.plan_evidence(question(turn), TIMES, EvidenceSettings(8, mix=1.0))
     assert plan.chosen_indices == plan.frame_indices and plan.segment == (4.0, 6.0)
 
