@@ -9,8 +9,8 @@
   2    heads and tokens: everything else is frozen
   3    joint co-training of all of it with conversation
   dpo  temporal preferences on pairs that the model of stage 3 generated and scored
-  floor  the base on the conversations alone; with --config.data.evidence=blind or middle_frame
-         it is a model that cannot see (all of) the video
+  floor  the base on the conversations alone, each about the middle frame of its video; with
+         --config.data.evidence=blind it sees nothing at all
 
 `runs` is the folder that holds data/{train,validation}, the stages and the pairs; `init` replaces
 the model folder a stage starts from; `tiny` is a few steps on small shapes, for tests.
@@ -119,7 +119,7 @@ def _stage3(config: ConfigDict, runs: str) -> None:
 
 
 def _floor(config: ConfigDict, runs: str) -> None:
-    """The base on the same conversations; `data.evidence` takes the video away."""
+    """The base on the same conversations about the middle frame; data.evidence=blind hides that."""
     del runs
     config.init_from = BASE
     config.model.heads = []
@@ -127,7 +127,7 @@ def _floor(config: ConfigDict, runs: str) -> None:
     config.steps = 100
     config.data.train[0]["tasks"] = {"conversation": 1.0}
     for bucket in config.buckets.values():
-        bucket.slots = {}
+        bucket.slots, bucket.frames = {}, 1
     config.trainable = [["language/", 5e-4]]
 
 

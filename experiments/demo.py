@@ -87,8 +87,8 @@ def measure_floors(steps: Steps, scale: Scale, base: pathlib.Path, seed: int) ->
     arguments: list[object] = []
     for evidence in FLOORS:
         name = f"floor_{evidence}"
-        start, evidence_flag = f"--config.init_from={base}", f"--config.data.evidence={evidence}"
-        steps.beside(*stage_command(steps, scale, name, "floor", seed, start, evidence_flag))
+        given = (f"--config.init_from={base}", f"--config.data.evidence={evidence}")
+        steps.beside(*stage_command(steps, scale, name, "floor", seed, *given))
         model = steps.out / name / "model"
         result = evaluate(steps, name, model, "--evidence", evidence, "--tasks", "qa")
         arguments += [f"--{evidence}", result]

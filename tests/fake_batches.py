@@ -49,6 +49,7 @@ def random_batch(bucket: Bucket, config: ModelConfig, seed: int = 0) -> dict:
     B, K, R, A = bucket.batch_size, bucket.branches, bucket.branch_tokens, bucket.answers
     batch["example_ids"][:] = rng.integers(0, 2**32, B)
     batch["frames"][:] = rng.integers(0, 256, batch["frames"].shape)
+    batch["frame_times"][:] = np.arange(bucket.frames) / 2
     batch["frame_valid"][:] = np.arange(bucket.frames) < rng.integers(2, bucket.frames + 1, (B, 1))
     for side, length in (("prefix", batch["prefix_tokens"].shape[1]), ("branch", R)):
         shape = batch[f"{side}_tokens"].shape

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tpo_jax import evaluate
-from tpo_jax.data import evaluation_rows
+from tpo_jax.data import evaluation_rows, sampling
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, PreparedDataset, Turn
 from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
@@ -26,11 +26,13 @@ TASKS = ("temporal", "region", "mask", "tracking")
 
 @dataclasses.dataclass(frozen=True)
 class SomeVideos:
-    """Some videos of a split; `noise` replaces their frames, `pairs` their examples."""
+    """Some videos of a split; `pairs` replaces their examples, and noise their frames: all, or
+    all but the middle one."""
 
     dataset: PreparedDataset
     videos: list[str]
     noise: bool = False
+    noise_outside_middle: bool = False
     pairs: tuple[Example, ...] = ()
 
     @property
@@ -47,9 +49,11 @@ class SomeVideos:
 
     def frames(self, video_id, indices):
         frames = self.dataset.frames(video_id, indices)
-        if not self.noise:
-            return frames
-        return np.random.default_rng(0).integers(0, 256, frames.shape, np.uint8)
+        noise = np.random.default_rng(0).integers(0, 256, frames.shape, np.uint8)
+        if self.noise_outside_middle:
+            (middle,) = sampling.uniform(self.dataset.video_info(video_id).timestamps, 1)
+            return np.where((indices == middle)[:, None, None, None], frames, noise)
+        return noise if self.noise else frames
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +94,9 @@ def test_options_are_scored_as_training_scores_them(model, dataset):
              for i, turn in enumerate(e.turns) if turn.options]  # fmt: skip
     assert set(scores) == {f"{e.example_id}/{i}" for e, i in asked}
     builder = row_builder(codec, config, evaluator(model)._bucket(
-        "video", [codec.build_branch("x" * 60, "y" * 12)], branches=8))  # fmt: skip
+        "video", [codec.build_branch("x" * 60, "y" * 12)], branches=8,
+        frames=config.vision.max_frames,
+    ))  # fmt: skip
     rows = evaluation_rows.build_option_rows(dataset, builder)[:2]
     batch, _ = next(evaluation_rows.batches(builder, [row.plan for row in rows]))
     expected = jax.jit(make_score_step(FunctionalModel(config)))(params, batch)
@@ -107,6 +113,14 @@ def test_a_blind_model_cannot_see_and_a_full_one_does(model, dataset):
         model, noisy, evidence="blind"
     )
     assert option_logps(model, dataset) != option_logps(model, noisy)
+
+
+def test_a_middle_frame_model_sees_that_frame_and_no_other(model, dataset):
+    scores = option_logps(model, dataset, evidence="middle_frame")
+    assert scores != option_logps(model, dataset, evidence="blind")
+    others = dataclasses.replace(dataset, noise_outside_middle=True)
+    assert scores == option_logps(model, others, evidence="middle_frame")
+    assert option_logps(model, dataset) != option_logps(model, others)
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_evidence_is_a_function_of_seed_and_names_and_follows_the_mix():
     assert other.manipulated_indices not in subsets
 
 
-@pytest.mark.parametrize("kind", ["moment", "when", "at_time", "doing", "place"])
+@pytest.mark.parametrize("kind", pairs.KINDS_ABOUT_TIME)
 def test_a_question_about_time_keeps_the_whole_video(kind):
     turn = dataclasses.replace(MOVE, kind=kind)
     plan = pairs.plan_evidence(question(turn), TIMES, EvidenceSettings(8, mix=1.0))

@@ -44,6 +44,7 @@ def model_batch(config, *, B, F, K, R, S=1, W=2, seed=0, heads=None):
     batch = {
         "frames": rng.integers(0, 256, (B, F, size, size, 3)).astype(np.uint8),
         "frame_valid": np.ones((B, F), bool),
+        "frame_times": np.tile(np.arange(F, dtype=np.float32) / 2, (B, 1)),
         "prefix_tokens": rng.integers(5, 900, (B, P)).astype(np.int32),
         "prefix_positions": np.tile(np.arange(P, dtype=np.int32), (B, 1)),
         "prefix_segments": np.ones((B, P), np.int32),

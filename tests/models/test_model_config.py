@@ -34,6 +34,7 @@ def test_the_7b_preset_has_the_published_sizes():
     ("part", "changes", "message"),
     [
         ("vision", {"image_size": 30}, r"vision.image_size=30: must be a multiple .* stride 8"),
+        ("connector", {"time_periods": (4.0, 1.0)}, r"connector.time_periods=\(4.0, 1.0\): use"),
         ("vision", {"heads": 5}, "vision.heads=5: must divide vision.width=32"),
         ("vision", {"temporal": "joint"}, 'vision.temporal=\'joint\': use "divided" or "none"'),
         ("vision", {"stem_widths": (16,)}, "vision.stem_widths=.*needs one width for each"),

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from tpo_jax.models.config import ConnectorConfig
-from tpo_jax.models.connector import Connector
+from tpo_jax.models.connector import TIME_WAVES, Connector, time_waves
 from tpo_jax.models.presets import micro
 from tpo_jax.models.vision import VisionEncoder, add_motion, to_patches
 
@@ -86,9 +86,30 @@ def test_too_many_frames_is_named(encoder):
 def test_connector_keeps_frames_apart_and_in_order():
     connector = Connector(ConnectorConfig(grid=2, hidden=8), 6, 10, rngs=nnx.Rngs(0))
     patches = jax.random.normal(jax.random.key(0), (1, 3, 4, 4, 6))
-    tokens = connector(patches)
+    times = jnp.arange(3.0)[None]
+    tokens = connector(patches, times)
     assert tokens.shape == (1, 12, 10)
-    changed = connector(patches.at[0, 1, 2:, :2].add(1.0))
+    changed = connector(patches.at[0, 1, 2:, :2].add(1.0), times)
     moved = np.flatnonzero(np.abs(changed - tokens)[0].max(axis=-1) > 1e-6)
     # Frame 1, lower left of its 2 x 2 tokens.
     assert moved.tolist() == [4 + 2]
+
+
+def test_visual_tokens_tell_the_second_of_their_frame():
+    config = ConnectorConfig(grid=2, hidden=8, time_periods=(1.0, 64.0))
+    connector = Connector(config, 6, 10, rngs=nnx.Rngs(0))
+    same = jnp.tile(jax.random.normal(jax.random.key(0), (1, 1, 4, 4, 6)), (1, 3, 1, 1, 1))
+    tokens = np.asarray(connector(same, jnp.array([[2.0, 5.5, 2.0]]))).reshape(3, 4, 10)
+    np.testing.assert_array_equal(tokens[0], tokens[2])
+    shift = tokens[1] - tokens[0]  # the same for all tokens of a frame
+    assert np.abs(shift).max() > 0.1
+    np.testing.assert_allclose(shift, np.tile(shift[:1], (4, 1)), atol=1e-6)
+
+
+def test_time_waves_have_the_periods_asked_for():
+    waves = np.asarray(time_waves(jnp.array([[0.25, 16.0]]), (1.0, 64.0)))
+    assert waves.shape == (1, 2, 2 * TIME_WAVES)
+    sines, cosines = np.split(waves[0], 2, axis=-1)
+    # A quarter of the shortest period and of the longest one.
+    np.testing.assert_allclose([sines[0, 0], sines[1, -1]], 1.0, atol=1e-5)
+    np.testing.assert_allclose([cosines[0, 0], cosines[1, -1]], 0.0, atol=1e-5)

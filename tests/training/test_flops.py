@@ -6,6 +6,7 @@ import pytest
 from fake_batches import HEADS, bucket, micro
 
 from tpo_jax.data.batch_spec import batch_spec
+from tpo_jax.models.connector import TIME_WAVES
 from tpo_jax.training.flops import forward_flops, matmul_flops, train_flops
 
 
@@ -74,6 +75,7 @@ def test_vision_equals_its_formula(counted):
     layers = c.depth * frames * patches * (projections + mixing)
     tokens = frames * config.connector.tokens_per_frame
     connector = tokens * config.connector.hidden * (c.width + config.language.width)
+    connector += frames * 2 * TIME_WAVES * config.language.width
     assert flops["vision"] == 2 * (stem + layers + connector)
 
 

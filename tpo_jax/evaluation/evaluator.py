@@ -63,7 +63,8 @@ class Settings:
     Attributes:
       batch_size: rows of a batch.
       branches: most branches a row: options of questions, or questions to heads.
-      evidence: "full", "blind" or "middle_frame"; see `data.evidence`.
+      evidence: "full", "blind" or "middle_frame"; see `data.evidence`. Without "full", questions
+        are asked about a clip of the middle frame alone: the others would only be hidden.
       progress: whether to show progress bars.
     """
 
@@ -104,6 +105,7 @@ class Evaluator:
                 media,
                 [self.codec.build_branch(question, option) for _, question, option in turns],
                 branches=max(self.settings.branches, widest),
+                frames=self._clip_frames(media) if self.settings.evidence == "full" else 1,
             )
             builder = row_builder(self.codec, self.config, bucket)
             rows = evaluation_rows.build_option_rows(dataset, builder)
@@ -134,7 +136,8 @@ class Evaluator:
             - len(self.codec.build_prefix(0, "video"))
             for row in rows
         )
-        bucket = self._bucket("video", answers, branches=2, question=question)
+        frames = self._clip_frames("video")
+        bucket = self._bucket("video", answers, branches=2, frames=frames, question=question)
         builder = row_builder(self.codec, self.config, bucket)
         for metric, evidence in (
             ("preference/accuracy", self.settings.evidence),
@@ -270,8 +273,18 @@ class Evaluator:
 
     # Shapes.
 
+    def _clip_frames(self, media: str) -> int:
+        return self.config.vision.max_frames if media == "video" else 1
+
     def _bucket(
-        self, media: str, built: Sequence[Branch], *, branches: int, windows: int = 1, **more: Any
+        self,
+        media: str,
+        built: Sequence[Branch],
+        *,
+        branches: int,
+        frames: int,
+        windows: int = 1,
+        **more: Any,
     ) -> Bucket:
         """Shapes that hold all of `built`, the branches that will be asked."""
         answers = max(len(branch.ids) - branch.answer for branch in built)
@@ -279,7 +292,7 @@ class Evaluator:
             name=f"evaluation_{media}",
             media=media,
             batch_size=self.settings.batch_size,
-            frames=self.config.vision.max_frames if media == "video" else 1,
+            frames=frames,
             branches=branches,
             branch_tokens=_round_up(max(len(branch.ids) for branch in built), 8),
             answers=answers,
@@ -310,6 +323,7 @@ class Evaluator:
             media,
             built,
             branches=min(self.settings.branches, max(questions.values())),
+            frames=self._clip_frames(media),
             slots=slots,
             windows=max(1, *(len(e.targets.get("windows", ())) for e in examples)),
         )

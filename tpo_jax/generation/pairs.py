@@ -33,8 +33,10 @@ MANIPULATIONS = ("localized", "comprehensive")
 LONGEST_SEGMENT = 0.7
 OPTIONS_SHOWN = 0.5  # share of multiple-choice questions that list their options
 CHOSEN_SEGMENT = (0.3, 0.6)  # share of the duration, where no example tells the segment
-# Questions whose answer is a time of the video: a segment alone cannot show it.
-KINDS_ABOUT_TIME = ("moment", "when", "at_time", "doing", "place")
+# Questions about times of the video or an order in it: a segment alone cannot answer them.
+KINDS_ABOUT_TIME = (
+    "moment", "when", "start", "at_time", "doing", "place", "order", "who", "earlier",
+)  # fmt: skip
 _STOP_WORDS = frozenset("a an and are at by do does for from happen happens how in is it its of on "
                         "or the then there this to was were what when where which while who "
                         "with".split())

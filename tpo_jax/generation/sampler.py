@@ -29,7 +29,9 @@ from tpo_jax.models.video_language import Encoded, FunctionalModel
 from tpo_jax.objectives.logps import MASKED_LOGIT, gather_positions, token_logps
 
 Arrays = dict[str, Any]
-PREFIX_ARRAYS = ("frames", "frame_valid", "prefix_tokens", "prefix_positions", "prefix_segments")
+PREFIX_ARRAYS = (
+    "frames", "frame_valid", "frame_times", "prefix_tokens", "prefix_positions", "prefix_segments",
+)  # fmt: skip
 BRANCH_ARRAYS = ("branch_tokens", "branch_positions", "branch_segments", "slots")
 ANSWER_ARRAYS = ("answer_positions", "answer_tokens")
 
@@ -184,7 +186,7 @@ class Sampler:
 
     def _prefill_rows(self, params: Any, batch: Arrays) -> Context:
         model = self.model.bind(params)
-        encoded = model.encode(batch["frames"], batch["frame_valid"])
+        encoded = model.encode(batch["frames"], batch["frame_valid"], batch["frame_times"])
         embeds = model.embed_prefix(batch["prefix_tokens"], encoded.visual)
         segments = batch["prefix_segments"]
         _, cache = model.language.prefill(embeds, batch["prefix_positions"], segments)

@@ -15,6 +15,7 @@ from tpo_jax.models.heads import HEADS
 from tpo_jax.models.video_language import FunctionalModel
 
 QUESTION = "what happens here?"
+SECONDS_APART = 0.7
 
 
 def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> dict[str, float]:
@@ -27,13 +28,14 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
     size = config.vision.image_size
     shape = (1, min(4, config.vision.max_frames), size, size, 3)
     frames = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    times = SECONDS_APART * np.arange(shape[1], dtype=np.float32)[None]
     functional_model = FunctionalModel(config)
     other = _runtime(exported).VideoLanguageModel.from_folder(exported)
-    visual, features = other.encode(frames)
+    visual, features = other.encode(frames, times)
     differences = {}
     for name in config.heads or ("",):
         answer = f"<{name}>" if name else "nothing"
-        ours = _forward(functional_model, params, codec, frames, answer, name)
+        ours = _forward(functional_model, params, codec, frames, times, answer, name)
         differences["vision/patches"] = _difference(ours["patches"], features["patches"])
         differences["connector/visual"] = _difference(ours["visual"], visual)
         head = HEADS[name] if name else None
@@ -62,6 +64,7 @@ def _forward(
     params: Any,
     codec: TextCodec,
     frames: np.ndarray,
+    times: np.ndarray,
     answer: str,
     head: str,
 ) -> dict[str, Any]:
@@ -71,10 +74,10 @@ def _forward(
     branch = codec.build_branch(QUESTION, answer).ids[:-1]
 
     @jax.jit
-    def run(params: Any, frames: jax.Array) -> dict[str, Any]:
+    def run(params: Any, frames: jax.Array, times: jax.Array) -> dict[str, Any]:
         module = functional_model.bind(params)
         valid = jnp.ones(frames.shape[:2], bool)
-        encoded = module.encode(frames, valid)
+        encoded = module.encode(frames, valid, times)
         span = encoded.visual.shape[1]
         prefix = jnp.asarray(codec.build_prefix(span))[None]
         P, total = prefix.shape[1], prefix.shape[1] + len(branch)
@@ -95,7 +98,7 @@ def _forward(
             out["head"] = module.run_head(head, states, encoded.features, frames, valid)
         return out
 
-    return run(params, frames)
+    return run(params, frames, times)
 
 
 def _head_differences(name: str, ours: Any, theirs: Any) -> dict[str, float]:

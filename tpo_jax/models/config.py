@@ -102,9 +102,16 @@ class ConnectorConfig:
 
     grid: int
     hidden: int
+    # Shortest and longest period, seconds, of the waves that tell a token its frame's time. Without
+    # them, time is only the order of the tokens, which a model reads but can hardly report.
+    time_periods: tuple[float, float] | None = None
 
     def __post_init__(self):
         _require_positive(self, "connector", "grid", "hidden")
+        _require(
+            self.time_periods is None or 0 < self.time_periods[0] < self.time_periods[1],
+            "connector.time_periods", self.time_periods, "use (shortest, longest) seconds, or None",
+        )
 
     @property
     def tokens_per_frame(self) -> int:

@@ -26,7 +26,7 @@ def tiny(heads: tuple[str, ...] = (), tokens: Mapping[str, int] | None = None) -
             image_size=64, stem_strides=(4, 2, 2), stem_widths=(32, 64, 128), width=128, depth=2,
             heads=4, mlp_ratio=4.0, max_frames=32, motion=True, unroll=True,
         ),
-        connector=ConnectorConfig(grid=2, hidden=256),
+        connector=ConnectorConfig(grid=2, hidden=256, time_periods=(1.0, 256.0)),
         language=LanguageConfig(
             vocab_size=1024, width=128, depth=4, heads=4, kv_heads=2, head_dim=32, mlp_width=384,
             unroll=True,
@@ -44,7 +44,7 @@ def micro(heads: tuple[str, ...] = (), tokens: Mapping[str, int] | None = None) 
             image_size=32, stem_strides=(4, 2), stem_widths=(16, 32), width=32, depth=1, heads=2,
             mlp_ratio=2.0, max_frames=8, motion=True,
         ),
-        connector=ConnectorConfig(grid=1, hidden=32),
+        connector=ConnectorConfig(grid=1, hidden=32, time_periods=(1.0, 256.0)),
         language=LanguageConfig(
             vocab_size=1024, width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_width=64,
         ),

@@ -69,10 +69,18 @@ class VideoLanguageModel(nnx.Module):
     def dtype(self) -> jnp.dtype:
         return jnp.dtype(self.config.dtype)
 
-    def encode(self, frames: jax.Array, frame_valid: jax.Array) -> Encoded:
-        """uint8[B, F, H, W, 3], bool[B, F] -> encoded clips. An image is a clip of one frame."""
+    def encode(
+        self, frames: jax.Array, frame_valid: jax.Array, frame_times: jax.Array
+    ) -> Encoded:
+        """Encoded clips. An image is a clip of one frame.
+
+        Args:
+          frames: uint8[B, F, H, W, 3].
+          frame_valid: bool[B, F].
+          frame_times: float32[B, F], seconds.
+        """
         features = self.vision(normalise(frames).astype(self.dtype), frame_valid)
-        return Encoded(self.connector(features.patches), features)
+        return Encoded(self.connector(features.patches, frame_times), features)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """int32[...] -> float[..., D]; slot tokens of heads give the head's task vector."""
@@ -115,10 +123,11 @@ class VideoLanguageModel(nnx.Module):
         """Teacher-forced forward pass.
 
         Args:
-          batch: the data pipeline's dict (frames, frame_valid, prefix_*, branch_*, slots).
+          batch: the data pipeline's dict (frames, frame_valid, frame_times, prefix_*, branch_*,
+            slots).
           keys: key array [B], one a row, for dropout; None for none.
         """
-        encoded = self.encode(batch["frames"], batch["frame_valid"])
+        encoded = self.encode(batch["frames"], batch["frame_valid"], batch["frame_times"])
         prefix = self.embed_prefix(batch["prefix_tokens"], encoded.visual)
         prefix_hidden, cache = self.language.prefill(
             prefix, batch["prefix_positions"], batch["prefix_segments"], keys

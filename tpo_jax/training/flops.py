@@ -38,7 +38,8 @@ def forward_flops(model_config: ModelConfig, batch: Any) -> dict[str, float]:
     params = model.abstract()
 
     def encode(params: Any, batch: Any) -> Any:
-        return model.bind(params).encode(batch["frames"], batch["frame_valid"])
+        clip = (batch[name] for name in ("frames", "frame_valid", "frame_times"))
+        return model.bind(params).encode(*clip)
 
     def decode(params: Any, batch: Any) -> Any:
         return model.bind(params)(batch)

@@ -15,9 +15,10 @@ CONFIG = WorldConfig()
 NUMBERS = ("zero", "one", "two", "three")
 KINDS = {
     *("direction", "order", "before_after", "counting", "action", "attribute"),
-    *("existence", "moment", "caption", "when", "at_time", "doing", "place"),
+    *("existence", "moment", "caption", "when", "start", "who", "earlier"),
+    *("at_time", "doing", "place"),
 }
-OPEN = {"caption", "when", "at_time", "doing", "place"}
+OPEN = {"caption", "when", "start", "who", "earlier", "at_time", "doing", "place"}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,15 @@ def images():
 
 @pytest.fixture(scope="module")
 def watched(videos):
-    """Some videos with their questions and what is seen in them."""
-    return [(s, questions, observed(s, render(s).visible)) for s, questions in videos[:60]]
+    """Some videos and their clips, with their questions and what is seen happening in them."""
+    found = []
+    for scene, questions in videos[:60]:
+        seen = observed(scene, render(scene).visible)
+        for clip in {question.clip: None for question in questions}:
+            start, end = clip or (0.0, scene.config.seconds)
+            inside = [event for event in seen if start <= event[0] and event[1] <= end]
+            found.append((scene, [q for q in questions if q.clip == clip], inside))
+    return found
 
 
 def _of_kind(videos, kind):
@@ -120,6 +128,33 @@ def test_when_gives_the_window(watched):
             assert start == first and last - 0.4 <= end <= last
 
 
+def test_start_is_the_first_half_second_of_the_event(watched):
+    for _, questions, seen in watched:
+        for question in (q for q in questions if q.kind == "start"):
+            name, verb = re.fullmatch("When does (.*) start to (.*)[?]", question.question).groups()
+            (start,) = [s for s, _, sentence in seen if sentence == _third_person(f"{name} {verb}")]
+            assert question.answer == f"at {start:g} seconds"
+
+
+def test_who_acts_first_and_last(watched):
+    for _, questions, seen in watched:
+        for question in (q for q in questions if q.kind == "who"):
+            which = {"first": 0, "last": -1}[question.question.removesuffix("?").split()[-1]]
+            assert seen[which][2].startswith(question.answer)
+
+
+def test_earlier_is_the_one_of_two_shapes_that_acts_first(watched):
+    is_first_named = []
+    for _, questions, seen in watched:
+        for question in (q for q in questions if q.kind == "earlier"):
+            names = re.fullmatch("Which acts first, (.*) or (.*)[?]", question.question).groups()
+            starts = [min(s for s, _, text in seen if text.startswith(name)) for name in names]
+            assert starts[0] != starts[1]
+            assert question.answer == names[int(starts[1] < starts[0])]
+            is_first_named.append(question.answer == names[0])
+    assert 0.4 < np.mean(is_first_named) < 0.6 and len(is_first_named) > 60
+
+
 def test_at_time_names_what_happens_then_or_nothing(watched):
     answers = collections.Counter()
     for _, questions, seen in watched:
@@ -174,11 +209,24 @@ def test_four_different_options_and_the_answer_among_them(videos, images):
 
 def test_many_questions_of_every_kind(videos):
     per_video = [len(questions) for _, questions in videos]
-    assert np.mean(per_video) >= 20 and max(per_video) <= 30
+    assert np.mean(per_video) >= 45 and max(per_video) <= 80
     count = collections.Counter(q.kind for _, questions in videos for q in questions)
     assert set(count) == KINDS
     for kind in KINDS:
         assert count[kind] >= 0.5 * len(videos), kind
+
+
+def test_a_clip_is_short_cuts_no_event_and_is_asked_about_openly(videos):
+    clips = 0
+    for scene, questions in videos:
+        for start, end in {q.clip for q in questions} - {None}:
+            clips += 1
+            assert 0 <= start and end <= scene.config.seconds and 3 <= end - start <= 10
+            inside = [start < e.start and e.end < end for e in scene.events]
+            outside = [e.end <= start or end <= e.start for e in scene.events]
+            assert any(inside) and np.all(np.logical_xor(inside, outside))
+    assert clips >= 1.5 * len(videos)
+    assert not any(q.options for _, questions in videos for q in questions if q.clip)
 
 
 def test_positions_and_closed_answers_are_balanced(videos):

@@ -99,18 +99,21 @@ def turn(question: Question, media: str) -> dict[str, str]:
 
 
 def conversations(videos: Sequence[Annotations], images: Sequence[Annotations]) -> Files:
-    """VideoChat2-IT: one file per kind of question, one record per video and kind."""
+    """VideoChat2-IT: one file per kind of question, one record per video, kind and clip."""
     records: dict[str, list[dict[str, Any]]] = {}
     for media, folder, suffix, items in (
         ("video", "videos", "mp4", videos),
         ("image", "images", "png", images),
     ):
         for item in items:
-            by_kind: dict[str, list[dict[str, str]]] = {}
+            grouped: dict[tuple[str, Any], list[dict[str, str]]] = {}
             for question in item.questions:
-                by_kind.setdefault(question.kind, []).append(turn(question, media))
-            for kind, turns in by_kind.items():
+                group = question.kind, question.clip
+                grouped.setdefault(group, []).append(turn(question, media))
+            for (kind, clip), turns in grouped.items():
                 record = {media: f"{folder}/{item.name}.{suffix}", "QA": turns}
+                if clip is not None:
+                    record |= dict(zip(("start", "end"), clip, strict=True))
                 records.setdefault(kind, []).append(record)
     return {f"conversation/{kind}.json": _dump(rows) for kind, rows in sorted(records.items())}
 

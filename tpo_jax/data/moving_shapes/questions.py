@@ -8,6 +8,7 @@ nearly so.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -31,23 +32,29 @@ from tpo_jax.data.moving_shapes.world import (
     Event,
 )
 
-QUESTIONS = 2  # purpose of the random stream, see Scene.rng
+QUESTIONS, CLIP_QUESTIONS = 2, 7  # purposes of random streams, see Scene.rng
 NUM_OPTIONS = 4
 PARTS = ("the first quarter", "the second quarter", "the third quarter", "the last quarter")
 ACTION_TRIES = 60
 CLEAR_OF_CENTRE = 1 / 16  # of the frame; nearer to the middle a quarter is not said
 CLEAR_OF_EVENTS = 1.0  # seconds; nearer to an event it is not said that nothing happens
+CLIPS = 2  # a video
+CLIP_SECONDS = (3, 10)
 NOTHING, RESTS = "nothing", "rests"
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """options: four texts, one of which is the answer; empty for an open question."""
+    """options: four texts, one of which is the answer; empty for an open question.
+
+    clip: the part of the video, seconds, that is shown with the question; None for all of it.
+    """
 
     kind: str
     question: str
     answer: str
     options: tuple[str, ...] = ()
+    clip: tuple[float, float] | None = None
 
 
 def choice(
@@ -62,9 +69,10 @@ def choice(
 
 
 def video_questions(scene: Scene) -> list[Question]:
-    """About twenty-five questions about one video, one caption among them."""
-    writer = _Writer(scene)
-    return [
+    """About thirty questions about one video, one caption among them, and more about its clips."""
+    writer = _Writer(scene, scene.events, scene.rng(QUESTIONS))
+    seconds = range(1, scene.config.seconds)
+    whole = [
         *writer.direction(),
         *writer.order(),
         *writer.before_after(),
@@ -75,10 +83,61 @@ def video_questions(scene: Scene) -> list[Question]:
         *writer.moment(),
         *writer.caption(),
         *writer.when(),
-        *writer.at_time(),
-        *writer.doing(),
-        *writer.place(),
+        *writer.start(),
+        *writer.who(),
+        *writer.earlier(),
+        *writer.at_time(seconds),
+        *writer.doing(seconds),
+        *writer.place(seconds),
     ]
+    return whole + clip_questions(scene)
+
+
+def clip_questions(scene: Scene) -> list[Question]:
+    """Open questions about short parts of a video in which one event or a few happen.
+
+    Times are those of the whole video. What is asked of a clip is easy to find and still has to be
+    put in order or in seconds, which is where learning it can start.
+    """
+    rng = scene.rng(CLIP_QUESTIONS)
+    questions = []
+    for start, end in _clips(scene, rng):
+        inside = tuple(e for e in scene.events if start <= e.start and e.end <= end)
+        writer = _Writer(scene, inside, rng)
+        seconds = range(math.ceil(start), math.ceil(end))
+        asked = [
+            *writer.caption(),
+            *writer.when(),
+            *writer.start(),
+            *writer.who(least=2),
+            *writer.earlier(),
+            *writer.at_time(seconds),
+            *writer.doing(seconds),
+        ]
+        questions += [dataclasses.replace(q, clip=(start, end)) for q in asked]
+    return questions
+
+
+def _clips(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Windows on half seconds around an event each, which cut no event in two."""
+    halves = [float(n) / 2 for n in range(2 * scene.config.seconds + 1)]
+    uncut = [
+        (start, end)
+        for start in halves
+        for end in halves
+        if CLIP_SECONDS[0] <= end - start <= CLIP_SECONDS[1]
+        and all(
+            e.end <= start or e.start >= end or start < e.start and e.end < end
+            for e in scene.events
+        )
+    ]
+    clips = []
+    for i in rng.permutation(len(scene.events))[:CLIPS]:
+        event = scene.events[i]
+        around = [clip for clip in uncut if clip[0] < event.start and event.end < clip[1]]
+        if around:
+            clips.append(around[rng.integers(len(around))])
+    return list(dict.fromkeys(clips))
 
 
 def quarter(scene: Scene, actor: int, frame: int) -> str | None:
@@ -95,11 +154,10 @@ def _seconds(number: int) -> str:
 
 
 class _Writer:
-    """The facts of one video that the kinds share."""
+    """The facts that the kinds share, of one video or of the events in a part of it."""
 
-    def __init__(self, scene: Scene):
-        self.scene, self.actors, self.events = scene, scene.actors, scene.events
-        self.rng = scene.rng(QUESTIONS)
+    def __init__(self, scene: Scene, events: Sequence[Event], rng: np.random.Generator):
+        self.scene, self.actors, self.events, self.rng = scene, scene.actors, events, rng
         self.sentences = [phrases.sentence(e, self.actors) for e in self.events]
         count = Counter(self.sentences)
         self.distinct = list(count)
@@ -291,9 +349,44 @@ class _Writer:
             for e in self._pick(self.single, 3)
         ]
 
-    def at_time(self) -> list[Question]:
-        """What happens at a second: twice within an event, once where none is near."""
-        seconds = range(1, self.scene.config.seconds)
+    def start(self) -> list[Question]:
+        """The first half of `when`: one number, on half seconds."""
+        return [
+            Question(
+                "start",
+                f"When does {self.actors[e.actor].name} start to "
+                f"{phrases.bare_predicate(e, self.actors)}?",
+                f"at {e.start:g} seconds",
+            )
+            for e in self._pick(self.single, 3)
+        ]
+
+    def who(self, least: int = 3) -> list[Question]:
+        """Which shape acts first and last, where at least so many different events happen."""
+        if len(self.distinct) < least:
+            return []
+        return [
+            Question("who", f"Which shape acts {word}?", self.actors[self.events[at].actor].name)
+            for word, at in (("first", 0), ("last", -1))
+        ]
+
+    def earlier(self) -> list[Question]:
+        """Which of two shapes acts first; a shape that is pushed about is not asked for."""
+        pushed = {e.other for e in self.events if e.action == "hit"}
+        starts: dict[int, float] = {}
+        for event in self.events:
+            if event.actor not in pushed:
+                starts.setdefault(event.actor, event.start)
+        pairs = [(a, b) for a in starts for b in starts if starts[a] < starts[b]]
+        questions = []
+        for pair in self._pick(pairs, 2):
+            first, second = (self.actors[i].name for i in self._pick(pair, 2))
+            text = f"Which acts first, {first} or {second}?"
+            questions.append(Question("earlier", text, self.actors[pair[0]].name))
+        return questions
+
+    def at_time(self, seconds: range) -> list[Question]:
+        """What happens at one of the seconds: twice within an event, once where none is near."""
         during = [
             (t, sentence)
             for t in seconds
@@ -312,9 +405,8 @@ class _Writer:
             for t, answer in [*self._pick(during, 2), *self._pick(clear, 1)]
         ]
 
-    def doing(self) -> list[Question]:
+    def doing(self, seconds: range) -> list[Question]:
         """What one shape does at a second: three times within an event, twice while it rests."""
-        seconds = range(1, self.scene.config.seconds)
         active = [(e.actor, t, e) for e in self.events for t in seconds if e.start < t < e.end]
         resting = [
             (actor.index, t, None)
@@ -336,11 +428,10 @@ class _Writer:
             for actor, t, event in [*self._pick(active, 3), *self._pick(resting, 2)]
         ]
 
-    def place(self) -> list[Question]:
+    def place(self, seconds: range) -> list[Question]:
         """Open, without options: a single frame is enough, if it is the right one."""
-        config = self.scene.config
         moments = [("at the start", 0), ("at the end", -1)]
-        moments += [(f"at {_seconds(t)}", t * config.fps) for t in range(1, config.seconds)]
+        moments += [(f"at {_seconds(t)}", t * self.scene.config.fps) for t in seconds]
         found = [
             Question("place", f"Where is {actor.name} {when}?", where)
             for actor in self.actors

@@ -4,7 +4,7 @@ Needs torch, transformers, safetensors and numpy; it reads only the folder that 
 
     from tpo_torch import VideoLanguageModel
     model = VideoLanguageModel.from_folder("exported")
-    visual, features = model.encode(frames)              # uint8[1, F, H, W, 3]
+    visual, features = model.encode(frames, times)       # uint8[1, F, H, W, 3], seconds [1, F]
     hidden = model.hidden("When does the red circle grow?", "<time_begin><temp>", visual)
     spans = model.temporal(hidden[:, -1:], features)     # the state at the slot token
 
@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SLOT_TOKENS = {"<boxes>": "region", "<temp>": "temporal", "<tracking>": "mask"}
 BOX_TOKEN = "<track_box>"
+TIME_WAVES = 16
 
 
 class Weights:
@@ -53,6 +54,13 @@ class Weights:
 def linear(w, x):
     y = x @ w["kernel"]
     return y + w["bias"] if w.has("bias") else y
+
+
+def time_waves(times, periods):
+    """[B, F] seconds -> [B, F, 2 * TIME_WAVES]: sines, then cosines."""
+    periods = torch.tensor(np.geomspace(*periods, TIME_WAVES), dtype=torch.float32)
+    angles = 2 * math.pi * times[..., None] / periods
+    return torch.cat([torch.sin(angles), torch.cos(angles)], -1)
 
 
 def layer_norm(w, x):
@@ -131,8 +139,9 @@ class VideoLanguageModel:
     def normalise(frames):
         return torch.as_tensor(np.asarray(frames)).float() / 127.5 - 1.0
 
-    def encode(self, frames):
-        """uint8[B, F, H, W, 3] -> visual tokens [B, n, D] and {"stem", "patches", "pixels"}."""
+    def encode(self, frames, times):
+        """uint8[B, F, H, W, 3] at times float[B, F], seconds -> visual tokens [B, n, D] and
+        {"stem", "patches", "pixels"}."""
         vision = self.config["vision"]
         w = self.weights.at("vision")
         pixels = self.normalise(frames)
@@ -152,7 +161,7 @@ class VideoLanguageModel:
             x = self._vision_block(w.at("layers", layer), x)
         patches = layer_norm(w.at("final_norm"), x).reshape(B, frames_n, h, wd, D)
         features = {"stem": stem, "patches": patches, "pixels": pixels}
-        return self._connect(patches), features
+        return self._connect(patches, torch.as_tensor(np.asarray(times)).float()), features
 
     def _vision_block(self, w, x):
         vision = self.config["vision"]
@@ -165,11 +174,16 @@ class VideoLanguageModel:
         x = x + self_attention(w.at("spatial_attention"), over_space, vision["heads"]).view_as(x)
         return x + mlp(w.at("mlp"), layer_norm(w.at("mlp_norm"), x))
 
-    def _connect(self, patches):
+    def _connect(self, patches, times):
         B, frames, h, w, D = patches.shape
         grid = self.config["connector"]["grid"]
         x = patches.reshape(B, frames, grid, h // grid, grid, w // grid, D).mean((3, 5))
-        return mlp(self.weights.at("connector").at("mlp"), x.reshape(B, frames * grid * grid, D))
+        w, periods = self.weights.at("connector"), self.config["connector"]["time_periods"]
+        tokens = mlp(w.at("mlp"), x.reshape(B, frames * grid * grid, D))
+        if periods is None:
+            return tokens
+        waves = time_waves(times, periods)
+        return tokens + linear(w.at("time"), waves).repeat_interleave(grid * grid, 1)
 
     def prompt_ids(self, question, answer):
         """Token ids around the visual tokens: before, and after with question and answer."""
