@@ -158,8 +158,9 @@ def main() -> None:
         print(failure, file=sys.stderr)
         sys.exit(failure.status)
     result = summary.assemble(
-        steps.out, seed=flags.seed, seconds=steps.seconds, max_abs_difference=difference
-    )
+        steps.out, seed=flags.seed, seconds=steps.seconds, wall_seconds=steps.wall_seconds,
+        max_abs_difference=difference,
+    )  # fmt: skip
     summary.write_summary(steps.out, result)
     page = report.build_report(steps.out)
     print(f"\n{summary.format_table(result)}\n\n{page}")

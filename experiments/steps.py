@@ -24,7 +24,7 @@ class StepFailed(Exception):
 
 
 class Steps:
-    """Runs commands and keeps each one's time in seconds in `out`/steps.jsonl.
+    """Runs commands and keeps when each started and how many seconds it took in `out`/steps.jsonl.
 
     A step that finished in an earlier, interrupted run is not run again. Steps given to `beside`
     run one after the other next to those given to `run`, which leave part of two cores idle; they
@@ -78,7 +78,7 @@ class Steps:
             print(f"[{step}] was done in {self.done[step]['seconds']:.0f} s", flush=True)
             return
         print(f"\n[{step}] {shlex.join(command)}" + (f" > {log} &" if log else ""), flush=True)
-        start = time.monotonic()
+        started, begin = time.time(), time.monotonic()
         with open(log, "w") if log else contextlib.nullcontext() as output:
             finished = subprocess.run(
                 [sys.executable, *command[1:]],
@@ -86,13 +86,15 @@ class Steps:
                 stdout=output,
                 stderr=output,
             )
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - begin
         if finished.returncode:
             self._side.shutdown(wait=False, cancel_futures=True)  # nothing starts after a failure
             raise StepFailed(step, finished.returncode, log)
         if log:
             print(f"\n[{step}] done in {seconds:.0f} s", flush=True)
-        record = {"step": step, "seconds": seconds, "command": shlex.join(command)}
+        record = {
+            "step": step, "started": started, "seconds": seconds, "command": shlex.join(command),
+        }  # fmt: skip
         with self._lock:
             self.done[step] = record
             with self.journal.open("a") as file:
@@ -101,3 +103,13 @@ class Steps:
     @property
     def seconds(self) -> dict[str, float]:
         return {step: round(record["seconds"], 1) for step, record in self.done.items()}
+
+    @property
+    def wall_seconds(self) -> float:
+        """How long any step was running; what ran beside another step counts once."""
+        total, until = 0.0, 0.0
+        for record in sorted(self.done.values(), key=lambda record: record["started"]):
+            end = record["started"] + record["seconds"]
+            total += max(0.0, end - max(record["started"], until))
+            until = max(until, end)
+        return round(total, 1)

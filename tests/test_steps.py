@@ -27,6 +27,14 @@ def test_a_step_is_journalled_and_not_run_twice(tmp_path, capfd):
     assert again.seconds == {"greet": round(record["seconds"], 1)}
 
 
+def test_what_ran_side_by_side_counts_once(tmp_path):
+    steps = Steps(tmp_path)
+    times = {"a": (100.0, 10.0), "beside": (102.0, 20.0), "inside": (103.0, 2.0), "b": (200.0, 5.0)}
+    steps.done = {s: {"started": start, "seconds": took} for s, (start, took) in times.items()}
+    assert steps.wall_seconds == 22.0 + 5.0
+    assert steps.seconds == {"a": 10.0, "beside": 20.0, "inside": 2.0, "b": 5.0}
+
+
 def test_a_failing_step_stops_and_stays_undone(tmp_path):
     steps = Steps(tmp_path)
     with pytest.raises(StepFailed, match=r"\[break\] ended with status 1") as failure:

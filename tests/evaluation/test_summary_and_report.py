@@ -16,8 +16,9 @@ def run_dir(prepared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     fake_run.make_run(folder, prepared)
     found = summary.assemble(
-        folder, seed=3, seconds={"render": 61.5, "train/stage1": 212.0}, max_abs_difference=0.0
-    )
+        folder, seed=3, seconds={"render": 61.5, "train/stage1": 212.0}, wall_seconds=240.0,
+        max_abs_difference=0.0,
+    )  # fmt: skip
     summary.write_summary(folder, found)
     return folder
 
@@ -93,7 +94,9 @@ def test_targets_compare_with_floors_and_stages():
 
 def test_an_evaluation_that_is_missing_or_old_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="floors.json: missing; write it with"):
-        summary.assemble(tmp_path, seed=0, seconds={}, max_abs_difference=None)
+        summary.assemble(
+            tmp_path, seed=0, seconds={}, wall_seconds=0.0, max_abs_difference=None
+        )
     (tmp_path / "x.json").write_text('{"format_version": 0}')
     with pytest.raises(ValueError, match="x.json: format_version 0, expected 1"):
         results.read_json(tmp_path / "x.json")
@@ -104,6 +107,10 @@ def test_report_is_one_page_without_outside_assets(run_dir, page):
     assert "http" not in page.replace("http-equiv", "")
     assert "<script" not in page
     assert not list(run_dir.glob("*.tmp"))
+
+
+def test_report_tells_the_time_that_passed(page):
+    assert "4.0 minutes of commands" in page  # of 4.6 in steps that partly ran side by side
 
 
 def test_report_shows_every_part(page, found):

@@ -57,13 +57,12 @@ def build_report(run_dir: epath.PathLike) -> epath.Path:
 
 
 def _header(summary: Mapping[str, Any]) -> str:
-    total = sum(summary["seconds"].values())
     hits = sum(target["hit"] is True for target in summary["targets"])
     test = summary["counts"]["test"]
     facts = (
         f"{test['questions']} questions with options on {test['videos']} held-out videos",
         f"{hits} of {len(summary['targets'])} targets",
-        f"{total / 60:.1f} minutes of commands on {_escape(summary['device'])}",
+        f"{summary['wall_seconds'] / 60:.1f} minutes of commands on {_escape(summary['device'])}",
         f"seed {summary['seed']}",
     )
     return (

@@ -40,6 +40,7 @@ def assemble(
     *,
     seed: int,
     seconds: Mapping[str, float],
+    wall_seconds: float,
     max_abs_difference: float | None,
 ) -> dict[str, Any]:
     """Collects what the commands left in a run folder.
@@ -48,6 +49,7 @@ def assemble(
       run_dir: the run folder.
       seed: of the run.
       seconds: {step: seconds}.
+      wall_seconds: of all steps; less than their sum where some ran beside others.
       max_abs_difference: import(export(model)) against the model, over all leaves.
     """
     run_dir = epath.Path(run_dir)
@@ -61,6 +63,7 @@ def assemble(
         "device": describe_device(),
         "versions": versions(),
         "seconds": dict(seconds),
+        "wall_seconds": wall_seconds,
         "floors": floors["floors"],
         "floor_candidates": floors["candidates"],
         "eval": evaluations,
