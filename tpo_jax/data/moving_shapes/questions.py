@@ -8,7 +8,6 @@ nearly so.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -104,15 +103,12 @@ def clip_questions(scene: Scene) -> list[Question]:
     for start, end in _clips(scene, rng):
         inside = tuple(e for e in scene.events if start <= e.start and e.end <= end)
         writer = _Writer(scene, inside, rng)
-        seconds = range(math.ceil(start), math.ceil(end))
         asked = [
             *writer.caption(),
             *writer.when(),
             *writer.start(),
             *writer.who(least=2),
             *writer.earlier(),
-            *writer.at_time(seconds),
-            *writer.doing(seconds),
         ]
         questions += [dataclasses.replace(q, clip=(start, end)) for q in asked]
     return questions
