@@ -98,10 +98,10 @@ def _stage1(config: ConfigDict, runs: str) -> None:
 
 
 def _stage2(config: ConfigDict, runs: str) -> None:
-    """Heads and tokens on a frozen video-language model."""
+    """Heads and tokens on a frozen video-language model, which conversation would not move."""
     config.init_from = f"{runs}/stage1/model"
     config.steps = 250
-    config.data.train[0]["tasks"]["conversation"] = 0.1
+    del config.data.train[0]["tasks"]["conversation"], config.buckets["video_long"]
     config.trainable = [["heads/", 1e-3], ["task_tokens/|box_encoder/", 1e-3]]
 
 

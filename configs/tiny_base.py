@@ -1,11 +1,14 @@
-"""The shipped base model: conversation only, no task tokens, from random weights, in two stages.
+"""The shipped base model: conversation only, no task tokens, from random weights, in three stages.
 
     C=configs/tiny_base.py
     python -m tpo_jax.train --config=$C:stage=pictures --workdir=runs/base/pictures
+    python -m tpo_jax.train --config=$C:stage=events --workdir=runs/base/events
     python -m tpo_jax.train --config=$C:stage=videos --workdir=runs/base/videos
 
   pictures  still images: colour, form and place, at a small part of the price of a video
-  videos    videos and some images, from the weights of the stage before
+  events    videos, and only questions about what happens and when: among all the others, order and
+            times stay at chance for thousands of steps
+  videos    videos with all questions, and some images
 
 `runs` is the folder that holds what experiments/base.py prepares: data/{train,pictures,validation}
 and data/tokenizer.json. `tiny` is a few steps of the smallest model, on videos from random weights,
@@ -23,6 +26,9 @@ from tpo_jax.training.config import (
 )
 
 TASKS = {"conversation": 1.0}
+EVENT_KINDS = (
+    "action", "at_time", "before_after", "earlier", "existence", "order", "start", "when", "who",
+)  # fmt: skip
 # Most questions are short; captions and options that are sentences need up to 51 tokens.
 SHORT = {"branch_tokens": 24, "answers": 12}
 LONG = {"branch_tokens": 64, "answers": 48}
@@ -37,7 +43,7 @@ BUCKETS = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, stage="videos", runs="runs/base", tiny=False)
-    stages = {"pictures": _pictures, "videos": _videos}
+    stages = {"pictures": _pictures, "events": _events, "videos": _videos}
     if arg.stage not in stages:
         raise ConfigError(f"config argument stage={arg.stage}: expected one of {', '.join(stages)}")
     config = default_config()
@@ -65,15 +71,23 @@ def _pictures(config: ConfigDict, runs: str) -> None:
     config.steps = 2500
 
 
-def _videos(config: ConfigDict, runs: str) -> None:
+def _events(config: ConfigDict, runs: str) -> None:
     config.model = {"preset": "", "heads": []}
     config.init_from = f"{runs}/pictures/model"
+    config.data.train = [source_config(f"{runs}/data/train", tasks=TASKS, kinds=EVENT_KINDS)]
+    config.buckets = _buckets(video=0.75, video_long=0.25)
+    config.steps = 3500
+
+
+def _videos(config: ConfigDict, runs: str) -> None:
+    config.model = {"preset": "", "heads": []}
+    config.init_from = f"{runs}/events/model"
     config.data.train = [
         source_config(f"{runs}/data/train", tasks=TASKS),
         source_config(f"{runs}/data/pictures", weight=5, tasks=TASKS),
     ]
     config.buckets = _buckets(video=0.68, video_long=0.2, image=0.08, image_long=0.04)
-    config.steps = 6000
+    config.steps = 4000
 
 
 def _tiny(config: ConfigDict, runs: str) -> None:

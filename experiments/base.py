@@ -1,6 +1,6 @@
 """Trains the shipped base model from nothing: `make base`.
 
-Renders videos and still images, prepares them, makes a tokenizer, trains the two stages of
+Renders videos and still images, prepares them, makes a tokenizer, trains the stages of
 `configs/tiny_base.py`, evaluates each on other videos and draws the losses. Run again after an
 interruption, it goes on where it stopped. The model folder is OUT/videos/model.
 
@@ -22,7 +22,7 @@ IMAGES = 1600
 # A second world of still images alone.
 PICTURES_SEED = 2000
 PICTURES = 8200
-STAGES = ("pictures", "videos")
+STAGES = ("pictures", "events", "videos")
 
 
 def render(steps: Steps) -> None:

@@ -31,10 +31,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from tpo_jax.data.mixture import Source
-from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.pipeline import Pipeline
-from tpo_jax.data.records import PreparedDataset
 from tpo_jax.data.rows import Reference
 from tpo_jax.data.text import TextCodec, add_task_tokens
 from tpo_jax.generation import sidecar
@@ -97,10 +94,10 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
             evidence=config.data.evidence,
             **dict(zip(("process_index", "process_count"), reader_shard(mesh), strict=True)),
         )
-        pipeline = make_pipeline(read_sources(plain_config["data"]["train"]))
+        pipeline = make_pipeline(plain_config["data"]["train"])
         validation = None
         if config.eval_every:
-            validation = make_pipeline(read_sources(plain_config["data"]["validation"]))
+            validation = make_pipeline(plain_config["data"]["validation"])
         iterator = pipeline.iterator(threads=config.data.threads)
 
         ####################################################################### Weights
@@ -223,20 +220,6 @@ def check_finite(step: int, scalars: dict[str, float]) -> None:
             f"no step up to {step} since the last record had a finite loss and gradient; "
             "lower the learning rates (trainable) or raise optimizer.warmup"
         )
-
-
-def read_sources(entries: list[dict[str, Any]]) -> list[Source]:
-    """data.train or data.validation: prepared folders, or the pairs generated on them."""
-    return [
-        Source(
-            PairedDataset(entry["path"], entry["pairs"])
-            if entry["pairs"]
-            else PreparedDataset(entry["path"]),
-            entry["weight"],
-            entry["tasks"],
-        )
-        for entry in entries
-    ]
 
 
 def read_references(config: ConfigDict) -> Reference | None:

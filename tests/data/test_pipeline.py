@@ -285,6 +285,19 @@ def test_task_weights_decide_the_first_draw(codec, model):
     assert 0.68 < tasks.count("conversation") / 400 < 0.82
 
 
+def test_only_the_kinds_asked_for_are_drawn(codec, model):
+    kinds = [turn.kind for v in fake_dataset().videos for e in fake_dataset().examples(v)
+             if e.task == "conversation" for turn in e.turns]
+    assert len(set(kinds)) > 1
+    tasks = {"conversation": 1.0, "region": 1.0}
+    source = Source(fake_dataset(), 1.0, tasks, kinds=(kinds[0],))
+    mixture = Pipeline([source], codec, model, HEADS, [VIDEO], 0).mixtures["video"]
+    branches = [branch for row in range(60) for branch in mixture(row).branches]
+    drawn = {b.example.turns[b.turn].kind for b in branches if b.example.task == "conversation"}
+    assert drawn == {kinds[0]}
+    assert any(branch.example.task == "region" for branch in branches)
+
+
 def test_branches_of_a_row_share_their_clip(codec, model):
     dataset = FakeDataset("d", {"v": [
         example(f"e{i}", "v", "conversation", [Turn("What happens?", "2")], start=i % 2 * 4.0,

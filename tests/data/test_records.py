@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from media_samples import steady, write_image, write_video
 
-from tpo_jax.data import tables
+from tpo_jax.data import mixture, tables
 from tpo_jax.data.ingest.derive import derive
 from tpo_jax.data.ingest.plan import PrepareError, Settings, Source
 from tpo_jax.data.ingest.run import prepare
@@ -72,6 +72,14 @@ def test_examples_and_index(prepared):
     (image,) = dataset.examples("still.png")
     assert (image.media, image.start, image.end) == ("image", 0, 0)
     assert dataset.video_info("still.png").num_frames == 1
+
+
+def test_a_kind_that_does_not_occur_is_named(prepared):
+    config = {"path": str(prepared), "weight": 1.0, "tasks": {"conversation": 1.0}}
+    (kind,) = PreparedDataset(prepared).kinds
+    assert mixture.Source.from_config(config | {"kinds": [kind]}).kinds == (kind,)
+    with pytest.raises(ValueError, match=r"kinds \['ordre'\] do not occur there, expected some of"):
+        mixture.Source.from_config(config | {"kinds": ["ordre"]})
 
 
 def test_indices_outside_are_an_error(prepared):

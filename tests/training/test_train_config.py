@@ -153,6 +153,7 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = [
     ("tiny_base.py", None),
     ("tiny_base.py", "stage=pictures"),
+    ("tiny_base.py", "stage=events"),
     ("tiny_base.py", "tiny,runs=somewhere"),
     *(("demo.py", f"stage={stage}") for stage in ("1", "2", "3", "dpo")),
     ("demo.py", "stage=1,tiny"),

@@ -39,11 +39,13 @@ class Source:
       dataset: one split.
       weight: share of rows among the sources of a bucket.
       tasks: task -> share of draws; a task that is not named is not drawn.
+      kinds: kinds of question that are drawn from conversations; empty for all.
     """
 
     dataset: PreparedDataset | PairedDataset
     weight: float
     tasks: Mapping[str, float]
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"data source {self.dataset.path}"
@@ -55,23 +57,29 @@ class Source:
             raise ValueError(f"{where}: task weights {dict(self.tasks)}, expected at least one > 0 "
                              "and none < 0.")
 
-    def draws(self, example: Example) -> bool:
+    def draws(self, example: Example, turn: int) -> bool:
+        if example.task == "conversation" and self.kinds:
+            return self.tasks.get("conversation", 0) > 0 and example.turns[turn].kind in self.kinds
         return self.tasks.get(example.task, 0) > 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Source:
         """Reads an entry {path, weight, tasks} of `data.train`; another key is an error.
 
-        An entry may also name `pairs`, a pairs.jsonl that replaces the examples of the folder.
+        An entry may also list `kinds`, and name `pairs`, a pairs.jsonl that replaces the examples
+        of the folder.
         """
-        config = {"pairs": "", **config}
-        expected = {"path", "weight", "tasks", "pairs"}
+        config = {"pairs": "", "kinds": (), **config}
+        expected = {"path", "weight", "tasks", "kinds", "pairs"}
         if wrong := expected ^ set(config):
             raise ValueError(f"data source {config.get('path')!r}: missing or unknown keys "
                              f"{sorted(wrong)}, expected {sorted(expected)}.")
-        path, pairs = config["path"], config["pairs"]
+        path, pairs, kinds = config["path"], config["pairs"], config["kinds"]
         dataset = PairedDataset(path, pairs) if pairs else PreparedDataset(path)
-        return cls(dataset, config["weight"], dict(config["tasks"]))
+        if kinds and (unknown := set(kinds) - set(dataset.kinds)):
+            raise ValueError(f"data source {path!r}: kinds {sorted(unknown)} do not occur there, "
+                             f"expected some of {dataset.kinds}.")
+        return cls(dataset, config["weight"], dict(config["tasks"]), tuple(kinds))
 
 
 def kind_of(example: Example) -> str:
@@ -110,9 +118,11 @@ def draws_of(
     draws: dict[str, list[Draw]] = {builder.bucket.name: [] for builder in group}
     errors: list[str] = []
     for number, example in enumerate(source.dataset.examples(video_id)):
-        if not source.draws(example) or kind_of(example) != group[0].bucket.kind:
+        if kind_of(example) != group[0].bucket.kind:
             continue
         for turn in range(len(example.turns)):
+            if not source.draws(example, turn):
+                continue
             for shown in (True, False) if example.turns[turn].options else (False,):
                 plan = plan_of(source.dataset, example, turn, shown)
                 try:

@@ -254,6 +254,11 @@ class PreparedDataset:
         """Video ids, in the order of the tables."""
         return list(self._entries)
 
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of its questions."""
+        return list(json.loads((self.path / "statistics.json").read_text("utf-8"))["kinds"])
+
     def video_info(self, video_id: str) -> VideoInfo:
         return self.entry(video_id).info
 

@@ -69,13 +69,20 @@ def default_config() -> ConfigDict:
 
 
 def source_config(
-    path: str, *, weight: float = 1.0, tasks: Mapping[str, float], pairs: str = ""
+    path: str,
+    *,
+    weight: float = 1.0,
+    tasks: Mapping[str, float],
+    kinds: Sequence[str] = (),
+    pairs: str = "",
 ) -> dict[str, Any]:
     """One entry of data.train or data.validation: a prepared folder, and weights of its tasks.
 
-    `pairs` names the pairs.jsonl of a preference run, which replaces the folder's examples.
+    `kinds` limits conversations to these kinds of question. `pairs` names the pairs.jsonl of a
+    preference run, which replaces the folder's examples.
     """
-    return {"path": path, "weight": weight, "tasks": dict(tasks), "pairs": pairs}
+    tasks, kinds = dict(tasks), list(kinds)
+    return {"path": path, "weight": weight, "tasks": tasks, "kinds": kinds, "pairs": pairs}
 
 
 def bucket_config(
