@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 # The demo and the tests are meant for a CPU; unset or override for an accelerator.
 JAX_PLATFORMS ?= cpu
 export JAX_PLATFORMS
+# A training step on a CPU allocates some 500 MB anew; keeping that memory, in huge pages, saves the
+# fifth of the time that the kernel spends on page faults. Read by glibc alone.
+GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+export GLIBC_TUNABLES
 # libtpu must not look for a TPU's metadata server when it only compiles.
 export TPU_SKIP_MDS_QUERY = 1
 
