@@ -43,6 +43,19 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def test_a_relative_directory_is_below_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints("run/checkpoints", keep=1)
+    checkpoints.save(1, unit(1))
+    checkpoints.close()
+    assert Checkpoints(tmp_path / "run" / "checkpoints", keep=1).latest() == 1
+
+
+def test_a_bucket_directory_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)  # which writes nothing
+    assert str(Checkpoints("gs://bucket/run", keep=1).directory) == "gs://bucket/run"
+
+
 def test_the_whole_unit_comes_back(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     assert checkpoints.latest() is None

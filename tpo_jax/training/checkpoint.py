@@ -66,6 +66,8 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"checkpoint.keep={keep}: at least one checkpoint must be kept")
         self.directory = epath.Path(directory)
+        if not self.directory.is_absolute():
+            self.directory = self.directory.resolve()  # Orbax refuses relative paths
         self._keep = keep
         self._pending: ocp.AsyncResponse[None] | None = None
         if jax.process_index() == 0:
