@@ -174,7 +174,7 @@ def test_kill_9_during_a_save_leaves_the_last_good_checkpoint(tmp_path, delay):
     got = checkpoints.restore(step, want)
     np.testing.assert_array_equal(got.state["w"], float(step))
     assert got.data == {"next_step": step}
-    assert [p.name for p in tmp_path.iterdir()] == [str(s) for s in checkpoints.steps()]
+    assert {p.name for p in tmp_path.iterdir()} == {str(s) for s in checkpoints.steps()}
     # The step that was cut off can be written again.
     if step == 1:
         checkpoints.save(2, Checkpoint({"w": jnp.ones((4,))}, {"next_step": 2}, {}, {}, {}))
