@@ -45,7 +45,8 @@ def full_forward_greedy(model, codec, params, batch, sampler, first=None):
     B, K, R = batch["branch_tokens"].shape
     N = sampler.sampling.max_new
     batch = {name: batch[name] for name in (
-        "frames", "frame_valid", "prefix_tokens", "prefix_positions", "prefix_segments",
+        "frames", "frame_valid", "frame_times",
+        "prefix_tokens", "prefix_positions", "prefix_segments",
         "branch_tokens", "branch_positions", "branch_segments", "slots")}
     for name in ("branch_tokens", "branch_positions", "branch_segments"):
         batch[name] = np.pad(batch[name], ((0, 0), (0, 0), (0, N + 2)))
