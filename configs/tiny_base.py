@@ -6,8 +6,8 @@
     python -m tpo_jax.train --config=$C:stage=videos --workdir=runs/base/videos
 
   pictures  still images: colour, form and place, at a small part of the price of a video
-  events    videos, and only questions about what happens and when: among all the others, order and
-            times stay at chance for thousands of steps
+  events    videos, with questions about what happens and when only, and some images: among all the
+            other questions, order and times stayed at chance
   videos    videos with all questions, and some images
 
 `runs` is the folder that holds what experiments/base.py prepares: data/{train,pictures,validation}
@@ -27,7 +27,7 @@ from tpo_jax.training.config import (
 
 TASKS = {"conversation": 1.0}
 EVENT_KINDS = (
-    "action", "at_time", "before_after", "earlier", "existence", "order", "start", "when", "who",
+    "action", "at_time", "before_after", "earlier", "order", "start", "when", "who",
 )  # fmt: skip
 # Most questions are short; captions and options that are sentences need up to 51 tokens.
 SHORT = {"branch_tokens": 24, "answers": 12}
@@ -72,22 +72,24 @@ def _pictures(config: ConfigDict, runs: str) -> None:
 
 
 def _events(config: ConfigDict, runs: str) -> None:
-    config.model = {"preset": "", "heads": []}
+    _videos_and_pictures(config, runs, EVENT_KINDS)
     config.init_from = f"{runs}/pictures/model"
-    config.data.train = [source_config(f"{runs}/data/train", tasks=TASKS, kinds=EVENT_KINDS)]
-    config.buckets = _buckets(video=0.75, video_long=0.25)
     config.steps = 3500
 
 
 def _videos(config: ConfigDict, runs: str) -> None:
-    config.model = {"preset": "", "heads": []}
+    _videos_and_pictures(config, runs)
     config.init_from = f"{runs}/events/model"
+    config.steps = 4000
+
+
+def _videos_and_pictures(config: ConfigDict, runs: str, kinds: tuple[str, ...] = ()) -> None:
+    config.model = {"preset": "", "heads": []}
     config.data.train = [
-        source_config(f"{runs}/data/train", tasks=TASKS),
+        source_config(f"{runs}/data/train", tasks=TASKS, kinds=kinds),
         source_config(f"{runs}/data/pictures", weight=5, tasks=TASKS),
     ]
     config.buckets = _buckets(video=0.68, video_long=0.2, image=0.08, image_long=0.04)
-    config.steps = 4000
 
 
 def _tiny(config: ConfigDict, runs: str) -> None:

@@ -1,8 +1,8 @@
 """What a model is allowed to see of a video: everything, nothing, or one frame.
 
 Training and evaluation call the same pure function, so that a floor ("a text-only model", "a
-single-middle-frame model") is trained and scored on exactly the batches of the real model, with the
-evidence taken away and the text, positions and shapes left as they are.
+single-middle-frame model") is scored as it was trained: on the rows of the real model with the
+evidence taken away. Text and shapes stay as they are; a clip of the middle frame alone is cheaper.
 """
 
 from typing import Any
