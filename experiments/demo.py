@@ -23,6 +23,8 @@ STAGES = ("1", "2", "3")
 # Floors that are models: the base trained on the same conversations without the video, or with
 # only its middle frame.
 FLOORS = ("blind", "middle_frame")
+# A video has nine questions about regions; four of each task are enough and answered sooner.
+PART = ("--calls_per_video", 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ def evaluate(steps: Steps, name: str, model: pathlib.Path, *more: object) -> pat
     result = steps.out / "eval" / f"{name}.json"
     steps.beside(
         f"evaluate {name}", "tpo_jax.evaluate", "--model", model,
-        "--data", steps.out / "data" / "test", "--out", result, *more,
+        "--data", steps.out / "data" / "test", "--out", result, *PART, *more,
     )  # fmt: skip
     return result
 
@@ -95,7 +97,7 @@ def measure_floors(steps: Steps, scale: Scale, base: pathlib.Path, seed: int) ->
     steps.beside(
         "floors", "tpo_jax.evaluate", "--floors_from", steps.out / "data" / "train",
         "--data", steps.out / "data" / "test", "--out", steps.out / "eval" / "floors.json",
-        *arguments,
+        *PART, *arguments,
     )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def get_config(arg: str | None = None):
     if arg.buckets == 1:  # half the compile time
         del config.buckets["short"]
     if arg.heads:
-        config.losses = {"language": 1.0, "region/l1": 1.0, "region/giou": 1.0,
+        config.losses = {"language": 1.0, "region/l1": 1.0, "region/giou": 1.0, "region/cells": 1.0,
                          "temporal/foreground": 1.0, "temporal/l1": 1.0, "temporal/giou": 1.0,
                          "temporal/saliency": 1.0}  # fmt: skip
     config.trainable = [[".*", 3e-3]]

@@ -33,11 +33,18 @@ from tpo_jax.interop.folder import load_model
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstVideos:
-    """The first `count` videos of a prepared split (`--limit`)."""
+class Part:
+    """Part of a prepared split: the same for every model and for the floors.
+
+    Attributes:
+      count: only the first videos (`--limit`); 0 for all.
+      calls: questions to each head about one video (`--calls_per_video`), evenly spread over those
+        that there are; 0 for all.
+    """
 
     dataset: PreparedDataset
     count: int
+    calls: int
 
     @property
     def path(self) -> Any:
@@ -45,13 +52,21 @@ class FirstVideos:
 
     @property
     def videos(self) -> list[str]:
-        return self.dataset.videos[: self.count]
+        return self.dataset.videos[: self.count or None]
 
     def video_info(self, video_id: str) -> VideoInfo:
         return self.dataset.video_info(video_id)
 
     def examples(self, video_id: str) -> list[Example]:
-        return self.dataset.examples(video_id)
+        examples = self.dataset.examples(video_id)
+        if not self.calls:
+            return examples
+        left_out: set[str] = set()
+        for task in TASK_HEADS:
+            asked = [example.example_id for example in examples if example.task == task]
+            kept = {i * len(asked) // self.calls for i in range(self.calls)}
+            left_out |= {name for i, name in enumerate(asked) if i not in kept}
+        return [example for example in examples if example.example_id not in left_out]
 
     def frames(self, video_id: str, indices: np.ndarray) -> np.ndarray:
         return self.dataset.frames(video_id, indices)
@@ -64,13 +79,13 @@ def evaluate(flags: argparse.Namespace) -> None:
     tasks = choose_tasks(flags.tasks, flags.evidence, config.heads, flags.pairs)
     settings = Settings(batch_size=flags.batch_size, evidence=flags.evidence)
     evaluator = Evaluator(config, params, codec, settings)
-    dataset = first_videos(PreparedDataset(flags.data), flags.limit)
+    dataset = Part(PreparedDataset(flags.data), flags.limit, flags.calls_per_video)
     if "qa" in tasks:
         evaluator.questions(dataset)
     if heads := [task for task in tasks if task in TASK_HEADS]:
         evaluator.heads(dataset, heads)
     if "preference" in tasks:
-        evaluator.preferences(first_videos(PairedDataset(flags.data, flags.pairs), flags.limit))
+        evaluator.preferences(Part(PairedDataset(flags.data, flags.pairs), flags.limit, 0))
     record = results.evaluation_record(
         evaluator.results.table.item_scores(),
         routing=benchmarks.routing_counts(evaluator.results.pairs),
@@ -92,7 +107,7 @@ def evaluate(flags: argparse.Namespace) -> None:
 def compute_floors(flags: argparse.Namespace) -> None:
     """Chooses constants on the training split, scores them on the test split."""
     train = PreparedDataset(flags.floors_from)
-    test = first_videos(PreparedDataset(flags.data), flags.limit)
+    test = Part(PreparedDataset(flags.data), flags.limit, flags.calls_per_video)
     found = floors.constant_floors(train, test, flags.frames)
     trained = {"text-only model": flags.blind, "middle-frame model": flags.middle_frame}
     models = {name: results.read_json(path)["metrics"] for name, path in trained.items() if path}
@@ -123,10 +138,6 @@ def choose_tasks(asked: str, shown: str, heads: Sequence[str], pairs: str) -> li
     return asked.split(",")
 
 
-def first_videos(dataset: Any, limit: int) -> Any:
-    return FirstVideos(dataset, limit) if limit else dataset
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tpo_jax.evaluate",
@@ -146,6 +157,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--tasks", default="", help=f"comma-separated, of {','.join(TASKS)}")
     parser.add_argument("--limit", type=int, default=0, help="only the first N videos")
+    parser.add_argument(
+        "--calls_per_video", type=int, default=0,
+        help="at most N questions to each head about one video, evenly spread",
+    )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=8, help="videos at a time")
     parser.add_argument(
         "--evidence",

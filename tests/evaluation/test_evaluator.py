@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -203,3 +204,23 @@ def test_the_command_writes_metrics_and_samples(model, dataset, prepared, tmp_pa
     assert len(results.read_samples(out)) == record["counts"]["qa/accuracy"]["items"]
     assert "qa/accuracy" in capsys.readouterr().out
     assert [p.name for p in out.parent.iterdir()] and not list(out.parent.glob("*.tmp"))
+
+
+def test_part_of_a_split_spreads_the_questions_that_it_keeps():
+    def example(number, task):
+        turn = Turn("Where?", "It is at <region>.", (), "")
+        return Example(f"{task}{number}", "v", "video", task, "test", 0.0, 1.0, (turn,), {})
+
+    class Split:
+        videos: ClassVar = ["v", "w", "x"]
+
+        def examples(self, video_id):
+            asked = [example(i, "region") for i in range(5)]
+            return [*asked, example(0, "mask"), *(example(i, "conversation") for i in range(4))]
+
+    part = evaluate.Part(Split(), count=2, calls=2)
+    assert part.videos == ["v", "w"]
+    kept = [e.example_id for e in part.examples("v")]
+    assert kept[:3] == ["region0", "region2", "mask0"]
+    assert kept[3:] == [f"conversation{i}" for i in range(4)]
+    assert len(evaluate.Part(Split(), count=0, calls=0).examples("v")) == 10

@@ -2,7 +2,7 @@
 
 Muon orthogonalises the updates of matrices and leaves everything else to AdamW; with its updates
 scaled to the size of Adam's, both take the same learning rates (Liu et al. 2025, arXiv:2502.16982).
-It is for models that start from random weights; fine-tuning is AdamW's, as published.
+It is for what starts from random weights, models or heads; fine-tuning is AdamW's, as published.
 
 Groups are `[[regex, learning_rate], ...]` over "/"-joined parameter paths, anchored at the start;
 the first match wins. A parameter that no group matches is frozen: it gets no gradient and no

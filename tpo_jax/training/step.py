@@ -70,6 +70,7 @@ def make_train_step(
         total = sum(
             objective.weights[name] * WeightedSum(term.total, weights[name]).mean()
             for name, term in terms.items()
+            if objective.weights[name]  # a term that is only reported has no backward pass
         )
         return total, terms | objective.metrics(predictions, batch)
 

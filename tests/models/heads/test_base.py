@@ -5,7 +5,12 @@ from flax import nnx
 
 from tpo_jax.models.attention import attention
 from tpo_jax.models.heads import HEADS, tokens_of
-from tpo_jax.models.heads.base import SlotAttention
+from tpo_jax.models.heads.base import (
+    SlotAttention,
+    cell_centres,
+    frame_centres,
+    position_waves,
+)
 
 
 def test_every_head_has_its_own_tokens():
@@ -36,3 +41,21 @@ def test_slot_attention_is_attention_with_projected_keys_and_values():
     expected = expected + layer.mlp(layer.mlp_norm(expected))
     np.testing.assert_allclose(layer(queries, tokens), expected, atol=1e-5)
     assert jnp.abs(expected - queries).max() > 0.1
+
+
+def test_positions_are_centres_of_cells_and_of_valid_frames():
+    np.testing.assert_allclose(
+        cell_centres(1, 2), [[0.25, 0.5], [0.75, 0.5]], err_msg="x, y, rows first"
+    )
+    np.testing.assert_allclose(cell_centres(2, 1), [[0.5, 0.25], [0.5, 0.75]])
+    valid = jnp.array([[True, True, False, False], [True, True, True, True]])
+    centres = frame_centres(valid)
+    np.testing.assert_allclose(centres[0, :2], [0.25, 0.75])
+    np.testing.assert_allclose(centres[1], [0.125, 0.375, 0.625, 0.875])
+
+
+def test_position_waves_tell_any_two_of_32_places_apart():
+    waves = np.asarray(position_waves((jnp.arange(32)[:, None] + 0.5) / 32))
+    assert waves.shape == (32, 12)
+    apart = np.abs(waves[:, None] - waves).max(axis=-1) + np.eye(32)
+    assert apart.min() > 0.5

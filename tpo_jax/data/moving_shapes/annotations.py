@@ -23,7 +23,7 @@ from tpo_jax.data.moving_shapes.world import Event
 LABELS = 3  # purpose of the random stream, see Scene.rng
 CLIP_SECONDS = 2  # of QVHighlights
 MIN_VISIBLE = 12 / 64**2  # share of the frame below which an actor counts as absent
-REGION_FRAMES = 3
+REGION_FRAMES = 6
 MASK_EXPRESSIONS = 4
 TRACKS = 2
 MAX_STILL = 0.5  # share of frames in which the first box, held still, may overlap by half

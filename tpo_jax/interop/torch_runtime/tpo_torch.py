@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 SLOT_TOKENS = {"<boxes>": "region", "<temp>": "temporal", "<tracking>": "mask"}
 BOX_TOKEN = "<track_box>"
 TIME_WAVES = 16
+POSITION_OCTAVES = 6
 
 
 class Weights:
@@ -61,6 +62,18 @@ def time_waves(times, periods):
     periods = torch.tensor(np.geomspace(*periods, TIME_WAVES), dtype=torch.float32)
     angles = 2 * math.pi * times[..., None] / periods
     return torch.cat([torch.sin(angles), torch.cos(angles)], -1)
+
+
+def cell_centres(rows, columns):
+    y, x = torch.meshgrid(
+        (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij"
+    )
+    return torch.stack([x, y], -1).flatten(0, 1)
+
+
+def position_waves(positions):
+    angles = positions[..., None] * math.pi * 2.0 ** torch.arange(POSITION_OCTAVES)
+    return torch.cat([torch.sin(angles), torch.cos(angles)], -1).flatten(-2)
 
 
 def layer_norm(w, x):
@@ -222,7 +235,10 @@ class VideoLanguageModel:
         coarse = linear(w.at("patch_proj"), patches)
         repeats = fine.shape[1] // coarse.shape[1]
         coarse = coarse.repeat_interleave(repeats, 1).repeat_interleave(repeats, 2)
-        return layer_norm(w.at("norm"), (fine + coarse).flatten(1, 2) + w["position"])
+        rows, columns = fine.shape[1:3]
+        position = linear(w.at("position_proj"), position_waves(cell_centres(rows, columns)))
+        x = layer_norm(w.at("norm"), (fine + coarse).flatten(1, 2) + position)
+        return layer_norm(w.at("final_norm"), x + mlp(w.at("mlp"), x))
 
     def region(self, slot_states, features, frame=0):
         """[1, S, D] -> boxes [1, S, 4], xyxy normalised, on one frame."""
@@ -231,13 +247,22 @@ class VideoLanguageModel:
             w.at("tokens"), features["stem"][:, frame], features["patches"][:, frame]
         )
         B, S, _ = slot_states.shape
-        x = linear(w.at("slot_proj"), slot_states).reshape(B * S, 1, -1)
+        x = mlp(w.at("slot_mlp"), slot_states).reshape(B * S, 1, -1)
         tokens = tokens.repeat_interleave(S, 0)
         layers = w.at("layers")
         for i in range(layers.children("layer")):
             x = slot_attention(layers.at(f"layer{i}"), x, tokens, self.head_heads)
-        box = torch.sigmoid(mlp(w.at("readout"), layer_norm(w.at("final_norm"), x)))
-        centre, half = box[..., :2], box[..., 2:] / 2
+        query = layer_norm(w.at("final_norm"), x)[:, 0]
+        cells = torch.einsum("rc,rtc->rt", query, tokens) * tokens.shape[-1] ** -0.5
+        weights = torch.softmax(cells, -1)
+        grid = math.isqrt(tokens.shape[1])
+        places = cell_centres(grid, grid)
+        mean = weights @ places
+        spread = torch.sqrt((weights @ places**2 - mean**2).clamp(min=0) + 1e-4)
+        found = torch.einsum("rt,rtc->rc", weights, tokens)
+        correction = mlp(w.at("readout"), torch.cat([found, query, mean, spread], -1))
+        centre = mean + 0.1 * torch.tanh(correction[:, :2])
+        half = 12**0.5 * spread * torch.exp(correction[:, 2:]) / 2
         return torch.cat([centre - half, centre + half], -1).view(B, S, 4)
 
     def temporal(self, slot_states, features):
@@ -248,10 +273,9 @@ class VideoLanguageModel:
         S = slot_states.shape[1]
         tokens = layer_norm(w.at("patch_norm"), linear(w.at("patch_proj"), patches))
         tokens = tokens.reshape(B * frames, -1, tokens.shape[-1])
-        slots = linear(w.at("slot_proj"), slot_states).repeat_interleave(frames, 0)
+        slots = mlp(w.at("slot_mlp"), slot_states).repeat_interleave(frames, 0)
         x = slot_attention(w.at("pool"), slots, tokens, self.head_heads)
-        x = x.view(B, frames, S, -1) + w["frame_position"][:frames, None]
-        x = self._mix(w, x.transpose(1, 2))
+        x = self._mix(w, x.view(B, frames, S, -1))
         centres = (torch.arange(frames) + 0.5) / frames
         reach = torch.sigmoid(mlp(w.at("offsets"), x))
         return {
@@ -267,9 +291,9 @@ class VideoLanguageModel:
         B, frames = patches.shape[:2]
         S = slot_states.shape[1]
         tokens = self._frame_tokens(w.at("tokens"), stem.flatten(0, 1), patches.flatten(0, 1))
-        slots = linear(w.at("slot_proj"), slot_states).repeat_interleave(frames, 0)
+        slots = mlp(w.at("slot_mlp"), slot_states).repeat_interleave(frames, 0)
         x = slot_attention(w.at("gather"), slots, tokens, self.head_heads)
-        x = self._mix(w, x.view(B, frames, S, -1).transpose(1, 2))
+        x = self._mix(w, x.view(B, frames, S, -1))
         query = mlp(w.at("query"), x)
         stride = self.config["head"]["mask_stride"]
         size, grid = pixels.shape[-2] // stride, math.isqrt(tokens.shape[1])
@@ -286,7 +310,11 @@ class VideoLanguageModel:
         }
 
     def _mix(self, w, x):
-        layers = w.at("layers")
+        """[B, F, S, C] -> [B, S, F, C]: adds the time of the frames, then lets them see others."""
+        frames, layers = x.shape[1], w.at("layers")
+        centres = (torch.arange(frames) + 0.5) / frames
+        time = linear(w.at("frame_proj"), position_waves(centres[:, None]))
+        x = (x + time[:, None]).transpose(1, 2)
         for i in range(layers.children("layer")):
             x = frame_mixer(layers.at(f"layer{i}"), x, self.head_heads)
         return layer_norm(w.at("final_norm"), x)

@@ -19,6 +19,9 @@ from tpo_jax.parallel.weighted_sum import WeightedSum
 # A box that the user gives: its slot is an input, filled by the box encoder.
 BOX_MARKER, BOX_TOKEN = "<box>", "<track_box>"
 
+# The shortest wave of a position is 1 / 32 of the frame or the clip.
+POSITION_OCTAVES = 6
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +116,21 @@ class SlotAttention(nnx.Module):
 
 
 class FrameTokens(nnx.Module):
-    """One fine token grid a frame: stem features, up-sampled patch features and a position."""
+    """One fine token grid a frame: stem features, up-sampled patch features and a position.
+
+    What a slot looks for is matched against these tokens, so they start out telling colours and
+    places apart: positions are few smooth waves, not a vector of its own for every cell, which
+    would drown the picture.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         vision, width = config.vision, config.head.width
         self.stem_proj = Linear(vision.stem_widths[0], width, rngs=rngs)
         self.patch_proj = Linear(vision.width, width, rngs=rngs)
-        draw = jax.random.normal(rngs.params(), (vision.stem_grid**2, width), jnp.float32)
-        self.position = nnx.Param(draw)
+        self.position_proj = Linear(4 * POSITION_OCTAVES, width, rngs=rngs)
         self.norm = LayerNorm(width)
+        self.mlp = Mlp(width, 2 * width, width, rngs=rngs)
+        self.final_norm = LayerNorm(width)
         self.repeats = vision.stem_grid // vision.grid
 
     def __call__(self, features: VisionFeatures) -> jax.Array:
@@ -129,7 +138,37 @@ class FrameTokens(nnx.Module):
         fine, coarse = self.stem_proj(features.stem), self.patch_proj(features.patches)
         coarse = jnp.repeat(jnp.repeat(coarse, self.repeats, axis=1), self.repeats, axis=2)
         rows, h1, w1, C = fine.shape
-        return self.norm((fine + coarse).reshape(rows, h1 * w1, C) + self.position[...])
+        position = self.position_proj(position_waves(cell_centres(h1, w1)))
+        x = self.norm((fine + coarse).reshape(rows, h1 * w1, C) + position)
+        return self.final_norm(x + self.mlp(x))
+
+
+def cell_centres(rows: int, columns: int) -> jax.Array:
+    """float32[rows * columns, 2]: x, y of every cell's centre in [0, 1], rows first."""
+    y, x = jnp.meshgrid(
+        (jnp.arange(rows) + 0.5) / rows, (jnp.arange(columns) + 0.5) / columns, indexing="ij"
+    )
+    return jnp.stack([x, y], axis=-1).reshape(rows * columns, 2)
+
+
+def frame_centres(frame_valid: jax.Array) -> jax.Array:
+    """bool[B, F] -> float32[B, F]: where frames stand in their clip, in [0, 1] where valid.
+
+    Frame i of n valid frames is taken to stand at (i + 1/2) / n, which is what mid-of-interval
+    sampling does.
+    """
+    count = jnp.maximum(jnp.sum(frame_valid, axis=-1, keepdims=True), 1)
+    return (jnp.arange(frame_valid.shape[-1], dtype=jnp.float32) + 0.5) / count
+
+
+def position_waves(positions: jax.Array) -> jax.Array:
+    """float32[..., n] in [0, 1] -> float32[..., n * 2 * POSITION_OCTAVES], sines then cosines.
+
+    Fourier features of octaves, as in NeRF (Mildenhall et al. 2020, 2003.08934).
+    """
+    angles = positions[..., None] * jnp.pi * 2.0 ** jnp.arange(POSITION_OCTAVES)
+    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return waves.reshape(*positions.shape[:-1], -1)
 
 
 class FrameMixer(nnx.Module):

@@ -17,12 +17,15 @@ from flax import nnx
 
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads.base import (
+    POSITION_OCTAVES,
     ClipInfo,
     FrameMixer,
     FrameTokens,
     Head,
     HeadInputs,
     SlotAttention,
+    frame_centres,
+    position_waves,
 )
 from tpo_jax.models.layers import LayerNorm, Linear, Mlp, Rngs
 from tpo_jax.models.vision import to_patches
@@ -40,8 +43,9 @@ class MaskHead(nnx.Module):
         self.stem_grid = config.vision.stem_grid
         self.mask_size = config.mask_size
         self.tokens = FrameTokens(config, rngs=rngs)
-        self.slot_proj = Linear(config.language.width, width, rngs=rngs)
+        self.slot_mlp = Mlp(config.language.width, 2 * width, width, rngs=rngs)
         self.gather = SlotAttention(width, heads, rngs=rngs)
+        self.frame_proj = Linear(2 * POSITION_OCTAVES, width, rngs=rngs)
         self.layers = nnx.Dict(
             {
                 f"layer{i}": FrameMixer(width, heads, rngs=rngs)
@@ -62,8 +66,11 @@ class MaskHead(nnx.Module):
         S = inputs.slot_states.shape[1]
         per_frame = jax.tree.map(lambda x: x.reshape(B * F, *x.shape[2:]), inputs.features)
         tokens = self.tokens(per_frame)
-        slots = jnp.repeat(self.slot_proj(inputs.slot_states), F, axis=0)
-        x = jnp.swapaxes(self.gather(slots, tokens).reshape(B, F, S, -1), 1, 2)
+        slots = jnp.repeat(self.slot_mlp(inputs.slot_states), F, axis=0)
+        x = self.gather(slots, tokens).reshape(B, F, S, -1)
+        # A box that the user draws is of the first frame, so frames must differ.
+        time = self.frame_proj(position_waves(frame_centres(inputs.frame_valid)[..., None]))
+        x = jnp.swapaxes(x + time[:, :, None], 1, 2)
         for layer in self.layers.values():
             x = layer(x, inputs.frame_valid)
         x = self.final_norm(x)

@@ -4,9 +4,6 @@ Anchor-free, one prediction a frame, after UniVTG (Lin et al. 2023, 2307.16715):
 queries the patches of every frame, a small transformer over frames follows, and each frame answers
 foreground?, distance to the window's start and end, and saliency. Several windows in one answer
 come from several frames.
-
-Frame i of n valid frames is taken to stand at (i + 1/2) / n of the clip, which is what mid-of-
-interval sampling does.
 """
 
 from __future__ import annotations
@@ -19,7 +16,16 @@ import numpy as np
 from flax import nnx
 
 from tpo_jax.models.config import ModelConfig
-from tpo_jax.models.heads.base import ClipInfo, FrameMixer, Head, HeadInputs, SlotAttention
+from tpo_jax.models.heads.base import (
+    POSITION_OCTAVES,
+    ClipInfo,
+    FrameMixer,
+    Head,
+    HeadInputs,
+    SlotAttention,
+    frame_centres,
+    position_waves,
+)
 from tpo_jax.models.heads.geometry import soft_nms_1d, span_giou
 from tpo_jax.models.layers import LayerNorm, Linear, Mlp, Rngs
 from tpo_jax.parallel.weighted_sum import WeightedSum
@@ -38,10 +44,9 @@ class TemporalHead(nnx.Module):
         width, heads = config.head.width, config.head.heads
         self.patch_proj = Linear(config.vision.width, width, rngs=rngs)
         self.patch_norm = LayerNorm(width)
-        self.slot_proj = Linear(config.language.width, width, rngs=rngs)
+        self.slot_mlp = Mlp(config.language.width, 2 * width, width, rngs=rngs)
         self.pool = SlotAttention(width, heads, rngs=rngs)
-        draw = jax.random.normal(rngs.params(), (config.vision.max_frames, width), jnp.float32)
-        self.frame_position = nnx.Param(draw)
+        self.frame_proj = Linear(2 * POSITION_OCTAVES, width, rngs=rngs)
         self.layers = nnx.Dict(
             {
                 f"layer{i}": FrameMixer(width, heads, rngs=rngs)
@@ -63,14 +68,14 @@ class TemporalHead(nnx.Module):
         B, F, h, w, _ = patches.shape
         S = inputs.slot_states.shape[1]
         tokens = self.patch_norm(self.patch_proj(patches)).reshape(B * F, h * w, -1)
-        slots = jnp.repeat(self.slot_proj(inputs.slot_states), F, axis=0)
+        slots = jnp.repeat(self.slot_mlp(inputs.slot_states), F, axis=0)
         x = self.pool(slots, tokens).reshape(B, F, S, -1)
-        x = jnp.swapaxes(x + self.frame_position[...][:F, None], 1, 2)
+        centres = frame_centres(inputs.frame_valid)
+        time = self.frame_proj(position_waves(centres[..., None]))
+        x = jnp.swapaxes(x + time[:, :, None], 1, 2)
         for layer in self.layers.values():
             x = layer(x, inputs.frame_valid)
         x = self.final_norm(x)
-        count = jnp.maximum(jnp.sum(inputs.frame_valid, axis=-1, keepdims=True), 1)
-        centres = (jnp.arange(F, dtype=jnp.float32) + 0.5) / count
         # Distances from the frame to both ends, each at most the whole clip.
         reach = jax.nn.sigmoid(self.offsets(x))
         spans = centres[:, None, :, None] + reach * jnp.array([-1.0, 1.0])
