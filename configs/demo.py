@@ -32,7 +32,7 @@ BASE = str(importlib.resources.files("tpo_jax") / "assets" / "tiny_base")
 HEADS = ["region", "temporal", "mask"]
 TASKS = {"conversation": 1.5, "temporal": 1.5, "region": 4.0, "mask": 1.0, "tracking": 1.0}
 # Short questions without options: less to compile where conversation is not the point.
-OPEN_KINDS = ["at_time", "doing", "earlier", "place", "start", "when", "who"]
+OPEN_KINDS = ["at_time", "doing", "earlier", "place", "start", "who"]
 HEAD_LOSSES = {
     "region/l1": 5.0,
     "region/giou": 2.0,
@@ -83,7 +83,7 @@ def _buckets(tiny: bool) -> dict:
         "mask_size": 16 if tiny else 32,
     }
     slots = {"region": 9, "temporal": 4, "mask": 4, "box": 2}
-    short = {"branches": 8 if tiny else 24, "branch_tokens": 32, "answers": 12, "slots": slots}
+    short = {"branches": 8 if tiny else 24, "branch_tokens": 32, "answers": 16, "slots": slots}
     long = {"branches": 4 if tiny else 8, "branch_tokens": 64, "answers": 48}
     image = video | {
         "media": "image", "batch_size": 4 if tiny else 16, "frames": 1, "branches": 4,

@@ -35,8 +35,8 @@ class Scale:
     validation: int = 60
     test: int = 160
     images: int = 240
-    train_pairs: int = 700
-    test_pairs: int = 260
+    train_pairs: int = 520
+    test_pairs: int = 210
     judge: str = "rules"
     # Appended to the argument of configs/demo.py.
     config: str = ""

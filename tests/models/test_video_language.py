@@ -70,9 +70,10 @@ def test_shapes_and_dtypes(params, forward):
     assert outputs.prefix_hidden.shape == (B, visual + 3, D)
     assert outputs.branch_hidden.shape == (B, K, R, D)
     shapes = {f"{n}/{k}": v.shape for n, p in predictions.items() for k, v in p.items()}
-    m = CONFIG.mask_size
+    m, grid = CONFIG.mask_size, CONFIG.vision.stem_grid
     assert shapes == {
-        "region/boxes": (B, S, 4), "temporal/foreground": (B, S, F),
+        "region/boxes": (B, S, 4), "region/cells": (B, S, grid, grid),
+        "temporal/foreground": (B, S, F),
         "temporal/spans": (B, S, F, 2), "temporal/saliency": (B, S, F),
         "temporal/centres": (B, F), "temporal/frame_valid": (B, F),
         "mask/masks": (B, S, F, m, m), "mask/presence": (B, S, F),

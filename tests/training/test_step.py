@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fake_batches import (
     FAST_COMPILE,
+    HEAD_TERMS,
     HEADS,
     SMOOTH,
     bucket,
@@ -21,6 +22,7 @@ from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.paths import flatten, unflatten
 from tpo_jax.parallel.weighted_sum import WeightedSum
+from tpo_jax.training.flops import forward_flops, matmul_flops
 from tpo_jax.training.objective import SftObjective, denominators
 from tpo_jax.training.program import Program, make_program
 from tpo_jax.training.step import accumulate, row_keys
@@ -161,6 +163,20 @@ def test_preference_loss_starts_at_log_two_and_can_be_overfitted(host_params):
     assert history[-1]["preference/accuracy"] == 1.0
     scores = program.score_step(state.params, batch)
     assert scores.shape == (B, 2, 5) and scores.dtype == jnp.float32
+
+
+def test_a_term_of_weight_zero_is_reported_and_has_no_backward_pass():
+    batch = random_batch(bucket(B), micro(HEADS))
+    found = {}
+    for weight in (0.0, 1.0):
+        losses = {"language": 1.0} | dict.fromkeys(HEAD_TERMS, weight)
+        program = program_of(HEADS, losses=losses)
+        step = functools.partial(program.train_step, program.abstract_state, batch)
+        found[weight] = matmul_flops(step, jax.random.key(0))
+        assert set(HEAD_TERMS) < set(jax.eval_shape(step, jax.random.key(0))[1])
+    heads = forward_flops(micro(HEADS), batch)["heads"]
+    # A backward pass costs about twice the forward pass, which stays.
+    assert found[1.0] - found[0.0] > 1.5 * heads
 
 
 def test_a_step_that_is_not_finite_is_counted_and_changes_nothing(host_params):
