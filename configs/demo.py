@@ -6,7 +6,7 @@
     python -m tpo_jax.train --config=configs/demo.py:stage=dpo --workdir=runs/demo/dpo
 
   1    task assignment: the language model learns which task token answers a question
-  2    heads and tokens, with the language model: towers are frozen, conversation is a little
+  2    heads and tokens, with the language model; the vision tower and the connector are frozen
   3    joint co-training of all of it with conversation
   dpo  temporal preferences on pairs that the model of stage 3 generated and scored
   floor  the base on the conversations alone, each about the middle frame of its video; with
@@ -69,7 +69,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.init_from = arg.init
     if arg.tiny:
         config.steps, config.log_every, config.eval_batches = 4, 1, 1
-        config.eval_every = min(config.eval_every, 2)
     return config
 
 
@@ -109,7 +108,7 @@ def _stage1(config: ConfigDict, runs: str) -> None:
 def _stage2(config: ConfigDict, runs: str) -> None:
     """Heads and tokens, and the language model, which has to say at a slot what is meant.
 
-    A row asks many regions: with fewer than some 70 a step, matching them does not take off.
+    A row asks many regions: the more of them a step, the sooner the head finds them.
     """
     config.init_from = f"{runs}/stage1/model"
     config.steps = 200

@@ -23,7 +23,7 @@ STAGES = ("1", "2", "3")
 # Floors that are models: the base trained on the same conversations without the video, or with
 # only its middle frame.
 FLOORS = ("blind", "middle_frame")
-# A video has nine questions about regions; four of each task are enough and answered sooner.
+# A video has up to 18 questions about regions; four of each task are enough and answered sooner.
 PART = ("--calls_per_video", 4)
 
 

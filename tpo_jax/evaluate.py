@@ -156,9 +156,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--tasks", default="", help=f"comma-separated, of {','.join(TASKS)}")
-    parser.add_argument("--limit", type=int, default=0, help="only the first N videos")
+    parser.add_argument("--limit", type=_count, default=0, help="only the first N videos")
     parser.add_argument(
-        "--calls_per_video", type=int, default=0,
+        "--calls_per_video", type=_count, default=0,
         help="at most N questions to each head about one video, evenly spread",
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=8, help="videos at a time")
@@ -174,6 +174,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--middle_frame", default="", help="evaluation of a middle-frame model (floors)"
     )
     return parser.parse_args(arguments)
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{count}: expected 0 (all) or more")
+    return count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

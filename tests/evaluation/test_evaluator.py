@@ -224,3 +224,10 @@ def test_part_of_a_split_spreads_the_questions_that_it_keeps():
     assert kept[:3] == ["region0", "region2", "mask0"]
     assert kept[3:] == [f"conversation{i}" for i in range(4)]
     assert len(evaluate.Part(Split(), count=0, calls=0).examples("v")) == 10
+
+
+@pytest.mark.parametrize("option", ["--limit", "--calls_per_video"])
+def test_a_negative_count_is_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse(["--model=m", "--data=d", "--out=o", f"{option}=-1"])
+    assert f"{option}: -1: expected 0 (all) or more" in capsys.readouterr().err
