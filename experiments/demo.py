@@ -23,8 +23,11 @@ STAGES = ("1", "2", "3")
 # Floors that are models: the base trained on the same conversations without the video, or with
 # only its middle frame.
 FLOORS = ("blind", "middle_frame")
-# A video has up to 18 questions about regions; four of each task are enough and answered sooner.
-PART = ("--calls_per_video", 4)
+# A video has up to 18 questions about regions; three of each task are enough and answered sooner.
+PART = ("--calls_per_video", 3)
+# One answer a side, and an eighth of the frames to manipulate with: most pairs are dropped because
+# both answers are the same.
+DRAW = ("--samples", 1, "--subset", 0.125)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,7 @@ def make_pairs(steps: Steps, scale: Scale, model: pathlib.Path, seed: int) -> No
         steps.run(
             f"pairs {split}", "tpo_jax.preferences", "generate", "--model", model,
             "--data", data / split, "--out", pairs / split, "--pairs", count, "--seed", seed,
-            "--judge", scale.judge,
+            "--judge", scale.judge, *DRAW,
         )  # fmt: skip
     steps.run(
         "score", "tpo_jax.preferences", "score", "--model", model, "--data", data / "train",

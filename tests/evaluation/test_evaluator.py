@@ -12,9 +12,11 @@ from tpo_jax import evaluate
 from tpo_jax.data import evaluation_rows, sampling
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, PreparedDataset, Turn
+from tpo_jax.data.rows import BranchPlan, RowPlan
 from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
 from tpo_jax.evaluation import benchmarks, results
 from tpo_jax.evaluation.evaluator import Evaluator, Settings
+from tpo_jax.generation.routing import Event, RoutedAnswer
 from tpo_jax.generation.sampler import Sampler
 from tpo_jax.interop.folder import save_model
 from tpo_jax.models.presets import preset
@@ -160,6 +162,23 @@ def test_forced_routing_scores_the_same_items_apart(asked_heads):
     for metric in free:
         assert set(scores[metric].items) == set(scores[f"forced/{metric}"].items)
     assert scores["forced/region/miou"].mean() > 0
+
+
+@pytest.mark.parametrize("as_labelled", [True, False])
+def test_an_answer_as_labelled_is_not_forced_again(model, dataset, as_labelled):
+    video = dataset.videos[0]
+    example = next(e for e in dataset.examples(video) if e.task == "region")
+    answer, box = example.turns[0].answer, example.targets["boxes"][0]
+    plan = RowPlan(dataset, video, 0.0, 16.0, (BranchPlan(example, 0, "", answer),))
+    said = answer if as_labelled else f"{answer} indeed"
+    events = (Event("region", 0, {"box": box}),)
+    scorer, times = evaluator(model), np.zeros(1)
+    same = scorer._score_answer(plan, example, 0, RoutedAnswer("", said, True, events), times)
+    assert len(same) == as_labelled
+    if as_labelled:  # no prediction is there to be read
+        scorer._score_forced(plan, None, {}, {}, 0, same)
+        scores = scorer.results.table.item_scores()
+        assert scores["region/miou"].mean() == scores["forced/region/miou"].mean() > 0.99
 
 
 def test_samples_can_be_written_and_drawn(asked_heads):

@@ -100,9 +100,9 @@ def test_json_form_has_rles_and_survives_json(routed):
 
 @pytest.mark.parametrize("task, result, words", [
     ("region", {"box_pixels": [3.6, 10.2, 20.0, 31.4]}, "[4,10,20,31]"),
-    ("temporal", {"windows": [[4.0, 7.52, 0.9]]}, "from 4.0 s to 7.5 s"),
+    ("temporal", {"windows": [[4.0, 7.52, 0.9]]}, "4.0 s to 7.5 s"),
     ("temporal", {"windows": [[8.0, 9.0, 0.9], [1.0, 2.0, 0.8], [5.0, 6.0, 0.2]]},
-     "from 1.0 s to 2.0 s and from 8.0 s to 9.0 s"),
+     "1.0 s to 2.0 s and 8.0 s to 9.0 s"),
     ("mask", {"times": [0.0, 1.0, 2.0], "boxes": [None, [0, 0, 1, 1], [0, 0, 1, 1]]},
      "(visible from 1.0 s to 2.0 s)"),
     ("mask", {"times": [0.0, 1.0], "boxes": [None, None]}, "(not visible)"),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from fake_batches import HEADS, micro
 
@@ -152,6 +153,25 @@ def test_muon_orthogonalises_matrices_layer_by_layer_and_leaves_the_rest_to_adam
         gradient = flatten(grads)[path]
         want, _ = nadam.update(gradient, nadam.init(gradient))
         np.testing.assert_allclose(updates[path], -1e-2 * want, rtol=1e-5)
+
+
+def test_matrices_of_one_shape_are_orthogonalised_as_one_by_one():
+    shapes = {"tall": (24, 8), "wide": (8, 24), "stacked": (2, 3, 8, 24), "square": (8, 8)}
+    params = {name: {"kernel": jnp.zeros(shape)} for name, shape in shapes.items()}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    grads = {
+        name: {"kernel": jax.random.normal(key, shapes[name])}
+        for name, key in zip(shapes, keys, strict=True)
+    }
+    axes = jax.tree.map(
+        lambda x: optax.contrib.MuonDimensionNumbers((x.ndim - 2,), (x.ndim - 1,)), params
+    )
+    theirs = optax.contrib.muon(1e-2, consistent_rms=0.2, muon_weight_dimension_numbers=axes)
+    want, _ = theirs.update(grads, theirs.init(params), params)
+    config = OptimizerConfig(**PLAIN | {"name": "muon"})
+    got = update(make_optimizer(config, [(".*", 1e-2)], 10, params), params, grads)
+    for path, expected in flatten(want).items():
+        np.testing.assert_allclose(got[path], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

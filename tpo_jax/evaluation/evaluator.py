@@ -194,7 +194,7 @@ class Evaluator:
     def _ask_heads(
         self, dataset: PreparedDataset, builder: RowBuilder, tasks: Sequence[str]
     ) -> None:
-        """Every question twice on the same encoded video: answered freely, and teacher-forced."""
+        """Every question answered freely, and teacher-forced where that is another answer."""
         asked, labelled = (
             evaluation_rows.build_question_rows(dataset, builder, tasks, with_answers=answers)
             for answers in (False, True)
@@ -214,11 +214,17 @@ class Evaluator:
             routed = self._router.route(
                 self.params, context, batch, answers, clips, _frames_asked(rows, batch)
             )
-            forced = jax.device_get(self._forced(self.params, context, labels))
+            same: dict[str, dict[str, float]] = {}
             for row, plan in enumerate(rows):
                 for branch, answer in zip(plan.branches, routed[row], strict=False):
-                    self._score_answer(plan, branch.example, branch.turn, answer, clips[row].times)
-                self._score_forced(plan, clips[row], labels, forced, row)
+                    same |= self._score_answer(
+                        plan, branch.example, branch.turn, answer, clips[row].times
+                    )
+            forced = {}
+            if any(call.item not in same for plan in rows for call, _ in _slots(plan)):
+                forced = jax.device_get(self._forced(self.params, context, labels))
+            for row, plan in enumerate(rows):
+                self._score_forced(plan, clips[row], labels, forced, row, same)
 
     def _score_answer(
         self,
@@ -227,7 +233,11 @@ class Evaluator:
         turn: int,
         answer: RoutedAnswer,
         times: np.ndarray,
-    ) -> None:
+    ) -> dict[str, dict[str, float]]:
+        """Returns {item: scores} where forcing the labelled answer would show the head the same.
+
+        That is an answer of one call, word for word as labelled.
+        """
         calls = benchmarks.find_calls(example, turn)
         events = [(event.task, event.result) for event in answer.events]
         self.results.pairs.append((calls, [(task, None) for task, _ in events]))
@@ -238,6 +248,8 @@ class Evaluator:
                 _sample(example.task, call.item, plan, example, turn, scores)
                 | {"place": call.place, "occurrence": call.occurrence, "answer": answer.to_json()}
             )
+        as_labelled = len(calls) == 1 and answer.marked == example.turns[turn].answer
+        return {calls[0].item: scores} if as_labelled else {}
 
     def _score_forced(
         self,
@@ -246,9 +258,13 @@ class Evaluator:
         labels: dict[str, Any],
         predictions: dict[str, dict[str, np.ndarray]],
         row: int,
+        same: dict[str, dict[str, float]],
     ) -> None:
         """The head read its slot in the labelled answer, whatever the model would have said."""
         for call, slot in _slots(plan):
+            if call.item in same:
+                self.results.table.add(call.item, plan.video_id, same[call.item], prefix="forced/")
+                continue
             head = {name: value[row, slot] for name, value in predictions[call.head].items()}
             if call.head == "region":
                 frame = int(labels["slots"]["region"]["frame"][row, slot])

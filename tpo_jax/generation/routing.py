@@ -164,7 +164,7 @@ def _of_slot(predictions: Mapping[str, np.ndarray], row: int) -> dict[str, np.nd
 
 
 def inline(task: str, result: Result) -> str:
-    """A result as words: "[12,30,20,41]" in pixels, "from 4.0 s to 7.5 s", "(visible ...)".
+    """A result as words: "[12,30,20,41]" in pixels, "4.0 s to 7.5 s", "(visible ...)".
 
     A head without words of its own is named.
     """
@@ -178,7 +178,7 @@ def _region_words(result: Result) -> str:
 def _temporal_words(result: Result) -> str:
     windows = result["windows"]
     named = sorted(w[:2] for w in windows if w[2] >= NAMED_WINDOWS * windows[0][2])
-    spans = [f"from {start:.1f} s to {end:.1f} s" for start, end in named]
+    spans = [f"{start:.1f} s to {end:.1f} s" for start, end in named]
     return " and ".join(spans)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
@@ -26,6 +27,7 @@ Groups = Sequence[tuple[str, float]]
 NAMES = ("adamw", "muon")
 # Root mean square of a Muon update, as large as Adam's usually are.
 MUON_RMS = 0.2
+MUON_MOMENTUM = 0.95
 # Scales, offsets, embeddings and single learnt vectors are not pulled to zero.
 NO_DECAY = r"(.*/)?(bias|scale|embed|position|frame_position|task_tokens)(/|$)"
 
@@ -110,26 +112,56 @@ def _update_rule(config: OptimizerConfig) -> optax.GradientTransformation:
     adam = {"b1": config.b1, "b2": config.b2}
     if config.name == "adamw":
         return optax.scale_by_adam(**adam, eps=config.eps)
-    muon = optax.contrib.muon(
-        learning_rate=1.0, consistent_rms=MUON_RMS, eps=config.eps,
-        muon_weight_dimension_numbers=_matrix_axes,
-        **{f"adam_{name}": value for name, value in adam.items()},
-    )  # fmt: skip
-    return optax.chain(muon, optax.scale(-1.0))  # optax's optimizers descend; directions do not
+    matrices = optax.chain(
+        optax.trace(MUON_MOMENTUM, nesterov=True),
+        optax.stateless(lambda updates, params: _orthogonalize(updates)),
+    )
+    others = optax.scale_by_adam(**adam, eps=config.eps, nesterov=True)
+    return optax.partition({"matrix": matrices, "other": others}, _kinds)
 
 
-def _matrix_axes(params: Any) -> Any:
-    """Input and output axis of every hidden matrix (the last two; layers are stacked before them).
+def _kinds(params: Any) -> Any:
+    """"matrix" for hidden matrices (the last two axes; layers are stacked before them).
 
-    None, for AdamW, where a leaf is no matrix, or an embedding or output table.
+    "other" where a leaf is no matrix, or an embedding or output table.
     """
 
-    def axes(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        if leaf.ndim < 2 or re.match(NO_DECAY, path) or "lm_head/" in path:
-            return None
-        return optax.contrib.MuonDimensionNumbers((leaf.ndim - 2,), (leaf.ndim - 1,))
+    def kind(path: str, leaf: Any) -> str:
+        is_table = re.match(NO_DECAY, path) or "lm_head/" in path
+        return "other" if leaf.ndim < 2 or is_table else "matrix"
 
-    return map_with_path(axes, params)
+    return map_with_path(kind, params)
+
+
+def _orthogonalize(updates: Any) -> Any:
+    """Every matrix to the nearest orthogonal one, with the root mean square that Adam's have.
+
+    Matrices of one shape are stacked: few large products instead of many small ones, and less to
+    compile.
+    """
+    leaves, structure = jax.tree.flatten(updates)
+    wide = [x if x.shape[-2] <= x.shape[-1] else jnp.swapaxes(x, -1, -2) for x in leaves]
+    rows = [x.reshape(-1, *x.shape[-2:]) for x in wide]
+    shapes = sorted({x.shape[-2:] for x in rows})
+    stacked = {
+        shape: jnp.concatenate([x for x in rows if x.shape[-2:] == shape]) for shape in shapes
+    }
+    # Without momentum optax's rule is a function of this update alone.
+    iterate = optax.contrib.scale_by_muon(
+        beta=0.0, nesterov=False,
+        weight_dimension_numbers=dict.fromkeys(
+            shapes, optax.contrib.MuonDimensionNumbers((1,), (2,))
+        ),
+    )  # fmt: skip
+    stacked, _ = iterate.update(stacked, iterate.init(stacked))
+    used = dict.fromkeys(shapes, 0)
+    for i, (leaf, own) in enumerate(zip(wide, rows, strict=True)):
+        shape, start = own.shape[-2:], used[own.shape[-2:]]
+        used[shape] += len(own)
+        part = stacked[shape][start : start + len(own)] * (MUON_RMS * max(shape) ** 0.5)
+        part = part.reshape(leaf.shape)
+        leaves[i] = part if leaf is leaves[i] else jnp.swapaxes(part, -1, -2)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def assign_groups(groups: Groups, paths: Sequence[str]) -> dict[str, int]:

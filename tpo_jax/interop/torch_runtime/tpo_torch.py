@@ -275,7 +275,11 @@ class VideoLanguageModel:
         tokens = tokens.reshape(B * frames, -1, tokens.shape[-1])
         slots = mlp(w.at("slot_mlp"), slot_states).repeat_interleave(frames, 0)
         x = slot_attention(w.at("pool"), slots, tokens, self.head_heads)
-        x = self._mix(w, x.view(B, frames, S, -1))
+        x = x.view(B, frames, S, -1).transpose(1, 2) + self._time(w, frames)
+        layers = w.at("layers")
+        for i in range(layers.children("layer")):
+            x = frame_mixer(layers.at(f"layer{i}"), x, self.head_heads)
+        x = layer_norm(w.at("final_norm"), x)
         centres = (torch.arange(frames) + 0.5) / frames
         reach = torch.sigmoid(mlp(w.at("offsets"), x))
         return {
@@ -291,9 +295,14 @@ class VideoLanguageModel:
         B, frames = patches.shape[:2]
         S = slot_states.shape[1]
         tokens = self._frame_tokens(w.at("tokens"), stem.flatten(0, 1), patches.flatten(0, 1))
-        slots = mlp(w.at("slot_mlp"), slot_states).repeat_interleave(frames, 0)
-        x = slot_attention(w.at("gather"), slots, tokens, self.head_heads)
-        x = self._mix(w, x.view(B, frames, S, -1))
+        x = mlp(w.at("slot_mlp"), slot_states)[:, :, None] + self._time(w, frames)
+        searches, mixers = w.at("searches"), w.at("mixers")
+        for i in range(searches.children("layer")):
+            x = x.transpose(1, 2).flatten(0, 1)
+            x = slot_attention(searches.at(f"layer{i}"), x, tokens, self.head_heads)
+            x = x.view(B, frames, S, -1).transpose(1, 2)
+            x = frame_mixer(mixers.at(f"layer{i}"), x, self.head_heads)
+        x = layer_norm(w.at("final_norm"), x)
         query = mlp(w.at("query"), x)
         stride = self.config["head"]["mask_stride"]
         size, grid = pixels.shape[-2] // stride, math.isqrt(tokens.shape[1])
@@ -309,12 +318,7 @@ class VideoLanguageModel:
             "presence": linear(w.at("presence"), x)[..., 0],
         }
 
-    def _mix(self, w, x):
-        """[B, F, S, C] -> [B, S, F, C]: adds the time of the frames, then lets them see others."""
-        frames, layers = x.shape[1], w.at("layers")
+    def _time(self, w, frames):
+        """[F, C]: what a head adds to its states so that frames differ."""
         centres = (torch.arange(frames) + 0.5) / frames
-        time = linear(w.at("frame_proj"), position_waves(centres[:, None]))
-        x = (x + time[:, None]).transpose(1, 2)
-        for i in range(layers.children("layer")):
-            x = frame_mixer(layers.at(f"layer{i}"), x, self.head_heads)
-        return layer_norm(w.at("final_norm"), x)
+        return linear(w.at("frame_proj"), position_waves(centres[:, None]))

@@ -1,9 +1,11 @@
 """Mask head: what the answer refers to, pixel by pixel in every frame, or that it is absent.
 
-The slot state gathers context from each frame's tokens, mixes it over time, and becomes one query a
-frame; mask logits are its dot products with pixel embeddings of that frame (as in MaskFormer, Cheng
-et al. 2021, 2107.06278). Pixel embeddings see the raw pixels, the stem and the up-sampled patches.
-Tracking is the same head with a box as the question; its boxes are the extents of the masks.
+The slot state looks for its thing in each frame's tokens, tells the other frames what it found and
+looks again, and becomes one query a frame; mask logits are its dot products with pixel embeddings
+of that frame (as in MaskFormer, Cheng et al. 2021, 2107.06278). Pixel embeddings see the raw
+pixels, the stem and the up-sampled patches. Tracking is the same head with a box as the question:
+what stands in the box on the first frame is what the second look is for. Boxes are the extents of
+the masks.
 """
 
 from __future__ import annotations
@@ -44,14 +46,10 @@ class MaskHead(nnx.Module):
         self.mask_size = config.mask_size
         self.tokens = FrameTokens(config, rngs=rngs)
         self.slot_mlp = Mlp(config.language.width, 2 * width, width, rngs=rngs)
-        self.gather = SlotAttention(width, heads, rngs=rngs)
         self.frame_proj = Linear(2 * POSITION_OCTAVES, width, rngs=rngs)
-        self.layers = nnx.Dict(
-            {
-                f"layer{i}": FrameMixer(width, heads, rngs=rngs)
-                for i in range(config.head.layers)
-            }
-        )
+        names = [f"layer{i}" for i in range(config.head.layers)]
+        self.searches = nnx.Dict({name: SlotAttention(width, heads, rngs=rngs) for name in names})
+        self.mixers = nnx.Dict({name: FrameMixer(width, heads, rngs=rngs) for name in names})
         self.final_norm = LayerNorm(width)
         self.query = Mlp(width, width, self.pixel_width + 1, rngs=rngs)
         self.presence = Linear(width, 1, rngs=rngs)
@@ -66,13 +64,13 @@ class MaskHead(nnx.Module):
         S = inputs.slot_states.shape[1]
         per_frame = jax.tree.map(lambda x: x.reshape(B * F, *x.shape[2:]), inputs.features)
         tokens = self.tokens(per_frame)
-        slots = jnp.repeat(self.slot_mlp(inputs.slot_states), F, axis=0)
-        x = self.gather(slots, tokens).reshape(B, F, S, -1)
         # A box that the user draws is of the first frame, so frames must differ.
         time = self.frame_proj(position_waves(frame_centres(inputs.frame_valid)[..., None]))
-        x = jnp.swapaxes(x + time[:, :, None], 1, 2)
-        for layer in self.layers.values():
-            x = layer(x, inputs.frame_valid)
+        x = self.slot_mlp(inputs.slot_states)[:, :, None] + time[:, None]
+        for name, search in self.searches.items():
+            found = search(jnp.swapaxes(x, 1, 2).reshape(B * F, S, -1), tokens)
+            x = jnp.swapaxes(found.reshape(B, F, S, -1), 1, 2)
+            x = self.mixers[name](x, inputs.frame_valid)
         x = self.final_norm(x)
         query, offset = jnp.split(self.query(x), [self.pixel_width], axis=-1)
         # The output layer of the pixels is linear, so it is applied to the few queries instead:
