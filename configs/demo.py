@@ -89,7 +89,7 @@ def _buckets(tiny: bool) -> dict:
         "branch_tokens": 64, "answers": 48, "slots": {"region": 3},
     }  # fmt: skip
     return {
-        "video": bucket_config(**video, **short, weight=4),
+        "video": bucket_config(**video, **short, weight=6),
         "video_long": bucket_config(**video, **long),
         "image": bucket_config(**image),
     }
@@ -113,7 +113,7 @@ def _stage2(config: ConfigDict, runs: str) -> None:
     """
     config.init_from = f"{runs}/stage1/model"
     config.steps = 200
-    config.trainable = [["heads/|task_tokens/|box_encoder/", 5e-3], ["language/", 1e-3]]
+    config.trainable = [["heads/|task_tokens/|box_encoder/", 5e-3], ["language/", 2e-3]]
 
 
 def _stage3(config: ConfigDict, runs: str) -> None:
@@ -122,7 +122,7 @@ def _stage3(config: ConfigDict, runs: str) -> None:
     config.steps = 240
     config.trainable = [
         ["heads/|task_tokens/|box_encoder/", 4e-3],
-        ["language/|connector/", 1e-3],
+        ["language/|connector/", 1.5e-3],
         ["vision/", 5e-4],
     ]
 
