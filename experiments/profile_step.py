@@ -75,8 +75,10 @@ def main(argv: list[str]) -> None:
     begin = time.monotonic()
     compiled, passes = traced(lowered.compile)
     text = compiled.as_text()
-    print(f"compiled in {time.monotonic() - begin:.1f} s: {len(re.findall(' fusion[(]', text))} "
-          f"fusions, {len(re.findall(' dot[(]', text))} products")
+    print(
+        f"compiled in {time.monotonic() - begin:.1f} s: {len(re.findall(' fusion[(]', text))} "
+        f"fusions, {len(re.findall(' dot[(]', text))} products"
+    )
     for name, (seconds, count) in list(passes.items())[: _TOP.value]:
         print(f"{seconds:8.2f} s {count:7d}  {name}")
 
