@@ -37,7 +37,7 @@ class OptimizerConfig:
     """config.optimizer.
 
     Attributes:
-      name: one of NAMES. The AdamW part of optax's Muon has Nesterov momentum.
+      name: one of NAMES. Both parts of Muon have Nesterov momentum.
       warmup: share of all steps in [0, 1) with a linearly rising learning rate.
       weight_decay: decoupled, multiplied by the learning rate; matrices only (see NO_DECAY).
       clip: largest global norm of the trainable gradients; 0 switches clipping off.
@@ -121,9 +121,10 @@ def _update_rule(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _kinds(params: Any) -> Any:
-    """"matrix" for hidden matrices (the last two axes; layers are stacked before them).
+    """Names the rule of every leaf: "matrix" or "other".
 
-    "other" where a leaf is no matrix, or an embedding or output table.
+    A matrix has its inputs and outputs on the last two axes; layers are stacked before them.
+    Embeddings and output tables are "other".
     """
 
     def kind(path: str, leaf: Any) -> str:
@@ -136,8 +137,7 @@ def _kinds(params: Any) -> Any:
 def _orthogonalize(updates: Any) -> Any:
     """Every matrix to the nearest orthogonal one, with the root mean square that Adam's have.
 
-    Matrices of one shape are stacked: few large products instead of many small ones, and less to
-    compile.
+    Matrices of one shape are stacked: few large products instead of many small ones.
     """
     leaves, structure = jax.tree.flatten(updates)
     wide = [x if x.shape[-2] <= x.shape[-1] else jnp.swapaxes(x, -1, -2) for x in leaves]
