@@ -41,6 +41,7 @@ HEAD_LOSSES = {
     "temporal/saliency": 1.0,
     "mask/focal": 20.0,
     "mask/dice": 2.0,
+    "mask/cells": 1.0,
     "mask/presence": 1.0,
 }
 
@@ -113,7 +114,7 @@ def _stage2(config: ConfigDict, runs: str) -> None:
     """
     config.init_from = f"{runs}/stage1/model"
     config.steps = 200
-    config.trainable = [["heads/|task_tokens/|box_encoder/", 5e-3], ["language/", 2e-3]]
+    config.trainable = [["heads/|task_tokens/|box_encoder/", 5e-3], ["language/", 1e-3]]
 
 
 def _stage3(config: ConfigDict, runs: str) -> None:
@@ -122,7 +123,7 @@ def _stage3(config: ConfigDict, runs: str) -> None:
     config.steps = 240
     config.trainable = [
         ["heads/|task_tokens/|box_encoder/", 4e-3],
-        ["language/|connector/", 1.5e-3],
+        ["language/|connector/", 1e-3],
         ["vision/", 5e-4],
     ]
 
