@@ -114,13 +114,14 @@ def _stage2(config: ConfigDict, runs: str) -> None:
     """
     config.init_from = f"{runs}/stage1/model"
     config.steps = 200
-    config.trainable = [["heads/|task_tokens/|box_encoder/", 5e-3], ["language/", 1e-3]]
+    config.trainable = [["heads/|task_tokens/|box_encoder/", 5e-3], ["language/", 2e-3]]
 
 
 def _stage3(config: ConfigDict, runs: str) -> None:
     """Everything, the towers gently."""
     config.init_from = f"{runs}/stage2/model"
     config.steps = 240
+    config.losses.language = 12.0
     config.trainable = [
         ["heads/|task_tokens/|box_encoder/", 4e-3],
         ["language/|connector/", 1e-3],

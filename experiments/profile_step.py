@@ -2,10 +2,11 @@
 
     python -m experiments.profile_step --config=configs/demo.py:stage=2 --bucket=video
 
-Compiles the gradient that `python -m tpo_jax.train` computes for one bucket, runs it on a blank batch
-and prints the seconds of the compiler's passes (sums over its threads; passes contain others), and
-the milliseconds of the largest operations; the same for the update with --bucket=update. Reads no data. `init_from` must be a model folder
-with the sizes; its weights are not loaded.
+Compiles the gradient that `python -m tpo_jax.train` computes for one bucket, runs it on a blank
+batch and prints the seconds of the compiler's passes (sums over its threads; passes contain
+others), and the milliseconds of the largest operations; the same for the update that all buckets
+share with --bucket=update. Reads no data. `init_from` must be a model folder with the sizes; its
+weights are not loaded.
 """
 
 import collections

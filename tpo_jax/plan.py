@@ -3,10 +3,11 @@
     python -m tpo_jax.plan --config=configs/demo.py:stage=3 --topology=v5e:2x4
     python -m tpo_jax.plan --config=configs/demo.py:stage=3 --topology=v4:2x2x2 --config.mesh.fsdp=8
 
-What is compiled is what `python -m tpo_jax.train` runs: the gradient of every bucket of the config,
-and the update that they share. Prints for each: memory of one chip against its HBM, collectives in the program, analytic
-FLOPs (see training/flops.py for what is counted) and the time they take at peak. Exits with
-status 1 where one does not fit. Needs libtpu: pip install 'tpo_jax[plan]'.
+What is compiled is what `python -m tpo_jax.train` runs: the update, and the gradient of every
+bucket of the config. Prints for each: memory of one chip against its HBM, and collectives in the
+program; for buckets also analytic FLOPs (see training/flops.py for what is counted) and the time
+they take at peak. Exits with status 1 where one does not fit. Needs libtpu: pip install
+'tpo_jax[plan]'.
 
 Topologies are GENERATION:SIZES: v5e:2x4, v5e:16x16, v6e:4x4, v4:2x2x2, v5p:2x2x1, ...
 """
@@ -43,7 +44,8 @@ class Memory:
     """Bytes of one chip.
 
     arguments: state, and batch or gradients. outputs: what is not written over an argument.
-    temporaries: while the program runs. peak: the most that is held at one time, by the compiler's own schedule.
+    temporaries: while the program runs. peak: the most that is held at one time, by the compiler's
+    own schedule.
     """
 
     arguments: int
@@ -178,10 +180,12 @@ def main(argv: list[str]) -> None:
     training_config.validate(config)
     over = [p for p in plan(config, topology) if not p.fits(chip.hbm)]
     for p in over:
-        lower = f"lower buckets.{p.bucket.name}.batch_size, raise accumulation, or " * bool(p.bucket)
+        fix = "give mesh.fsdp more chips"
+        if p.bucket:
+            fix = f"lower buckets.{p.bucket.name}.batch_size, raise accumulation, or {fix}"
         print(
             f"{p.name} needs {p.needed / GIB:.2f} GiB a chip, {topology} has "
-            f"{chip.hbm / GIB:.0f}; {lower}give mesh.fsdp more chips",
+            f"{chip.hbm / GIB:.0f}; {fix}",
             file=sys.stderr,
         )
     sys.exit(1 if over else 0)
