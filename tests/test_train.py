@@ -37,11 +37,11 @@ def one_device_and_one_compilation():
     """Runs on one of the fake devices; runs with the same program share what is compiled."""
     compiled, compile_buckets = {}, tpo_jax.train.compile_buckets
 
-    def compile_once(program, builders, evaluate, say):
+    def compile_once(program, builders, evaluate, say, preemption):
         shapes = str((program.abstract_state, [b.bucket for b in builders.values()]))
         key = (shapes, str(program.objective), program.optimizer.report, evaluate)
         if key not in compiled:
-            compiled[key] = compile_buckets(program, builders, evaluate, say)
+            compiled[key] = compile_buckets(program, builders, evaluate, say, preemption)
         return compiled[key]
 
     with pytest.MonkeyPatch.context() as patch:

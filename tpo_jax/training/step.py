@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from tpo_jax.parallel.mesh import batch_sharding, replicated
+from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.weighted_sum import WeightedSum
 from tpo_jax.training.objective import Batch, Objective, Sums, answer_scores, denominators
 from tpo_jax.training.optimizer import Optimizer, learning_rate
@@ -55,7 +56,9 @@ def make_train_step(
       (state, batch, base_key) -> (state, metrics). Metrics are WeightedSums that add up over
       steps: every term by name, the objective's metrics, loss (the weighted total), grad_norm
       (before clipping), learning_rate, and nonfinite: 1 for a step whose loss or gradient is not
-      finite. Such a step changes neither parameters nor optimizer state, it only counts.
+      finite. Such a step changes neither parameters nor optimizer state, it only counts. Beside
+      them, grad_norms is float32[number of trainable leaves], in the order of
+      `optimizer.learning_rates` sorted by path.
     """
     trainable_paths = frozenset(optimizer.learning_rates)
 
@@ -90,7 +93,9 @@ def make_train_step(
             return value, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
         (loss, sums), grads = accumulate(one, (batch, keys), accumulation)
-        grad_norm = optax.tree.norm(grads)
+        squares = {path: jnp.sum(jnp.square(leaf)) for path, leaf in flatten(grads).items()}
+        grad_norms = jnp.sqrt(jnp.stack([squares[path] for path in sorted(squares)]))
+        grad_norm = jnp.sqrt(sum(squares.values()))
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, trainable)
         moved = optax.apply_updates(trainable, updates)
@@ -106,7 +111,8 @@ def make_train_step(
             "nonfinite": 1 - finite.astype(jnp.float32),
         }
         one_step = jnp.ones((), jnp.float32)
-        return updated, sums | {k: WeightedSum(v, one_step) for k, v in once.items()}
+        metrics = sums | {k: WeightedSum(v, one_step) for k, v in once.items()}
+        return updated, metrics | {"grad_norms": grad_norms}
 
     return train_step
 
