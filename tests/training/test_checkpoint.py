@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tpo_jax.training.checkpoint import (
     Checkpoints,
     DamagedCheckpoint,
 )
+from tpo_jax.training.resume import find_start, read_checkpoint
 from tpo_jax.training.save_policy import Save, SavePolicy
 from tpo_jax.training.state import TrainState
 
@@ -128,6 +130,107 @@ def test_wrong_structure_names_every_leaf(tmp_path):
     assert "params/vision/bias" not in message
 
 
+def test_partial_restore_takes_what_it_is_told_to(tmp_path):
+    checkpoints = Checkpoints(tmp_path, policy())
+    checkpoints.save(1, unit(1), REGULAR)
+    checkpoints.close()
+    want = abstract(make_state(0))
+    want.params["heads"]["region"] = want.params["heads"].pop("scale")
+    for allowed, named, unnamed in (
+        ({"missing": ["params/heads/"]}, "heads/scale: in the checkpoint only", "heads/region"),
+        ({"extra": ["params/heads/"]}, "heads/region: not in the checkpoint", "heads/scale"),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.restore(1, want, **allowed)
+        assert named in str(error.value) and unnamed not in str(error.value)
+    got = checkpoints.restore(1, want, missing=["params/heads/"], extra=["params/heads/"]).state
+    put = make_state(1)
+    assert got.params["heads"] == {"region": want.params["heads"]["region"]}  # for us to fill
+    assert_equal(got.params["vision"], put.params["vision"])
+    assert_equal(got.opt_state, put.opt_state)
+
+
+def test_another_dtype_is_converted_when_told_to(tmp_path):
+    checkpoints = Checkpoints(tmp_path, policy())
+    checkpoints.save(1, unit(1), REGULAR)
+    checkpoints.close()
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    sharding = jax.NamedSharding(mesh, jax.P("fsdp", "tensor"))
+    want = abstract(make_state(0))
+    half = jax.ShapeDtypeStruct((8, 4), jnp.bfloat16, sharding=sharding)
+    want.params["vision"]["kernel"] = half
+    with pytest.raises(CheckpointError, match=r"vision/kernel: checkpoint has float32\[8, 4\]"):
+        checkpoints.restore(1, want)
+    got = checkpoints.restore(1, want, cast=True).state.params["vision"]["kernel"]
+    assert got.sharding == sharding and got.dtype == jnp.bfloat16
+    expected = make_state(1).params["vision"]["kernel"].astype(jnp.bfloat16)
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("two_steps")
+    checkpoints = Checkpoints(directory, policy(keep=2))
+    for step in (1, 2):
+        checkpoints.save(step, unit(step), REGULAR)
+        checkpoints.close()
+    return directory
+
+
+def test_a_flipped_bit_or_a_missing_end_is_found_in_every_file(two_steps, tmp_path):
+    random = np.random.default_rng(0)
+    names = list(checksums.files(epath.Path(two_steps / "2")))
+    assert {"state/manifest.ocdbt", "run/data.json"} < set(names)
+    for name in names:
+        content = (two_steps / "2" / name).read_bytes()
+        if not content:
+            continue
+        flipped, at = bytearray(content), int(random.integers(len(content)))
+        flipped[at] ^= 1 << int(random.integers(8))
+        for damaged in (bytes(flipped), content[:at]):
+            directory = tmp_path / "damaged"
+            shutil.copytree(two_steps, directory)
+            (directory / "2" / name).write_bytes(damaged)
+            checkpoints = Checkpoints(directory, policy(keep=2))
+            assert checkpoints.latest() == 2
+            with pytest.raises(DamagedCheckpoint, match=f"{name}: another"):
+                checkpoints.restore(2, abstract(make_state(0)))
+            assert checkpoints.newest_good(2) == 1
+            shutil.rmtree(directory)
+
+
+def test_damage_is_refused_with_the_step_to_go_on_from(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "2/run/data.json").unlink()
+    checkpoints = Checkpoints(tmp_path, policy(keep=2))
+    with pytest.raises(DamagedCheckpoint, match="run/data.json: missing(.|\n)*--resume_from=1 "):
+        read_checkpoint(checkpoints, find_start(checkpoints, None))
+    assert find_start(checkpoints, 1) == 1 and read_checkpoint(checkpoints, 1).data
+    assert checkpoints.set_aside_after(1) == [2]
+    assert checkpoints.steps() == [1] and (tmp_path / "2.set_aside").exists()
+    with pytest.raises(CheckpointError, match=r"--resume_from=2: .* there are \[1\]"):
+        find_start(checkpoints, 2)
+
+
+def test_a_removal_or_save_that_was_cut_off_is_no_checkpoint(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "2/checksums_0.json").unlink()  # killed before these were written
+    (tmp_path / "1").rename(tmp_path / "1.removed")
+    checkpoints = Checkpoints(tmp_path, policy(keep=2))
+    assert checkpoints.latest() is None and list(tmp_path.iterdir()) == []
+
+
+def test_what_the_policy_keeps_survives_reopening(tmp_path):
+    saves = {1: Save(("step", "permanent")), 2: Save(("step", "best"), 0.5),
+             3: Save(("best",), 0.7), 4: Save(("step",)), 5: Save(("time",)),
+             6: Save(("preemption",))}  # fmt: skip
+    for step, save in saves.items():
+        checkpoints = Checkpoints(tmp_path, policy(keep=1, best=1))
+        checkpoints.save(step, unit(step), save)
+        checkpoints.close()
+    assert checkpoints.steps() == [1, 2, 4, 6]
+
+
 def test_another_format_version_is_refused_by_name(tmp_path):
     checkpoints = Checkpoints(tmp_path, policy(keep=1))
     checkpoints.save(1, unit(1), REGULAR)
@@ -155,6 +258,7 @@ KILLED = """
 import os, signal, sys, threading
 import jax.numpy as jnp
 from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
+from tpo_jax.training.resume import find_start, read_checkpoint
 from tpo_jax.training.save_policy import Save, SavePolicy
 
 REGULAR = Save(("step",))

@@ -107,7 +107,7 @@ def check(mine: Mapping[str, str], timeout: float = TIMEOUT) -> None:
             absent.append(index)
     if absent:
         raise Disagreement(
-            f"process {_listed(absent)} of {count} did not report within {timeout:.0f} s of "
+            f"process {_listed(absent)} of {count} did not report within {timeout:g} s of "
             f"process {jax.process_index()}; look at its log, and start all of them again"
         )
     if lines := differences(shown):
