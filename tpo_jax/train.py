@@ -16,6 +16,7 @@ Several processes: on TPU pods run the same command on every host. Elsewhere giv
 JAX_NUM_PROCESSES, JAX_PROCESS_ID).
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -145,14 +146,15 @@ def train(
         # 1. A checkpoint in the workdir: everything, exactly.
         # 2. config.init_from: weights by name, everything else new.
         # 3. Random weights.
+        restoring = None
         if saved is not None:
-            state = checkpoints.restore(start, program.abstract_state).state
+            checkpoints.check(start, program.abstract_state)
+            # The arrays are read while the programs compile.
+            reader = concurrent.futures.ThreadPoolExecutor(1, "restore")
+            restoring = reader.submit(checkpoints.restore, start, program.abstract_state)
             progress = saved.progress
             pipeline.skip(progress["skipped"])
             ledger.resume(saved.ledger)
-            if resume_from is not None:
-                aside = checkpoints.set_aside_after(start)
-                say(f"set aside: {', '.join(map(str, aside)) or 'nothing newer'}")
             say(f"resuming from step {start} of {config.steps}")
         else:
             start = 0
@@ -175,6 +177,13 @@ def train(
         except Preempted:  # nothing has changed since the start
             say(f"stopped at step {start} while compiling")
             return EXIT_STATUS
+
+    if restoring is not None:
+        with ledger.measure("init"):
+            state = restoring.result().state
+            if resume_from is not None:
+                aside = checkpoints.set_aside_after(start)
+                say(f"set aside: {', '.join(map(str, aside)) or 'nothing newer'}")
 
     ########################################################################### Writers
     def open_writers(step: int) -> Writers:

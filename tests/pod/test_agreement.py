@@ -12,6 +12,7 @@ from tpo_jax.training import agreement
 
 port, index = sys.argv[1], int(sys.argv[2])
 jax.distributed.initialize(f"localhost:{port}", 2, index)
+assert jax.process_count() == 2  # starts the back end, which needs the real store
 keys = iter("abc")
 real = agreement.distributed.global_state.client
 

@@ -40,14 +40,14 @@ def test_the_clock_counts_from_the_last_save_of_any_kind():
 def test_best_are_those_of_the_lowest_losses_also_after_a_restart():
     policy = SavePolicy(every=100, keep=1, best=2)
     due = Due(policy)
-    kinds = [due.at(s, **NOTHING | {"loss": loss}).kinds for s, loss in enumerate((3.0, 1.0, 2.0))]
-    assert kinds == [("best",)] * 3
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
+        assert due.at(step, **NOTHING | {"loss": loss}).kinds == ("best",)
     again = Due(policy, due.losses)
     assert again.at(7, **NOTHING | {"loss": 2.5}).kinds == ()
     assert again.at(8, **NOTHING | {"loss": 0.5}) == Save(("best",), 0.5)
-    saves = {0: Save(("best",), 3.0), 1: Save(("best",), 1.0), 8: Save(("best",), 0.5),
+    saves = {1: Save(("best",), 3.0), 2: Save(("best",), 1.0), 8: Save(("best",), 0.5),
              9: Save(("time",))}  # fmt: skip
-    assert policy.retained(saves) == {1, 8, 9}
+    assert policy.retained(saves) == {2, 8, 9}
 
 
 def test_temporary_ones_go_with_the_next_and_permanent_ones_stay():

@@ -233,17 +233,31 @@ class Checkpoints:
             and allowed; names every leaf.
         """
         checkpoint = self.read(step)
-        path = self.directory / str(step)
+        saved = self.check(step, abstract_state, missing=missing, extra=extra, cast=cast)
         asked = flatten(abstract_state)
+        wanted = {name: leaf for name, leaf in asked.items() if name in saved}
         with _orbax_context(partial=bool(extra)):
-            saved = ocp.checkpointables_metadata(path).metadata[_STATE]
-            _check_structure(path, asked, saved, missing, extra, cast)
-            wanted = {name: leaf for name, leaf in asked.items() if name in saved}
-            loaded = ocp.load_checkpointables(path, {_STATE: wanted})[_STATE]
+            loaded = ocp.load_checkpointables(self.directory / str(step), {_STATE: wanted})[_STATE]
         state = jax.tree.unflatten(
             jax.tree.structure(abstract_state), [loaded.get(name, asked[name]) for name in asked]
         )
         return dataclasses.replace(checkpoint, state=state)
+
+    def check(
+        self,
+        step: int,
+        abstract_state: Any,
+        *,
+        missing: Sequence[str] = (),
+        extra: Sequence[str] = (),
+        cast: bool = False,
+    ) -> dict[str, Any]:
+        """Shapes and dtypes that are saved, by path; raises as `restore` but reads no array."""
+        path = self.directory / str(step)
+        with _orbax_context():
+            saved = ocp.checkpointables_metadata(path).metadata[_STATE]
+        _check_structure(path, flatten(abstract_state), saved, missing, extra, cast)
+        return saved
 
     def newest_good(self, before: int) -> int | None:
         """The newest step below `before` whose files are as they were written (one process)."""
