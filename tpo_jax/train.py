@@ -484,6 +484,7 @@ def main(argv: list[str]) -> None:
             config = _CONFIG.value
             training_config.validate(config)
             initialize_distributed()
+            preemption.joined()
             if config.compile_cache:
                 jax.config.update("jax_compilation_cache_dir", config.compile_cache)
                 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

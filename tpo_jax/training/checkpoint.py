@@ -84,6 +84,7 @@ class Checkpoints:
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         self._intact: set[int] = set()  # steps whose files were looked at
+        self._saves: dict[int, Save] = {}  # what is known of the steps that are there
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self._leftovers():
@@ -145,14 +146,25 @@ class Checkpoints:
         checksums.write(path, jax.process_index(), jax.process_count())
 
     def wait(self) -> None:
-        """Blocks until the save under way is complete, then removes what the policy drops."""
+        """Blocks until the save under way is complete, then removes what the policy drops.
+
+        Raises:
+          CheckpointError: the save failed.
+        """
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        pending.result()
+        try:
+            pending.result()
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.directory}: a save failed: {error}\nComplete are the steps {self.steps()}; "
+                "see to the storage (full, or not writable?), then start the same command again"
+            ) from error
         if jax.process_index() == 0:
-            saves = {step: self._read_save(step) for step in self.steps()}
-            for step in sorted(set(saves) - self._policy.retained(saves)):
+            there = self.steps()
+            self._saves = {step: self._saves.get(step) or self._read_save(step) for step in there}
+            for step in sorted(set(there) - self._policy.retained(self._saves)):
                 self._remove(step)
 
     close = wait

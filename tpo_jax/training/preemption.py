@@ -23,7 +23,7 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """Listens for SIGTERM while open (a context manager); open it before JAX starts.
+    """Listens for SIGTERM while open (a context manager); call `joined` after the others are there.
 
     Every process must poll the same number of times: call `reached()` in loops whose length
     does not depend on the process.
@@ -36,24 +36,27 @@ class Preemption:
         self._previous: signal.Handlers | None = None
 
     def __enter__(self) -> "Preemption":
-        # jax.distributed.initialize() replaces this handler by that of the service. A handler that
-        # was set later would mute the service.
         self._previous = signal.signal(signal.SIGTERM, self._hear)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if not self._polls:
+        if not self._polls:  # else the service has the signal
             signal.signal(signal.SIGTERM, self._previous)
 
     def _hear(self, signum: int, frame: types.FrameType | None) -> None:
         del signum, frame
         self._told = True
 
+    def joined(self) -> None:
+        """jax.distributed.initialize() has run, whose service took the signal over."""
+        if jax.process_count() == 1:  # the service would keep it to itself
+            signal.signal(signal.SIGTERM, self._hear)
+        elif self._told:  # it came before the service listened
+            os.kill(os.getpid(), signal.SIGTERM)
+
     def reached(self) -> bool:
         """True from the poll on at which all processes stop; False before."""
         if not self._reached and jax.process_count() > 1:
-            if self._told and not self._polls:  # it came before the service listened
-                os.kill(os.getpid(), signal.SIGTERM)
             self._polls += 1
             self._told = multihost_utils.reached_preemption_sync_point(self._polls)
         self._reached = self._reached or self._told
