@@ -61,7 +61,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # losses of the heads, which would change what the language model says.
     config.losses = {"language": 8.0, **HEAD_LOSSES}
     config.optimizer.update(name="muon", warmup=0.05, min_lr_ratio=0.05)
-    config.checkpoint = {"every": 200, "keep": 1}
+    config.checkpoint.update({"every": 200, "keep": 1})
     config.log_every = 10
     # Every bucket would compile a second program; --config.eval_every=120 chooses the best weights.
     config.eval_every = 0

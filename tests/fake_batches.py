@@ -106,3 +106,9 @@ def train_config(heads: tuple[str, ...] = (), **changes):
     for key, value in changes.items():
         config[key] = value
     return config
+
+
+def means(metrics) -> dict[str, float]:
+    """The means of a train step's metrics, which also hold the gradient norms by leaf."""
+    named = {name: value for name, value in metrics.items() if name != "grad_norms"}
+    return {name: float(value.mean()) for name, value in named.items()}

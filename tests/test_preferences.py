@@ -1,5 +1,7 @@
 import collections
 import json
+import os
+import signal
 
 import jax
 import micro_model
@@ -13,6 +15,7 @@ from tpo_jax.data.mixture import Source
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.records import Example, RecordError, Turn
+from tpo_jax.data.rows import RowBuilder
 from tpo_jax.generation import sidecar
 from tpo_jax.generation.pair_generator import PairGenerator
 from tpo_jax.interop.folder import load_model, save_model
@@ -51,7 +54,7 @@ def folder(tmp_path_factory):
 
 
 def generate(folder, out, *more):
-    preferences.main(["generate", f"--model={folder}", "--data=memory", f"--out={out}",
+    return preferences.main(["generate", f"--model={folder}", "--data=memory", f"--out={out}",
                       "--judge=none", "--gap=-1", "--temperature=1", "--top_p=1", "--max_new=16",
                       "--batch_size=4", "--length_ratio=20", *more])
 
@@ -67,7 +70,7 @@ def generated(folder, tmp_path_factory):
 
 
 def score(folder, pairs, out):
-    preferences.main(["score", f"--model={folder}", "--data=memory", f"--pairs={pairs}",
+    return preferences.main(["score", f"--model={folder}", "--data=memory", f"--pairs={pairs}",
                       f"--out={out}", "--batch_size=4"])
 
 
@@ -105,6 +108,43 @@ def test_interrupted_generation_goes_on_and_gives_the_same(folder, generated, tm
     generate(folder, tmp_path)
     assert len(calls) == 3 and calls[1] == calls[2] != calls[0]  # the first chunk is not redone
     assert (tmp_path / "pairs.jsonl").read_text() == (generated / "pairs.jsonl").read_text()
+
+
+def sigterm_in(monkeypatch, owner, name: str, call: int):
+    """Sends this process a SIGTERM in the given call of owner.name; returns the count of calls."""
+    real, calls = getattr(owner, name), collections.Counter()
+
+    def wrapped(*args, **options):
+        calls[name] += 1
+        if calls[name] == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **options)
+
+    monkeypatch.setattr(owner, name, wrapped)
+    return calls
+
+
+def test_sigterm_stops_generation_at_the_next_batch(folder, generated, tmp_path, monkeypatch):
+    calls = sigterm_in(monkeypatch, PairGenerator, "_batch", 3)
+    assert generate(folder, tmp_path) == 75
+    assert calls["_batch"] == 3 and not (tmp_path / "pairs.jsonl").exists()
+    assert generate(folder, tmp_path) == 0
+    assert (tmp_path / "pairs.jsonl").read_text() == (generated / "pairs.jsonl").read_text()
+
+
+def test_sigterm_stops_scoring_after_a_batch_that_is_kept(folder, generated, tmp_path, monkeypatch):
+    monkeypatch.setattr(preferences, "PART_BATCHES", 16)
+    pairs, out, whole = generated / "pairs.jsonl", tmp_path / "out.npz", tmp_path / "whole.npz"
+    assert score(folder, pairs, whole) == 0
+    total = len(sidecar.read(whole).logps)
+    built = sigterm_in(monkeypatch, RowBuilder, "build", 5)  # the first row of the second batch
+    assert score(folder, pairs, out) == 75
+    assert not out.exists() and 8 < total
+    assert len(sidecar.read(next((tmp_path / "out.npz.parts").iterdir())).logps) == 8
+    assert score(folder, pairs, out) == 0
+    assert built["build"] == total  # no row was scored twice
+    for pair, logps in sidecar.read(whole).logps.items():
+        np.testing.assert_array_equal(sidecar.read(out).logps[pair], logps)
 
 
 def test_generation_stops_when_there_are_enough(folder, tmp_path, capsys):

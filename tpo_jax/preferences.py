@@ -9,7 +9,9 @@
 `generate` answers questions of the split with the right and with manipulated frames, filters, and
 writes pairs.jsonl (one "preference" example a line, with all frame indices) and counts.json.
 `score` writes the log-probability of every answer token under this model, with a fingerprint of
-all that can change it. Both go on where they were stopped; what is finished is not done again.
+all that can change it. Both go on where they were stopped; what is finished is not done again. On
+SIGTERM they stop after the batch under way and exit with status 75 (start me again): `score` has
+then written every batch, `generate` every chunk of 32 videos.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +42,7 @@ from tpo_jax.generation.pair_generator import PairGenerator, Settings
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 from tpo_jax.training.step import make_score_step
 
 CHUNK_VIDEOS = 32  # videos between two saves of `generate`
@@ -50,7 +53,7 @@ class ResumeError(ValueError):
     """The output folder holds the work of another command."""
 
 
-def generate(flags: argparse.Namespace) -> None:
+def generate(flags: argparse.Namespace, preemption: Preemption) -> None:
     """Generates pairs until there are enough, or no video is left."""
     started = time.monotonic()
     config, params, codec = load_model(flags.model)
@@ -62,7 +65,8 @@ def generate(flags: argparse.Namespace) -> None:
         **json.loads(json.dumps(dataclasses.asdict(settings)))}
     check_same_run(out, about)
     generator = PairGenerator(
-        FunctionalModel(config), params, codec, PreparedDataset(flags.data), settings)
+        FunctionalModel(config), params, codec, PreparedDataset(flags.data), settings,
+        poll=preemption.check)
     drawn = {"temperature": settings.temperature, "top_p": settings.top_p,
              "seed": settings.evidence.seed, "weights": about["weights"]}
     kept, counts, videos = run_chunks(generator, out / "chunks", drawn, flags.pairs)
@@ -143,7 +147,7 @@ def check_same_run(out: epath.Path, about: dict[str, Any]) -> None:
             + "\nGive another --out, or remove this folder.")
 
 
-def score(flags: argparse.Namespace) -> None:
+def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     """Writes the reference sidecar of a manifest of pairs."""
     config, params, codec = load_model(flags.model)
     params = jax.tree.map(jax.numpy.asarray, params)
@@ -160,7 +164,8 @@ def score(flags: argparse.Namespace) -> None:
         print(f"{out}: {len(plans)} pairs are scored already")
         return
     folder = out.parent / f"{out.name}.parts"
-    parts = list(score_parts(FunctionalModel(config), params, builder, plans, fingerprint, folder))
+    model = FunctionalModel(config)
+    parts = list(score_parts(model, params, builder, plans, fingerprint, folder, preemption))
     sidecar.write(out, sidecar.merge(parts))
     folder.rmtree()
     print(f"{out}: {len(plans)} pairs scored")
@@ -175,8 +180,12 @@ def is_complete(scored: sidecar.Sidecar, fingerprint: sidecar.Fingerprint, build
 
 def score_parts(model: FunctionalModel, params: Any, builder: RowBuilder,
                 plans: Sequence[RowPlan], fingerprint: sidecar.Fingerprint,
-                folder: epath.Path) -> Iterator[sidecar.Sidecar]:
-    """Scores some batches at a time; a part that is on disk and still fits is read instead."""
+                folder: epath.Path, preemption: Preemption) -> Iterator[sidecar.Sidecar]:
+    """Scores some batches at a time; what is on disk and still fits is read instead.
+
+    Raises:
+      Preempted: told to stop; every batch that was scored is on disk.
+    """
     step = jax.jit(make_score_step(model))
     size = PART_BATCHES * builder.bucket.batch_size
     with tqdm.tqdm(total=len(plans), desc="score", unit="pair") as bar:
@@ -185,15 +194,29 @@ def score_parts(model: FunctionalModel, params: Any, builder: RowBuilder,
             file = folder / f"{number:05d}.npz"
             part = sidecar.read(file) if file.exists() else None
             if part is None or not is_complete(part, fingerprint, builder, now):
-                logps: dict[str, np.ndarray] = {}
-                for batch, rows in batches(builder, now):
+                digests = {pair_id(plan): digest_of(builder, plan) for plan in now}
+                logps = scored_before(part, fingerprint, digests)
+                left = [plan for plan in now if pair_id(plan) not in logps]
+                for batch, rows in batches(builder, left):
                     values = np.asarray(step(params, batch)) * (batch["answer_weights"] > 0)
                     logps |= {pair_id(plan): values[i] for i, plan in enumerate(rows)}
-                digests = {pair_id(plan): digest_of(builder, plan) for plan in now}
-                part = sidecar.Sidecar(fingerprint, digests, logps, str(file))
+                    if preemption.reached():
+                        break
+                part = sidecar.Sidecar(
+                    fingerprint, {name: digests[name] for name in logps}, logps, str(file))
                 sidecar.write(file, part)
+                preemption.check()
             bar.update(len(now))
             yield part
+
+
+def scored_before(part: sidecar.Sidecar | None, fingerprint: sidecar.Fingerprint,
+                  digests: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """What an interrupted part holds of these pairs, by id."""
+    if part is None or part.fingerprint != fingerprint:
+        return {}
+    return {name: logps for name, logps in part.logps.items()
+            if name in digests and part.digests[name] == digests[name]}
 
 
 def pair_bucket(codec: TextCodec, config: ModelConfig, plans: Sequence[RowPlan], frames: int,
@@ -282,10 +305,17 @@ def add_score(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=16, help="pairs at a time (default: %(default)s)")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
     flags = parse(arguments)
-    {"generate": generate, "score": score}[flags.command](flags)
+    with Preemption() as preemption:
+        try:
+            {"generate": generate, "score": score}[flags.command](flags, preemption)
+        except Preempted:
+            print(f"{flags.out}: stopped; the same command goes on", file=sys.stderr)
+            return EXIT_STATUS
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

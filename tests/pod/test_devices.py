@@ -11,6 +11,7 @@ from fake_batches import (
     FAST_COMPILE,
     SMOOTH,
     bucket,
+    means,
     micro,
     random_batch,
     train_config,
@@ -41,7 +42,7 @@ def two_steps(heads, sizes, devices, accumulation=1):
     history = []
     for _ in range(2):
         state, metrics = compiled(state, batch, key)
-        history.append({name: float(value.mean()) for name, value in metrics.items()})
+        history.append(means(metrics))
     wanted = flatten(program.abstract_state)
     for path, x in flatten(state).items():
         assert x.sharding.is_equivalent_to(wanted[path].sharding, x.ndim), path

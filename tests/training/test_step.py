@@ -12,6 +12,7 @@ from fake_batches import (
     HEADS,
     SMOOTH,
     bucket,
+    means,
     micro,
     pair_bucket,
     random_batch,
@@ -74,7 +75,7 @@ def run(program, params, batch, steps=1):
     history = []
     for _ in range(steps):
         state, metrics = compiled(state, batch, key)
-        history.append({name: float(value.mean()) for name, value in metrics.items()})
+        history.append(means(metrics))
     return state, history
 
 

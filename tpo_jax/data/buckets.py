@@ -123,6 +123,12 @@ class BucketSchedule:
         before = self.pattern[:phase].count(index)
         return self.buckets[index], periods * self.counts[index] + before
 
+    def occurrences(self, bucket: Bucket, step: int) -> int:
+        """How often `bucket` comes before `step`."""
+        index = self.buckets.index(bucket)
+        periods, phase = divmod(step, len(self.pattern))
+        return periods * self.counts[index] + self.pattern[:phase].count(index)
+
 
 def _apportion(weights: Sequence[float], total: int) -> list[int]:
     """Integers >= 1 that sum to `total`, in proportion to `weights`."""

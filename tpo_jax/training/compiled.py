@@ -11,6 +11,8 @@ import numpy as np
 from tpo_jax.data.pipeline import blank_batch
 from tpo_jax.data.rows import RowBuilder
 from tpo_jax.parallel.paths import flatten
+from tpo_jax.training.flops import train_flops
+from tpo_jax.training.preemption import Preemption
 from tpo_jax.training.program import Program
 from tpo_jax.training.step import TrainStep
 
@@ -20,11 +22,13 @@ class CompiledBucket:
     """The programs of one bucket; they cannot trace, so a wrong shape is an error, not a recompile.
 
     tokens: positions of the decoder in one batch, padding included.
+    flops: model FLOPs of one train step (training.flops).
     """
 
     name: str
     shapes: dict[str, tuple[tuple[int, ...], np.dtype]]
     tokens: int
+    flops: float
     train_step: TrainStep
     eval_program: Any
 
@@ -54,6 +58,7 @@ def compile_buckets(
     builders: Mapping[str, RowBuilder],
     evaluate: bool,
     say: Callable[[str], None],
+    preemption: Preemption,
 ) -> dict[str, CompiledBucket]:
     """Compiles the steps of every bucket.
 
@@ -61,6 +66,10 @@ def compile_buckets(
       builders: of the pipeline, by bucket name; they know the shapes.
       evaluate: whether the validation step is compiled as well.
       say: told of each bucket that is done.
+      preemption: polled after every program.
+
+    Raises:
+      Preempted: told to stop; what is compiled stays in the compile cache, if there is one.
     """
     begin = time.monotonic()
     update = program.lower_update().compile()
@@ -75,13 +84,18 @@ def compile_buckets(
         rows = leaves["branch_tokens"].shape[0]
         per_row = leaves["prefix_tokens"].shape[1] + np.prod(leaves["branch_tokens"].shape[1:])
         params = program.abstract_state.params
+        preemption.check()
+        gradient = program.lower_gradient(batch).compile()
+        preemption.check()
         lowered = program.eval_step.lower(params, batch) if evaluate else None
         compiled[name] = CompiledBucket(
             name=name,
             shapes={path: (x.shape, x.dtype) for path, x in leaves.items()},
             tokens=int(rows * per_row),
-            train_step=TrainStep(program.lower_gradient(batch).compile(), update),
+            flops=train_flops(program.model.config, batch),
+            train_step=TrainStep(gradient, update),
             eval_program=lowered.compile() if lowered is not None else None,
         )
         say(f"compiled bucket {name!r} ({rows} rows) in {time.monotonic() - begin:.1f} s")
+    preemption.check()
     return compiled

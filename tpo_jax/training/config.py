@@ -19,7 +19,9 @@ OBJECTIVES = ("sft", "preference")
 # Options whose keys are names that the config chooses.
 _FREE_KEYS = ("buckets", "losses", "slots", "tasks")
 # Options that do not change what is learnt: a run may resume with other values.
-FREE_ON_RESUME = ("mesh", "checkpoint", "log_every", "compile_cache", "data.threads")
+FREE_ON_RESUME = (
+    "mesh", "checkpoint", "divergence", "log_every", "compile_cache", "data.threads",
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -60,7 +62,17 @@ def default_config() -> ConfigDict:
     config.accumulation = 1  # micro-batches a step
     config.dropout = 0.0
     config.mesh = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}  # -1: what is left
-    config.checkpoint = {"every": 500, "keep": 2}  # steps between saves; how many stay
+    config.checkpoint = {
+        "every": 500,  # steps between saves
+        "keep": 2,  # how many of them stay
+        "permanent": 0,  # steps between checkpoints that stay for good; 0: none
+        "minutes": 0.0,  # longest time without a save; such a one goes with the next; 0: any
+        "best": 0,  # checkpoints of the lowest validation losses that stay
+    }
+    config.divergence = {
+        "spike": 10.0,  # a loss above so many medians is written down; 0: only one not finite
+        "rollbacks": 0,  # times the run may go back to a checkpoint and skip such a batch
+    }
     config.log_every = 10
     config.eval_every = 500  # 0: no validation
     config.eval_batches = 8
@@ -209,10 +221,24 @@ def _check_scalars(config: ConfigDict) -> list[str]:
     positive = (
         "steps", "accumulation", "log_every", "checkpoint.every", "checkpoint.keep", "data.threads",
     )  # fmt: skip
-    for option in (*positive, "eval_every", "eval_batches"):
+    not_negative = (
+        "eval_every", "eval_batches", "checkpoint.permanent", "checkpoint.minutes",
+        "checkpoint.best", "divergence.spike", "divergence.rollbacks",
+    )  # fmt: skip
+    for option in (*positive, *not_negative):
         value, low = _get(config, option), 1 if option in positive else 0
         if value < low:
             problems.append(_problem(option, value, "too small", f"give at least {low}"))
+    if 0 < config.divergence.spike <= 1:
+        fix = "give more than 1, or 0 for none"
+        problems.append(
+            _problem("divergence.spike", config.divergence.spike, "takes usual losses", fix)
+        )
+    if config.checkpoint.best and not config.eval_every:
+        fix = "set eval_every, or checkpoint.best=0"
+        problems.append(
+            _problem("checkpoint.best", config.checkpoint.best, "without validation", fix)
+        )
     if not 0.0 <= config.dropout < 1.0:
         problems.append(_problem("dropout", config.dropout, "not a share", "give one in [0, 1)"))
     if config.eval_every and not config.data.validation:

@@ -23,6 +23,7 @@ import optax
 from jax.sharding import Mesh
 
 from tpo_jax.parallel.mesh import batch_sharding, replicated
+from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.weighted_sum import WeightedSum
 from tpo_jax.training.objective import Batch, Objective, Sums, answer_scores, denominators
 from tpo_jax.training.optimizer import Optimizer, learning_rate
@@ -120,7 +121,8 @@ def make_update_step(optimizer: Optimizer) -> UpdateStep:
     Returns:
       (state, gradients, loss) -> (state, metrics). Metrics are WeightedSums: grad_norm (before
       clipping), learning_rate, and nonfinite: 1 for a step whose loss or gradient is not finite.
-      Such a step changes neither parameters nor optimizer state, it only counts.
+      Such a step changes neither parameters nor optimizer state, it only counts. Beside them,
+      grad_norms is float32[number of trainable leaves], in the order of their sorted paths.
     """
     trainable_paths = frozenset(optimizer.learning_rates)
 
@@ -128,7 +130,8 @@ def make_update_step(optimizer: Optimizer) -> UpdateStep:
         state: TrainState, grads: Any, loss: WeightedSum
     ) -> tuple[TrainState, Sums]:
         trainable, frozen = partition(state.params, trainable_paths)
-        grad_norm = optax.tree.norm(grads)
+        squares = {path: jnp.sum(jnp.square(leaf)) for path, leaf in flatten(grads).items()}
+        grad_norm = jnp.sqrt(sum(squares.values()))
         finite = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, trainable)
         moved = optax.apply_updates(trainable, updates)
@@ -141,6 +144,7 @@ def make_update_step(optimizer: Optimizer) -> UpdateStep:
             "grad_norm": _once(grad_norm),
             "learning_rate": _once(learning_rate(optimizer, state.step)),
             "nonfinite": _once(1 - finite.astype(jnp.float32)),
+            "grad_norms": jnp.sqrt(jnp.stack([squares[path] for path in sorted(squares)])),
         }
 
     return update_step
