@@ -2,12 +2,18 @@
 
     python -m tpo_jax.train --config=configs/demo.py:stage=1 --workdir=runs/demo/stage1
     python -m tpo_jax.train --config=configs/demo.py:stage=2 --workdir=runs/stage2 --config.seed=1
+    python -m tpo_jax.train --config=runs/stage2/config.json --workdir=runs/again
 
 The workdir then holds config.json, metrics.jsonl, tensorboard/, ledger.json, checkpoints/, model/
 (the last weights) and, with validation, best_model/ (those of the lowest validation loss).
 
 The same command goes on where a run stopped: batches, losses and weights are those of a run that
 was never interrupted. SIGTERM saves a checkpoint and exits with status 75 (start me again).
+SIGUSR1 traces the next steps into profile/.
+
+--dry_run checks config, data, shapes, sharding and checkpoints and trains nothing;
+--dry_run=compile adds the memory plan (python -m tpo_jax.plan). With --topology=v5e:4x4 for a TPU
+that is not there.
 
 Several processes: on TPU pods run the same command on every host. Elsewhere give each process
 --coordinator=HOST:PORT --num_processes=N --process_id=I (or the variables JAX_COORDINATOR_ADDRESS,
@@ -29,7 +35,7 @@ import numpy as np
 import tokenizers
 from absl import app, flags, logging
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.rows import Reference
@@ -44,8 +50,10 @@ from tpo_jax.parallel.weighted_sum import WeightedSum
 from tpo_jax.training import config as training_config
 from tpo_jax.training.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from tpo_jax.training.compiled import CompiledBucket, compile_buckets
+from tpo_jax.training.config_flag import define_config
 from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.preemption import EXIT_STATUS, Preemption
+from tpo_jax.training.profiling import Profiler, device_memory
 from tpo_jax.training.program import Program, make_program
 from tpo_jax.training.step import weighted_total
 from tpo_jax.training.writers import (
@@ -53,10 +61,11 @@ from tpo_jax.training.writers import (
     MetricWindow,
     StdoutProgress,
     TensorBoard,
+    WeightsAndBiases,
     Writers,
 )
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARG].")
+_CONFIG = define_config("config", "Config file, FILE.py[:ARG] or WORKDIR/config.json.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; local or gs://.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
@@ -75,6 +84,7 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
     """Runs or resumes the run in `workdir`; returns the exit status of the process."""
     is_writer = jax.process_index() == 0
     plain_config = training_config.to_dict(config)
+    profiler = Profiler(workdir, config.profile)
     with ledger.measure("init"):
         ####################################################################### Mesh and model
         mesh = make_mesh(config.mesh.to_dict())
@@ -133,6 +143,9 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
         metrics_file = Jsonl(workdir / "metrics.jsonl", resume_step=start)
         tensorboard = TensorBoard(workdir / "tensorboard", resume_step=start)
         writers = Writers([bar, metrics_file, tensorboard])
+        if config.wandb:
+            online = WeightsAndBiases(config.wandb, workdir, plain_config)
+            writers = Writers([bar, metrics_file, tensorboard, online])
 
     ########################################################################### Loop
     step, tokens = start, 0
@@ -150,7 +163,8 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
             scalars = window.means("train/")
             check_finite(at, scalars)
             with ledger.measure("other"):
-                writers.write_scalars(at, scalars | clock.record(at, tokens_then))
+                measured = clock.record(at, tokens_then) | device_memory()
+                writers.write_scalars(at, scalars | measured)
             window = MetricWindow()
 
     while True:
@@ -180,6 +194,8 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
         if stop or step == config.steps:
             break
 
+        with ledger.measure("other"):
+            profiler.before_step(step + 1, pending)
         with ledger.measure("data_wait"):
             bucket, local = next(iterator)
         with ledger.measure("step"):
@@ -191,6 +207,7 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
             pending = step, tokens, metrics
 
     ########################################################################### End
+    profiler.close(pending)
     with ledger.measure("checkpoint"):
         checkpoints.close()
         if not stop:

@@ -19,7 +19,9 @@ OBJECTIVES = ("sft", "preference")
 # Options whose keys are names that the config chooses.
 _FREE_KEYS = ("buckets", "losses", "slots", "tasks")
 # Options that do not change what is learnt: a run may resume with other values.
-FREE_ON_RESUME = ("mesh", "checkpoint", "log_every", "compile_cache", "data.threads")
+FREE_ON_RESUME = (
+    "mesh", "checkpoint", "log_every", "compile_cache", "data.threads", "profile", "wandb",
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -65,6 +67,9 @@ def default_config() -> ConfigDict:
     config.eval_every = 500  # 0: no validation
     config.eval_batches = 8
     config.compile_cache = ""  # directory; compiled programs survive restarts
+    # Steps that are traced for xprof, into workdir/profile/; start 0: none. See docs/sweeps.md.
+    config.profile = {"start": 0, "steps": 0}
+    config.wandb = ""  # project of Weights & Biases; "": not used
     return config
 
 
@@ -156,6 +161,24 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
+def from_dict(values: Mapping[str, Any]) -> ConfigDict:
+    """The inverse of `to_dict`; an option that is younger than `values` has its default."""
+
+    def merge(config: ConfigDict, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            nested = isinstance(value, Mapping) and key not in _FREE_KEYS
+            if nested and isinstance(config.get(key), ConfigDict):
+                merge(config[key], value)
+            else:
+                if key in config:
+                    del config[key]  # else ConfigDict refuses another type, which validate names
+                config[key] = value
+
+    config = default_config()
+    merge(config, values)
+    return config
+
+
 def validate(config: ConfigDict) -> None:
     """Checks every option that can be checked without data, weights or devices.
 
@@ -209,7 +232,7 @@ def _check_scalars(config: ConfigDict) -> list[str]:
     positive = (
         "steps", "accumulation", "log_every", "checkpoint.every", "checkpoint.keep", "data.threads",
     )  # fmt: skip
-    for option in (*positive, "eval_every", "eval_batches"):
+    for option in (*positive, "eval_every", "eval_batches", "profile.start", "profile.steps"):
         value, low = _get(config, option), 1 if option in positive else 0
         if value < low:
             problems.append(_problem(option, value, "too small", f"give at least {low}"))
@@ -235,6 +258,10 @@ def _check_scalars(config: ConfigDict) -> list[str]:
     if not config.tokenizer and not config.init_from:
         fix = "name a tokenizer.json, or a model folder in init_from"
         problems.append(_problem("tokenizer", "", "no tokenizer and no init_from", fix))
+    if bool(config.profile.start) != bool(config.profile.steps):
+        fix = "give both profile.start (first step to trace) and profile.steps, or neither"
+        reason = "half a window"
+        problems.append(_problem("profile", config.profile.to_dict(), reason, fix))
     if config.tokenizer and config.init_from:
         reason = f"init_from={config.init_from!r} brings its own"
         problems.append(_problem("tokenizer", config.tokenizer, reason, "leave it empty"))
