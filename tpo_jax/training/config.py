@@ -164,19 +164,15 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
 def from_dict(values: Mapping[str, Any]) -> ConfigDict:
     """The inverse of `to_dict`; an option that is younger than `values` has its default."""
 
-    def merge(config: ConfigDict, values: Mapping[str, Any]) -> None:
-        for key, value in values.items():
-            nested = isinstance(value, Mapping) and key not in _FREE_KEYS
-            if nested and isinstance(config.get(key), ConfigDict):
-                merge(config[key], value)
-            else:
-                if key in config:
-                    del config[key]  # else ConfigDict refuses another type, which validate names
-                config[key] = value
+    def fill(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        filled = defaults | values
+        for key, default in defaults.items():
+            both = isinstance(default, Mapping) and isinstance(filled[key], Mapping)
+            if both and key not in _FREE_KEYS:
+                filled[key] = fill(filled[key], default)
+        return {key: filled[key] for key in [*values, *filled]}  # in the order of `values`
 
-    config = default_config()
-    merge(config, values)
-    return config
+    return ConfigDict(fill(values, to_dict(default_config())), sort_keys=False)
 
 
 def validate(config: ConfigDict) -> None:
