@@ -73,9 +73,9 @@ def describe(launcher: Any, run: Run) -> str:
 
 def log_folder(out: epath.Path) -> pathlib.Path:
     """Processes write their output to local files, also when the sweep is on gs://."""
-    if isinstance(out, pathlib.PosixPath):
-        return pathlib.Path(out) / "logs"
-    return pathlib.Path("runs") / "logs" / out.name
+    if "://" in str(out):
+        return pathlib.Path("runs") / "logs" / out.name
+    return pathlib.Path(out) / "logs"
 
 
 def launch(launcher: Any, runs: list[Run], out: epath.Path, parallel: int) -> int:

@@ -25,7 +25,9 @@ import functools
 import json
 import os
 import pathlib
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -50,7 +52,8 @@ from tpo_jax.parallel.weighted_sum import WeightedSum
 from tpo_jax.training import config as training_config
 from tpo_jax.training.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from tpo_jax.training.compiled import CompiledBucket, compile_buckets
-from tpo_jax.training.config_flag import define_config
+from tpo_jax.training.config_flag import define_config, define_dry_run
+from tpo_jax.training.dry_run import DryRun
 from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.preemption import EXIT_STATUS, Preemption
 from tpo_jax.training.profiling import Profiler, device_memory
@@ -67,6 +70,8 @@ from tpo_jax.training.writers import (
 
 _CONFIG = define_config("config", "Config file, FILE.py[:ARG] or WORKDIR/config.json.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; local or gs://.")
+_DRY_RUN = define_dry_run("dry_run", "Only check; =compile adds the memory plan.")
+TOPOLOGY = flags.DEFINE_string("topology", "", "Of --dry_run, such as v5e:4x4; '': devices here.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process.")
@@ -384,9 +389,29 @@ def initialize_distributed() -> None:
     )  # fmt: skip
 
 
+def dry_run(config: ConfigDict, mode: str, topology: str) -> int:
+    """Checks a run that is not started; returns the exit status, 1 if something is wrong."""
+    if mode == "compile" and not topology:
+        raise app.UsageError("--dry_run=compile needs --topology, such as v5e:4x4")
+    if topology:
+        jax.config.update("jax_platforms", "cpu")  # a TPU that is here stays free
+    say = functools.partial(print, flush=True)
+    good = DryRun(config, _WORKDIR.value or "", topology, make_model_config, say).run()
+    if not good or mode != "compile":
+        return 0 if good else 1
+    # A process of its own: the compiler's memory is free again, and its flags are its own.
+    with tempfile.TemporaryDirectory() as folder:
+        path = epath.Path(folder) / "config.json"
+        write_json(path, training_config.to_dict(config))
+        command = [sys.executable, "-m", "tpo_jax.plan", f"--config={path}"]
+        return subprocess.run([*command, f"--topology={topology}"]).returncode
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
+    if _DRY_RUN.value:
+        sys.exit(dry_run(_CONFIG.value, _DRY_RUN.value, TOPOLOGY.value))
     ledger = Ledger()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells forty lines a checkpoint
@@ -405,5 +430,10 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
+    flags.register_multi_flags_validator(
+        ["workdir", "dry_run"],
+        lambda given: given["workdir"] or given["dry_run"],
+        message="--workdir is needed, unless --dry_run",
+    )
     app.run(main)

@@ -30,6 +30,22 @@ def read_json(path: epath.PathLike) -> ConfigDict:
     return training_config.from_dict(values)
 
 
+def define_dry_run(name: str, help: str) -> flags.FlagHolder:
+    """Defines --NAME and --NAME=compile; the value is "", "check" or "compile"."""
+    flag = flags.Flag(_DryRunParser(), flags.ArgumentSerializer(), name, "", help, boolean=True)
+    return flags.DEFINE_flag(flag)
+
+
+class _DryRunParser(flags.ArgumentParser):
+    """A flag without a value arrives as "true"."""
+
+    def parse(self, argument: str) -> str:
+        known = {"true": "check", "false": "", "": "", "check": "check", "compile": "compile"}
+        if str(argument).lower() not in known:
+            raise ValueError(f"{argument!r}: expected nothing, or compile")
+        return known[str(argument).lower()]
+
+
 class _Parser(flags.ArgumentParser):
     """Reads JSON by itself and leaves Python files to ml_collections."""
 
