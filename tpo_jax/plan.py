@@ -29,12 +29,12 @@ from tpo_jax.data.pipeline import read_buckets
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.topologies import GIB, parse_topology, prepare_environment, topology_devices
-from tpo_jax.train import make_model_config  # brings train's flags, --config among them
+from tpo_jax.train import TOPOLOGY, make_model_config  # brings train's flags, --config among them
 from tpo_jax.training import config as training_config
 from tpo_jax.training.flops import TRAIN_OVER_FORWARD, forward_flops
 from tpo_jax.training.program import Program, make_program
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "GENERATION:SIZES, for example v4:2x2x2.")
+flags.set_default(TOPOLOGY, "v5e:2x4")
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -175,7 +175,7 @@ def plan(config: ConfigDict, topology: str) -> list[ProgramPlan]:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
-    config, topology = flags.FLAGS.config, _TOPOLOGY.value
+    config, topology = flags.FLAGS.config, TOPOLOGY.value
     chip, _ = parse_topology(topology)
     training_config.validate(config)
     over = [p for p in plan(config, topology) if not p.fits(chip.hbm)]

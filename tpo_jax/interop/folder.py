@@ -152,8 +152,7 @@ def load_into(
     """
     path = epath.Path(directory)
     wanted = flatten(abstract)
-    have = _read_shapes(path)
-    missing = _check_names(path, wanted, have, init_missing)
+    missing = check_fits(abstract, path, init_missing=init_missing, new_tokens=new_tokens)
     used_tokens = _used_tokens(path, new_tokens) if new_tokens else 0
     leaves: dict[str, jax.Array | np.ndarray] = {}
     for name, tensor in _read_tensors(path):
@@ -161,6 +160,21 @@ def load_into(
             tensor = _fill_new_tokens(tensor, _TOKEN_AXIS[name], used_tokens, new_tokens)
         leaves[name] = _place(tensor, wanted[name])
     return Loaded({name: leaves[name] for name in wanted if name in leaves}, missing)
+
+
+def check_fits(
+    abstract: Any,
+    directory: epath.PathLike,
+    *,
+    init_missing: Sequence[str] = (),
+    new_tokens: Sequence[int] = (),
+) -> tuple[str, ...]:
+    """Raises what `load_into` would raise, without reading a parameter; returns its `missing`."""
+    path = epath.Path(directory)
+    missing = _check_names(path, flatten(abstract), _read_shapes(path), init_missing)
+    if new_tokens:
+        _used_tokens(path, new_tokens)
+    return missing
 
 
 def added_tokens(old: ModelConfig, new: ModelConfig) -> tuple[int, ...]:

@@ -20,7 +20,8 @@ OBJECTIVES = ("sft", "preference")
 _FREE_KEYS = ("buckets", "losses", "slots", "tasks")
 # Options that do not change what is learnt: a run may resume with other values.
 FREE_ON_RESUME = (
-    "mesh", "checkpoint", "divergence", "log_every", "compile_cache", "data.threads",
+    "mesh", "checkpoint", "divergence", "log_every", "compile_cache", "data.threads", "profile",
+    "wandb",
 )  # fmt: skip
 
 
@@ -77,6 +78,9 @@ def default_config() -> ConfigDict:
     config.eval_every = 500  # 0: no validation
     config.eval_batches = 8
     config.compile_cache = ""  # directory; compiled programs survive restarts
+    # Steps that are traced for xprof, into workdir/profile/; start 0: none. See docs/sweeps.md.
+    config.profile = {"start": 0, "steps": 0}
+    config.wandb = ""  # project of Weights & Biases; "": not used
     return config
 
 
@@ -168,6 +172,20 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
+def from_dict(values: Mapping[str, Any]) -> ConfigDict:
+    """The inverse of `to_dict`; an option that is younger than `values` has its default."""
+
+    def fill(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        filled = defaults | values
+        for key, default in defaults.items():
+            both = isinstance(default, Mapping) and isinstance(filled[key], Mapping)
+            if both and key not in _FREE_KEYS:
+                filled[key] = fill(filled[key], default)
+        return {key: filled[key] for key in [*values, *filled]}  # in the order of `values`
+
+    return ConfigDict(fill(values, to_dict(default_config())), sort_keys=False)
+
+
 def validate(config: ConfigDict) -> None:
     """Checks every option that can be checked without data, weights or devices.
 
@@ -223,7 +241,8 @@ def _check_scalars(config: ConfigDict) -> list[str]:
     )  # fmt: skip
     not_negative = (
         "eval_every", "eval_batches", "checkpoint.permanent", "checkpoint.minutes",
-        "checkpoint.best", "divergence.spike", "divergence.rollbacks",
+        "checkpoint.best", "divergence.spike", "divergence.rollbacks", "profile.start",
+        "profile.steps",
     )  # fmt: skip
     for option in (*positive, *not_negative):
         value, low = _get(config, option), 1 if option in positive else 0
@@ -261,6 +280,10 @@ def _check_scalars(config: ConfigDict) -> list[str]:
     if not config.tokenizer and not config.init_from:
         fix = "name a tokenizer.json, or a model folder in init_from"
         problems.append(_problem("tokenizer", "", "no tokenizer and no init_from", fix))
+    if bool(config.profile.start) != bool(config.profile.steps):
+        fix = "give both profile.start (first step to trace) and profile.steps, or neither"
+        reason = "half a window"
+        problems.append(_problem("profile", config.profile.to_dict(), reason, fix))
     if config.tokenizer and config.init_from:
         reason = f"init_from={config.init_from!r} brings its own"
         problems.append(_problem("tokenizer", config.tokenizer, reason, "leave it empty"))
