@@ -15,7 +15,12 @@ from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.objectives.preference import PreferenceConfig
 from tpo_jax.parallel.mesh import batch_sharding, check_batch_divides, replicated
 from tpo_jax.parallel.rules import follow_params, param_shardings, place
-from tpo_jax.training.objective import Objective, PreferenceObjective, SftObjective
+from tpo_jax.training.objective import (
+    Objective,
+    PreferenceObjective,
+    SftObjective,
+    check_adapters_off,
+)
 from tpo_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from tpo_jax.training.state import Params, TrainState, init_state
 from tpo_jax.training.step import (
@@ -92,7 +97,9 @@ class Program:
 def make_objective(config: ConfigDict) -> Objective:
     """config.objective with its options."""
     if config.objective == "preference":
-        return PreferenceObjective(PreferenceConfig(**config.preference.to_dict()))
+        options = config.preference.to_dict()
+        reference = options.pop("reference", "sidecar")
+        return PreferenceObjective(PreferenceConfig(**options), reference)
     if config.objective == "sft":
         return SftObjective(config.losses.to_dict())
     raise ValueError(f"objective={config.objective!r}: expected 'sft' or 'preference'")
@@ -114,6 +121,8 @@ def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> P
     optimizer = make_optimizer(
         OptimizerConfig(**config.optimizer.to_dict()), groups, config.steps, model.abstract()
     )
+    if getattr(objective, "reference", "") == "adapters_off":
+        check_adapters_off(model_config, optimizer.learning_rates)
     abstract_state = _abstract_state(model, optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
     train_step = make_train_step(
