@@ -30,7 +30,7 @@ from tpo_jax.parallel.topologies import GIB, parse_topology, prepare_environment
 from tpo_jax.train import make_model_config  # brings train's flags, --config among them
 from tpo_jax.training import config as training_config
 from tpo_jax.training.flops import TRAIN_OVER_FORWARD, forward_flops
-from tpo_jax.training.program import Program, make_program
+from tpo_jax.training.program import Program, make_program, needs_contrast
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "GENERATION:SIZES, for example v4:2x2x2.")
 
@@ -70,9 +70,11 @@ class BucketPlan:
         return self.memory is not None and self.needed <= hbm
 
 
-def plan_bucket(program: Program, model_config: ModelConfig, bucket: Bucket) -> BucketPlan:
+def plan_bucket(
+    program: Program, model_config: ModelConfig, bucket: Bucket, contrast: bool = False
+) -> BucketPlan:
     """Compiles the train step of one bucket for the devices of the program's mesh."""
-    batch = batch_spec(bucket, model_config)
+    batch = batch_spec(bucket, model_config, contrast=contrast)
     flops = forward_flops(model_config, batch)
     begin = time.monotonic()
     lowered = program.lower_train_step(batch)
@@ -148,7 +150,7 @@ def plan(config: ConfigDict, topology: str) -> list[BucketPlan]:
     print(f"{topology}, mesh {dict(mesh.shape)}\n{program.optimizer.report}", flush=True)
     plans = []
     for bucket in read_buckets(training_config.to_dict(config)["buckets"]):
-        plans.append(plan_bucket(program, model_config, bucket))
+        plans.append(plan_bucket(program, model_config, bucket, needs_contrast(config)))
         print(report(plans[-1], topology), flush=True)
     return plans
 

@@ -8,7 +8,9 @@ import numpy as np
 from fake_pairs import golden_pairs, random_pairs
 
 from tpo_jax.objectives.preference import PairTokens, pair_scores, preference_metrics
-from tpo_jax.objectives.preference.metrics import grouped_metrics, kind_id
+from tpo_jax.objectives.preference.metrics import grouped_metrics
+
+KINDS = {"order": 7, "action": 2**32 - 1, "causal": 0, "spatial": 4}
 
 scores = jax.jit(pair_scores, static_argnames="divergence")
 report = jax.jit(preference_metrics, static_argnames=("beta", "reference"))
@@ -69,10 +71,10 @@ def test_without_a_reference_only_what_needs_none():
 
 
 def test_groups_by_kind_and_duration():
-    kinds = jnp.array([kind_id(k) for k in ("order", "action", "order", "causal")], jnp.uint32)
+    kinds = jnp.array([KINDS[k] for k in ("order", "action", "order", "causal")], jnp.uint32)
     seconds = jnp.array([59.0, 60.0, 200.0, 4000.0])
     groups = grouped_metrics(
-        PAIR, 0.3, kinds=("order", "action", "spatial"), pair_kind=kinds, pair_duration=seconds
+        PAIR, 0.3, kinds=KINDS, pair_kind=kinds, pair_duration=seconds
     )
     got = means(groups)
     # Delta is 1.5, -1, 0.25, 7.
@@ -84,5 +86,5 @@ def test_groups_by_kind_and_duration():
     np.testing.assert_allclose(got["duration/3_to_10_min/margin"], 0.075, atol=1e-6)
     np.testing.assert_allclose(got["duration/over_10_min/margin"], 2.1, atol=1e-6)
     padded = dataclasses.replace(PAIR, valid=jnp.array([0.0, 1, 1, 1]))
-    got = means(grouped_metrics(padded, 0.3, kinds=("order",), pair_kind=kinds))
+    got = means(grouped_metrics(padded, 0.3, kinds=KINDS, pair_kind=kinds))
     np.testing.assert_allclose(got["kind/order/margin"], 0.075, atol=1e-6)

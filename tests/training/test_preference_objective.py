@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from fake_batches import FAST_COMPILE, micro, pair_bucket, random_batch, train_config
 
+from tpo_jax.data.rows import CLIP_FIELDS, kind_id
 from tpo_jax.models.config import LoraConfig
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.objectives.preference import PreferenceConfig
-from tpo_jax.objectives.preference.metrics import kind_id
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.training.objective import PreferenceObjective
@@ -35,7 +35,7 @@ def batch():
     """A batch of pairs with everything that an objective may read."""
     batch = random_batch(pair_bucket(B), micro())
     other = random_batch(pair_bucket(B), micro(), seed=1)
-    batch |= {f"contrast_{name}": other[name] for name in ("frames", "frame_valid", "frame_times")}
+    batch |= {f"contrast_{name}": other[name] for name in CLIP_FIELDS}
     batch["reference_contrast_logps"] = other["reference_logps"][:, 0]
     batch["pair_kind"] = np.full(B, kind_id("order"), np.uint32)
     batch["pair_duration"] = np.array([30.0, 30, 90, 90], np.float32)
@@ -70,8 +70,9 @@ def moved(params):
 
 def test_contrast_and_adapters_off_score_what_they_say(model, params, batch):
     """Conditional loss, reference without LoRA, WPO's statistics and groups, in one program."""
-    config = PreferenceConfig(beta=0.3, loss=["sigmoid", "conditional", "anchor"], sft=0.5, wpo=True,
-                              kinds=("order", "action"))  # fmt: skip
+    losses = ["sigmoid", "conditional", "anchor"]
+    kinds = ("order", "action")
+    config = PreferenceConfig(beta=0.3, loss=losses, sft=0.5, wpo=True, kinds=kinds)
     objective = PreferenceObjective(config, "adapters_off")
     without = {k: v for k, v in batch.items() if not k.startswith("reference_")}
     # New adapters change nothing: the policy is the reference.
@@ -85,7 +86,7 @@ def test_contrast_and_adapters_off_score_what_they_say(model, params, batch):
     np.testing.assert_allclose(later.contrast_reference, at_start.contrast_reference, atol=1e-5)
     assert np.abs(later.tokens.logp - at_start.tokens.logp).max() > 1e-2
     # The contrast is the chosen answer about the other clip, all else equal.
-    clip = {name: batch[f"contrast_{name}"] for name in ("frames", "frame_valid", "frame_times")}
+    clip = {name: batch[f"contrast_{name}"] for name in CLIP_FIELDS}
     _, other = run(objective, model, moved(params), without | clip)
     np.testing.assert_allclose(later.contrast, other.tokens.logp[:, :1], atol=1e-5)
     assert np.abs(later.contrast - later.tokens.logp[:, :1]).max() > 1e-3

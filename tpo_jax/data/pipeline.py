@@ -33,7 +33,7 @@ def read_buckets(config: Mapping[str, Any]) -> tuple[Bucket, ...]:
 
 
 def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
-                reference: Reference | None = None) -> RowBuilder:
+                reference: Reference | None = None, contrast: bool = False) -> RowBuilder:
     """The builder of a bucket for a model; refuses a tokenizer or bucket of another model."""
     if codec.template.visual_offset != model_config.visual_offset:
         raise ValueError(
@@ -60,7 +60,7 @@ def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
             f"buckets.{bucket.name}.frames: {bucket.frames}, but the model has vision.max_frames "
             f"= {model_config.vision.max_frames}.")
     return RowBuilder(codec, bucket, model_config.heads, model_config.vision.image_size,
-                      model_config.num_visual_tokens(bucket.frames), reference)
+                      model_config.num_visual_tokens(bucket.frames), reference, contrast)
 
 
 def blank_batch(builder: RowBuilder, rows: int | None = None) -> Batch:
@@ -83,6 +83,7 @@ class Pipeline:
       process_count: number of hosts; must divide every batch size.
       reference: reference log-probabilities of preference pairs; None leaves them out.
       evidence: what the model may see, one of `data.evidence.MODES`.
+      contrast: whether preference pairs bring their manipulated frames as well.
 
     Raises:
       RowError: naming every example that does not fit its bucket.
@@ -91,7 +92,8 @@ class Pipeline:
     def __init__(self, config_data: Sequence[Any], codec: TextCodec, model_config: ModelConfig,
                  heads: Sequence[str], buckets: Mapping[str, Any] | Sequence[Bucket], seed: int,
                  process_index: int = 0, process_count: int = 1,
-                 reference: Reference | None = None, evidence: str = "full"):
+                 reference: Reference | None = None, evidence: str = "full",
+                 contrast: bool = False):
         if set(heads) != set(model_config.heads):
             raise ValueError(f"heads: {list(heads)}, but the model has {list(model_config.heads)}.")
         if not 0 <= process_index < process_count:
@@ -111,8 +113,9 @@ class Pipeline:
         self.schedule = BucketSchedule(buckets)
         self.process_index, self.process_count = process_index, process_count
         self.evidence = evidence
-        self.builders = {bucket.name: row_builder(codec, model_config, bucket, reference)
-                         for bucket in buckets}
+        self.builders = {
+            bucket.name: row_builder(codec, model_config, bucket, reference, contrast)
+            for bucket in buckets}
         self.mixtures: dict[str, Mixture] = {}
         for media, kind in dict.fromkeys((bucket.media, bucket.kind) for bucket in buckets):
             self.mixtures |= make_mixtures(self._group(media, kind), sources, seed)

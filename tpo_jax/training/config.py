@@ -68,6 +68,8 @@ def default_config() -> ConfigDict:
         # "sidecar": data.references. "adapters_off": the model without its LoRA, in the same step.
         "reference": "sidecar",
     }
+    # New low-rank adapters on the kernels whose path matches; rank 0: those of init_from, if any.
+    config.lora = {"pattern": "language/layers/.*kernel", "rank": 0, "alpha": 0.0}
     config.trainable = []  # [regex, peak learning rate]; first match wins, the rest is frozen
     config.optimizer = {
         "name": "adamw",  # or "muon", for models that start from random weights

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tpo_jax.data.rows import CLIP_FIELDS, kind_id
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import HEADS
 from tpo_jax.models.layers import Linear
@@ -165,7 +166,7 @@ class PreferenceObjective:
             metrics |= grouped_metrics(
                 pair,
                 beta,
-                kinds=self.config.kinds,
+                kinds={kind: kind_id(kind) for kind in self.config.kinds},
                 pair_kind=batch.get("pair_kind"),
                 pair_duration=batch.get("pair_duration"),
             )
@@ -208,7 +209,7 @@ class PreferenceObjective:
         )
 
 
-CONTRAST_FIELDS = {name: f"contrast_{name}" for name in ("frames", "frame_valid", "frame_times")}
+CONTRAST_FIELDS = {name: f"contrast_{name}" for name in CLIP_FIELDS}
 
 
 def contrast_batch(batch: Batch) -> Batch:

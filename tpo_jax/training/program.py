@@ -105,6 +105,12 @@ def make_objective(config: ConfigDict) -> Objective:
     raise ValueError(f"objective={config.objective!r}: expected 'sft' or 'preference'")
 
 
+def needs_contrast(config: ConfigDict) -> bool:
+    """Whether pairs have to bring their manipulated frames."""
+    objective = make_objective(config)
+    return isinstance(objective, PreferenceObjective) and objective.config.needs_contrast
+
+
 def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> Program:
     """Builds the steps of a run.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,6 @@ DURATION_BINS = {
     "3_to_10_min": (180.0, 600.0),
     "over_10_min": (600.0, float("inf")),
 }
-
-
-def kind_id(kind: str) -> int:
-    """uint32 that stands for a kind of question in a batch: strings do not go on devices."""
-    return zlib.crc32(kind.encode())
 
 
 def preference_metrics(
@@ -75,20 +70,20 @@ def grouped_metrics(
     pair: PairScores,
     beta: float,
     *,
-    kinds: Sequence[str] = (),
+    kinds: Mapping[str, int] = MappingProxyType({}),
     pair_kind: jax.Array | None = None,
     pair_duration: jax.Array | None = None,
 ) -> dict[str, WeightedSum]:
     """margin and accuracy of the pairs of each kind of question and each duration bin.
 
     Args:
-      kinds: names, reported as kind/<name>/margin and kind/<name>/accuracy.
-      pair_kind: uint32[B], `kind_id` of each pair's kind; None leaves kinds out.
+      kinds: name -> number in the batch, reported as kind/<name>/margin and kind/<name>/accuracy.
+      pair_kind: uint32[B], number of each pair's kind; None leaves kinds out.
       pair_duration: float32[B], seconds of each pair's video; None leaves durations out.
     """
     groups: dict[str, jax.Array] = {}
     if pair_kind is not None:
-        groups |= {f"kind/{kind}": pair_kind == np.uint32(kind_id(kind)) for kind in kinds}
+        groups |= {f"kind/{kind}": pair_kind == np.uint32(number) for kind, number in kinds.items()}
     if pair_duration is not None:
         for name, (low, high) in DURATION_BINS.items():
             groups[f"duration/{name}"] = (pair_duration >= low) & (pair_duration < high)
