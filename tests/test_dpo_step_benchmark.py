@@ -1,4 +1,4 @@
-"""The benchmark of the preference step on sizes that take seconds; its figures mean nothing here."""
+"""The benchmark of the preference step on sizes that take seconds; its figures mean nothing."""
 
 import math
 
