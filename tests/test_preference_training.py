@@ -14,9 +14,12 @@ from etils import epath
 import tpo_jax.train
 from tpo_jax import preferences
 from tpo_jax.data import pairs as pair_data
+from tpo_jax.data.evaluation_rows import build_pair_rows
+from tpo_jax.data.pairs import PairedDataset
+from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, Turn
-from tpo_jax.data.rows import RowError
-from tpo_jax.generation import sidecar
+from tpo_jax.data.rows import RowError, kind_id
+from tpo_jax.generation import scoring, sidecar
 from tpo_jax.interop.folder import load_model, save_model
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.paths import flatten
@@ -160,6 +163,23 @@ def test_sidecars_with_and_without_contrast_are_not_mixed_up(runs, tmp_path):
     config = get_config("longva_tpo.py", "recipe=realign", runs, "pairs")
     with pytest.raises(sidecar.SidecarMismatch, match="right and manipulated"):
         train(config, tmp_path)
+
+
+def test_a_row_brings_the_manipulated_frames_its_kind_and_its_duration(runs):
+    config, _, codec = load_model(runs / "base")
+    dataset = PairedDataset("memory", runs / "contrast" / "pairs.jsonl")
+    plans = build_pair_rows(dataset)
+    bucket = scoring.pair_bucket(codec, config, plans, 8, 4)
+    row = row_builder(codec, config, bucket, contrast=True).build(plans[1], 0)
+    example = plans[1].branches[0].example
+    wanted = dataset.frames(example.video_id, np.array(example.targets["manipulated_indices"]))
+    np.testing.assert_array_equal(row["contrast_frames"], wanted)
+    times = dataset.video_info(example.video_id).timestamps
+    manipulated = times[example.targets["manipulated_indices"]]
+    np.testing.assert_array_equal(row["contrast_frame_times"], manipulated)
+    assert row["contrast_frame_valid"].all() and row["pair_duration"] == 12.0
+    assert row["pair_kind"] == kind_id(example.turns[0].kind) != kind_id("")
+    assert "reference_contrast_logps" not in row
 
 
 def test_contrast_needs_as_many_manipulated_frames_as_the_pair_shows(runs, tmp_path):
