@@ -147,7 +147,7 @@ def _dpo(config: ConfigDict, runs: str) -> None:
     """DPO + SFT on right against manipulated evidence."""
     config.init_from = f"{runs}/stage3/model"
     config.objective = "preference"
-    config.preference = {"loss": "sigmoid", "beta": 0.3, "sft": 0.5, "label_smoothing": 0.0}
+    config.preference.update(loss="sigmoid", beta=0.3, sft=0.5)
     config.losses = {"language": 1.0}  # of the other objective; not read
     config.steps = 100
     config.optimizer.name = "adamw"

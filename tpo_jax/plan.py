@@ -32,7 +32,7 @@ from tpo_jax.parallel.topologies import GIB, parse_topology, prepare_environment
 from tpo_jax.train import TOPOLOGY, make_model_config  # brings train's flags, --config among them
 from tpo_jax.training import config as training_config
 from tpo_jax.training.flops import TRAIN_OVER_FORWARD, forward_flops
-from tpo_jax.training.program import Program, make_program
+from tpo_jax.training.program import Program, make_program, needs_contrast
 
 flags.set_default(TOPOLOGY, "v5e:2x4")
 
@@ -78,9 +78,11 @@ class ProgramPlan:
         return f"bucket {self.bucket.name}" if self.bucket else "update"
 
 
-def plan_bucket(program: Program, model_config: ModelConfig, bucket: Bucket) -> ProgramPlan:
+def plan_bucket(
+    program: Program, model_config: ModelConfig, bucket: Bucket, contrast: bool = False
+) -> ProgramPlan:
     """Compiles the gradient of one bucket for the devices of the program's mesh."""
-    batch = batch_spec(bucket, model_config)
+    batch = batch_spec(bucket, model_config, contrast=contrast)
     flops = forward_flops(model_config, batch)
     return _plan_program(program.lower_gradient(batch), bucket, flops)
 
@@ -167,7 +169,7 @@ def plan(config: ConfigDict, topology: str) -> list[ProgramPlan]:
     plans = [plan_update(program)]
     print(report(plans[-1], topology), flush=True)
     for bucket in read_buckets(training_config.to_dict(config)["buckets"]):
-        plans.append(plan_bucket(program, model_config, bucket))
+        plans.append(plan_bucket(program, model_config, bucket, needs_contrast(config)))
         print(report(plans[-1], topology), flush=True)
     return plans
 

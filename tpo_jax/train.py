@@ -46,7 +46,7 @@ from tpo_jax.data.rows import Reference
 from tpo_jax.data.text import TextCodec, add_task_tokens
 from tpo_jax.generation import sidecar
 from tpo_jax.interop.folder import added_tokens, load_config, load_into, load_model, save_model
-from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.config import LoraConfig, ModelConfig
 from tpo_jax.models.presets import preset
 from tpo_jax.parallel.mesh import global_batch, make_mesh, reader_shard
 from tpo_jax.parallel.paths import flatten, unflatten
@@ -62,7 +62,8 @@ from tpo_jax.training.flops import peak_flops
 from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 from tpo_jax.training.profiling import Profiler, device_memory
-from tpo_jax.training.program import Program, make_program
+from tpo_jax.training.program import Program, make_program, needs_contrast
+from tpo_jax.training.references import verify_references
 from tpo_jax.training.resume import check_same_run, find_start, read_checkpoint
 from tpo_jax.training.save_policy import Due, SavePolicy
 from tpo_jax.training.step import weighted_total
@@ -148,6 +149,7 @@ def train(
             seed=config.seed,
             reference=read_references(config),
             evidence=config.data.evidence,
+            contrast=needs_contrast(config),
             **dict(zip(("process_index", "process_count"), reader_shard(mesh), strict=True)),
         )
         table = saved.data["sources"] if saved else None
@@ -190,6 +192,9 @@ def train(
         except Preempted:  # nothing has changed since the start
             say(f"stopped at step {start} while compiling")
             return EXIT_STATUS
+        if start == 0 and config.data.references:
+            files, seed = config.data.references, config.seed
+            verify_references(program, pipeline, state.params, seed=seed, files=files, say=say)
 
     if restoring is not None:
         with ledger.measure("init"):
@@ -312,6 +317,8 @@ def train(
         with ledger.measure("step"):
             batch = global_batch(local, mesh)
             state, metrics = compiled[bucket].train(state, batch, base_key)
+            if "padding" in metrics:
+                metrics[f"padding/{bucket}"] = metrics.pop("padding")
             tokens += compiled[bucket].tokens
             step += 1
             write_pending()  # waits for the step before this one, while this one runs
@@ -353,7 +360,9 @@ def read_references(config: ConfigDict) -> Reference | None:
     model_config, params, codec = load_model(config.init_from)
     (shape,) = {(bucket.frames, bucket.answers) for bucket in config.buckets.values()}
     frames, answers = shape
-    expected = sidecar.Fingerprint.of(model_config, params, codec, frames)
+    expected = sidecar.Fingerprint.of(
+        model_config, params, codec, frames, contrast=needs_contrast(config)
+    )
     return sidecar.reference(config.data.references, expected, answers, codec.pad_id)
 
 
@@ -373,17 +382,22 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
         base = load_config(config.init_from)
     language = dataclasses.replace(base.language, num_tokens=codec.vocab_size)
     tokens = codec.task_tokens
-    return dataclasses.replace(base, language=language, heads=heads, tokens=tokens), codec
+    lora = LoraConfig(**config.lora.to_dict()) if config.lora.rank else base.lora
+    changes = {"language": language, "heads": heads, "tokens": tokens, "lora": lora}
+    return dataclasses.replace(base, **changes), codec
 
 
 def initial_params(config: ConfigDict, program: Program, model_config: ModelConfig) -> Any:
     """Weights at step 0, on the mesh: those of init_from, freshly drawn where it has none."""
     if not config.init_from:
         return program.init_params(config.seed)
+    missing = list(config.init_missing)
+    if config.lora.rank and load_config(config.init_from).lora is None:
+        missing.append(r".*/lora_[ab]$")  # new adapters, which change nothing yet
     loaded = load_into(
         program.abstract_state.params,
         config.init_from,
-        init_missing=config.init_missing,
+        init_missing=missing,
         new_tokens=added_tokens(load_config(config.init_from), model_config),
     )
     say(f"weights from {config.init_from}: {len(loaded.leaves)} leaves")

@@ -91,6 +91,42 @@ def test_a_preference_run_needs_pairs():
         validate(config)
 
 
+def preference_config(**options):
+    config = good()
+    config.objective = "preference"
+    config.init_from, config.tokenizer = "stage3/model", ""
+    config.buckets.video.update(branches=2, question=16)
+    config.data.references = ["pairs.npz"]
+    with config.ignore_type():
+        config.preference.update(options)
+    return config
+
+
+def test_a_loss_may_be_a_name_a_list_or_weights():
+    for loss in ("hinge", ["sigmoid", "sft"], {"sigmoid": 0.8, "bco_pair": 0.2}):
+        validate(preference_config(loss=loss))
+    config = preference_config(loss="simpo")
+    config.data.references = []  # reads none
+    validate(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "accumulation", "expected"),
+    [
+        ({"loss": "dpo"}, 1, "preference.loss='dpo' is unknown; known: sigmoid, cdpo"),
+        ({"loss": 3}, 1, "preference.loss = 3: is a int; give a str"),
+        ({"loss": "kto_pair"}, 2, "accumulation = 2: would change kto_pair, .*; set it to 1"),
+        ({"reference": "model"}, 1, "preference.reference = 'model': unknown; one of sidecar, "),
+        ({"reference": "adapters_off"}, 1, r"data.references = .*not read.*leave it empty"),
+    ],
+)
+def test_preference_options_that_cannot_be_used_are_named(options, accumulation, expected):
+    config = preference_config(**options)
+    config.accumulation = accumulation
+    with pytest.raises(ConfigError, match=expected):
+        validate(config)
+
+
 def test_wrong_type_is_named_and_ints_pass_for_floats():
     config = good()
     config.dropout = 0  # ml_collections keeps the declared type

@@ -16,12 +16,15 @@ from tpo_jax.models.config import ModelConfig
 AFTER_VISUAL = 1  # tokens that close the visual span, such as </video>
 
 
-def batch_spec(bucket: Bucket, model_config: ModelConfig, *, reference: bool = True) -> dict:
+def batch_spec(
+    bucket: Bucket, model_config: ModelConfig, *, reference: bool = True, contrast: bool = False
+) -> dict:
     """Nested dict of jax.ShapeDtypeStruct of one *global* batch.
 
     Args:
       reference: whether preference rows carry reference log-probabilities (training does,
         scoring does not).
+      contrast: whether they bring their manipulated frames.
     """
     B, K, R, A = bucket.batch_size, bucket.branches, bucket.branch_tokens, bucket.answers
     F, size = bucket.frames, model_config.vision.image_size
@@ -45,8 +48,15 @@ def batch_spec(bucket: Bucket, model_config: ModelConfig, *, reference: bool = T
     }
     if bucket.kind == "preference":
         spec["pair_valid"] = _spec(jnp.bool_, B)
+        spec["pair_kind"] = _spec(jnp.uint32, B)
+        spec["pair_duration"] = _spec(jnp.float32, B)
         if reference:
             spec["reference_logps"] = _spec(jnp.float32, B, K, A)
+        if contrast:
+            clip = ("frames", "frame_valid", "frame_times")
+            spec |= {f"contrast_{name}": spec[name] for name in clip}
+            if reference:
+                spec["reference_contrast_logps"] = _spec(jnp.float32, B, A)
     return spec
 
 

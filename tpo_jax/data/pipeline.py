@@ -35,7 +35,7 @@ def read_buckets(config: Mapping[str, Any]) -> tuple[Bucket, ...]:
 
 
 def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
-                reference: Reference | None = None) -> RowBuilder:
+                reference: Reference | None = None, contrast: bool = False) -> RowBuilder:
     """The builder of a bucket for a model; refuses a tokenizer or bucket of another model."""
     if codec.template.visual_offset != model_config.visual_offset:
         raise ValueError(
@@ -62,7 +62,7 @@ def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
             f"buckets.{bucket.name}.frames: {bucket.frames}, but the model has vision.max_frames "
             f"= {model_config.vision.max_frames}.")
     return RowBuilder(codec, bucket, model_config.heads, model_config.vision.image_size,
-                      model_config.num_visual_tokens(bucket.frames), reference)
+                      model_config.num_visual_tokens(bucket.frames), reference, contrast)
 
 
 def blank_batch(builder: RowBuilder, rows: int | None = None) -> Batch:
@@ -87,6 +87,7 @@ class Pipeline:
       evidence: what the model may see, one of `data.evidence.MODES`.
       table: of the checkpoint that is continued, `self.table.to_json()` then; None: a new run.
       start_step: step of that checkpoint. Sources that differ from the table's count from here.
+      contrast: whether preference pairs bring their manipulated frames as well.
 
     Raises:
       RowError: naming every example that does not fit its bucket.
@@ -96,7 +97,8 @@ class Pipeline:
                  heads: Sequence[str], buckets: Mapping[str, Any] | Sequence[Bucket], seed: int,
                  process_index: int = 0, process_count: int = 1,
                  reference: Reference | None = None, evidence: str = "full",
-                 table: Mapping[str, Any] | None = None, start_step: int = 0):
+                 contrast: bool = False, table: Mapping[str, Any] | None = None,
+                 start_step: int = 0):
         if set(heads) != set(model_config.heads):
             raise ValueError(f"heads: {list(heads)}, but the model has {list(model_config.heads)}.")
         if not 0 <= process_index < process_count:
@@ -117,8 +119,9 @@ class Pipeline:
         self.process_index, self.process_count = process_index, process_count
         self.evidence = evidence
         self.skipped: frozenset[str] = frozenset()
-        self.builders = {bucket.name: row_builder(codec, model_config, bucket, reference)
-                         for bucket in buckets}
+        self.builders = {
+            bucket.name: row_builder(codec, model_config, bucket, reference, contrast)
+            for bucket in buckets}
         old = SourceTable.from_json(table) if table else None
         described = [source.described for source in sources]
         numbered = dict(zip(number_sources(described, old.sources if old else ()), sources,

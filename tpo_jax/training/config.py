@@ -14,10 +14,14 @@ from ml_collections import ConfigDict
 
 from tpo_jax.data.evidence import MODES
 from tpo_jax.data.records import TASKS
+from tpo_jax.objectives.preference import PreferenceConfig
 
 OBJECTIVES = ("sft", "preference")
+REFERENCES = ("sidecar", "adapters_off")  # of preference.reference
 # Options whose keys are names that the config chooses.
 _FREE_KEYS = ("buckets", "losses", "slots", "tasks")
+# Options that take more than one type.
+_ANY_KIND = {"preference.loss": ("str", "list", "dict")}
 # Options that do not change what is learnt: a run may resume with other values.
 FREE_ON_RESUME = (
     "mesh", "checkpoint", "divergence", "log_every", "compile_cache", "data.threads", "profile",
@@ -51,7 +55,24 @@ def default_config() -> ConfigDict:
     }
     config.buckets = {}  # name -> bucket_config(...): the shapes that are compiled
     config.losses = {"language": 1.0}  # term -> weight; "region/l1" is a term of a head
-    config.preference = {"loss": "sigmoid", "beta": 0.1, "sft": 0.0, "label_smoothing": 0.0}
+    config.preference = {  # objectives.preference.PreferenceConfig
+        "loss": "sigmoid",  # a name, a list of names, or {name: weight}
+        "beta": 0.1,
+        "sft": 0.0,
+        "label_smoothing": 0.0,
+        "simpo_gamma": 0.5,
+        "rpo_alpha": 1.0,
+        "discopop_tau": 0.05,
+        "ld_alpha": 1.0,
+        "wpo": False,
+        "divergence": "reverse_kl",
+        "divergence_alpha": 0.5,
+        "kinds": [],  # kinds of question to report one by one
+        # "sidecar": data.references. "adapters_off": the model without its LoRA, in the same step.
+        "reference": "sidecar",
+    }
+    # New low-rank adapters on the kernels whose path matches; rank 0: those of init_from, if any.
+    config.lora = {"pattern": "language/layers/.*kernel", "rank": 0, "alpha": 0.0}
     config.trainable = []  # [regex, peak learning rate]; first match wins, the rest is frozen
     config.optimizer = {
         "name": "adamw",  # or "muon", for models that start from random weights
@@ -219,6 +240,8 @@ def _check_keys(values: Mapping[str, Any], skeleton: Any, prefix: str = "") -> l
             continue
         expected = skeleton[key]
         kind = _kind(expected)
+        if _kind(value) in _ANY_KIND.get(option, ()):
+            continue
         if _kind(value) != kind and not (kind == "float" and _kind(value) == "int"):
             problems.append(_problem(option, value, f"is a {_kind(value)}", f"give a {kind}"))
         elif kind == "dict" and key not in _FREE_KEYS:
@@ -373,9 +396,7 @@ def _check_objective(config: ConfigDict) -> list[str]:
         if weight < 0:
             problems.append(_problem(f"losses.{term}", weight, "negative", "give a weight >= 0"))
     if config.objective == "preference":
-        if not config.data.references:
-            fix = "name the sidecars that `python -m tpo_jax.preferences score` wrote"
-            problems.append(_problem("data.references", [], "no reference model's scores", fix))
+        problems += _check_preference(config)
         if len({(bucket.frames, bucket.answers) for bucket in config.buckets.values()}) > 1:
             fix = "give one bucket, or equal ones"
             reason = "sidecars are scored for one number of frames and answers"
@@ -392,10 +413,31 @@ def _check_objective(config: ConfigDict) -> list[str]:
                 problems.append(
                     _problem(f"buckets.{name}.branches", bucket.branches, reason, "give 2")
                 )
-        if config.preference.beta <= 0:
-            problems.append(
-                _problem("preference.beta", config.preference.beta, "not positive", "such as 0.1")
-            )
+    return problems
+
+
+def _check_preference(config: ConfigDict) -> list[str]:
+    options = config.preference.to_dict()
+    source = options.pop("reference")
+    try:
+        preference = PreferenceConfig(**options)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    if source not in REFERENCES:
+        fix = f"one of {', '.join(REFERENCES)}"
+        problems.append(_problem("preference.reference", source, "unknown", fix))
+    elif source == "sidecar" and preference.needs_reference and not config.data.references:
+        fix = "name the sidecars that `python -m tpo_jax.preferences score` wrote"
+        problems.append(_problem("data.references", [], "no reference model's scores", fix))
+    elif source == "adapters_off" and config.data.references:
+        fix = 'leave it empty, or set preference.reference="sidecar"'
+        reason = "not read with preference.reference='adapters_off'"
+        problems.append(_problem("data.references", config.data.references, reason, fix))
+    if preference.coupled and config.accumulation > 1:
+        reason = f"would change {', '.join(preference.coupled)}, which compares a whole batch"
+        fix = "set it to 1 (a smaller batch_size, or more devices)"
+        problems.append(_problem("accumulation", config.accumulation, reason, fix))
     return problems
 
 

@@ -17,7 +17,12 @@ from tpo_jax.objectives.preference import PreferenceConfig
 from tpo_jax.parallel.mesh import batch_sharding, check_batch_divides, replicated
 from tpo_jax.parallel.rules import follow_params, param_shardings, place
 from tpo_jax.parallel.weighted_sum import WeightedSum
-from tpo_jax.training.objective import Objective, PreferenceObjective, SftObjective
+from tpo_jax.training.objective import (
+    Objective,
+    PreferenceObjective,
+    SftObjective,
+    check_adapters_off,
+)
 from tpo_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from tpo_jax.training.state import Params, TrainState, init_state, partition
 from tpo_jax.training.step import (
@@ -112,10 +117,18 @@ class Program:
 def make_objective(config: ConfigDict) -> Objective:
     """config.objective with its options."""
     if config.objective == "preference":
-        return PreferenceObjective(PreferenceConfig(**config.preference.to_dict()))
+        options = config.preference.to_dict()
+        reference = options.pop("reference", "sidecar")
+        return PreferenceObjective(PreferenceConfig(**options), reference)
     if config.objective == "sft":
         return SftObjective(config.losses.to_dict())
     raise ValueError(f"objective={config.objective!r}: expected 'sft' or 'preference'")
+
+
+def needs_contrast(config: ConfigDict) -> bool:
+    """Whether pairs have to bring their manipulated frames."""
+    objective = make_objective(config)
+    return isinstance(objective, PreferenceObjective) and objective.config.needs_contrast
 
 
 def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> Program:
@@ -134,6 +147,8 @@ def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> P
     optimizer = make_optimizer(
         OptimizerConfig(**config.optimizer.to_dict()), groups, config.steps, model.abstract()
     )
+    if isinstance(objective, PreferenceObjective) and objective.reference == "adapters_off":
+        check_adapters_off(model_config, optimizer.learning_rates)
     abstract_state = _abstract_state(model, optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
     gradient_step = make_gradient_step(

@@ -80,6 +80,13 @@ def make_gradient_step(
       (the weighted total).
     """
     trainable_paths = frozenset(optimizer.learning_rates)
+    # Asked by getattr: an objective without coupled terms need not say so.
+    if accumulation > 1 and (coupled := getattr(objective, "coupled", ())):
+        raise ValueError(
+            f"accumulation={accumulation} would change {', '.join(coupled)}, which compares the "
+            "pairs of a whole batch; set config.accumulation=1 (a smaller batch_size, or more "
+            "devices) or use a loss that is not coupled"
+        )
 
     def micro_loss(
         trainable: Any, frozen: Any, batch: Batch, keys: jax.Array | None, weights: Any
