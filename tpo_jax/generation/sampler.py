@@ -223,8 +223,9 @@ class Sampler:
             lambda s: (s["step"] < self.sampling.max_new) & ~jnp.all(s["done"]), step, state)
         if not any(HEADS[head].reads_prompt for head in self.heads):
             return state["generation"]
+        valid = prompts["branch_segments"] > 0
         return dataclasses.replace(
-            state["generation"], prompt_states=prompted, prompt_valid=prompts["branch_segments"] > 0)
+            state["generation"], prompt_states=prompted, prompt_valid=valid)
 
     def _run_prompts(self, model: Any, context: Context, prompts: Arrays
                      ) -> tuple[jax.Array, jax.Array, KVCache, jax.Array]:

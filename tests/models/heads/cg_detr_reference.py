@@ -75,13 +75,13 @@ def attention_negative(other, shown):
 
 
 def attention_bce(mass, grade, judged):
-    each = [-np.log(m if g > 0 else 1 - m) for m, g, j in zip(mass, grade, judged, strict=True) if j]
-    return np.mean(each)
+    chosen = np.flatnonzero(judged)
+    return np.mean([-np.log(mass[t] if grade[t] > 0 else 1 - mass[t]) for t in chosen])
 
 
 def clips(logits, grade, judged):
-    each = [softplus(-x if g > 0 else x) for x, g, j in zip(logits, grade, judged, strict=True) if j]
-    return np.mean(each)
+    chosen = np.flatnonzero(judged)
+    return np.mean([softplus(-logits[t] if grade[t] > 0 else logits[t]) for t in chosen])
 
 
 def cosine(a, b):

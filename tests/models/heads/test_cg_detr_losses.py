@@ -110,9 +110,11 @@ def expected(term):
                 total += function(other, shown)
             weight += has_negative if kind == "negative" else 1
         elif term == "attention_bce":
-            total, weight = total + reference.attention_bce(p["relevance"], grade, judged), weight + 1
+            total += reference.attention_bce(p["relevance"], grade, judged)
+            weight += 1
         elif term == "clips":
-            total, weight = total + reference.clips(p["clip_match"], grade, judged), weight + 1
+            total += reference.clips(p["clip_match"], grade, judged)
+            weight += 1
         elif term == "distill":
             for t in np.flatnonzero(judged & (grade > 0)):
                 total += reference.distill(
@@ -120,10 +122,12 @@ def expected(term):
                 )
                 weight += 1
         elif term == "orthogonal":
-            total, weight = total + predictions["overlap"][b, s], weight + 1
+            total += predictions["overlap"][b, s]
+            weight += 1
         elif term == "align":
             own = next(x for x in token_slots() if x["at"] == (b, s))
-            total, weight = total + reference.align(own, token_slots()), weight + 1
+            total += reference.align(own, token_slots())
+            weight += 1
     return total, weight
 
 

@@ -34,7 +34,7 @@ def register(new: Head) -> None:
             )
         if new.task != other.task and set(own) & {*theirs, BOX_TOKEN}:
             raise ValueError(
-                f"head {new.name!r}: tokens {own} are taken by {other.name!r} or the box; use others"
+                f"head {new.name!r}: tokens {own} belong to {other.name!r} or the box; use others"
             )
     if new.task not in {other.task for other in HEADS.values()} and new.target is None:
         raise ValueError(
