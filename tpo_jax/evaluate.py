@@ -29,8 +29,9 @@ from tpo_jax.data import evidence
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
 from tpo_jax.evaluation import benchmarks, floors, results
-from tpo_jax.evaluation.evaluator import TASK_HEADS, TASKS, Evaluator, Settings
+from tpo_jax.evaluation.evaluator import Evaluator, Settings, called_by_task, evaluable_tasks
 from tpo_jax.interop.folder import load_model
+from tpo_jax.models.heads import heads_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Part:
         if not self.calls:
             return examples
         left_out: set[str] = set()
-        for task in TASK_HEADS:
+        for task in called_by_task():
             asked = [example.example_id for example in examples if example.task == task]
             drawn = sorted(asked, key=lambda name: hashlib.sha256(name.encode()).digest())
             left_out.update(drawn[self.calls :])
@@ -84,7 +85,7 @@ def evaluate(flags: argparse.Namespace) -> None:
     dataset = Part(PreparedDataset(flags.data), flags.limit, flags.calls_per_video)
     if "qa" in tasks:
         evaluator.questions(dataset)
-    if heads := [task for task in tasks if task in TASK_HEADS]:
+    if heads := [task for task in tasks if task in called_by_task()]:
         evaluator.heads(dataset, heads)
     if "preference" in tasks:
         evaluator.preferences(Part(PairedDataset(flags.data, flags.pairs), flags.limit, 0))
@@ -123,18 +124,19 @@ def compute_floors(flags: argparse.Namespace) -> None:
 def choose_tasks(asked: str, shown: str, heads: Sequence[str], pairs: str) -> list[str]:
     """The tasks to score: those asked for, or all that model, evidence and pairs allow."""
     refused: dict[str, str] = {}
-    for task, head in TASK_HEADS.items():
-        if head not in heads:
+    answered = heads_of(heads)
+    for task, called in called_by_task().items():
+        if called not in answered:
             refused[task] = f"the model has heads {list(heads)}"
         elif shown != "full":
             refused[task] = f"--evidence={shown} hides the frames that heads answer for"
     if not pairs:
         refused["preference"] = "give the held-out pairs with --pairs=FILE.jsonl"
     if not asked:
-        return [task for task in TASKS if task not in refused]
+        return [task for task in evaluable_tasks() if task not in refused]
     for task in asked.split(","):
-        if task not in TASKS:
-            raise ValueError(f"--tasks: {task!r} is not a task; known: {', '.join(TASKS)}")
+        if task not in (known := evaluable_tasks()):
+            raise ValueError(f"--tasks: {task!r} is not a task; known: {', '.join(known)}")
         if task in refused:
             raise ValueError(f"--tasks: {task!r} cannot be scored: {refused[task]}")
     return asked.split(",")
@@ -157,7 +159,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="held-out preference pairs about the videos of --data",
     )
     parser.add_argument("--out", required=True, help="JSON file to write")
-    parser.add_argument("--tasks", default="", help=f"comma-separated, of {','.join(TASKS)}")
+    known = ",".join(evaluable_tasks())
+    parser.add_argument("--tasks", default="", help=f"comma-separated, of {known}")
     parser.add_argument("--limit", type=_count, default=0, help="only the first N videos")
     parser.add_argument(
         "--calls_per_video", type=_count, default=0,

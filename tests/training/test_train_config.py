@@ -30,8 +30,19 @@ def good():
     return config
 
 
+def _heads(losses):
+    return {"model": {"preset": "tiny", "heads": ["cg_detr"]}, "losses": {"language": 1.0} | losses}
+
+
 def test_a_good_config_passes():
     validate(good())
+    config = good()
+    config.update(_heads({"cg_detr/align": 1.0, "cg_detr/l1": 10.0}))
+    config.buckets.video.slots.temporal = 2
+    validate(config)
+    # Only terms that count refuse micro-batches.
+    config.losses["cg_detr/align"], config.accumulation = 0.0, 2
+    validate(config)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +73,15 @@ def test_a_good_config_passes():
         (lambda c: c.update(init_from="base"), ["tokenizer", "brings its own"]),
         (lambda c: c.model.update(preset=""), ["model.preset", "init_from"]),
         (lambda c: c.update(init_missing=["heads"]), ["init_missing", "init_from is empty"]),
+        (
+            lambda c: c.model.update(heads=["temporal", "cg_detr"]),
+            ["model.heads", "'temporal' and 'cg_detr' both answer 'temporal'; keep one"],
+        ),
+        (lambda c: c.model.update(heads=["depth"]), ["model.heads", "'depth' is not a head"]),
+        (
+            lambda c: c.update(accumulation=2, **_heads({"cg_detr/align": 1.0})),
+            ["losses.cg_detr/align = 1.0", "compares rows of the whole batch", "accumulation=2"],
+        ),
     ],
 )
 def test_errors_name_option_value_reason_and_fix(change, expected):

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.targets import TARGETS
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads import heads_of
 
 AFTER_VISUAL = 1  # tokens that close the visual span, such as </video>
 
@@ -32,6 +34,7 @@ def batch_spec(
     P += AFTER_VISUAL + bucket.question
     spec: dict[str, Any] = {
         "example_ids": _spec(jnp.uint32, B),
+        "video_ids": _spec(jnp.uint32, B),
         "frames": _spec(jnp.uint8, B, F, size, size, 3),
         "frame_times": _spec(jnp.float32, B, F),
         "frame_valid": _spec(jnp.bool_, B, F),
@@ -61,26 +64,16 @@ def batch_spec(
 
 
 def _slots(bucket: Bucket, model_config: ModelConfig) -> dict[str, dict]:
-    """Slot arrays of the model's heads, and of the user box where there is any head."""
-    B, F, W, m = bucket.batch_size, bucket.frames, bucket.windows, bucket.mask_size
-    names = [*model_config.heads, "box"] if model_config.heads else []
+    """Slot arrays of the tasks of the model's heads, and of the user box if there is any head."""
+    B = bucket.batch_size
+    tasks = [*heads_of(model_config.heads), "box"] if model_config.heads else []
     slots = {}
-    for name in names:
-        S = bucket.capacity(name)
-        targets = {
-            "region": {"boxes": (jnp.float32, 4), "frame": (jnp.int32,)},
-            "temporal": {
-                "windows": (jnp.float32, W, 2),
-                "window_valid": (jnp.bool_, W),
-                "saliency": (jnp.float32, F),
-            },
-            "mask": {"masks": (jnp.uint8, F, m, m), "labelled": (jnp.bool_, F)},
-            "box": {"boxes": (jnp.float32, 4)},
-        }[name]
-        common = {"branch": (jnp.int32,), "index": (jnp.int32,), "valid": (jnp.bool_,)}
-        slots[name] = {
-            key: _spec(dtype, B, S, *shape) for key, (dtype, *shape) in (common | targets).items()
-        }
+    for task in tasks:
+        S = bucket.capacity(task)
+        slots[task] = {"branch": _spec(jnp.int32, B, S), "index": _spec(jnp.int32, B, S)}
+        slots[task]["valid"] = _spec(jnp.bool_, B, S)
+        for key, array in TARGETS[task].blank(bucket).items():
+            slots[task][key] = _spec(array.dtype, B, S, *array.shape)
     return slots
 
 

@@ -25,6 +25,7 @@ from tpo_jax.data.rows import Reference, RowBuilder, RowPlan, row_id, stack_rows
 from tpo_jax.data.shares import SourceTable, change, number_sources
 from tpo_jax.data.text import TextCodec
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads import heads_of
 
 Batch = dict[str, Any]
 
@@ -50,18 +51,19 @@ def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
             raise ValueError(
                 f"tokenizer: {token!r} is {codec.task_tokens.get(token)}, but the model has "
                 f"tokens[{token!r}] = {index}. Use the tokenizer of the model folder.")
-    if "mask" in model_config.heads and bucket.mask_size != model_config.mask_size:
+    tasks = heads_of(model_config.heads)
+    if "mask" in tasks and bucket.mask_size != model_config.mask_size:
         raise ValueError(
             f"buckets.{bucket.name}.mask_size: {bucket.mask_size}, but the mask head answers at "
             f"{model_config.mask_size}.")
-    if "temporal" in model_config.heads and not bucket.windows:
+    if "temporal" in tasks and not bucket.windows:
         raise ValueError(
             f"buckets.{bucket.name}.windows: 0, but the model has a temporal head; set at least 1.")
     if bucket.frames > model_config.vision.max_frames:
         raise ValueError(
             f"buckets.{bucket.name}.frames: {bucket.frames}, but the model has vision.max_frames "
             f"= {model_config.vision.max_frames}.")
-    return RowBuilder(codec, bucket, model_config.heads, model_config.vision.image_size,
+    return RowBuilder(codec, bucket, tuple(tasks), model_config.vision.image_size,
                       model_config.num_visual_tokens(bucket.frames), reference, contrast)
 
 

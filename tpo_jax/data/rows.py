@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ Reference = Callable[[str, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 CLIP_FIELDS = ("frames", "frame_valid", "frame_times")
+_PART_OF_VIDEO = re.compile(r"_\d+(\.\d+)?_\d+(\.\d+)?$")  # QVHighlights and its relatives
 
 
 class RowError(ValueError):
@@ -83,7 +85,19 @@ def marker_count(example: Example, head: str, turns: int | None = None) -> int:
 
 def row_id(bucket: str, row: int) -> int:
     """uint32 of a row by its place in the stream of its bucket; the same on any host."""
-    return int.from_bytes(hashlib.blake2b(f"{bucket}:{row}".encode(), digest_size=4).digest())
+    return _hash32(f"{bucket}:{row}")
+
+
+def video_number(video_id: str) -> int:
+    """uint32, equal for parts of one video that are named <video>_<start>_<end>, in any folder.
+
+    It tells which rows are no negatives of each other, so an equality too many does little harm.
+    """
+    return _hash32(_PART_OF_VIDEO.sub("", video_id))
+
+
+def _hash32(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())
 
 
 def kind_id(kind: str) -> int:
@@ -112,28 +126,28 @@ class RowBuilder:
     Args:
       codec: tokenizer and template.
       bucket: the shapes.
-      heads: heads of the model; they and the user box get slot arrays.
+      tasks: that the model's heads answer; they and the user box get slot arrays.
       image_size: height and width that the vision encoder expects, in pixels.
       visual_tokens: V for `bucket.frames` frames, a multiple of it.
       reference: reference log-probabilities of pairs; None leaves them out (scoring).
       contrast: whether pairs bring their manipulated frames as well.
     """
 
-    def __init__(self, codec: TextCodec, bucket: Bucket, heads: Sequence[str], image_size: int,
+    def __init__(self, codec: TextCodec, bucket: Bucket, tasks: Sequence[str], image_size: int,
                  visual_tokens: int, reference: Reference | None = None, contrast: bool = False):
         self.contrast = contrast and bucket.kind == "preference"
         if visual_tokens % bucket.frames:
             raise ValueError(
                 f"buckets.{bucket.name}.frames: {bucket.frames} frames and {visual_tokens} visual "
                 "tokens, expected a whole number of tokens per frame.")
-        if missing := set(heads) - set(codec.heads):
+        if missing := set(tasks) - set(codec.heads):
             raise ValueError(
                 f"heads: {sorted(missing)} have no tokens in the tokenizer (it has "
                 f"{list(codec.heads)}); use add_task_tokens.")
         self.codec, self.bucket, self.image_size = codec, bucket, image_size
         self.visual_tokens, self.reference = visual_tokens, reference
-        self.slot_heads = (*(head for head in TARGETS if head in heads),
-                           *(("box",) if heads else ()))
+        self.slot_heads = (*(task for task in TARGETS if task in tasks),
+                           *(("box",) if tasks else ()))
         self.prefix_tokens = (
             codec.template.visual_offset + visual_tokens + codec.after_visual + bucket.question)
 
@@ -227,6 +241,7 @@ class RowBuilder:
         """The arrays of one row: those of the batch without the leading B."""
         row = self.blank()
         row["example_ids"][...] = example_id
+        row["video_ids"][...] = video_number(plan.video_id)
         indices = self.frame_indices(plan)
         prefix, branches = self.tokens(plan)
         view = self._view(plan, indices)
@@ -249,6 +264,7 @@ class RowBuilder:
         b, p, f = self.bucket, self.prefix_tokens, self.bucket.frames
         row: dict[str, Any] = {
             "example_ids": np.zeros((), np.uint32),
+            "video_ids": np.zeros((), np.uint32),
             "frames": np.zeros((f, self.image_size, self.image_size, 3), np.uint8),
             "frame_times": np.zeros(f, np.float32),
             "frame_valid": np.zeros(f, bool),

@@ -34,7 +34,7 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
     visual, features = other.encode(frames, times)
     differences = {}
     for name in config.heads or ("",):
-        answer = f"<{name}>" if name else "nothing"
+        answer = HEADS[name].marker if name else "nothing"
         ours = _forward(functional_model, params, codec, frames, times, answer, name)
         differences["vision/patches"] = _difference(ours["patches"], features["patches"])
         differences["connector/visual"] = _difference(ours["visual"], visual)
@@ -45,7 +45,8 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
         logits = other.language.lm_head(theirs)
         differences[f"logits/{name or 'hidden'}"] = _difference(ours["logits"], logits)
         if head:
-            states = getattr(other, name)(theirs[:, -1:], features)
+            prompt = [theirs[:, codec.after_visual : -2]] if head.reads_prompt else []
+            states = getattr(other, name)(theirs[:, -1:], features, *prompt)
             differences |= _head_differences(name, ours["head"], states)
     return differences
 
@@ -94,8 +95,13 @@ def _forward(
         out = {"patches": encoded.features.patches, "visual": encoded.visual, "hidden": hidden,
                "logits": hidden @ module.language.table.T}  # fmt: skip
         if head:
+            more = {}
+            if HEADS[head].reads_prompt:
+                # The question, between what closes the video and the routing token.
+                prompt = hidden[:, None, codec.after_visual : -2]
+                more = {"prompt": prompt, "prompt_valid": jnp.ones(prompt.shape[:3], bool)}
             states = hidden[:, -1:]
-            out["head"] = module.run_head(head, states, encoded.features, frames, valid)
+            out["head"] = module.run_head(head, states, encoded.features, frames, valid, **more)
         return out
 
     return run(params, frames, times)

@@ -27,6 +27,7 @@ from tpo_jax.parallel.paths import flatten, unflatten
 
 FORMAT_VERSION = 1
 _RUNTIME = "tpo_torch.py"
+RUNTIME_HEADS = ("region", "temporal", "cg_detr", "mask")  # that the PyTorch file runs
 
 
 class ExportFolderError(ValueError):
@@ -43,6 +44,11 @@ def export_model(model: epath.PathLike, out: epath.PathLike) -> list[str]:
     LoRA adapters are merged into their kernels. The folder appears whole or not at all.
     """
     config, params, codec = load_model(model)
+    if unknown := [name for name in config.heads if name not in RUNTIME_HEADS]:
+        raise ExportFolderError(
+            f"{model}: model.heads: {unknown} cannot be exported, {_RUNTIME} runs only "
+            f"{list(RUNTIME_HEADS)}; add them there and to RUNTIME_HEADS, or train without them"
+        )
     if config.lora is not None:
         params = lora.merge(params, config.lora)
         config = dataclasses.replace(config, lora=None)

@@ -16,7 +16,7 @@ from flax import nnx
 from tpo_jax.models import lora
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.connector import Connector
-from tpo_jax.models.heads import BOX_TOKEN, HeadInputs, head, tokens_of
+from tpo_jax.models.heads import BOX_TOKEN, HeadInputs, head, heads_of, tokens_of
 from tpo_jax.models.language import KVCache, LanguageModel
 from tpo_jax.models.layers import Mlp, Rngs, fold_rows
 from tpo_jax.models.vision import VisionEncoder, VisionFeatures
@@ -57,7 +57,7 @@ class VideoLanguageModel(nnx.Module):
                 draw = jax.random.normal(rngs.params(), (width,), jnp.float32)
                 return nnx.Param(draw * width**-0.5)
 
-            self.task_tokens = nnx.Dict({name: vector() for name in config.heads})
+            self.task_tokens = nnx.Dict({head(name).task: vector() for name in config.heads})
             self.box_encoder = Mlp(4, width, width, rngs=rngs, scale=width**-0.5)
             self.heads = nnx.Dict(
                 {name: head(name).module(config, rngs=rngs) for name in config.heads}
@@ -87,7 +87,8 @@ class VideoLanguageModel(nnx.Module):
         embeds = self.language.embed_tokens(tokens)
         for name in self.config.heads:
             is_slot = tokens == self.config.tokens[head(name).slot_token]
-            embeds = jnp.where(is_slot[..., None], self.task_tokens[name][...], embeds)
+            vector = self.task_tokens[head(name).task][...]
+            embeds = jnp.where(is_slot[..., None], vector, embeds)
         return embeds.astype(self.dtype)
 
     def encode_boxes(self, boxes: jax.Array) -> jax.Array:
@@ -145,16 +146,38 @@ class VideoLanguageModel(nnx.Module):
         rows = jnp.arange(hidden.shape[0])[:, None]
         return hidden[rows, slots["branch"], slots["index"]].astype(jnp.float32)
 
-    def run_heads(self, outputs: Outputs, batch: Mapping[str, Any]) -> dict[str, dict]:
-        """Predictions {head: {...}} of every head of the model that the batch has slots for."""
+    def prompts(
+        self, outputs: Outputs, batch: Mapping[str, Any], slots: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """States float[B, S, R, D] of each slot's branch, bool[B, S, R] up to its answer."""
+        rows = jnp.arange(outputs.branch_hidden.shape[0])[:, None]
+        branch = slots["branch"]
+        # The last token of the prompt is the one that the first answer token is predicted from.
+        last = batch["answer_positions"][rows, branch][..., :1]
+        used = batch["branch_segments"][rows, branch] > 0
+        return outputs.branch_hidden[rows, branch], used & (jnp.arange(used.shape[-1]) <= last)
+
+    def run_heads(
+        self, outputs: Outputs, batch: Mapping[str, Any], *, for_losses: bool = True
+    ) -> dict[str, dict]:
+        """Predictions {head: {...}} of every head of the model that the batch has slots for.
+
+        Args:
+          for_losses: whether heads also compute what only their losses read.
+        """
         predictions = {}
         for name in self.config.heads:
-            if name not in batch["slots"]:
+            if head(name).task not in batch["slots"]:
                 continue
-            slots = batch["slots"][name]
+            slots = batch["slots"][head(name).task]
+            more = {}
+            if head(name).reads_prompt:
+                more["prompt"], more["prompt_valid"] = self.prompts(outputs, batch, slots)
+            if for_losses:
+                more |= {"targets": slots, "video_ids": batch.get("video_ids")}
             predictions[name] = self.run_head(
                 name, self.slot_states(outputs, slots), outputs.encoded.features,
-                batch["frames"], batch["frame_valid"], slots.get("frame"),
+                batch["frames"], batch["frame_valid"], slots.get("frame"), **more,
             )  # fmt: skip
         return predictions
 
@@ -166,6 +189,11 @@ class VideoLanguageModel(nnx.Module):
         frames: jax.Array,
         frame_valid: jax.Array,
         frame: jax.Array | None = None,
+        *,
+        prompt: jax.Array | None = None,
+        prompt_valid: jax.Array | None = None,
+        targets: Mapping[str, jax.Array] | None = None,
+        video_ids: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         """One head on slots.
 
@@ -174,14 +202,18 @@ class VideoLanguageModel(nnx.Module):
           features: of `encode`.
           frames: uint8[B, F, H, W, 3]; frame_valid: bool[B, F].
           frame: int32[B, S], frame asked about; None is the first.
+          prompt, prompt_valid, targets, video_ids: see `HeadInputs`.
         """
         if frame is None:
             frame = jnp.zeros(slot_states.shape[:2], jnp.int32)
         # Heads are float32 whatever the towers are.
         features = jax.tree.map(lambda x: x.astype(jnp.float32), features)
+        if prompt is not None:
+            prompt = prompt.astype(jnp.float32)
         inputs = HeadInputs(
-            slot_states.astype(jnp.float32), features, normalise(frames), frame_valid, frame
-        )
+            slot_states.astype(jnp.float32), features, normalise(frames), frame_valid, frame,
+            prompt, prompt_valid, targets, video_ids,
+        )  # fmt: skip
         return self.heads[name](inputs)
 
 
@@ -205,6 +237,7 @@ class FunctionalModel:
     """
 
     def __init__(self, config: ModelConfig):
+        heads_of(config.heads)  # refuses two heads of one task
         missing = [token for token in tokens_of(config.heads) if token not in config.tokens]
         if missing:
             raise ValueError(

@@ -13,7 +13,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpo_jax.data.evidence import MODES
-from tpo_jax.data.records import TASKS
+from tpo_jax.data.records import known_tasks
+from tpo_jax.models.heads import HEADS, heads_of
 from tpo_jax.objectives.preference import PreferenceConfig
 
 OBJECTIVES = ("sft", "preference")
@@ -41,7 +42,7 @@ def default_config() -> ConfigDict:
     config.objective = "sft"  # or "preference" (DPO and relatives)
     config.model = {
         "preset": "tiny",  # models.presets.PRESETS; "": the configuration in init_from
-        "heads": [],  # of models.heads.HEADS: region, temporal, mask
+        "heads": [],  # of models.heads.HEADS: region, temporal or cg_detr, mask
     }
     config.init_from = ""  # model folder to start from; "": random weights
     config.init_missing = []  # regexes of parameters that init_from may lack (new heads)
@@ -216,7 +217,7 @@ def validate(config: ConfigDict) -> None:
     problems = _check_keys(to_dict(config), default_config())
     if not problems:  # the checks below read keys that the first pass has verified
         problems = [*_check_scalars(config), *_check_data(config), *_check_buckets(config)]
-        problems += _check_objective(config)
+        problems += [*_check_heads(config), *_check_objective(config)]
     if problems:
         raise ConfigError("config:\n" + "\n".join(f"  {problem}" for problem in problems))
 
@@ -339,11 +340,11 @@ def _check_data(config: ConfigDict) -> list[str]:
                     _problem(f"{option}.weight", source["weight"], "not positive", "remove it")
                 )
             if not any(weight > 0 for weight in source["tasks"].values()):
-                fix = f"give positive weights to some of {', '.join(TASKS)}"
+                fix = f"give positive weights to some of {', '.join(known_tasks())}"
                 problems.append(_problem(f"{option}.tasks", source["tasks"], "draws nothing", fix))
             for task in source["tasks"]:
-                if task not in TASKS:
-                    fix = f"one of {', '.join(TASKS)}"
+                if task not in known_tasks():
+                    fix = f"one of {', '.join(known_tasks())}"
                     problems.append(_problem(f"{option}.tasks.{task}", task, "unknown task", fix))
     return problems
 
@@ -374,12 +375,28 @@ def _check_buckets(config: ConfigDict) -> list[str]:
             reason = "a branch starts with at least one token that is given"
             fix = f"give less than branch_tokens={bucket['branch_tokens']}"
             problems.append(_problem(at + "answers", bucket["answers"], reason, fix))
-        for head in bucket["slots"]:
-            if head != "box" and head not in config.model.heads:
-                fix = f"add {head!r} to model.heads or drop the slot"
+        answered = {HEADS[head].task for head in config.model.heads if head in HEADS}
+        for task in bucket["slots"]:
+            if task != "box" and task not in answered:
+                fix = f"add a head for {task!r} to model.heads or drop the slot"
                 problems.append(
-                    _problem(f"{at}slots.{head}", bucket["slots"][head], "no such head", fix)
+                    _problem(f"{at}slots.{task}", bucket["slots"][task], "no such head", fix)
                 )
+    return problems
+
+
+def _check_heads(config: ConfigDict) -> list[str]:
+    names = list(config.model.heads)
+    try:
+        heads_of(names)
+    except ValueError as error:
+        return [_problem("model.heads", names, str(error), "correct the list")]
+    problems = []
+    for term, weight in config.losses.items():
+        coupled = any(term in HEADS[name].coupled for name in names)
+        if coupled and weight and config.accumulation > 1:
+            reason = f"compares rows of the whole batch, but accumulation={config.accumulation}"
+            problems.append(_problem(f"losses.{term}", weight, reason, "set one to 0, or 1"))
     return problems
 
 

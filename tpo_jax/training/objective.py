@@ -80,7 +80,7 @@ class SftObjective:
     def terms(self, predictions: dict[str, Any], batch: Batch) -> Sums:
         terms = {"language": language_loss(predictions["scores"].logp, batch["answer_weights"])}
         for name, prediction in predictions["heads"].items():
-            slots = batch["slots"][name]
+            slots = batch["slots"][HEADS[name].task]
             terms |= HEADS[name].loss(prediction, slots, slots["valid"])
         for term in sorted(set(terms) - set(self.weights)):
             raise ValueError(
