@@ -81,7 +81,8 @@ def tracking_targets(times: Sequence[float], rles: Sequence[RLE | None]) -> dict
 
 def frame_number(name: Any, field: str) -> int:
     """The number of a frame's file name ("00005" or "00005.jpg")."""
-    digits = re.findall(r"\d+", validation.check_text(field, name).rsplit(".", 1)[0])
+    stem = pathlib.PurePosixPath(validation.check_text(field, name)).stem
+    digits = re.findall(r"\d+", stem)
     if not digits:
         raise Invalid(field, name, "expected the number of a frame, as 00005", "correct it")
     return int(digits[-1])

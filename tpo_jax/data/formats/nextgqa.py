@@ -71,9 +71,16 @@ def _windows(evidence: Any, qid: str, context: Context) -> list[list[float]]:
     location = as_object("gsub.location", evidence["location"])
     windows = validation.check_list(field, location.get(qid, []))
     return [
-        validation.check_window(f"{field}[{i}]", window, duration)
+        validation.check_window(f"{field}[{i}]", _not_before_zero(window), duration)
         for i, window in enumerate(windows)
     ]
+
+
+def _not_before_zero(window: Any) -> Any:
+    """Some windows of the test set start at -0.1 s."""
+    if isinstance(window, list) and window and isinstance(window[0], float) and -0.2 < window[0]:
+        return [max(window[0], 0.0), *window[1:]]
+    return window
 
 
 FORMAT = Format("nextgqa", "NExT-GQA questions with evidence, CSV + gsub JSON", records, parse)
