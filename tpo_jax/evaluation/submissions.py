@@ -1,7 +1,7 @@
 """Scores files in the formats that benchmarks publish, without a model.
 
-    python -m tpo_jax.evaluate --predictions=preds.jsonl --annotations=highlight_val_release.jsonl \\
-        --benchmark=qvhighlights
+    python -m tpo_jax.evaluate --predictions=preds.jsonl --benchmark=qvhighlights \\
+        --annotations=highlight_val_release.jsonl
 
 Each reader turns a submission and its annotations into arrays for `evaluation.metrics`; a record
 that the official program would stop at is refused by name.
@@ -57,9 +57,9 @@ def score_qvhighlights(submission: Sequence[Record], labels: Sequence[Record]) -
     pairs = [(predicted[qid], labelled[qid]) for qid in labelled]
     found: dict[str, dict] = {}
     if "pred_relevant_windows" in submission[0]:
-        found |= qvhighlights.moment_report(*_moment_arrays(pairs))
+        found |= qvhighlights.moment_report(*moment_arrays(pairs))
     if "pred_saliency_scores" in submission[0]:
-        found |= qvhighlights.highlight_report(*_highlight_arrays(pairs))
+        found |= qvhighlights.highlight_report(*highlight_arrays(pairs))
     if not found:
         raise ValueError("predictions: no record has pred_relevant_windows or pred_saliency_scores")
     return qvhighlights.with_brief(found)
@@ -83,8 +83,8 @@ def score_detection(submission: Record, labels: Record, name: str) -> dict[str, 
     videos = {video: index for index, video in enumerate(dict.fromkeys(row[0] for row in rows))}
     if not videos or protocol.num_videos not in (0, len(videos)):
         raise ValueError(
-            f"annotations: {name} expects {protocol.num_videos or 'some'} labelled videos of subset "
-            f"{protocol.subset!r}, found {len(videos)}"
+            f"annotations: {name} expects {protocol.num_videos or 'some'} labelled videos of "
+            f"subset {protocol.subset!r}, found {len(videos)}"
         )
     classes = {label: index for index, label in enumerate(dict.fromkeys(row[1] for row in rows))}
     guesses = [
@@ -181,7 +181,7 @@ def _by_id(records: Sequence[Record], source: str) -> dict[Any, Record]:
     return found
 
 
-def _moment_arrays(pairs: Sequence[tuple[Record, Record]]) -> tuple[np.ndarray, ...]:
+def moment_arrays(pairs: Sequence[tuple[Record, Record]]) -> tuple[np.ndarray, ...]:
     """windows, scores, query, targets, target_query of `qvhighlights.moment_report`."""
     windows = [guess["pred_relevant_windows"][:_MAX_WINDOWS] for guess, _ in pairs]
     targets = [label["relevant_windows"] for _, label in pairs]
@@ -199,7 +199,7 @@ def _moment_arrays(pairs: Sequence[tuple[Record, Record]]) -> tuple[np.ndarray, 
     )
 
 
-def _highlight_arrays(
+def highlight_arrays(
     pairs: Sequence[tuple[Record, Record]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """saliency, best, clips, ratings of `qvhighlights.highlight_report`."""

@@ -18,11 +18,8 @@ def region_similarity(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 def areas(predicted: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int64[...], int64[...]: pixels in the intersection and in the union of bool[..., h, w]."""
-    predicted, target = (
-        np.packbits(m.reshape(*m.shape[:-2], -1), axis=-1) for m in _as_masks(predicted, target)
-    )
-    intersection = np.bitwise_count(predicted & target).sum(axis=-1, dtype=np.int64)
-    return intersection, np.bitwise_count(predicted | target).sum(axis=-1, dtype=np.int64)
+    predicted, target = _as_masks(predicted, target)
+    return _count(predicted & target), _count(predicted | target)
 
 
 def mean_iou(intersection: np.ndarray, union: np.ndarray) -> float:
@@ -46,9 +43,8 @@ def boundary_accuracy(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
     edges, target_edges = (
         np.pad(boundary(m).reshape(-1, *shape[-2:]), padding) for m in (predicted, target)
     )
-    place, target_place = np.flatnonzero(edges), np.flatnonzero(target_edges)
-    precision = _matched_share(place, target_place, radius, edges.shape)
-    recall = _matched_share(target_place, place, radius, edges.shape)
+    precision = _matched_share(edges, target_edges, radius)
+    recall = _matched_share(target_edges, edges, radius)
     total = precision + recall
     score = np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)
     return score.reshape(shape[:-2])
@@ -86,31 +82,37 @@ def box_mask(box: np.ndarray, height: int, width: int) -> np.ndarray:
     return ((y >= y1) & (y < y2))[:, None] & ((x >= x1) & (x < x2))[None, :]
 
 
-def _matched_share(
-    edges: np.ndarray, others: np.ndarray, radius: int, shape: tuple[int, int, int]
-) -> np.ndarray:
+def _matched_share(edges: np.ndarray, others: np.ndarray, radius: int) -> np.ndarray:
     """float64[n]: share of edge pixels within `radius` of another; 1 where there is no edge.
 
     Args:
-      edges: int64[pixels] flat positions of the edge pixels of n masks, rising.
-      others: int64[pixels] those of the other masks.
-      radius: Euclidean distance in pixels, less than the padding between rows and masks.
-      shape: (n, h, w) of the padded masks.
+      edges: bool[n, h, w], padded as in `boundary_accuracy`.
+      others: bool[n, h, w].
+      radius: Euclidean distance in pixels, at least 1.
     """
-    count, height, width = shape
-    masks = np.arange(count + 1) * (height * width)
-    total = np.diff(np.searchsorted(edges, masks))
-    left = edges
+    count, height, width = edges.shape
+    total = _count(edges)
+    near = others.copy()
+    near[..., 1:] |= others[..., :-1]
+    near[..., :-1] |= others[..., 1:]
+    left, found = np.flatnonzero(edges & ~near), np.flatnonzero(others)
     # Rows from near to far: most pixels are matched in the first few.
     for row in sorted(range(-radius, radius + 1), key=abs):
-        if not left.size or not others.size:
+        if not left.size or not found.size:
             break
         place = left + row * width
         reach = int(np.sqrt(radius**2 - row**2))
-        following = np.searchsorted(others, place - reach)
-        nearest = others[np.minimum(following, len(others) - 1)]
+        following = np.searchsorted(found, place - reach)
+        nearest = found[np.minimum(following, len(found) - 1)]
         left = left[np.abs(nearest - place) > reach]
-    return _ratio(total - np.diff(np.searchsorted(left, masks)), total)
+    lost = np.diff(np.searchsorted(left, np.arange(count + 1) * (height * width)))
+    return _ratio(total - lost, total)
+
+
+def _count(masks: np.ndarray) -> np.ndarray:
+    """int64[...]: set pixels of bool[..., h, w]."""
+    bits = np.packbits(masks.reshape(*masks.shape[:-2], -1), axis=-1)
+    return np.bitwise_count(bits).sum(axis=-1, dtype=np.int64)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
