@@ -1,4 +1,4 @@
-"""Scores a model on held-out videos, or computes the floors that its scores are read against.
+"""Scores a model on held-out videos, the floors that it is read against, or a submission file.
 
     python -m tpo_jax.evaluate --model=runs/demo/stage3/model --data=runs/demo/data/test \\
         --pairs=runs/demo/pairs/test/pairs.jsonl --out=runs/demo/eval/stage3.json
@@ -7,10 +7,14 @@
     python -m tpo_jax.evaluate --floors_from=runs/demo/data/train \\
         --data=runs/demo/data/test --blind=runs/demo/eval/blind.json \\
         --middle_frame=runs/demo/eval/middle_frame.json --out=runs/demo/eval/floors.json
+    python -m tpo_jax.evaluate --predictions=preds.jsonl --benchmark=qvhighlights \\
+        --annotations=highlight_val_release.jsonl
 
 Multiple choice is decided by the likelihood of the options. Head metrics come from free generation:
 where the model does not emit the head's routing token they are 0. Metrics under "forced/" give the
 head its slot in the labelled answer instead. Intervals are 95 % bootstrap intervals over videos.
+A submission file is scored as the benchmark's official program scores it, in percent; no model is
+loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ import numpy as np
 from tpo_jax.data import evidence
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
-from tpo_jax.evaluation import benchmarks, floors, results
+from tpo_jax.evaluation import benchmarks, floors, results, submissions
 from tpo_jax.evaluation.evaluator import Evaluator, Settings, called_by_task, evaluable_tasks
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.heads import heads_of
@@ -121,6 +125,17 @@ def compute_floors(flags: argparse.Namespace) -> None:
     print(flags.out)
 
 
+def score_submission(flags: argparse.Namespace) -> None:
+    """Scores a file in a benchmark's own format."""
+    report = submissions.score_files(
+        flags.benchmark, flags.predictions, flags.annotations, flags.answers
+    )
+    print(submissions.format_report(report))
+    if flags.out:
+        results.write_json(flags.out, report)
+        print(flags.out)
+
+
 def choose_tasks(asked: str, shown: str, heads: Sequence[str], pairs: str) -> list[str]:
     """The tasks to score: those asked for, or all that model, evidence and pairs allow."""
     refused: dict[str, str] = {}
@@ -151,14 +166,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="model folder to score")
     what.add_argument("--floors_from", help="prepared training split: compute floors instead")
-    parser.add_argument("--data", required=True, help="prepared split to score on")
+    what.add_argument("--predictions", help="submission file to score, without a model")
+    parser.add_argument("--data", default="", help="prepared split to score on")
     parser.add_argument(
         "--pairs",
         default="",
         metavar="FILE.jsonl",
         help="held-out preference pairs about the videos of --data",
     )
-    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--out", default="", help="JSON file to write")
     known = ",".join(evaluable_tasks())
     parser.add_argument("--tasks", default="", help=f"comma-separated, of {known}")
     parser.add_argument("--limit", type=_count, default=0, help="only the first N videos")
@@ -178,7 +194,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--middle_frame", default="", help="evaluation of a middle-frame model (floors)"
     )
-    return parser.parse_args(arguments)
+    parser.add_argument("--annotations", default="", help="labels of a submission file")
+    parser.add_argument(
+        "--benchmark", choices=tuple(submissions.BENCHMARKS), help="how a submission is scored"
+    )
+    parser.add_argument("--answers", default="", help="chosen options of a submission (nextgqa)")
+    flags = parser.parse_args(arguments)
+    needed = ("annotations", "benchmark") if flags.predictions else ("data", "out")
+    if missing := [f"--{name}" for name in needed if not getattr(flags, name)]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return flags
 
 
 def _count(text: str) -> int:
@@ -190,7 +215,12 @@ def _count(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse(arguments)
     try:
-        compute_floors(flags) if flags.floors_from else evaluate(flags)
+        if flags.predictions:
+            score_submission(flags)
+        elif flags.floors_from:
+            compute_floors(flags)
+        else:
+            evaluate(flags)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
