@@ -1,11 +1,13 @@
 """Loads the weights of a PyTorch module into one of ours, through the mapping rows."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from tpo_jax.interop.mapping import import_leaves
-from tpo_jax.parallel.paths import unflatten
+from tpo_jax.models.layers import Rngs
+from tpo_jax.parallel.paths import flatten, unflatten
 
 
 def randomise(module, seed=0):
@@ -25,17 +27,26 @@ def tensors_of(module, rename=lambda key: key):
     return {rename(key): value.numpy() for key, value in module.state_dict().items()}
 
 
-def with_weights(module, rows, tensors, ignored=()):
-    """Our nnx module with the tensors of theirs; every leaf and tensor is used."""
+def with_weights(make, rows, tensors, ignored=()):
+    """The nnx module that make(rngs=...) builds with the tensors of theirs; every leaf and every
+    tensor is used."""
     leaves = import_leaves(rows, tensors, ignored)
-    structure, state = nnx.split(module)
-    wanted = {
-        "/".join(str(k.key) for k in path if hasattr(k, "key")): leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))[0]
-    }
+    structure, state = nnx.split(nnx.eval_shape(lambda: make(rngs=Rngs(0))))
+    wanted = {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(state)).items()}
     assert {path: leaf.shape for path, leaf in leaves.items()} == wanted
-    params = jax.tree.map(nnx.Param, unflatten({k: np.asarray(v) for k, v in leaves.items()}))
+    params = jax.tree.map(lambda x: nnx.Param(jnp.asarray(x)), unflatten(leaves))
     return nnx.merge(structure, nnx.State(params))
+
+
+def run(module, *inputs, method=None, **options):
+    """module.method(*inputs) as one compiled program; options are static."""
+    structure, state = nnx.split(module)
+
+    def call(state, *inputs):
+        bound = nnx.merge(structure, state)
+        return (getattr(bound, method) if method else bound)(*inputs, **options)
+
+    return jax.jit(call)(state, *inputs)
 
 
 def difference(ours, theirs):
