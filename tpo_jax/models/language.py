@@ -148,6 +148,24 @@ class LanguageModel(nnx.Module):
 
         Returns: hidden float[B, P, D] after the final norm, and the cache.
         """
+        apply = self._prefix_layer(positions, segments, keys)
+        x, (k, v) = self._run(apply, embeds, jnp.arange(self.config.depth))
+        slides = self.config.sliding_window is not None
+        return self.final_norm(x), KVCache(k, v, positions=positions if slides else None)
+
+    def layer_states(
+        self, embeds: jax.Array, positions: jax.Array, segments: jax.Array
+    ) -> jax.Array:
+        """float[L, B, P, D], what each layer of `prefill` hands on, before the final norm."""
+        layer = self._prefix_layer(positions, segments, None)
+
+        def apply(*args):
+            x, _ = layer(*args)
+            return x, x
+
+        return self._run(apply, embeds, jnp.arange(self.config.depth))[1]
+
+    def _prefix_layer(self, positions, segments, keys):
         tables = self._tables(positions)
 
         def apply(window, layer, x, index):
@@ -159,9 +177,7 @@ class LanguageModel(nnx.Module):
 
             return layer(x, tables, attend, fold_rows(keys, index))
 
-        x, (k, v) = self._run(apply, embeds, jnp.arange(self.config.depth))
-        slides = self.config.sliding_window is not None
-        return self.final_norm(x), KVCache(k, v, positions=positions if slides else None)
+        return apply
 
     def extend(
         self,

@@ -1,7 +1,7 @@
 """Rotary positions: frequencies of the published ways to stretch them, tables and rotation.
 
-Frequencies follow `transformers` (modeling_rope_utils.py) operation by operation in float32, so that
-long positions turn by the same angle here and there.
+Frequencies are computed in float32 in the order of operations of `transformers`
+(modeling_rope_utils.py), so that long positions turn by the same angle here and there.
 
     linear   Chen et al. 2023 (2306.15595): positions divided by `factor`
     dynamic  NTK-aware: the base grows with the longest position of a row beyond `original_length`
