@@ -8,8 +8,8 @@ import pytest
 
 from tests.parity.towers import difference, randomise, run, tensors_of, with_weights
 from tpo_jax.interop.families.towers import clip_rows, siglip_rows
-from tpo_jax.models.towers.registry import TOWERS
 from tpo_jax.models.towers.config import TowerConfig
+from tpo_jax.models.towers.registry import TOWERS
 from tpo_jax.models.vision import to_patches
 
 pytestmark = pytest.mark.parity

@@ -124,7 +124,8 @@ class RowBuilder:
         self.slot_heads = (*(head for head in TARGETS if head in heads),
                            *(("box",) if heads else ()))
         self.prefix_tokens = (
-            codec.template.visual_offset + self.visual_tokens + codec.after_visual + bucket.question)
+            codec.template.visual_offset + self.visual_tokens + codec.after_visual
+            + bucket.question)
 
     def frame_indices(self, plan: RowPlan) -> np.ndarray:
         """int64[n], n <= F: the frames of a row; fewer than F only if the clip has fewer."""

@@ -16,6 +16,7 @@ import numpy as np
 from tpo_jax.models.checks import require as _require
 from tpo_jax.models.checks import require_positive as _require_positive
 from tpo_jax.models.connectors.config import MlpConnectorConfig, QFormerConfig
+from tpo_jax.models.rope import RopeScaling
 from tpo_jax.models.towers.config import KINDS as TOWER_KINDS
 from tpo_jax.models.towers.config import TowerConfig
 
@@ -122,7 +123,7 @@ class ConnectorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LanguageConfig:
-    """Decoder of the Llama / Mistral / Qwen2 family.
+    """Decoder of the Llama / Mistral / Qwen2 / Qwen3 family.
 
     `vocab_size` counts table rows (a multiple of 128); `num_tokens` counts ids in use: logits of
     the rows from there on are padding and have to be masked by whoever normalises over them.
@@ -137,8 +138,15 @@ class LanguageConfig:
     mlp_width: int
     num_tokens: int | None = None
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_epsilon: float = 1e-6
     qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's last matrix
+    qk_norm: bool = False  # queries and keys are normalised per head before they are turned
+    # A token sees itself and the sliding_window - 1 tokens before it; the first full_layers layers
+    # see everything.
+    sliding_window: int | None = None
+    full_layers: int = 0
     tied_head: bool = False
     dropout: float = 0.0
     # Recompute each layer in the backward pass / one program per layer instead of a loop.
@@ -170,6 +178,16 @@ class LanguageConfig:
             self.head_dim % 2 == 0, "language.head_dim", self.head_dim,
             "must be even (rotary positions turn pairs)",
         )
+        if isinstance(self.rope_scaling, Mapping):  # as read from a file
+            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
+        _require(
+            self.sliding_window is None or self.sliding_window > 0, "language.sliding_window",
+            self.sliding_window, "must be above 0, or None",
+        )
+        _require(
+            0 <= self.full_layers <= self.depth, "language.full_layers", self.full_layers,
+            f"must be in 0..depth={self.depth}",
+        )
         _require(
             0.0 <= self.dropout < 1.0, "language.dropout", self.dropout, "must be in [0, 1)"
         )
@@ -178,6 +196,15 @@ class LanguageConfig:
             self.attention in backends, "language.attention", self.attention,
             f"use one of {backends}",
         )
+
+    @property
+    def windows(self) -> tuple[tuple[int, int, int | None], ...]:
+        """Runs of layers of one kind: (first, behind the last, window or None)."""
+        if self.sliding_window is None:
+            return ((0, self.depth, None),)
+        cut = self.full_layers
+        runs = ((0, cut, None), (cut, self.depth, self.sliding_window))
+        return tuple(run for run in runs if run[0] < run[1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,8 @@ def _tiles(rows, columns, g=3, D=2):
 def test_tiles_become_one_grid_with_a_newline_after_every_row():
     tiles, newline = _tiles(2, 3), np.array([9.0, -9.0], np.float32)
     size, resolutions = (16, 30), [(20, 30)]  # 20 x 30 pixels in tiles of 10; 2 rows are padding
-    found = np.asarray(pack_tiles(jnp.asarray(tiles), jnp.asarray(newline), size, resolutions, 10, 9))
+    packed = pack_tiles(jnp.asarray(tiles), jnp.asarray(newline), size, resolutions, 10, 9)
+    found = np.asarray(packed)
     grid = np.empty((6, 9, 2))
     for i, j in np.ndindex(6, 9):
         grid[i, j] = tiles[1 + (i // 3) * 3 + j // 3, (i % 3) * 3 + j % 3]

@@ -46,7 +46,8 @@ def _pool(grid, mode, stride):
         shape = (-(-h // stride), -(-w // stride))
         out = np.empty((*shape, D))
         for i, j in np.ndindex(*shape):
-            out[i, j] = _sample(grid, (i + 0.5) * h / shape[0] - 0.5, (j + 0.5) * w / shape[1] - 0.5)
+            y, x = (i + 0.5) * h / shape[0] - 0.5, (j + 0.5) * w / shape[1] - 0.5
+            out[i, j] = _sample(grid, y, x)
         return out
     out = np.empty((h // stride, w // stride, D))
     for i, j in np.ndindex(*out.shape[:2]):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tests.models.towers import oracle
-from tpo_jax.models.towers.registry import make_tower
 from tpo_jax.models.towers.config import TowerConfig
+from tpo_jax.models.towers.registry import make_tower
 
 CONFIG = TowerConfig(
     kind="languagebind", image_size=12, patch_size=4, width=8, depth=3, heads=2, mlp_width=12,

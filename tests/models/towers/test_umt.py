@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tests.models.towers import oracle
-from tpo_jax.models.towers.registry import make_tower
 from tpo_jax.models.towers.config import TowerConfig
+from tpo_jax.models.towers.registry import make_tower
 from tpo_jax.models.towers.umt import position_table
 
 CONFIG = TowerConfig(

@@ -1,7 +1,8 @@
 """Mapping rows of the published vision towers.
 
-Key layouts: `transformers`' modeling_siglip.py, modeling_siglip2.py and modeling_clip.py; OpenGVLab's
-modeling_vit.py for umt; PKU-YuanGroup's languagebind/video/modeling_video.py for layers with time.
+Key layouts: `transformers`' modeling_siglip.py, modeling_siglip2.py and modeling_clip.py;
+OpenGVLab/TPO's modeling_vit.py for umt; PKU-YuanGroup/Video-LLaVA's languagebind/video/
+modeling_video.py for layers with time.
 `theirs` is the prefix up to and including "vision_model." where a checkpoint has one.
 """
 

@@ -36,9 +36,15 @@ class MlpConnectorConfig:
     # SlowFast: every n-th frame keeps `stride`, the others get twice that; each ends in a learnt
     # token. 0: no such variant.
     slow_every: int = 0
+    # Images of any resolution: (height, width) in pixels that one may become, cut into tiles, and
+    # the number of tiles from which on their grid is resized.
+    resolutions: tuple[tuple[int, int], ...] = ()
+    max_tiles: int = 0
     kind: str = "mlp"
 
     def __post_init__(self):
+        pairs = tuple(tuple(resolution) for resolution in self.resolutions)  # JSON has lists
+        object.__setattr__(self, "resolutions", pairs)
         require_positive(self, "connector", "stride")
         for field, known in (("pool", POOLS), ("newline", NEWLINES), ("image", IMAGES)):
             value = getattr(self, field)
