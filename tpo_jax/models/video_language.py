@@ -95,6 +95,17 @@ class VideoLanguageModel(nnx.Module):
             return Encoded(self.connector(features.patches, frame_times), features)
         return Encoded(self.connector(features, frame_valid), features)
 
+    def encode_tiles(self, tiles: jax.Array, size: tuple[int, int]) -> jax.Array:
+        """Visual tokens float[1, V, D] of one image of any resolution.
+
+        Args:
+          tiles: uint8[1 + n, S, S, 3], of data.preprocess.anyres_tiles.
+          size: (height, width) of the image, static.
+        """
+        valid = jnp.ones((1, tiles.shape[0]), bool)
+        pixels = normalise_pixels(self.config.vision, tiles)[None].astype(self.dtype)
+        return self.connector.tiles(self.vision(pixels, valid), size, self.config.vision)
+
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """int32[...] -> float[..., D]; slot tokens of heads give the head's task vector."""
         embeds = self.language.embed_tokens(tokens)

@@ -11,12 +11,9 @@ from tpo_jax.interop import huggingface
 from tpo_jax.interop.mapping import Row, llama_rows
 from tpo_jax.models.config import HeadConfig, LanguageConfig, ModelConfig
 from tpo_jax.models.connectors.config import MlpConnectorConfig, QFormerConfig
+from tpo_jax.models.published import OPENAI_MEAN, OPENAI_STD
 from tpo_jax.models.towers.config import TowerConfig
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 # Most frames of a clip where a tower sets no bound.
 MOST_FRAMES = 512
 

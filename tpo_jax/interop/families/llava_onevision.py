@@ -76,7 +76,7 @@ FAMILY = Family(
     rows=rows,
     template=CHATML,
     sampling=lambda config: Sampling("evenly", 32),
-    # Tied checkpoints of older transformers also hold the output table.
-    carried=(r".*\.position_ids", r".*rotary_emb\.inv_freq"),
+    # Some tied checkpoints also hold the output table.
+    carried=(r".*\.position_ids", r".*rotary_emb\.inv_freq", r"(language_model\.)?lm_head\.weight"),
     layouts="transformers/models/llava_onevision/modeling_llava_onevision.py",
 )

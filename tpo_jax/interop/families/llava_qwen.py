@@ -125,8 +125,8 @@ FAMILY = Family(
     sampling=sampling,
     carried=(
         r".*\.position_ids", r".*rotary_emb\.inv_freq", r".*vision_model\.head\..*",
-        # LongVA's "unires" allocates no newline; files that have one do not use it.
-        r"model\.image_newline",
+        # LongVA's "unires" has no newline, tied models no output table; files may hold them.
+        r"model\.image_newline", r"lm_head\.weight",
     ),  # fmt: skip
     layouts="LLaVA-VL/LLaVA-NeXT llava/model/llava_arch.py, EvolvingLMMs-Lab/LongVA "
     "longva/longva/model/llava_arch.py",

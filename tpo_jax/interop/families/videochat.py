@@ -12,8 +12,6 @@ from typing import Any
 
 from tpo_jax.data.text import ChatTemplate
 from tpo_jax.interop.families.base import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Family,
     FamilyError,
     Sampling,
@@ -25,6 +23,7 @@ from tpo_jax.interop.families.towers import linear, norm, umt_rows
 from tpo_jax.interop.mapping import Row
 from tpo_jax.models.config import LoraConfig, ModelConfig
 from tpo_jax.models.connectors.config import QFormerConfig
+from tpo_jax.models.published import IMAGENET_MEAN, IMAGENET_STD
 from tpo_jax.models.towers.config import TowerConfig
 
 # Positions of the published tower were trained with four frames.

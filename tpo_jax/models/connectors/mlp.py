@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tpo_jax.models.connectors.anyres import Size, pack_tiles
 from tpo_jax.models.connectors.config import MlpConnectorConfig
 from tpo_jax.models.connectors.pooling import append_token, interleave, pool_grid, with_newlines
 from tpo_jax.models.layers import Linear, Rngs
+from tpo_jax.models.towers.config import TowerConfig
 from tpo_jax.models.vision import VisionFeatures
 
 
@@ -47,6 +49,23 @@ class MlpConnector(nnx.Module):
         newline = self.image_newline[...] if self.config.has_newline else None
         x = pool_grid(x, self.config.pool, self.config.stride)
         return with_newlines(x, newline, self.config.newline)
+
+    def tiles(self, features: VisionFeatures, size: Size, tower: TowerConfig) -> jax.Array:
+        """float[1, V, D] of an image in tiles; the tiles are the frames of `features`.
+
+        Args:
+          size: (height, width) of the image in pixels.
+        """
+        x = self.project(features.patches)
+        if self.config.image == "pool":  # UniRes: tiles are frames, the whole image is not used
+            x = pool_grid(x[:, 1:], self.config.pool, self.config.stride)
+            return x.reshape(1, -1, x.shape[-1])
+        tiles = x.reshape(x.shape[1], -1, x.shape[-1])
+        packed = pack_tiles(
+            tiles, self.image_newline[...], size, self.config.resolutions, tower.image_size,
+            self.config.max_tiles,
+        )
+        return packed[None]
 
     def _image(self, x: jax.Array) -> jax.Array:
         if self.config.image == "pool":
