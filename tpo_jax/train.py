@@ -45,7 +45,15 @@ from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.rows import Reference
 from tpo_jax.data.text import TextCodec, add_task_tokens
 from tpo_jax.generation import sidecar
-from tpo_jax.interop.folder import added_tokens, load_config, load_into, load_model, save_model
+from tpo_jax.interop.folder import (
+    added_tokens,
+    holds_language_only,
+    load_codec,
+    load_config,
+    load_into,
+    load_model,
+    save_model,
+)
 from tpo_jax.models.config import LoraConfig, ModelConfig
 from tpo_jax.models.presets import preset
 from tpo_jax.parallel.mesh import global_batch, make_mesh, reader_shard
@@ -369,17 +377,16 @@ def read_references(config: ConfigDict) -> Reference | None:
 def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     """The model that the config asks for, and its tokenizer with the tokens of its heads."""
     if config.init_from:
-        codec = TextCodec.load(config.init_from)
+        codec = load_codec(config.init_from)
     else:
         text = epath.Path(config.tokenizer).read_text()
         codec = TextCodec(tokenizers.Tokenizer.from_str(text))
     heads = tuple(config.model.heads)
     add_task_tokens(codec.tokenizer, heads)
     codec = TextCodec(codec.tokenizer, codec.template)
-    if config.model.preset:
-        base = preset(config.model.preset)
-    else:
-        base = load_config(config.init_from)
+    base = preset(config.model.preset) if config.model.preset else None
+    if config.init_from and (base is None or holds_language_only(config.init_from)):
+        base = load_config(config.init_from, base)
     language = dataclasses.replace(base.language, num_tokens=codec.vocab_size)
     tokens = codec.task_tokens
     lora = LoraConfig(**config.lora.to_dict()) if config.lora.rank else base.lora
@@ -398,7 +405,7 @@ def initial_params(config: ConfigDict, program: Program, model_config: ModelConf
         program.abstract_state.params,
         config.init_from,
         init_missing=missing,
-        new_tokens=added_tokens(load_config(config.init_from), model_config),
+        new_tokens=added_tokens(load_config(config.init_from, model_config), model_config),
     )
     say(f"weights from {config.init_from}: {len(loaded.leaves)} leaves")
     shardings = flatten(program.param_shardings)

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from tpo_jax.models.config import LanguageConfig
-from tpo_jax.models.language import LanguageModel, rotary_tables, rotate
+from tpo_jax.models.language import LanguageModel
+from tpo_jax.models.rope import rotary_tables, rotate
 from tpo_jax.models.video_language import branch_keys
 
 CONFIG = LanguageConfig(

@@ -64,7 +64,8 @@ def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
             f"buckets.{bucket.name}.frames: {bucket.frames}, but the model has vision.max_frames "
             f"= {model_config.vision.max_frames}.")
     return RowBuilder(codec, bucket, tuple(tasks), model_config.vision.image_size,
-                      model_config.num_visual_tokens(bucket.frames), reference, contrast)
+                      model_config.visual_frames(bucket.frames), reference,
+                      getattr(model_config.vision, "resize", "area"), contrast)
 
 
 def blank_batch(builder: RowBuilder, rows: int | None = None) -> Batch:

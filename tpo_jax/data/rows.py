@@ -17,8 +17,9 @@ import numpy as np
 
 from tpo_jax.data import sampling
 from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.preprocess import RESIZES
 from tpo_jax.data.records import Example, PreparedDataset
-from tpo_jax.data.targets import TARGETS, TargetError, View, area_resize
+from tpo_jax.data.targets import TARGETS, TargetError, View
 from tpo_jax.data.text import Branch, TextCodec
 
 # (pair id, shown frames, prefix tokens int32[P], branch tokens int32[2, R]) -> float32[2, A]. The
@@ -128,28 +129,29 @@ class RowBuilder:
       bucket: the shapes.
       tasks: that the model's heads answer; they and the user box get slot arrays.
       image_size: height and width that the vision encoder expects, in pixels.
-      visual_tokens: V for `bucket.frames` frames, a multiple of it.
+      visual_frames: int[V], the frame that must be there for each visual token to be there, of
+        `bucket.frames` frames.
+      resize: how frames of another size become image_size, of preprocess.RESIZES.
       reference: reference log-probabilities of pairs; None leaves them out (scoring).
       contrast: whether pairs bring their manipulated frames as well.
     """
 
     def __init__(self, codec: TextCodec, bucket: Bucket, tasks: Sequence[str], image_size: int,
-                 visual_tokens: int, reference: Reference | None = None, contrast: bool = False):
+                 visual_frames: np.ndarray, reference: Reference | None = None,
+                 resize: str = "area", contrast: bool = False):
         self.contrast = contrast and bucket.kind == "preference"
-        if visual_tokens % bucket.frames:
-            raise ValueError(
-                f"buckets.{bucket.name}.frames: {bucket.frames} frames and {visual_tokens} visual "
-                "tokens, expected a whole number of tokens per frame.")
         if missing := set(tasks) - set(codec.heads):
             raise ValueError(
                 f"heads: {sorted(missing)} have no tokens in the tokenizer (it has "
                 f"{list(codec.heads)}); use add_task_tokens.")
         self.codec, self.bucket, self.image_size = codec, bucket, image_size
-        self.visual_tokens, self.reference = visual_tokens, reference
+        self.visual_frames, self.visual_tokens = visual_frames, len(visual_frames)
+        self.reference, self.resize = reference, RESIZES[resize]
         self.slot_heads = (*(task for task in TARGETS if task in tasks),
                            *(("box",) if tasks else ()))
         self.prefix_tokens = (
-            codec.template.visual_offset + visual_tokens + codec.after_visual + bucket.question)
+            codec.template.visual_offset + self.visual_tokens + codec.after_visual
+            + bucket.question)
 
     def frame_indices(self, plan: RowPlan) -> np.ndarray:
         """int64[n], n <= F: the frames of a row; fewer than F only if the clip has fewer."""
@@ -316,16 +318,15 @@ class RowBuilder:
         size = self.image_size
         if frames.shape[1:3] != (size, size):
             # Boxes and windows are normalised, so they survive the change of aspect ratio.
-            frames = np.rint(area_resize(frames, size, size)).astype(np.uint8)
+            frames = self.resize(frames, size)
         row["frames"][:n] = frames
         row["frame_valid"][:n] = True
 
     def _fill_prefix(self, row: dict[str, Any], prefix: np.ndarray, frames: int) -> int:
         """Fills the prefix and returns its length without padding and absent frames."""
         offset = self.codec.template.visual_offset
-        shown = frames * self.visual_tokens // self.bucket.frames
         valid = np.ones(len(prefix), bool)
-        valid[offset + shown : offset + self.visual_tokens] = False
+        valid[offset : offset + self.visual_tokens] = self.visual_frames < frames
         n = len(prefix)
         row["prefix_tokens"][:n] = prefix
         row["prefix_segments"][:n] = valid

@@ -212,7 +212,7 @@ class TextCodec:
         for piece in re.split(r"(<[^<>\s]+>)", text):
             if piece in self.special_ids:
                 ids.append(self.special_ids[piece])
-            elif _MARKER.fullmatch(piece):
+            elif _MARKER.fullmatch(piece) and piece.islower():  # VideoChat2's <Video> is text
                 raise ValueError(
                     f"template.{field}: {piece!r} is not in the tokenizer, which has "
                     f"{sorted(self.special_ids)}.")

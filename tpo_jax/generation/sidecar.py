@@ -23,6 +23,7 @@ from etils import epath
 from tpo_jax.data.rows import Reference
 from tpo_jax.data.text import TextCodec
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.towers.config import TowerConfig
 from tpo_jax.parallel import paths
 
 FORMAT_VERSION = 1
@@ -106,8 +107,7 @@ class Fingerprint:
             model=hash_json(same.to_dict()),
             tokenizer=hash_json(json.loads(codec.tokenizer.to_str())),
             template=hash_json(codec.template.to_json()),
-            preprocessing=f"{vision.image_size} pixels, area, x / 127.5 - 1, "
-                          f"{config.connector.tokens_per_frame} tokens a frame",
+            preprocessing=_preprocessing(config),
             bucket=f"{media}, {frames} frames{', right and manipulated' if contrast else ''}",
             dtype=config.dtype,
             attention=config.language.attention)
@@ -124,6 +124,15 @@ class Fingerprint:
                 + "\n".join(lines)
                 + "\nRun `python -m tpo_jax.preferences score` again with this run's reference "
                 "model, data and bucket.")
+
+
+def _preprocessing(config: ModelConfig) -> str:
+    vision = config.vision
+    if isinstance(vision, TowerConfig):
+        return (f"{vision.image_size} pixels, {vision.resize}, (x / 255 - {vision.mean}) / "
+                f"{vision.std}, {config.connector}")
+    return (f"{vision.image_size} pixels, area, x / 127.5 - 1, "
+            f"{config.connector.tokens_per_frame} tokens a frame")
 
 
 @dataclasses.dataclass(frozen=True)

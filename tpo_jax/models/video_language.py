@@ -14,11 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tpo_jax.models import lora
-from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.config import ConnectorConfig, ModelConfig
 from tpo_jax.models.connector import Connector
+from tpo_jax.models.connectors.registry import make_connector
 from tpo_jax.models.heads import BOX_TOKEN, HeadInputs, head, heads_of, tokens_of
 from tpo_jax.models.language import KVCache, LanguageModel
 from tpo_jax.models.layers import Mlp, Rngs, fold_rows
+from tpo_jax.models.towers.config import TowerConfig
+from tpo_jax.models.towers.registry import make_tower, normalise_pixels
 from tpo_jax.models.vision import VisionEncoder, VisionFeatures
 
 
@@ -48,8 +51,11 @@ class VideoLanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         self.config = config
         width = config.language.width
-        self.vision = VisionEncoder(config.vision, rngs=rngs)
-        self.connector = Connector(config.connector, config.vision.width, width, rngs=rngs)
+        published = isinstance(config.vision, TowerConfig)
+        self.vision = (make_tower if published else VisionEncoder)(config.vision, rngs=rngs)
+        own = isinstance(config.connector, ConnectorConfig)
+        connector = Connector if own else make_connector
+        self.connector = connector(config.connector, config.vision.width, width, rngs=rngs)
         self.language = LanguageModel(config.language, rngs=rngs)
         if config.heads:
 
@@ -79,8 +85,26 @@ class VideoLanguageModel(nnx.Module):
           frame_valid: bool[B, F].
           frame_times: float32[B, F], seconds.
         """
-        features = self.vision(normalise(frames).astype(self.dtype), frame_valid)
-        return Encoded(self.connector(features.patches, frame_times), features)
+        vision = self.config.vision
+        if isinstance(vision, TowerConfig):
+            pixels = normalise_pixels(vision, frames)
+        else:
+            pixels = normalise(frames)
+        features = self.vision(pixels.astype(self.dtype), frame_valid)
+        if isinstance(self.config.connector, ConnectorConfig):
+            return Encoded(self.connector(features.patches, frame_times), features)
+        return Encoded(self.connector(features, frame_valid), features)
+
+    def encode_tiles(self, tiles: jax.Array, size: tuple[int, int]) -> jax.Array:
+        """Visual tokens float[1, V, D] of one image of any resolution.
+
+        Args:
+          tiles: uint8[1 + n, S, S, 3], of data.preprocess.anyres_tiles.
+          size: (height, width) of the image, static.
+        """
+        valid = jnp.ones((1, tiles.shape[0]), bool)
+        pixels = normalise_pixels(self.config.vision, tiles)[None].astype(self.dtype)
+        return self.connector.tiles(self.vision(pixels, valid), size, self.config.vision)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """int32[...] -> float[..., D]; slot tokens of heads give the head's task vector."""

@@ -186,11 +186,16 @@ class VideoLanguageModel:
     def from_folder(cls, folder):
         folder = pathlib.Path(folder)
         about = json.loads((folder / "tpo_config.json").read_text())
+        language = AutoModelForCausalLM.from_pretrained(folder / "language_model")
+        if (folder / "adapter").exists():
+            from peft import PeftModel
+
+            language = PeftModel.from_pretrained(language, folder / "adapter").merge_and_unload()
         return cls(
             about["model"],
             about["template"],
             load_file(folder / "tpo.safetensors"),
-            AutoModelForCausalLM.from_pretrained(folder / "language_model").eval(),
+            language.eval(),
             AutoTokenizer.from_pretrained(folder / "language_model"),
         )
 
