@@ -13,19 +13,18 @@ import sys
 
 from etils import epath
 
-from tpo_jax.interop import export
+from tpo_jax.interop import export, folder
 from tpo_jax.interop.chat_template import ChatTemplateError
 from tpo_jax.interop.families import folder as families
 from tpo_jax.interop.families.base import FamilyError
-from tpo_jax.interop.folder import ModelFolderError
 from tpo_jax.interop.huggingface import HuggingFaceError
 from tpo_jax.interop.mapping import MappingError
 from tpo_jax.interop.peft import AdapterError
 from tpo_jax.interop.tensors import TensorFileError
 
 _ERRORS = (
-    export.ExportFolderError, ModelFolderError, MappingError, HuggingFaceError, ChatTemplateError,
-    TensorFileError, AdapterError, FamilyError,
+    export.ExportFolderError, folder.ModelFolderError, MappingError, HuggingFaceError,
+    ChatTemplateError, TensorFileError, AdapterError, FamilyError,
 )  # fmt: skip
 
 
@@ -52,9 +51,12 @@ def _import(flags: argparse.Namespace) -> int:
 
 
 def _check(flags: argparse.Namespace) -> int:
-    from tpo_jax.interop import check
+    from tpo_jax.interop import check, check_language
 
-    differences = check.compare(flags.model, flags.exported)
+    if folder.holds_language_only(flags.model):
+        differences = check_language.compare_language(flags.model, flags.exported)
+    else:
+        differences = check.compare(flags.model, flags.exported)
     for part, difference in differences.items():
         print(f"{part:24s} {difference:.2e}")
     wrong = [part for part, difference in differences.items() if difference > flags.tolerance]
@@ -94,7 +96,7 @@ def main() -> int:
     command.set_defaults(run=_import)
     command = commands.add_parser("check", help="run both sides on the same inputs and compare")
     command.add_argument("--model", required=True, help="model folder")
-    command.add_argument("--exported", required=True, help="folder that `export` wrote from it")
+    command.add_argument("--exported", required=True, help="what `export` wrote from it")
     command.add_argument("--tolerance", type=float, default=2e-4, help="largest difference")
     command.set_defaults(run=_check)
     flags = parser.parse_args()

@@ -53,11 +53,11 @@ CONFIGS = {
 
 
 def write_folder(
-    folder: pathlib.Path, name: str, files: int = 2, dtype=np.float32
+    folder: pathlib.Path, name: str, files: int = 2, dtype=np.float32, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """A folder as it is downloaded; returns the tensors in it."""
     config = {**_COMMON, **CONFIGS[name]}
-    tensors = random_tensors(config, dtype)
+    tensors = random_tensors(config, dtype, seed)
     folder.mkdir(parents=True)
     weight_map = {}
     for index in range(files):
@@ -84,9 +84,9 @@ def write_tokenizer(folder: pathlib.Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 301}))
 
 
-def random_tensors(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:
+def random_tensors(config: dict, dtype=np.float32, seed: int = 0) -> dict[str, np.ndarray]:
     """Tensors by the names and shapes of `transformers`."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     width, hidden = config["hidden_size"], config["intermediate_size"]
     head = config.get("head_dim", width // config["num_attention_heads"])
     query, kv = (config[f"num_{n}_heads"] * head for n in ("attention", "key_value"))

@@ -19,6 +19,7 @@ from tpo_jax.interop.huggingface import HuggingFaceError, language_config
 from tpo_jax.interop.mapping import MappingError, export_leaves
 from tpo_jax.interop.tensors import TensorFileError
 from tpo_jax.models.presets import preset
+from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import make_mesh
 
 
@@ -49,7 +50,7 @@ def test_there_and_back_is_bit_identical(tmp_path, name, dtype, monkeypatch):
     assert_same(read_all(tmp_path / "exported"), published)
     files = sorted((tmp_path / "exported").glob("*.safetensors"))
     assert len(files) >= 2 and all(file.stat().st_size < 75_000 for file in files)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         out, source = (tmp_path / which / name for which in ("exported", "source"))
         assert out.read_bytes() == source.read_bytes()
     import_model(tmp_path / "exported", tmp_path / "back")
@@ -233,3 +234,27 @@ def test_a_tensor_is_in_memory_once(tmp_path, monkeypatch):
     turned = safetensors.numpy.load_file(tmp_path / "turned.safetensors")["x"]
     np.testing.assert_array_equal(turned[:, :4000], big.T)
     assert turned.shape == (512, 4096) and not turned[:, 4000:].any()
+
+
+def test_a_run_gets_its_language_model_from_the_folder_and_the_rest_from_its_preset(tmp_path):
+    from tests import tiny_run
+    from tpo_jax import train
+
+    published = write_folder(tmp_path / "source", "qwen3")
+    config = tiny_run.get_config(f"data={tmp_path},heads=True,init_from={tmp_path / 'source'}")
+    config.init_missing = ["vision/", "connector/", "task_tokens/", "box_encoder/", "heads/"]
+    model_config, codec = train.make_model_config(config)
+    assert model_config.language.qk_norm and model_config.language.head_dim == 24
+    assert model_config.visual_offset == codec.template.visual_offset > 2
+    first = folder.load_codec(tmp_path / "source").vocab_size
+    new = folder.added_tokens(folder.load_config(tmp_path / "source", model_config), model_config)
+    assert new == tuple(range(first, first + 5))
+    loaded = folder.load_into(
+        FunctionalModel(model_config).abstract(), tmp_path / "source",
+        init_missing=config.init_missing, new_tokens=new,
+    )  # fmt: skip
+    assert {path.split("/")[0] for path in loaded.leaves} == {"language"}
+    table = published["model.embed_tokens.weight"]
+    ours = loaded.leaves["language/embed/table"]
+    np.testing.assert_array_equal(ours[:first], table[:first])
+    np.testing.assert_allclose(ours[first], table[:first].mean(axis=0), rtol=1e-4, atol=1e-6)

@@ -49,6 +49,9 @@ def test_an_adapter_of_peft_merges_to_the_same_model(tmp_path, rslora):
     np.testing.assert_allclose(_logits(load(tmp_path / "merged"), tokens), want, atol=2e-4)
     plain = _logits(load(tmp_path / "source"), tokens)
     assert np.abs(plain - want).max() > 0.1, "the adapter does nothing"
+    write_folder(tmp_path / "other", "llama", seed=1)
+    with pytest.raises(peft.AdapterError, match="another lm_head.weight"):
+        import_model(tmp_path / "other", tmp_path / "back", adapter=tmp_path / "adapter")
 
 
 def test_an_adapter_of_ours_is_read_by_peft_and_comes_back_bit_for_bit(tmp_path):
@@ -88,4 +91,4 @@ def test_what_peft_cannot_hold_and_what_ours_cannot_is_refused(tmp_path):
         peft.write_adapter(folder.epath.Path(tmp_path), zeros, LoraConfig("x", 2, 2.0), rows)
     (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2, "use_dora": true}')
     with pytest.raises(peft.AdapterError, match="use_dora=True.*merge_and_unload"):
-        peft.read_adapter(tmp_path, rows)
+        peft.read_adapter(tmp_path, rows, {})

@@ -7,13 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.interop.language_folders import CONFIGS, write_folder
 from tpo_jax.interop.export import export_model, import_model
 from tpo_jax.interop.folder import load_codec, load_language, open_leaves
-from tpo_jax.models.language import LanguageModel
-from tpo_jax.models.layers import Rngs
+from tpo_jax.models.language import bind
 from tpo_jax.parallel.paths import unflatten
 
 pytestmark = pytest.mark.parity
@@ -36,15 +34,10 @@ def pair(request, tmp_path_factory):
     return theirs, config, unflatten(leaves)["language"]
 
 
-def _bind(config, params):
-    structure = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=Rngs(0))))
-    return nnx.merge(structure, nnx.State(jax.tree.map(nnx.Param, params)))
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(config, params, tokens, positions, segments):
     """int32[B, T] -> states float[L + 1, B, T, D] and logits of the published vocabulary."""
-    model = _bind(config, params)
+    model = bind(config, params)
     embeds = model.embed_tokens(tokens)
     states = model.layer_states(embeds, positions, segments)
     last = model.final_norm(states[-1])
@@ -98,7 +91,7 @@ def test_states_of_every_layer_logits_and_bfloat16(pair):
 @functools.partial(jax.jit, static_argnums=0)
 def _generate(config, params, prompt):
     """Greedy int32[STEPS] after int32[PROMPT], token by token through the caches."""
-    model = _bind(config, params)
+    model = bind(config, params)
     ones = jnp.ones((1, PROMPT), jnp.int32)
     hidden, prefix = model.prefill(
         model.embed_tokens(prompt[None]), jnp.arange(PROMPT)[None], ones

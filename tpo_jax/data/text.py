@@ -209,7 +209,9 @@ class TextCodec:
     def _template_ids(self, field: str) -> list[int]:
         """Ids of one template text; special tokens by name, the rest as ordinary text."""
         ids, text = [], getattr(self.template, field)
-        for piece in re.split(r"(<[^<>\s]+>)", text):
+        # Published tokenizers have special tokens of any form, such as "[INST]".
+        names = map(re.escape, sorted(self.special_ids, key=len, reverse=True))
+        for piece in re.split("(" + "|".join([*names, r"<[^<>\s]+>"]) + ")", text):
             if piece in self.special_ids:
                 ids.append(self.special_ids[piece])
             elif _MARKER.fullmatch(piece) and piece.islower():  # VideoChat2's <Video> is text

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from tpo_jax.data.text import TextCodec
+from tpo_jax.interop.check_language import compare_language
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.heads import HEADS
 from tpo_jax.models.video_language import FunctionalModel
@@ -32,12 +33,14 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
     functional_model = FunctionalModel(config)
     other = _runtime(exported).VideoLanguageModel.from_folder(exported)
     visual, features = other.encode(frames, times)
+    layers = compare_language(model, epath.Path(exported) / "language_model")
     differences = {}
     for name in config.heads or ("",):
         answer = HEADS[name].marker if name else "nothing"
         ours = _forward(functional_model, params, codec, frames, times, answer, name)
         differences["vision/patches"] = _difference(ours["patches"], features["patches"])
         differences["connector/visual"] = _difference(ours["visual"], visual)
+        differences |= layers
         head = HEADS[name] if name else None
         written = f"{head.routing_token}{head.slot_token}" if head else answer
         theirs = other.hidden(QUESTION, written, visual)

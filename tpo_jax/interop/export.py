@@ -153,7 +153,7 @@ def import_model(
     leaves = import_leaves(rows, huggingface.read_tensors(path / "language_model"))
     leaves |= read_file(path / "tpo.safetensors")
     if config.lora is not None:
-        adapters, _ = peft.read_adapter(path / _ADAPTER, rows)
+        adapters, _ = peft.read_adapter(path / _ADAPTER, rows, leaves)
         leaves = peft.with_adapters(leaves, adapters)
     if adapter is not None:
         leaves = _with_merged(leaves, adapter, rows)
@@ -185,7 +185,7 @@ def _import_language(
 def _with_merged(
     leaves: dict[str, LazyArray], adapter: epath.PathLike, rows: list[Row]
 ) -> dict[str, LazyArray]:
-    adapters, config = peft.read_adapter(adapter, rows)
+    adapters, config = peft.read_adapter(adapter, rows, leaves)
     if any(path in leaves for path in adapters):
         raise peft.AdapterError(f"{adapter}: the source has adapters of its own; merge them first")
     return peft.merged_leaves(peft.with_adapters(leaves, adapters), config)

@@ -71,15 +71,16 @@ def write_adapter(
 
 
 def read_adapter(
-    directory: epath.PathLike, rows: Sequence[Row]
+    directory: epath.PathLike, rows: Sequence[Row], leaves: Mapping[str, LazyArray]
 ) -> tuple[dict[str, LazyArray], LoraConfig]:
     """(adapter leaves, their LoraConfig) of a PEFT folder.
 
     Args:
       rows: the table of the language model that the adapter is for.
+      leaves: of that model.
 
     Raises:
-      AdapterError: an option that this program does not have.
+      AdapterError: an option that this program does not have, or an adapter of other weights.
       MappingError: tensors of modules that the model does not have, or of some of its layers only.
     """
     path = epath.Path(directory)
@@ -99,14 +100,39 @@ def read_adapter(
         row for row in rows
         if row.transpose and any(_pattern(row).match(name) for name in tensors)
     ]  # fmt: skip
-    leaves = import_leaves(_adapter_rows(chosen), tensors)
+    tensors = _without_copies(path, tensors, chosen, leaves)
+    adapters = import_leaves(_adapter_rows(chosen), tensors)
     rank = about["r"]
-    wrong = [p for p, x in leaves.items() if rank != x.shape[-1 if p.endswith("a") else -2]]
+    wrong = [p for p, x in adapters.items() if rank != x.shape[-1 if p.endswith("a") else -2]]
     if wrong:
         raise AdapterError(f"{path}: {wrong[0]} has not the rank r={rank} of adapter_config.json")
     alpha = about["lora_alpha"] * (rank**0.5 if about.get("use_rslora") else 1)
     names = "|".join(sorted({re.escape(row.ours) for row in chosen}))
-    return leaves, LoraConfig(pattern=f"^({names})$", rank=rank, alpha=float(alpha))
+    return adapters, LoraConfig(pattern=f"^({names})$", rank=rank, alpha=float(alpha))
+
+
+def _without_copies(
+    path: epath.Path,
+    tensors: Mapping[str, LazyArray],
+    rows: Sequence[Row],
+    leaves: Mapping[str, LazyArray],
+) -> dict[str, LazyArray]:
+    """The tensors without the kernels that PEFT saves beside an adapter of the output table."""
+    left = dict(tensors)
+    for row in rows:
+        copy = left.pop(f"{_PREFIX}{row.theirs.removesuffix('weight')}base_layer.weight", None)
+        if copy is None:
+            continue
+        ours = row.outward(leaves[row.ours])[row.theirs]
+        if copy.shape != ours.shape or any(
+            not np.array_equal(a.astype(np.float32), b.astype(np.float32))
+            for a, b in zip(copy.blocks(), ours.blocks(), strict=True)
+        ):
+            raise AdapterError(
+                f"{path}: holds another {row.theirs} than the source; the adapter was trained on "
+                "other weights"
+            )
+    return left
 
 
 def merged_leaves(leaves: Mapping[str, LazyArray], config: LoraConfig) -> dict[str, LazyArray]:

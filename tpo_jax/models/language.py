@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -290,3 +292,10 @@ class LanguageModel(nnx.Module):
             None if config.sliding_window is None
             else jnp.zeros((rows, branches, length), jnp.int32),
         )  # fmt: skip
+
+
+def bind(config: LanguageConfig, params: Mapping[str, Any]) -> LanguageModel:
+    """The language model alone with these parameters, nested without the leading "language"; use
+    it inside jit. (The whole model is FunctionalModel's.)"""
+    structure = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=Rngs(0))))
+    return nnx.merge(structure, nnx.State(jax.tree.map(nnx.Param, dict(params))))
