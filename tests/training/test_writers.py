@@ -1,9 +1,18 @@
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
 
-from tpo_jax.training.writers import Jsonl, StdoutProgress, TensorBoard, Writers, read_scalars
+from tpo_jax.training.writers import (
+    Jsonl,
+    StdoutProgress,
+    TensorBoard,
+    WeightsAndBiases,
+    Writers,
+    read_scalars,
+)
 
 
 def test_jsonl_appends_and_reads_back(tmp_path):
@@ -59,3 +68,44 @@ def test_writers_fan_out(tmp_path):
     writers.close()
     assert paths[0].read_text() == paths[1].read_text() != ""
     Writers([]).write_scalars(1, {"x": 1.0})  # what processes other than 0 do
+
+
+class FakeRun:
+    """What this program uses of a W&B run."""
+
+    def __init__(self, step=0):
+        self.step, self.logged, self.finished = step, [], False
+
+    def log(self, scalars, step):
+        self.logged.append((step, scalars))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_wandb_goes_on_in_the_run_of_the_workdir(tmp_path, monkeypatch):
+    started = []
+
+    def init(**options):
+        started.append((options, FakeRun(step=0 if not started else 21)))
+        return started[-1][1]
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for steps in ((10, 20), (20, 30)):  # stopped after 20, resumed from a checkpoint before it
+        writer = WeightsAndBiases("project", tmp_path / "run", {"seed": 1})
+        for step in steps:
+            writer.write_scalars(step, {"train/loss": 1.0})
+        writer.close()
+    (first, one), (second, other) = started
+    assert first == second and first["resume"] == "allow" and first["name"] == "run"
+    assert first["config"] == {"seed": 1} and first["project"] == "project"
+    assert [step for step, _ in one.logged] == [10, 20] and one.finished
+    assert [step for step, _ in other.logged] == [30]
+    WeightsAndBiases("project", tmp_path / "other", {})
+    assert started[2][0]["id"] != first["id"]
+
+
+def test_wandb_is_asked_for_only_by_the_config(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(ModuleNotFoundError, match="wandb='p': the package is not installed"):
+        WeightsAndBiases("p", tmp_path, {})
