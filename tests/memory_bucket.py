@@ -15,6 +15,11 @@ class MemoryBucket(MemoryFileSystem):
         del finalize_on_close  # of gcsfs
         super().__init__(**options)
 
+    def _open(self, path, mode="rb", **options):
+        if "a" in mode:
+            raise NotImplementedError(f"{path}: a bucket cannot append")
+        return super()._open(path, mode, **options)
+
 
 def install(monkeypatch) -> None:
     """For one test, gs:// is an empty bucket in memory."""

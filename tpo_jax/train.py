@@ -194,6 +194,7 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
                 write_pending()
             progress["window"] = window.state()
             with ledger.measure("checkpoint"):
+                writers.flush()  # what a checkpoint continues must not be lost with the process
                 unit = (iterator.get_state(), dict(progress), ledger.state(), plain_config)
                 checkpoints.save(step, Checkpoint(state, *unit))
         if stop or step == config.steps:

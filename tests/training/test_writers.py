@@ -2,8 +2,10 @@ import json
 import sys
 import types
 
+import memory_bucket
 import numpy as np
 import pytest
+from etils import epath
 
 from tpo_jax.training.writers import (
     Jsonl,
@@ -68,6 +70,26 @@ def test_writers_fan_out(tmp_path):
     writers.close()
     assert paths[0].read_text() == paths[1].read_text() != ""
     Writers([]).write_scalars(1, {"x": 1.0})  # what processes other than 0 do
+
+
+def test_records_and_events_reach_a_bucket_with_every_flush(monkeypatch):
+    """A bucket cannot append; what was there before a restart stays."""
+    memory_bucket.install(monkeypatch)
+    run = epath.Path("gs://bucket/run")
+    (run / "metrics.jsonl").write_text('{"step": 1, "x": 1}\n{"step": 2, "x": 2}\n')
+    monkeypatch.setattr("tpo_jax.training.writers.SECONDS_BETWEEN_REWRITES", 1e9)
+    metrics = Jsonl(run / "metrics.jsonl", resume_step=1)
+    writers = Writers([metrics, TensorBoard(run / "tensorboard", resume_step=1)])
+    writers.write_scalars(2, {"x": 20})
+    assert [r["x"] for r in read_scalars(run / "metrics.jsonl")] == [1]
+    writers.flush()
+    assert [r["x"] for r in read_scalars(run / "metrics.jsonl")] == [1, 20]
+    monkeypatch.setattr("tpo_jax.training.writers.SECONDS_BETWEEN_REWRITES", 0.0)
+    writers.write_scalars(3, {"x": 30})
+    assert [r["x"] for r in read_scalars(run / "metrics.jsonl")] == [1, 20, 30]
+    writers.close()
+    (events,) = (run / "tensorboard").iterdir()
+    assert b"x" in events.read_bytes() and len(events.read_bytes()) > 100
 
 
 class FakeRun:
