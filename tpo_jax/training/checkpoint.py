@@ -355,7 +355,9 @@ def check(directory: epath.PathLike, abstract_state: Any) -> tuple[int, dict[str
     steps = [int(path.name) for path in found if path.name.isdigit()]
     if not steps:
         return None
-    path = directory.resolve() / str(max(steps))
+    if not directory.is_absolute():
+        directory = directory.resolve()
+    path = directory / str(max(steps))
     with _orbax_context():
         run = ocp.load_checkpointables(path, {_RUN: None})[_RUN]
         saved = ocp.checkpointables_metadata(path).metadata[_STATE]
