@@ -182,7 +182,7 @@ def write(path: epath.PathLike, sidecar: Sidecar) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_bytes(buffer.getvalue())
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def _stack(rows: Sequence[np.ndarray]) -> np.ndarray:
