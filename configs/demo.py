@@ -41,6 +41,7 @@ HEAD_LOSSES = {
     "temporal/saliency": 1.0,
     "mask/focal": 20.0,
     "mask/dice": 2.0,
+    "mask/cells": 1.0,
     "mask/presence": 1.0,
 }
 
@@ -120,9 +121,10 @@ def _stage3(config: ConfigDict, runs: str) -> None:
     """Everything, the towers gently."""
     config.init_from = f"{runs}/stage2/model"
     config.steps = 240
+    config.losses.language = 12.0
     config.trainable = [
         ["heads/|task_tokens/|box_encoder/", 4e-3],
-        ["language/|connector/", 1.5e-3],
+        ["language/|connector/", 1e-3],
         ["vision/", 5e-4],
     ]
 
@@ -145,7 +147,7 @@ def _dpo(config: ConfigDict, runs: str) -> None:
     """DPO + SFT on right against manipulated evidence."""
     config.init_from = f"{runs}/stage3/model"
     config.objective = "preference"
-    config.preference = {"loss": "sigmoid", "beta": 0.3, "sft": 0.5, "label_smoothing": 0.0}
+    config.preference.update(loss="sigmoid", beta=0.3, sft=0.5)
     config.losses = {"language": 1.0}  # of the other objective; not read
     config.steps = 100
     config.optimizer.name = "adamw"

@@ -163,14 +163,14 @@ def test_a_damaged_checkpoint_is_refused_and_an_older_one_gives_the_same(data, w
 
 def test_sigterm_while_compiling_stops_after_that_program(data, tmp_path, monkeypatch):
     config, lowered = tiny_run.get_config(f"data={data},buckets=1"), []
-    real = Program.lower_train_step
+    real = Program.lower_gradient
 
     def lower(self, batch):
         os.kill(os.getpid(), signal.SIGTERM)
         lowered.append(batch)
         return real(self, batch)
 
-    monkeypatch.setattr(Program, "lower_train_step", lower)
+    monkeypatch.setattr(Program, "lower_gradient", lower)
     monkeypatch.setattr(tpo_jax.train, "compile_buckets", compiled.compile_buckets)
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: "program")
     assert run(config, tmp_path) == EXIT_STATUS

@@ -22,31 +22,22 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import tqdm
 from etils import epath
 
-from tpo_jax.data.buckets import Bucket
-from tpo_jax.data.evaluation_rows import batches, build_pair_rows
-from tpo_jax.data.pairs import PairedDataset
-from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, PreparedDataset
-from tpo_jax.data.rows import RowBuilder, RowPlan
-from tpo_jax.data.text import TextCodec
-from tpo_jax.generation import pairs, sidecar
+from tpo_jax.generation import pairs, scoring, sidecar
 from tpo_jax.generation.pair_generator import PairGenerator, Settings
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
-from tpo_jax.training.step import make_score_step
 
 CHUNK_VIDEOS = 32  # videos between two saves of `generate`
-PART_BATCHES = 16  # batches between two saves of `score`
 
 
 class ResumeError(ValueError):
@@ -147,102 +138,6 @@ def check_same_run(out: epath.Path, about: dict[str, Any]) -> None:
             + "\nGive another --out, or remove this folder.")
 
 
-def score(flags: argparse.Namespace, preemption: Preemption) -> None:
-    """Writes the reference sidecar of a manifest of pairs."""
-    config, params, codec = load_model(flags.model)
-    params = jax.tree.map(jax.numpy.asarray, params)
-    dataset = PairedDataset(flags.data, flags.pairs)
-    plans = build_pair_rows(dataset)
-    if not plans:
-        raise ValueError(f"{flags.pairs}: no pairs; generate some first")
-    frames = flags.frames or config.vision.max_frames
-    fingerprint = sidecar.Fingerprint.of(config, params, codec, frames)
-    builder = row_builder(codec, config, pair_bucket(codec, config, plans, frames,
-                                                     flags.batch_size))
-    out = epath.Path(flags.out)
-    if out.exists() and is_complete(sidecar.read(out), fingerprint, builder, plans):
-        print(f"{out}: {len(plans)} pairs are scored already")
-        return
-    folder = out.parent / f"{out.name}.parts"
-    model = FunctionalModel(config)
-    parts = list(score_parts(model, params, builder, plans, fingerprint, folder, preemption))
-    sidecar.write(out, sidecar.merge(parts))
-    folder.rmtree()
-    print(f"{out}: {len(plans)} pairs scored")
-
-
-def is_complete(scored: sidecar.Sidecar, fingerprint: sidecar.Fingerprint, builder: RowBuilder,
-                plans: Sequence[RowPlan]) -> bool:
-    """Whether a sidecar holds exactly these pairs under these conditions."""
-    digests = {pair_id(plan): digest_of(builder, plan) for plan in plans}
-    return scored.fingerprint == fingerprint and dict(scored.digests) == digests
-
-
-def score_parts(model: FunctionalModel, params: Any, builder: RowBuilder,
-                plans: Sequence[RowPlan], fingerprint: sidecar.Fingerprint,
-                folder: epath.Path, preemption: Preemption) -> Iterator[sidecar.Sidecar]:
-    """Scores some batches at a time; what is on disk and still fits is read instead.
-
-    Raises:
-      Preempted: told to stop; every batch that was scored is on disk.
-    """
-    step = jax.jit(make_score_step(model))
-    size = PART_BATCHES * builder.bucket.batch_size
-    with tqdm.tqdm(total=len(plans), desc="score", unit="pair") as bar:
-        for number, first in enumerate(range(0, len(plans), size)):
-            now = plans[first : first + size]
-            file = folder / f"{number:05d}.npz"
-            part = sidecar.read(file) if file.exists() else None
-            if part is None or not is_complete(part, fingerprint, builder, now):
-                digests = {pair_id(plan): digest_of(builder, plan) for plan in now}
-                logps = scored_before(part, fingerprint, digests)
-                left = [plan for plan in now if pair_id(plan) not in logps]
-                for batch, rows in batches(builder, left):
-                    values = np.asarray(step(params, batch)) * (batch["answer_weights"] > 0)
-                    logps |= {pair_id(plan): values[i] for i, plan in enumerate(rows)}
-                    if preemption.reached():
-                        break
-                part = sidecar.Sidecar(
-                    fingerprint, {name: digests[name] for name in logps}, logps, str(file))
-                sidecar.write(file, part)
-                preemption.check()
-            bar.update(len(now))
-            yield part
-
-
-def scored_before(part: sidecar.Sidecar | None, fingerprint: sidecar.Fingerprint,
-                  digests: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """What an interrupted part holds of these pairs, by id."""
-    if part is None or part.fingerprint != fingerprint:
-        return {}
-    return {name: logps for name, logps in part.logps.items()
-            if name in digests and part.digests[name] == digests[name]}
-
-
-def pair_bucket(codec: TextCodec, config: ModelConfig, plans: Sequence[RowPlan], frames: int,
-                batch_size: int) -> Bucket:
-    """The smallest bucket that holds every pair."""
-    branches = [codec.build_branch(None, b.answer) for plan in plans for b in plan.branches]
-    questions = [len(codec.build_prefix(0, "video", plan.question)) for plan in plans]
-    return Bucket(
-        name="pairs", media="video", batch_size=batch_size, frames=frames, branches=2,
-        question=max(questions) - len(codec.build_prefix(0, "video")),
-        branch_tokens=max(len(branch.ids) for branch in branches),
-        answers=max(len(branch.ids) - branch.answer for branch in branches),
-        windows=1, mask_size=config.mask_size)
-
-
-def pair_id(plan: RowPlan) -> str:
-    return plan.branches[0].example.example_id
-
-
-def digest_of(builder: RowBuilder, plan: RowPlan) -> str:
-    """`hash_row` of a pair, as the data pipeline asks for it."""
-    prefix, branches = builder.tokens(plan)
-    rows = [branch.ids for branch in branches]
-    return sidecar.hash_row(builder.frame_indices(plan), prefix, *rows, pad_id=builder.codec.pad_id)
-
-
 def write_text(path: epath.Path, text: str) -> None:
     """Writes under a temporary name, then renames."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +152,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     add_generate(commands.add_parser("generate", help="answer with right and manipulated frames"))
-    add_score(commands.add_parser("score", help="reference log-probabilities of pairs"))
+    scoring.add_arguments(
+        commands.add_parser("score", help="reference log-probabilities of pairs"))
     return parser.parse_args(arguments)
 
 
@@ -294,23 +190,12 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add("--branches", type=int, default=4, help="questions of a row (default: %(default)s)")
 
 
-def add_score(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", required=True, help="model folder of the reference, i.e. where DPO starts")
-    add("--data", required=True, help="prepared split that the pairs were generated on")
-    add("--pairs", required=True, help="pairs.jsonl")
-    add("--out", required=True, help="sidecar to write, .npz")
-    add("--frames", type=int, default=0, help="of the training bucket; 0: as many as the model "
-        "takes")
-    add("--batch_size", type=int, default=16, help="pairs at a time (default: %(default)s)")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     flags = parse(arguments)
     with Preemption() as preemption:
         try:
-            {"generate": generate, "score": score}[flags.command](flags, preemption)
+            {"generate": generate, "score": scoring.score}[flags.command](flags, preemption)
         except Preempted:
             print(f"{flags.out}: stopped; the same command goes on", file=sys.stderr)
             return EXIT_STATUS

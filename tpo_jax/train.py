@@ -2,6 +2,7 @@
 
     python -m tpo_jax.train --config=configs/demo.py:stage=1 --workdir=runs/demo/stage1
     python -m tpo_jax.train --config=configs/demo.py:stage=2 --workdir=runs/stage2 --config.seed=1
+    python -m tpo_jax.train --config=runs/stage2/config.json --workdir=runs/again
 
 The workdir then holds config.json, metrics.jsonl, tensorboard/, ledger.json, checkpoints/, model/
 (the last weights) and, with validation, best_model/ (those of the lowest validation loss).
@@ -9,7 +10,11 @@ The workdir then holds config.json, metrics.jsonl, tensorboard/, ledger.json, ch
 The same command goes on where a run stopped: batches, losses and weights are those of a run that
 was never interrupted. SIGTERM saves a checkpoint and exits with status 75 (start me again). A
 checkpoint that is damaged is refused; --resume_from=STEP goes on from an older one.
-docs/preemption.md has the rest.
+docs/preemption.md has the rest. SIGUSR1 traces the next steps into profile/.
+
+--dry_run checks config, data, shapes, sharding and checkpoints and trains nothing;
+--dry_run=compile adds the memory plan (python -m tpo_jax.plan). With --topology=v5e:4x4 for a TPU
+that is not there.
 
 Several processes: on TPU pods run the same command on every host. Elsewhere give each process
 --coordinator=HOST:PORT --num_processes=N --process_id=I (or the variables JAX_COORDINATOR_ADDRESS,
@@ -22,7 +27,9 @@ import functools
 import json
 import os
 import pathlib
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -32,14 +39,22 @@ import numpy as np
 import tokenizers
 from absl import app, flags, logging
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.rows import Reference
 from tpo_jax.data.text import TextCodec, add_task_tokens
 from tpo_jax.generation import sidecar
-from tpo_jax.interop.folder import added_tokens, load_config, load_into, load_model, save_model
-from tpo_jax.models.config import ModelConfig
+from tpo_jax.interop.folder import (
+    added_tokens,
+    holds_language_only,
+    load_codec,
+    load_config,
+    load_into,
+    load_model,
+    save_model,
+)
+from tpo_jax.models.config import LoraConfig, ModelConfig
 from tpo_jax.models.presets import preset
 from tpo_jax.parallel.mesh import global_batch, make_mesh, reader_shard
 from tpo_jax.parallel.paths import flatten, unflatten
@@ -48,11 +63,15 @@ from tpo_jax.training import agreement
 from tpo_jax.training import config as training_config
 from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
 from tpo_jax.training.compiled import CompiledBucket, compile_buckets
+from tpo_jax.training.config_flag import define_config, define_dry_run
 from tpo_jax.training.divergence import Divergence, Guard, rolled_back, write_report
+from tpo_jax.training.dry_run import DryRun
 from tpo_jax.training.flops import peak_flops
 from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
-from tpo_jax.training.program import Program, make_program
+from tpo_jax.training.profiling import Profiler, device_memory
+from tpo_jax.training.program import Program, make_program, needs_contrast
+from tpo_jax.training.references import verify_references
 from tpo_jax.training.resume import check_same_run, find_start, read_checkpoint
 from tpo_jax.training.save_policy import Due, SavePolicy
 from tpo_jax.training.step import weighted_total
@@ -61,11 +80,14 @@ from tpo_jax.training.writers import (
     MetricWindow,
     StdoutProgress,
     TensorBoard,
+    WeightsAndBiases,
     Writers,
 )
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARG].")
+_CONFIG = define_config("config", "Config file, FILE.py[:ARG] or WORKDIR/config.json.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; local or gs://.")
+_DRY_RUN = define_dry_run("dry_run", "Only check; =compile adds the memory plan.")
+TOPOLOGY = flags.DEFINE_string("topology", "", "Of --dry_run, such as v5e:4x4; '': devices here.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
 _RESUME_FROM = flags.DEFINE_integer(
@@ -135,6 +157,7 @@ def train(
             seed=config.seed,
             reference=read_references(config),
             evidence=config.data.evidence,
+            contrast=needs_contrast(config),
             **dict(zip(("process_index", "process_count"), reader_shard(mesh), strict=True)),
         )
         table = saved.data["sources"] if saved else None
@@ -177,6 +200,9 @@ def train(
         except Preempted:  # nothing has changed since the start
             say(f"stopped at step {start} while compiling")
             return EXIT_STATUS
+        if start == 0 and config.data.references:
+            files, seed = config.data.references, config.seed
+            verify_references(program, pipeline, state.params, seed=seed, files=files, say=say)
 
     if restoring is not None:
         with ledger.measure("init"):
@@ -192,9 +218,11 @@ def train(
         bar = StdoutProgress(total=config.steps, initial=step, shown=_SHOWN)
         metrics_file = Jsonl(workdir / "metrics.jsonl", resume_step=step)
         tensorboard = TensorBoard(workdir / "tensorboard", resume_step=step)
-        return Writers([bar, metrics_file, tensorboard])
+        online = [WeightsAndBiases(config.wandb, workdir, plain_config)] if config.wandb else []
+        return Writers([bar, metrics_file, tensorboard, *online])
 
     writers = open_writers(start)
+    profiler = Profiler(workdir, config.profile)
 
     ########################################################################### Loop
     step, tokens, peak = start, 0, peak_flops(mesh.devices.flat)
@@ -227,7 +255,8 @@ def train(
             scalars = window.means("train/")
             check_finite(at, scalars)
             with ledger.measure("other"):
-                writers.write_scalars(at, scalars | clock.record(at, tokens_then))
+                measured = clock.record(at, tokens_then) | device_memory()
+                writers.write_scalars(at, scalars | measured)
             window = MetricWindow()
 
     while True:
@@ -289,17 +318,22 @@ def train(
         if stop or step == config.steps:
             break
 
+        with ledger.measure("other"):
+            profiler.before_step(step + 1, pending)
         with ledger.measure("data_wait"):
             bucket, local = next(iterator)
         with ledger.measure("step"):
             batch = global_batch(local, mesh)
             state, metrics = compiled[bucket].train(state, batch, base_key)
+            if "padding" in metrics:
+                metrics[f"padding/{bucket}"] = metrics.pop("padding")
             tokens += compiled[bucket].tokens
             step += 1
             write_pending()  # waits for the step before this one, while this one runs
             pending = step, tokens, bucket, metrics
 
     ########################################################################### End
+    profiler.close(pending)
     with ledger.measure("checkpoint"):
         checkpoints.close()
         if not stop:
@@ -334,38 +368,44 @@ def read_references(config: ConfigDict) -> Reference | None:
     model_config, params, codec = load_model(config.init_from)
     (shape,) = {(bucket.frames, bucket.answers) for bucket in config.buckets.values()}
     frames, answers = shape
-    expected = sidecar.Fingerprint.of(model_config, params, codec, frames)
+    expected = sidecar.Fingerprint.of(
+        model_config, params, codec, frames, contrast=needs_contrast(config)
+    )
     return sidecar.reference(config.data.references, expected, answers, codec.pad_id)
 
 
 def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     """The model that the config asks for, and its tokenizer with the tokens of its heads."""
     if config.init_from:
-        codec = TextCodec.load(config.init_from)
+        codec = load_codec(config.init_from)
     else:
         text = epath.Path(config.tokenizer).read_text()
         codec = TextCodec(tokenizers.Tokenizer.from_str(text))
     heads = tuple(config.model.heads)
     add_task_tokens(codec.tokenizer, heads)
     codec = TextCodec(codec.tokenizer, codec.template)
-    if config.model.preset:
-        base = preset(config.model.preset)
-    else:
-        base = load_config(config.init_from)
+    base = preset(config.model.preset) if config.model.preset else None
+    if config.init_from and (base is None or holds_language_only(config.init_from)):
+        base = load_config(config.init_from, base)
     language = dataclasses.replace(base.language, num_tokens=codec.vocab_size)
     tokens = codec.task_tokens
-    return dataclasses.replace(base, language=language, heads=heads, tokens=tokens), codec
+    lora = LoraConfig(**config.lora.to_dict()) if config.lora.rank else base.lora
+    changes = {"language": language, "heads": heads, "tokens": tokens, "lora": lora}
+    return dataclasses.replace(base, **changes), codec
 
 
 def initial_params(config: ConfigDict, program: Program, model_config: ModelConfig) -> Any:
     """Weights at step 0, on the mesh: those of init_from, freshly drawn where it has none."""
     if not config.init_from:
         return program.init_params(config.seed)
+    missing = list(config.init_missing)
+    if config.lora.rank and load_config(config.init_from).lora is None:
+        missing.append(r".*/lora_[ab]$")  # new adapters, which change nothing yet
     loaded = load_into(
         program.abstract_state.params,
         config.init_from,
-        init_missing=config.init_missing,
-        new_tokens=added_tokens(load_config(config.init_from), model_config),
+        init_missing=missing,
+        new_tokens=added_tokens(load_config(config.init_from, model_config), model_config),
     )
     say(f"weights from {config.init_from}: {len(loaded.leaves)} leaves")
     shardings = flatten(program.param_shardings)
@@ -473,9 +513,29 @@ def initialize_distributed() -> None:
     )  # fmt: skip
 
 
+def dry_run(config: ConfigDict, mode: str, topology: str) -> int:
+    """Checks a run that is not started; returns the exit status, 1 if something is wrong."""
+    if mode == "compile" and not topology:
+        raise app.UsageError("--dry_run=compile needs --topology, such as v5e:4x4")
+    if topology:
+        jax.config.update("jax_platforms", "cpu")  # a TPU that is here stays free
+    say = functools.partial(print, flush=True)
+    good = DryRun(config, _WORKDIR.value or "", topology, make_model_config, say).run()
+    if not good or mode != "compile":
+        return 0 if good else 1
+    # A process of its own: the compiler's memory is free again, and its flags are its own.
+    with tempfile.TemporaryDirectory() as folder:
+        path = epath.Path(folder) / "config.json"
+        write_json(path, training_config.to_dict(config))
+        command = [sys.executable, "-m", "tpo_jax.plan", f"--config={path}"]
+        return subprocess.run([*command, f"--topology={topology}"]).returncode
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
+    if _DRY_RUN.value:
+        sys.exit(dry_run(_CONFIG.value, _DRY_RUN.value, TOPOLOGY.value))
     ledger = Ledger()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells forty lines a checkpoint
@@ -498,5 +558,10 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
+    flags.register_multi_flags_validator(
+        ["workdir", "dry_run"],
+        lambda given: given["workdir"] or given["dry_run"],
+        message="--workdir is needed, unless --dry_run",
+    )
     app.run(main)

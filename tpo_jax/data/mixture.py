@@ -17,7 +17,7 @@ import numpy as np
 
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pairs import PairedDataset
-from tpo_jax.data.records import TASKS, Example, PreparedDataset
+from tpo_jax.data.records import Example, PreparedDataset, known_tasks
 from tpo_jax.data.rows import (
     BranchPlan,
     RowBuilder,
@@ -52,8 +52,8 @@ class Source:
         where = f"data source {self.dataset.path}"
         if not self.weight > 0:
             raise ValueError(f"{where}: weight {self.weight}, expected > 0. Remove the source.")
-        if unknown := set(self.tasks) - set(TASKS):
-            raise ValueError(f"{where}: tasks {sorted(unknown)} unknown, expected {TASKS}.")
+        if unknown := set(self.tasks) - set(known_tasks()):
+            raise ValueError(f"{where}: tasks {sorted(unknown)} unknown, expected {known_tasks()}.")
         if any(weight < 0 for weight in self.tasks.values()) or not any(self.tasks.values()):
             raise ValueError(f"{where}: task weights {dict(self.tasks)}, expected at least one > 0 "
                              "and none < 0.")

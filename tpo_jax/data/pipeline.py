@@ -25,6 +25,7 @@ from tpo_jax.data.rows import Reference, RowBuilder, RowPlan, row_id, stack_rows
 from tpo_jax.data.shares import SourceTable, change, number_sources
 from tpo_jax.data.text import TextCodec
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads import heads_of
 
 Batch = dict[str, Any]
 
@@ -35,7 +36,7 @@ def read_buckets(config: Mapping[str, Any]) -> tuple[Bucket, ...]:
 
 
 def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
-                reference: Reference | None = None) -> RowBuilder:
+                reference: Reference | None = None, contrast: bool = False) -> RowBuilder:
     """The builder of a bucket for a model; refuses a tokenizer or bucket of another model."""
     if codec.template.visual_offset != model_config.visual_offset:
         raise ValueError(
@@ -50,19 +51,21 @@ def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
             raise ValueError(
                 f"tokenizer: {token!r} is {codec.task_tokens.get(token)}, but the model has "
                 f"tokens[{token!r}] = {index}. Use the tokenizer of the model folder.")
-    if "mask" in model_config.heads and bucket.mask_size != model_config.mask_size:
+    tasks = heads_of(model_config.heads)
+    if "mask" in tasks and bucket.mask_size != model_config.mask_size:
         raise ValueError(
             f"buckets.{bucket.name}.mask_size: {bucket.mask_size}, but the mask head answers at "
             f"{model_config.mask_size}.")
-    if "temporal" in model_config.heads and not bucket.windows:
+    if "temporal" in tasks and not bucket.windows:
         raise ValueError(
             f"buckets.{bucket.name}.windows: 0, but the model has a temporal head; set at least 1.")
     if bucket.frames > model_config.vision.max_frames:
         raise ValueError(
             f"buckets.{bucket.name}.frames: {bucket.frames}, but the model has vision.max_frames "
             f"= {model_config.vision.max_frames}.")
-    return RowBuilder(codec, bucket, model_config.heads, model_config.vision.image_size,
-                      model_config.num_visual_tokens(bucket.frames), reference)
+    return RowBuilder(codec, bucket, tuple(tasks), model_config.vision.image_size,
+                      model_config.visual_frames(bucket.frames), reference,
+                      getattr(model_config.vision, "resize", "area"), contrast)
 
 
 def blank_batch(builder: RowBuilder, rows: int | None = None) -> Batch:
@@ -87,6 +90,7 @@ class Pipeline:
       evidence: what the model may see, one of `data.evidence.MODES`.
       table: of the checkpoint that is continued, `self.table.to_json()` then; None: a new run.
       start_step: step of that checkpoint. Sources that differ from the table's count from here.
+      contrast: whether preference pairs bring their manipulated frames as well.
 
     Raises:
       RowError: naming every example that does not fit its bucket.
@@ -96,7 +100,8 @@ class Pipeline:
                  heads: Sequence[str], buckets: Mapping[str, Any] | Sequence[Bucket], seed: int,
                  process_index: int = 0, process_count: int = 1,
                  reference: Reference | None = None, evidence: str = "full",
-                 table: Mapping[str, Any] | None = None, start_step: int = 0):
+                 contrast: bool = False, table: Mapping[str, Any] | None = None,
+                 start_step: int = 0):
         if set(heads) != set(model_config.heads):
             raise ValueError(f"heads: {list(heads)}, but the model has {list(model_config.heads)}.")
         if not 0 <= process_index < process_count:
@@ -117,8 +122,9 @@ class Pipeline:
         self.process_index, self.process_count = process_index, process_count
         self.evidence = evidence
         self.skipped: frozenset[str] = frozenset()
-        self.builders = {bucket.name: row_builder(codec, model_config, bucket, reference)
-                         for bucket in buckets}
+        self.builders = {
+            bucket.name: row_builder(codec, model_config, bucket, reference, contrast)
+            for bucket in buckets}
         old = SourceTable.from_json(table) if table else None
         described = [source.described for source in sources]
         numbered = dict(zip(number_sources(described, old.sources if old else ()), sources,

@@ -340,3 +340,24 @@ def _check_structure(
             "Resume with the config of the run (workdir/config.json), or use a new workdir; "
             "to take weights only, set init_from to a model folder."
         )
+
+
+def check(directory: epath.PathLike, abstract_state: Any) -> tuple[int, dict[str, Any]] | None:
+    """Raises what `Checkpoints.restore` would raise about the newest checkpoint; reads no array.
+
+    Nothing in the directory changes, so that a run may be writing there.
+
+    Returns:
+      (step, config of the run), or None where there is no checkpoint.
+    """
+    directory = epath.Path(directory)
+    found = directory.iterdir() if directory.exists() else ()
+    steps = [int(path.name) for path in found if path.name.isdigit()]
+    if not steps:
+        return None
+    path = directory.resolve() / str(max(steps))
+    with _orbax_context():
+        run = ocp.load_checkpointables(path, {_RUN: None})[_RUN]
+        saved = ocp.checkpointables_metadata(path).metadata[_STATE]
+    _check_structure(path, flatten(abstract_state), saved)
+    return max(steps), run["config"]

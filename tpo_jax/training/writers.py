@@ -1,12 +1,13 @@
-"""Where scalars go: a progress bar, a JSONL file, TensorBoard. Process 0 writes, others do not.
+"""Where scalars go: progress bar, JSONL file, TensorBoard, W&B. Process 0 writes, others do not.
 
 All writers have the method names of clu.metric_writers (which needs TensorFlow):
 `write_scalars(step, scalars)`, `flush()`, `close()`. Names are "group/term", values plain floats.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -127,6 +128,43 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases; needs `pip install wandb` and a login.
+
+    The run's id comes from the workdir, so that a restart goes on in the same run. Steps that were
+    logged before the restart are not logged again: W&B takes increasing steps only.
+    """
+
+    def __init__(self, project: str, workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"wandb={project!r}: the package is not installed; pip install wandb, or leave "
+                "config.wandb empty"
+            ) from error
+        workdir = epath.Path(workdir)
+        where = workdir if workdir.is_absolute() else workdir.resolve()
+        self._run = wandb.init(
+            project=project,
+            name=workdir.name,
+            id=hashlib.sha256(str(where).encode()).hexdigest()[:16],
+            resume="allow",
+            config=dict(config),
+        )
+        self._last = self._run.step - 1
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        if step > self._last:
+            self._run.log(dict(scalars), step=step)
+
+    def flush(self) -> None:
+        """W&B sends on its own."""
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class Writers:

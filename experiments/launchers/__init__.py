@@ -1,0 +1,1 @@
+"""Where runs are started: here, on queued resources, with xpk, with Slurm."""

@@ -1,0 +1,267 @@
+"""Everything about a run that can be known before a pod is paid for, without allocating weights.
+
+Each check reports by itself, so that one look shows all that is wrong.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import AbstractMesh, AxisType
+from ml_collections import ConfigDict
+
+from tpo_jax.data.batch_spec import batch_spec
+from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.pipeline import Pipeline, read_buckets
+from tpo_jax.data.rows import Reference, row_id
+from tpo_jax.data.text import TextCodec
+from tpo_jax.generation import sidecar
+from tpo_jax.interop import folder
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.mesh import AXES, check_batch_divides, mesh_shape
+from tpo_jax.parallel.paths import flatten
+from tpo_jax.parallel.rules import partition_spec
+from tpo_jax.parallel.topologies import GIB, parse_topology
+from tpo_jax.training import checkpoint
+from tpo_jax.training import config as training_config
+from tpo_jax.training.program import Program, make_program
+
+# A sidecar's weights hash is compared where hashing the weights takes seconds.
+HASHED_BYTES = GIB
+
+
+class DryRunError(Exception):
+    """Something that would have stopped the run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """The result of one check: what was found, or what is wrong."""
+
+    name: str
+    good: bool
+    text: str
+    seconds: float
+
+    def __str__(self) -> str:
+        text = self.text.replace("\n", "\n" + " " * 18)
+        return f"{'ok' if self.good else 'WRONG':6s}{self.name:12s}{text} ({self.seconds:.1f} s)"
+
+
+class DryRun:
+    """The checks of one config, in the order in which a run would meet what they are about.
+
+    Args:
+      config: training config, not validated yet.
+      workdir: of the run; "" when it is not decided.
+      topology: such as v5e:4x4; "" for the devices here.
+      make_model_config: config -> (ModelConfig, TextCodec), as `train` does it.
+      say: told of each finding.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: str,
+        topology: str,
+        make_model_config: Callable[[ConfigDict], tuple[ModelConfig, TextCodec]],
+        say: Callable[[Finding], None],
+    ) -> None:
+        self.config, self.workdir, self.topology = config, workdir, topology
+        self._make_model_config, self._say = make_model_config, say
+        self.findings: list[Finding] = []
+
+    @property
+    def good(self) -> bool:
+        return all(finding.good for finding in self.findings)
+
+    def run(self) -> bool:
+        """All checks whose preconditions hold; True if nothing is wrong."""
+        if not self._check("config", self._config):
+            return False
+        if not self._check("model", self._model):
+            return False
+        sharded = self._check("sharding", self._sharding)
+        self._check("batches", self._batches)
+        self._check("init_from", self._init_from)
+        self._check("references", self._references)
+        for split in ("train", "validation"):
+            if self.config.data[split]:
+                self._check(f"data.{split}", functools.partial(self._data, split))
+        if sharded and self.workdir:
+            self._check("workdir", self._resume)
+        return self.good
+
+    def _check(self, name: str, check: Callable[[], str]) -> bool:
+        begin = time.monotonic()
+        try:
+            good, text = True, check()
+        except (ValueError, KeyError, OSError, DryRunError) as error:
+            good, text = False, str(error)
+        self.findings.append(Finding(name, good, text, time.monotonic() - begin))
+        self._say(self.findings[-1])
+        return good
+
+    def _config(self) -> str:
+        training_config.validate(self.config)
+        return f"{self.config.steps} steps of {', '.join(sorted(self.config.buckets))}"
+
+    def _model(self) -> str:
+        self.model_config, self.codec = self._make_model_config(self.config)
+        self.params = FunctionalModel(self.model_config).abstract()
+        self.buckets = read_buckets(training_config.to_dict(self.config)["buckets"])
+        self.reference: Reference | None = None
+        leaves = flatten(self.params).values()
+        return (
+            f"{sum(math.prod(leaf.shape) for leaf in leaves):,} parameters in {len(leaves)} "
+            f"leaves, heads {', '.join(self.model_config.heads) or 'none'}, "
+            f"{self.codec.vocab_size} tokens"
+        )
+
+    def _sharding(self) -> str:
+        """Every leaf has a rule and divides; what a chip holds between two steps."""
+        mesh, hbm = self._mesh()
+        wrong = []
+        for path, leaf in flatten(self.params).items():
+            try:
+                partition_spec(path, leaf, mesh)
+            except ValueError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise DryRunError("\n".join(wrong))
+        self.program = make_program(self.config, self.model_config, mesh)
+        held = _bytes_a_device(self.program)
+        limit = f" of {hbm / GIB:.0f}" if hbm else ""
+        text = f"mesh {dict(mesh.shape)}; params and optimizer {held / GIB:.2f}{limit} GiB a chip"
+        if hbm and held > hbm:
+            raise DryRunError(f"{text}; give mesh.fsdp or mesh.tensor more chips")
+        return f"{text}\n{self.program.optimizer.report}"
+
+    def _mesh(self) -> tuple[AbstractMesh, int]:
+        """(mesh without devices, bytes of a chip or 0)."""
+        chips, hbm = jax.device_count() if not self.topology else 0, 0
+        if self.topology:
+            chip, sizes = parse_topology(self.topology)
+            chips, hbm = math.prod(sizes), chip.hbm
+        shape = mesh_shape(self.config.mesh.to_dict(), chips)
+        types = (AxisType.Auto,) * len(AXES)
+        return AbstractMesh(tuple(shape.values()), AXES, axis_types=types), hbm
+
+    def _batches(self) -> str:
+        mesh, _ = self._mesh()
+        lines, wrong = [], []
+        for bucket in self.buckets:
+            spec = batch_spec(bucket, self.model_config)
+            try:
+                check_batch_divides(spec, mesh, self.config.accumulation)
+            except ValueError as error:
+                wrong.append(f"buckets.{bucket.name}: {error}")
+            prefix, branches = spec["prefix_tokens"].shape[1], spec["branch_tokens"].shape[1:]
+            lines.append(
+                f"{bucket.name}: {bucket.batch_size} rows of {bucket.frames} frames, prefix "
+                f"{prefix}, branches {branches[0]} x {branches[1]}"
+            )
+        if wrong:
+            raise DryRunError("\n".join(wrong))
+        return "\n".join(lines)
+
+    def _init_from(self) -> str:
+        config = self.config
+        if not config.init_from:
+            return "random weights"
+        missing = folder.check_fits(
+            self.params,
+            config.init_from,
+            init_missing=config.init_missing,
+            new_tokens=folder.added_tokens(
+                folder.load_config(config.init_from), self.model_config
+            ),
+        )
+        new = f"; new: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}" * bool(missing)
+        return f"{config.init_from} has {len(flatten(self.params)) - len(missing)} leaves{new}"
+
+    def _references(self) -> str:
+        """As train.read_references, with the weights hash left out where hashing takes long."""
+        files = self.config.data.references
+        if not files:
+            return "none"
+        bucket = self.buckets[0]
+        start = epath.Path(self.config.init_from)
+        small = sum(f.stat().length for f in start.glob("*.safetensors")) <= HASHED_BYTES
+        stored = sidecar.read(files[0]).fingerprint
+        if small:
+            model_config, params, codec = folder.load_model(start)
+            expected = sidecar.Fingerprint.of(model_config, params, codec, bucket.frames)
+        else:
+            model_config, codec = folder.load_config(start), TextCodec.load(start)
+            expected = sidecar.Fingerprint.of(model_config, {}, codec, bucket.frames)
+            expected = dataclasses.replace(expected, weights=stored.weights)
+        self.reference = sidecar.reference(files, expected, bucket.answers, codec.pad_id)
+        unknown = "" if small else "; the weights hash is compared when the run starts"
+        return f"{', '.join(files)} belong to {start}{unknown}"
+
+    def _data(self, split: str) -> str:
+        """Opens the folders, fits every example into a bucket and builds one row of each bucket."""
+        sources = training_config.to_dict(self.config)["data"][split]
+        pipeline = Pipeline(
+            sources,
+            self.codec,
+            self.model_config,
+            self.model_config.heads,
+            self.buckets,
+            self.config.seed,
+            reference=self.reference,
+            evidence=self.config.data.evidence,
+        )
+        counts = []
+        for bucket in self.buckets:
+            self._check_row(pipeline, bucket)
+            entries = sum(map(len, pipeline.mixtures[bucket.name].entries))
+            counts.append(f"{bucket.name}: {entries} clips")
+        return f"{', '.join(source['path'] for source in sources)}\n{', '.join(counts)}"
+
+    def _check_row(self, pipeline: Pipeline, bucket: Bucket) -> None:
+        """The first row has the shapes that the program is compiled for."""
+        plan = pipeline.mixtures[bucket.name](0)
+        row = flatten(pipeline.builders[bucket.name].build(plan, row_id(bucket.name, 0)))
+        with_reference = self.reference is not None
+        spec = flatten(batch_spec(bucket, self.model_config, reference=with_reference))
+        wrong = [
+            f"buckets.{bucket.name}: {path} is {_shape(row.get(path))} in the data and "
+            f"{_shape(spec.get(path), 1)} in the program"
+            for path in sorted(row.keys() | spec.keys())
+            if _shape(row.get(path)) != _shape(spec.get(path), 1)
+        ]
+        if wrong:
+            raise DryRunError("\n".join(wrong))
+
+    def _resume(self) -> str:
+        found = checkpoint.check(
+            epath.Path(self.workdir) / "checkpoints", self.program.abstract_state
+        )
+        if found is None:
+            return f"{self.workdir}: a new run"
+        step, saved = found
+        current = training_config.to_dict(self.config)
+        if changed := training_config.changed_since(saved, current):
+            raise DryRunError(f"{self.workdir}: a run with another config:\n" + "\n".join(changed))
+        return f"{self.workdir}: resumes at step {step} of {self.config.steps}"
+
+
+def _bytes_a_device(program: Program) -> int:
+    """Of the train state between two steps."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(program.abstract_state)
+    )
+
+
+def _shape(leaf: Any, leading: int = 0) -> Sequence[Any] | None:
+    """(shape without leading axes, dtype)."""
+    return None if leaf is None else (tuple(leaf.shape[leading:]), leaf.dtype.name)
