@@ -175,7 +175,7 @@ def train_here(
 
     def changes_epoch(pipeline: Pipeline, step: int) -> bool:
         name, rows, _ = pipeline.plans(step)
-        ((_, entries),) = pipeline.mixtures[name]._parts.values()
+        (entries,) = pipeline.mixtures[name].entries
         return rows[0] // len(entries) != rows[-1] // len(entries)
 
     command.evaluate = told(command.evaluate, "evaluation")
