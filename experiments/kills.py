@@ -34,6 +34,7 @@ import select
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,7 +48,6 @@ OPTIONS = (
     "--config.checkpoint.every=3", "--config.checkpoint.keep=3", "--config.eval_every=4",
     "--config.data.threads=1",
 )  # fmt: skip
-SNAPSHOT_STEP = 7  # damage is done to a run that was stopped around here
 
 SIGNALS = ("sigterm", "sigkill")
 PHASES = ("save", "evaluation", "epoch", "compile", "restore")
@@ -85,11 +85,16 @@ class Run:
         self.durations: dict[str, list[float]] = {}
         arguments = ["train", *harness.command, f"--workdir={workdir}", *more]
         self.start = time.monotonic()
+        with self.log.open("ab") as log:
+            # A limit on files must not reach the log: another process writes it.
+            self._cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
+        output = self._cat.stdin.fileno()
         self._process = FORK.Process(
-            target=train_here, args=(arguments, self.log, writer, harness.out / "compiled", limit)
+            target=train_here, args=(arguments, output, writer, harness.out / "compiled", limit)
         )
         self._process.start()
         os.close(writer)
+        self._cat.stdin.close()
 
     def events(self, timeout: float) -> Iterator[tuple[str, str]]:
         """(phase, "begin" or "end") as they come, for at most `timeout` seconds."""
@@ -124,6 +129,7 @@ class Run:
         """Exit status; minus the signal that ended it."""
         collections.deque(self.events(3600.0), maxlen=0)
         self._process.join()
+        self._cat.wait()
         os.close(self._reader)
         return self._process.exitcode
 
@@ -132,13 +138,13 @@ class Run:
 
 
 def train_here(
-    arguments: list[str], log: pathlib.Path, pipe: int, cache: pathlib.Path, limit: int
+    arguments: list[str], output: int, pipe: int, cache: pathlib.Path, limit: int
 ) -> None:
     """The body of a run's process: the train command, which tells its phases on `pipe`."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with log.open("ab", buffering=0) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)  # the log ends when this process does
     import jax  # the parent has imported it; the back end starts here
     from absl import app
 
@@ -169,7 +175,7 @@ def train_here(
 
     def changes_epoch(pipeline: Pipeline, step: int) -> bool:
         name, rows, _ = pipeline.plans(step)
-        ((_, entries),) = pipeline.mixtures[name]._parts.values()
+        (entries,) = pipeline.mixtures[name].entries
         return rows[0] // len(entries) != rows[-1] // len(entries)
 
     command.evaluate = told(command.evaluate, "evaluation")
@@ -231,13 +237,14 @@ class Harness:
 
     def _take_snapshot(self) -> None:
         """A run that SIGTERM stopped: where damage is done and restores are killed."""
-        workdir = self.out / "stopping"
-        shutil.rmtree(workdir, ignore_errors=True)
-        run = Run(self, workdir)
-        for phase, what in run.events(3600.0):
-            if (phase, what) == ("save", "end") and run.begun["save"] == 2:
-                run.kill(signal.SIGTERM)
-        status = run.wait()
+        workdir, status = self.out / "stopping", 0
+        while status == 0:  # it was over before it was told
+            shutil.rmtree(workdir, ignore_errors=True)
+            run = Run(self, workdir)
+            for phase, what in run.events(3600.0):
+                if (phase, what) == ("save", "end"):
+                    run.kill(signal.SIGTERM)
+            status = run.wait()
         if status != 75:
             raise SystemExit(f"a run that got SIGTERM ended with {status}; see {run.log}")
         workdir.rename(self.snapshot)
@@ -259,8 +266,11 @@ class Harness:
         else:
             if kind == "restore":
                 shutil.copytree(self.snapshot, workdir)
-            kills = [self._kill(number, kind, workdir, random) for _ in range(CHAIN)]
-            kills = [kill for kill in kills if kill is not None]
+            kills = []
+            for _ in range(CHAIN):
+                if (kill := self._kill(number, kind, workdir, random)) is None:
+                    break
+                kills.append(kill)
         outcome = self._end(workdir, refusable=kind in DAMAGES)
         for kill in kills:
             kill.outcome = outcome
@@ -276,7 +286,7 @@ class Harness:
         """Starts a run and kills it; None if it was over before."""
         name = kind if kind in SIGNALS else SIGNALS[int(random.integers(2))]
         sent = signal.SIGTERM if name == "sigterm" else signal.SIGKILL
-        share, occurrence = float(random.random()), int(random.integers(1, 4))
+        share, occurrence = float(random.random()), int(random.integers(1, 3))
         run = Run(self, workdir)
         if kind in SIGNALS:
             at = share * statistics.median(self.seconds)

@@ -143,7 +143,7 @@ def write_text(path: epath.Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_text(text)
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -200,7 +200,7 @@ def train(
         except Preempted:  # nothing has changed since the start
             say(f"stopped at step {start} while compiling")
             return EXIT_STATUS
-        if start == 0 and config.data.references:
+        if saved is None and config.data.references:
             files, seed = config.data.references, config.seed
             verify_references(program, pipeline, state.params, seed=seed, files=files, say=say)
 

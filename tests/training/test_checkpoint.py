@@ -1,4 +1,5 @@
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -218,6 +219,26 @@ def test_a_removal_or_save_that_was_cut_off_is_no_checkpoint(two_steps, tmp_path
     (tmp_path / "1").rename(tmp_path / "1.removed")
     checkpoints = Checkpoints(tmp_path, policy(keep=2))
     assert checkpoints.latest() is None and list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_names_the_checkpoints_that_are_left(tmp_path):
+    checkpoints = Checkpoints(tmp_path, policy(keep=2))
+    checkpoints.save(1, unit(1), REGULAR)
+    checkpoints.wait()
+    noise = jax.random.normal(jax.random.key(0), (256, 256))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, hard))  # as if it were full
+    try:
+        with pytest.raises(CheckpointError, match=r"a save failed(.|\n)*the steps \[1\]"):
+            checkpoints.save(2, unit(2, state={"w": noise}), REGULAR)
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    again = Checkpoints(tmp_path, policy(keep=2))
+    assert again.latest() == 1
+    again.save(2, unit(2), REGULAR)
+    again.close()
+    assert again.latest() == 2
 
 
 def test_what_the_policy_keeps_survives_reopening(tmp_path):

@@ -258,6 +258,11 @@ class Mixture:
         self._epochs = {number: _Epochs(len(entries), [seed, self._key, number])
                         for number, (_, entries) in parts.items()}
 
+    @property
+    def entries(self) -> list[list[Entry]]:
+        """What each source has for this bucket."""
+        return [entries for _, entries in self._parts.values()]
+
     def __call__(self, row: int) -> RowPlan:
         """The plan of a row of the global stream."""
         number, position = self._shares(row)

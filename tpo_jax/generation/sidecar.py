@@ -197,7 +197,7 @@ def write(path: epath.PathLike, sidecar: Sidecar) -> None:
     # A name of its own: several processes may write the same sidecar.
     temporary = path.parent / f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     temporary.write_bytes(buffer.getvalue())
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def _stack(rows: Sequence[np.ndarray]) -> np.ndarray:

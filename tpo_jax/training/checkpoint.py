@@ -75,8 +75,12 @@ class Checkpoints:
     At most one save is under way; the next `save` and `close` wait for it and raise its error.
     """
 
-    def __init__(self, directory: epath.PathLike, policy: SavePolicy) -> None:
-        """Opens (or creates) `directory`; `policy` decides which checkpoints stay."""
+    def __init__(self, directory: epath.PathLike, policy: SavePolicy | None) -> None:
+        """Opens (or creates) `directory`.
+
+        Args:
+          policy: decides which checkpoints stay. None: to look only, nothing is changed.
+        """
         self.directory = epath.Path(directory)
         if not self.directory.is_absolute():
             self.directory = self.directory.resolve()  # Orbax refuses relative paths
@@ -85,7 +89,7 @@ class Checkpoints:
         self._pending: concurrent.futures.Future[None] | None = None
         self._intact: set[int] = set()  # steps whose files were looked at
         self._saves: dict[int, Save] = {}  # what is known of the steps that are there
-        if jax.process_index() == 0:
+        if policy is not None and jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self._leftovers():
                 leftover.rmtree()
@@ -343,23 +347,17 @@ def _check_structure(
 
 
 def check(directory: epath.PathLike, abstract_state: Any) -> tuple[int, dict[str, Any]] | None:
-    """Raises what `Checkpoints.restore` would raise about the newest checkpoint; reads no array.
+    """Raises if `Checkpoints.restore` would find another structure in the newest checkpoint.
 
-    Nothing in the directory changes, so that a run may be writing there.
+    Reads no array, and changes nothing in the directory: a run may be writing there.
 
     Returns:
       (step, config of the run), or None where there is no checkpoint.
     """
-    directory = epath.Path(directory)
-    found = directory.iterdir() if directory.exists() else ()
-    steps = [int(path.name) for path in found if path.name.isdigit()]
-    if not steps:
+    checkpoints = Checkpoints(directory, None)
+    step = checkpoints.latest()
+    if step is None:
         return None
-    if not directory.is_absolute():
-        directory = directory.resolve()
-    path = directory / str(max(steps))
-    with _orbax_context():
-        run = ocp.load_checkpointables(path, {_RUN: None})[_RUN]
-        saved = ocp.checkpointables_metadata(path).metadata[_STATE]
-    _check_structure(path, flatten(abstract_state), saved)
-    return max(steps), run["config"]
+    checkpoints.check(step, abstract_state)
+    run = json.loads(checkpoints._run_file(checkpoints.directory / str(step)).read_text())
+    return step, run["config"]
