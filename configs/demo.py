@@ -41,6 +41,7 @@ HEAD_LOSSES = {
     "temporal/saliency": 1.0,
     "mask/focal": 20.0,
     "mask/dice": 2.0,
+    "mask/cells": 1.0,
     "mask/presence": 1.0,
 }
 
@@ -120,9 +121,10 @@ def _stage3(config: ConfigDict, runs: str) -> None:
     """Everything, the towers gently."""
     config.init_from = f"{runs}/stage2/model"
     config.steps = 240
+    config.losses.language = 12.0
     config.trainable = [
         ["heads/|task_tokens/|box_encoder/", 4e-3],
-        ["language/|connector/", 1.5e-3],
+        ["language/|connector/", 1e-3],
         ["vision/", 5e-4],
     ]
 

@@ -22,7 +22,8 @@ SMOOTH = {
 HEADS = ("region", "temporal", "mask")
 HEAD_TERMS = (
     "region/l1", "region/giou", "region/cells", "temporal/foreground", "temporal/l1",
-    "temporal/giou", "temporal/saliency", "mask/focal", "mask/dice", "mask/presence",
+    "temporal/giou", "temporal/saliency", "mask/focal", "mask/dice", "mask/cells",
+    "mask/presence",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import sys
 import time
 from collections.abc import Sequence
@@ -39,8 +40,9 @@ class Part:
 
     Attributes:
       count: only the first videos (`--limit`); 0 for all.
-      calls: questions to each head about one video (`--calls_per_video`), evenly spread over those
-        that there are; 0 for all.
+      calls: questions to each head about one video (`--calls_per_video`), drawn by their name from
+        those that there are; 0 for all. Any regular choice would favour some kind of question,
+        since annotations list those about one frame in an order of their own.
     """
 
     dataset: PreparedDataset
@@ -65,8 +67,8 @@ class Part:
         left_out: set[str] = set()
         for task in called_by_task():
             asked = [example.example_id for example in examples if example.task == task]
-            kept = {i * len(asked) // self.calls for i in range(self.calls)}
-            left_out |= {name for i, name in enumerate(asked) if i not in kept}
+            drawn = sorted(asked, key=lambda name: hashlib.sha256(name.encode()).digest())
+            left_out.update(drawn[self.calls :])
         return [example for example in examples if example.example_id not in left_out]
 
     def frames(self, video_id: str, indices: np.ndarray) -> np.ndarray:
@@ -162,7 +164,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=_count, default=0, help="only the first N videos")
     parser.add_argument(
         "--calls_per_video", type=_count, default=0,
-        help="at most N questions to each head about one video, evenly spread",
+        help="at most N questions to each head about one video, drawn by their name",
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=8, help="videos at a time")
     parser.add_argument(

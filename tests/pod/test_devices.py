@@ -36,7 +36,7 @@ def two_steps(heads, sizes, devices, accumulation=1):
     options = train_config(heads, dropout=0.1, optimizer=SMOOTH, accumulation=accumulation)
     program = make_program(options, config, mesh)
     local = random_batch(bucket(8), config)
-    compiled = program.lower_train_step(local).compile(FAST_COMPILE)
+    compiled = program.compile_train_step(local, FAST_COMPILE)
     batch, state, key = global_batch(local, mesh), program.init_state(params), program.base_key(0)
     history = []
     for _ in range(2):

@@ -430,7 +430,8 @@ class VideoLanguageModel:
         return torch.stack(logits, 1), torch.stack(spans, 1)
 
     def mask(self, slot_states, features):
-        """[1, S, D] -> {"masks" [1, S, F, m, m] logits, "presence" [1, S, F] logits}."""
+        """[1, S, D] -> logits {"masks" [1, S, F, m, m], "cells" [1, S, F, h, h], "presence"
+        [1, S, F]}."""
         w = self.weights.at("heads").at("mask")
         stem, patches, pixels = features["stem"], features["patches"], features["pixels"]
         B, frames = patches.shape[:2]
@@ -444,6 +445,8 @@ class VideoLanguageModel:
             x = x.view(B, frames, S, -1).transpose(1, 2)
             x = frame_mixer(mixers.at(f"layer{i}"), x, self.head_heads)
         x = layer_norm(w.at("final_norm"), x)
+        found = torch.einsum("bsfc,bftc->bsft", x, tokens.unflatten(0, (B, frames)))
+        found = found * tokens.shape[-1] ** -0.5
         query = mlp(w.at("query"), x)
         stride = self.config["head"]["mask_stride"]
         size, grid = pixels.shape[-2] // stride, math.isqrt(tokens.shape[1])
@@ -454,8 +457,11 @@ class VideoLanguageModel:
         cells = linear(w.at("pixel_out"), F.gelu(cells, approximate="tanh"))
         cells = cells.view(B, frames, size * size, -1)
         logits = torch.einsum("bsfc,bfpc->bsfp", query[..., :-1], cells) + query[..., -1:]
+        found = found.unflatten(-1, (grid, grid))
+        coarse = torch.einsum("ah,bw,...hw->...ab", resize, resize, found)
         return {
-            "masks": logits.unflatten(-1, (size, size)),
+            "masks": logits.unflatten(-1, (size, size)) + coarse,
+            "cells": found,
             "presence": linear(w.at("presence"), x)[..., 0],
         }
 
