@@ -12,7 +12,6 @@ from media_samples import write_media
 from pycocotools import mask as coco_mask
 
 from tpo_jax.data import formats, validation
-from tpo_jax.data.formats.reading import Context
 from tpo_jax.data.media import MediaFolder
 from tpo_jax.data.records import Example, Turn
 
