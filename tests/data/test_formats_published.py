@@ -291,6 +291,13 @@ def test_got10k_and_mevis_on_folders_of_pictures(tmp_path):
     assert len(problems) == 2 and "--frame_rate" in problems[0].fix
     examples, problems = read("mevis", tmp_path / "m", MediaFolder(tmp_path), frame_rate=5)
     assert problems == [] and examples[0].targets["times"] == [0, 0.2, 0.4]
+    command = ["--format=mevis", f"--annotations={tmp_path / 'm'}", f"--media={tmp_path}"]
+    assert prepare.main(["check", *command]) == 1
+    assert prepare.main(["check", *command, "--frame_rate=5"]) == 0
+    out = tmp_path / "out"
+    assert prepare.main(["run", *command, "--frame_rate=5", f"--out={out}", "--fps=50"]) == 0
+    info = PreparedDataset(out).video_info("clip_a")
+    np.testing.assert_allclose(info.timestamps, [0, 0.2, 0.4, 0.6], rtol=1e-6)
 
 
 def test_links_in_a_folder_of_pictures_do_not_lead_out(tmp_path):

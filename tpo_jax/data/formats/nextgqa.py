@@ -77,8 +77,8 @@ def _windows(evidence: Any, qid: str, context: Context) -> list[list[float]]:
 
 
 def _not_before_zero(window: Any) -> Any:
-    """Some windows of the test set start at -0.1 s."""
-    if isinstance(window, list) and window and isinstance(window[0], float) and -0.2 < window[0]:
+    """Some windows of the test set start at -0.1 or -0.2 s."""
+    if isinstance(window, list) and window and isinstance(window[0], float) and -0.25 < window[0]:
         return [max(window[0], 0.0), *window[1:]]
     return window
 
