@@ -269,6 +269,14 @@ def test_sa_v(media):
     assert first.turns[0].question.count("<box>") == 1
 
 
+def test_sa_v_validation_set(media):
+    (example,) = read_sample("sa_v", media, "sa_v_val")
+    assert (example.example_id, example.video_id) == ("test/strip/000", "strip")
+    np.testing.assert_allclose(example.targets["times"], [0, 4 / 24])
+    assert example.targets["rles"][0] is None
+    assert example.targets["input_box"] == [10 / 64, 20 / 48, 20 / 64, 30 / 48]
+
+
 def test_lasot(media):
     (a,) = read_sample("lasot", media)
     assert a.video_id == "shape-1/img" and a.targets["boxes"][2] is None
