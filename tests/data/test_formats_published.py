@@ -259,6 +259,15 @@ def test_davis(media):
     assert read_sample("davis", media, "davis/ImageSets/2017/train.txt") == [first, second]
 
 
+def test_names_in_a_davis_list_stay_inside(media, tmp_path):
+    shutil.copytree(SAMPLES / "davis", tmp_path / "davis")
+    file = tmp_path / "davis" / "ImageSets" / "2017" / "train.txt"
+    file.write_text("strip\n../../ImageSets\nabsent\n")
+    examples, problems = read("davis", file, media)
+    assert len(examples) == 2 and [p.value for p in problems[:1]] == ["../../ImageSets"]
+    assert "leaves" in problems[0].reason
+
+
 def test_sa_v(media):
     first, second = read_sample("sa_v", media)
     assert first.task == "tracking" and first.video_id == "clip_a.mp4"

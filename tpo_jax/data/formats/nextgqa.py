@@ -48,7 +48,7 @@ def _rows(context: Context, rows: csv.DictReader) -> Iterator[Record]:
 def parse(record: Any, label: str, context: Context) -> list[Example]:
     row, evidence = record
     name = context.find(row["video_id"], "video_id")
-    question = validation.check_text("question", row["question"])
+    question = validation.check_text("question", row["question"]).rstrip("? ")
     options = tuple(validation.check_text(key, row[key]) for key in OPTIONS)
     answer = validation.check_text("answer", row["answer"])
     key = f"{row['video_id']}_{row['qid']}"
