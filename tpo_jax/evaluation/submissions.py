@@ -38,7 +38,10 @@ def score_files(
     if bool(answers) != (benchmark == "nextgqa"):
         raise ValueError("--answers: nextgqa needs the file with the chosen options, others do not")
     files = [read_json(path) for path in (predictions, annotations, answers) if path]
-    return BENCHMARKS[benchmark](*files)
+    try:
+        return BENCHMARKS[benchmark](*files)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{benchmark}: a file is not in its format: {error!r}") from error
 
 
 def score_qvhighlights(submission: Sequence[Record], labels: Sequence[Record]) -> dict[str, dict]:
@@ -174,10 +177,13 @@ def format_report(report: Record) -> str:
 
 
 def _by_id(records: Sequence[Record], source: str) -> dict[Any, Record]:
-    found = {record["qid"]: record for record in records}
-    if len(found) != len(records) or not records:
-        twice = {r["qid"] for r in records if sum(s["qid"] == r["qid"] for s in records) > 1}
-        raise ValueError(f"{source}: expected one record a qid, got several of {sorted(twice)[:5]}")
+    found: dict[Any, Record] = {}
+    for record in records:
+        if record["qid"] in found:
+            raise ValueError(f"{source}: qid {record['qid']} has more than one record")
+        found[record["qid"]] = record
+    if not found:
+        raise ValueError(f"{source}: the file has no record")
     return found
 
 
