@@ -137,6 +137,10 @@ def test_bad_qvhighlights_records_are_named():
             "qid 0: relevant_clip_ids has 99, the video has",
         ),
         (
+            (submission, changed(labels, relevant_clip_ids=[1], saliency_scores=[])),
+            "qid 0: 0 saliency_scores for 1 relevant_clip_ids",
+        ),
+        (
             (changed(submission, pred_relevant_windows=[[0, 1]]), labels),
             r"pred_relevant_windows: expected 3 numbers, got \[0, 1\]",
         ),
