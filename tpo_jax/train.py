@@ -54,7 +54,7 @@ from tpo_jax.interop.folder import (
     load_model,
     save_model,
 )
-from tpo_jax.models.config import LoraConfig, ModelConfig
+from tpo_jax.models.config import VOCABULARY_MULTIPLE, LoraConfig, ModelConfig
 from tpo_jax.models.presets import preset
 from tpo_jax.parallel.mesh import global_batch, make_mesh, reader_shard
 from tpo_jax.parallel.paths import flatten, unflatten
@@ -388,7 +388,11 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     base = preset(config.model.preset) if config.model.preset else None
     if config.init_from and (base is None or holds_language_only(config.init_from)):
         base = load_config(config.init_from, base)
-    language = dataclasses.replace(base.language, num_tokens=codec.vocab_size)
+    rows = -(-codec.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    language = dataclasses.replace(
+        base.language, num_tokens=codec.vocab_size,
+        vocab_size=max(base.language.vocab_size, rows),
+    )  # fmt: skip
     tokens = codec.task_tokens
     lora = LoraConfig(**config.lora.to_dict()) if config.lora.rank else base.lora
     changes = {"language": language, "heads": heads, "tokens": tokens, "lora": lora}
