@@ -73,6 +73,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config
 
 
+def sweep(add) -> None:
+    """Is it the seed? python -m experiments.sweep --config=configs/demo.py:stage=2 --out=..."""
+    for seed in range(3):
+        add(seed=seed)
+
+
 def _buckets(tiny: bool) -> dict:
     """Short questions and head calls, the long rest (listed options, captions), and images."""
     video = {

@@ -4,8 +4,8 @@
     python -m tpo_jax.train --config=configs/seven_b.py:data=DIR,init=FOLDER --workdir=gs://...
 
 DIR holds train/ and validation/ (docs/own_data.md) and, without `init`, tokenizer.json. `init` is a
-model folder of `python -m tpo_jax.convert import`; without it the weights are random. `tiny` has the
-smallest model instead, for tests.
+model folder of `python -m tpo_jax.convert import`; without it the weights are random. `tiny` has
+the smallest model instead, for tests.
 """
 
 from ml_collections import ConfigDict

@@ -10,6 +10,7 @@ import micro_model
 import numpy as np
 import pytest
 from etils import epath
+from fake_batches import FAST_COMPILE
 
 import tpo_jax.train
 from tpo_jax import preferences
@@ -36,8 +37,9 @@ KINDS = ("temporal", "action", "spatial")
 
 @pytest.fixture(scope="module", autouse=True)
 def in_memory():
-    """Videos in memory, one of the fake devices, one compilation for runs of one program."""
+    """Videos in memory, one of the fake devices, one quick compilation for runs of one program."""
     compiled, compile_buckets = {}, tpo_jax.train.compile_buckets
+    compile_lowered = jax.stages.Lowered.compile
 
     def compile_once(program, builders, evaluate, say):
         key = str((program.abstract_state, program.objective, program.optimizer.report))
@@ -50,6 +52,7 @@ def in_memory():
         patch.setattr(pair_data, "PreparedDataset", lambda path: dataset())
         patch.setattr(tpo_jax.train, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
         patch.setattr(tpo_jax.train, "compile_buckets", compile_once)
+        patch.setattr(jax.stages.Lowered, "compile", lambda x: compile_lowered(x, FAST_COMPILE))
         yield
 
 

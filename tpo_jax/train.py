@@ -312,6 +312,7 @@ def train(
             progress |= {"window": window.state(), "losses": guard.state()}
             progress["best_saves"] = due_saves.losses
             with ledger.measure_save():
+                writers.flush()  # what a checkpoint continues must not be lost with the process
                 data = iterator.get_state() | {"sources": pipeline.table.to_json()}
                 unit = (data, dict(progress), ledger.state(), plain_config, identity)
                 checkpoints.save(step, Checkpoint(state, *unit), save)

@@ -230,7 +230,8 @@ def lasot(
             continue
         width = max(min(x + w, tx + tw) - max(x, tx), 0)
         height = max(min(y + h, ty + th) - max(y, ty), 0)
-        iou = width * height / (w * h + tw * th - width * height)
+        # Rounding must not lift the IoU of equal boxes above the last threshold, 1.
+        iou = min(width * height / (w * h + tw * th - width * height), 1.0)
         success += sum(iou > step / 20 for step in range(21)) / 21
         dx = (x + (w - 1) / 2) - (tx + (tw - 1) / 2)
         dy = (y + (h - 1) / 2) - (ty + (th - 1) / 2)

@@ -50,7 +50,6 @@ class Xpk:
             "case $status in 0|75) exit $status ;; *) exit 1 ;; esac"
         )
         command = [
-            "xpk", "workload", "create",
             f"--workload={resource_name(run, LONGEST_NAME)}",
             f"--project={self.project}", f"--zone={self.zone}", f"--cluster={self.cluster}",
             f"--tpu-type={self.tpu_type}", f"--num-slices={self.num_slices}",
@@ -59,4 +58,5 @@ class Xpk:
             f"--termination-grace-period-seconds={self.grace}",
             f"--command={inside}",
         ]  # fmt: skip
-        return " \\\n  ".join(shlex.quote(word) for word in command) + "\n"
+        lines = ["xpk workload create", *map(shlex.quote, command)]
+        return " \\\n  ".join(lines) + "\n"

@@ -11,9 +11,9 @@ from format_samples import SAMPLES, read, read_sample
 from media_samples import write_media
 from pycocotools import mask as coco_mask
 
-from tpo_jax.data import formats
+from tpo_jax.data import formats, validation
 from tpo_jax.data.media import MediaFolder
-from tpo_jax.data.records import Turn
+from tpo_jax.data.records import Example, Turn
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +200,8 @@ BAD_LINES = [
     ("native", 0, ("task",), "juggling", "task", "expected one of"),
     ("native", 0, ("format_version",), 7, "format_version", "expected 1"),
     ("native", 0, ("targets",), {"boxes": []}, "targets.boxes", "unknown key"),
+    ("native", 0, ("turns", 0, "question"), "At <box>?", "turns", "for 0 targets.input_box"),
+    ("native", 0, ("targets",), {"input_box": [0, 0, 1, 1]}, "turns", "stands 0 times"),
     ("native", 1, ("turns", 0, "answer"), "At one.", "turns", "it is there 0 times"),
     ("native", 1, ("targets", "windows"), DELETE, "targets.windows", "missing"),
     ("native", 1, ("targets", "windows", 0), [1, "x"], "targets.windows[0]", "a number"),
@@ -225,6 +227,20 @@ def test_bad_json_line(name, line, where, value, field, reason, media, tmp_path)
     ]
     assert reason in problems[0].reason and problems[0].fix
     assert len(examples) == len(lines) - 1
+
+
+def test_any_question_may_be_about_a_box():
+    """Its slot is an input, whatever the answer calls."""
+    for task, answer, targets in [
+        ("conversation", "a cat", {}),
+        ("region", "Here: <region>.", {"boxes": [[0.2, 0.2, 0.4, 0.4]], "times": [1.0]}),
+        ("temporal", "At <temporal>.", {"windows": [[1.0, 2.0]]}),
+    ]:
+        turn = Turn("What is at <box>?", answer)
+        targets = targets | {"input_box": [0.1, 0.1, 0.5, 1.001]}
+        example = Example("a", "v", "video", task, "train", 0.0, 4.0, (turn,), targets)
+        checked = validation.check_example(example, 4.0)
+        assert checked.targets == targets | {"input_box": [0.1, 0.1, 0.5, 1.0]}
 
 
 def damaged(tmp_path, folder):

@@ -30,7 +30,7 @@ def test_qvhighlights_files(tmp_path, capsys):
     report = json.loads((tmp_path / "out.json").read_text())
     expected = metric_oracles.moment_table(submission, labels)["full"]["MR-R1"]["0.5"]
     assert report["brief"]["MR-full-R1@0.5"] == pytest.approx(expected)
-    assert f"MR-full-R1@0.5         {expected:6.2f}" in capsys.readouterr().out
+    assert f"MR-full-R1@0.5        {expected:6.2f}\n" in capsys.readouterr().out
 
 
 def with_subset(database, subset):

@@ -3,6 +3,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import memory_bucket
 import ml_dtypes
 import numpy as np
 import pytest
@@ -192,3 +193,14 @@ def test_a_token_with_two_ids_is_refused(model_config):
     new = dataclasses.replace(model_config, tokens={"<boxes>": 1001})
     with pytest.raises(ModelFolderError, match=r"token <boxes>: id 1000 .* 1001"):
         added_tokens(old, new)
+
+
+def test_a_folder_in_a_bucket_is_written_replaced_and_read(monkeypatch, codec, model_config):
+    memory_bucket.install(monkeypatch)
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        params = make_params(dtype)
+        save_model("gs://bucket/run/model", model_config, params, codec)
+        config, got, _ = load_model("gs://bucket/run/model")
+        assert config == model_config
+        assert flatten(got)["scale"].tobytes() == params["scale"].tobytes()
+        folder.check_fits(abstract(params), "gs://bucket/run/model")

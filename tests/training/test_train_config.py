@@ -1,4 +1,5 @@
 import copy
+import json
 import pathlib
 import runpy
 
@@ -9,6 +10,7 @@ from tpo_jax.training.config import (
     bucket_config,
     changed_since,
     default_config,
+    from_dict,
     parse_arg,
     source_config,
     to_dict,
@@ -43,6 +45,31 @@ def test_a_good_config_passes():
     # Only terms that count refuse micro-batches.
     config.losses["cg_detr/align"], config.accumulation = 0.0, 2
     validate(config)
+
+
+def test_a_config_comes_back_from_its_json_with_types_and_order():
+    values = to_dict(good())
+    assert json.dumps(to_dict(from_dict(values))) == json.dumps(values)
+
+
+def test_an_option_younger_than_the_json_has_its_default_and_an_unknown_one_is_refused():
+    values = to_dict(good())
+    del values["profile"], values["optimizer"]["clip"]
+    values["buckets"]["video"]["windows"] = 3  # names of the config's own choice stay as they are
+    config = from_dict(values)
+    assert config.profile.steps == 0 and config.optimizer.clip == 1.0
+    assert list(config.buckets) == ["video"] and config.buckets.video.windows == 3
+    validate(config)
+    with pytest.raises(ConfigError, match="stepz"):
+        validate(from_dict(values | {"stepz": 1}))
+
+
+@pytest.mark.parametrize("profile", [{"start": 3, "steps": 0}, {"start": 0, "steps": 3}])
+def test_half_a_profiler_window_is_refused(profile):
+    config = good()
+    config.profile = profile
+    with pytest.raises(ConfigError, match="half a window"):
+        validate(config)
 
 
 @pytest.mark.parametrize(

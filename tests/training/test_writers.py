@@ -1,9 +1,20 @@
 import json
+import sys
+import types
 
+import memory_bucket
 import numpy as np
 import pytest
+from etils import epath
 
-from tpo_jax.training.writers import Jsonl, StdoutProgress, TensorBoard, Writers, read_scalars
+from tpo_jax.training.writers import (
+    Jsonl,
+    StdoutProgress,
+    TensorBoard,
+    WeightsAndBiases,
+    Writers,
+    read_scalars,
+)
 
 
 def test_jsonl_appends_and_reads_back(tmp_path):
@@ -59,3 +70,64 @@ def test_writers_fan_out(tmp_path):
     writers.close()
     assert paths[0].read_text() == paths[1].read_text() != ""
     Writers([]).write_scalars(1, {"x": 1.0})  # what processes other than 0 do
+
+
+def test_records_and_events_reach_a_bucket_with_every_flush(monkeypatch):
+    """A bucket cannot append; what was there before a restart stays."""
+    memory_bucket.install(monkeypatch)
+    run = epath.Path("gs://bucket/run")
+    (run / "metrics.jsonl").write_text('{"step": 1, "x": 1}\n{"step": 2, "x": 2}\n')
+    monkeypatch.setattr("tpo_jax.training.writers.SECONDS_BETWEEN_REWRITES", 1e9)
+    metrics = Jsonl(run / "metrics.jsonl", resume_step=1)
+    writers = Writers([metrics, TensorBoard(run / "tensorboard", resume_step=1)])
+    writers.write_scalars(2, {"x": 20})
+    assert [r["x"] for r in read_scalars(run / "metrics.jsonl")] == [1]
+    writers.flush()
+    assert [r["x"] for r in read_scalars(run / "metrics.jsonl")] == [1, 20]
+    monkeypatch.setattr("tpo_jax.training.writers.SECONDS_BETWEEN_REWRITES", 0.0)
+    writers.write_scalars(3, {"x": 30})
+    assert [r["x"] for r in read_scalars(run / "metrics.jsonl")] == [1, 20, 30]
+    writers.close()
+    (events,) = (run / "tensorboard").iterdir()
+    assert b"x" in events.read_bytes() and len(events.read_bytes()) > 100
+
+
+class FakeRun:
+    """What this program uses of a W&B run."""
+
+    def __init__(self, step=0):
+        self.step, self.logged, self.finished = step, [], False
+
+    def log(self, scalars, step):
+        self.logged.append((step, scalars))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_wandb_goes_on_in_the_run_of_the_workdir(tmp_path, monkeypatch):
+    started = []
+
+    def init(**options):
+        started.append((options, FakeRun(step=0 if not started else 21)))
+        return started[-1][1]
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for steps in ((10, 20), (20, 30)):  # stopped after 20, resumed from a checkpoint before it
+        writer = WeightsAndBiases("project", tmp_path / "run", {"seed": 1})
+        for step in steps:
+            writer.write_scalars(step, {"train/loss": 1.0})
+        writer.close()
+    (first, one), (second, other) = started
+    assert first == second and first["resume"] == "allow" and first["name"] == "run"
+    assert first["config"] == {"seed": 1} and first["project"] == "project"
+    assert [step for step, _ in one.logged] == [10, 20] and one.finished
+    assert [step for step, _ in other.logged] == [30]
+    WeightsAndBiases("project", tmp_path / "other", {})
+    assert started[2][0]["id"] != first["id"]
+
+
+def test_wandb_is_asked_for_only_by_the_config(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(ModuleNotFoundError, match="wandb='p': the package is not installed"):
+        WeightsAndBiases("p", tmp_path, {})

@@ -41,11 +41,10 @@ class MediaFolder:
             self._by_name[str(path.with_suffix(""))].add(name)
         self._known = set(self._files)
         self._folders = collections.defaultdict(set)
-        for folder in {pathlib.PurePosixPath(n).parent for n in self._files if _is_picture(n)}:
-            name = folder.parent.name if folder.name == "img" else folder.name
-            if str(folder) != ".":
-                for key in (name, folder.name, str(folder)):
-                    self._folders[key].add(str(folder))
+        for folder in {n.rpartition("/")[0] for n in self._files if _is_picture(n)} - {""}:
+            *_, parent, last = "", *folder.split("/")
+            for key in (folder, last, parent if last == "img" else last):
+                self._folders[key].add(folder)
         self._frame_rates: dict[str, float] = {}
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ that the official program would stop at is refused by name.
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -211,7 +211,9 @@ def highlight_arrays(
         raise ValueError(f"qid {qid}: a saliency score and a clip of 2 seconds are needed")
     width = max(length.max(), clips.max())
     saliency = np.full((len(pairs), width), -np.inf)
-    saliency[np.arange(width) < length[:, None]] = _finite(itertools.chain(*guesses))
+    saliency[np.arange(width) < length[:, None]] = _numbers(
+        itertools.chain(*guesses), "pred_saliency_scores"
+    )
     best = saliency.argmax(axis=1)
     saliency[np.arange(width) >= length[:, None]] = 0.0
     ids = [label["relevant_clip_ids"] for _, label in pairs]
@@ -233,16 +235,17 @@ def highlight_arrays(
 def _array(rows: Any, columns: int, field: str) -> np.ndarray:
     """float64[n, columns] of lists of numbers (or of their text, in THUMOS14's labels)."""
     rows = list(rows)
-    for row in rows:
-        if len(row) != columns:
-            raise ValueError(f"{field}: expected {columns} numbers, got {row}")
-    return _finite(itertools.chain(*rows)).reshape(-1, columns)
+    if wrong := set(map(len, rows)) - {columns}:
+        row = next(row for row in rows if len(row) in wrong)
+        raise ValueError(f"{field}: expected {columns} numbers, got {row}")
+    return _numbers(itertools.chain(*rows), field).reshape(-1, columns)
 
 
-def _finite(values: Any) -> np.ndarray:
-    numbers = np.array(list(values), np.float64)
+def _numbers(values: Iterable[Any], field: str) -> np.ndarray:
+    """float64[n] of numbers or their text."""
+    numbers = np.fromiter(values, np.float64)
     if not np.isfinite(numbers).all():
-        raise ValueError("a number of the file is not finite")
+        raise ValueError(f"{field}: a number is not finite")
     return numbers
 
 

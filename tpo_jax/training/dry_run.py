@@ -50,8 +50,8 @@ class Finding:
     seconds: float
 
     def __str__(self) -> str:
-        text = self.text.replace("\n", "\n" + " " * 18)
-        return f"{'ok' if self.good else 'WRONG':6s}{self.name:12s}{text} ({self.seconds:.1f} s)"
+        text = self.text.replace("\n", "\n" + " " * 22)
+        return f"{'ok' if self.good else 'WRONG':6s}{self.name:16s}{text} ({self.seconds:.1f} s)"
 
 
 class DryRun:

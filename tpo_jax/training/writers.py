@@ -6,6 +6,8 @@ All writers have the method names of clu.metric_writers (which needs TensorFlow)
 
 import hashlib
 import json
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +18,8 @@ import tqdm
 from etils import epath
 
 from tpo_jax.parallel.weighted_sum import WeightedSum
+
+SECONDS_BETWEEN_REWRITES = 1.0  # what a bucket takes for one object
 
 
 class Writer(Protocol):
@@ -59,6 +63,9 @@ class Jsonl:
 
     A run that resumes at step n will write the steps after n again, so opening drops them: the
     file of an interrupted run ends up equal to that of an uninterrupted one.
+
+    A bucket cannot append: there the whole file is written again, at most once a second and with
+    every flush.
     """
 
     def __init__(self, path: epath.PathLike, *, resume_step: int) -> None:
@@ -68,18 +75,31 @@ class Jsonl:
         temporary = self._path.with_name(self._path.name + ".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         temporary.replace(self._path)
-        self._file = self._path.open("a")
+        self._rewritten = _is_remote(self._path)
+        self._lines = [line + "\n" for line in kept] if self._rewritten else []
+        self._written = (len(kept), time.monotonic())  # lines, and when
+        self._file = None if self._rewritten else self._path.open("a")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         record = {"step": step} | {name: _number(value) for name, value in scalars.items()}
-        self._file.write(json.dumps(record) + "\n")
+        line = json.dumps(record) + "\n"
+        if self._rewritten:
+            self._lines.append(line)
+            if time.monotonic() - self._written[1] >= SECONDS_BETWEEN_REWRITES:
+                self.flush()
+            return
+        self._file.write(line)
         self._file.flush()  # a killed process loses no complete record
 
     def flush(self) -> None:
-        self._file.flush()
+        if self._rewritten and self._written[0] < len(self._lines):
+            self._path.write_text("".join(self._lines))
+            self._written = (len(self._lines), time.monotonic())
 
     def close(self) -> None:
-        self._file.close()
+        self.flush()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_lines(path: epath.PathLike) -> list[tuple[int, str]]:
@@ -112,11 +132,19 @@ def read_scalars(path: epath.PathLike) -> list[dict[str, float]]:
 
 
 class TensorBoard:
-    """Event files for TensorBoard under `directory`; steps after `resume_step` are superseded."""
+    """Event files for TensorBoard under `directory`; steps after `resume_step` are superseded.
+
+    Those of a bucket are written here, and copied with every flush.
+    """
 
     def __init__(self, directory: epath.PathLike, *, resume_step: int) -> None:
+        self._directory = epath.Path(directory)
+        remote = _is_remote(self._directory)
+        self._local = tempfile.TemporaryDirectory(prefix="tensorboard") if remote else None
         self._writer = tensorboardX.SummaryWriter(
-            str(directory), purge_step=resume_step + 1, write_to_disk=True
+            self._local.name if remote else str(directory),
+            purge_step=resume_step + 1,
+            write_to_disk=True,
         )
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -125,9 +153,20 @@ class TensorBoard:
 
     def flush(self) -> None:
         self._writer.flush()
+        self._copy()
 
     def close(self) -> None:
         self._writer.close()
+        self._copy()
+        if self._local is not None:
+            self._local.cleanup()
+
+    def _copy(self) -> None:
+        if self._local is None:
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for file in epath.Path(self._local.name).iterdir():
+            (self._directory / file.name).write_bytes(file.read_bytes())
 
 
 class WeightsAndBiases:
@@ -184,6 +223,11 @@ class Writers:
     def close(self) -> None:
         for writer in self._writers:
             writer.close()
+
+
+def _is_remote(path: epath.Path) -> bool:
+    """Whether the path is in a bucket."""
+    return "://" in str(path)
 
 
 def _number(value: float) -> float | int | None:

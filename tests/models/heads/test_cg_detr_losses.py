@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_batches import FAST_COMPILE
 
 from tpo_jax.models.heads import HEADS
 from tpo_jax.models.heads.cg_detr import losses
@@ -56,10 +57,33 @@ def data():
 
 
 @functools.cache
+def program():
+    """(continuous predictions, the others, weights of terms) -> gradient, terms."""
+    _, targets = data()
+
+    def total(continuous, others, weights):
+        terms = losses.loss(continuous | others, targets, targets["valid"])
+        return sum(weights[name] * term.mean() for name, term in terms.items()), terms
+
+    return jax.jit(jax.grad(total, has_aux=True), compiler_options=FAST_COMPILE)
+
+
+def run(weights):
+    predictions, _ = data()
+    # What is distilled is constant: the head gives it without a gradient.
+    given = {name for name, value in predictions.items() if value.dtype == np.float32}
+    given -= {"attention_target"}
+    continuous, others = (
+        {name: value for name, value in predictions.items() if (name in given) == wanted}
+        for wanted in (True, False)
+    )
+    weights = {name: np.float32(weights.get(name, 0)) for name in TERMS}
+    return jax.device_get(program()(continuous, others, weights))
+
+
+@functools.cache
 def found():
-    predictions, targets = data()
-    terms = jax.jit(losses.loss)(predictions, targets, targets["valid"])
-    return {name: (float(term.total), float(term.weight)) for name, term in terms.items()}
+    return {name: (float(t.total), float(t.weight)) for name, t in run({})[1].items()}
 
 
 def labels_of(b, s):
@@ -149,6 +173,25 @@ def test_a_term_is_its_reference(term):
     total, weight = expected(term.removeprefix("cg_detr/"))
     assert weight > 0 and total > 0
     assert found()[term] == pytest.approx((total, weight), rel=2e-5)
+
+
+READS = {
+    "l1": {"spans"}, "giou": {"spans"}, "label": {"logits"},
+    "margin": {"saliency"}, "rank": {"saliency", "negative_saliency"},
+    "negative": {"negative_saliency"}, "attention_margin": {"relevance"},
+    "attention_rank": {"relevance", "negative_relevance"},
+    "attention_negative": {"negative_relevance"}, "attention_bce": {"relevance"},
+    "align": {"moment", "other", "sentence", "dummy_sentence"}, "clips": {"clip_match"},
+    "distill": {"attention"}, "orthogonal": {"overlap"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_has_a_gradient_in_what_it_reads(term):
+    gradient, _ = run({term: 1.0})
+    assert all(np.all(np.isfinite(value)) for value in gradient.values())
+    moved = {name for name, value in gradient.items() if np.any(value)}
+    assert moved == READS[term.removeprefix("cg_detr/").removeprefix("earlier_")]
 
 
 def test_there_are_no_other_terms_and_coupled_ones_exist():

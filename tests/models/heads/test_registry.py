@@ -75,7 +75,7 @@ def test_the_head_of_the_docs_trains(count_head, codec):
     program = make_program(
         train_config(("count",), losses={"language": 1.0, "count/nll": 1.0}), config, mesh
     )
-    step = program.lower_train_step(batch).compile(FAST_COMPILE)
+    step = program.compile_train_step(batch, FAST_COMPILE)
     state = program.init_state(program.init_params(0))
     history = []
     for _ in range(20):

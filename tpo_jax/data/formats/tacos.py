@@ -36,7 +36,11 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
     if len(validation.check_list(field, frames)) != 2:
         raise Invalid(field, frames, "expected [first, last] in frames", "write two numbers")
     seconds = [validation.check_number(field, f, 0, math.inf, "frames") / fps for f in frames]
-    targets = {"windows": [validation.check_window(field, seconds, count / fps)]}
+    try:
+        targets = {"windows": [validation.check_window(field, seconds, count / fps)]}
+    except Invalid as invalid:  # with what the file says
+        reason = f"at {fps:g} frames a second: {invalid.reason}"
+        raise Invalid(field, frames, reason, invalid.fix) from None
     turn = asking.moment(validation.check_text(f"sentences[{i}]", sentence))
     return [context.example(name, label, "temporal", [turn], targets)]
 

@@ -120,24 +120,33 @@ def _as_raters(positive: np.ndarray) -> np.ndarray:
 
 
 def _average_precisions(scores: np.ndarray, clips: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """`average_precisions` of a few queries, columns first: float64[queries, columns]."""
-    width = scores.shape[1]
+    """`average_precisions` of a few queries: only the positive clips are looked at."""
+    rows, width, columns = positive.shape
+    # Clips that are not there come last.
     inside = np.arange(width) < clips[:, None]
-    # Clips that are not there come last, in a tie of their own that finds nothing.
     falling = np.where(inside, -scores, np.inf)
-    order = np.argsort(falling, axis=1, kind="stable")
+    order = np.argsort(falling, axis=1)
     ordered = np.take_along_axis(falling, order, axis=1)
-    marks = np.moveaxis(positive & inside[..., None], 2, 1)
-    marks = np.take_along_axis(marks, order[:, None], axis=2)
-    found = np.cumsum(marks, axis=2, dtype=np.int32)
-    last = np.ones(scores.shape, bool)  # of each tie
-    last[:, :-1] = ordered[:, 1:] != ordered[:, :-1]
-    precision = np.where(last[:, None], found / np.arange(1.0, width + 1), 0.0)
-    envelope = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
-    # How many had been found before the tie that ends here.
-    since = np.maximum.accumulate(np.where(last, np.arange(1, width + 1), 0), axis=1)
-    since = np.concatenate([np.zeros((len(since), 1), since.dtype), since[:, :-1]], axis=1)
-    earlier = np.concatenate([np.zeros((*found.shape[:2], 1), found.dtype), found], axis=2)
-    grew = last[:, None] & (found > np.take_along_axis(earlier, since[:, None], axis=2))
-    total = (envelope * grew).sum(axis=2) / np.maximum(grew.sum(axis=2), 1)
-    return np.where(found[..., -1] == clips[:, None], 1.0, total)
+    place = np.empty_like(order)
+    np.put_along_axis(place, order, np.arange(width)[None], axis=1)
+    tied = np.zeros((rows, width), bool)  # with the next
+    tied[:, :-1] = ordered[:, 1:] == ordered[:, :-1]
+    last = np.where(tied, width, np.arange(width))
+    last = np.minimum.accumulate(last[:, ::-1], axis=1)[:, ::-1]  # place where the tie ends
+    curve, clip = np.divmod(np.flatnonzero(np.moveaxis(positive, 2, 1) & inside[:, None]), width)
+    # One entry a positive clip, curve by curve, from the highest score to the lowest.
+    curve, at = np.divmod(np.sort(curve * width + place[curve // columns, clip]), width)
+    positives = np.bincount(curve, minlength=rows * columns)
+    found = np.arange(len(curve)) - np.repeat(np.cumsum(positives) - positives, positives) + 1
+    threshold = last[curve // columns, at]
+    # Of the clips of one tie the last speaks for all.
+    new = np.ones(len(curve), bool)
+    new[:-1] = (curve[1:] != curve[:-1]) | (threshold[1:] != threshold[:-1])
+    curve, precision = curve[new], found[new] / (threshold[new] + 1)
+    # Precisions are at most 1: raised by 2 from curve to curve, one running maximum serves all.
+    level = 2.0 * (rows * columns - curve)
+    envelope = np.maximum.accumulate((precision + level)[::-1])[::-1] - level
+    total = np.bincount(curve, envelope, rows * columns)
+    mean = total / np.maximum(np.bincount(curve, minlength=rows * columns), 1)
+    whole = positives.reshape(rows, columns) == clips[:, None]
+    return np.where(whole, 1.0, mean.reshape(rows, columns))

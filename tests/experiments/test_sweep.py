@@ -1,0 +1,127 @@
+"""The sweep command: what it prints, skips and resumes; on a bucket; and once for real."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import fake_sweep
+import memory_bucket
+import pytest
+import swept
+import tiny_run
+from etils import epath
+
+from experiments import sweep
+from experiments.launchers.local import Local
+from experiments.sweeps import report
+from experiments.sweeps.runs import expand, found_in, progress
+from tpo_jax.training.config_flag import read_json
+from tpo_jax.training.writers import read_scalars
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Half the time of compiling.
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+class FakeTraining(Local):
+    """A launcher whose training does nothing and ends with the status of its seed."""
+
+    def __init__(self, statuses):
+        self.statuses = statuses
+
+    def command(self, run):
+        return ["sh", "-c", f"exit {self.statuses[run.config['seed']]}"]
+
+
+def test_what_ended_and_how_is_kept_on_a_bucket(monkeypatch, tmp_path):
+    """Configs, states, table and page on gs://; logs stay here."""
+    memory_bucket.install(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    out = epath.Path("gs://bucket/rates")
+    runs = expand(f"{swept.__file__}:somewhere", out)
+    assert sweep.launch(FakeTraining({0: 0, 1: 3}), runs, out, parallel=2) == 1
+    assert [progress(run).state for run in runs] == ["new", "failed", "new", "failed"]
+    assert (out / runs[1].name / "exit_status").read_text() == "3\n"
+    assert len(list((tmp_path / "runs/logs/rates").iterdir())) == 4
+    for run in runs:
+        assert read_json(run.config_path).seed == run.config["seed"]
+        fake_sweep.write_metrics(run.workdir, 1e-3, run.config["seed"])
+        fake_sweep.write_ledger(run.workdir, 100, finished=True)
+    again = expand(f"{swept.__file__}:somewhere", out)
+    assert [progress(run).state for run in again] == ["finished"] * 4
+    page = report.write(out, found_in(out))
+    assert str(page) == "gs://bucket/rates/sweep.html" and "validation/loss" in page.read_text()
+    assert (out / "sweep.csv").read_text().count("\n") == 5
+
+
+def test_a_bad_launcher_option_writes_nothing(tmp_path):
+    runs = expand(f"{swept.__file__}:somewhere", tmp_path / "out")
+    with pytest.raises(ValueError, match="is needed"):
+        sweep.launch(sweep.make_launcher("xpk", ""), runs, tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def command(*arguments):
+    """python -m experiments.sweep on the real swept.py."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"XLA_FLAGS": FAST, "PYTHONPATH": path}
+    line = [sys.executable, "-m", "experiments.sweep", *map(str, arguments)]
+    return subprocess.Popen(
+        line, cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def test_a_sweep_trains_and_does_not_train_again(tmp_path):
+    """The real command and the real training, one run of four steps."""
+    tiny_run.write_data(tmp_path / "data")
+    file = tmp_path / "one.py"
+    file.write_text("from swept import get_config\ndef sweep(add): add(seed=5)\n")
+    config = f"{file}:{tmp_path / 'data'}"
+    process = command(f"--config={config}", f"--out={tmp_path / 'out'}")
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output + (tmp_path / "out/logs/run.log").read_text()
+    (run,) = expand(config, tmp_path / "out")
+    assert progress(run).state == "finished" and progress(run).step == 4
+    assert [r["step"] for r in read_scalars(run.workdir / "metrics.jsonl")] == [1, 2, 3, 4]
+    # What the sweep wrote and what `train` made of it are the same config.
+    assert json.loads(run.config_path.read_text()) == run.config
+    assert "train/loss" in (tmp_path / "out" / "sweep.html").read_text()
+    before = (run.workdir / "metrics.jsonl").stat().st_mtime_ns
+    todo = [one for one in [run] if progress(one).state != "finished"]
+    assert sweep.launch(Local(), todo, tmp_path / "out", 1) == 0
+    assert (run.workdir / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.long
+def test_a_sweep_that_is_stopped_goes_on_as_if_nothing_had_been(tmp_path):
+    """SIGTERM to the sweep: both runs save, it ends with 75, and the same command finishes it."""
+    tiny_run.write_data(tmp_path / "data")
+    file = tmp_path / "two.py"
+    file.write_text(
+        "from swept import get_config\n"
+        "def sweep(add):\n  for seed in (0, 1): add(seed=seed, steps=400)\n"
+    )
+    given = f"--config={file}:{tmp_path / 'data'}"
+    whole = command(given, f"--out={tmp_path / 'whole'}", "--parallel=2")
+    assert whole.wait(timeout=1200) == 0, whole.stdout.read()
+    out = tmp_path / "stopped"
+    process = command(given, f"--out={out}", "--parallel=2")
+    names = ("seed=0", "seed=1")
+    while not all(len(read_scalars(out / name / "metrics.jsonl")) > 2 for name in names):
+        assert process.poll() is None, process.stdout.read()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=600) == 75, process.stdout.read()
+    assert {progress(run).state for run in found_in(out)} == {"stopped"}
+    again = command(given, f"--out={out}", "--parallel=2")
+    assert again.wait(timeout=1200) == 0, again.stdout.read()
+    for name in names:
+        one, other = (
+            [{k: v for k, v in record.items() if not k.startswith("time/")}
+             for record in read_scalars(folder / name / "metrics.jsonl")]
+            for folder in (out, tmp_path / "whole")
+        )  # fmt: skip
+        assert one == other and len(one) == 400

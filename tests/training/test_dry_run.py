@@ -1,0 +1,201 @@
+"""What a dry run finds, on the micro model and data that are right or wrong in one thing."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from tpo_jax import train
+from tpo_jax.data.pipeline import Pipeline
+from tpo_jax.generation import sidecar
+from tpo_jax.interop.folder import save_model
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
+from tpo_jax.training.config import to_dict
+from tpo_jax.training.dry_run import DryRun
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_run.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def config(data):
+    config = tiny_run.get_config(f"data={data},heads=True")
+    for bucket in config.buckets.values():
+        bucket.batch_size = 8
+    return config
+
+
+def findings(config, workdir="", topology="v5e:2x4"):
+    """{name: (good, text)}, and whether all is good."""
+    dry_run = DryRun(config, str(workdir), topology, train.make_model_config, lambda finding: None)
+    good = dry_run.run()
+    return {f.name: (f.good, f.text) for f in dry_run.findings}, good
+
+
+def the_wrong_one(config, **options):
+    found, good = findings(config, **options)
+    assert not good
+    ((name, text),) = ((name, text) for name, (fine, text) in found.items() if not fine)
+    return name, text
+
+
+def test_a_good_run_is_good_everywhere(config, tmp_path):
+    found, good = findings(config, tmp_path)
+    assert good, found
+    assert list(found) == ["config", "model", "sharding", "batches", "init_from", "references",
+                           "data.train", "data.validation", "workdir"]  # fmt: skip
+    assert "'data': 8" in found["sharding"][1] and "of 16 GiB a chip" in found["sharding"][1]
+    assert "long: 6 clips, short: 6 clips" in found["data.train"][1]
+    assert "a new run" in found["workdir"][1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_weight_is_allocated(config, monkeypatch):
+    before = {id(array) for array in jax.live_arrays()}
+    findings(config)
+    assert sum(a.size for a in jax.live_arrays() if id(a) not in before) < 1000
+
+
+def test_a_wrong_option_comes_first_and_alone(config):
+    config.optimizer.clip = -1.0
+    config.steps = 0
+    assert list(findings(config)[0]) == ["config"]
+
+
+def test_rows_that_do_not_divide_name_bucket_and_multiple(config):
+    config.buckets.short.batch_size = 12
+    name, text = the_wrong_one(config)
+    assert name == "batches" and "buckets.short" in text and "multiple of 8" in text
+    assert "buckets.long" not in text
+
+
+def test_every_large_leaf_that_does_not_divide_is_named(config):
+    config.model.preset = "tiny"
+    config.buckets.long.frames = config.buckets.short.frames = 4
+    config.mesh = {"data": 1, "fsdp": 3, "context": 1, "tensor": 1}
+    del config.model.heads[:]  # their arrays are not of this
+    config.losses = {"language": 1.0}
+    config.data.train[0]["tasks"] = config.data.validation[0]["tasks"] = {"conversation": 1.0}
+    found, good = findings(config, topology="v5e:1x3")
+    lines = found["sharding"][1].split("\n")
+    assert not good and not found["sharding"][0] and len(lines) > 1
+    assert all("does not divide over fsdp=3" in line for line in lines)
+
+
+def test_more_than_a_chip_holds_is_wrong(config):
+    config.model.preset = "7b"
+    for bucket in config.buckets.values():
+        bucket.frames = 4
+    found, good = findings(config, topology="v5e:1x8")
+    fine, text = found["sharding"]
+    assert not good and not fine and "of 16 GiB a chip; give mesh.fsdp" in text
+
+
+def test_an_example_that_fits_no_bucket_is_named(config):
+    for bucket in config.buckets.values():
+        bucket.answers = 2
+    found, good = findings(config)
+    assert not good and not found["data.train"][0] and not found["data.validation"][0]
+    assert "seed0/video0/conversation" in found["data.train"][1]
+    assert "seed1/video0" in found["data.validation"][1]
+
+
+def test_a_folder_that_is_not_there_is_named(config):
+    config.data.train[0]["path"] = "nowhere"
+    name, text = the_wrong_one(config)
+    assert name == "data.train" and "nowhere is not a prepared folder" in text
+
+
+def test_weights_to_start_from_must_fit_by_name_and_shape(config, data, tmp_path):
+    plain = tiny_run.get_config(f"data={data}")
+    model_config, codec = train.make_model_config(plain)
+    params = FunctionalModel(model_config).init(jax.random.key(0))
+    save_model(tmp_path / "model", model_config, params, codec)
+    config.init_from, config.tokenizer = str(tmp_path / "model"), ""
+    name, text = the_wrong_one(config)
+    assert name == "init_from" and "heads/region" in text and "init_missing" in text
+    config.init_missing = ["task_tokens/", "box_encoder/", "heads/"]
+    found, good = findings(config)
+    assert good and "; new: " in found["init_from"][1], found
+
+
+def test_a_checkpoint_of_another_run_is_refused_without_being_touched(config, tmp_path):
+    dry_run = DryRun(config, "", "", train.make_model_config, lambda finding: None)
+    config.mesh = {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}
+    assert dry_run.run()
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), dry_run.program.abstract_state)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(7, Checkpoint(state, {"next_step": 7}, {}, {}, to_dict(config)))
+    checkpoints.close()
+    leftover = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
+    leftover.mkdir()  # of a run that is saving
+    found, good = findings(config, tmp_path)
+    assert good and "resumes at step 7 of 12" in found["workdir"][1]
+    config.steps = 13
+    assert "steps: checkpoint has 12, this command has 13" in the_wrong_one(
+        config, workdir=tmp_path
+    )[1]
+    config.model.heads = ["region"]
+    config.losses = {name: 1.0 for name in config.losses if not name.startswith("temporal")}
+    for split in ("train", "validation"):
+        config.data[split][0]["tasks"] = {"conversation": 1.0, "region": 1.0}
+    name, text = the_wrong_one(config, workdir=tmp_path)
+    assert name == "workdir" and "in the checkpoint only" in text and "heads/temporal" in text
+    assert leftover.exists()
+
+
+def pairs_config(data, tmp_path):
+    """A preference run on two pairs, with the sidecar of its own weights."""
+    config = tiny_run.get_config(f"data={data}")
+    model_config, codec = train.make_model_config(config)
+    params = FunctionalModel(model_config).init(jax.random.key(0))
+    save_model(tmp_path / "model", model_config, params, codec)
+    lines = []
+    for i in range(2):
+        name = f"seed0/video{i}"
+        lines.append(json.dumps({
+            "format_version": 1, "example_id": f"{name}/pair", "video_id": name, "media": "video",
+            "task": "preference", "source": "test", "start": 0.0, "end": 4.0,
+            "turns": [{"question": tiny_run.QUESTION, "answer": "", "options": [], "kind": ""}],
+            "targets": {"chosen": "It is red.", "rejected": "It is blue."},
+        }))  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    config.objective, config.init_from, config.tokenizer = "preference", str(tmp_path / "model"), ""
+    config.data.train = [{"path": f"{data}/train", "weight": 1.0, "tasks": {"preference": 1.0},
+                          "kinds": [], "pairs": str(tmp_path / "pairs.jsonl")}]  # fmt: skip
+    config.eval_every, config.data.validation = 0, []
+    config.buckets = {"pairs": config.buckets.short.copy_and_resolve_references()}
+    config.buckets["pairs"].update(question=32, batch_size=8)
+    config.data.references = [str(tmp_path / "reference.npz")]
+    return config, model_config, params, codec
+
+
+def test_sidecars_must_belong_to_the_weights_and_to_every_pair(data, tmp_path):
+    config, model_config, params, codec = pairs_config(data, tmp_path)
+    fingerprint = sidecar.Fingerprint.of(model_config, params, codec, 4)
+    seen = {}
+
+    def note(pair, indices, prefix, tokens):
+        seen[pair] = sidecar.hash_row(indices, prefix, tokens, pad_id=codec.pad_id)
+        return np.zeros((2, 16), np.float32)
+
+    Pipeline(to_dict(config)["data"]["train"], codec, model_config, (),
+             to_dict(config)["buckets"], 0, reference=note)  # fmt: skip
+    logps = {pair: np.full((2, 16), -1.0, np.float32) for pair in seen}
+    sidecar.write(tmp_path / "reference.npz", sidecar.Sidecar(fingerprint, seen, logps))
+    found, good = findings(config)
+    assert good, found
+    one = dict(list(seen.items())[:1])
+    missing = sidecar.Sidecar(fingerprint, one, {pair: logps[pair] for pair in one})
+    sidecar.write(tmp_path / "reference.npz", missing)
+    name, text = the_wrong_one(config)
+    assert name == "data.train" and "was never scored" in text
+    params["language"]["embed"]["table"] = params["language"]["embed"]["table"] + 1
+    save_model(tmp_path / "model", model_config, params, codec)
+    name, text = the_wrong_one(config)
+    assert name == "references" and "weights: sidecar" in text
