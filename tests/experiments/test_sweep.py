@@ -66,7 +66,8 @@ def test_a_bad_launcher_option_writes_nothing(tmp_path):
 
 def command(*arguments):
     """python -m experiments.sweep on the real swept.py."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    folders = (ROOT, ROOT / "tests", ROOT / "tests" / "experiments")  # for swept.py
+    path = os.pathsep.join(map(str, folders))
     environment = os.environ | {"XLA_FLAGS": FAST, "PYTHONPATH": path}
     line = [sys.executable, "-m", "experiments.sweep", *map(str, arguments)]
     return subprocess.Popen(
@@ -83,7 +84,8 @@ def test_a_sweep_trains_and_does_not_train_again(tmp_path):
     config = f"{file}:{tmp_path / 'data'}"
     process = command(f"--config={config}", f"--out={tmp_path / 'out'}")
     output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output + (tmp_path / "out/logs/run.log").read_text()
+    logs = [log.read_text() for log in tmp_path.glob("out/logs/*")]
+    assert process.returncode == 0, "\n".join([output, *logs])
     (run,) = expand(config, tmp_path / "out")
     assert progress(run).state == "finished" and progress(run).step == 4
     assert [r["step"] for r in read_scalars(run.workdir / "metrics.jsonl")] == [1, 2, 3, 4]

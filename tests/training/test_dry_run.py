@@ -14,7 +14,7 @@ from tpo_jax.interop.folder import save_model
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
 from tpo_jax.training.config import to_dict
-from tpo_jax.training.dry_run import DryRun
+from tpo_jax.training.dry_run import DryRun, DryRunError
 
 
 @pytest.fixture(scope="module")
@@ -74,26 +74,20 @@ def test_rows_that_do_not_divide_name_bucket_and_multiple(config):
     assert "buckets.long" not in text
 
 
-def test_every_large_leaf_that_does_not_divide_is_named(config):
-    config.model.preset = "tiny"
-    config.buckets.long.frames = config.buckets.short.frames = 4
-    config.mesh = {"data": 1, "fsdp": 3, "context": 1, "tensor": 1}
-    del config.model.heads[:]  # their arrays are not of this
-    config.losses = {"language": 1.0}
-    config.data.train[0]["tasks"] = config.data.validation[0]["tasks"] = {"conversation": 1.0}
-    found, good = findings(config, topology="v5e:1x3")
-    lines = found["sharding"][1].split("\n")
-    assert not good and not found["sharding"][0] and len(lines) > 1
-    assert all("does not divide over fsdp=3" in line for line in lines)
-
-
-def test_more_than_a_chip_holds_is_wrong(config):
+def test_a_large_model_must_divide_and_fit_into_its_chips(config):
     config.model.preset = "7b"
     for bucket in config.buckets.values():
-        bucket.frames = 4
-    found, good = findings(config, topology="v5e:1x8")
-    fine, text = found["sharding"]
-    assert not good and not fine and "of 16 GiB a chip; give mesh.fsdp" in text
+        bucket.frames = 1
+    dry_run = DryRun(config, "", "v5e:1x8", train.make_model_config, lambda finding: None)
+    assert not dry_run.run()
+    wrong = {f.name: f.text for f in dry_run.findings if not f.good}
+    assert list(wrong) == ["sharding"]
+    assert "of 16 GiB a chip; give mesh.fsdp" in wrong["sharding"]  # every chip has all of it
+    config.mesh, dry_run.topology = {"data": 1, "fsdp": 3, "context": 1, "tensor": 1}, "v5e:1x3"
+    with pytest.raises(DryRunError) as error:
+        dry_run._sharding()
+    lines = str(error.value).split("\n")
+    assert len(lines) > 10 and all("does not divide over fsdp=3" in line for line in lines)
 
 
 def test_an_example_that_fits_no_bucket_is_named(config):
