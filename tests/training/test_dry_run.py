@@ -1,11 +1,14 @@
 """What a dry run finds, on the micro model and data that are right or wrong in one thing."""
 
+import copy
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 import tiny_run
+from absl import app, flags
 
 from tpo_jax import train
 from tpo_jax.data.pipeline import Pipeline
@@ -13,7 +16,8 @@ from tpo_jax.generation import sidecar
 from tpo_jax.interop.folder import save_model
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
-from tpo_jax.training.config import to_dict
+from tpo_jax.training.config import ConfigError, to_dict
+from tpo_jax.training.config_flag import read_json
 from tpo_jax.training.dry_run import DryRun, DryRunError
 
 
@@ -193,3 +197,49 @@ def test_sidecars_must_belong_to_the_weights_and_to_every_pair(data, tmp_path):
     save_model(tmp_path / "model", model_config, params, codec)
     name, text = the_wrong_one(config)
     assert name == "references" and "weights: sidecar" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [([], ""), (["--dry_run"], "check"), (["--dry_run=compile"], "compile"), (["--nodry_run"], "")],
+)
+def test_the_flag_stands_alone_or_says_compile(given, value):
+    values = flags.FlagValues()
+    values["dry_run"] = copy.copy(flags.FLAGS["dry_run"])
+    values(["train", *given])
+    assert values.dry_run == value
+    with pytest.raises(flags.IllegalFlagValueError, match="expected nothing, or compile"):
+        values(["train", "--dry_run=all"])
+
+
+def test_compile_plans_the_very_config_and_only_a_good_one(config, monkeypatch):
+    planned = []
+
+    def plan(command):
+        (path,) = (word.removeprefix("--config=") for word in command if "--config" in word)
+        planned.append((read_json(path), command[-1]))
+        return types.SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(train.subprocess, "run", plan)
+    for good, status in ((False, 1), (True, 1)):
+        monkeypatch.setattr(train.DryRun, "run", lambda self, good=good: good)
+        assert train.dry_run(config, "compile", "v5e:2x4") == status
+    ((found, topology),) = planned
+    assert to_dict(found) == to_dict(config) and topology == "--topology=v5e:2x4"
+    assert train.dry_run(config, "check", "v5e:2x4") == 0 and len(planned) == 1
+    with pytest.raises(app.UsageError, match="needs --topology"):
+        train.dry_run(config, "compile", "")
+
+
+def test_the_config_of_a_workdir_is_read_locked_and_a_wrong_file_is_named(config, tmp_path):
+    parser = flags.FLAGS["config"].parser
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(config)))
+    found = parser.parse(str(path))
+    assert to_dict(found) == to_dict(config) and found.is_locked
+    with pytest.raises(ConfigError, match="nothing.json: no such config"):
+        parser.parse(str(tmp_path / "nothing.json"))
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="config.json: not JSON"):
+        parser.parse(str(path))
+    assert parser.parse(f"{tiny_run.__file__}:steps=7").steps == 7  # Python, as ml_collections does
