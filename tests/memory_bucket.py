@@ -1,6 +1,7 @@
 """gs:// in memory: what `etils.epath` reads and writes there, without a network."""
 
-import fsspec
+import importlib
+
 from fsspec.implementations.memory import MemoryFileSystem
 
 
@@ -26,5 +27,6 @@ def install(monkeypatch) -> None:
     MemoryBucket.store.clear()
     MemoryBucket.pseudo_dirs[:] = [""]
     MemoryBucket.clear_instance_cache()
+    registry = importlib.import_module("fsspec.registry")  # a name that `fsspec` gives to a dict
     for protocol in ("gcs", "gs"):
-        monkeypatch.setitem(fsspec.registry._registry, protocol, MemoryBucket)
+        monkeypatch.setitem(registry._registry, protocol, MemoryBucket)
