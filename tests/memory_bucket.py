@@ -16,6 +16,9 @@ class MemoryBucket(MemoryFileSystem):
         del finalize_on_close  # of gcsfs
         super().__init__(**options)
 
+    def glob(self, path, **options):
+        return [name.removeprefix("/") for name in super().glob(path, **options)]
+
     def _open(self, path, mode="rb", **options):
         if "a" in mode:
             raise NotImplementedError(f"{path}: a bucket cannot append")

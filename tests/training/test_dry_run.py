@@ -95,7 +95,7 @@ def test_a_large_model_must_divide_and_fit_into_its_chips(config):
     with pytest.raises(DryRunError) as error:
         dry_run._sharding()
     lines = str(error.value).split("\n")
-    assert len(lines) > 10 and all("does not divide over fsdp=3" in line for line in lines)
+    assert len(lines) > 5 and all("does not divide over fsdp=3" in line for line in lines)
 
 
 def test_an_example_that_fits_no_bucket_is_named(config):
