@@ -41,6 +41,7 @@ HEAD_LOSSES = {
     "temporal/saliency": 1.0,
     "mask/focal": 20.0,
     "mask/dice": 2.0,
+    "mask/cells": 1.0,
     "mask/presence": 1.0,
 }
 
@@ -60,7 +61,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # losses of the heads, which would change what the language model says.
     config.losses = {"language": 8.0, **HEAD_LOSSES}
     config.optimizer.update(name="muon", warmup=0.05, min_lr_ratio=0.05)
-    config.checkpoint = {"every": 200, "keep": 1}
+    config.checkpoint.update({"every": 200, "keep": 1})
     config.log_every = 10
     # Every bucket would compile a second program; --config.eval_every=120 chooses the best weights.
     config.eval_every = 0
@@ -126,9 +127,10 @@ def _stage3(config: ConfigDict, runs: str) -> None:
     """Everything, the towers gently."""
     config.init_from = f"{runs}/stage2/model"
     config.steps = 240
+    config.losses.language = 12.0
     config.trainable = [
         ["heads/|task_tokens/|box_encoder/", 4e-3],
-        ["language/|connector/", 1.5e-3],
+        ["language/|connector/", 1e-3],
         ["vision/", 5e-4],
     ]
 
@@ -151,7 +153,7 @@ def _dpo(config: ConfigDict, runs: str) -> None:
     """DPO + SFT on right against manipulated evidence."""
     config.init_from = f"{runs}/stage3/model"
     config.objective = "preference"
-    config.preference = {"loss": "sigmoid", "beta": 0.3, "sft": 0.5, "label_smoothing": 0.0}
+    config.preference.update(loss="sigmoid", beta=0.3, sft=0.5)
     config.losses = {"language": 1.0}  # of the other objective; not read
     config.steps = 100
     config.optimizer.name = "adamw"

@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "name": "muon", "warmup": 0.03, "weight_decay": 0.05, "clip": 1.0, "min_lr_ratio": 0.05,
     }  # fmt: skip
     config.trainable = [[".*", 2e-3]]
-    config.checkpoint = {"every": 250, "keep": 2}
+    config.checkpoint.update({"every": 250, "keep": 2})
     config.log_every = 20
     config.eval_every = 500
     config.eval_batches = 24

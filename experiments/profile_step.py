@@ -1,11 +1,12 @@
-"""Where the time of one train step goes: what compiles it, and what runs in it.
+"""Where the time of one gradient goes: what compiles it, and what runs in it.
 
     python -m experiments.profile_step --config=configs/demo.py:stage=2 --bucket=video
 
-Compiles the step that `python -m tpo_jax.train` runs for one bucket, runs it on a blank batch and
-prints the seconds of the compiler's passes (sums over its threads; passes contain others), and the
-milliseconds a step of the largest operations. Reads no data. `init_from` must be a model folder
-with the sizes; its weights are not loaded.
+Compiles the gradient that `python -m tpo_jax.train` computes for one bucket, runs it on a blank
+batch and prints the seconds of the compiler's passes (sums over its threads; passes contain
+others), and the milliseconds of the largest operations; the same for the update that all buckets
+share with --bucket=update. Reads no data. `init_from` must be a model folder with the sizes; its
+weights are not loaded.
 """
 
 import collections
@@ -27,8 +28,8 @@ from tpo_jax.train import make_model_config  # brings train's flags, --config am
 from tpo_jax.training import config as training_config
 from tpo_jax.training.program import make_program
 
-_BUCKET = flags.DEFINE_string("bucket", None, "Name in config.buckets.")
-_STEPS = flags.DEFINE_integer("steps", 3, "Steps to time, after one that is not timed.")
+_BUCKET = flags.DEFINE_string("bucket", None, "Name in config.buckets, or update.")
+_STEPS = flags.DEFINE_integer("steps", 3, "Runs to time, after one that is not timed.")
 _TOP = flags.DEFINE_integer("top", 25, "Lines of each table.")
 
 
@@ -68,10 +69,13 @@ def main(argv: list[str]) -> None:
     model_config, _ = make_model_config(config)
     program = make_program(config, model_config, make_mesh(config.mesh.to_dict()))
     buckets = {b.name: b for b in read_buckets(training_config.to_dict(config)["buckets"])}
-    if _BUCKET.value not in buckets:
-        raise app.UsageError(f"--bucket={_BUCKET.value}: expected one of {', '.join(buckets)}")
-    spec = batch_spec(buckets[_BUCKET.value], model_config)
-    lowered = program.lower_train_step(spec)
+    if _BUCKET.value == "update":
+        lowered = program.lower_update()
+    elif _BUCKET.value in buckets:
+        lowered = program.lower_gradient(batch_spec(buckets[_BUCKET.value], model_config))
+    else:
+        known = ", ".join([*buckets, "update"])
+        raise app.UsageError(f"--bucket={_BUCKET.value}: expected one of {known}")
     begin = time.monotonic()
     compiled, passes = traced(lowered.compile)
     text = compiled.as_text()
@@ -82,21 +86,23 @@ def main(argv: list[str]) -> None:
     for name, (seconds, count) in list(passes.items())[: _TOP.value]:
         print(f"{seconds:8.2f} s {count:7d}  {name}")
 
-    batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
-    key = program.base_key(0)
-    state, _ = compiled(program.init_state(program.init_params(0)), batch, key)
-    jax.block_until_ready(state)
+    state = program.init_state(program.init_params(0))
+
+    def arguments() -> Any:
+        """New ones for every call: the update takes over its memory."""
+        own, *others = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), lowered.args_info[0])
+        return jax.tree.map(jnp.copy, state), *others
+
+    jax.block_until_ready(compiled(*arguments()))
+    given = jax.block_until_ready([arguments() for _ in range(_STEPS.value)])
 
     def run() -> None:
-        now = state
-        for _ in range(_STEPS.value):
-            now, _ = compiled(now, batch, key)
-        jax.block_until_ready(now)
+        jax.block_until_ready([compiled(*each) for each in given])
 
     begin = time.monotonic()
     _, events = traced(run)
     known = operations(text)
-    print(f"\n{(time.monotonic() - begin) / _STEPS.value:.2f} s a step, with the profiler")
+    print(f"\n{(time.monotonic() - begin) / _STEPS.value:.2f} s a run, with the profiler")
     shown = [(name, seconds) for name, (seconds, _) in events.items() if name in known]
     for name, seconds in shown[: _TOP.value]:
         print(f"{1e3 * seconds / _STEPS.value:8.1f} ms  {name}  {known[name]}")

@@ -6,7 +6,8 @@ import numpy as np
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.models.config import ModelConfig
-from tpo_jax.models.heads import BOX_TOKEN, head
+from tpo_jax.models.heads import BOX_TOKEN, task_tokens
+from tpo_jax.models.heads.cg_detr import published_weights
 from tpo_jax.models.presets import PRESETS
 from tpo_jax.training.config import default_config
 
@@ -21,7 +22,8 @@ SMOOTH = {
 HEADS = ("region", "temporal", "mask")
 HEAD_TERMS = (
     "region/l1", "region/giou", "region/cells", "temporal/foreground", "temporal/l1",
-    "temporal/giou", "temporal/saliency", "mask/focal", "mask/dice", "mask/presence",
+    "temporal/giou", "temporal/saliency", "mask/focal", "mask/dice", "mask/cells",
+    "mask/presence",
 )  # fmt: skip
 
 
@@ -48,6 +50,7 @@ def random_batch(bucket: Bucket, config: ModelConfig, seed: int = 0) -> dict:
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch_spec(bucket, config))
     B, K, R, A = bucket.batch_size, bucket.branches, bucket.branch_tokens, bucket.answers
     batch["example_ids"][:] = rng.integers(0, 2**32, B)
+    batch["video_ids"][:] = np.arange(B) // 2
     batch["frames"][:] = rng.integers(0, 256, batch["frames"].shape)
     batch["frame_times"][:] = np.arange(bucket.frames) / 2
     batch["frame_valid"][:] = np.arange(bucket.frames) < rng.integers(2, bucket.frames + 1, (B, 1))
@@ -67,7 +70,7 @@ def random_batch(bucket: Bucket, config: ModelConfig, seed: int = 0) -> dict:
         batch["answer_weights"][1, 1] = 0
     for name, slots in batch["slots"].items():
         _fill_slots(rng, name, slots, bucket)
-        token = BOX_TOKEN if name == "box" else head(name).slot_token
+        token = BOX_TOKEN if name == "box" else task_tokens()[name][1]
         rows, number = np.nonzero(slots["valid"])
         at = rows, slots["branch"][rows, number], slots["index"][rows, number]
         batch["branch_tokens"][at] = config.tokens[token]
@@ -100,8 +103,15 @@ def train_config(heads: tuple[str, ...] = (), **changes):
     config = default_config()
     config.steps = 20
     config.model = {"preset": "micro", "heads": list(heads)}
-    config.losses = {"language": 1.0} | {t: 0.5 for t in HEAD_TERMS if t.split("/")[0] in heads}
+    terms = (*HEAD_TERMS, *published_weights())
+    config.losses = {"language": 1.0} | {t: 0.5 for t in terms if t.split("/")[0] in heads}
     config.trainable = [[".*", 1e-2]]
     for key, value in changes.items():
         config[key] = value
     return config
+
+
+def means(metrics) -> dict[str, float]:
+    """The means of a train step's metrics, which also hold the gradient norms by leaf."""
+    named = {name: value for name, value in metrics.items() if name != "grad_norms"}
+    return {name: float(value.mean()) for name, value in named.items()}

@@ -52,8 +52,8 @@ def make_codec(heads=HEADS):
     return text.TextCodec(tokenizer)
 
 
-def make_model(codec):
-    config = preset("micro", HEADS, codec.task_tokens)
+def make_model(codec, heads=HEADS):
+    config = preset("micro", heads, codec.task_tokens)
     language = dataclasses.replace(config.language, num_tokens=codec.vocab_size)
     return FunctionalModel(dataclasses.replace(config, language=language))
 

@@ -1,5 +1,7 @@
 import collections
 import json
+import os
+import signal
 
 import jax
 import micro_model
@@ -13,9 +15,11 @@ from tpo_jax.data.mixture import Source
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.records import Example, RecordError, Turn
-from tpo_jax.generation import sidecar
+from tpo_jax.data.rows import RowBuilder
+from tpo_jax.generation import scoring, sidecar
 from tpo_jax.generation.pair_generator import PairGenerator
 from tpo_jax.interop.folder import load_model, save_model
+from tpo_jax.training.preemption import EXIT_STATUS
 from tpo_jax.training.step import make_score_step
 
 VIDEOS = 4
@@ -36,7 +40,7 @@ def in_memory(monkeypatch):
     monkeypatch.setattr(preferences, "PreparedDataset", dataset)
     monkeypatch.setattr(pair_data, "PreparedDataset", dataset)
     monkeypatch.setattr(preferences, "CHUNK_VIDEOS", 2)
-    monkeypatch.setattr(preferences, "PART_BATCHES", 1)
+    monkeypatch.setattr(scoring, "PART_BATCHES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,7 @@ def folder(tmp_path_factory):
 
 
 def generate(folder, out, *more):
-    preferences.main(["generate", f"--model={folder}", "--data=memory", f"--out={out}",
+    return preferences.main(["generate", f"--model={folder}", "--data=memory", f"--out={out}",
                       "--judge=none", "--gap=-1", "--temperature=1", "--top_p=1", "--max_new=16",
                       "--batch_size=4", "--length_ratio=20", *more])
 
@@ -66,9 +70,9 @@ def generated(folder, tmp_path_factory):
     return out
 
 
-def score(folder, pairs, out):
-    preferences.main(["score", f"--model={folder}", "--data=memory", f"--pairs={pairs}",
-                      f"--out={out}", "--batch_size=4"])
+def score(folder, pairs, out, *more):
+    return preferences.main(["score", f"--model={folder}", "--data=memory", f"--pairs={pairs}",
+                             f"--out={out}", "--batch_size=4", *more])
 
 
 def test_generated_pairs_come_from_the_model_and_are_counted(generated):
@@ -105,6 +109,45 @@ def test_interrupted_generation_goes_on_and_gives_the_same(folder, generated, tm
     generate(folder, tmp_path)
     assert len(calls) == 3 and calls[1] == calls[2] != calls[0]  # the first chunk is not redone
     assert (tmp_path / "pairs.jsonl").read_text() == (generated / "pairs.jsonl").read_text()
+
+
+def sigterm_in(monkeypatch, owner, name: str, call: int):
+    """Sends this process a SIGTERM in the given call of owner.name; returns the count of calls."""
+    real, calls = getattr(owner, name), collections.Counter()
+
+    def wrapped(*args, **options):
+        calls[name] += 1
+        if calls[name] == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **options)
+
+    monkeypatch.setattr(owner, name, wrapped)
+    return calls
+
+
+def test_sigterm_stops_generation_at_the_next_batch(folder, generated, tmp_path, monkeypatch):
+    calls = sigterm_in(monkeypatch, PairGenerator, "_batch", 3)
+    assert generate(folder, tmp_path) == 75
+    assert calls["_batch"] == 3 and not (tmp_path / "pairs.jsonl").exists()
+    assert generate(folder, tmp_path) == 0
+    assert (tmp_path / "pairs.jsonl").read_text() == (generated / "pairs.jsonl").read_text()
+
+
+def test_sigterm_stops_scoring_at_the_next_batch(folder, generated, tmp_path, monkeypatch):
+    pairs, out, whole = generated / "pairs.jsonl", tmp_path / "out.npz", tmp_path / "whole.npz"
+    assert score(folder, pairs, whole) == 0
+    total = len(sidecar.read(whole).logps)
+    built = sigterm_in(monkeypatch, RowBuilder, "build", 5)  # the first row of the second part
+    assert score(folder, pairs, out) == EXIT_STATUS
+    assert not out.exists() and 8 < total
+    kept = {pair for file in (tmp_path / "out.npz.parts").iterdir()
+            for pair in sidecar.read(file).logps}
+    stopped = built["build"]
+    assert stopped - 4 <= len(kept) <= stopped
+    assert score(folder, pairs, out) == 0
+    assert built["build"] - stopped == total - len(kept)  # no part was scored twice
+    for pair, logps in sidecar.read(whole).logps.items():
+        np.testing.assert_array_equal(sidecar.read(out).logps[pair], logps)
 
 
 def test_generation_stops_when_there_are_enough(folder, tmp_path, capsys):
@@ -156,15 +199,15 @@ def test_interrupted_scoring_goes_on_and_a_finished_one_is_not_redone(
     out, whole = tmp_path / "reference.npz", tmp_path / "whole.npz"
     score(folder, generated / "pairs.jsonl", whole)
     built = collections.Counter()
-    real = preferences.batches
+    real = scoring.batches
 
-    def counted(builder, plans):
+    def counted(builder, plans, *share):
         built["parts"] += 1
         if built["parts"] == 3:
             raise KeyboardInterrupt
-        yield from real(builder, plans)
+        yield from real(builder, plans, *share)
 
-    monkeypatch.setattr(preferences, "batches", counted)
+    monkeypatch.setattr(scoring, "batches", counted)
     with pytest.raises(KeyboardInterrupt):
         score(folder, generated / "pairs.jsonl", out)
     assert not out.exists()
@@ -177,6 +220,24 @@ def test_interrupted_scoring_goes_on_and_a_finished_one_is_not_redone(
     assert built["parts"] == parts + 1  # the interrupted part alone was begun twice
     score(folder, generated / "pairs.jsonl", out)
     assert built["parts"] == parts + 1
+
+
+def test_shards_and_devices_divide_the_work_and_give_the_same(folder, generated, tmp_path, capsys):
+    """Three commands, each with two of the fake devices, in any order."""
+    out, whole = tmp_path / "reference.npz", tmp_path / "whole.npz"
+    score(folder, generated / "pairs.jsonl", whole)
+    split = ["--shards=3", "--data_parallel=2", "--fsdp=1"]
+    for shard in (2, 0):
+        score(folder, generated / "pairs.jsonl", out, *split, f"--shard={shard}")
+        assert not out.exists() and "left to the other shards" in capsys.readouterr().out
+    score(folder, generated / "pairs.jsonl", out, *split, "--shard=1")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["reference.npz", "whole.npz"]
+    first, second = sidecar.read(whole), sidecar.read(out)
+    assert first.fingerprint == second.fingerprint and first.digests == second.digests
+    for pair, logps in first.logps.items():
+        np.testing.assert_allclose(second.logps[pair], logps, atol=1e-5)
+    with pytest.raises(ValueError, match="--shard=3: expected 0..2"):
+        score(folder, generated / "pairs.jsonl", out, "--shards=3", "--shard=3")
 
 
 @pytest.mark.parametrize("change, message", [

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,11 @@ import tpo_jax.train
 from tpo_jax.interop.folder import ModelFolderError, load_model
 from tpo_jax.parallel.mesh import global_batch, make_mesh
 from tpo_jax.parallel.paths import flatten
+from tpo_jax.training import compiled
 from tpo_jax.training.checkpoint import CheckpointError, Checkpoints
 from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.preemption import EXIT_STATUS, Preemption
+from tpo_jax.training.program import Program
 from tpo_jax.training.writers import read_scalars
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -36,14 +39,14 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def one_device_and_one_compilation():
     """Runs on one of the fake devices; runs with the same program share what is compiled."""
-    compiled, compile_buckets = {}, tpo_jax.train.compile_buckets
+    shared, compile_buckets = {}, tpo_jax.train.compile_buckets
 
-    def compile_once(program, builders, evaluate, say):
+    def compile_once(program, builders, evaluate, say, preemption):
         shapes = str((program.abstract_state, [b.bucket for b in builders.values()]))
         key = (shapes, str(program.objective), program.optimizer.report, evaluate)
-        if key not in compiled:
-            compiled[key] = compile_buckets(program, builders, evaluate, say)
-        return compiled[key]
+        if key not in shared:
+            shared[key] = compile_buckets(program, builders, evaluate, say, preemption)
+        return shared[key]
 
     with pytest.MonkeyPatch.context() as patch:
         mesh = functools.partial(make_mesh, devices=jax.devices()[:1])
@@ -52,9 +55,9 @@ def one_device_and_one_compilation():
         yield
 
 
-def run(config, workdir) -> int:
+def run(config, workdir, **options) -> int:
     with Preemption() as preemption:
-        return tpo_jax.train.train(config, epath.Path(workdir), preemption, Ledger())
+        return tpo_jax.train.train(config, epath.Path(workdir), preemption, Ledger(), **options)
 
 
 def metrics(workdir) -> list[dict]:
@@ -148,7 +151,7 @@ def test_a_workdir_in_a_bucket_holds_what_a_local_one_does(data, whole, tmp_path
     """Interrupted once. Checkpoints stay here: Orbax reaches buckets by drivers of its own."""
     memory_bucket.install(monkeypatch)
     monkeypatch.setattr(
-        tpo_jax.train, "Checkpoints", lambda folder, **options: Checkpoints(tmp_path, **options)
+        tpo_jax.train, "Checkpoints", lambda folder, policy: Checkpoints(tmp_path, policy)
     )
     workdir = epath.Path("gs://bucket/run")
     config = tiny_run.get_config(f"data={data}")
@@ -163,6 +166,85 @@ def test_a_workdir_in_a_bucket_holds_what_a_local_one_does(data, whole, tmp_path
     assert names == {path.name for path in whole.iterdir()} - {"checkpoints"}
     assert (workdir / "config.json").read_text() == (whole / "config.json").read_text()
     assert len(list((workdir / "tensorboard").iterdir())) == 2  # one file a process
+
+
+def test_a_damaged_checkpoint_is_refused_and_an_older_one_gives_the_same(data, whole, tmp_path):
+    config = tiny_run.get_config(f"data={data}")
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    file = next((tmp_path / "checkpoints/12/state/ocdbt.process_0/d").iterdir())
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="another checksum(.|\n)*--resume_from=10"):
+        run(config, tmp_path)
+    assert run(config, tmp_path, resume_from=10) == 0
+    assert metrics(tmp_path) == metrics(whole)
+    assert_same_model(tmp_path / "model", whole / "model")
+    assert (tmp_path / "checkpoints/12.set_aside").exists()
+
+
+def test_sigterm_while_compiling_stops_after_that_program(data, tmp_path, monkeypatch):
+    config, lowered = tiny_run.get_config(f"data={data},buckets=1"), []
+    real = Program.lower_gradient
+
+    def lower(self, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        lowered.append(batch)
+        return real(self, batch)
+
+    monkeypatch.setattr(Program, "lower_gradient", lower)
+    monkeypatch.setattr(tpo_jax.train, "compile_buckets", compiled.compile_buckets)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: "program")
+    assert run(config, tmp_path) == EXIT_STATUS
+    assert len(lowered) == 1 and not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_mixture_changes_at_a_checkpoint_when_it_is_meant_to(data, whole, tmp_path, capsys):
+    config = tiny_run.get_config(f"data={data}")
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    config.data.train[0]["weight"] = 2.0
+    with pytest.raises(CheckpointError, match=r"data.train\[0\].weight(.|\n)*--new_mixture"):
+        run(config, tmp_path, resume_from=10)
+    assert run(config, tmp_path, resume_from=10, new_mixture=True) == 0
+    told = "data.train[0].weight: checkpoint has 1.0, this command has 2.0"
+    assert told in capsys.readouterr().err
+    # One source: whatever its weight, it gives the same.
+    assert metrics(tmp_path) == metrics(whole)
+
+
+def test_a_step_that_diverges_is_written_down_undone_and_skipped(
+    data, tmp_path, monkeypatch, capsys
+):
+    config = tiny_run.get_config(f"data={data}")
+    config.divergence.rollbacks = 1
+    config.eval_every = 0
+    seen = []
+
+    def poison(local, mesh):
+        """Gives the 8th batch a label of infinite weight."""
+        seen.append(local["example_ids"].copy())
+        if len(seen) == 8:
+            local["answer_weights"][0] = np.inf
+        return global_batch(local, mesh)
+
+    monkeypatch.setattr(tpo_jax.train, "global_batch", poison)
+    assert run(config, tmp_path) == 0
+    report = json.loads((tmp_path / "divergence/step_8.json").read_text())
+    assert report["reason"] == "loss or gradient is not finite" and report["loss"] == "nan"
+    assert set(report["grad_norms"].values()) == {"nan"} and len(report["grad_norms"]) > 20
+    assert "back to step 5;" in capsys.readouterr().err
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    assert ledger["rollbacks"] == 1 and ledger["step"] == 12 and ledger["seconds"]["restart"] > 0
+    # Steps 6 and 7, the 8th and, one step late, the 9th; then 6 to 12 again.
+    assert len(seen) == 9 + 7
+    pipeline_skips = {name for row in report["rows"] for name in row["examples"]}
+    progress = json.loads((tmp_path / "checkpoints/12/run/data.json").read_text())["progress"]
+    assert set(progress["skipped"]) == pipeline_skips
+    # The skipped rows count for nothing: blank rows have the id 0.
+    assert (seen[9 + 2] == 0).all() and (seen[7] != 0).all()
+    records = metrics(tmp_path)
+    assert [r["step"] for r in records] == [2, 4, 6, 8, 10, 12]
+    assert all(r["train/nonfinite"] == 0 for r in records)
 
 
 def test_a_stage_starts_from_a_model_folder_and_trains_only_its_group(data, whole, tmp_path):

@@ -95,7 +95,7 @@ def get_config(arg: str | None = None):
                          "temporal/foreground": 1.0, "temporal/l1": 1.0, "temporal/giou": 1.0,
                          "temporal/saliency": 1.0}  # fmt: skip
     config.trainable = [[".*", 3e-3]]
-    config.checkpoint = {"every": 5, "keep": 2}
+    config.checkpoint.update({"every": 5, "keep": 2})
     config.log_every = 2
     config.eval_every = 6
     config.eval_batches = 2

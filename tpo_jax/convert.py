@@ -2,33 +2,61 @@
 
     python -m tpo_jax.convert export --model=runs/demo/dpo/model --out=exported
     python -m tpo_jax.convert import --source=exported --out=model
+    python -m tpo_jax.convert import --source=Qwen2-7B --out=qwen2   (a Hugging Face folder)
+    python -m tpo_jax.convert import --source=LongVA-7B --out=longva   (a multimodal family)
+    python -m tpo_jax.convert export --model=longva --out=exported --like=LongVA-7B
     python -m tpo_jax.convert check  --model=model --exported=exported   (needs torch, transformers)
 """
 
 import argparse
 import sys
 
-from tpo_jax.interop import export
-from tpo_jax.interop.folder import ModelFolderError
+from etils import epath
+
+from tpo_jax.interop import export, folder
+from tpo_jax.interop.chat_template import ChatTemplateError
+from tpo_jax.interop.families import folder as families
+from tpo_jax.interop.families.base import FamilyError
+from tpo_jax.interop.huggingface import HuggingFaceError
 from tpo_jax.interop.mapping import MappingError
+from tpo_jax.interop.peft import AdapterError
+from tpo_jax.interop.tensors import TensorFileError
+
+_ERRORS = (
+    export.ExportFolderError, folder.ModelFolderError, MappingError, HuggingFaceError,
+    ChatTemplateError, TensorFileError, AdapterError, FamilyError,
+)  # fmt: skip
 
 
 def _export(flags: argparse.Namespace) -> int:
-    files = export.export_model(flags.model, flags.out)
+    if flags.like:
+        files = families.export_family(flags.model, flags.out, flags.like)
+    else:
+        files = export.export_model(flags.model, flags.out, flags.keep_adapters)
     print(f"{flags.out}: " + ", ".join(files))
     return 0
 
 
 def _import(flags: argparse.Namespace) -> int:
-    config = export.import_model(flags.source, flags.out)
-    print(f"{flags.out}: heads {', '.join(config.heads) or 'none'}")
+    if families.is_family(flags.source):
+        for line in families.import_family(flags.source, flags.out, dict(flags.set)):
+            print(line)
+        return 0
+    template = epath.Path(flags.chat_template).read_text() if flags.chat_template else None
+    about = export.import_model(flags.source, flags.out, template, flags.adapter)
+    print(f"{flags.out}: {about['kind']}, heads {', '.join(about['heads']) or 'none'}")
+    for name in about["ignored"]:
+        print(f"  left out: {name}")
     return 0
 
 
 def _check(flags: argparse.Namespace) -> int:
-    from tpo_jax.interop import check
+    from tpo_jax.interop import check, check_language
 
-    differences = check.compare(flags.model, flags.exported)
+    if folder.holds_language_only(flags.model):
+        differences = check_language.compare_language(flags.model, flags.exported)
+    else:
+        differences = check.compare(flags.model, flags.exported)
     for part, difference in differences.items():
         print(f"{part:24s} {difference:.2e}")
     wrong = [part for part, difference in differences.items() if difference > flags.tolerance]
@@ -47,20 +75,34 @@ def main() -> int:
     command = commands.add_parser("export", help="model folder -> Hugging Face and PyTorch files")
     command.add_argument("--model", required=True, help="model folder")
     command.add_argument("--out", required=True, help="folder to write")
+    command.add_argument(
+        "--keep_adapters", action="store_true", help="LoRA in PEFT's layout instead of merged"
+    )
+    command.add_argument(
+        "--like", help="published folder that the model was imported from; writes its layout"
+    )
     command.set_defaults(run=_export)
-    command = commands.add_parser("import", help="exported folder -> model folder")
-    command.add_argument("--source", required=True, help="folder that `export` wrote")
+    command = commands.add_parser("import", help="exported or Hugging Face folder -> model folder")
+    command.add_argument(
+        "--source", required=True, help="folder that `export` wrote, or a Hugging Face folder"
+    )
     command.add_argument("--out", required=True, help="model folder to write")
+    command.add_argument("--adapter", help="PEFT folder to merge into the language model")
+    command.add_argument("--chat_template", help="Jinja file, where the source has no template")
+    command.add_argument(
+        "--set", action="append", default=[], type=families.option, metavar="OPTION=VALUE",
+        help="what config.json of a multimodal checkpoint does not say",
+    )
     command.set_defaults(run=_import)
     command = commands.add_parser("check", help="run both sides on the same inputs and compare")
     command.add_argument("--model", required=True, help="model folder")
-    command.add_argument("--exported", required=True, help="folder that `export` wrote from it")
+    command.add_argument("--exported", required=True, help="what `export` wrote from it")
     command.add_argument("--tolerance", type=float, default=2e-4, help="largest difference")
     command.set_defaults(run=_check)
     flags = parser.parse_args()
     try:
         return flags.run(flags)
-    except (export.ExportFolderError, ModelFolderError, MappingError) as error:
+    except _ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

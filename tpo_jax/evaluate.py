@@ -1,4 +1,4 @@
-"""Scores a model on held-out videos, or computes the floors that its scores are read against.
+"""Scores a model on held-out videos, the floors that it is read against, or a submission file.
 
     python -m tpo_jax.evaluate --model=runs/demo/stage3/model --data=runs/demo/data/test \\
         --pairs=runs/demo/pairs/test/pairs.jsonl --out=runs/demo/eval/stage3.json
@@ -7,16 +7,21 @@
     python -m tpo_jax.evaluate --floors_from=runs/demo/data/train \\
         --data=runs/demo/data/test --blind=runs/demo/eval/blind.json \\
         --middle_frame=runs/demo/eval/middle_frame.json --out=runs/demo/eval/floors.json
+    python -m tpo_jax.evaluate --predictions=preds.jsonl --benchmark=qvhighlights \\
+        --annotations=highlight_val_release.jsonl
 
 Multiple choice is decided by the likelihood of the options. Head metrics come from free generation:
 where the model does not emit the head's routing token they are 0. Metrics under "forced/" give the
 head its slot in the labelled answer instead. Intervals are 95 % bootstrap intervals over videos.
+A submission file is scored as the benchmark's official program scores it, in percent; no model is
+loaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import sys
 import time
 from collections.abc import Sequence
@@ -27,9 +32,10 @@ import numpy as np
 from tpo_jax.data import evidence
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
-from tpo_jax.evaluation import benchmarks, floors, results
-from tpo_jax.evaluation.evaluator import TASK_HEADS, TASKS, Evaluator, Settings
+from tpo_jax.evaluation import benchmarks, floors, results, submissions
+from tpo_jax.evaluation.evaluator import Evaluator, Settings, called_by_task, evaluable_tasks
 from tpo_jax.interop.folder import load_model
+from tpo_jax.models.heads import heads_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +44,9 @@ class Part:
 
     Attributes:
       count: only the first videos (`--limit`); 0 for all.
-      calls: questions to each head about one video (`--calls_per_video`), evenly spread over those
-        that there are; 0 for all.
+      calls: questions to each head about one video (`--calls_per_video`), drawn by their name from
+        those that there are; 0 for all. Any regular choice would favour some kind of question,
+        since annotations list those about one frame in an order of their own.
     """
 
     dataset: PreparedDataset
@@ -62,10 +69,10 @@ class Part:
         if not self.calls:
             return examples
         left_out: set[str] = set()
-        for task in TASK_HEADS:
+        for task in called_by_task():
             asked = [example.example_id for example in examples if example.task == task]
-            kept = {i * len(asked) // self.calls for i in range(self.calls)}
-            left_out |= {name for i, name in enumerate(asked) if i not in kept}
+            drawn = sorted(asked, key=lambda name: hashlib.sha256(name.encode()).digest())
+            left_out.update(drawn[self.calls :])
         return [example for example in examples if example.example_id not in left_out]
 
     def frames(self, video_id: str, indices: np.ndarray) -> np.ndarray:
@@ -82,7 +89,7 @@ def evaluate(flags: argparse.Namespace) -> None:
     dataset = Part(PreparedDataset(flags.data), flags.limit, flags.calls_per_video)
     if "qa" in tasks:
         evaluator.questions(dataset)
-    if heads := [task for task in tasks if task in TASK_HEADS]:
+    if heads := [task for task in tasks if task in called_by_task()]:
         evaluator.heads(dataset, heads)
     if "preference" in tasks:
         evaluator.preferences(Part(PairedDataset(flags.data, flags.pairs), flags.limit, 0))
@@ -118,21 +125,33 @@ def compute_floors(flags: argparse.Namespace) -> None:
     print(flags.out)
 
 
+def score_submission(flags: argparse.Namespace) -> None:
+    """Scores a file in a benchmark's own format."""
+    report = submissions.score_files(
+        flags.benchmark, flags.predictions, flags.annotations, flags.answers
+    )
+    print(submissions.format_report(report))
+    if flags.out:
+        results.write_json(flags.out, report)
+        print(flags.out)
+
+
 def choose_tasks(asked: str, shown: str, heads: Sequence[str], pairs: str) -> list[str]:
     """The tasks to score: those asked for, or all that model, evidence and pairs allow."""
     refused: dict[str, str] = {}
-    for task, head in TASK_HEADS.items():
-        if head not in heads:
+    answered = heads_of(heads)
+    for task, called in called_by_task().items():
+        if called not in answered:
             refused[task] = f"the model has heads {list(heads)}"
         elif shown != "full":
             refused[task] = f"--evidence={shown} hides the frames that heads answer for"
     if not pairs:
         refused["preference"] = "give the held-out pairs with --pairs=FILE.jsonl"
     if not asked:
-        return [task for task in TASKS if task not in refused]
+        return [task for task in evaluable_tasks() if task not in refused]
     for task in asked.split(","):
-        if task not in TASKS:
-            raise ValueError(f"--tasks: {task!r} is not a task; known: {', '.join(TASKS)}")
+        if task not in (known := evaluable_tasks()):
+            raise ValueError(f"--tasks: {task!r} is not a task; known: {', '.join(known)}")
         if task in refused:
             raise ValueError(f"--tasks: {task!r} cannot be scored: {refused[task]}")
     return asked.split(",")
@@ -147,19 +166,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="model folder to score")
     what.add_argument("--floors_from", help="prepared training split: compute floors instead")
-    parser.add_argument("--data", required=True, help="prepared split to score on")
+    what.add_argument("--predictions", help="submission file to score, without a model")
+    parser.add_argument("--data", default="", help="prepared split to score on")
     parser.add_argument(
         "--pairs",
         default="",
         metavar="FILE.jsonl",
         help="held-out preference pairs about the videos of --data",
     )
-    parser.add_argument("--out", required=True, help="JSON file to write")
-    parser.add_argument("--tasks", default="", help=f"comma-separated, of {','.join(TASKS)}")
+    parser.add_argument("--out", default="", help="JSON file to write")
+    known = ",".join(evaluable_tasks())
+    parser.add_argument("--tasks", default="", help=f"comma-separated, of {known}")
     parser.add_argument("--limit", type=_count, default=0, help="only the first N videos")
     parser.add_argument(
         "--calls_per_video", type=_count, default=0,
-        help="at most N questions to each head about one video, evenly spread",
+        help="at most N questions to each head about one video, drawn by their name",
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=8, help="videos at a time")
     parser.add_argument(
@@ -173,7 +194,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--middle_frame", default="", help="evaluation of a middle-frame model (floors)"
     )
-    return parser.parse_args(arguments)
+    parser.add_argument("--annotations", default="", help="labels of a submission file")
+    parser.add_argument(
+        "--benchmark", choices=tuple(submissions.BENCHMARKS), help="how a submission is scored"
+    )
+    parser.add_argument("--answers", default="", help="chosen options of a submission (nextgqa)")
+    flags = parser.parse_args(arguments)
+    needed = ("annotations", "benchmark") if flags.predictions else ("data", "out")
+    if missing := [f"--{name}" for name in needed if not getattr(flags, name)]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return flags
 
 
 def _count(text: str) -> int:
@@ -185,7 +215,12 @@ def _count(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse(arguments)
     try:
-        compute_floors(flags) if flags.floors_from else evaluate(flags)
+        if flags.predictions:
+            score_submission(flags)
+        elif flags.floors_from:
+            compute_floors(flags)
+        else:
+            evaluate(flags)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,16 +3,18 @@
     python -m tpo_jax.plan --config=configs/demo.py:stage=3 --topology=v5e:2x4
     python -m tpo_jax.plan --config=configs/demo.py:stage=3 --topology=v4:2x2x2 --config.mesh.fsdp=8
 
-What is compiled is the train step that `python -m tpo_jax.train` runs, for every bucket of the
-config. Prints, per bucket: memory of one chip against its HBM, collectives in the program, analytic
-FLOPs (see training/flops.py for what is counted) and the time they take at peak. Exits with
-status 1 where a bucket does not fit. Needs libtpu: pip install 'tpo_jax[plan]'.
+What is compiled is what `python -m tpo_jax.train` runs: the update, and the gradient of every
+bucket of the config. Prints for each: memory of one chip against its HBM, and collectives in the
+program; for buckets also analytic FLOPs (see training/flops.py for what is counted) and the time
+they take at peak. Exits with status 1 where one does not fit. Needs libtpu: pip install
+'tpo_jax[plan]'.
 
 Topologies are GENERATION:SIZES: v5e:2x4, v5e:16x16, v6e:4x4, v4:2x2x2, v5p:2x2x1, ...
 """
 
 import collections
 import dataclasses
+import math
 import re
 import sys
 import time
@@ -30,7 +32,7 @@ from tpo_jax.parallel.topologies import GIB, parse_topology, prepare_environment
 from tpo_jax.train import TOPOLOGY, make_model_config  # brings train's flags, --config among them
 from tpo_jax.training import config as training_config
 from tpo_jax.training.flops import TRAIN_OVER_FORWARD, forward_flops
-from tpo_jax.training.program import Program, make_program
+from tpo_jax.training.program import Program, make_program, needs_contrast
 
 flags.set_default(TOPOLOGY, "v5e:2x4")
 
@@ -41,8 +43,9 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 class Memory:
     """Bytes of one chip.
 
-    arguments: state and batch. outputs: what is not written over an argument. temporaries: while
-    the step runs. peak: the most that is held at one time, by the compiler's own schedule.
+    arguments: state, and batch or gradients. outputs: what is not written over an argument.
+    temporaries: while the program runs. peak: the most that is held at one time, by the compiler's
+    own schedule.
     """
 
     arguments: int
@@ -52,14 +55,15 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class BucketPlan:
-    """What compiling one bucket showed; memory is None where the compiler ran out of it.
+class ProgramPlan:
+    """What compiling one program showed; memory is None where the compiler ran out of it.
 
+    bucket: whose gradient it is; None for the update. needed: bytes of one chip.
     collectives: {kind: count in the program text}; a scanned layer counts once.
-    flops: {part: FLOPs of a forward pass over the global batch}.
+    flops: {part: FLOPs of a forward pass over the global batch}, empty for the update.
     """
 
-    bucket: Bucket
+    bucket: Bucket | None
     seconds: float
     memory: Memory | None
     needed: int
@@ -69,20 +73,36 @@ class BucketPlan:
     def fits(self, hbm: int) -> bool:
         return self.memory is not None and self.needed <= hbm
 
+    @property
+    def name(self) -> str:
+        return f"bucket {self.bucket.name}" if self.bucket else "update"
 
-def plan_bucket(program: Program, model_config: ModelConfig, bucket: Bucket) -> BucketPlan:
-    """Compiles the train step of one bucket for the devices of the program's mesh."""
-    batch = batch_spec(bucket, model_config)
+
+def plan_bucket(
+    program: Program, model_config: ModelConfig, bucket: Bucket, contrast: bool = False
+) -> ProgramPlan:
+    """Compiles the gradient of one bucket for the devices of the program's mesh."""
+    batch = batch_spec(bucket, model_config, contrast=contrast)
     flops = forward_flops(model_config, batch)
+    return _plan_program(program.lower_gradient(batch), bucket, flops)
+
+
+def plan_update(program: Program) -> ProgramPlan:
+    """Compiles the update, which is the same for all buckets."""
+    return _plan_program(program.lower_update(), None, {})
+
+
+def _plan_program(
+    lowered: jax.stages.Lowered, bucket: Bucket | None, flops: dict[str, float]
+) -> ProgramPlan:
     begin = time.monotonic()
-    lowered = program.lower_train_step(batch)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = out_of_memory(str(error))
         if needed is None:
             raise
-        return BucketPlan(bucket, time.monotonic() - begin, None, needed, {}, flops)
+        return ProgramPlan(bucket, time.monotonic() - begin, None, needed, {}, flops)
     analysis = compiled.memory_analysis()
     memory = Memory(
         arguments=analysis.argument_size_in_bytes,
@@ -92,7 +112,7 @@ def plan_bucket(program: Program, model_config: ModelConfig, bucket: Bucket) -> 
     )
     seconds = time.monotonic() - begin
     collectives = count_collectives(compiled.as_text())
-    return BucketPlan(bucket, seconds, memory, memory.peak, collectives, flops)
+    return ProgramPlan(bucket, seconds, memory, memory.peak, collectives, flops)
 
 
 def count_collectives(program_text: str) -> dict[str, int]:
@@ -109,13 +129,10 @@ def out_of_memory(message: str) -> int | None:
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
 
 
-def report(plan: BucketPlan, topology: str) -> str:
+def report(plan: ProgramPlan, topology: str) -> str:
     """Lines for people."""
     chip, sizes = parse_topology(topology)
-    chips = 1
-    for size in sizes:
-        chips *= size
-    memory = plan.memory
+    memory, bucket = plan.memory, plan.bucket
     parts = "the compiler gave up"
     if memory is not None:
         parts = (
@@ -123,32 +140,36 @@ def report(plan: BucketPlan, topology: str) -> str:
             f"temporaries {memory.temporaries / GIB:.3f}"
         )
     verdict = "fits" if plan.fits(chip.hbm) else "DOES NOT FIT"
-    train = TRAIN_OVER_FORWARD * sum(plan.flops.values())
-    split = ", ".join(f"{part} {value:.3g}" for part, value in plan.flops.items())
+    shapes = f" {bucket.batch_size} rows, {bucket.frames} frames," if bucket else ""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.collectives.items()))
-    return "\n".join(
-        [
-            f"bucket {plan.bucket.name}: {plan.bucket.batch_size} rows, "
-            f"{plan.bucket.frames} frames, compiled in {plan.seconds:.0f} s",
-            f"  memory a chip   peak {plan.needed / GIB:.3f} of {chip.hbm / GIB:.0f} GiB: "
-            f"{verdict} ({parts})",
-            f"  collectives     {kinds or 'none'}",
+    lines = [
+        f"{plan.name}:{shapes} compiled in {plan.seconds:.0f} s",
+        f"  memory a chip   peak {plan.needed / GIB:.3f} of {chip.hbm / GIB:.0f} GiB: "
+        f"{verdict} ({parts})",
+        f"  collectives     {kinds or 'none'}",
+    ]
+    if bucket:
+        chips = math.prod(sizes)
+        train = TRAIN_OVER_FORWARD * sum(plan.flops.values())
+        split = ", ".join(f"{part} {value:.3g}" for part, value in plan.flops.items())
+        lines += [
             f"  FLOPs a step    {train:.4g} = {TRAIN_OVER_FORWARD} x forward ({split})",
             f"  at peak         {1e3 * train / (chips * chip.peak):.3g} ms on {chips} chips of "
             f"{chip.peak / 1e12:.0f} TFLOP/s",
         ]
-    )
+    return "\n".join(lines)
 
 
-def plan(config: ConfigDict, topology: str) -> list[BucketPlan]:
-    """Compiles every bucket of a config, printing as it goes."""
+def plan(config: ConfigDict, topology: str) -> list[ProgramPlan]:
+    """Compiles the update and the gradient of every bucket of a config, printing as it goes."""
     mesh = make_mesh(config.mesh.to_dict(), topology_devices(topology))
     model_config, _ = make_model_config(config)
     program = make_program(config, model_config, mesh)
     print(f"{topology}, mesh {dict(mesh.shape)}\n{program.optimizer.report}", flush=True)
-    plans = []
+    plans = [plan_update(program)]
+    print(report(plans[-1], topology), flush=True)
     for bucket in read_buckets(training_config.to_dict(config)["buckets"]):
-        plans.append(plan_bucket(program, model_config, bucket))
+        plans.append(plan_bucket(program, model_config, bucket, needs_contrast(config)))
         print(report(plans[-1], topology), flush=True)
     return plans
 
@@ -161,10 +182,12 @@ def main(argv: list[str]) -> None:
     training_config.validate(config)
     over = [p for p in plan(config, topology) if not p.fits(chip.hbm)]
     for p in over:
+        fix = "give mesh.fsdp more chips"
+        if p.bucket:
+            fix = f"lower buckets.{p.bucket.name}.batch_size, raise accumulation, or {fix}"
         print(
-            f"bucket {p.bucket.name} needs {p.needed / GIB:.2f} GiB a chip, {topology} has "
-            f"{chip.hbm / GIB:.0f}; lower buckets.{p.bucket.name}.batch_size, raise accumulation, "
-            "or give mesh.fsdp more chips",
+            f"{p.name} needs {p.needed / GIB:.2f} GiB a chip, {topology} has "
+            f"{chip.hbm / GIB:.0f}; {fix}",
             file=sys.stderr,
         )
     sys.exit(1 if over else 0)

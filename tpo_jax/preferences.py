@@ -9,7 +9,9 @@
 `generate` answers questions of the split with the right and with manipulated frames, filters, and
 writes pairs.jsonl (one "preference" example a line, with all frame indices) and counts.json.
 `score` writes the log-probability of every answer token under this model, with a fingerprint of
-all that can change it. Both go on where they were stopped; what is finished is not done again.
+all that can change it. Both go on where they were stopped; what is finished is not done again. On
+SIGTERM they stop after the batch under way and exit with status 75 (start me again): `score` has
+then written every batch, `generate` every chunk of 32 videos.
 """
 
 from __future__ import annotations
@@ -20,37 +22,29 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import tqdm
 from etils import epath
 
-from tpo_jax.data.buckets import Bucket
-from tpo_jax.data.evaluation_rows import batches, build_pair_rows
-from tpo_jax.data.pairs import PairedDataset
-from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, PreparedDataset
-from tpo_jax.data.rows import RowBuilder, RowPlan
-from tpo_jax.data.text import TextCodec
-from tpo_jax.generation import pairs, sidecar
+from tpo_jax.generation import pairs, scoring, sidecar
 from tpo_jax.generation.pair_generator import PairGenerator, Settings
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
-from tpo_jax.training.step import make_score_step
+from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 
 CHUNK_VIDEOS = 32  # videos between two saves of `generate`
-PART_BATCHES = 16  # batches between two saves of `score`
 
 
 class ResumeError(ValueError):
     """The output folder holds the work of another command."""
 
 
-def generate(flags: argparse.Namespace) -> None:
+def generate(flags: argparse.Namespace, preemption: Preemption) -> None:
     """Generates pairs until there are enough, or no video is left."""
     started = time.monotonic()
     config, params, codec = load_model(flags.model)
@@ -62,7 +56,8 @@ def generate(flags: argparse.Namespace) -> None:
         **json.loads(json.dumps(dataclasses.asdict(settings)))}
     check_same_run(out, about)
     generator = PairGenerator(
-        FunctionalModel(config), params, codec, PreparedDataset(flags.data), settings)
+        FunctionalModel(config), params, codec, PreparedDataset(flags.data), settings,
+        poll=preemption.check)
     drawn = {"temperature": settings.temperature, "top_p": settings.top_p,
              "seed": settings.evidence.seed, "weights": about["weights"]}
     kept, counts, videos = run_chunks(generator, out / "chunks", drawn, flags.pairs)
@@ -143,89 +138,12 @@ def check_same_run(out: epath.Path, about: dict[str, Any]) -> None:
             + "\nGive another --out, or remove this folder.")
 
 
-def score(flags: argparse.Namespace) -> None:
-    """Writes the reference sidecar of a manifest of pairs."""
-    config, params, codec = load_model(flags.model)
-    params = jax.tree.map(jax.numpy.asarray, params)
-    dataset = PairedDataset(flags.data, flags.pairs)
-    plans = build_pair_rows(dataset)
-    if not plans:
-        raise ValueError(f"{flags.pairs}: no pairs; generate some first")
-    frames = flags.frames or config.vision.max_frames
-    fingerprint = sidecar.Fingerprint.of(config, params, codec, frames)
-    builder = row_builder(codec, config, pair_bucket(codec, config, plans, frames,
-                                                     flags.batch_size))
-    out = epath.Path(flags.out)
-    if out.exists() and is_complete(sidecar.read(out), fingerprint, builder, plans):
-        print(f"{out}: {len(plans)} pairs are scored already")
-        return
-    folder = out.parent / f"{out.name}.parts"
-    parts = list(score_parts(FunctionalModel(config), params, builder, plans, fingerprint, folder))
-    sidecar.write(out, sidecar.merge(parts))
-    folder.rmtree()
-    print(f"{out}: {len(plans)} pairs scored")
-
-
-def is_complete(scored: sidecar.Sidecar, fingerprint: sidecar.Fingerprint, builder: RowBuilder,
-                plans: Sequence[RowPlan]) -> bool:
-    """Whether a sidecar holds exactly these pairs under these conditions."""
-    digests = {pair_id(plan): digest_of(builder, plan) for plan in plans}
-    return scored.fingerprint == fingerprint and dict(scored.digests) == digests
-
-
-def score_parts(model: FunctionalModel, params: Any, builder: RowBuilder,
-                plans: Sequence[RowPlan], fingerprint: sidecar.Fingerprint,
-                folder: epath.Path) -> Iterator[sidecar.Sidecar]:
-    """Scores some batches at a time; a part that is on disk and still fits is read instead."""
-    step = jax.jit(make_score_step(model))
-    size = PART_BATCHES * builder.bucket.batch_size
-    with tqdm.tqdm(total=len(plans), desc="score", unit="pair") as bar:
-        for number, first in enumerate(range(0, len(plans), size)):
-            now = plans[first : first + size]
-            file = folder / f"{number:05d}.npz"
-            part = sidecar.read(file) if file.exists() else None
-            if part is None or not is_complete(part, fingerprint, builder, now):
-                logps: dict[str, np.ndarray] = {}
-                for batch, rows in batches(builder, now):
-                    values = np.asarray(step(params, batch)) * (batch["answer_weights"] > 0)
-                    logps |= {pair_id(plan): values[i] for i, plan in enumerate(rows)}
-                digests = {pair_id(plan): digest_of(builder, plan) for plan in now}
-                part = sidecar.Sidecar(fingerprint, digests, logps, str(file))
-                sidecar.write(file, part)
-            bar.update(len(now))
-            yield part
-
-
-def pair_bucket(codec: TextCodec, config: ModelConfig, plans: Sequence[RowPlan], frames: int,
-                batch_size: int) -> Bucket:
-    """The smallest bucket that holds every pair."""
-    branches = [codec.build_branch(None, b.answer) for plan in plans for b in plan.branches]
-    questions = [len(codec.build_prefix(0, "video", plan.question)) for plan in plans]
-    return Bucket(
-        name="pairs", media="video", batch_size=batch_size, frames=frames, branches=2,
-        question=max(questions) - len(codec.build_prefix(0, "video")),
-        branch_tokens=max(len(branch.ids) for branch in branches),
-        answers=max(len(branch.ids) - branch.answer for branch in branches),
-        windows=1, mask_size=config.mask_size)
-
-
-def pair_id(plan: RowPlan) -> str:
-    return plan.branches[0].example.example_id
-
-
-def digest_of(builder: RowBuilder, plan: RowPlan) -> str:
-    """`hash_row` of a pair, as the data pipeline asks for it."""
-    prefix, branches = builder.tokens(plan)
-    rows = [branch.ids for branch in branches]
-    return sidecar.hash_row(builder.frame_indices(plan), prefix, *rows, pad_id=builder.codec.pad_id)
-
-
 def write_text(path: epath.Path, text: str) -> None:
     """Writes under a temporary name, then renames."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_text(text)
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -234,7 +152,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     add_generate(commands.add_parser("generate", help="answer with right and manipulated frames"))
-    add_score(commands.add_parser("score", help="reference log-probabilities of pairs"))
+    scoring.add_arguments(
+        commands.add_parser("score", help="reference log-probabilities of pairs"))
     return parser.parse_args(arguments)
 
 
@@ -271,21 +190,17 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add("--branches", type=int, default=4, help="questions of a row (default: %(default)s)")
 
 
-def add_score(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", required=True, help="model folder of the reference, i.e. where DPO starts")
-    add("--data", required=True, help="prepared split that the pairs were generated on")
-    add("--pairs", required=True, help="pairs.jsonl")
-    add("--out", required=True, help="sidecar to write, .npz")
-    add("--frames", type=int, default=0, help="of the training bucket; 0: as many as the model "
-        "takes")
-    add("--batch_size", type=int, default=16, help="pairs at a time (default: %(default)s)")
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
     flags = parse(arguments)
-    {"generate": generate, "score": score}[flags.command](flags)
+    with Preemption() as preemption:
+        try:
+            {"generate": generate, "score": scoring.score}[flags.command](flags, preemption)
+        except Preempted:
+            print(f"{flags.out}: stopped; the same command goes on", file=sys.stderr)
+            return EXIT_STATUS
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

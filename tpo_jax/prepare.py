@@ -23,7 +23,7 @@ from tpo_jax.data.ingest.plan import PrepareError, Settings, Source, read_source
 from tpo_jax.data.ingest.run import prepare
 from tpo_jax.data.ingest.sources import check_config, from_config, from_manifest
 from tpo_jax.data.media import MediaFolder
-from tpo_jax.data.records import PreparedDataset, RecordError
+from tpo_jax.data.records import MEDIA, PreparedDataset, RecordError
 from tpo_jax.data.text import texts_of, train_tokenizer
 
 RUN_EXAMPLES = """examples:
@@ -39,9 +39,14 @@ A run that was stopped, even by kill -9, is continued by the same command.
 CHECK_EXAMPLES = """examples:
   python -m tpo_jax.prepare check --format videochat2 --annotations conversations.json
   python -m tpo_jax.prepare check --format native --annotations my.jsonl --media videos
+  python -m tpo_jax.prepare check --format mevis --annotations mevis/train --frame_rate 6 \\
+      --media mevis/train/JPEGImages
 
 The exit status is 1 when a record is invalid.
 """
+FORMATS = "\nformats (docs/formats.md):\n" + "".join(
+    f"  {form.name:22s}{form.description}\n" for form in formats.FORMATS.values()
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,12 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="{run,check,tokenizer,inspect}"
     )
-    known = ", ".join(formats.FORMATS)
+    known = "one of the formats below"
 
     run = commands.add_parser(
         "run",
         help="decode media and write the two tables",
-        epilog=RUN_EXAMPLES,
+        epilog=RUN_EXAMPLES + FORMATS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -91,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--media", type=pathlib.Path, help="the folder of the media files")
     run.add_argument("--format", choices=formats.FORMATS, metavar="NAME", help=known)
     run.add_argument("--annotations", type=pathlib.Path, help="the annotation file or folder")
+    _add_frame_rate(run)
     run.add_argument("--fps", type=float, default=2.0, help="frames a second to keep (2)")
     run.add_argument("--size", type=int, help="square frames of so many pixels (native size)")
     run.add_argument("--encoding", default="raw", help="raw or jpeg (raw)")
@@ -100,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="list the invalid records of an annotation file",
-        epilog=CHECK_EXAMPLES,
+        epilog=CHECK_EXAMPLES + FORMATS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -109,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--annotations", type=pathlib.Path, required=True)
     check.add_argument("--media", type=pathlib.Path, help="also look the media up")
+    _add_frame_rate(check)
     _add_ignore_keys(check)
 
     tokenizer = commands.add_parser(
@@ -131,6 +138,22 @@ def _add_ignore_keys(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="keys of records that are known to mean nothing here",
     )
+
+
+def _add_frame_rate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--frame_rate",
+        type=_frame_rate,
+        metavar="N",
+        help="pictures a second of folders of pictures whose annotations do not say it",
+    )
+
+
+def _frame_rate(text: str) -> float:
+    rate = float(text)
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive number")
+    return rate
 
 
 def _tokenizer(options: argparse.Namespace) -> int:
@@ -163,6 +186,7 @@ def _run(options: argparse.Namespace, config_arguments: Sequence[str]) -> int:
                 options.annotations,
                 options.annotations.stem,
                 options.ignore_keys,
+                options.frame_rate,
             )
         ]
     else:
@@ -194,14 +218,26 @@ def _check(options: argparse.Namespace) -> int:
     except FileNotFoundError as error:
         raise PrepareError(str(error)) from error
     source = Source(
-        options.media, options.format, options.annotations, "check", options.ignore_keys
+        options.media,
+        options.format,
+        options.annotations,
+        "check",
+        options.ignore_keys,
+        options.frame_rate,
     )
     drafts, problems = read_source(source, media)
     for problem in problems:
         print(problem)
     noun = "problem" if len(problems) == 1 else "problems"
     print(f"{options.annotations}: {len(drafts)} valid examples, {len(problems)} {noun}")
-    print(statistics.table(statistics.count_examples(draft.example for draft in drafts)))
+    examples = [draft.example for draft in drafts]
+    media_of = {kind: {e.video_id for e in examples if e.media == kind} for kind in MEDIA}
+    table = {
+        **{f"{kind}s": len(names) for kind, names in media_of.items()},
+        **statistics.count_examples(examples),
+        "problems_by_reason": statistics.by_reason(problem.to_json() for problem in problems),
+    }
+    print(statistics.table(table))
     return 1 if problems else 0
 
 

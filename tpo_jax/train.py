@@ -8,8 +8,9 @@ The workdir then holds config.json, metrics.jsonl, tensorboard/, ledger.json, ch
 (the last weights) and, with validation, best_model/ (those of the lowest validation loss).
 
 The same command goes on where a run stopped: batches, losses and weights are those of a run that
-was never interrupted. SIGTERM saves a checkpoint and exits with status 75 (start me again).
-SIGUSR1 traces the next steps into profile/.
+was never interrupted. SIGTERM saves a checkpoint and exits with status 75 (start me again). A
+checkpoint that is damaged is refused; --resume_from=STEP goes on from an older one.
+docs/preemption.md has the rest. SIGUSR1 traces the next steps into profile/.
 
 --dry_run checks config, data, shapes, sharding and checkpoints and trains nothing;
 --dry_run=compile adds the memory plan (python -m tpo_jax.plan). With --topology=v5e:4x4 for a TPU
@@ -20,6 +21,7 @@ Several processes: on TPU pods run the same command on every host. Elsewhere giv
 JAX_NUM_PROCESSES, JAX_PROCESS_ID).
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -43,21 +45,35 @@ from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.rows import Reference
 from tpo_jax.data.text import TextCodec, add_task_tokens
 from tpo_jax.generation import sidecar
-from tpo_jax.interop.folder import added_tokens, load_config, load_into, load_model, save_model
-from tpo_jax.models.config import ModelConfig
+from tpo_jax.interop.folder import (
+    added_tokens,
+    holds_language_only,
+    load_codec,
+    load_config,
+    load_into,
+    load_model,
+    save_model,
+)
+from tpo_jax.models.config import LoraConfig, ModelConfig
 from tpo_jax.models.presets import preset
 from tpo_jax.parallel.mesh import global_batch, make_mesh, reader_shard
 from tpo_jax.parallel.paths import flatten, unflatten
 from tpo_jax.parallel.weighted_sum import WeightedSum
+from tpo_jax.training import agreement
 from tpo_jax.training import config as training_config
-from tpo_jax.training.checkpoint import Checkpoint, CheckpointError, Checkpoints
+from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
 from tpo_jax.training.compiled import CompiledBucket, compile_buckets
 from tpo_jax.training.config_flag import define_config, define_dry_run
+from tpo_jax.training.divergence import Divergence, Guard, rolled_back, write_report
 from tpo_jax.training.dry_run import DryRun
+from tpo_jax.training.flops import peak_flops
 from tpo_jax.training.ledger import Ledger
-from tpo_jax.training.preemption import EXIT_STATUS, Preemption
+from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 from tpo_jax.training.profiling import Profiler, device_memory
-from tpo_jax.training.program import Program, make_program
+from tpo_jax.training.program import Program, make_program, needs_contrast
+from tpo_jax.training.references import verify_references
+from tpo_jax.training.resume import check_same_run, find_start, read_checkpoint
+from tpo_jax.training.save_policy import Due, SavePolicy
 from tpo_jax.training.step import weighted_total
 from tpo_jax.training.writers import (
     Jsonl,
@@ -74,6 +90,12 @@ _DRY_RUN = define_dry_run("dry_run", "Only check; =compile adds the memory plan.
 TOPOLOGY = flags.DEFINE_string("topology", "", "Of --dry_run, such as v5e:4x4; '': devices here.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+_RESUME_FROM = flags.DEFINE_integer(
+    "resume_from", None, "Step of an older checkpoint to go on from; newer ones are set aside."
+)
+_NEW_MIXTURE = flags.DEFINE_bool(
+    "new_mixture", False, "Let data.train differ from the checkpoint's: sources come, go, weigh."
+)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process.")
 
 # Beside the progress bar: name of the scalar, label.
@@ -85,17 +107,45 @@ _SHOWN = {
 }
 
 
-def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledger: Ledger) -> int:
-    """Runs or resumes the run in `workdir`; returns the exit status of the process."""
+def train(
+    config: ConfigDict,
+    workdir: epath.Path,
+    preemption: Preemption,
+    ledger: Ledger,
+    *,
+    resume_from: int | None = None,
+    new_mixture: bool = False,
+) -> int:
+    """Runs or resumes the run in `workdir`; returns the exit status of the process.
+
+    Args:
+      resume_from: step to resume from; None: the newest.
+      new_mixture: whether data.train may differ from that of the checkpoint.
+    """
     is_writer = jax.process_index() == 0
     plain_config = training_config.to_dict(config)
-    profiler = Profiler(workdir, config.profile)
     with ledger.measure("init"):
         ####################################################################### Mesh and model
         mesh = make_mesh(config.mesh.to_dict())
         model_config, codec = make_model_config(config)
         program = make_program(config, model_config, mesh)
         say(describe(program))
+
+        ####################################################################### Agreement
+        data_train, data_validation = plain_config["data"]["train"], []
+        if config.eval_every:
+            data_validation = plain_config["data"]["validation"]
+        identity = agreement.identity([*data_train, *data_validation])
+        agreement.check(agreement.facts(plain_config, mesh, identity))
+
+        ####################################################################### Checkpoint
+        policy = SavePolicy(**plain_config["checkpoint"])
+        checkpoints = Checkpoints(workdir / "checkpoints", policy)
+        start = find_start(checkpoints, resume_from)
+        saved = None
+        if start is not None:
+            saved = read_checkpoint(checkpoints, start)
+            check_same_run(workdir, saved, plain_config, identity, new_mixture, say)
 
         ####################################################################### Data
         make_pipeline = functools.partial(
@@ -107,31 +157,35 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
             seed=config.seed,
             reference=read_references(config),
             evidence=config.data.evidence,
+            contrast=needs_contrast(config),
             **dict(zip(("process_index", "process_count"), reader_shard(mesh), strict=True)),
         )
-        pipeline = make_pipeline(plain_config["data"]["train"])
-        validation = None
-        if config.eval_every:
-            validation = make_pipeline(plain_config["data"]["validation"])
-        iterator = pipeline.iterator(threads=config.data.threads)
+        table = saved.data["sources"] if saved else None
+        pipeline = make_pipeline(data_train, table=table, start_step=start or 0)
+        validation = make_pipeline(data_validation) if data_validation else None
+        iterator = pipeline.iterator(start or 0, threads=config.data.threads)
 
         ####################################################################### Weights
         # 1. A checkpoint in the workdir: everything, exactly.
         # 2. config.init_from: weights by name, everything else new.
         # 3. Random weights.
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-        start = checkpoints.latest()
-        if start is not None:
-            restored = checkpoints.restore(start, program.abstract_state)
-            check_same_config(workdir, restored.config, plain_config)
-            state, progress = restored.state, restored.progress
-            iterator.set_state(restored.data)
-            ledger.resume(restored.ledger)
+        restoring = None
+        if saved is not None:
+            checkpoints.check(start, program.abstract_state)
+            # The arrays are read while the programs compile.
+            reader = concurrent.futures.ThreadPoolExecutor(1, "restore")
+            restoring = reader.submit(checkpoints.restore, start, program.abstract_state)
+            progress = saved.progress
+            pipeline.skip(progress["skipped"])
+            ledger.resume(saved.ledger)
             say(f"resuming from step {start} of {config.steps}")
         else:
             start = 0
             state = program.init_state(initial_params(config, program, model_config))
-            progress = {"evaluated": 0, "best": None, "window": {}}
+            progress = {
+                "evaluated": 0, "evaluated_loss": None, "best": None, "window": {}, "losses": {},
+                "best_saves": [], "skipped": [], "rollbacks": 0,
+            }  # fmt: skip
         iterator.start_prefetch()  # the first batch is read while the program compiles
         base_key = program.base_key(config.seed)
         if is_writer:
@@ -139,30 +193,63 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
 
     ########################################################################### Compile
     with ledger.measure("compile"):
-        compiled = compile_buckets(program, pipeline.builders, validation is not None, say)
+        try:
+            compiled = compile_buckets(
+                program, pipeline.builders, validation is not None, say, preemption
+            )
+        except Preempted:  # nothing has changed since the start
+            say(f"stopped at step {start} while compiling")
+            return EXIT_STATUS
+        if saved is None and config.data.references:
+            files, seed = config.data.references, config.seed
+            verify_references(program, pipeline, state.params, seed=seed, files=files, say=say)
+
+    if restoring is not None:
+        with ledger.measure("init"):
+            state = restoring.result().state
+            if resume_from is not None:
+                aside = checkpoints.set_aside_after(start)
+                say(f"set aside: {', '.join(map(str, aside)) or 'nothing newer'}")
 
     ########################################################################### Writers
-    writers = Writers([])
-    if is_writer:
-        bar = StdoutProgress(total=config.steps, initial=start, shown=_SHOWN)
-        metrics_file = Jsonl(workdir / "metrics.jsonl", resume_step=start)
-        tensorboard = TensorBoard(workdir / "tensorboard", resume_step=start)
-        writers = Writers([bar, metrics_file, tensorboard])
-        if config.wandb:
-            online = WeightsAndBiases(config.wandb, workdir, plain_config)
-            writers = Writers([bar, metrics_file, tensorboard, online])
+    def open_writers(step: int) -> Writers:
+        if not is_writer:
+            return Writers([])
+        bar = StdoutProgress(total=config.steps, initial=step, shown=_SHOWN)
+        metrics_file = Jsonl(workdir / "metrics.jsonl", resume_step=step)
+        tensorboard = TensorBoard(workdir / "tensorboard", resume_step=step)
+        online = [WeightsAndBiases(config.wandb, workdir, plain_config)] if config.wandb else []
+        return Writers([bar, metrics_file, tensorboard, *online])
+
+    writers = open_writers(start)
+    profiler = Profiler(workdir, config.profile)
 
     ########################################################################### Loop
-    step, tokens = start, 0
-    window, clock = MetricWindow(progress["window"]), Clock(ledger, start)
-    pending: tuple[int, int, Any] | None = None  # last step, tokens, metrics; not yet written
+    step, tokens, peak = start, 0, peak_flops(mesh.devices.flat)
+    window, clock = MetricWindow(progress["window"]), Clock(ledger, start, peak)
+    guard = Guard(config.divergence.spike, progress["losses"])
+    failed: Divergence | None = None  # a step that is to be undone
+    due_saves = Due(policy, progress["best_saves"])
+    # The last step, tokens so far, bucket, metrics; not yet written.
+    pending: tuple[int, int, str, Any] | None = None
 
     def write_pending() -> None:
         """Waits for the pending step; at the end of a window writes its record."""
-        nonlocal pending, window
+        nonlocal pending, window, failed
         if pending is None:
             return
-        (at, tokens_then, metrics), pending = pending, None
+        (at, tokens_then, bucket, metrics), pending = pending, None
+        norms = np.asarray(metrics.pop("grad_norms"))
+        loss, finite = float(metrics["loss"].total), not float(metrics["nonfinite"].total)
+        if found := guard.judge(at, bucket, loss, finite):
+            _, rows = pipeline.describe_batch(at - 1)
+            named = dict(zip(sorted(program.trainable), norms.tolist(), strict=True))
+            file = write_report(workdir, found, bucket, rows, named)
+            say(f"step {at}: {found.reason}; examples and gradient norms in {file}")
+            if progress["rollbacks"] < config.divergence.rollbacks:
+                failed = found
+                return
+        ledger.count_step(compiled[bucket].flops)
         window.add(metrics)
         if at % config.log_every == 0 or at == config.steps:
             scalars = window.means("train/")
@@ -173,30 +260,62 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
             window = MetricWindow()
 
     while True:
+        if failed is not None:
+            with ledger.measure("checkpoint"):
+                checkpoints.wait()
+                restored = checkpoints.restore(checkpoints.latest(), program.abstract_state)
+            _, rows = pipeline.describe_batch(failed.step - 1)
+            state, step, progress = restored.state, int(restored.state.step), rolled_back(
+                restored.progress, progress, rows
+            )
+            say(f"back to step {step}; {len(progress['skipped'])} examples are skipped")
+            ledger.roll_back(restored.ledger)
+            pipeline.skip(progress["skipped"])
+            iterator = pipeline.iterator(step, threads=config.data.threads)
+            tokens, pending, failed = 0, None, None
+            window, clock = MetricWindow(progress["window"]), Clock(ledger, step, peak)
+            guard = Guard(config.divergence.spike, progress["losses"])
+            due_saves = Due(policy, progress["best_saves"])
+            writers.close()
+            writers = open_writers(step)
         # What is due at a step happens in this order, before the next batch is drawn, and leaves
         # its mark in `progress`: a run that stops anywhere resumes in the right place.
         due = config.eval_every and step and (step % config.eval_every == 0 or step == config.steps)
         if due and progress["evaluated"] < step:
             with ledger.measure("step"):
                 write_pending()
+            if failed is not None:
+                continue
             with ledger.measure("evaluation"):
                 result = evaluate(config, program, compiled, validation, state.params, preemption)
                 if result is not None:  # None: told to stop; evaluated again after the restart
                     writers.write_scalars(step, result)
-                    progress["evaluated"] = step
                     loss = result["validation/loss"]
+                    progress |= {"evaluated": step, "evaluated_loss": loss}
                     if progress["best"] is None or loss < progress["best"]["loss"]:
                         progress["best"] = {"step": step, "loss": loss}
                         save_model(workdir / "best_model", model_config, state.params, codec)
         stop = preemption.reached()
-        if stop or step == config.steps or (step > start and step % config.checkpoint.every == 0):
+        save = due_saves.at(
+            step,
+            fresh=step > start,
+            loss=progress["evaluated_loss"] if progress["evaluated"] == step else None,
+            last=step == config.steps,
+            told=stop,
+            poll=step % config.log_every == 0,
+        )
+        if save.kinds or (config.divergence.rollbacks and not step):  # there is a way back
             with ledger.measure("step"):
                 write_pending()
-            progress["window"] = window.state()
-            with ledger.measure("checkpoint"):
+            if failed is not None:
+                continue
+            progress |= {"window": window.state(), "losses": guard.state()}
+            progress["best_saves"] = due_saves.losses
+            with ledger.measure_save():
                 writers.flush()  # what a checkpoint continues must not be lost with the process
-                unit = (iterator.get_state(), dict(progress), ledger.state(), plain_config)
-                checkpoints.save(step, Checkpoint(state, *unit))
+                data = iterator.get_state() | {"sources": pipeline.table.to_json()}
+                unit = (data, dict(progress), ledger.state(), plain_config, identity)
+                checkpoints.save(step, Checkpoint(state, *unit), save)
         if stop or step == config.steps:
             break
 
@@ -207,10 +326,12 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
         with ledger.measure("step"):
             batch = global_batch(local, mesh)
             state, metrics = compiled[bucket].train(state, batch, base_key)
+            if "padding" in metrics:
+                metrics[f"padding/{bucket}"] = metrics.pop("padding")
             tokens += compiled[bucket].tokens
             step += 1
             write_pending()  # waits for the step before this one, while this one runs
-            pending = step, tokens, metrics
+            pending = step, tokens, bucket, metrics
 
     ########################################################################### End
     profiler.close(pending)
@@ -222,18 +343,11 @@ def train(config: ConfigDict, workdir: epath.Path, preemption: Preemption, ledge
     if is_writer:
         summary = {"seconds": ledger.seconds(), "goodput": ledger.goodput(), "step": step}
         summary |= {"restarts": ledger.restarts, "best": progress["best"], "finished": not stop}
+        summary |= {"model_flops": ledger.model_flops, "mfu": ledger.mfu(peak)}
+        summary |= {"saves": ledger.saves, "rollbacks": progress["rollbacks"]}
         write_json(workdir / "ledger.json", summary)
     say(f"{'stopped' if stop else 'finished'} at step {step}: {ledger.summary()}")
     return EXIT_STATUS if stop else 0
-
-
-def check_same_config(workdir: epath.Path, saved: Any, current: Any) -> None:
-    """Refuses to resume a run under a config that would continue it differently."""
-    if changed := training_config.changed_since(saved, current):
-        raise CheckpointError(
-            f"{workdir}: holds a run with another config:\n  " + "\n  ".join(changed) + "\n"
-            "Give the same options to resume it, or another --workdir to start a new run."
-        )
 
 
 def check_finite(step: int, scalars: dict[str, float]) -> None:
@@ -255,38 +369,44 @@ def read_references(config: ConfigDict) -> Reference | None:
     model_config, params, codec = load_model(config.init_from)
     (shape,) = {(bucket.frames, bucket.answers) for bucket in config.buckets.values()}
     frames, answers = shape
-    expected = sidecar.Fingerprint.of(model_config, params, codec, frames)
+    expected = sidecar.Fingerprint.of(
+        model_config, params, codec, frames, contrast=needs_contrast(config)
+    )
     return sidecar.reference(config.data.references, expected, answers, codec.pad_id)
 
 
 def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     """The model that the config asks for, and its tokenizer with the tokens of its heads."""
     if config.init_from:
-        codec = TextCodec.load(config.init_from)
+        codec = load_codec(config.init_from)
     else:
         text = epath.Path(config.tokenizer).read_text()
         codec = TextCodec(tokenizers.Tokenizer.from_str(text))
     heads = tuple(config.model.heads)
     add_task_tokens(codec.tokenizer, heads)
     codec = TextCodec(codec.tokenizer, codec.template)
-    if config.model.preset:
-        base = preset(config.model.preset)
-    else:
-        base = load_config(config.init_from)
+    base = preset(config.model.preset) if config.model.preset else None
+    if config.init_from and (base is None or holds_language_only(config.init_from)):
+        base = load_config(config.init_from, base)
     language = dataclasses.replace(base.language, num_tokens=codec.vocab_size)
     tokens = codec.task_tokens
-    return dataclasses.replace(base, language=language, heads=heads, tokens=tokens), codec
+    lora = LoraConfig(**config.lora.to_dict()) if config.lora.rank else base.lora
+    changes = {"language": language, "heads": heads, "tokens": tokens, "lora": lora}
+    return dataclasses.replace(base, **changes), codec
 
 
 def initial_params(config: ConfigDict, program: Program, model_config: ModelConfig) -> Any:
     """Weights at step 0, on the mesh: those of init_from, freshly drawn where it has none."""
     if not config.init_from:
         return program.init_params(config.seed)
+    missing = list(config.init_missing)
+    if config.lora.rank and load_config(config.init_from).lora is None:
+        missing.append(r".*/lora_[ab]$")  # new adapters, which change nothing yet
     loaded = load_into(
         program.abstract_state.params,
         config.init_from,
-        init_missing=config.init_missing,
-        new_tokens=added_tokens(load_config(config.init_from), model_config),
+        init_missing=missing,
+        new_tokens=added_tokens(load_config(config.init_from, model_config), model_config),
     )
     say(f"weights from {config.init_from}: {len(loaded.leaves)} leaves")
     shardings = flatten(program.param_shardings)
@@ -327,21 +447,25 @@ def evaluate(
 
 
 class Clock:
-    """Rates since the last record."""
+    """Rates since the last record; `peak` is the FLOP/s of all devices, if it is known."""
 
-    def __init__(self, ledger: Ledger, step: int) -> None:
-        self._ledger = ledger
-        self._last = (time.monotonic(), step, 0, ledger.seconds())
+    def __init__(self, ledger: Ledger, step: int, peak: float | None) -> None:
+        self._ledger, self._peak = ledger, peak
+        self._last = (time.monotonic(), step, 0, ledger.seconds(), ledger.model_flops)
 
     def record(self, step: int, tokens: int) -> dict[str, float]:
         """Scalars of the steps since the last record; `tokens` counts from the start."""
         now, seconds = time.monotonic(), self._ledger.seconds()
-        then, last_step, last_tokens, last_seconds = self._last
-        self._last = (now, step, tokens, seconds)
+        flops = self._ledger.model_flops
+        then, last_step, last_tokens, last_seconds, last_flops = self._last
+        self._last = (now, step, tokens, seconds, flops)
         # Validation and saves are not the loop's speed.
         loop = ("data_wait", "step", "other")
         spent = max(sum(seconds[name] - last_seconds[name] for name in loop), 1e-9)
-        return {
+        flops_per_second = (flops - last_flops) / spent
+        mfu = {"time/mfu": flops_per_second / self._peak} if self._peak else {}
+        return mfu | {
+            "time/model_tflops_per_second": flops_per_second / 1e12,
             "time/steps_per_second": (step - last_step) / spent,
             "time/tokens_per_second": (tokens - last_tokens) / spent,
             "time/data_wait_share": (seconds["data_wait"] - last_seconds["data_wait"]) / spent,
@@ -416,17 +540,21 @@ def main(argv: list[str]) -> None:
     ledger = Ledger()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells forty lines a checkpoint
-    with ledger.measure("init"):
-        config = _CONFIG.value
-        training_config.validate(config)
-        initialize_distributed()
-        if config.compile_cache:
-            jax.config.update("jax_compilation_cache_dir", config.compile_cache)
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        workdir = epath.Path(_WORKDIR.value)
-        workdir.mkdir(parents=True, exist_ok=True)
-    with Preemption() as preemption:
-        status = train(config, workdir, preemption, ledger)
+    with Preemption() as preemption:  # a signal from here on ends the command with status 75
+        with ledger.measure("init"):
+            config = _CONFIG.value
+            training_config.validate(config)
+            initialize_distributed()
+            preemption.joined()
+            if config.compile_cache:
+                jax.config.update("jax_compilation_cache_dir", config.compile_cache)
+                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            workdir = epath.Path(_WORKDIR.value)
+            workdir.mkdir(parents=True, exist_ok=True)
+        status = train(
+            config, workdir, preemption, ledger,
+            resume_from=_RESUME_FROM.value, new_mixture=_NEW_MIXTURE.value,
+        )  # fmt: skip
     sys.exit(status)
 
 

@@ -57,10 +57,28 @@ def write_image(path: pathlib.Path, height: int = 20, width: int = 40) -> pathli
     return path
 
 
+def write_pictures(folder: pathlib.Path, names: Sequence[str]) -> pathlib.Path:
+    """A folder of 64x48 pictures; picture i has brightness i added."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        Image.fromarray(picture() + np.uint8(i)).save(folder / name)
+    return folder
+
+
 def write_media(folder: pathlib.Path) -> pathlib.Path:
     """The media that tests/data/samples are about: two 4-second videos and an image."""
     folder.mkdir(parents=True, exist_ok=True)
     write_video(folder / "clip_a.mp4", steady())
     write_video(folder / "clip_b.mp4", steady())
     write_image(folder / "still.png")
+    return folder
+
+
+def write_published_media(folder: pathlib.Path) -> pathlib.Path:
+    """`write_media`, an image of Visual Genome, and videos as folders of pictures."""
+    write_media(folder)
+    write_image(folder / "1.png")
+    write_pictures(folder / "strip", [f"{i:05d}.png" for i in range(3)])
+    write_pictures(folder / "fifth", [f"{5 * i:05d}.png" for i in range(3)])
+    write_pictures(folder / "shape-1" / "img", [f"{i:08d}.png" for i in range(1, 5)])
     return folder

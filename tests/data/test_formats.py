@@ -7,15 +7,13 @@ import shutil
 
 import numpy as np
 import pytest
+from format_samples import SAMPLES, read, read_sample
 from media_samples import write_media
 from pycocotools import mask as coco_mask
 
-from tpo_jax.data import formats
-from tpo_jax.data.formats.reading import Context
+from tpo_jax.data import formats, validation
 from tpo_jax.data.media import MediaFolder
-from tpo_jax.data.records import Turn
-
-SAMPLES = pathlib.Path(__file__).parent / "samples"
+from tpo_jax.data.records import Example, Turn
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +21,8 @@ def media(tmp_path_factory):
     return MediaFolder(write_media(tmp_path_factory.mktemp("media")))
 
 
-def read(name, path, media, ignore=()):
-    drafts, problems = formats.get(name).read(Context(path, "test", media, frozenset(ignore)))
-    return [draft.example for draft in drafts], problems
-
-
-def read_sample(name, file, media):
-    examples, problems = read(name, SAMPLES / file, media)
-    assert problems == []
-    ids = [example.example_id for example in examples]
-    assert len(set(ids)) == len(ids)
-    return examples
-
-
 def test_videochat2(media):
-    a, b, c = read_sample("videochat2", "videochat2.json", media)
+    a, b, c = read_sample("videochat2", media)
     options = ("the red circle", "the blue square", "nothing")
     assert a.video_id == "clip_a.mp4" and a.task == "conversation" and a.media == "video"
     assert a.turns[0] == Turn("What moves first?", "the blue square", options, "")
@@ -48,7 +33,7 @@ def test_videochat2(media):
 
 
 def test_qvhighlights(media):
-    a, b = read_sample("qvhighlights", "qvhighlights.jsonl", media)
+    a, b = read_sample("qvhighlights", media)
     assert a.task == "temporal" and a.video_id == "clip_a.mp4"
     assert "The red circle hits the square" in a.turns[0].question
     assert a.turns[0].answer.count("<temporal>") == 1
@@ -58,7 +43,7 @@ def test_qvhighlights(media):
 
 
 def test_refcoco(media):
-    a, b, c = read_sample("refcoco", "refcoco.json", media)
+    a, b, c = read_sample("refcoco", media)
     assert (a.media, a.targets) == ("image", {"boxes": [[0.1, 0.25, 0.6, 0.75]], "times": [0]})
     assert "the red circle" in a.turns[0].question and "the round thing" in b.turns[0].question
     assert (c.media, c.targets) == ("video", {"boxes": [[0, 0, 0.5, 0.5]], "times": [1.5]})
@@ -66,7 +51,7 @@ def test_refcoco(media):
 
 
 def test_mevis(media):
-    one, both = read_sample("mevis", "mevis", media)
+    one, both = read_sample("mevis", media)
     assert one.task == "mask" and one.targets["times"] == [0, 0.5, 1]
     assert one.targets["rles"][2] is None and both.targets["rles"][2] is None
     decode = [coco_mask.decode(example.targets["rles"][0]) for example in (one, both)]
@@ -76,7 +61,7 @@ def test_mevis(media):
 
 
 def test_got10k(media):
-    (a,) = read_sample("got10k", "got10k", media)
+    (a,) = read_sample("got10k", media)
     assert a.task == "tracking" and a.turns[0].question.count("<box>") == 1
     assert "circle" not in a.turns[0].question and a.turns[0].answer.count("<mask>") == 1
     assert a.targets["times"] == [0, 0.5, 1, 1.5]
@@ -86,7 +71,7 @@ def test_got10k(media):
 
 
 def test_thumos(media):
-    (a,) = read_sample("thumos", "thumos.json", media)  # clip_b has no action
+    (a,) = read_sample("thumos", media)  # clip_b has no action
     assert a.task == "action" and a.turns[0].answer == "CliffDiving, Diving"
     assert a.targets == {
         "segments": [[1.0, 2.5], [1.0, 2.5]],
@@ -95,7 +80,7 @@ def test_thumos(media):
 
 
 def test_native(media):
-    a, b, c, d, e = read_sample("native", "native.jsonl", media)
+    a, b, c, d, e = read_sample("native", media)
     assert a.turns[0] == Turn(
         "What moves first?", "the square", ("the circle", "the square"), "order"
     )
@@ -106,7 +91,7 @@ def test_native(media):
 
 
 def test_native_reads_what_an_example_writes(media, tmp_path):
-    examples = read_sample("native", "native.jsonl", media)
+    examples = read_sample("native", media)
     lines = []
     for example in examples:
         line = example.to_json() | {example.media: example.video_id}
@@ -215,6 +200,8 @@ BAD_LINES = [
     ("native", 0, ("task",), "juggling", "task", "expected one of"),
     ("native", 0, ("format_version",), 7, "format_version", "expected 1"),
     ("native", 0, ("targets",), {"boxes": []}, "targets.boxes", "unknown key"),
+    ("native", 0, ("turns", 0, "question"), "At <box>?", "turns", "for 0 targets.input_box"),
+    ("native", 0, ("targets",), {"input_box": [0, 0, 1, 1]}, "turns", "stands 0 times"),
     ("native", 1, ("turns", 0, "answer"), "At one.", "turns", "it is there 0 times"),
     ("native", 1, ("targets", "windows"), DELETE, "targets.windows", "missing"),
     ("native", 1, ("targets", "windows", 0), [1, "x"], "targets.windows[0]", "a number"),
@@ -240,6 +227,20 @@ def test_bad_json_line(name, line, where, value, field, reason, media, tmp_path)
     ]
     assert reason in problems[0].reason and problems[0].fix
     assert len(examples) == len(lines) - 1
+
+
+def test_any_question_may_be_about_a_box():
+    """Its slot is an input, whatever the answer calls."""
+    for task, answer, targets in [
+        ("conversation", "a cat", {}),
+        ("region", "Here: <region>.", {"boxes": [[0.2, 0.2, 0.4, 0.4]], "times": [1.0]}),
+        ("temporal", "At <temporal>.", {"windows": [[1.0, 2.0]]}),
+    ]:
+        turn = Turn("What is at <box>?", answer)
+        targets = targets | {"input_box": [0.1, 0.1, 0.5, 1.001]}
+        example = Example("a", "v", "video", task, "train", 0.0, 4.0, (turn,), targets)
+        checked = validation.check_example(example, 4.0)
+        assert checked.targets == targets | {"input_box": [0.1, 0.1, 0.5, 1.0]}
 
 
 def damaged(tmp_path, folder):

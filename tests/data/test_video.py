@@ -137,7 +137,7 @@ def test_errors_name_file_reason_and_fix(folder, clip):
         (empty, "0 bytes"),
         (folder / "missing.mp4", "does not exist"),
         (folder / "notes.txt", "not a known"),
-        (folder, "not a known"),
+        (folder, "does not say its frame rate"),
     ]:
         with pytest.raises(VideoError, match=reason) as caught:
             read_video(path)

@@ -225,7 +225,7 @@ def test_the_command_writes_metrics_and_samples(model, dataset, prepared, tmp_pa
     assert [p.name for p in out.parent.iterdir()] and not list(out.parent.glob("*.tmp"))
 
 
-def test_part_of_a_split_spreads_the_questions_that_it_keeps():
+def test_part_of_a_split_draws_questions_whatever_their_order():
     def example(number, task):
         turn = Turn("Where?", "It is at <region>.", (), "")
         return Example(f"{task}{number}", "v", "video", task, "test", 0.0, 1.0, (turn,), {})
@@ -233,16 +233,26 @@ def test_part_of_a_split_spreads_the_questions_that_it_keeps():
     class Split:
         videos: ClassVar = ["v", "w", "x"]
 
+        def __init__(self, order):
+            self.order = order
+
         def examples(self, video_id):
-            asked = [example(i, "region") for i in range(5)]
+            asked = [example(i, "region") for i in self.order]
             return [*asked, example(0, "mask"), *(example(i, "conversation") for i in range(4))]
 
-    part = evaluate.Part(Split(), count=2, calls=2)
-    assert part.videos == ["v", "w"]
-    kept = [e.example_id for e in part.examples("v")]
-    assert kept[:3] == ["region0", "region2", "mask0"]
-    assert kept[3:] == [f"conversation{i}" for i in range(4)]
-    assert len(evaluate.Part(Split(), count=0, calls=0).examples("v")) == 10
+    def kept(order):
+        part = evaluate.Part(Split(order), count=2, calls=60)
+        assert part.videos == ["v", "w"]
+        return [e.example_id for e in part.examples("v")]
+
+    names = kept(range(300))
+    regions = [name for name in names if name.startswith("region")]
+    assert len(regions) == 60 and set(regions) == set(kept(range(299, -1, -1))[:60])
+    # Three questions a frame: none of them is favoured.
+    places = [int(name.removeprefix("region")) % 3 for name in regions]
+    assert min(places.count(place) for place in range(3)) >= 10
+    assert names[60:] == ["mask0", *(f"conversation{i}" for i in range(4))]
+    assert len(evaluate.Part(Split(range(5)), count=0, calls=0).examples("v")) == 10
 
 
 @pytest.mark.parametrize("option", ["--limit", "--calls_per_video"])

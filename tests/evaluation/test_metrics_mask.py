@@ -5,6 +5,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis.extra import numpy as hnp
+from pycocotools import mask as coco
 
 from tpo_jax.evaluation.metrics import mask as metrics
 
@@ -75,12 +76,44 @@ def test_half_of_a_boundary_out_of_reach():
     assert score == pytest.approx(2 * precision * recall / (precision + recall))
 
 
-def test_disk_of_radius_two_has_13_pixels():
-    point = np.zeros((7, 7), bool)
-    point[3, 3] = True
-    assert metrics.dilate(point, 0).sum() == 1
-    assert metrics.dilate(point, 1).sum() == 5
-    assert metrics.dilate(point, 2).sum() == 13
+@pytest.mark.parametrize("size, radius", [((40, 40), 1), ((100, 100), 2), ((200, 300), 3)])
+def test_a_boundary_matches_within_a_disk(size, radius):
+    """A mask of the last pixel but one has four boundary pixels; shifted, how many still match."""
+    for dy in range(-4, 5):
+        for dx in range(-4, 5):
+            target, predicted = np.zeros((2, *size), bool)
+            target[20, 20] = predicted[20 + dy, 20 + dx] = True
+            first = [(y, x) for y in (0, 1) for x in (0, 1)]
+            second = [(y + dy, x + dx) for y, x in first]
+            share = np.mean(
+                [any((y - v) ** 2 + (x - u) ** 2 <= radius**2 for v, u in second) for y, x in first]
+            )
+            assert metrics.boundary_accuracy(predicted, target) == pytest.approx(share)
+
+
+def test_boundaries_match_in_their_own_mask_only():
+    """Edges at opposite sides of the image, and of the next mask, are not near each other."""
+    masks = np.zeros((3, 40, 40), bool)
+    masks[0, :, -4:], masks[1, :3], masks[2, -3:] = True, True, True
+    target = np.zeros_like(masks)
+    target[0, :, :3], target[1, -3:], target[2, :3] = True, True, True
+    np.testing.assert_array_equal(metrics.boundary_accuracy(masks, target), 0)
+
+
+def test_image_and_cumulative_iou():
+    shapes = [(0, 24, 20), (1, 10, 40)]  # images of different sizes; some masks are empty
+    pairs = [ellipses(*shape)[:, index] for shape in shapes for index in range(12)]
+    both = np.array([metrics.areas(predicted, target) for target, predicted in pairs])
+    ious, parts, wholes = [], 0, 0
+    for target, predicted in pairs:
+        pair = (np.asfortranarray(mask.astype(np.uint8)) for mask in (predicted, target))
+        codes = [coco.encode(mask) for mask in pair]
+        whole = coco.area(coco.merge(codes))
+        ious.append(coco.iou(codes[:1], codes[1:], [0])[0, 0] if whole else 1.0)
+        parts, wholes = parts + coco.area(coco.merge(codes, intersect=True)), wholes + whole
+    assert metrics.mean_iou(*both.T) == pytest.approx(np.mean(ious), abs=1e-9)
+    assert metrics.cumulative_iou(*both.T) == pytest.approx(parts / wholes, abs=1e-9)
+    assert metrics.mean_iou([0], [0]) == metrics.cumulative_iou([0], [0]) == 1
 
 
 def test_two_empty_masks_agree_and_one_empty_mask_scores_zero():

@@ -41,6 +41,13 @@ def test_import_of_export_is_bit_identical(model_folder, tmp_path):
     np.testing.assert_array_equal(*ids)
 
 
+def test_a_head_that_the_pytorch_file_does_not_run_is_refused(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "RUNTIME_HEADS", ("region", "mask"))
+    with pytest.raises(export.ExportFolderError, match=r"\['temporal'\] cannot be exported"):
+        export.export_model(model_folder, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
 def test_a_tensor_that_no_leaf_uses_is_refused(model_folder, tmp_path):
     import safetensors.numpy
 

@@ -18,10 +18,13 @@ def dense_attention(q, k, v, mask):
     return out
 
 
-def visible(q_segments, kv_segments, causal_offset):
-    """bool[T, S] from the rule in words: same segment and j <= i + offset."""
+def visible(q_segments, kv_segments, causal_offset, window=None):
+    """bool[T, S] from the rule in words: same segment, j <= i + offset, and less than `window`
+    tokens back."""
     mask = np.zeros((len(q_segments), len(kv_segments)), bool)
     for i, a in enumerate(q_segments):
         for j, b in enumerate(kv_segments):
             mask[i, j] = a == b and (causal_offset is None or j <= i + causal_offset)
+            if window is not None and i + causal_offset - j >= window:
+                mask[i, j] = False
     return mask

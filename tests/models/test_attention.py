@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,15 +62,63 @@ def test_branch_attention_is_the_rule_in_words(backend):
             np.testing.assert_allclose(out[b, r], expected, atol=2e-5)
 
 
-def test_splash_gradients_equal_xla():
-    (q, pk, pv, k, v), prefix_segments, segments = _branch_case()
-    real = (segments > 0)[..., None, None]
+@pytest.mark.parametrize("backend", ["xla", "splash_interpret"])
+def test_a_sliding_window_hides_what_is_far_back(backend):
+    q, k, v, segments = _prefix_case()
+    run = functools.partial(attention, causal_offset=0, window=3, backend=backend)
+    out = jax.jit(run)(q, k, v, q_segments=segments, kv_segments=segments)
+    for b in range(2):
+        mask = visible(segments[b], segments[b], 0, window=3)
+        np.testing.assert_allclose(out[b], dense_attention(q[b], k[b], v[b], mask), atol=2e-5)
+    with pytest.raises(ValueError, match="window=3 needs a causal_offset"):
+        attention(q, k, v, window=3)
+
+
+def _windowed_case():
+    """Branches behind prefixes of 7 and 4 tokens, the second padded to 7."""
+    arrays, _, _ = _branch_case()
+    prefix_segments = jnp.array([[1] * 7, [1] * 4 + [0] * 3], jnp.int32)
+    segments = jnp.array([[[1] * 5, [1] * 3 + [0] * 2, [1] * 5]] * 2, jnp.int32)
+    own = jnp.arange(5) + jnp.array([7, 4])[:, None, None]
+    positions = (
+        jnp.broadcast_to(own, segments.shape), jnp.tile(jnp.arange(7), (2, 1)),
+        jnp.broadcast_to(own, segments.shape),
+    )  # fmt: skip
+    keywords = {"q_segments": segments, "prefix_segments": prefix_segments,
+                "own_segments": segments, "window": 4, "positions": positions}  # fmt: skip
+    return arrays, keywords
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash_interpret"])
+def test_the_window_of_a_branch_does_not_count_padding(backend):
+    (q, pk, pv, k, v), keywords = _windowed_case()
+    window = keywords.pop("window")
+    run = jax.jit(functools.partial(branch_attention, window=window, backend=backend))
+    out = run(q, pk, pv, k, v, **keywords)
+    segments = keywords["own_segments"]
+    for b, length in enumerate((7, 4)):  # the same row without its padding
+        for r in range(3):
+            real = np.r_[np.ones(length), segments[b, r]]
+            mask = visible(segments[b, r], real, length, window=4)
+            keys, values = np.r_[pk[b, :length], k[b, r]], np.r_[pv[b, :length], v[b, r]]
+            mask[~mask.any(axis=1)] = True  # padding; not compared
+            expected = dense_attention(q[b, r], keys, values, mask)
+            seen = np.asarray(segments[b, r]) > 0
+            np.testing.assert_allclose(out[b, r][seen], expected[seen], atol=2e-5)
+
+
+@pytest.mark.parametrize("case", ["whole", "window"])
+def test_splash_gradients_equal_xla(case):
+    if case == "window":
+        (q, pk, pv, k, v), keywords = _windowed_case()
+    else:
+        (q, pk, pv, k, v), prefix_segments, segments = _branch_case()
+        keywords = {"q_segments": segments, "prefix_segments": prefix_segments,
+                    "own_segments": segments}  # fmt: skip
+    real = (keywords["q_segments"] > 0)[..., None, None]
 
     def total(arrays, backend):
-        out = branch_attention(
-            *arrays, q_segments=segments, prefix_segments=prefix_segments,
-            own_segments=segments, backend=backend,
-        )  # fmt: skip
+        out = branch_attention(*arrays, **keywords, backend=backend)
         return jnp.sum(jnp.where(real, jnp.sin(out), 0.0))
 
     gradient = jax.jit(jax.grad(total), static_argnums=1)

@@ -9,8 +9,12 @@ import pytest
 from flax import nnx
 
 from tpo_jax.models.config import LanguageConfig
-from tpo_jax.models.language import LanguageModel, rotary_tables, rotate
+from tpo_jax.models.language import LanguageModel
+from tpo_jax.models.layers import Rngs
+from tpo_jax.models.rope import RopeScaling, rotary_tables, rotate
 from tpo_jax.models.video_language import branch_keys
+from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.parallel.rules import param_shardings, place
 
 CONFIG = LanguageConfig(
     vocab_size=128, width=16, depth=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24, qkv_bias=True
@@ -178,6 +182,84 @@ def test_loop_remat_and_unrolled_layers_agree(model, changes):
         return jax.jit(jax.grad(total))(state)
 
     _assert_close_gradients(gradient(other), gradient(structure))
+
+
+def _random(config):
+    """(structure, state) with numpy weights: drawing them op by op takes longer than a test."""
+    structure, state = nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=Rngs(0))))
+    random = np.random.default_rng(0)
+    return structure, jax.tree.map(
+        lambda x: jnp.asarray(0.3 * random.normal(size=x.shape), jnp.float32), state
+    )
+
+
+def test_windows_norms_and_stretched_positions_hold_in_branches_and_caches():
+    """A windowed model whose first layer sees everything: a prefix with padding, a prompt with
+    padding and answers token by token equal one plain row."""
+    config = dataclasses.replace(
+        CONFIG, sliding_window=3, full_layers=1, qk_norm=True, output_bias=True,
+        rope_scaling=RopeScaling("yarn", 4.0, original_length=8),
+    )  # fmt: skip
+    structure, state = _random(config)
+    prefix, prompt, answer = _tokens(20, 1, P), _tokens(21, 1, 3), _tokens(22, 1, 4)
+
+    @jax.jit
+    def run(state):
+        bound = nnx.merge(structure, state)
+        want = _plain(bound, jnp.concatenate([prefix, prompt, answer], axis=1))
+        embeds = bound.embed_tokens(jnp.pad(prefix, ((0, 0), (0, 2))))
+        segments = jnp.array([[1] * P + [0] * 2])
+        _, cache = bound.prefill(embeds, jnp.arange(P + 2)[None], segments)
+        own = bound.empty_cache(1, 1, 5 + 4, jnp.float32)
+        first, own = bound.extend(
+            bound.embed_tokens(jnp.pad(prompt, ((0, 0), (0, 2))))[None],
+            P + jnp.array([[[0, 1, 2, 0, 0]]]), jnp.array([[[1, 1, 1, 0, 0]]]), cache, segments,
+            own, 0,
+        )  # fmt: skip
+        pieces = [first[0, 0, :3]]
+        for i in range(4):
+            out, own = bound.extend(
+                bound.embed_tokens(answer[None, :, i : i + 1]), jnp.array([[[P + 3 + i]]]),
+                jnp.ones((1, 1, 1), jnp.int32), cache, segments, own, jnp.int32(5 + i),
+            )  # fmt: skip
+            pieces.append(out[0, 0])
+        return jnp.concatenate(pieces), want[0, P:]
+
+    got, want = run(state)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_key_value_heads_that_do_not_divide_the_mesh():
+    config = dataclasses.replace(CONFIG, width=32, heads=6, kv_heads=3)
+    structure, state = _random(config)
+    params = {"language": nnx.to_pure_dict(state)}
+    tokens = _tokens(23, 4, 8)
+
+    def run(params):
+        bound = nnx.merge(structure, nnx.State(jax.tree.map(nnx.Param, params["language"])))
+        return _plain(bound, tokens)
+
+    mesh = make_mesh({"fsdp": 2, "tensor": 4})
+    shardings = param_shardings(params, mesh)
+    with jax.set_mesh(mesh):
+        got = jax.jit(run)(place(jax.tree.map(np.asarray, params), shardings))
+    np.testing.assert_allclose(got, jax.jit(run)(params), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sliding_window": 0}, "language.sliding_window=0: must be above 0"),
+        ({"full_layers": 3}, "language.full_layers=3: must be in 0..depth=2"),
+        ({"rope_scaling": {"kind": "longrope", "factor": 2.0}}, "kind='longrope': unknown"),
+        ({"rope_scaling": {"kind": "yarn", "factor": 2.0}}, "original_length=None"),
+        ({"rope_scaling": {"kind": "linear", "factor": 0.5}}, "factor=0.5: must be 1 or more"),
+        ({"rope_scaling": {"kind": "linear", "factor": 2.0, "slope": 1}}, "slope: unknown key"),
+    ],
+)
+def test_a_wrong_option_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
 
 
 @jax.jit

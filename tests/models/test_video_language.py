@@ -76,7 +76,8 @@ def test_shapes_and_dtypes(params, forward):
         "temporal/foreground": (B, S, F),
         "temporal/spans": (B, S, F, 2), "temporal/saliency": (B, S, F),
         "temporal/centres": (B, F), "temporal/frame_valid": (B, F),
-        "mask/masks": (B, S, F, m, m), "mask/presence": (B, S, F),
+        "mask/masks": (B, S, F, m, m), "mask/cells": (B, S, F, grid, grid),
+        "mask/presence": (B, S, F),
     }  # fmt: skip
 
 

@@ -92,6 +92,19 @@ def test_low_precision_inputs_accumulate_in_float32():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_collision_is_the_log_of_the_sum_of_squared_probabilities():
+    hidden, table, targets = draw((2, 5), vocab=20)
+    p = jax.nn.softmax((hidden @ table.T)[..., :20])
+    scores = token_scores(hidden, table, targets, vocab_size=20, chunk=3, collision=True)
+    np.testing.assert_allclose(scores.log_collision, jnp.log((p**2).sum(-1)), rtol=1e-4, atol=1e-5)
+    assert token_scores(hidden, table, targets).log_collision is None
+
+    def total(h):
+        return token_scores(h, table, targets, collision=True).log_collision.sum()
+
+    assert not np.any(jax.grad(total)(hidden))
+
+
 def test_vocab_size_beyond_the_table_is_refused():
     with pytest.raises(ValueError, match="vocab_size 25 is outside 1..24"):
         token_logps(*draw((1, 2)), vocab_size=25)

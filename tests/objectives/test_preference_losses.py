@@ -1,142 +1,279 @@
 """Preference losses against golden values, computed in float64 from the published formulas."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_batches import FAST_COMPILE
+from fake_pairs import golden_pairs, random_pairs
 
 from tpo_jax.objectives.preference import (
     PREFERENCE_LOSSES,
-    PairScores,
+    PairTokens,
     PreferenceConfig,
     pair_scores,
     preference_losses,
-    preference_metrics,
 )
+from tpo_jax.objectives.preference.pair import divergence_score
 
-PAIRS = PairScores(
-    policy_chosen=jnp.array([-12, -30.5, -8.25, -45]),
-    policy_rejected=jnp.array([-14.0, -28, -9, -60]),
-    reference_chosen=jnp.array([-13.0, -31, -8, -50]),
-    reference_rejected=jnp.array([-13.5, -29.5, -8.5, -58]),
-    chosen_length=jnp.array([10.0, 25, 6, 40]),
-    rejected_length=jnp.array([12.0, 20, 7, 64]),
-    valid=jnp.ones(4),
-)
-# beta = 0.3; label smoothing 0.1 for cdpo and robust
+# beta = 0.3; label smoothing 0.1, for exo_pair 1e-3
 GOLDEN = {
     "sigmoid": ([0.493249, 0.854355, 0.656350, 0.115520], 0.529868),
     "cdpo": ([0.538249, 0.824355, 0.663850, 0.325520], 0.587993),
     "robust": ([0.436999, 0.891855, 0.646975, -0.146980], 0.457212),
     "hinge": ([0.55, 1.3, 0.925, 0.0], 0.69375),
     "ipo": ([2.325625, 2.964136, 2.679457, 2.281359], 2.562644),
+    "exo_pair": ([2.021759, 3.286512, 2.632492, 0.409883], 2.087661),
+    "nca_pair": ([1.292011, 1.478060, 1.370004, 1.270864], 1.352735),
+    "bco_pair": ([1.175312, 1.564206, 1.352307, 0.638901], 1.182682),
+    "sppo_hard": ([1.805556, 11.388889, 5.034722, 11.222222], 7.362847),
     "apo_zero": ([0.888128, 1.073209, 0.981311, 0.536769], 0.869854),
+    "apo_down": ([0.963803, 1.111872, 0.962518, 0.926671], 0.991216),
+    "discopop": ([0.637610, 0.855580, 0.878234, 0.122456], 0.623470),
     "sigmoid_norm": ([0.672123, 0.701431, 0.688693, 0.669984], 0.683058),
+    "simpo": ([1.362431, 1.063497, 1.446858, 1.600413], 1.368300),
+    "orpo": ([0.717461, 0.577373, 0.755688, 0.849713], 0.725059),
+}
+UNPUBLISHED = {"sft", "rpo", "conditional", "anchor", "chosen_kl"}  # tested below
+COUPLED = {"aot", "aot_unpaired", "kto_pair", "bco"}  # test_preference_coupled.py
+DIVERGENCES = {
+    "forward_kl": ([0.519365, 0.752310, 0.639938, 0.103627], 0.503810),
+    "js": ([0.598929, 0.734883, 0.671173, 0.424857], 0.607461),
+    "alpha": ([0.510413, 0.789297, 0.648908, 0.186995], 0.533903),
 }
 
 
 def config(loss, **options):
-    smoothing = 0.1 if loss in ("cdpo", "robust") else 0.0
-    return PreferenceConfig(beta=0.3, loss=loss, label_smoothing=smoothing, **options)
+    if loss in ("cdpo", "robust", "aot", "aot_unpaired"):
+        options = {"label_smoothing": 0.1} | options
+    if loss == "exo_pair":
+        options = {"label_smoothing": 1e-3} | options
+    if loss == "simpo":
+        options = {"beta": 2.0, "simpo_gamma": 1.0} | options
+    return PreferenceConfig(**{"beta": 0.3, "loss": loss} | options)
 
 
-def row(pairs, index):
-    return jax.tree.map(lambda x: x[index : index + 1], pairs)
+def loss_of(name, tokens, **options):
+    return preference_losses(tokens, config(name, **options))[name].mean()
+
+
+jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+
+
+def every_loss(tokens):
+    """float32[losses], in the order of the registry."""
+    return jnp.stack([loss_of(name, tokens) for name in PREFERENCE_LOSSES])
+
+
+def named(values):
+    return dict(zip(PREFERENCE_LOSSES, np.asarray(values).T, strict=True))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """{loss: float32[5]}: of each of the four pairs, and of all of them."""
+    contrast = {f"contrast_{side}": jnp.zeros((4, 64)) for side in ("policy", "reference")}
+    tokens = dataclasses.replace(golden_pairs(), **contrast)
+    rows = jax.tree.map(lambda x: x[:, None], tokens)
+    each = jit(jax.vmap(every_loss))(rows)
+    return named(np.concatenate([each, jit(every_loss)(tokens)[None]]))
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_values(name):
+def test_golden_values(golden, name):
     each, mean = GOLDEN[name]
-    rows = [preference_losses(row(PAIRS, i), config(name))[name].mean() for i in range(4)]
-    np.testing.assert_allclose(rows, each, atol=2e-6)
-    whole = preference_losses(PAIRS, config(name))[name].mean()
-    np.testing.assert_allclose(whole, mean, atol=2e-6)
+    np.testing.assert_allclose(golden[name], [*each, mean], rtol=2e-6, atol=3e-6)
 
 
-def test_every_pairwise_loss_has_golden_values():
-    assert set(GOLDEN) == set(PREFERENCE_LOSSES) - {"sft"}
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_golden_values_of_divergences(divergence):
+    each, mean = DIVERGENCES[divergence]
+    loss = jit(lambda tokens: loss_of("sigmoid", tokens, divergence=divergence))
+    rows = [loss(golden_pairs(slice(i, i + 1))) for i in range(4)]
+    np.testing.assert_allclose([*rows, loss(golden_pairs())], [*each, mean], atol=3e-6)
+
+
+def test_alpha_divergence_of_1_is_reverse_kl():
+    ratio = jnp.array([-3.0, 0.0, 2.0])
+    near = divergence_score(ratio, "alpha", 1.0 - 1e-4)
+    np.testing.assert_allclose(near, ratio, atol=1e-3)
+    np.testing.assert_array_equal(divergence_score(ratio, "alpha", 1.0), ratio)
+
+
+def test_every_loss_is_tested_by_name():
+    assert set(PREFERENCE_LOSSES) == set(GOLDEN) | UNPUBLISHED | COUPLED
 
 
 def test_temporal_preference_optimization_is_sigmoid_plus_weighted_sft():
     options = config("sigmoid", sft=0.5)
-    terms = preference_losses(PAIRS, options)
+    terms = preference_losses(golden_pairs(), options)
     np.testing.assert_allclose(terms["sft"].mean(), 95.75 / 81, atol=2e-6)
     total = sum(weight * terms[name].mean() for name, weight in options.weights.items())
     np.testing.assert_allclose(total, 1.120918, atol=2e-6)
 
 
+def test_rpo_adds_the_mean_likelihood_of_each_chosen_answer():
+    nll = np.mean([12 / 10, 30.5 / 25, 8.25 / 6, 45 / 40])
+    got = loss_of("rpo", golden_pairs(), rpo_alpha=0.5)
+    np.testing.assert_allclose(got, GOLDEN["sigmoid"][1] + 0.5 * nll, atol=2e-6)
+
+
+def test_anchor_and_conditional_of_mdpo():
+    sigma = 1 / (1 + np.exp(-0.3 * np.array([1, 0.5, -0.25, 5])))
+    np.testing.assert_allclose(loss_of("anchor", golden_pairs()), -np.log(sigma).mean(), atol=2e-6)
+    tokens = golden_pairs()
+    # Under the manipulated frames every chosen token loses a tenth, for policy and not reference.
+    contrast = dataclasses.replace(
+        tokens, contrast_policy=tokens.policy[:, 0] - 0.1, contrast_reference=tokens.reference[:, 0]
+    )
+    gain = 0.3 * 0.1 * np.array([10, 25, 6, 40])
+    want = np.log1p(np.exp(-gain)).mean()
+    np.testing.assert_allclose(loss_of("conditional", contrast), want, atol=2e-6)
+
+
+def test_token_kl_is_unbiased_where_answers_are_drawn_from_the_reference():
+    reference, policy = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+    kl = (reference * np.log(reference / policy)).sum()
+    # One row a word of the vocabulary, as often as the reference draws it.
+    logps = np.repeat(np.log([policy, reference])[:, :, None, None], 2, axis=2)
+    tokens = PairTokens(*map(jnp.asarray, logps), jnp.ones((3, 2, 1)), jnp.asarray(reference))
+    np.testing.assert_allclose(loss_of("chosen_kl", tokens), kl, rtol=1e-5)
+
+
+def test_length_desensitised_logps_weigh_the_tail_of_the_longer_answer():
+    tokens = PairTokens(
+        jnp.full((1, 2, 4), -1.0), jnp.zeros((1, 2, 4)),
+        jnp.array([[[1.0, 0, 1, 1], [1, 1, 0, 0]]]), jnp.ones(1),
+    )  # fmt: skip
+    scores = jit(lambda t: [pair_scores(t, ld_alpha=alpha) for alpha in (0.25, 1.0, 0.0)])
+    pair, plain, none = scores(tokens)
+    assert (float(pair.policy_chosen[0]), float(pair.policy_rejected[0])) == (-2.25, -2.0)
+    assert float(pair.chosen_nll[0]) == 3.0 and float(pair.chosen_length[0]) == 3.0
+    assert float(plain.policy_chosen[0]) == -3.0 and float(none.policy_chosen[0]) == -2.0
+
+
+def test_wpo_weighs_pairs_by_how_likely_the_policy_writes_them_without_a_gradient():
+    tokens = golden_pairs()
+    collision = jnp.full_like(tokens.policy, -1.0)
+    tokens = dataclasses.replace(tokens, log_collision=collision)
+    mean = lambda sums, n: np.exp(sums / n + 1.0)  # noqa: E731
+    weight = mean(np.array([-12, -30.5, -8.25, -45]), np.array([10, 25, 6, 40])) * mean(
+        np.array([-14, -28, -9, -60]), np.array([12, 20, 7, 64])
+    )
+    terms = jit(lambda tokens: preference_losses(tokens, config("sigmoid", wpo=True)))(tokens)
+    want = (weight * GOLDEN["sigmoid"][0]).mean()
+    np.testing.assert_allclose(terms["sigmoid"].mean(), want, rtol=1e-5)
+    np.testing.assert_allclose(terms["sft"].mean(), 95.75 / 81, atol=2e-6)
+
+    def gradient(wpo):
+        def loss(policy):
+            pairs = dataclasses.replace(tokens, policy=policy)
+            return preference_losses(pairs, config("sigmoid", wpo=wpo))["sigmoid"].total
+
+        return jit(jax.grad(loss))(tokens.policy)
+
+    np.testing.assert_allclose(gradient(True), gradient(False) * weight[:, None, None], rtol=1e-4)
+
+
 def test_several_losses_with_weights():
     options = config({"sigmoid": 0.8, "hinge": 0.2})
     assert options.weights == {"sigmoid": 0.8, "hinge": 0.2, "sft": 0.0}
-    assert set(preference_losses(PAIRS, options)) == {"sigmoid", "hinge", "sft"}
+    assert set(preference_losses(golden_pairs(), options)) == {"sigmoid", "hinge", "sft"}
+    assert config(["sigmoid", "sft"], sft=0.5).weights == {"sigmoid": 1.0, "sft": 1.5}
 
 
-def test_metrics():
-    means = {k: float(v.mean()) for k, v in preference_metrics(PAIRS, beta=0.3).items()}
-    assert means["accuracy"] == 0.75
-    np.testing.assert_allclose(means["margin"], 0.58125, atol=1e-6)
-    np.testing.assert_allclose(means["reward_chosen"], 0.3 * (1 + 0.5 - 0.25 + 5) / 4, atol=1e-6)
-    np.testing.assert_allclose(means["reward_rejected"], 0.3 * (-1.5) / 4, atol=1e-6)
-    np.testing.assert_allclose(means["chosen_drift"], 6.25 / 4, atol=1e-6)
+@pytest.fixture(scope="module")
+def values_and_gradients():
+    """Function of PairTokens: {loss: value}, {loss: gradient float32[B, 2, A] of the policy}."""
+
+    @jit
+    def run(tokens):
+        def values(policy):
+            return every_loss(dataclasses.replace(tokens, policy=policy))
+
+        return values(tokens.policy), jax.jacrev(values)(tokens.policy)
+
+    def both(tokens):
+        values, gradients = run(tokens)
+        return named(values), dict(zip(PREFERENCE_LOSSES, np.asarray(gradients), strict=True))
+
+    return both
 
 
-@pytest.mark.parametrize("name", [*GOLDEN, "sft"])
-def test_rows_that_are_not_valid_count_for_nothing(name):
-    """Not even through the gradient, whatever the padding row holds."""
-
-    def loss(policy_chosen, valid, pairs=PAIRS):
-        pairs = PairScores(policy_chosen, *jax.tree.leaves(pairs)[1:-1], valid)
-        return preference_losses(pairs, config(name))[name].mean()
-
-    kept, gradient = jax.value_and_grad(loss)(PAIRS.policy_chosen, jnp.array([1.0, 1, 0, 1]))
-    wanted = loss(PAIRS.policy_chosen[jnp.array([0, 1, 3])], jnp.ones(3),
-                  jax.tree.map(lambda x: x[jnp.array([0, 1, 3])], PAIRS))
-    np.testing.assert_allclose(kept, wanted, rtol=1e-6)
-    assert gradient[2] == 0
+def test_rows_that_are_not_valid_count_for_nothing(values_and_gradients):
+    """Not even through the gradient, and though they hold NaN; nor does padding."""
+    tokens = random_pairs(5, 4, invalid=(2, 3))
+    values, gradients = values_and_gradients(tokens)
+    # The same pairs, with a copy of one of them and no padding in place of what is not valid.
+    rng = np.random.default_rng(1)
+    other = jax.tree.map(lambda x: x.at[jnp.array([2, 3])].set(rng.uniform()), tokens)
+    other = dataclasses.replace(other, valid=tokens.valid)
+    wanted, wanted_gradients = values_and_gradients(other)
+    alone = named(jit(every_loss)(jax.tree.map(lambda x: x[np.array([0, 1, 4])], tokens)))
+    for name, value in values.items():
+        np.testing.assert_allclose(value, alone[name], rtol=1e-5, err_msg=name)
+        assert value == wanted[name]
+        np.testing.assert_array_equal(gradients[name], wanted_gradients[name], err_msg=name)
+        assert np.all(gradients[name][2:4] == 0), name
+        assert np.all(gradients[name][np.asarray(tokens.weights) == 0] == 0), name
+        assert np.abs(gradients[name]).max() > 0, name
 
 
 def test_equal_policy_and_reference_give_log_two_for_any_beta():
     logps = jnp.array([[[-1.0, -2, -3], [-4, -5, -6]]])
-    pair = pair_scores(logps, logps, jnp.ones((1, 2, 3)), jnp.array([True]))
-    for beta in (0.1, 5.0):
-        loss = preference_losses(pair, PreferenceConfig(beta=beta))["sigmoid"].mean()
-        np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+    tokens = PairTokens(logps, logps, jnp.ones((1, 2, 3)), jnp.array([True]))
+    divergences = ("reverse_kl", *DIVERGENCES)
+    cases = [(beta, divergence) for beta in (0.1, 5.0) for divergence in divergences]
+
+    @jit
+    def losses(tokens):
+        return [loss_of("sigmoid", tokens, beta=b, divergence=d) for b, d in cases]
+
+    np.testing.assert_allclose(losses(tokens), np.log(2), rtol=1e-6)
 
 
-def test_pair_scores_sum_weighted_tokens_of_both_branches():
-    logps = jnp.array([[[-1.0, -2, -4], [-8, -16, -32]]])
-    weights = jnp.array([[[1.0, 0, 1], [1, 1, 0]]])
-    pair = pair_scores(logps, 2 * logps, weights, jnp.array([True]))
-    assert (float(pair.policy_chosen[0]), float(pair.policy_rejected[0])) == (-5, -24)
-    assert (float(pair.reference_chosen[0]), float(pair.reference_rejected[0])) == (-10, -48)
-    assert (float(pair.chosen_length[0]), float(pair.rejected_length[0])) == (2, 2)
-
-
-def test_hinge_and_sigmoid_stay_finite_at_extreme_margins():
-    far = PairScores(jnp.array([1e6, -1e6]), *[jnp.zeros(2)] * 3, *[jnp.ones(2)] * 3)
-    for name in GOLDEN:
-        value, gradient = jax.value_and_grad(
-            lambda p, name=name: preference_losses(
-                PairScores(p, *jax.tree.leaves(far)[1:]), config(name)
-            )[name].mean()
-        )(far.policy_chosen)
-        assert np.isfinite(value) and np.all(np.isfinite(gradient)), name
+def test_losses_stay_finite_at_extreme_margins(values_and_gradients):
+    """But for discopop, whose formula has e^-x, and the squared losses far beyond this."""
+    for far in (3e4, -3e4):
+        tokens = random_pairs(5, 4, invalid=())
+        shift = jnp.zeros((5, 2, 4)).at[0, 0, 0].set(far).at[1, 1, 0].set(far)
+        values, gradients = values_and_gradients(
+            dataclasses.replace(tokens, policy=tokens.policy + shift)
+        )
+        for name, value in values.items():
+            if name != "discopop" and not (name == "chosen_kl" and far > 0):
+                assert np.isfinite(value) and np.all(np.isfinite(gradients[name])), name
+    near = dataclasses.replace(tokens, policy=tokens.policy - shift / 1e3)
+    assert all(np.isfinite(x["discopop"]).all() for x in values_and_gradients(near))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beta": 0.3, "loss": "dpo"}, "preference.loss='dpo' is unknown; known: sigmoid"),
+        ({"loss": "dpo"}, "preference.loss='dpo' is unknown; known: sigmoid"),
         ({"beta": 0.0}, "preference.beta=0.0"),
-        ({"beta": 0.3, "loss": "robust", "label_smoothing": 0.5}, "label_smoothing=0.5"),
-        ({"beta": 0.3, "label_smoothing": 0.1}, "has no effect on 'sigmoid'"),
+        ({"loss": "robust", "label_smoothing": 0.5}, "label_smoothing=0.5"),
+        ({"label_smoothing": 0.1}, "has no effect on 'sigmoid'.*cdpo"),
+        ({"simpo_gamma": 1.0}, "simpo_gamma=1.0 has no effect.*simpo"),
+        ({"divergence_alpha": 0.7}, "divergence_alpha=0.7 has no effect.*'alpha'"),
+        ({"loss": "exo_pair"}, "label_smoothing=0.0: exo_pair.*1e-3"),
+        ({"ld_alpha": 1.5}, "ld_alpha=1.5"),
+        ({"divergence": "kl"}, "divergence='kl' is unknown; known: reverse_kl"),
+        ({"loss": "bco_pair", "divergence": "js"}, "'js': bco_pair is defined for reverse_kl only"),
+        ({"loss": ["sigmoid", "aot"], "wpo": True}, "wpo=True: aot sorts the batch"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        PreferenceConfig(**options)
+        PreferenceConfig(**{"beta": 0.3} | options)
 
 
-def test_only_sft_needs_no_reference():
-    assert not PreferenceConfig(beta=1.0, loss="sft", sft=1.0).needs_reference
+def test_which_losses_need_what():
+    assert not PreferenceConfig(beta=1.0, loss=["sft", "simpo", "orpo"]).needs_reference
     assert PreferenceConfig(beta=1.0).needs_reference
+    assert PreferenceConfig(beta=1.0, loss="conditional").needs_contrast
+    assert not PreferenceConfig(beta=1.0, loss="anchor").needs_contrast
+    assert PreferenceConfig(beta=1.0, loss={"aot": 1.0, "bco": 0.0}).coupled == ("aot",)

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -26,14 +27,16 @@ class Lowered(Exception):
 
 @pytest.fixture
 def lowered(monkeypatch):
-    """What Program.train_step.lower is called with, instead of lowering."""
+    """What Program.lower_gradient is called with, instead of lowering; no update is compiled."""
     calls = []
+    update = types.SimpleNamespace(compile=lambda: None)
+    monkeypatch.setattr(Program, "lower_update", lambda self: update)
 
     def record(self, batch):
         calls.append((self.train_step, jax.tree.map(lambda x: (x.shape, x.dtype), batch)))
         raise Lowered
 
-    monkeypatch.setattr(Program, "lower_train_step", record)
+    monkeypatch.setattr(Program, "lower_gradient", record)
     return calls
 
 
@@ -65,6 +68,8 @@ def test_fits_and_is_partitioned():
     # Parameters are gathered for use and gradients are summed over rows.
     assert found.collectives["all-gather"] > 0
     assert found.collectives.get("all-reduce", 0) + found.collectives.get("reduce-scatter", 0) > 0
+    update = plan.plan_update(program)
+    assert update.fits(16 * GIB) and "update: compiled" in plan.report(update, "v5e:2x4")
     text = plan.report(found, "v5e:2x4")
     assert "of 16 GiB: fits" in text and "all-gather" in text and "on 8 chips" in text
 

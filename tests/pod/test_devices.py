@@ -11,6 +11,7 @@ from fake_batches import (
     FAST_COMPILE,
     SMOOTH,
     bucket,
+    means,
     micro,
     random_batch,
     train_config,
@@ -36,12 +37,12 @@ def two_steps(heads, sizes, devices, accumulation=1):
     options = train_config(heads, dropout=0.1, optimizer=SMOOTH, accumulation=accumulation)
     program = make_program(options, config, mesh)
     local = random_batch(bucket(8), config)
-    compiled = program.lower_train_step(local).compile(FAST_COMPILE)
+    compiled = program.compile_train_step(local, FAST_COMPILE)
     batch, state, key = global_batch(local, mesh), program.init_state(params), program.base_key(0)
     history = []
     for _ in range(2):
         state, metrics = compiled(state, batch, key)
-        history.append({name: float(value.mean()) for name, value in metrics.items()})
+        history.append(means(metrics))
     wanted = flatten(program.abstract_state)
     for path, x in flatten(state).items():
         assert x.sharding.is_equivalent_to(wanted[path].sharding, x.ndim), path

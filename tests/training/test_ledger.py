@@ -67,6 +67,48 @@ def test_history_adds_up_over_restarts_and_the_gap_is_lost_time():
     assert "goodput" in third.summary() and "restarts 2" in third.summary()
 
 
+def test_saves_and_model_flops_add_up_over_restarts():
+    clock = Clock(0.0)
+    first = Ledger(clock)
+    with first.measure("step"):
+        clock.now += 10
+    for seconds in (1, 3):
+        with first.measure_save():
+            clock.now += seconds
+    first.count_step(50.0)
+    second = Ledger(clock)
+    second.resume(json.loads(json.dumps(first.state())))
+    with second.measure_save():
+        clock.now += 2
+    with second.measure("step"):
+        clock.now += 10
+    second.count_step(150.0)
+    assert second.saves == {"count": 3, "blocked": 6, "longest": 3}
+    assert second.seconds()["checkpoint"] == 6
+    assert second.model_flops == 200
+    assert second.mfu(peak=40.0) == pytest.approx(200 / 20 / 40)
+    assert second.mfu(peak=None) is None
+
+
+def test_time_that_is_rolled_back_is_lost():
+    clock = Clock(0.0)
+    ledger = Ledger(clock)
+    with ledger.measure("step"):
+        clock.now += 10
+    ledger.count_step(1.0)
+    saved = ledger.state()
+    with ledger.measure("step"):
+        clock.now += 4
+    with ledger.measure("evaluation"):
+        clock.now += 2
+    ledger.count_step(1.0)
+    ledger.roll_back(saved)
+    seconds = ledger.seconds()
+    assert (seconds["step"], seconds["evaluation"], seconds["restart"]) == (10, 0, 6)
+    assert sum(seconds.values()) == clock.now and ledger.model_flops == 1
+    assert saved["seconds"]["restart"] == 0 and ledger.restarts == 0
+
+
 def test_unknown_category_is_refused():
     with pytest.raises(ValueError, match="data_wait"), Ledger().measure("data"):
         pass

@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from tpo_jax.training.preemption import EXIT_STATUS, Preemption
+from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 
 
 def test_sigterm_is_heard_at_the_next_poll_and_stays():
@@ -23,6 +23,16 @@ def test_the_previous_handler_comes_back():
         assert heard == ["outer"]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_is_heard_although_a_service_took_it_over():
+    """As jax.distributed.initialize() does, also where there is one process."""
+    with Preemption() as preemption:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        preemption.joined()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Preempted):
+            preemption.check()
 
 
 def test_exit_status_is_the_one_launchers_restart_on():

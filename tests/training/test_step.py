@@ -12,6 +12,7 @@ from fake_batches import (
     HEADS,
     SMOOTH,
     bucket,
+    means,
     micro,
     pair_bucket,
     random_batch,
@@ -61,7 +62,7 @@ def program_of(heads=(), **changes):
 @functools.cache
 def compile_step(program, shapes):
     leaves, structure = shapes
-    return program.lower_train_step(jax.tree.unflatten(structure, leaves)).compile(FAST_COMPILE)
+    return program.compile_train_step(jax.tree.unflatten(structure, leaves), FAST_COMPILE)
 
 
 def run(program, params, batch, steps=1):
@@ -74,7 +75,7 @@ def run(program, params, batch, steps=1):
     history = []
     for _ in range(steps):
         state, metrics = compiled(state, batch, key)
-        history.append({name: float(value.mean()) for name, value in metrics.items()})
+        history.append(means(metrics))
     return state, history
 
 
@@ -171,7 +172,7 @@ def test_a_term_of_weight_zero_is_reported_and_has_no_backward_pass():
     for weight in (0.0, 1.0):
         losses = {"language": 1.0} | dict.fromkeys(HEAD_TERMS, weight)
         program = program_of(HEADS, losses=losses)
-        step = functools.partial(program.train_step, program.abstract_state, batch)
+        step = functools.partial(program.train_step.gradient, program.abstract_state, batch)
         found[weight] = matmul_flops(step, jax.random.key(0))
         assert set(HEAD_TERMS) < set(jax.eval_shape(step, jax.random.key(0))[1])
     heads = forward_flops(micro(HEADS), batch)["heads"]
@@ -203,7 +204,7 @@ def test_preference_rows_without_reference_are_refused():
     del batch["reference_logps"]
     program = program_of(objective="preference")
     with pytest.raises(ValueError, match="batch/reference_logps is missing.*preferences score"):
-        program.lower_train_step(batch)
+        program.lower_gradient(batch)
 
 
 def test_row_keys_depend_on_seed_step_and_example_only():

@@ -32,8 +32,19 @@ def good():
     return config
 
 
+def _heads(losses):
+    return {"model": {"preset": "tiny", "heads": ["cg_detr"]}, "losses": {"language": 1.0} | losses}
+
+
 def test_a_good_config_passes():
     validate(good())
+    config = good()
+    config.update(_heads({"cg_detr/align": 1.0, "cg_detr/l1": 10.0}))
+    config.buckets.video.slots.temporal = 2
+    validate(config)
+    # Only terms that count refuse micro-batches.
+    config.losses["cg_detr/align"], config.accumulation = 0.0, 2
+    validate(config)
 
 
 def test_a_config_comes_back_from_its_json_with_types_and_order():
@@ -89,6 +100,15 @@ def test_half_a_profiler_window_is_refused(profile):
         (lambda c: c.update(init_from="base"), ["tokenizer", "brings its own"]),
         (lambda c: c.model.update(preset=""), ["model.preset", "init_from"]),
         (lambda c: c.update(init_missing=["heads"]), ["init_missing", "init_from is empty"]),
+        (
+            lambda c: c.model.update(heads=["temporal", "cg_detr"]),
+            ["model.heads", "'temporal' and 'cg_detr' both answer 'temporal'; keep one"],
+        ),
+        (lambda c: c.model.update(heads=["depth"]), ["model.heads", "'depth' is not a head"]),
+        (
+            lambda c: c.update(accumulation=2, **_heads({"cg_detr/align": 1.0})),
+            ["losses.cg_detr/align = 1.0", "compares rows of the whole batch", "accumulation=2"],
+        ),
     ],
 )
 def test_errors_name_option_value_reason_and_fix(change, expected):
@@ -115,6 +135,42 @@ def test_a_preference_run_needs_pairs():
         validate(config)
     config.data.references = []
     with pytest.raises(ConfigError, match=r"data.references.*preferences score"):
+        validate(config)
+
+
+def preference_config(**options):
+    config = good()
+    config.objective = "preference"
+    config.init_from, config.tokenizer = "stage3/model", ""
+    config.buckets.video.update(branches=2, question=16)
+    config.data.references = ["pairs.npz"]
+    with config.ignore_type():
+        config.preference.update(options)
+    return config
+
+
+def test_a_loss_may_be_a_name_a_list_or_weights():
+    for loss in ("hinge", ["sigmoid", "sft"], {"sigmoid": 0.8, "bco_pair": 0.2}):
+        validate(preference_config(loss=loss))
+    config = preference_config(loss="simpo")
+    config.data.references = []  # reads none
+    validate(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "accumulation", "expected"),
+    [
+        ({"loss": "dpo"}, 1, "preference.loss='dpo' is unknown; known: sigmoid, cdpo"),
+        ({"loss": 3}, 1, "preference.loss = 3: is a int; give a str"),
+        ({"loss": "kto_pair"}, 2, "accumulation = 2: would change kto_pair, .*; set it to 1"),
+        ({"reference": "model"}, 1, "preference.reference = 'model': unknown; one of sidecar, "),
+        ({"reference": "adapters_off"}, 1, r"data.references = .*not read.*leave it empty"),
+    ],
+)
+def test_preference_options_that_cannot_be_used_are_named(options, accumulation, expected):
+    config = preference_config(**options)
+    config.accumulation = accumulation
+    with pytest.raises(ConfigError, match=expected):
         validate(config)
 
 

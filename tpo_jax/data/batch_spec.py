@@ -11,17 +11,22 @@ import jax
 import jax.numpy as jnp
 
 from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.targets import TARGETS
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads import heads_of
 
 AFTER_VISUAL = 1  # tokens that close the visual span, such as </video>
 
 
-def batch_spec(bucket: Bucket, model_config: ModelConfig, *, reference: bool = True) -> dict:
+def batch_spec(
+    bucket: Bucket, model_config: ModelConfig, *, reference: bool = True, contrast: bool = False
+) -> dict:
     """Nested dict of jax.ShapeDtypeStruct of one *global* batch.
 
     Args:
       reference: whether preference rows carry reference log-probabilities (training does,
         scoring does not).
+      contrast: whether they bring their manipulated frames.
     """
     B, K, R, A = bucket.batch_size, bucket.branches, bucket.branch_tokens, bucket.answers
     F, size = bucket.frames, model_config.vision.image_size
@@ -29,6 +34,7 @@ def batch_spec(bucket: Bucket, model_config: ModelConfig, *, reference: bool = T
     P += AFTER_VISUAL + bucket.question
     spec: dict[str, Any] = {
         "example_ids": _spec(jnp.uint32, B),
+        "video_ids": _spec(jnp.uint32, B),
         "frames": _spec(jnp.uint8, B, F, size, size, 3),
         "frame_times": _spec(jnp.float32, B, F),
         "frame_valid": _spec(jnp.bool_, B, F),
@@ -45,32 +51,29 @@ def batch_spec(bucket: Bucket, model_config: ModelConfig, *, reference: bool = T
     }
     if bucket.kind == "preference":
         spec["pair_valid"] = _spec(jnp.bool_, B)
+        spec["pair_kind"] = _spec(jnp.uint32, B)
+        spec["pair_duration"] = _spec(jnp.float32, B)
         if reference:
             spec["reference_logps"] = _spec(jnp.float32, B, K, A)
+        if contrast:
+            clip = ("frames", "frame_valid", "frame_times")
+            spec |= {f"contrast_{name}": spec[name] for name in clip}
+            if reference:
+                spec["reference_contrast_logps"] = _spec(jnp.float32, B, A)
     return spec
 
 
 def _slots(bucket: Bucket, model_config: ModelConfig) -> dict[str, dict]:
-    """Slot arrays of the model's heads, and of the user box where there is any head."""
-    B, F, W, m = bucket.batch_size, bucket.frames, bucket.windows, bucket.mask_size
-    names = [*model_config.heads, "box"] if model_config.heads else []
+    """Slot arrays of the tasks of the model's heads, and of the user box if there is any head."""
+    B = bucket.batch_size
+    tasks = [*heads_of(model_config.heads), "box"] if model_config.heads else []
     slots = {}
-    for name in names:
-        S = bucket.capacity(name)
-        targets = {
-            "region": {"boxes": (jnp.float32, 4), "frame": (jnp.int32,)},
-            "temporal": {
-                "windows": (jnp.float32, W, 2),
-                "window_valid": (jnp.bool_, W),
-                "saliency": (jnp.float32, F),
-            },
-            "mask": {"masks": (jnp.uint8, F, m, m), "labelled": (jnp.bool_, F)},
-            "box": {"boxes": (jnp.float32, 4)},
-        }[name]
-        common = {"branch": (jnp.int32,), "index": (jnp.int32,), "valid": (jnp.bool_,)}
-        slots[name] = {
-            key: _spec(dtype, B, S, *shape) for key, (dtype, *shape) in (common | targets).items()
-        }
+    for task in tasks:
+        S = bucket.capacity(task)
+        slots[task] = {"branch": _spec(jnp.int32, B, S), "index": _spec(jnp.int32, B, S)}
+        slots[task]["valid"] = _spec(jnp.bool_, B, S)
+        for key, array in TARGETS[task].blank(bucket).items():
+            slots[task][key] = _spec(array.dtype, B, S, *array.shape)
     return slots
 
 

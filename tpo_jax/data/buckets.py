@@ -25,7 +25,7 @@ class Bucket:
       answers: A, answer tokens of one branch with the end token.
       question: tokens of the question in the prefix. Not 0 makes this a bucket of preference pairs,
         which holds nothing else.
-      slots: head -> S. A head of the model that is not named here has one slot.
+      slots: task -> S. A task of the heads of the model that is not named here has one slot.
       windows: W, windows per temporal slot; 0 if the model has no temporal head.
       mask_size: height and width of mask targets in cells; 0 if the model has no mask head.
       weight: share of steps.
@@ -122,6 +122,12 @@ class BucketSchedule:
         index = self.pattern[phase]
         before = self.pattern[:phase].count(index)
         return self.buckets[index], periods * self.counts[index] + before
+
+    def occurrences(self, bucket: Bucket, step: int) -> int:
+        """How often `bucket` comes before `step`."""
+        index = self.buckets.index(bucket)
+        periods, phase = divmod(step, len(self.pattern))
+        return periods * self.counts[index] + self.pattern[:phase].count(index)
 
 
 def _apportion(weights: Sequence[float], total: int) -> list[int]:

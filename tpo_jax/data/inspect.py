@@ -26,7 +26,7 @@ from ml_collections import config_flags
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.mixture import Source, kind_of
 from tpo_jax.data.pipeline import Pipeline
-from tpo_jax.data.records import TASKS, PreparedDataset
+from tpo_jax.data.records import PreparedDataset, known_tasks
 from tpo_jax.data.rows import RowPlan
 from tpo_jax.data.text import TASK_TOKENS, TextCodec, add_task_tokens, texts_of, train_tokenizer
 from tpo_jax.models.config import ModelConfig
@@ -268,9 +268,10 @@ def pipeline_of_folder(path: str, model: str | None) -> tuple[Pipeline, TextCode
         codec = TextCodec(tokenizer)
     else:
         codec = TextCodec.load(model)
-    config = PRESETS["tiny"](codec.heads, tokens=codec.task_tokens)
+    heads = {head.task: name for name, head in reversed(HEADS.items()) if head.task in codec.heads}
+    config = PRESETS["tiny"](tuple(heads.values()), tokens=codec.task_tokens)
     examples = [example for video in dataset.videos for example in dataset.examples(video)]
-    tasks = {task: 1.0 for task in TASKS if any(e.task == task for e in examples)}
+    tasks = {task: 1.0 for task in known_tasks() if any(e.task == task for e in examples)}
     found = {(example.media, kind_of(example)) for example in examples}
     windows = max([1, *(len(example.targets.get("windows", ())) for example in examples)])
     longest = max(len(codec.encode(text)) for text in texts_of(dataset))
@@ -282,7 +283,7 @@ def pipeline_of_folder(path: str, model: str | None) -> tuple[Pipeline, TextCode
                slots=dict.fromkeys((*codec.heads, "box"), 6), windows=windows,
                mask_size=config.mask_size)
         for media, kind in sorted(found)]
-    return Pipeline([Source(dataset, 1.0, tasks)], codec, config, codec.heads, buckets, 0), codec
+    return Pipeline([Source(dataset, 1.0, tasks)], codec, config, config.heads, buckets, 0), codec
 
 
 def pipeline_of_config(path: str, overrides: Sequence[str]) -> tuple[Pipeline, TextCodec]:

@@ -1,4 +1,8 @@
-"""The folder of media files that annotations refer to: names to files, never outside the folder."""
+"""The folder of media that annotations refer to: names to files, never outside the folder.
+
+A folder of numbered pictures is a video too (see `video.pictures`); it is found by its path, its
+name, or the name of its parent where it is called "img".
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ import pathlib
 from tpo_jax.data import video
 from tpo_jax.data.problems import Invalid
 
+# Looking for the closest of very many names takes longer than all else.
+MOST_HINTS = 20_000
 SUFFIXES = video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES
 
 
@@ -34,6 +40,12 @@ class MediaFolder:
             self._by_name[path.stem].add(name)
             self._by_name[str(path.with_suffix(""))].add(name)
         self._known = set(self._files)
+        self._folders = collections.defaultdict(set)
+        for folder in {n.rpartition("/")[0] for n in self._files if _is_picture(n)} - {""}:
+            *_, parent, last = "", *folder.split("/")
+            for key in (folder, last, parent if last == "img" else last):
+                self._folders[key].add(folder)
+        self._frame_rates: dict[str, float] = {}
 
     def __len__(self) -> int:
         return len(self._files)
@@ -42,8 +54,10 @@ class MediaFolder:
         """The path below `root` that `name` means; raises Invalid for none, several or outside."""
         name = safe_name(name, field)
         found = {name} if name in self._known else self._by_name.get(name, set())
+        found = found or self._folders.get(name, set())
         if not found:
-            close = difflib.get_close_matches(name, self._by_name, 1) if self._files else []
+            few = len(self._by_name) <= MOST_HINTS
+            close = difflib.get_close_matches(name, self._by_name, 1) if few else []
             hint = f" (the closest is {close[0]!r})" if close else ""
             raise Invalid(
                 field,
@@ -59,7 +73,7 @@ class MediaFolder:
                 "give the path relative to the media folder, with its suffix",
             )
         (path,) = found
-        if not (self.root / path).resolve().is_relative_to(self._real_root):
+        if not self._is_inside(self.root / path):
             raise Invalid(
                 field,
                 name,
@@ -71,6 +85,40 @@ class MediaFolder:
     def path(self, name: str) -> pathlib.Path:
         """The file of a name that `find` returned."""
         return self.root / name
+
+    def _is_inside(self, path: pathlib.Path) -> bool:
+        """Whether a file, or a folder with all that is right in it, is below the root."""
+        files = os.scandir(path) if path.is_dir() else ()
+        found = [path, *(pathlib.Path(file.path) for file in files if file.is_symlink())]
+        return all(file.resolve().is_relative_to(self._real_root) for file in found)
+
+    def has(self, name: str) -> bool:
+        """Whether `find` would look at any file for this name."""
+        return name in self._known or bool(self._by_name.get(name) or self._folders.get(name))
+
+    def set_frame_rate(self, name: str, rate: float | None, field: str) -> None:
+        """Says how many pictures a second a folder that `find` returned has."""
+        if not self.path(name).is_dir():
+            return
+        if not rate:
+            raise Invalid(
+                field,
+                name,
+                "it is a folder of pictures whose frame rate the annotations do not say",
+                "say --frame_rate",
+            )
+        if self._frame_rates.setdefault(name, rate) != rate:
+            raise Invalid(
+                field,
+                name,
+                f"its pictures are said to be {rate:g} a second, by another record "
+                f"{self._frame_rates[name]:g}",
+                "correct one of them",
+            )
+
+    def frame_rate(self, name: str) -> float | None:
+        """What `set_frame_rate` was told; None for a file."""
+        return self._frame_rates.get(name)
 
     def probe(self, name: str, field: str) -> video.Probe:
         """The header of a file that `find` returned; raises Invalid when it cannot be read."""
@@ -96,6 +144,10 @@ def safe_name(name: str, field: str) -> str:
             "use a path relative to the media folder, without '..'",
         )
     return str(pathlib.PurePosixPath(*parts))
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(video.IMAGE_SUFFIXES)
 
 
 def _media_below(root: pathlib.Path):

@@ -1,23 +1,23 @@
 """The weighted mixture: which source, video and turns a row of a bucket holds.
 
-Everything is a pure function of (seed, bucket, row number), by random access.
+Everything is a pure function of (seed, bucket, row number) and of the shares of the sources, by
+random access. What a source gives is a function of (seed, bucket, source, position) alone, so the
+sources may change at a checkpoint without disturbing each other (`data.shares`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pairs import PairedDataset
-from tpo_jax.data.records import TASKS, Example, PreparedDataset
+from tpo_jax.data.records import Example, PreparedDataset, known_tasks
 from tpo_jax.data.rows import (
     BranchPlan,
     RowBuilder,
@@ -26,6 +26,7 @@ from tpo_jax.data.rows import (
     marker_count,
     preference_plan,
 )
+from tpo_jax.data.shares import Shares, describe
 from tpo_jax.data.text import TASK_TOKENS, TextError, render_options
 
 MAX_REPORTED = 20
@@ -51,11 +52,17 @@ class Source:
         where = f"data source {self.dataset.path}"
         if not self.weight > 0:
             raise ValueError(f"{where}: weight {self.weight}, expected > 0. Remove the source.")
-        if unknown := set(self.tasks) - set(TASKS):
-            raise ValueError(f"{where}: tasks {sorted(unknown)} unknown, expected {TASKS}.")
+        if unknown := set(self.tasks) - set(known_tasks()):
+            raise ValueError(f"{where}: tasks {sorted(unknown)} unknown, expected {known_tasks()}.")
         if any(weight < 0 for weight in self.tasks.values()) or not any(self.tasks.values()):
             raise ValueError(f"{where}: task weights {dict(self.tasks)}, expected at least one > 0 "
                              "and none < 0.")
+
+    @property
+    def described(self) -> str:
+        """What stays the same while this is the same source; see `data.shares`."""
+        path, tasks = str(self.dataset.path), dict(self.tasks)
+        return describe({"path": path, "tasks": tasks, "kinds": list(self.kinds)})
 
     def draws(self, example: Example, turn: int) -> bool:
         if example.task == "conversation" and self.kinds:
@@ -174,38 +181,34 @@ class _Epochs:
         draws = np.random.default_rng([*self._seed, epoch]).random(self._count)
         return np.argsort(draws, kind="stable")
 
-    def __len__(self) -> int:
-        return sys.maxsize
-
     def __getitem__(self, index: int) -> int:
         epoch, position = divmod(index, self._count)
         return int(self._order(epoch)[position])
-
-
-def _tag(source: int, entry: int) -> tuple[int, int]:
-    return source, entry
 
 
 # A video and what may be drawn about it.
 Entry = tuple[str, list[Draw]]
 
 
-def make_mixtures(
-    group: Sequence[RowBuilder], sources: Sequence[Source], seed: int
-) -> dict[str, Mixture]:
-    """The streams of the buckets of one media and kind, by name; reads every example once.
+# What the sources (by number) have for a bucket.
+Parts = dict[int, tuple[Source, list[Entry]]]
+
+
+def find_entries(
+    group: Sequence[RowBuilder], sources: Mapping[int, Source]
+) -> dict[str, Parts]:
+    """What there is for the buckets of one media and kind, by name; reads every example once.
 
     Args:
       group: their builders, shortest branches first.
       sources: all sources; those without a video (or pair) for a bucket take no part in it.
-      seed: decides shuffling and draws.
 
     Raises:
       RowError: examples that do not fit (the first 20 by name), or a bucket with nothing to draw.
     """
-    parts: dict[str, list[tuple[Source, list[Entry]]]] = {b.bucket.name: [] for b in group}
+    parts: dict[str, Parts] = {b.bucket.name: {} for b in group}
     errors: list[str] = []
-    for source in sources:
+    for number, source in sources.items():
         entries: dict[str, list[Entry]] = {name: [] for name in parts}
         for video_id in source.dataset.videos:
             if source.dataset.video_info(video_id).media != group[0].bucket.media:
@@ -216,7 +219,7 @@ def make_mixtures(
                 entries[name] += _entries(group[0].bucket.kind, video_id, found)
         for name, found in entries.items():
             if found:
-                parts[name].append((source, found))
+                parts[name][number] = source, found
     if errors:
         shown = "\n".join(f"  {error}" for error in errors[:MAX_REPORTED])
         more = f"\n  ... and {len(errors) - MAX_REPORTED} more" * (len(errors) > MAX_REPORTED)
@@ -225,10 +228,11 @@ def make_mixtures(
         if not parts[builder.bucket.name]:
             raise RowError(
                 f"bucket {builder.bucket.name!r}: no {builder.bucket.media} with a "
-                f"{builder.bucket.kind} example in {[str(s.dataset.path) for s in sources]} for "
-                f"the tasks {[dict(s.tasks) for s in sources]} that no shorter bucket takes. "
-                "Remove the bucket or add the data.")
-    return {b.bucket.name: Mixture(b.bucket, parts[b.bucket.name], seed) for b in group}
+                f"{builder.bucket.kind} example in "
+                f"{[str(s.dataset.path) for s in sources.values()]} for "
+                f"the tasks {[dict(s.tasks) for s in sources.values()]} that no shorter bucket "
+                "takes. Remove the bucket or add the data.")
+    return parts
 
 
 def _entries(kind: str, video_id: str, draws: list[Draw]) -> list[Entry]:
@@ -243,29 +247,31 @@ class Mixture:
 
     Args:
       parts: sources with what they have for this bucket, at least one.
+      shares: which of them a row comes from.
       seed: decides shuffling and draws.
     """
 
-    def __init__(
-        self, bucket: Bucket, parts: Sequence[tuple[Source, list[Entry]]], seed: int
-    ) -> None:
+    def __init__(self, bucket: Bucket, parts: Parts, shares: Shares, seed: int) -> None:
         self.bucket, self.seed = bucket, seed
         self._key = zlib.crc32(bucket.name.encode())
-        self.sources = [source for source, _ in parts]
-        self.entries = [entries for _, entries in parts]
-        self._stream = grain.MapDataset.mix(
-            [grain.MapDataset.source(_Epochs(len(entries), [seed, self._key, i]))
-             .map(functools.partial(_tag, i)) for i, entries in enumerate(self.entries)],
-            [source.weight for source in self.sources])
+        self._parts, self._shares = parts, shares
+        self._epochs = {number: _Epochs(len(entries), [seed, self._key, number])
+                        for number, (_, entries) in parts.items()}
+
+    @property
+    def entries(self) -> list[list[Entry]]:
+        """What each source has for this bucket."""
+        return [entries for _, entries in self._parts.values()]
 
     def __call__(self, row: int) -> RowPlan:
         """The plan of a row of the global stream."""
-        i, j = self._stream[row]
-        source, (video_id, draws) = self.sources[i], self.entries[i][j]
+        number, position = self._shares(row)
+        source, entries = self._parts[number]
+        video_id, draws = entries[self._epochs[number][position]]
         examples = source.dataset.examples(video_id)
         if self.bucket.kind == "preference":
             return preference_plan(source.dataset, examples[draws[0].example])
-        random = np.random.default_rng([self.seed, self._key, row])
+        random = np.random.default_rng([self.seed, self._key, position, number])
         return draw_branches(source, video_id, examples, draws, self.bucket, random)
 
 

@@ -2,8 +2,9 @@
 
     step -> bucket and its occurrence -> B consecutive rows of the bucket's mixture -> arrays
 
-Nothing depends on what was drawn before, so the state of an iterator is its next step, and a run
-may continue on another number of hosts with the same batches.
+Nothing depends on what was drawn before, so the state of an iterator is its next step and the table
+of its sources (`data.shares`), and a run may continue on another number of hosts with the same
+batches, or with other sources from some step on.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import grain
 
 from tpo_jax.data.buckets import Bucket, BucketSchedule
 from tpo_jax.data.evidence import apply_evidence
-from tpo_jax.data.mixture import Mixture, Source, make_mixtures
-from tpo_jax.data.rows import Reference, RowBuilder, row_id, stack_rows
+from tpo_jax.data.mixture import Mixture, Parts, Source, find_entries
+from tpo_jax.data.rows import Reference, RowBuilder, RowPlan, row_id, stack_rows
+from tpo_jax.data.shares import SourceTable, change, number_sources
 from tpo_jax.data.text import TextCodec
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads import heads_of
 
 Batch = dict[str, Any]
 
@@ -33,7 +36,7 @@ def read_buckets(config: Mapping[str, Any]) -> tuple[Bucket, ...]:
 
 
 def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
-                reference: Reference | None = None) -> RowBuilder:
+                reference: Reference | None = None, contrast: bool = False) -> RowBuilder:
     """The builder of a bucket for a model; refuses a tokenizer or bucket of another model."""
     if codec.template.visual_offset != model_config.visual_offset:
         raise ValueError(
@@ -48,19 +51,21 @@ def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
             raise ValueError(
                 f"tokenizer: {token!r} is {codec.task_tokens.get(token)}, but the model has "
                 f"tokens[{token!r}] = {index}. Use the tokenizer of the model folder.")
-    if "mask" in model_config.heads and bucket.mask_size != model_config.mask_size:
+    tasks = heads_of(model_config.heads)
+    if "mask" in tasks and bucket.mask_size != model_config.mask_size:
         raise ValueError(
             f"buckets.{bucket.name}.mask_size: {bucket.mask_size}, but the mask head answers at "
             f"{model_config.mask_size}.")
-    if "temporal" in model_config.heads and not bucket.windows:
+    if "temporal" in tasks and not bucket.windows:
         raise ValueError(
             f"buckets.{bucket.name}.windows: 0, but the model has a temporal head; set at least 1.")
     if bucket.frames > model_config.vision.max_frames:
         raise ValueError(
             f"buckets.{bucket.name}.frames: {bucket.frames}, but the model has vision.max_frames "
             f"= {model_config.vision.max_frames}.")
-    return RowBuilder(codec, bucket, model_config.heads, model_config.vision.image_size,
-                      model_config.num_visual_tokens(bucket.frames), reference)
+    return RowBuilder(codec, bucket, tuple(tasks), model_config.vision.image_size,
+                      model_config.visual_frames(bucket.frames), reference,
+                      getattr(model_config.vision, "resize", "area"), contrast)
 
 
 def blank_batch(builder: RowBuilder, rows: int | None = None) -> Batch:
@@ -83,6 +88,9 @@ class Pipeline:
       process_count: number of hosts; must divide every batch size.
       reference: reference log-probabilities of preference pairs; None leaves them out.
       evidence: what the model may see, one of `data.evidence.MODES`.
+      table: of the checkpoint that is continued, `self.table.to_json()` then; None: a new run.
+      start_step: step of that checkpoint. Sources that differ from the table's count from here.
+      contrast: whether preference pairs bring their manipulated frames as well.
 
     Raises:
       RowError: naming every example that does not fit its bucket.
@@ -91,7 +99,9 @@ class Pipeline:
     def __init__(self, config_data: Sequence[Any], codec: TextCodec, model_config: ModelConfig,
                  heads: Sequence[str], buckets: Mapping[str, Any] | Sequence[Bucket], seed: int,
                  process_index: int = 0, process_count: int = 1,
-                 reference: Reference | None = None, evidence: str = "full"):
+                 reference: Reference | None = None, evidence: str = "full",
+                 contrast: bool = False, table: Mapping[str, Any] | None = None,
+                 start_step: int = 0):
         if set(heads) != set(model_config.heads):
             raise ValueError(f"heads: {list(heads)}, but the model has {list(model_config.heads)}.")
         if not 0 <= process_index < process_count:
@@ -111,11 +121,23 @@ class Pipeline:
         self.schedule = BucketSchedule(buckets)
         self.process_index, self.process_count = process_index, process_count
         self.evidence = evidence
-        self.builders = {bucket.name: row_builder(codec, model_config, bucket, reference)
-                         for bucket in buckets}
-        self.mixtures: dict[str, Mixture] = {}
+        self.skipped: frozenset[str] = frozenset()
+        self.builders = {
+            bucket.name: row_builder(codec, model_config, bucket, reference, contrast)
+            for bucket in buckets}
+        old = SourceTable.from_json(table) if table else None
+        described = [source.described for source in sources]
+        numbered = dict(zip(number_sources(described, old.sources if old else ()), sources,
+                            strict=True))
+        parts: dict[str, Parts] = {}
         for media, kind in dict.fromkeys((bucket.media, bucket.kind) for bucket in buckets):
-            self.mixtures |= make_mixtures(self._group(media, kind), sources, seed)
+            parts |= find_entries(self._group(media, kind), numbered)
+        weights = {name: {number: source.weight for number, (source, _) in part.items()}
+                   for name, part in parts.items()}
+        self.table = change(old, start_step, described, weights, self._rows_before(start_step))
+        self.mixtures: dict[str, Mixture] = {
+            bucket.name: Mixture(bucket, parts[bucket.name], self.table.buckets[bucket.name], seed)
+            for bucket in buckets}
 
     def _group(self, media: str, kind: str) -> list[RowBuilder]:
         """Builders of the buckets of one media and kind, shortest branches first.
@@ -135,6 +157,13 @@ class Pipeline:
                     "fits, so give them different lengths or merge them.")
         return group
 
+    def _rows_before(self, step: int) -> dict[str, int]:
+        """Rows that each bucket gave in the steps before `step`."""
+        rows = {}
+        for bucket in self.schedule.buckets:
+            rows[bucket.name] = self.schedule.occurrences(bucket, step) * bucket.batch_size
+        return rows
+
     def plans(self, step: int) -> tuple[str, range, list[Any]]:
         """Bucket name, numbers and plans of this host's rows of a step."""
         bucket, occurrence = self.schedule(step)
@@ -147,9 +176,25 @@ class Pipeline:
         """Bucket name and this host's rows [i * B / n, (i + 1) * B / n) of a step's batch."""
         name, rows, plans = self.plans(step)
         builder = self.builders[name]
-        batch = stack_rows([builder.build(plan, row_id(name, row))
-                            for row, plan in zip(rows, plans, strict=True)])
+        batch = stack_rows([
+            builder.blank() if self.skipped & _ids(plan) else builder.build(plan, row_id(name, row))
+            for row, plan in zip(rows, plans, strict=True)])
         return name, apply_evidence(batch, self.evidence)
+
+    def skip(self, example_ids: Iterable[str]) -> None:
+        """Rows that hold one of these examples count for nothing from now on.
+
+        Every other row stays as it is. Batches that an iterator has read ahead are not changed.
+        """
+        self.skipped |= frozenset(example_ids)
+
+    def describe_batch(self, step: int) -> tuple[str, list[dict[str, Any]]]:
+        """Bucket name, and video and examples of every row of a step's global batch."""
+        bucket, occurrence = self.schedule(step)
+        first = occurrence * bucket.batch_size
+        plans = map(self.mixtures[bucket.name], range(first, first + bucket.batch_size))
+        return bucket.name, [
+            {"video": plan.video_id, "examples": sorted(_ids(plan))} for plan in plans]
 
     def iterator(self, start_step: int = 0, threads: int = 2, prefetch: int = 4,
                  workers: int = 0) -> grain.DatasetIterator:
@@ -168,6 +213,10 @@ class Pipeline:
         iterator = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
         iterator.set_state({"next_index": start_step})
         return iterator
+
+
+def _ids(plan: RowPlan) -> frozenset[str]:
+    return frozenset(branch.example.example_id for branch in plan.branches)
 
 
 class _Steps:

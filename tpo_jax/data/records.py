@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from tpo_jax.data import tables
+from tpo_jax.models.heads import task_tokens
 
 FORMAT_VERSION = 1
 CLIP_FRAMES = 32
@@ -34,6 +35,11 @@ MARKERS = ("<region>", "<temporal>", "<mask>", "<box>")
 
 class RecordError(ValueError):
     """A record or a prepared folder that cannot be used; the message says what and how to fix."""
+
+
+def known_tasks() -> tuple[str, ...]:
+    """TASKS, and those that registered heads bring."""
+    return tuple(dict.fromkeys((*TASKS, *task_tokens())))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,13 +17,19 @@ import numpy as np
 
 from tpo_jax.data import sampling
 from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.preprocess import RESIZES
 from tpo_jax.data.records import Example, PreparedDataset
-from tpo_jax.data.targets import TARGETS, TargetError, View, area_resize
+from tpo_jax.data.targets import TARGETS, TargetError, View
 from tpo_jax.data.text import Branch, TextCodec
 
-# (pair id, frame indices int64[n], prefix tokens int32[P], branch tokens int32[2, R])
-# -> float32[2, A]. The frames and tokens let the sidecar refuse a pair that changed.
+# (pair id, shown frames, prefix tokens int32[P], branch tokens int32[2, R]) -> float32[2, A]. The
+# frames (`RowBuilder.shown_frames`) and tokens let the sidecar refuse a pair that changed. With
+# contrast [3, A]: last is the chosen answer under the manipulated frames.
 Reference = Callable[[str, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+CLIP_FIELDS = ("frames", "frame_valid", "frame_times")
+_PART_OF_VIDEO = re.compile(r"_\d+(\.\d+)?_\d+(\.\d+)?$")  # QVHighlights and its relatives
 
 
 class RowError(ValueError):
@@ -78,7 +86,24 @@ def marker_count(example: Example, head: str, turns: int | None = None) -> int:
 
 def row_id(bucket: str, row: int) -> int:
     """uint32 of a row by its place in the stream of its bucket; the same on any host."""
-    return int.from_bytes(hashlib.blake2b(f"{bucket}:{row}".encode(), digest_size=4).digest())
+    return _hash32(f"{bucket}:{row}")
+
+
+def video_number(video_id: str) -> int:
+    """uint32, equal for parts of one video that are named <video>_<start>_<end>, in any folder.
+
+    It tells which rows are no negatives of each other, so an equality too many does little harm.
+    """
+    return _hash32(_PART_OF_VIDEO.sub("", video_id))
+
+
+def _hash32(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())
+
+
+def kind_id(kind: str) -> int:
+    """uint32 that stands for a kind of question in a batch: strings do not go on devices."""
+    return zlib.crc32(kind.encode())
 
 
 def preference_plan(dataset: PreparedDataset, example: Example) -> RowPlan:
@@ -102,28 +127,31 @@ class RowBuilder:
     Args:
       codec: tokenizer and template.
       bucket: the shapes.
-      heads: heads of the model; they and the user box get slot arrays.
+      tasks: that the model's heads answer; they and the user box get slot arrays.
       image_size: height and width that the vision encoder expects, in pixels.
-      visual_tokens: V for `bucket.frames` frames, a multiple of it.
+      visual_frames: int[V], the frame that must be there for each visual token to be there, of
+        `bucket.frames` frames.
+      resize: how frames of another size become image_size, of preprocess.RESIZES.
       reference: reference log-probabilities of pairs; None leaves them out (scoring).
+      contrast: whether pairs bring their manipulated frames as well.
     """
 
-    def __init__(self, codec: TextCodec, bucket: Bucket, heads: Sequence[str], image_size: int,
-                 visual_tokens: int, reference: Reference | None = None):
-        if visual_tokens % bucket.frames:
-            raise ValueError(
-                f"buckets.{bucket.name}.frames: {bucket.frames} frames and {visual_tokens} visual "
-                "tokens, expected a whole number of tokens per frame.")
-        if missing := set(heads) - set(codec.heads):
+    def __init__(self, codec: TextCodec, bucket: Bucket, tasks: Sequence[str], image_size: int,
+                 visual_frames: np.ndarray, reference: Reference | None = None,
+                 resize: str = "area", contrast: bool = False):
+        self.contrast = contrast and bucket.kind == "preference"
+        if missing := set(tasks) - set(codec.heads):
             raise ValueError(
                 f"heads: {sorted(missing)} have no tokens in the tokenizer (it has "
                 f"{list(codec.heads)}); use add_task_tokens.")
         self.codec, self.bucket, self.image_size = codec, bucket, image_size
-        self.visual_tokens, self.reference = visual_tokens, reference
-        self.slot_heads = (*(head for head in TARGETS if head in heads),
-                           *(("box",) if heads else ()))
+        self.visual_frames, self.visual_tokens = visual_frames, len(visual_frames)
+        self.reference, self.resize = reference, RESIZES[resize]
+        self.slot_heads = (*(task for task in TARGETS if task in tasks),
+                           *(("box",) if tasks else ()))
         self.prefix_tokens = (
-            codec.template.visual_offset + visual_tokens + codec.after_visual + bucket.question)
+            codec.template.visual_offset + self.visual_tokens + codec.after_visual
+            + bucket.question)
 
     def frame_indices(self, plan: RowPlan) -> np.ndarray:
         """int64[n], n <= F: the frames of a row; fewer than F only if the clip has fewer."""
@@ -206,13 +234,16 @@ class RowBuilder:
                     f"{self.where(plan, plan.branches[0])}: {count} <{head}> slots, but the "
                     f"bucket has {self.bucket.capacity(head)}. Raise "
                     f"buckets.{self.bucket.name}.slots.{head}.")
+        if plan.question is not None and self.contrast:
+            self.manipulated_indices(plan)
         if plan.question is not None and self.reference is not None:
-            self._reference_logps(plan, indices, prefix, branches)
+            self._reference_logps(plan, prefix, branches)
 
     def build(self, plan: RowPlan, example_id: int) -> dict[str, Any]:
         """The arrays of one row: those of the batch without the leading B."""
         row = self.blank()
         row["example_ids"][...] = example_id
+        row["video_ids"][...] = video_number(plan.video_id)
         indices = self.frame_indices(plan)
         prefix, branches = self.tokens(plan)
         view = self._view(plan, indices)
@@ -222,9 +253,12 @@ class RowBuilder:
             self._fill_branch(row, k, branch, length)
         self._fill_slots(row, plan, branches, view)
         if plan.question is not None:
-            row["pair_valid"][...] = True
+            self._fill_pair(row, plan)
             if self.reference is not None:
-                row["reference_logps"][:] = self._reference_logps(plan, indices, prefix, branches)
+                logps = self._reference_logps(plan, prefix, branches)
+                row["reference_logps"][:] = logps[:2]
+                if self.contrast:
+                    row["reference_contrast_logps"][:] = logps[2]
         return row
 
     def blank(self) -> dict[str, Any]:
@@ -232,6 +266,7 @@ class RowBuilder:
         b, p, f = self.bucket, self.prefix_tokens, self.bucket.frames
         row: dict[str, Any] = {
             "example_ids": np.zeros((), np.uint32),
+            "video_ids": np.zeros((), np.uint32),
             "frames": np.zeros((f, self.image_size, self.image_size, 3), np.uint8),
             "frame_times": np.zeros(f, np.float32),
             "frame_valid": np.zeros(f, bool),
@@ -248,8 +283,14 @@ class RowBuilder:
         }
         if b.kind == "preference":
             row["pair_valid"] = np.zeros((), bool)
+            row["pair_kind"] = np.zeros((), np.uint32)
+            row["pair_duration"] = np.zeros((), np.float32)
             if self.reference is not None:
                 row["reference_logps"] = np.zeros((b.branches, b.answers), np.float32)
+            if self.contrast:
+                row |= {f"contrast_{name}": row[name].copy() for name in CLIP_FIELDS}
+                if self.reference is not None:
+                    row["reference_contrast_logps"] = np.zeros(b.answers, np.float32)
         return row
 
     def _blank_slots(self, head: str) -> dict[str, np.ndarray]:
@@ -277,16 +318,15 @@ class RowBuilder:
         size = self.image_size
         if frames.shape[1:3] != (size, size):
             # Boxes and windows are normalised, so they survive the change of aspect ratio.
-            frames = np.rint(area_resize(frames, size, size)).astype(np.uint8)
+            frames = self.resize(frames, size)
         row["frames"][:n] = frames
         row["frame_valid"][:n] = True
 
     def _fill_prefix(self, row: dict[str, Any], prefix: np.ndarray, frames: int) -> int:
         """Fills the prefix and returns its length without padding and absent frames."""
         offset = self.codec.template.visual_offset
-        shown = frames * self.visual_tokens // self.bucket.frames
         valid = np.ones(len(prefix), bool)
-        valid[offset + shown : offset + self.visual_tokens] = False
+        valid[offset : offset + self.visual_tokens] = self.visual_frames < frames
         n = len(prefix)
         row["prefix_tokens"][:n] = prefix
         row["prefix_segments"][:n] = valid
@@ -320,9 +360,43 @@ class RowBuilder:
                 used[slot.head] += 1
                 here[slot.head] += 1
 
-    def _reference_logps(self, plan: RowPlan, indices: np.ndarray, prefix: np.ndarray,
+    def _fill_pair(self, row: dict[str, Any], plan: RowPlan) -> None:
+        """What is known of a pair beside its tokens; its manipulated clip where asked for."""
+        branch = plan.branches[0]
+        row["pair_valid"][...] = True
+        row["pair_kind"][...] = kind_id(branch.example.turns[branch.turn].kind)
+        row["pair_duration"][...] = plan.dataset.video_info(plan.video_id).duration
+        if self.contrast:
+            indices = self.manipulated_indices(plan)
+            clip = {name: row[f"contrast_{name}"] for name in CLIP_FIELDS}
+            self._fill_frames(clip, plan, indices, self._view(plan, indices))
+
+    def manipulated_indices(self, plan: RowPlan) -> np.ndarray:
+        """int64[n]: the frames of a pair that its chosen answer is not about, as many as it shows.
+
+        Positions in the prefix count frames, so both clips have to have the same number.
+        """
+        indices = plan.branches[0].example.targets.get("manipulated_indices")
+        shown = len(self.frame_indices(plan))
+        frames = len(plan.dataset.video_info(plan.video_id).timestamps)
+        if not indices or len(indices) != shown or not 0 <= min(indices) <= max(indices) < frames:
+            raise RowError(
+                f"{self.where(plan, plan.branches[0])}: targets.manipulated_indices: {indices}, "
+                f"expected {shown} frames (as many as the pair shows) below {frames}. Generate the "
+                "pairs with `python -m tpo_jax.preferences generate`, or use a loss without "
+                "'conditional'.")
+        return np.asarray(indices, np.int64)
+
+    def shown_frames(self, plan: RowPlan) -> np.ndarray:
+        """int64[n]: all that the model is shown of a pair; -1 before the manipulated frames."""
+        indices = self.frame_indices(plan)
+        if self.contrast:
+            return np.concatenate([indices, [-1], self.manipulated_indices(plan)])
+        return indices
+
+    def _reference_logps(self, plan: RowPlan, prefix: np.ndarray,
                          branches: list[Branch]) -> np.ndarray:
-        """float32[2, A] of the pair, with the frames and tokens that they must belong to."""
+        """float32[2 or 3, A] of the pair, with the frames and tokens that they must belong to."""
         assert self.reference is not None
         padded = np.full((self.prefix_tokens + 2 * self.bucket.branch_tokens), self.codec.pad_id,
                          np.int32)
@@ -332,11 +406,13 @@ class RowBuilder:
             tokens[k, : len(branch.ids)] = branch.ids
         pair = plan.branches[0].example.example_id
         logps = np.asarray(
-            self.reference(pair, indices, padded[: self.prefix_tokens], tokens), np.float32)
-        if logps.shape != (2, self.bucket.answers):
+            self.reference(pair, self.shown_frames(plan), padded[: self.prefix_tokens], tokens),
+            np.float32)
+        expected = (3 if self.contrast else 2, self.bucket.answers)
+        if logps.shape != expected:
             raise RowError(
                 f"{self.where(plan, plan.branches[0])}: reference_logps of shape {logps.shape}, "
-                f"expected {(2, self.bucket.answers)}. Score the pairs with this bucket.")
+                f"expected {expected}. Score the pairs with this bucket.")
         return logps
 
 

@@ -1,6 +1,6 @@
 """Slot targets: what a head is trained towards, built from the targets of an example.
 
-One entry of TARGETS per head (and one for the box that a user draws): `blank` gives the arrays of
+One entry of TARGETS per task (and one for the box that a user draws): `blank` gives the arrays of
 an unused slot, `check` refuses an example whose targets do not fit its markers, `fill` computes the
 arrays of one slot. Boxes are [x1, y1, x2, y2] in [0, 1], times are seconds of the video.
 """
@@ -8,13 +8,14 @@ arrays of one slot. Boxes are [x1, y1, x2, y2] in [0, 1], times are seconds of t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from tpo_jax.data.buckets import Bucket
+from tpo_jax.models.heads import HEADS
 
 Arrays = dict[str, np.ndarray]
 
@@ -267,9 +268,28 @@ def _box_fill(targets: Mapping[str, Any], occurrence: int, view: View, bucket: B
     return {"boxes": np.asarray(targets["input_box"], np.float32)}
 
 
-TARGETS: dict[str, SlotTarget] = {
+_BUILT_IN: dict[str, SlotTarget] = {
     "region": SlotTarget(_region_blank, _region_check, _region_fill),
     "temporal": SlotTarget(_temporal_blank, _temporal_check, _temporal_fill),
     "mask": SlotTarget(_mask_blank, _mask_check, _mask_fill),
     "box": SlotTarget(_box_blank, _box_check, _box_fill),
 }
+
+
+class _Targets(Mapping):
+    """{task: SlotTarget}: the built-in ones, and those that registered heads bring."""
+
+    def __getitem__(self, task: str) -> SlotTarget:
+        return self._now()[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._now())
+
+    def __len__(self) -> int:
+        return len(self._now())
+
+    def _now(self) -> dict[str, SlotTarget]:
+        return _BUILT_IN | {head.task: head.target for head in HEADS.values() if head.target}
+
+
+TARGETS: Mapping[str, SlotTarget] = _Targets()

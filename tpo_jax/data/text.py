@@ -12,14 +12,14 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from etils import epath
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tpo_jax.data.records import PreparedDataset
-from tpo_jax.models.heads import BOX_TOKEN, HEADS
+from tpo_jax.models.heads import BOX_TOKEN, HEADS, task_tokens
 
 FORMAT_VERSION = 1
 REMEMBERED_TEXTS = 2**15
@@ -27,11 +27,23 @@ SPECIAL_TOKENS = (
     "<pad>", "<bos>", "<eos>", "<user>", "<assistant>",
     "<video>", "</video>", "<image>", "</image>",
 )
-# Head -> (routing token, slot token). The box is an input: it has no routing token.
-TASK_TOKENS: dict[str, tuple[str | None, str]] = {
-    **{name: (head.routing_token, head.slot_token) for name, head in HEADS.items()},
-    "box": (None, BOX_TOKEN),
-}
+
+
+class _TaskTokens(Mapping):
+    """{task: (routing token, slot token)} of the heads that are registered now, then the box."""
+
+    def __getitem__(self, task: str) -> tuple[str | None, str]:
+        # The box is an input: it has no routing token.
+        return (None, BOX_TOKEN) if task == "box" else task_tokens()[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*task_tokens(), "box"))
+
+    def __len__(self) -> int:
+        return len(task_tokens()) + 1
+
+
+TASK_TOKENS: Mapping[str, tuple[str | None, str]] = _TaskTokens()
 _MARKER = re.compile(r"<(/?[A-Za-z_]+)>")
 
 
@@ -80,12 +92,11 @@ def add_task_tokens(tokenizer: Tokenizer, heads: Sequence[str]) -> None:
 
     Tokens that are there keep their ids, so a stage may add heads to the model of the one before.
     """
-    if unknown := set(heads) - (set(TASK_TOKENS) - {"box"}):
-        raise ValueError(
-            f"heads: unknown {sorted(unknown)}, expected some of "
-            f"{[head for head in TASK_TOKENS if head != 'box']}.")
-    for head, tokens in TASK_TOKENS.items():
-        if head in heads or (head == "box" and heads):
+    if unknown := set(heads) - set(HEADS):
+        raise ValueError(f"heads: unknown {sorted(unknown)}, expected some of {list(HEADS)}.")
+    tasks = {HEADS[head].task for head in heads}
+    for task, tokens in TASK_TOKENS.items():
+        if task in tasks or (task == "box" and tasks):
             tokenizer.add_special_tokens(
                 [AddedToken(token, special=True) for token in tokens if token is not None])
 
@@ -198,10 +209,12 @@ class TextCodec:
     def _template_ids(self, field: str) -> list[int]:
         """Ids of one template text; special tokens by name, the rest as ordinary text."""
         ids, text = [], getattr(self.template, field)
-        for piece in re.split(r"(<[^<>\s]+>)", text):
+        # Published tokenizers have special tokens of any form, such as "[INST]".
+        names = map(re.escape, sorted(self.special_ids, key=len, reverse=True))
+        for piece in re.split("(" + "|".join([*names, r"<[^<>\s]+>"]) + ")", text):
             if piece in self.special_ids:
                 ids.append(self.special_ids[piece])
-            elif _MARKER.fullmatch(piece):
+            elif _MARKER.fullmatch(piece) and piece.islower():  # VideoChat2's <Video> is text
                 raise ValueError(
                     f"template.{field}: {piece!r} is not in the tokenizer, which has "
                     f"{sorted(self.special_ids)}.")

@@ -16,7 +16,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from tpo_jax.data.problems import Invalid
-from tpo_jax.data.records import MARKERS, MEDIA, TASKS, Example, Turn
+from tpo_jax.data.records import MARKERS, MEDIA, Example, Turn, known_tasks
 
 # Published windows and times are rounded; what ends this little after the video is cut to its end.
 END_TOLERANCE = 0.5  # seconds
@@ -28,13 +28,16 @@ ANSWER_MARKERS = {
     "mask": "<mask>",
     "tracking": "<mask>",
 }
+# Tasks whose questions may say <box>, a box that the user draws: targets.input_box.
+BOX_TASKS = ("conversation", "temporal", "region", "mask", "tracking")
 TARGET_KEYS = {
-    "conversation": frozenset(),
+    "conversation": frozenset({"input_box"}),
     "temporal": frozenset(
-        {"windows", "saliency", "saliency_interval", "saliency_scores", "relevant_clip_ids"}
-    ),
-    "region": frozenset({"boxes", "times"}),
-    "mask": frozenset({"times", "rles"}),
+        {"windows", "saliency", "saliency_interval", "saliency_scores", "relevant_clip_ids",
+         "input_box"}
+    ),  # fmt: skip
+    "region": frozenset({"boxes", "times", "input_box"}),
+    "mask": frozenset({"times", "rles", "input_box"}),
     "tracking": frozenset({"times", "boxes", "input_box", "rles"}),
     "action": frozenset({"segments", "labels"}),
     "preference": None,  # evidence and provenance fields are the pair maker's
@@ -48,14 +51,16 @@ def check_example(example: Example, duration: float = math.inf) -> Example:
       example: as a reader made it.
       duration: of its video in seconds; 0 for an image, infinite when not known yet.
     """
-    _one_of("task", example.task, TASKS)
+    _one_of("task", example.task, known_tasks())
     _one_of("media", example.media, MEDIA)
     example = dataclasses.replace(example, **_check_clip(example, duration))
     _check_turns(example)
-    known = TARGET_KEYS[example.task]
+    # The targets of a task that a registered head brings are checked by the head.
+    known = TARGET_KEYS.get(example.task)
     if known is not None:
         check_keys(example.targets, known, required=(), field="targets")
-    targets = _CHECKS[example.task](example, example.targets, duration)
+    targets = _CHECKS.get(example.task, _conversation)(example, example.targets, duration)
+    targets |= _input_box(example)
     return dataclasses.replace(example, targets=targets)
 
 
@@ -265,7 +270,7 @@ def _check_options(field: str, turn: Turn) -> None:
 
 
 def _check_markers(field: str, turn: Turn, task: str) -> None:
-    allowed = {"question": {"<box>"} if task == "tracking" else set(), "answer": set()}
+    allowed = {"question": {"<box>"} if task in BOX_TASKS else set(), "answer": set()}
     if task in ANSWER_MARKERS:
         allowed["answer"] = {ANSWER_MARKERS[task]}
     for name, text in (("question", turn.question), ("answer", turn.answer)):
@@ -293,6 +298,21 @@ def _need_one_marker(example: Example) -> None:
             f"expected {marker} once in the answers, it is there {count} times",
             f"write {marker} where the answer points; make one example per target",
         )
+
+
+def _input_box(example: Example) -> dict[str, Any]:
+    """{"input_box": checked} where a question says <box>, else {}."""
+    marks, given = _count(example, "<box>", "question"), "input_box" in example.targets
+    if marks != given:
+        raise Invalid(
+            "turns",
+            [turn.question for turn in example.turns],
+            f"<box> stands {marks} times in the questions for {int(given)} targets.input_box",
+            "write <box> once where a question means targets.input_box",
+        )
+    if not given:
+        return {}
+    return {"input_box": check_box("targets.input_box", example.targets["input_box"])}
 
 
 def _same_length(targets: Mapping[str, Any], *keys: str) -> None:
@@ -338,7 +358,7 @@ def _temporal(example: Example, targets: Mapping[str, Any], duration: float):
 
 
 def _region(example: Example, targets: Mapping[str, Any], duration: float):
-    check_keys(targets, (), ("boxes", "times"), "targets")
+    check_keys(targets, ("input_box",), ("boxes", "times"), "targets")
     _same_length(targets, "boxes", "times")
     markers = _count(example, "<region>")
     if markers != len(targets["boxes"]):
@@ -367,7 +387,7 @@ def _check_masks(example: Example, targets: Mapping[str, Any], duration: float):
 
 
 def _mask(example: Example, targets: Mapping[str, Any], duration: float):
-    check_keys(targets, (), ("times", "rles"), "targets")
+    check_keys(targets, ("input_box",), ("times", "rles"), "targets")
     return _check_masks(example, targets, duration)
 
 
@@ -383,7 +403,6 @@ def _tracking(example: Example, targets: Mapping[str, Any], duration: float):
             "write <box> where the question means targets.input_box",
         )
     checked = dict(targets)
-    checked["input_box"] = check_box("targets.input_box", targets["input_box"])
     checked["boxes"] = [
         None if box is None else check_box(f"targets.boxes[{i}]", box)
         for i, box in enumerate(targets["boxes"])

@@ -1,10 +1,11 @@
-"""Video and image files to frames with their true times, through PyAV and Pillow.
+"""Video files, folders of numbered pictures and image files to frames with their true times.
 
 Frames are what is on screen at the ticks start, start + 1/fps, start + 2/fps, ...: of two ticks
 that show the same frame (variable frame rate, a low source rate) only one is kept, and its time is
 its own presentation time, not the tick's. Times are seconds from the first frame of the file.
-Display rotation (phone videos, EXIF) is applied. Whatever cannot be decoded completely raises a
-VideoError. A cut in a container that states no frame count and no duration (MPEG-TS, raw streams)
+A folder of numbered pictures ("00000.jpg", "00005.jpg", ...) is a video whose frame rate the caller
+says. Display rotation (phone videos, EXIF) is applied. Whatever cannot be decoded completely raises
+a VideoError. A cut in a container that states no frame count and no duration (MPEG-TS, raw streams)
 is not visible to any reader; what is left of it decodes as a shorter video.
 """
 
@@ -15,6 +16,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 
 import av
@@ -74,6 +76,8 @@ class Video:
 
 def media_kind(path: str | os.PathLike[str]) -> str:
     """ "video" or "image", by suffix and, for GIF and WebP, by the number of pictures inside."""
+    if pathlib.Path(path).is_dir():
+        return "video"
     suffix = pathlib.Path(path).suffix.lower()
     if suffix in VIDEO_SUFFIXES:
         return "video"
@@ -91,6 +95,10 @@ def media_kind(path: str | os.PathLike[str]) -> str:
 
 def probe(path: str | os.PathLike[str]) -> Probe:
     """Reads the header (and, for rotation, the first frame). Raises VideoError."""
+    if pathlib.Path(path).is_dir():
+        found = pictures(path)
+        first = _probe_image(found[0][1])
+        return dataclasses.replace(first, media="video", frames=len(found))
     if pathlib.Path(path).suffix.lower() in IMAGE_SUFFIXES:
         return _probe_image(path)
     with _open_video(path) as (container, stream), _ffmpeg_errors(path):
@@ -123,15 +131,37 @@ def read_video(
     return Video(decoder.media, np.asarray(times, np.float32), np.stack(frames), decoder.duration)
 
 
+def pictures(folder: str | os.PathLike[str]) -> list[tuple[int, pathlib.Path]]:
+    """(number, file) of the pictures right in a folder, in the order of the last number of their
+    names. Raises VideoError for none, for a name without a number and for a number used twice."""
+    found: dict[int, pathlib.Path] = {}
+    for file in pathlib.Path(folder).iterdir():
+        if file.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        digits = re.findall(r"\d+", file.stem)
+        if not digits or int(digits[-1]) in found:
+            raise VideoError(
+                folder,
+                f"the picture {file.name} has no number of its own",
+                "name the frames 00000.jpg, 00001.jpg, ...",
+            )
+        found[int(digits[-1])] = file
+    if not found:
+        raise VideoError(folder, "the folder has no picture", "correct the path")
+    return sorted(found.items())
+
+
 class Decoder:
     """Iterates over (time in seconds, frame uint8[h, w, 3]); `duration` is known at the end.
 
     Args:
-      path: a video or image file. An image is one frame at time 0 with duration 0.
+      path: a video or image file, or a folder of numbered pictures. An image is one frame at time
+        0 with duration 0.
       fps: ticks per second; None keeps every frame.
       start, end: only frames on screen in [start, end), in seconds. With an `end` inside the video
         the rest is not read, hence not checked, and `duration` stays the header's.
       size: resize to (height, width), or to a square; the aspect ratio is not kept. None = native.
+      frame_rate: pictures a second of a folder of pictures; not used otherwise.
 
     Raises:
       VideoError: missing, empty, damaged or truncated file, no frame in [start, end).
@@ -144,6 +174,7 @@ class Decoder:
         start: float = 0.0,
         end: float = math.inf,
         size: int | tuple[int, int] | None = None,
+        frame_rate: float | None = None,
     ):
         if not 0 <= start < end:
             raise ValueError(f"{path}: need 0 <= start < end, got start={start} end={end}")
@@ -151,6 +182,7 @@ class Decoder:
             raise ValueError(f"{path}: fps is {fps}, expected a positive number of ticks a second")
         self.path, self.fps, self.start, self.end = path, fps, start, end
         self.size = (size, size) if isinstance(size, int) else size
+        self.frame_rate = frame_rate
         self.media = media_kind(path)
         self.duration = math.nan
 
@@ -159,8 +191,12 @@ class Decoder:
             self.duration = 0.0
             yield 0.0, _image_to_array(self.path, self.size)
             return
-        suffix = pathlib.Path(self.path).suffix.lower()
-        source = self._animation() if suffix in IMAGE_SUFFIXES else self._video()
+        if pathlib.Path(self.path).is_dir():
+            source = self._pictures()
+        elif pathlib.Path(self.path).suffix.lower() in IMAGE_SUFFIXES:
+            source = self._animation()
+        else:
+            source = self._video()
         count = 0
         for time, convert in self._at_ticks(source):
             yield time, convert()
@@ -234,6 +270,19 @@ class Decoder:
                 raise _truncated(
                     self.path, f"it ends at {self.duration:.3f} s, its header says {stated:.3f} s"
                 )
+
+    def _pictures(self):
+        """(time, convert) of each picture of a folder; the first is at time 0."""
+        if not self.frame_rate:
+            raise VideoError(
+                self.path, "a folder of pictures does not say its frame rate", "say --frame_rate"
+            )
+        numbered = pictures(self.path)
+        times = [(number - numbered[0][0]) / self.frame_rate for number, _ in numbered]
+        gap = times[-1] - times[-2] if len(times) > 1 else 1 / self.frame_rate
+        self.duration = times[-1] + gap
+        for time, (_, file) in zip(times, numbered, strict=True):
+            yield time, lambda file=file: _image_to_array(file, self.size)
 
     def _animation(self):
         """(time, convert) of each picture of an animated GIF or WebP."""

@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 from tpo_jax.data.records import Example
 from tpo_jax.evaluation.bootstrap import ItemScores
 from tpo_jax.evaluation.metrics import highlight, mask, region, temporal, tracking
+from tpo_jax.models.heads import HEADS, task_tokens
 
 R1_THRESHOLDS = (0.3, 0.5, 0.7)
 TASK_METRICS: dict[str, tuple[str, ...]] = {
@@ -29,7 +30,7 @@ TASK_METRICS: dict[str, tuple[str, ...]] = {
 }
 # A clip is "very good" when a rater gives 4 on the scale 0..4 (QVHighlights).
 VERY_GOOD = 4
-_MARKER = re.compile(r"<(region|temporal|mask)>")
+_MARKER = re.compile(r"<(\w+)>")
 
 Prediction = Mapping[str, Any]
 
@@ -41,7 +42,7 @@ class Call:
     Attributes:
       example: what is asked.
       turn: index of the turn.
-      head: "region", "temporal" or "mask".
+      head: task of the head: "region", "temporal", "mask" or what a registered head brings.
       place: how many calls the same answer makes before it.
       occurrence: how many calls of this head the example makes before it, which names its target.
     """
@@ -73,12 +74,17 @@ class Table:
 
 def find_calls(example: Example, turn: int) -> list[Call]:
     """The head calls in the labelled answer of one turn, in order."""
-    before = [head for t in example.turns[:turn] for head in _MARKER.findall(t.answer)]
+    before = [head for t in example.turns[:turn] for head in _called(t.answer)]
     calls: list[Call] = []
-    for place, head in enumerate(_MARKER.findall(example.turns[turn].answer)):
+    for place, head in enumerate(_called(example.turns[turn].answer)):
         calls.append(Call(example, turn, head, place, before.count(head)))
         before.append(head)
     return calls
+
+
+def _called(answer: str) -> list[str]:
+    known = task_tokens()
+    return [task for task in _MARKER.findall(answer) if task in known]
 
 
 def match_events(calls: Sequence[Call], events: Sequence[tuple[str, Any]]) -> list[Any | None]:
@@ -107,6 +113,9 @@ def score_call(
       times: float[frames] seconds of the frames that the model saw.
     """
     targets = call.example.targets
+    own = next((head.score for head in HEADS.values() if head.task == call.head), None)
+    if own is not None:
+        return own(targets, call.occurrence, prediction)
     if call.head == "region":
         return score_region(targets["boxes"][call.occurrence], prediction)
     if call.head == "temporal":

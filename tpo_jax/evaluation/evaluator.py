@@ -29,16 +29,26 @@ from tpo_jax.evaluation.metrics import preference, qa
 from tpo_jax.generation.routing import RoutedAnswer, Router
 from tpo_jax.generation.sampler import Context, Sampler, Sampling, branch_keys
 from tpo_jax.models.config import ModelConfig
-from tpo_jax.models.heads import HEADS, ClipInfo
+from tpo_jax.models.heads import HEADS, ClipInfo, heads_of, task_tokens
 from tpo_jax.models.video_language import FunctionalModel, Outputs
 
-# Which head a task's answers call; a model without it is not asked (its base has no task tokens).
-TASK_HEADS = {"temporal": "temporal", "region": "region", "mask": "mask", "tracking": "mask"}
-TASKS = ("qa", *TASK_HEADS, "preference")
+# What the answers of a task call: a task of a head; tracking is a question to the mask head.
+_CALLED = {"temporal": "temporal", "region": "region", "mask": "mask", "tracking": "mask"}
 SLOTS = 12  # of a head in a row, unless one question needs more
 SPARE_TOKENS = 8  # that a free answer may be longer than the longest labelled one
 
 Batches = Iterator[tuple[dict[str, Any], list[RowPlan]]]
+
+
+def called_by_task() -> dict[str, str]:
+    """{task of an example: task of the head that its answers call}; a model without such a head
+    is not asked (its base has no task tokens)."""
+    return _CALLED | {task: task for task in task_tokens()}
+
+
+def evaluable_tasks() -> tuple[str, ...]:
+    """Everything that can be evaluated."""
+    return ("qa", *called_by_task(), "preference")
 
 
 @dataclasses.dataclass
@@ -163,7 +173,8 @@ class Evaluator:
             context.prefix,
             context.prefix_segments,
         )
-        return model.run_heads(Outputs(hidden, hidden[:, 0], context.encoded), batch)
+        outputs = Outputs(hidden, hidden[:, 0], context.encoded)
+        return model.run_heads(outputs, batch, for_losses=False)
 
     def _answer_logps(self, batch: dict[str, Any]) -> np.ndarray:
         """float64[B, K]: summed log-probability of each branch's answer."""
@@ -265,11 +276,13 @@ class Evaluator:
             if call.item in same:
                 self.results.table.add(call.item, plan.video_id, same[call.item], prefix="forced/")
                 continue
-            head = {name: value[row, slot] for name, value in predictions[call.head].items()}
+            name = heads_of(self.config.heads)[call.head]
+            # What a head gives per row, without an axis of slots, its decode does not read.
+            head = {key: value[row, slot] for key, value in predictions[name].items()}
             if call.head == "region":
                 frame = int(labels["slots"]["region"]["frame"][row, slot])
                 clip = dataclasses.replace(clip, frame=frame)
-            scores = benchmarks.score_call(call, HEADS[call.head].decode(head, clip), clip.times)
+            scores = benchmarks.score_call(call, HEADS[name].decode(head, clip), clip.times)
             self.results.table.add(call.item, plan.video_id, scores, prefix="forced/")
 
     def _batches(
@@ -333,7 +346,7 @@ class Evaluator:
                 most |= slots
         slots = {
             head: max(1, most[head], min(SLOTS, max(c[head] for c in calls.values())))
-            for head in (*self.config.heads, "box")
+            for head in (*heads_of(self.config.heads), "box")
         }
         return self._bucket(
             media,

@@ -80,10 +80,15 @@ class _Row:
 
 
 class PairGenerator:
-    """Generates and filters the pairs of some videos of one prepared split."""
+    """Generates and filters the pairs of some videos of one prepared split.
+
+    `poll` is called before every batch; what it raises ends the work.
+    """
 
     def __init__(self, model: FunctionalModel, params: Any, codec: TextCodec,
-                 dataset: PreparedDataset, settings: Settings):
+                 dataset: PreparedDataset, settings: Settings,
+                 poll: Callable[[], None] = lambda: None):
+        self._poll = poll
         self.params, self.codec, self.dataset = params, codec, dataset
         self.settings = settings
         prompt, answer = longest_texts(dataset, codec)
@@ -144,6 +149,7 @@ class PairGenerator:
         rows = self._rows(questions, evidence, f"{side}_indices")
         size = self.settings.batch_size
         for first in range(0, len(rows), size):
+            self._poll()
             now = rows[first : first + size]
             batch = self._batch(now, questions)
             context = self.sampler.prefill(self.params, batch)

@@ -28,7 +28,7 @@ class Event:
     """One head call in an answer.
 
     Attributes:
-      task: name of the head.
+      task: what was called.
       slot: position of the slot token in the answer's tokens.
       result: what the head's `decode` gives.
     """
@@ -71,9 +71,14 @@ class Router:
         self._run = jax.jit(self._run_head, static_argnames="name")
 
     def _run_head(self, params: Any, features: Any, frames: jax.Array, frame_valid: jax.Array,
-                  states: jax.Array, frame: jax.Array, *, name: str) -> dict[str, jax.Array]:
-        model = self.model.bind(params)
-        return model.run_head(name, states, features, frames, frame_valid, frame)
+                  states: jax.Array, frame: jax.Array, prompts: tuple[jax.Array, jax.Array] | None,
+                  branch: jax.Array, *, name: str) -> dict[str, jax.Array]:
+        model, more = self.model.bind(params), {}
+        if prompts is not None:
+            rows = jnp.arange(len(branch))[:, None]
+            more = dict(zip(("prompt", "prompt_valid"), (x[rows, branch] for x in prompts),
+                            strict=True))
+        return model.run_head(name, states, features, frames, frame_valid, frame, **more)
 
     def route(self, params: Any, context: Context, batch: Arrays, generation: Generation,
               clips: Sequence[ClipInfo], frames_asked: np.ndarray | None = None
@@ -91,7 +96,10 @@ class Router:
         Returns:
           [row][branch]; None for an unused branch.
         """
-        host = jax.device_get(generation)
+        # Prompts stay on the device, where the heads read them.
+        prompts = (generation.prompt_states, generation.prompt_valid)
+        host = jax.device_get(
+            dataclasses.replace(generation, prompt_states=None, prompt_valid=None))
         rows, branches = host.lengths.shape
         if frames_asked is None:
             asked = [clip.frame for clip in clips] + [0] * (rows - len(clips))
@@ -101,7 +109,7 @@ class Router:
             places = [tuple(int(i) for i in place)
                       for place in np.argwhere(host.event_heads[: len(clips)] == index)]
             for places_now, predictions in self._predictions(
-                    params, name, places, context, batch, host, frames_asked):
+                    params, name, places, context, batch, host, frames_asked, prompts):
                 for place, one in zip(places_now, predictions, strict=True):
                     row, branch, _ = place
                     clip = dataclasses.replace(clips[row], frame=int(frames_asked[row, branch]))
@@ -110,7 +118,8 @@ class Router:
                  for branch in range(branches)] for row in range(len(clips))]
 
     def _predictions(self, params: Any, name: str, places: Sequence[tuple[int, int, int]],
-                     context: Context, batch: Arrays, host: Generation, asked: np.ndarray):
+                     context: Context, batch: Arrays, host: Generation, asked: np.ndarray,
+                     prompts: tuple[jax.Array | None, jax.Array | None]):
         """Yields (places, predictions of each) with one event of every row at a time.
 
         One slot a row keeps the mask head's memory at B clips, however many calls an answer makes.
@@ -126,13 +135,14 @@ class Router:
             rounds[number].append(place)
         for now in rounds:
             states = np.zeros((rows, 1, host.event_states.shape[-1]), np.float32)
-            frame = np.zeros((rows, 1), np.int32)
+            frame, branches = np.zeros((rows, 1), np.int32), np.zeros((rows, 1), np.int32)
             for row, branch, event in now:
                 states[row, 0] = host.event_states[row, branch, event]
-                frame[row, 0] = asked[row, branch]
+                frame[row, 0], branches[row, 0] = asked[row, branch], branch
             predictions = jax.device_get(self._run(
                 params, context.encoded.features, jnp.asarray(batch["frames"]),
-                jnp.asarray(batch["frame_valid"]), states, frame, name=name))
+                jnp.asarray(batch["frame_valid"]), states, frame,
+                prompts if HEADS[name].reads_prompt else None, branches, name=name))
             yield now, [_of_slot(predictions, row) for row, _, _ in now]
 
     def _answer(self, host: Generation, row: int, branch: int,
@@ -146,11 +156,12 @@ class Router:
         for number, head in enumerate(host.event_heads[row, branch]):
             if head < 0:
                 break
-            name, slot = self.heads[head], int(host.event_positions[row, branch, number])
+            task = HEADS[self.heads[head]].task
+            slot = int(host.event_positions[row, branch, number])
             result = results[row, branch, number]
-            events.append(Event(name, slot, result))
+            events.append(Event(task, slot, result))
             # The routing token stands right before the slot.
-            pieces += [self.codec.decode(tokens[begin : slot - 1]), inline(name, result)]
+            pieces += [self.codec.decode(tokens[begin : slot - 1]), inline(task, result)]
             begin = slot + 1
         text = "".join([*pieces, self.codec.decode(tokens[begin:])])
         return RoutedAnswer(text.strip(), self.codec.decode(tokens).strip(),
@@ -166,9 +177,10 @@ def _of_slot(predictions: Mapping[str, np.ndarray], row: int) -> dict[str, np.nd
 def inline(task: str, result: Result) -> str:
     """A result as words: "[12,30,20,41]" in pixels, "4.0 s to 7.5 s", "(visible ...)".
 
-    A head without words of its own is named.
+    A task without words of its own is named.
     """
-    return _WORDS.get(task, lambda _: f"({task})")(result)
+    own = next((head.words for head in HEADS.values() if head.task == task and head.words), None)
+    return (own or _WORDS.get(task, lambda _: f"({task})"))(result)
 
 
 def _region_words(result: Result) -> str:

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpo_jax.data.text import TASK_TOKENS, TextCodec
+from tpo_jax.data.text import TextCodec
+from tpo_jax.models.heads import HEADS
 from tpo_jax.models.language import KVCache
 from tpo_jax.models.layers import fold_rows
 from tpo_jax.models.video_language import Encoded, FunctionalModel
@@ -92,6 +93,8 @@ class Generation:
       event_states: float32[B, K, E, D] hidden states at slots.
       event_heads: int32[B, K, E], index into the model's heads, -1 for no event.
       event_positions: int32[B, K, E], index of the slot token in `tokens`.
+      prompt_states: float[B, K, R, D] hidden states of the prompts and prompt_valid bool[B, K, R],
+        if a head of the model reads them, else None.
     """
 
     tokens: jax.Array
@@ -101,6 +104,8 @@ class Generation:
     event_states: jax.Array
     event_heads: jax.Array
     event_positions: jax.Array
+    prompt_states: jax.Array | None = None
+    prompt_valid: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,7 +131,8 @@ class _Vocabulary:
         free[codec.eos_id] = True
         slot_after, head_of = np.full(size, -1, np.int32), np.full(size, -1, np.int32)
         for index, head in enumerate(heads):
-            routing_id, slot_id = (codec.special_ids[token] for token in TASK_TOKENS[head])
+            tokens = (HEADS[head].routing_token, HEADS[head].slot_token)
+            routing_id, slot_id = (codec.special_ids[token] for token in tokens)
             free[routing_id] = True
             slot_after[routing_id] = slot_id
             head_of[slot_id] = index
@@ -205,7 +211,7 @@ class Sampler:
     def _generate_rows(self, params: Any, context: Context, prompts: Arrays, keys: jax.Array,
                        first: jax.Array) -> Generation:
         model = self.model.bind(params)
-        hidden, cache, position = self._run_prompts(model, context, prompts)
+        prompted, hidden, cache, position = self._run_prompts(model, context, prompts)
         B, K, D = hidden.shape
         state = {
             "step": jnp.int32(0), "hidden": hidden, "cache": cache, "forced": first,
@@ -215,12 +221,16 @@ class Sampler:
         step = functools.partial(self._step, model, context, position, keys)
         state = jax.lax.while_loop(
             lambda s: (s["step"] < self.sampling.max_new) & ~jnp.all(s["done"]), step, state)
-        return state["generation"]
+        if not any(HEADS[head].reads_prompt for head in self.heads):
+            return state["generation"]
+        valid = prompts["branch_segments"] > 0
+        return dataclasses.replace(
+            state["generation"], prompt_states=prompted, prompt_valid=valid)
 
-    def _run_prompts(self, model: Any, context: Context,
-                     prompts: Arrays) -> tuple[jax.Array, KVCache, jax.Array]:
-        """Hidden states float[B, K, D] at the last prompt tokens, caches with room for the answers,
-        and int32[B, K] positions of the first answer tokens."""
+    def _run_prompts(self, model: Any, context: Context, prompts: Arrays
+                     ) -> tuple[jax.Array, jax.Array, KVCache, jax.Array]:
+        """Hidden states float[B, K, R, D] of the prompts and float[B, K, D] at their last tokens,
+        caches with room for the answers, and int32[B, K] positions of the first answer tokens."""
         segments, positions = prompts["branch_segments"], prompts["branch_positions"]
         B, K, R = segments.shape
         embeds = model.embed_branches(prompts["branch_tokens"], prompts["slots"])
@@ -230,7 +240,7 @@ class Sampler:
         # Padding lies at the end with segment 0: later tokens do not see its keys.
         last = jnp.maximum(jnp.sum(segments > 0, axis=-1, keepdims=True) - 1, 0)
         position = jnp.take_along_axis(positions, last, axis=-1)[..., 0] + 1
-        return gather_positions(hidden, last)[..., 0, :], cache, position
+        return hidden, gather_positions(hidden, last)[..., 0, :], cache, position
 
     def _empty_generation(self, B: int, K: int, D: int) -> Generation:
         N, E = self.sampling.max_new, self.sampling.events

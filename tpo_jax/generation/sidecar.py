@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from etils import epath
 from tpo_jax.data.rows import Reference
 from tpo_jax.data.text import TextCodec
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.towers.config import TowerConfig
 from tpo_jax.parallel import paths
 
 FORMAT_VERSION = 1
@@ -90,8 +92,11 @@ class Fingerprint:
 
     @classmethod
     def of(cls, config: ModelConfig, params: Any, codec: TextCodec, frames: int,
-           media: str = "video") -> Fingerprint:
-        """The fingerprint of a model that scores clips of `frames` frames."""
+           media: str = "video", contrast: bool = False) -> Fingerprint:
+        """The fingerprint of a model that scores clips of `frames` frames.
+
+        With `contrast` chosen answers are scored under the manipulated frames as well.
+        """
         vision = config.vision
         # What changes speed and memory only, or training only, is no difference.
         language = dataclasses.replace(config.language, dropout=0.0, remat=False)
@@ -102,9 +107,8 @@ class Fingerprint:
             model=hash_json(same.to_dict()),
             tokenizer=hash_json(json.loads(codec.tokenizer.to_str())),
             template=hash_json(codec.template.to_json()),
-            preprocessing=f"{vision.image_size} pixels, area, x / 127.5 - 1, "
-                          f"{config.connector.tokens_per_frame} tokens a frame",
-            bucket=f"{media}, {frames} frames",
+            preprocessing=_preprocessing(config),
+            bucket=f"{media}, {frames} frames{', right and manipulated' if contrast else ''}",
             dtype=config.dtype,
             attention=config.language.attention)
 
@@ -122,6 +126,15 @@ class Fingerprint:
                 "model, data and bucket.")
 
 
+def _preprocessing(config: ModelConfig) -> str:
+    vision = config.vision
+    if isinstance(vision, TowerConfig):
+        return (f"{vision.image_size} pixels, {vision.resize}, (x / 255 - {vision.mean}) / "
+                f"{vision.std}, {config.connector}")
+    return (f"{vision.image_size} pixels, area, x / 127.5 - 1, "
+            f"{config.connector.tokens_per_frame} tokens a frame")
+
+
 @dataclasses.dataclass(frozen=True)
 class Sidecar:
     """Scored pairs in memory.
@@ -130,6 +143,7 @@ class Sidecar:
       fingerprint: conditions under which all pairs were scored.
       digests: pair id -> hash_row of the pair.
       logps: pair id -> float32[2, A]; row 0 chosen, row 1 rejected, zero where there is no token.
+        With contrast float32[3, A]; row 2 is the chosen answer under the manipulated frames.
     """
 
     fingerprint: Fingerprint
@@ -138,7 +152,7 @@ class Sidecar:
     path: str = "<memory>"
 
     def lookup(self, pair_id: str, digest: str, answers: int | None = None) -> np.ndarray:
-        """float32[2, A] of one pair; SidecarMismatch when it is absent or shows other tokens.
+        """float32[2 or 3, A] of one pair; SidecarMismatch when it is absent or shows other tokens.
 
         Args:
           pair_id: example_id of the pair.
@@ -157,7 +171,7 @@ class Sidecar:
         logps = self.logps[pair_id]
         if answers is None:
             return logps
-        padded = np.zeros((2, max(answers, logps.shape[1])), np.float32)
+        padded = np.zeros((len(logps), max(answers, logps.shape[1])), np.float32)
         padded[:, : logps.shape[1]] = logps
         if padded[:, answers:].any():
             raise SidecarMismatch(
@@ -180,15 +194,16 @@ def write(path: epath.PathLike, sidecar: Sidecar) -> None:
         digests=np.asarray([sidecar.digests[i] for i in ids], dtype=str),
         logps=_stack([sidecar.logps[i] for i in ids]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{path.name}.tmp"
+    # A name of its own: several processes may write the same sidecar.
+    temporary = path.parent / f"{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     temporary.write_bytes(buffer.getvalue())
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def _stack(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """float32[n, 2, A] of rows float32[2, a] with a <= A, zeros at the end."""
+    """float32[n, k, A] of rows float32[k, a] with a <= A, zeros at the end."""
     longest = max((row.shape[1] for row in rows), default=0)
-    stacked = np.zeros((len(rows), 2, longest), np.float32)
+    stacked = np.zeros((len(rows), len(rows[0]) if rows else 2, longest), np.float32)
     for out, row in zip(stacked, rows, strict=True):
         out[:, : row.shape[1]] = row
     return stacked

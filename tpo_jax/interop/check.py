@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from tpo_jax.data.text import TextCodec
+from tpo_jax.interop.check_language import compare_language
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.heads import HEADS
 from tpo_jax.models.video_language import FunctionalModel
@@ -32,12 +33,14 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
     functional_model = FunctionalModel(config)
     other = _runtime(exported).VideoLanguageModel.from_folder(exported)
     visual, features = other.encode(frames, times)
+    layers = compare_language(model, epath.Path(exported) / "language_model")
     differences = {}
     for name in config.heads or ("",):
-        answer = f"<{name}>" if name else "nothing"
+        answer = HEADS[name].marker if name else "nothing"
         ours = _forward(functional_model, params, codec, frames, times, answer, name)
         differences["vision/patches"] = _difference(ours["patches"], features["patches"])
         differences["connector/visual"] = _difference(ours["visual"], visual)
+        differences |= layers
         head = HEADS[name] if name else None
         written = f"{head.routing_token}{head.slot_token}" if head else answer
         theirs = other.hidden(QUESTION, written, visual)
@@ -45,7 +48,8 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
         logits = other.language.lm_head(theirs)
         differences[f"logits/{name or 'hidden'}"] = _difference(ours["logits"], logits)
         if head:
-            states = getattr(other, name)(theirs[:, -1:], features)
+            prompt = [theirs[:, codec.after_visual : -2]] if head.reads_prompt else []
+            states = getattr(other, name)(theirs[:, -1:], features, *prompt)
             differences |= _head_differences(name, ours["head"], states)
     return differences
 
@@ -94,8 +98,13 @@ def _forward(
         out = {"patches": encoded.features.patches, "visual": encoded.visual, "hidden": hidden,
                "logits": hidden @ module.language.table.T}  # fmt: skip
         if head:
+            more = {}
+            if HEADS[head].reads_prompt:
+                # The question, between what closes the video and the routing token.
+                prompt = hidden[:, None, codec.after_visual : -2]
+                more = {"prompt": prompt, "prompt_valid": jnp.ones(prompt.shape[:3], bool)}
             states = hidden[:, -1:]
-            out["head"] = module.run_head(head, states, encoded.features, frames, valid)
+            out["head"] = module.run_head(head, states, encoded.features, frames, valid, **more)
         return out
 
     return run(params, frames, times)

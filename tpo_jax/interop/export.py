@@ -1,10 +1,13 @@
-"""A model folder as something PyTorch users open, and back again.
+"""A model folder as something PyTorch users open, and back again, leaf by leaf.
 
     language_model/            what `transformers` loads: config, safetensors, tokenizer, template
     tpo.safetensors            everything else, named by parameter path
     tpo_config.json            ModelConfig, the template and which leaves are where
     preprocessor_config.json   how frames become input
     tpo_torch.py               runs encoder, task tokens and heads on these files
+    adapter/                   LoRA adapters in PEFT's layout, where they are kept apart
+
+A language folder becomes the Hugging Face folder itself, and is imported from one.
 """
 
 import dataclasses
@@ -13,91 +16,179 @@ import shutil
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from etils import epath
 from tokenizers import Tokenizer
 
 from tpo_jax.data.text import ChatTemplate, TextCodec
-from tpo_jax.interop import huggingface
-from tpo_jax.interop.folder import load_model, preprocessor, save_model
-from tpo_jax.interop.mapping import Row, export_leaves, import_leaves, llama_rows
-from tpo_jax.models import lora
-from tpo_jax.models.config import LanguageConfig, ModelConfig
-from tpo_jax.parallel.paths import flatten, unflatten
+from tpo_jax.interop import folder, huggingface, peft
+from tpo_jax.interop.folder import SIDE_FILES, preprocessor
+from tpo_jax.interop.mapping import Row, export_leaves, import_leaves
+from tpo_jax.interop.tensors import LazyArray, read_file, write_file
+from tpo_jax.models.config import ModelConfig
 
 FORMAT_VERSION = 1
 _RUNTIME = "tpo_torch.py"
+RUNTIME_HEADS = ("region", "temporal", "cg_detr", "mask")  # that the PyTorch file runs
+_ADAPTER = "adapter"
 
 
 class ExportFolderError(ValueError):
     """An exported folder that is incomplete or was written by another version."""
 
 
-def _language_rows(config: LanguageConfig) -> list[Row]:
-    return llama_rows(tied=config.tied_head, qkv_bias=config.qkv_bias)
-
-
-def export_model(model: epath.PathLike, out: epath.PathLike) -> list[str]:
+def export_model(
+    model: epath.PathLike, out: epath.PathLike, keep_adapters: bool = False
+) -> list[str]:
     """Writes the exported folder; returns the names in it.
 
-    LoRA adapters are merged into their kernels. The folder appears whole or not at all.
-    """
-    config, params, codec = load_model(model)
-    if config.lora is not None:
-        params = lora.merge(params, config.lora)
-        config = dataclasses.replace(config, lora=None)
-    leaves = flatten(params)
-    language = {path: leaf for path, leaf in leaves.items() if path.startswith("language/")}
-    rest = {path: np.ascontiguousarray(leaf) for path, leaf in leaves.items()
-            if path not in language}  # fmt: skip
+    LoRA adapters are merged into their kernels, or kept apart where PEFT has a place for all of
+    them: in the language model. The folder appears whole or not at all.
 
+    Raises:
+      ExportFolderError, HuggingFaceError, MappingError, ModelFolderError: name what does not fit.
+    """
     final = epath.Path(out)
     temporary = final.with_name(final.name + ".tmp")
     if temporary.exists():
         temporary.rmtree()
-    (temporary / "language_model").mkdir(parents=True)
-    tensors = export_leaves(_language_rows(config.language), language)
-    _save(temporary / "language_model" / "model.safetensors", tensors)
-    huggingface.write_json(
-        temporary / "language_model" / "config.json",
-        huggingface.language_config_to_huggingface(config.language, codec),
-    )
-    huggingface.write_tokenizer(temporary / "language_model", codec)
-    _save(temporary / "tpo.safetensors", rest)
-    huggingface.write_json(temporary / "preprocessor_config.json", preprocessor(config))
-    huggingface.write_json(
-        temporary / "tpo_config.json",
-        {
-            "format_version": FORMAT_VERSION,
-            "model": config.to_dict(),
-            "template": codec.template.to_json(),
-        },
-    )
-    shutil.copyfile(epath.resource_path("tpo_jax") / "interop" / "torch_runtime" / _RUNTIME,
-                    temporary / _RUNTIME)  # fmt: skip
+    temporary.mkdir(parents=True)
+    if folder.holds_language_only(model):
+        _write_language(epath.Path(model), temporary)
+    else:
+        _write_whole(epath.Path(model), temporary, keep_adapters)
     if final.exists():
         final.rmtree()
     temporary.rename(final)
     return sorted(path.name for path in final.iterdir())
 
 
-def import_model(source: epath.PathLike, out: epath.PathLike) -> ModelConfig:
-    """Reads an exported folder back into a model folder, bit for bit.
+def _write_whole(model: epath.Path, out: epath.Path, keep_adapters: bool) -> None:
+    config, codec = folder.load_config(model), folder.load_codec(model)
+    if unknown := [name for name in config.heads if name not in RUNTIME_HEADS]:
+        raise ExportFolderError(
+            f"{model}: model.heads: {unknown} cannot be exported, {_RUNTIME} runs only "
+            f"{list(RUNTIME_HEADS)}; add them there and to RUNTIME_HEADS, or train without them"
+        )
+    leaves = folder.open_leaves(model)
+    # Rows of the padded vocabulary travel as well: the tokens of a later head may lie there.
+    vocabulary = config.language.vocab_size
+    rows = huggingface.language_rows(config.language, vocabulary)
+    if config.lora is not None and keep_adapters:
+        peft.write_adapter(out / _ADAPTER, leaves, config.lora, rows)
+        leaves = {p: x for p, x in leaves.items() if not p.endswith(("/lora_a", "/lora_b"))}
+    elif config.lora is not None:
+        leaves = peft.merged_leaves(leaves, config.lora)
+        config = dataclasses.replace(config, lora=None)
+    language = {path: leaf for path, leaf in leaves.items() if path.startswith("language/")}
+    rest = {path: leaf for path, leaf in leaves.items() if path not in language}
+    inner = out / "language_model"
+    inner.mkdir()
+    huggingface.write_tensors(inner, export_leaves(rows, language))
+    about = huggingface.huggingface_config(config.language, vocabulary) | {"dtype": "float32"}
+    about |= {f"{name}_token_id": codec.special_ids[f"<{name}>"] for name in ("pad", "bos", "eos")}
+    huggingface.write_json(inner / "config.json", about)
+    huggingface.write_tokenizer(inner, codec)
+    write_file(out / "tpo.safetensors", rest, {"format": "pt"})
+    huggingface.write_json(out / "preprocessor_config.json", preprocessor(config))
+    huggingface.write_json(
+        out / "tpo_config.json",
+        {
+            "format_version": FORMAT_VERSION,
+            "model": config.to_dict(),
+            "template": codec.template.to_json(),
+        },
+    )
+    runtime = epath.resource_path("tpo_jax") / "interop" / "torch_runtime" / _RUNTIME
+    shutil.copyfile(runtime, out / _RUNTIME)
+
+
+def _write_language(model: epath.Path, out: epath.Path) -> None:
+    """A language folder as the Hugging Face folder that it came from."""
+    if huggingface.model_type(model):
+        raise ExportFolderError(f"{model}: is in the Hugging Face layout already")
+    config, _ = folder.load_language(model)
+    rows = huggingface.language_rows(config, config.num_tokens)
+    huggingface.write_tensors(out, export_leaves(rows, folder.open_leaves(model)))
+    for file in (model / SIDE_FILES).iterdir():
+        (out / file.name).write_bytes(file.read_bytes())
+    codec = TextCodec.load(model)
+    if not _same_tokenizer(out / "tokenizer.json", codec):
+        (out / "tokenizer.json").write_text(codec.tokenizer.to_str(pretty=True))
+    published = json.loads((out / "config.json").read_text())
+    if huggingface.language_config(published) != config:
+        about = huggingface.huggingface_config(config, config.num_tokens, published)
+        huggingface.write_json(out / "config.json", about)
+
+
+def _same_tokenizer(file: epath.Path, codec: TextCodec) -> bool:
+    if not file.exists():
+        return False
+    return Tokenizer.from_str(file.read_text()).to_str() == codec.tokenizer.to_str()
+
+
+def import_model(
+    source: epath.PathLike,
+    out: epath.PathLike,
+    chat_template: str | None = None,
+    adapter: epath.PathLike | None = None,
+) -> dict[str, Any]:
+    """Reads an exported folder, or a language model's Hugging Face folder, into a model folder.
+
+    Args:
+      chat_template: Jinja text, for a Hugging Face folder that has none.
+      adapter: PEFT folder to merge into the language model.
+
+    Returns: what to tell about it: {"kind", "heads", "ignored"}.
 
     Raises:
-      ExportFolderError: not an exported folder, or one of another format version.
+      ExportFolderError: neither of them, or an export of another format version.
       MappingError: a tensor is missing, or one that no leaf uses is there.
     """
     path = epath.Path(source)
+    if not (path / "tpo_config.json").exists() and huggingface.model_type(path):
+        return _import_language(path, out, chat_template, adapter)
     about = _read_config(path)
     config = ModelConfig.from_dict(about["model"])
-    tensors = safetensors.numpy.load((path / "language_model/model.safetensors").read_bytes())
-    leaves = import_leaves(_language_rows(config.language), tensors)
-    leaves |= safetensors.numpy.load((path / "tpo.safetensors").read_bytes())
+    rows = huggingface.language_rows(config.language, config.language.vocab_size)
+    leaves = import_leaves(rows, huggingface.read_tensors(path / "language_model"))
+    leaves |= read_file(path / "tpo.safetensors")
+    if config.lora is not None:
+        adapters, _ = peft.read_adapter(path / _ADAPTER, rows, leaves)
+        leaves = peft.with_adapters(leaves, adapters)
+    if adapter is not None:
+        leaves = _with_merged(leaves, adapter, rows)
     tokenizer = Tokenizer.from_str((path / "language_model" / "tokenizer.json").read_text())
     codec = TextCodec(tokenizer, ChatTemplate.from_json(about["template"]))
-    save_model(out, config, unflatten(leaves), codec)
-    return config
+    folder.write_model(
+        out, config.to_dict(), leaves, codec, preprocessor=preprocessor(config)
+    )
+    return {"kind": "model", "heads": config.heads, "ignored": ()}
+
+
+def _import_language(
+    path: epath.Path,
+    out: epath.PathLike,
+    chat_template: str | None,
+    adapter: epath.PathLike | None,
+) -> dict[str, Any]:
+    language = huggingface.open_language(path)
+    leaves = language.leaves
+    if adapter is not None:
+        rows = huggingface.language_rows(language.config, language.config.num_tokens)
+        leaves = _with_merged(leaves, adapter, rows)
+    codec = huggingface.open_codec(path, chat_template)
+    about = folder.language_config_dict(language.config, language.dtype)
+    folder.write_model(out, about, leaves, codec, huggingface.side_files(path))
+    return {"kind": huggingface.model_type(path), "heads": (), "ignored": language.ignored}
+
+
+def _with_merged(
+    leaves: dict[str, LazyArray], adapter: epath.PathLike, rows: list[Row]
+) -> dict[str, LazyArray]:
+    adapters, config = peft.read_adapter(adapter, rows, leaves)
+    if any(path in leaves for path in adapters):
+        raise peft.AdapterError(f"{adapter}: the source has adapters of its own; merge them first")
+    return peft.merged_leaves(peft.with_adapters(leaves, adapters), config)
 
 
 def largest_difference(a: epath.PathLike, b: epath.PathLike) -> float:
@@ -106,12 +197,16 @@ def largest_difference(a: epath.PathLike, b: epath.PathLike) -> float:
     Raises:
       ExportFolderError: the folders do not have the same leaves.
     """
-    left, right = (flatten(load_model(folder)[1]) for folder in (a, b))
+    left, right = (folder.open_leaves(path) for path in (a, b))
     if left.keys() != right.keys():
         raise ExportFolderError(f"{a} and {b}: leaves {sorted(left.keys() ^ right.keys())} differ")
+    return max(_difference(left[path], right[path]) for path in left)
+
+
+def _difference(a: LazyArray, b: LazyArray) -> float:
     return max(
-        float(np.max(np.abs(left[path].astype(np.float64) - right[path].astype(np.float64))))
-        for path in left
+        float(np.max(np.abs(x.astype(np.float64) - y.astype(np.float64))))
+        for x, y in zip(a.blocks(), b.blocks(), strict=True)
     )
 
 
@@ -119,8 +214,8 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
     file = path / "tpo_config.json"
     if not file.exists():
         raise ExportFolderError(
-            f"{path}: has no tpo_config.json, so it is not a folder that `convert export` wrote; "
-            "other model families cannot be imported yet"
+            f"{path}: has no tpo_config.json, so it is not a folder that `convert export` wrote, "
+            f"and no config.json of {', '.join(huggingface.FAMILIES)}"
         )
     about = json.loads(file.read_text())
     if about["format_version"] != FORMAT_VERSION:
@@ -129,8 +224,3 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
             f"{FORMAT_VERSION}; export the model again"
         )
     return about
-
-
-def _save(path: epath.Path, tensors: dict[str, np.ndarray]) -> None:
-    # transformers refuses a file without this entry.
-    path.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))

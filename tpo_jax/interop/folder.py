@@ -5,38 +5,45 @@
     tokenizer.json, template.json     data.text.TextCodec
     preprocessor.json                 how frames become input, for programs that are not this one
 
+A language folder is one without eyes: its config.json has "language" and "dtype" alone, all of its
+parameters are below "language/", and huggingface/ keeps the small files that it was imported with.
+It is a start for training (with a preset for the rest), not a model that answers about videos. A
+Hugging Face folder of such a model serves as one as it is.
+
 A folder appears whole or not at all: it is written beside its final name and renamed.
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
-import safetensors
-import safetensors.numpy
 from etils import epath
 from jax.experimental import multihost_utils
 
 from tpo_jax.data.text import TextCodec
-from tpo_jax.models.config import ModelConfig
+from tpo_jax.interop import huggingface
+from tpo_jax.interop.tensors import (
+    LazyArray,
+    TensorFileError,
+    assign_shards,
+    lazy,
+    read_file,
+    shard_name,
+    write_file,
+)
+from tpo_jax.models.config import FORMAT_VERSION, LanguageConfig, ModelConfig
 from tpo_jax.parallel.paths import flatten, unflatten
 
 SHARD_BYTES = 15 * 2**20
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+SIDE_FILES = "huggingface"
+_METADATA = {"format": "tpo_jax"}
+_LANGUAGE_KEYS = {"format_version", "language", "dtype"}
+# Options of LanguageConfig that say how it runs, not what it computes.
+_RUNNING = ("dropout", "remat", "unroll", "attention")
 # The tables with one row (embed) or one column (lm_head) per token of the vocabulary.
 _TOKEN_AXIS = {"language/embed/table": 0, "language/lm_head/kernel": 1}
 
@@ -69,21 +76,15 @@ def save_model(
     Args:
       params: nested dict of jax.Array or numpy arrays.
     """
-    final = epath.Path(directory)
-    temporary = final.with_name(final.name + ".tmp")
     leaves = flatten(params)
-    shards = _assign_shards(leaves)
     writes = jax.process_index() == 0
-    if writes:
-        if temporary.exists():
-            temporary.rmtree()
-        temporary.mkdir(parents=True)
+    final = epath.Path(directory)
+    temporary = _start(final) if writes else None
+    shards = assign_shards(leaves, SHARD_BYTES)
     for index, paths in enumerate(shards, start=1):
-        tensors = {path: _to_host(leaves[path]) for path in paths}
+        tensors = {path: lazy(_to_host(leaves[path])) for path in paths}
         if writes:
-            name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-            data = safetensors.numpy.save(tensors, metadata={"format": "tpo_jax"})
-            (temporary / name).write_bytes(data)
+            write_file(temporary / shard_name(index, len(shards)), tensors, _METADATA)
     if writes:
         codec.save(temporary)
         _write_json(temporary / "preprocessor.json", preprocessor(model_config))
@@ -91,6 +92,45 @@ def save_model(
         _replace(temporary, final)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"save_model:{final}")
+
+
+def write_model(
+    directory: epath.PathLike,
+    config: Mapping[str, Any],
+    leaves: Mapping[str, LazyArray],
+    codec: TextCodec,
+    side_files: Mapping[str, bytes] | None = None,
+    preprocessor: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a folder leaf by leaf from a source that is read on demand; one process.
+
+    Args:
+      config: what config.json holds.
+      side_files: files to keep below huggingface/.
+    """
+    final = epath.Path(directory)
+    temporary = _start(final)
+    shards = assign_shards(leaves, SHARD_BYTES)
+    for index, paths in enumerate(shards, start=1):
+        tensors = {path: leaves[path] for path in paths}
+        write_file(temporary / shard_name(index, len(shards)), tensors, _METADATA)
+    codec.save(temporary)
+    if side_files:
+        (temporary / SIDE_FILES).mkdir()
+        for name, data in side_files.items():
+            (temporary / SIDE_FILES / name).write_bytes(data)
+    if preprocessor:
+        _write_json(temporary / "preprocessor.json", preprocessor)
+    _write_json(temporary / "config.json", config)
+    _replace(temporary, final)
+
+
+def _start(final: epath.Path) -> epath.Path:
+    temporary = final.with_name(final.name + ".tmp")
+    if temporary.exists():
+        temporary.rmtree()
+    temporary.mkdir(parents=True)
+    return temporary
 
 
 def preprocessor(model_config: ModelConfig) -> dict[str, Any]:
@@ -101,8 +141,8 @@ def preprocessor(model_config: ModelConfig) -> dict[str, Any]:
         "image_size": vision.image_size,
         "max_frames": vision.max_frames,
         "rescale_factor": 1 / 255,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
+        "image_mean": list(getattr(vision, "mean", (0.5, 0.5, 0.5))),
+        "image_std": list(getattr(vision, "std", (0.5, 0.5, 0.5))),
     }
 
 
@@ -112,21 +152,98 @@ def load_model(directory: epath.PathLike) -> tuple[ModelConfig, dict[str, Any], 
     Raises:
       ModelFolderError: not a complete model folder.
     """
+    model_config = load_config(directory)
+    leaves = {name: np.asarray(leaf) for name, leaf in open_leaves(directory).items()}
+    return model_config, unflatten(leaves), load_codec(directory)
+
+
+def load_config(directory: epath.PathLike, base: ModelConfig | None = None) -> ModelConfig:
+    """The ModelConfig of a model folder.
+
+    Args:
+      base: what to complete a language folder with: its sight, heads and options of running.
+    """
+    data = _read_config(directory)
+    if "vision" in data or "language" not in data and "model_type" not in data:
+        return ModelConfig.from_dict(data)
+    if base is None:
+        raise ModelFolderError(
+            f"{directory}: holds a language model alone; to train it with eyes, name model.preset "
+            "for the rest and list the new parameters in init_missing"
+        )
+    language, _ = load_language(directory)
+    running = {name: getattr(base.language, name) for name in _RUNNING}
+    return dataclasses.replace(
+        base, language=dataclasses.replace(language, **running), heads=(), tokens={},
+        visual_offset=load_codec(directory).template.visual_offset,
+    )  # fmt: skip
+
+
+def holds_language_only(directory: epath.PathLike) -> bool:
+    """Whether this is a language folder, ours or Hugging Face's."""
+    data = _read_config(directory)
+    return "vision" not in data and ("language" in data or "model_type" in data)
+
+
+def load_language(directory: epath.PathLike) -> tuple[LanguageConfig, str]:
+    """(config, dtype) of a language folder, ours or Hugging Face's."""
+    data = _read_config(directory)
+    if "model_type" in data:
+        source = huggingface.open_language(directory)
+        return source.config, source.dtype
+    if data.get("format_version") != FORMAT_VERSION or data.keys() != _LANGUAGE_KEYS:
+        raise ModelFolderError(
+            f"{directory}/config.json: {sorted(data)} of format_version "
+            f"{data.get('format_version')!r}; expected {sorted(_LANGUAGE_KEYS)} of version "
+            f"{FORMAT_VERSION}"
+        )
+    try:
+        return LanguageConfig(**data["language"]), data["dtype"]
+    except TypeError as error:  # an unknown or missing key
+        raise ModelFolderError(f"{directory}/config.json: language: {error}") from error
+
+
+def language_config_dict(config: LanguageConfig, dtype: str) -> dict[str, Any]:
+    """What config.json of a language folder holds."""
+    return {
+        "format_version": FORMAT_VERSION, "language": dataclasses.asdict(config), "dtype": dtype,
+    }  # fmt: skip
+
+
+def load_codec(directory: epath.PathLike) -> TextCodec:
+    """Tokenizer and template of a model folder, a language folder or a Hugging Face folder."""
     path = epath.Path(directory)
-    model_config = load_config(path)
-    leaves = {name: tensor for name, tensor in _read_tensors(path)}
-    return model_config, unflatten(leaves), TextCodec.load(path)
+    if not (path / "template.json").exists() and huggingface.model_type(path):
+        return huggingface.open_codec(path)
+    return TextCodec.load(path)
 
 
-def load_config(directory: epath.PathLike) -> ModelConfig:
-    """The ModelConfig of a model folder."""
+def open_leaves(directory: epath.PathLike) -> dict[str, LazyArray]:
+    """{path: array} of every parameter of a folder; only headers are read.
+
+    Raises:
+      ModelFolderError: a shard is missing or broken.
+    """
+    path = epath.Path(directory)
+    if huggingface.model_type(path):
+        return huggingface.open_language(path).leaves
+    leaves: dict[str, LazyArray] = {}
+    try:
+        for file in _shard_files(path):
+            leaves |= read_file(file)
+    except TensorFileError as error:
+        raise ModelFolderError(str(error)) from error
+    return leaves
+
+
+def _read_config(directory: epath.PathLike) -> dict[str, Any]:
     path = epath.Path(directory) / "config.json"
     if not path.exists():
         raise ModelFolderError(
             f"{path}: missing, so {directory} is not a complete model folder; "
             "give the folder that training wrote (workdir/model)"
         )
-    return ModelConfig.from_dict(json.loads(path.read_text()))
+    return json.loads(path.read_text())
 
 
 def load_into(
@@ -137,6 +254,8 @@ def load_into(
     new_tokens: Sequence[int] = (),
 ) -> Loaded:
     """Reads parameters by name into the shapes, dtypes and shardings asked for.
+
+    Each process reads the bytes that its devices hold, and no others.
 
     Args:
       abstract: nested dict of jax.ShapeDtypeStruct; leaves with a sharding are placed by it, the
@@ -153,13 +272,18 @@ def load_into(
     path = epath.Path(directory)
     wanted = flatten(abstract)
     missing = check_fits(abstract, path, init_missing=init_missing, new_tokens=new_tokens)
+    have = open_leaves(path)
     used_tokens = _used_tokens(path, new_tokens) if new_tokens else 0
     leaves: dict[str, jax.Array | np.ndarray] = {}
-    for name, tensor in _read_tensors(path):
+    for name in wanted:
+        if name not in have:
+            continue
+        tensor = have[name]
         if new_tokens and name in _TOKEN_AXIS:
-            tensor = _fill_new_tokens(tensor, _TOKEN_AXIS[name], used_tokens, new_tokens)
+            axis = _TOKEN_AXIS[name]
+            tensor = lazy(_fill_new_tokens(np.asarray(tensor), axis, used_tokens, new_tokens))
         leaves[name] = _place(tensor, wanted[name])
-    return Loaded({name: leaves[name] for name in wanted if name in leaves}, missing)
+    return Loaded(leaves, missing)
 
 
 def check_fits(
@@ -171,7 +295,8 @@ def check_fits(
 ) -> tuple[str, ...]:
     """Raises what `load_into` would raise, without reading a parameter; returns its `missing`."""
     path = epath.Path(directory)
-    missing = _check_names(path, flatten(abstract), _read_shapes(path), init_missing)
+    shapes = {name: leaf.shape for name, leaf in open_leaves(path).items()}
+    missing = _check_names(path, flatten(abstract), shapes, init_missing)
     if new_tokens:
         _used_tokens(path, new_tokens)
     return missing
@@ -190,21 +315,6 @@ def added_tokens(old: ModelConfig, new: ModelConfig) -> tuple[int, ...]:
                 "here; take the tokenizer from the folder (tokenizer='')"
             )
     return tuple(sorted(new.tokens[token] for token in new.tokens.keys() - old.tokens.keys()))
-
-
-def _assign_shards(leaves: Mapping[str, Any]) -> list[list[str]]:
-    """Paths by shard: in order, a new shard where the next leaf would pass SHARD_BYTES."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for path, leaf in leaves.items():
-        size = int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-        # The header takes some bytes per tensor; 256 is more than a path and its numbers.
-        if shards[-1] and filled + size + 256 > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(path)
-        filled += size + 256
-    return shards
 
 
 def _to_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
@@ -243,37 +353,6 @@ def _shard_files(path: epath.Path) -> list[epath.Path]:
             f"{' or '.join(map(str, sorted(counts))) or 'an unknown number'}; copy the folder again"
         )
     return files
-
-
-def _read_tensors(path: epath.Path) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, array) of every parameter, one shard in memory at a time."""
-    for file in _shard_files(path):
-        try:
-            entries = safetensors.deserialize(file.read_bytes())
-        except safetensors.SafetensorError as error:
-            raise ModelFolderError(
-                f"{file}: not a safetensors file ({error}); copy it again"
-            ) from error
-        for name, entry in entries:
-            array = np.frombuffer(entry["data"], dtype=_DTYPES[entry["dtype"]])
-            yield name, array.reshape(entry["shape"])
-
-
-def _read_shapes(path: epath.Path) -> dict[str, tuple[int, ...]]:
-    """{path: shape} from the headers (8 bytes of length, then JSON) alone."""
-    shapes = {}
-    for file in _shard_files(path):
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            try:
-                header = json.loads(stream.read(length))
-            except (ValueError, OverflowError, MemoryError) as error:
-                raise ModelFolderError(
-                    f"{file}: not a safetensors file ({error}); copy it again"
-                ) from error
-        header.pop("__metadata__", None)
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items()}
-    return shapes
 
 
 def _check_names(
@@ -319,7 +398,7 @@ def _matching(regexes: Iterable[str], names: Iterable[str]) -> list[str]:
 
 def _used_tokens(path: epath.Path, new_tokens: Sequence[int]) -> int:
     """Vocabulary size of the folder's own tokenizer."""
-    used = TextCodec.load(path).vocab_size
+    used = load_codec(path).vocab_size
     if min(new_tokens) < used:
         raise ModelFolderError(
             f"{path}: token id {min(new_tokens)} is new to this model, but the folder's tokenizer "
@@ -337,10 +416,15 @@ def _fill_new_tokens(
     return np.moveaxis(rows, 0, axis)
 
 
-def _place(tensor: np.ndarray, wanted: jax.ShapeDtypeStruct) -> jax.Array | np.ndarray:
-    tensor = tensor.astype(wanted.dtype)
+def _place(tensor: LazyArray, wanted: jax.ShapeDtypeStruct) -> jax.Array | np.ndarray:
     if wanted.sharding is None:
-        return tensor
-    return jax.make_array_from_callback(
-        tensor.shape, wanted.sharding, lambda index: tensor[index]
-    )
+        return np.asarray(tensor).astype(wanted.dtype, copy=False)
+    parts: dict[Any, np.ndarray] = {}  # devices that hold copies share what was read
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple(s.indices(n) for s, n in zip(index, tensor.shape, strict=True))
+        if key not in parts:
+            parts[key] = tensor[index].astype(wanted.dtype, copy=False)
+        return parts[key]
+
+    return jax.make_array_from_callback(tensor.shape, wanted.sharding, read)

@@ -3,13 +3,19 @@
 A row names one leaf of ours and its tensor(s) on the other side. "{layer}" in the other side's key
 stands for the index along the leading axis of a stacked leaf: one leaf of ours is then as many
 tensors of theirs. Every leaf and every tensor is used exactly once or the conversion is refused.
+
+Conversions are lazy: rows turn `LazyArray`s into `LazyArray`s, and nothing is read before somebody
+asks for a part of the result. Numpy arrays go through as well and come out as numpy arrays.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+from tpo_jax.interop.tensors import LazyArray, entry, lazy, resized, stacked, transposed
 
 
 class MappingError(ValueError):
@@ -24,54 +30,97 @@ class Row:
       ours: parameter path, "/"-joined.
       theirs: tensor key; with "{layer}" the leaf is stacked over layers.
       transpose: the other side stores `[out, in]` where we store `[in, out]`.
+      rows: (theirs, ours): length of the other side's first axis, which we lengthen with zeros.
+      first, step: entry i of a stacked leaf is their layer first + i * step.
     """
 
     ours: str
     theirs: str
     transpose: bool = False
+    rows: tuple[int, int] | None = None
+    first: int = 0
+    step: int = 1
 
     @property
     def stacked(self) -> bool:
         return "{layer}" in self.theirs
 
-    def _oriented(self, leaf: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(np.swapaxes(leaf, -1, -2)) if self.transpose else leaf
+    def outward(self, leaf: Any) -> dict[str, LazyArray]:
+        """Our leaf as the other side's tensors.
 
-    def outward(self, leaf: np.ndarray) -> dict[str, np.ndarray]:
-        """Our leaf as the other side's tensors."""
+        Raises:
+          MappingError: rows that the other side does not have are not zero.
+        """
+        leaf = lazy(leaf)
         if not self.stacked:
-            return {self.theirs: self._oriented(leaf)}
+            return {self.theirs: self._outward(leaf)}
         return {
-            self.theirs.format(layer=layer): self._oriented(part)
-            for layer, part in enumerate(leaf)
+            self.theirs.format(layer=self.first + layer * self.step): self._outward(
+                entry(leaf, layer)
+            )
+            for layer in range(leaf.shape[0])
         }
 
-    def inward(self, tensors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[str]]:
+    def inward(self, tensors: Mapping[str, Any]) -> tuple[LazyArray, list[str]]:
         """The other side's tensors as our leaf, and the keys that were used.
 
         Raises:
-          MappingError: a tensor is missing, or the layers are not numbered 0, 1, 2, ...
+          MappingError: a tensor is missing, or the layers are not numbered 0, 1, 2, ... or differ
+            in shape or dtype.
         """
         if not self.stacked:
             if self.theirs not in tensors:
                 raise MappingError(f"{self.ours}: tensor {self.theirs!r} is missing in the source")
-            return self._oriented(tensors[self.theirs]), [self.theirs]
-        keys = _layer_keys(self.theirs, tensors)
+            return self._inward(lazy(tensors[self.theirs])), [self.theirs]
+        keys = _layer_keys(self.theirs, tensors, self.first, self.step)
         if not keys:
             raise MappingError(f"{self.ours}: no tensor {self.theirs!r} in the source")
-        return np.stack([self._oriented(tensors[key]) for key in keys]), keys
+        parts = [lazy(tensors[key]) for key in keys]
+        for key, part in zip(keys, parts, strict=True):
+            if (part.shape, part.dtype) != (parts[0].shape, parts[0].dtype):
+                raise MappingError(
+                    f"{self.ours}: tensor {key!r} is {part.dtype}{list(part.shape)}, but "
+                    f"{keys[0]!r} is {parts[0].dtype}{list(parts[0].shape)}"
+                )
+        return stacked([self._inward(part) for part in parts]), keys
+
+    def _outward(self, part: LazyArray) -> LazyArray:
+        part = transposed(part) if self.transpose else part
+        if self.rows is None or self.rows[0] == part.shape[0]:
+            return part
+        theirs = self.rows[0]
+        if np.any(part[theirs:] != 0):
+            raise MappingError(
+                f"{self.ours}: entries from {theirs} on are not zero, but the other side has only "
+                f"{theirs}; set num_tokens to what is in use"
+            )
+        return resized(part, theirs)
+
+    def _inward(self, part: LazyArray) -> LazyArray:
+        if self.rows is not None:
+            if part.shape[0] != self.rows[0]:
+                raise MappingError(
+                    f"{self.ours}: tensor {self.theirs!r} has {part.shape[0]} rows, the "
+                    f"configuration says {self.rows[0]}"
+                )
+            part = resized(part, self.rows[1])
+        return transposed(part) if self.transpose else part
 
 
-def _layer_keys(template: str, names: Iterable[str]) -> list[str]:
-    """Keys that fit `template`, in layer order, which must be 0, 1, 2, ... without a gap."""
+def _layer_keys(template: str, names: Iterable[str], first: int, step: int) -> list[str]:
+    """Keys that fit `template`, of layers first, first + step, ... without a gap; layers between
+    them belong to other rows."""
     pattern = re.compile(re.escape(template).replace(r"\{layer\}", r"(\d+)") + r"\Z")
     found = {int(m.group(1)): name for name in names if (m := pattern.match(name))}
-    if sorted(found) != list(range(len(found))):
-        raise MappingError(f"{template!r}: layers {sorted(found)} are not 0..{len(found) - 1}")
-    return [found[i] for i in range(len(found))]
+    numbers = sorted(number for number in found if number % step == first)
+    if numbers != [first + i * step for i in range(len(numbers))]:
+        raise MappingError(
+            f"{template!r}: layers {numbers} do not run from {first} in steps of {step}"
+        )
+    return [found[number] for number in numbers]
 
 
-def export_leaves(rows: Sequence[Row], leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def export_leaves(rows: Sequence[Row], leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Our flat leaves as the other side's tensors.
 
     Raises:
@@ -84,18 +133,18 @@ def export_leaves(rows: Sequence[Row], leaves: Mapping[str, np.ndarray]) -> dict
     absent = sorted(set(by_path) - set(leaves))
     if unmapped or absent:
         raise MappingError(f"leaves without a row: {unmapped}; rows without a leaf: {absent}")
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Any] = {}
     for path, leaf in leaves.items():
-        for key, tensor in by_path[path].outward(np.asarray(leaf)).items():
+        for key, tensor in by_path[path].outward(leaf).items():
             if key in tensors:
                 raise MappingError(f"{path}: tensor {key!r} is written twice")
-            tensors[key] = tensor
+            tensors[key] = _like(leaf, tensor)
     return tensors
 
 
 def import_leaves(
-    rows: Sequence[Row], tensors: Mapping[str, np.ndarray], ignored: Sequence[str] = ()
-) -> dict[str, np.ndarray]:
+    rows: Sequence[Row], tensors: Mapping[str, Any], ignored: Sequence[str] = ()
+) -> dict[str, Any]:
     """The other side's tensors as our flat leaves.
 
     Args:
@@ -104,10 +153,11 @@ def import_leaves(
     Raises:
       MappingError: missing tensors, or tensors that no row uses and `ignored` does not name.
     """
-    leaves: dict[str, np.ndarray] = {}
+    leaves: dict[str, Any] = {}
     used: set[str] = set()
     for row in rows:
-        leaves[row.ours], keys = row.inward(tensors)
+        leaf, keys = row.inward(tensors)
+        leaves[row.ours] = _like(tensors[keys[0]], leaf)
         used.update(keys)
     rest = sorted(set(tensors) - used)
     unknown = [key for key in rest if not any(re.fullmatch(p, key) for p in ignored)]
@@ -116,27 +166,50 @@ def import_leaves(
     return leaves
 
 
-def llama_rows(*, tied: bool, qkv_bias: bool, prefix: str = "language/") -> list[Row]:
-    """Rows between our language model and Llama, Mistral or Qwen2 in the Hugging Face layout.
+def _like(source: Any, result: LazyArray) -> Any:
+    return result if isinstance(source, LazyArray) else np.ascontiguousarray(result)
 
-    The key names are those of `transformers`' modeling_llama.py and modeling_qwen2.py.
+
+def llama_rows(
+    *,
+    tied: bool,
+    qkv_bias: bool,
+    output_bias: bool = False,
+    qk_norm: bool = False,
+    vocabulary: tuple[int, int] | None = None,
+    prefix: str = "language/",
+    body: str = "model.",
+    head: str = "lm_head.weight",
+) -> list[Row]:
+    """Rows between our language model and Hugging Face's Llama, Mistral, Qwen2 and Qwen3.
+
+    The key names are those of `transformers`' modeling_llama.py, modeling_mistral.py,
+    modeling_qwen2.py and modeling_qwen3.py.
+
+    Args:
+      vocabulary: rows of the token tables, (theirs, ours).
+      body, head: where the model is on the other side; a multimodal one has it at another place.
     """
-    layer = "model.layers.{layer}."
+    layer = body + "layers.{layer}."
     rows = [
-        Row(f"{prefix}embed/table", "model.embed_tokens.weight"),
-        Row(f"{prefix}final_norm/scale", "model.norm.weight"),
+        Row(f"{prefix}embed/table", f"{body}embed_tokens.weight", rows=vocabulary),
+        Row(f"{prefix}final_norm/scale", f"{body}norm.weight"),
     ]
     for name in ("input_layernorm", "post_attention_layernorm"):
         rows.append(Row(f"{prefix}layers/{name}/scale", f"{layer}{name}.weight"))
+    for name in ("q_norm", "k_norm") if qk_norm else ():
+        rows.append(
+            Row(f"{prefix}layers/self_attn/{name}/scale", f"{layer}self_attn.{name}.weight")
+        )
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         path, key = f"{prefix}layers/self_attn/{name}/", f"{layer}self_attn.{name}."
         rows.append(Row(path + "kernel", key + "weight", transpose=True))
-        if qkv_bias and name != "o_proj":
+        if output_bias if name == "o_proj" else qkv_bias:
             rows.append(Row(path + "bias", key + "bias"))
     rows += [
         Row(f"{prefix}layers/mlp/{n}/kernel", f"{layer}mlp.{n}.weight", transpose=True)
         for n in ("gate_proj", "up_proj", "down_proj")
     ]
     if not tied:
-        rows.append(Row(f"{prefix}lm_head/kernel", "lm_head.weight", transpose=True))
+        rows.append(Row(f"{prefix}lm_head/kernel", head, transpose=True, rows=vocabulary))
     return rows

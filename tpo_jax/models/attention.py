@@ -5,6 +5,10 @@ carry the same segment id. A prefix attends to itself with offset 0; a branch at
 [prefix || itself] with offset P. Padding is segment 0 on both sides: a padded query sees padded
 keys, itself included, so that no row of the softmax is ever empty.
 
+A sliding window w hides keys that lie w or more tokens back. `attention` counts that distance by
+index. Branches count it by position, because padding may stand between a prefix and its branches;
+the kernels count by index in prefixes whose padding is moved to the front.
+
 Backends: "xla" (everywhere), "cudnn" (NVIDIA, 16-bit), "splash" (TPU Pallas kernel, which never
 materialises logits), "splash_interpret" (the same kernel, slowly, on any device).
 """
@@ -35,6 +39,7 @@ def attention(
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
     causal_offset: int | None = None,
+    window: int | None = None,
     backend: str = "xla",
 ) -> jax.Array:
     """Grouped-query attention with a float32 softmax.
@@ -44,27 +49,30 @@ def attention(
       k, v: float[B, S, G, H] with N a multiple of G.
       q_segments, kv_segments: int32[B, T], int32[B, S], both or neither.
       causal_offset: static offset of the causal rule; None lets every query see every key.
+      window: key j is visible to query i only if j > i + causal_offset - window; static.
       backend: one of BACKENDS.
 
     Returns: float[B, T, N, H] in the dtype of q.
     """
     if (q_segments is None) != (kv_segments is None):
         raise ValueError("attention: q_segments and kv_segments must be given together")
+    if window is not None and causal_offset is None:
+        raise ValueError(f"attention: window={window} needs a causal_offset")
     if q_segments is None and causal_offset is not None:
         q_segments, kv_segments = (jnp.ones(x.shape[:2], jnp.int32) for x in (q, k))
     if backend == "xla":
         logits = _logits(q, k)
-        mask = _mask(q.shape[1], causal_offset, q_segments, kv_segments)
+        mask = _mask(q.shape[1], causal_offset, q_segments, kv_segments, window)
         if mask is not None:
             logits = jnp.where(mask, logits, MASKED)
         return _combine(jax.nn.softmax(logits, axis=-1).astype(q.dtype), v)
     if backend == "cudnn":
-        mask = _mask(q.shape[1], causal_offset, q_segments, kv_segments)
+        mask = _mask(q.shape[1], causal_offset, q_segments, kv_segments, window)
         mask = None if mask is None else mask[:, :, :, 0]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     if backend in ("splash", "splash_interpret"):
         interpret = backend == "splash_interpret"
-        return _splash(q, k, v, q_segments, kv_segments, causal_offset, interpret)
+        return _splash(q, k, v, q_segments, kv_segments, causal_offset, window, interpret)
     raise ValueError(f"attention: backend {backend!r} is unknown; use one of {BACKENDS}")
 
 
@@ -79,6 +87,8 @@ def branch_attention(
     prefix_segments: jax.Array,
     own_segments: jax.Array,
     own_offset: int | jax.Array = 0,
+    window: int | None = None,
+    positions: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     backend: str = "xla",
 ) -> jax.Array:
     """K branches of a row attend to the row's prefix and each to itself.
@@ -93,13 +103,17 @@ def branch_attention(
 
     Returns: float[B, K, T, N, H].
     """
+    if (window is None) != (positions is None):
+        raise ValueError("branch_attention: window and positions must be given together")
     if backend == "xla" or not isinstance(own_offset, int):
         return _two_part_attention(
             q, prefix_k, prefix_v, own_k, own_v, q_segments, prefix_segments, own_segments,
-            own_offset,
-        )
+            own_offset, window, positions,
+        )  # fmt: skip
     B, K, T = q.shape[:3]
     P = prefix_k.shape[1]
+    if window is not None:
+        prefix_k, prefix_v, prefix_segments = _padding_first(prefix_k, prefix_v, prefix_segments)
 
     def fold(x):
         return x.reshape(B * K, *x.shape[2:])
@@ -110,14 +124,25 @@ def branch_attention(
     out = attention(
         fold(q), joined(prefix_k, own_k), joined(prefix_v, own_v),
         q_segments=fold(q_segments), kv_segments=joined(prefix_segments, own_segments),
-        causal_offset=P + own_offset, backend=backend,
+        causal_offset=P + own_offset, window=window, backend=backend,
     )  # fmt: skip
     return out.reshape(q.shape)
 
 
+def _padding_first(k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple[jax.Array, ...]:
+    """[B, P, ...] with the padding behind each row's last token moved before its first."""
+    P = segments.shape[1]
+    real = segments > 0
+    last = jnp.max(jnp.where(real, jnp.arange(P) + 1, 0), axis=1)
+    order = (jnp.arange(P) + last[:, None]) % P
+    k, v = (jnp.take_along_axis(x, order[..., None, None], axis=1) for x in (k, v))
+    return k, v, jnp.take_along_axis(segments, order, axis=1)
+
+
 def _two_part_attention(
-    q, prefix_k, prefix_v, own_k, own_v, q_segments, prefix_segments, own_segments, own_offset
-):
+    q, prefix_k, prefix_v, own_k, own_v, q_segments, prefix_segments, own_segments, own_offset,
+    window, positions,
+):  # fmt: skip
     """One softmax over prefix and own logits; the prefix is never repeated K times."""
     B, K, T, N, H = q.shape
 
@@ -126,8 +151,12 @@ def _two_part_attention(
 
     # All K * T queries of a row are one long query axis against its prefix.
     rows_mask = _mask(K * T, None, q_segments.reshape(B, K * T), prefix_segments)
-    to_prefix = jnp.where(rows_mask, _logits(q.reshape(B, K * T, N, H), prefix_k), MASKED)
     own_mask = _mask(T, own_offset, fold(q_segments), fold(own_segments))
+    if window is not None:
+        q_positions, prefix_positions, own_positions = positions
+        rows_mask &= _near(q_positions.reshape(B, K * T), prefix_positions, window)
+        own_mask &= _near(fold(q_positions), fold(own_positions), window)
+    to_prefix = jnp.where(rows_mask, _logits(q.reshape(B, K * T, N, H), prefix_k), MASKED)
     to_own = jnp.where(own_mask, _logits(fold(q), fold(own_k)), MASKED)
 
     def per_query(x):
@@ -177,18 +206,28 @@ def _combine(weights: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.swapaxes(out, 1, 2).reshape(B, T, G * n, -1)
 
 
-def _mask(T: int, causal_offset, q_segments, kv_segments) -> jax.Array | None:
+def _near(q_positions: jax.Array, kv_positions: jax.Array, window: int) -> jax.Array:
+    """int32[B, T], int32[B, S] -> bool[B, 1, T, 1, S], by position."""
+    distance = q_positions[:, :, None] - kv_positions[:, None, :]
+    return (distance < window)[:, None, :, None, :]
+
+
+def _mask(T: int, causal_offset, q_segments, kv_segments, window=None) -> jax.Array | None:
     """bool broadcastable to [B, 1, T, 1, S]; None where everything is visible."""
     if q_segments is None:
         return None
     mask = q_segments[:, None, :, None, None] == kv_segments[:, None, None, None, :]
     if causal_offset is None:
         return mask
-    S = kv_segments.shape[1]
-    return mask & (jnp.arange(S) <= jnp.arange(T)[:, None, None] + causal_offset)
+    keys = jnp.arange(kv_segments.shape[1])
+    last = jnp.arange(T)[:, None, None] + causal_offset
+    mask &= keys <= last
+    return mask if window is None else mask & (keys > last - window)
 
 
-def _splash(q, k, v, q_segments, kv_segments, causal_offset, interpret: bool) -> jax.Array:
+def _splash(
+    q, k, v, q_segments, kv_segments, causal_offset, window, interpret: bool
+) -> jax.Array:
     """The Pallas kernel, per example and vmapped; lengths padded to whole blocks."""
     B, T, N, H = q.shape
     S = k.shape[1]
@@ -209,7 +248,7 @@ def _splash(q, k, v, q_segments, kv_segments, causal_offset, interpret: bool) ->
     kv_segments = lengthen(kv_segments + 1, padded_s) - 1
 
     def local(q, k, v, q_segments, kv_segments):
-        kernel = _splash_kernel(padded_t, padded_s, q.shape[1], causal_offset, interpret)
+        kernel = _splash_kernel(padded_t, padded_s, q.shape[1], causal_offset, window, interpret)
         segments = splash_attention_kernel.SegmentIds(q=q_segments, kv=kv_segments)
         return jax.vmap(kernel)(q, k, v, segments)
 
@@ -234,10 +273,14 @@ def _per_device(function, kv_heads: int):
     )  # fmt: skip
 
 
-def _splash_kernel(T: int, S: int, heads: int, causal_offset: int | None, interpret: bool):
+def _splash_kernel(
+    T: int, S: int, heads: int, causal_offset: int | None, window: int | None, interpret: bool
+):
     masks = splash_attention_mask
     if causal_offset is None:
         mask = masks.FullMask((T, S))
+    elif window is not None:
+        mask = masks.LocalMask((T, S), window_size=(window - 1, 0), offset=causal_offset)
     else:
         mask = masks.CausalMask((T, S), offset=causal_offset)
     return splash_attention_kernel.make_splash_mha(

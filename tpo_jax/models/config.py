@@ -11,20 +11,18 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from tpo_jax.models.checks import require as _require
+from tpo_jax.models.checks import require_positive as _require_positive
+from tpo_jax.models.connectors.config import MlpConnectorConfig, QFormerConfig
+from tpo_jax.models.rope import RopeScaling
+from tpo_jax.models.towers.config import KINDS as TOWER_KINDS
+from tpo_jax.models.towers.config import TowerConfig
+
 FORMAT_VERSION = 1
 VOCABULARY_MULTIPLE = 128
 DTYPES = ("float32", "bfloat16")
-
-
-def _require(condition: bool, field: str, value: Any, reason: str) -> None:
-    if not condition:
-        raise ValueError(f"model config: {field}={value!r}: {reason}")
-
-
-def _require_positive(config: Any, prefix: str, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
-        _require(value > 0, f"{prefix}.{field}", value, "must be above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +115,15 @@ class ConnectorConfig:
     def tokens_per_frame(self) -> int:
         return self.grid**2
 
-    def num_visual_tokens(self, frames: int) -> int:
-        """Tokens that a clip of `frames` frames puts into the prefix."""
-        return frames * self.tokens_per_frame
+    def visual_frames(self, frames: int, grid: int) -> np.ndarray:
+        """int32[V]: the frame that must be there for each visual token to be there."""
+        del grid
+        return np.repeat(np.arange(frames, dtype=np.int32), self.tokens_per_frame)
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageConfig:
-    """Decoder of the Llama / Mistral / Qwen2 family.
+    """Decoder of the Llama / Mistral / Qwen2 / Qwen3 family.
 
     `vocab_size` counts table rows (a multiple of 128); `num_tokens` counts ids in use: logits of
     the rows from there on are padding and have to be masked by whoever normalises over them.
@@ -139,8 +138,15 @@ class LanguageConfig:
     mlp_width: int
     num_tokens: int | None = None
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_epsilon: float = 1e-6
     qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's last matrix
+    qk_norm: bool = False  # queries and keys are normalised per head before they are turned
+    # A token sees itself and the sliding_window - 1 tokens before it; the first full_layers layers
+    # see everything.
+    sliding_window: int | None = None
+    full_layers: int = 0
     tied_head: bool = False
     dropout: float = 0.0
     # Recompute each layer in the backward pass / one program per layer instead of a loop.
@@ -172,6 +178,16 @@ class LanguageConfig:
             self.head_dim % 2 == 0, "language.head_dim", self.head_dim,
             "must be even (rotary positions turn pairs)",
         )
+        if isinstance(self.rope_scaling, Mapping):  # as read from a file
+            object.__setattr__(self, "rope_scaling", RopeScaling.from_dict(self.rope_scaling))
+        _require(
+            self.sliding_window is None or self.sliding_window > 0, "language.sliding_window",
+            self.sliding_window, "must be above 0, or None",
+        )
+        _require(
+            0 <= self.full_layers <= self.depth, "language.full_layers", self.full_layers,
+            f"must be in 0..depth={self.depth}",
+        )
         _require(
             0.0 <= self.dropout < 1.0, "language.dropout", self.dropout, "must be in [0, 1)"
         )
@@ -180,6 +196,15 @@ class LanguageConfig:
             self.attention in backends, "language.attention", self.attention,
             f"use one of {backends}",
         )
+
+    @property
+    def windows(self) -> tuple[tuple[int, int, int | None], ...]:
+        """Runs of layers of one kind: (first, behind the last, window or None)."""
+        if self.sliding_window is None:
+            return ((0, self.depth, None),)
+        cut = self.full_layers
+        runs = ((0, cut, None), (cut, self.depth, self.sliding_window))
+        return tuple(run for run in runs if run[0] < run[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,10 +243,13 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides the shapes and the meaning of the parameters."""
+    """Everything that decides the shapes and the meaning of the parameters.
 
-    vision: VisionConfig
-    connector: ConnectorConfig
+    vision and connector are this project's own, or published ones, which have a `kind`.
+    """
+
+    vision: VisionConfig | TowerConfig
+    connector: ConnectorConfig | MlpConnectorConfig | QFormerConfig
     language: LanguageConfig
     head: HeadConfig
     # Names of registered task heads (models/heads), in any order.
@@ -236,9 +264,20 @@ class ModelConfig:
     def __post_init__(self):
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"use one of {DTYPES}")
         _require(self.visual_offset >= 0, "visual_offset", self.visual_offset, "must be 0 or more")
+        if isinstance(self.connector, ConnectorConfig):
+            _require(
+                self.vision.grid % self.connector.grid == 0, "connector.grid",
+                self.connector.grid,
+                f"must divide the patch grid {self.vision.grid} (image_size / stem strides)",
+            )
+        elif getattr(self.connector, "class_token", False):
+            _require(
+                getattr(self.vision, "kind", "") in ("clip", "languagebind"),
+                "connector.class_token", True, "the vision tower has no class token",
+            )
         _require(
-            self.vision.grid % self.connector.grid == 0, "connector.grid", self.connector.grid,
-            f"must divide the patch grid {self.vision.grid} (image_size / stem strides)",
+            not self.heads or getattr(self.vision, "resize", "") != "crop", "heads", self.heads,
+            'boxes and masks are of whole frames, which vision.resize="crop" does not show',
         )
         _require(
             self.vision.image_size % self.head.mask_stride == 0, "head.mask_stride",
@@ -258,8 +297,14 @@ class ModelConfig:
         """Side of the mask head's logits and targets, in cells."""
         return self.vision.image_size // self.head.mask_stride
 
+    def visual_frames(self, frames: int) -> np.ndarray:
+        """int32[V]: for each visual token of a clip of `frames` frames, the frame that must be
+        there for the token to be there (0: always)."""
+        return self.connector.visual_frames(frames, self.vision.grid)
+
     def num_visual_tokens(self, frames: int) -> int:
-        return self.connector.num_visual_tokens(frames)
+        """Tokens that a clip of `frames` frames puts into the prefix."""
+        return len(self.visual_frames(frames))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` is its inverse."""
@@ -286,6 +331,22 @@ _NESTED = {
 }  # fmt: skip
 
 
+_KINDS = {
+    "vision": dict.fromkeys(TOWER_KINDS, TowerConfig),
+    "connector": {"mlp": MlpConnectorConfig, "qformer": QFormerConfig},
+}
+
+
+def _nested_class(name: str, value: Any) -> type:
+    """The class of a part; a published tower or connector says its kind."""
+    kinds = _KINDS.get(name, {})
+    if not kinds or not isinstance(value, Mapping) or "kind" not in value:
+        return _NESTED[name]
+    kind = value["kind"]
+    _require(kind in kinds, f"{name}.kind", kind, f"use one of {sorted(kinds)}")
+    return kinds[kind]
+
+
 def _from_dict(cls: type, data: Any, prefix: str) -> Any:
     _require(isinstance(data, Mapping), prefix or "config", data, "must be an object")
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -302,7 +363,7 @@ def _from_dict(cls: type, data: Any, prefix: str) -> Any:
             continue
         value = data[name]
         if cls is ModelConfig and name in _NESTED and value is not None:
-            value = _from_dict(_NESTED[name], value, f"{name}.")
+            value = _from_dict(_nested_class(name, value), value, f"{name}.")
         values[name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
 

@@ -1,4 +1,4 @@
-"""Decoder-only language model of the Llama / Mistral / Qwen2 family, over prefix and branches.
+"""Decoder-only language model of the Llama / Mistral / Qwen family, over prefix and branches.
 
 A row is one prefix and K branches that do not see each other. `prefill` runs the prefix and returns
 its key/value cache; `extend` runs the branches against it, all at once in training, or some tokens
@@ -8,6 +8,9 @@ at a time with a cache of their own in generation.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ from flax import nnx
 from tpo_jax.models.attention import attention, branch_attention
 from tpo_jax.models.config import LanguageConfig
 from tpo_jax.models.layers import Linear, RMSNorm, Rngs, dropout, fold_rows, run_layers, stack
+from tpo_jax.models.rope import rotary_tables, rotate
 
 
 @jax.tree_util.register_dataclass
@@ -25,26 +29,13 @@ class KVCache:
 
     k, v: float[L, B, P, G, H] for a prefix, float[L, B, K, R, G, H] for branches.
     segments: None for a prefix; int32[B, K, R] for branches, segment of each cached token.
+    positions: int32 of the shape of the cached tokens; None in a model without a sliding window.
     """
 
     k: jax.Array
     v: jax.Array
     segments: jax.Array | None = None
-
-
-def rotary_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """int32[...] -> cos, sin float32[..., 1, H/2] (an axis for the heads)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary positions in the half-rotation layout: pairs are (i, i + H/2). float[..., N, H]."""
-    cos, sin = tables
-    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-    return turned.astype(x.dtype)
+    positions: jax.Array | None = None
 
 
 class DecoderAttention(nnx.Module):
@@ -56,7 +47,12 @@ class DecoderAttention(nnx.Module):
         self.k_proj = Linear(config.width, kv_width, bias=bias, rngs=rngs)
         self.v_proj = Linear(config.width, kv_width, bias=bias, rngs=rngs)
         scale = (2.0 * config.depth) ** -0.5
-        self.o_proj = Linear(query_width, config.width, bias=False, rngs=rngs, scale=scale)
+        self.o_proj = Linear(
+            query_width, config.width, bias=config.output_bias, rngs=rngs, scale=scale
+        )
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, epsilon=config.norm_epsilon)
+            self.k_norm = RMSNorm(config.head_dim, epsilon=config.norm_epsilon)
 
     def project(self, x: jax.Array, tables) -> tuple[jax.Array, jax.Array, jax.Array]:
         """float[..., T, D] -> q float[..., T, N, H], k and v float[..., T, G, H]; q, k rotated."""
@@ -65,6 +61,8 @@ class DecoderAttention(nnx.Module):
             proj(x).reshape(*x.shape[:-1], -1, H)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, tables), rotate(k, tables), v
 
     def output(self, x: jax.Array) -> jax.Array:
@@ -152,19 +150,36 @@ class LanguageModel(nnx.Module):
 
         Returns: hidden float[B, P, D] after the final norm, and the cache.
         """
-        tables = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        apply = self._prefix_layer(positions, segments, keys)
+        x, (k, v) = self._run(apply, embeds, jnp.arange(self.config.depth))
+        slides = self.config.sliding_window is not None
+        return self.final_norm(x), KVCache(k, v, positions=positions if slides else None)
 
-        def attend(q, k, v):
-            return attention(
-                q, k, v, q_segments=segments, kv_segments=segments, causal_offset=0,
-                backend=self.config.attention,
-            )  # fmt: skip
+    def layer_states(
+        self, embeds: jax.Array, positions: jax.Array, segments: jax.Array
+    ) -> jax.Array:
+        """float[L, B, P, D], what each layer of `prefill` hands on, before the final norm."""
+        layer = self._prefix_layer(positions, segments, None)
 
-        def apply(layer, x, index):
+        def apply(*args):
+            x, _ = layer(*args)
+            return x, x
+
+        return self._run(apply, embeds, jnp.arange(self.config.depth))[1]
+
+    def _prefix_layer(self, positions, segments, keys):
+        tables = self._tables(positions)
+
+        def apply(window, layer, x, index):
+            def attend(q, k, v):
+                return attention(
+                    q, k, v, q_segments=segments, kv_segments=segments, causal_offset=0,
+                    window=window, backend=self.config.attention,
+                )  # fmt: skip
+
             return layer(x, tables, attend, fold_rows(keys, index))
 
-        x, (k, v) = self._run(apply, embeds, jnp.arange(self.config.depth))
-        return self.final_norm(x), KVCache(k, v)
+        return apply
 
     def extend(
         self,
@@ -193,14 +208,20 @@ class LanguageModel(nnx.Module):
 
         Returns: hidden float[B, K, T, D] after the final norm, and the updated `own`.
         """
-        tables = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
-        own_segments = segments
+        tables = self._tables(positions)
+        slides = self.config.sliding_window is not None
+        own_segments, own_positions = segments, positions if slides else None
         if own is not None:
             own_segments = jax.lax.dynamic_update_slice_in_dim(
                 own.segments, segments, index, axis=2
             )
+        if own is not None and slides:
+            own_positions = jax.lax.dynamic_update_slice_in_dim(
+                own.positions, positions, index, axis=2
+            )
+        all_positions = (positions, prefix.positions, own_positions)
 
-        def apply(layer, x, inputs):
+        def apply(window, layer, x, inputs):
             number, prefix_kv, own_kv = inputs
             written = None
 
@@ -217,7 +238,9 @@ class LanguageModel(nnx.Module):
                     written, offset = (k, v), jnp.asarray(index, jnp.int32)
                 return branch_attention(
                     q, *prefix_kv, k, v, q_segments=segments, prefix_segments=prefix_segments,
-                    own_segments=own_segments, own_offset=offset, backend=self.config.attention,
+                    own_segments=own_segments, own_offset=offset, window=window,
+                    positions=None if window is None else all_positions,
+                    backend=self.config.attention,
                 )  # fmt: skip
 
             # Prefix layers fold L numbers from their keys, branches the next L.
@@ -230,14 +253,33 @@ class LanguageModel(nnx.Module):
             None if own is None else (own.k, own.v),
         )  # fmt: skip
         x, written = self._run(apply, embeds, inputs)
-        cache = None if own is None else KVCache(*written, segments=own_segments)
-        return self.final_norm(x), cache
+        if own is None:
+            return self.final_norm(x), None
+        return self.final_norm(x), KVCache(*written, own_segments, own_positions)
+
+    def _tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        config = self.config
+        return rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
 
     def _run(self, apply, x, inputs):
+        """run_layers of apply(window, layer, carry, inputs); runs of one window are one loop."""
         config = self.config
-        return run_layers(
-            self.layers, apply, x, inputs, remat=config.remat, unroll=config.unroll
-        )
+        structure, parameters = nnx.split(self.layers)
+        outputs = []
+        for first, end, window in config.windows:
+            layers, part = self.layers, inputs
+            if (first, end) != (0, config.depth):
+                cut = functools.partial(jax.lax.slice_in_dim, start_index=first, limit_index=end)
+                layers = nnx.merge(structure, jax.tree.map(cut, parameters))
+                part = jax.tree.map(cut, inputs)
+            x, output = run_layers(
+                layers, functools.partial(apply, window), x, part, remat=config.remat,
+                unroll=config.unroll,
+            )  # fmt: skip
+            outputs.append(output)
+        if len(outputs) == 1:
+            return x, outputs[0]
+        return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 
     def empty_cache(self, rows: int, branches: int, length: int, dtype: jnp.dtype) -> KVCache:
         """Own cache for `extend`: room for `length` tokens in each of rows x branches."""
@@ -247,4 +289,13 @@ class LanguageModel(nnx.Module):
             jnp.zeros(shape, dtype), jnp.zeros(shape, dtype),
             # -1 matches no query: what is not written yet is not seen.
             jnp.full((rows, branches, length), -1, jnp.int32),
+            None if config.sliding_window is None
+            else jnp.zeros((rows, branches, length), jnp.int32),
         )  # fmt: skip
+
+
+def bind(config: LanguageConfig, params: Mapping[str, Any]) -> LanguageModel:
+    """The language model alone with these parameters, nested without the leading "language"; use
+    it inside jit. (The whole model is FunctionalModel's.)"""
+    structure = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=Rngs(0))))
+    return nnx.merge(structure, nnx.State(jax.tree.map(nnx.Param, dict(params))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from tpo_jax.models import published
 from tpo_jax.models.config import (
     ConnectorConfig,
     HeadConfig,
@@ -79,6 +80,7 @@ PRESETS: dict[str, Callable[..., ModelConfig]] = {
     "tiny": tiny,
     "micro": micro,
     "7b": siglip_qwen2_7b,
+    **published.presets(),
 }
 
 

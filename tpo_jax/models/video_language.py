@@ -14,11 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tpo_jax.models import lora
-from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.config import ConnectorConfig, ModelConfig
 from tpo_jax.models.connector import Connector
-from tpo_jax.models.heads import BOX_TOKEN, HeadInputs, head, tokens_of
+from tpo_jax.models.connectors.registry import make_connector
+from tpo_jax.models.heads import BOX_TOKEN, HeadInputs, head, heads_of, tokens_of
 from tpo_jax.models.language import KVCache, LanguageModel
 from tpo_jax.models.layers import Mlp, Rngs, fold_rows
+from tpo_jax.models.towers.config import TowerConfig
+from tpo_jax.models.towers.registry import make_tower, normalise_pixels
 from tpo_jax.models.vision import VisionEncoder, VisionFeatures
 
 
@@ -48,8 +51,11 @@ class VideoLanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         self.config = config
         width = config.language.width
-        self.vision = VisionEncoder(config.vision, rngs=rngs)
-        self.connector = Connector(config.connector, config.vision.width, width, rngs=rngs)
+        published = isinstance(config.vision, TowerConfig)
+        self.vision = (make_tower if published else VisionEncoder)(config.vision, rngs=rngs)
+        own = isinstance(config.connector, ConnectorConfig)
+        connector = Connector if own else make_connector
+        self.connector = connector(config.connector, config.vision.width, width, rngs=rngs)
         self.language = LanguageModel(config.language, rngs=rngs)
         if config.heads:
 
@@ -57,7 +63,7 @@ class VideoLanguageModel(nnx.Module):
                 draw = jax.random.normal(rngs.params(), (width,), jnp.float32)
                 return nnx.Param(draw * width**-0.5)
 
-            self.task_tokens = nnx.Dict({name: vector() for name in config.heads})
+            self.task_tokens = nnx.Dict({head(name).task: vector() for name in config.heads})
             self.box_encoder = Mlp(4, width, width, rngs=rngs, scale=width**-0.5)
             self.heads = nnx.Dict(
                 {name: head(name).module(config, rngs=rngs) for name in config.heads}
@@ -79,15 +85,34 @@ class VideoLanguageModel(nnx.Module):
           frame_valid: bool[B, F].
           frame_times: float32[B, F], seconds.
         """
-        features = self.vision(normalise(frames).astype(self.dtype), frame_valid)
-        return Encoded(self.connector(features.patches, frame_times), features)
+        vision = self.config.vision
+        if isinstance(vision, TowerConfig):
+            pixels = normalise_pixels(vision, frames)
+        else:
+            pixels = normalise(frames)
+        features = self.vision(pixels.astype(self.dtype), frame_valid)
+        if isinstance(self.config.connector, ConnectorConfig):
+            return Encoded(self.connector(features.patches, frame_times), features)
+        return Encoded(self.connector(features, frame_valid), features)
+
+    def encode_tiles(self, tiles: jax.Array, size: tuple[int, int]) -> jax.Array:
+        """Visual tokens float[1, V, D] of one image of any resolution.
+
+        Args:
+          tiles: uint8[1 + n, S, S, 3], of data.preprocess.anyres_tiles.
+          size: (height, width) of the image, static.
+        """
+        valid = jnp.ones((1, tiles.shape[0]), bool)
+        pixels = normalise_pixels(self.config.vision, tiles)[None].astype(self.dtype)
+        return self.connector.tiles(self.vision(pixels, valid), size, self.config.vision)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """int32[...] -> float[..., D]; slot tokens of heads give the head's task vector."""
         embeds = self.language.embed_tokens(tokens)
         for name in self.config.heads:
             is_slot = tokens == self.config.tokens[head(name).slot_token]
-            embeds = jnp.where(is_slot[..., None], self.task_tokens[name][...], embeds)
+            vector = self.task_tokens[head(name).task][...]
+            embeds = jnp.where(is_slot[..., None], vector, embeds)
         return embeds.astype(self.dtype)
 
     def encode_boxes(self, boxes: jax.Array) -> jax.Array:
@@ -145,16 +170,38 @@ class VideoLanguageModel(nnx.Module):
         rows = jnp.arange(hidden.shape[0])[:, None]
         return hidden[rows, slots["branch"], slots["index"]].astype(jnp.float32)
 
-    def run_heads(self, outputs: Outputs, batch: Mapping[str, Any]) -> dict[str, dict]:
-        """Predictions {head: {...}} of every head of the model that the batch has slots for."""
+    def prompts(
+        self, outputs: Outputs, batch: Mapping[str, Any], slots: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """States float[B, S, R, D] of each slot's branch, bool[B, S, R] up to its answer."""
+        rows = jnp.arange(outputs.branch_hidden.shape[0])[:, None]
+        branch = slots["branch"]
+        # The last token of the prompt is the one that the first answer token is predicted from.
+        last = batch["answer_positions"][rows, branch][..., :1]
+        used = batch["branch_segments"][rows, branch] > 0
+        return outputs.branch_hidden[rows, branch], used & (jnp.arange(used.shape[-1]) <= last)
+
+    def run_heads(
+        self, outputs: Outputs, batch: Mapping[str, Any], *, for_losses: bool = True
+    ) -> dict[str, dict]:
+        """Predictions {head: {...}} of every head of the model that the batch has slots for.
+
+        Args:
+          for_losses: whether heads also compute what only their losses read.
+        """
         predictions = {}
         for name in self.config.heads:
-            if name not in batch["slots"]:
+            if head(name).task not in batch["slots"]:
                 continue
-            slots = batch["slots"][name]
+            slots = batch["slots"][head(name).task]
+            more = {}
+            if head(name).reads_prompt:
+                more["prompt"], more["prompt_valid"] = self.prompts(outputs, batch, slots)
+            if for_losses:
+                more |= {"targets": slots, "video_ids": batch.get("video_ids")}
             predictions[name] = self.run_head(
                 name, self.slot_states(outputs, slots), outputs.encoded.features,
-                batch["frames"], batch["frame_valid"], slots.get("frame"),
+                batch["frames"], batch["frame_valid"], slots.get("frame"), **more,
             )  # fmt: skip
         return predictions
 
@@ -166,6 +213,11 @@ class VideoLanguageModel(nnx.Module):
         frames: jax.Array,
         frame_valid: jax.Array,
         frame: jax.Array | None = None,
+        *,
+        prompt: jax.Array | None = None,
+        prompt_valid: jax.Array | None = None,
+        targets: Mapping[str, jax.Array] | None = None,
+        video_ids: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         """One head on slots.
 
@@ -174,14 +226,18 @@ class VideoLanguageModel(nnx.Module):
           features: of `encode`.
           frames: uint8[B, F, H, W, 3]; frame_valid: bool[B, F].
           frame: int32[B, S], frame asked about; None is the first.
+          prompt, prompt_valid, targets, video_ids: see `HeadInputs`.
         """
         if frame is None:
             frame = jnp.zeros(slot_states.shape[:2], jnp.int32)
         # Heads are float32 whatever the towers are.
         features = jax.tree.map(lambda x: x.astype(jnp.float32), features)
+        if prompt is not None:
+            prompt = prompt.astype(jnp.float32)
         inputs = HeadInputs(
-            slot_states.astype(jnp.float32), features, normalise(frames), frame_valid, frame
-        )
+            slot_states.astype(jnp.float32), features, normalise(frames), frame_valid, frame,
+            prompt, prompt_valid, targets, video_ids,
+        )  # fmt: skip
         return self.heads[name](inputs)
 
 
@@ -205,6 +261,7 @@ class FunctionalModel:
     """
 
     def __init__(self, config: ModelConfig):
+        heads_of(config.heads)  # refuses two heads of one task
         missing = [token for token in tokens_of(config.heads) if token not in config.tokens]
         if missing:
             raise ValueError(

@@ -23,10 +23,12 @@ class VisionFeatures:
 
     stem: float[B, F, h1, w1, C1], first stem level: fine, frame by frame.
     patches: float[B, F, h, w, D], after the blocks: coarse, knows its neighbours in space and time.
+    class_token: float[B, F, D] of a tower that has one.
     """
 
     stem: jax.Array
     patches: jax.Array
+    class_token: jax.Array | None = None
 
 
 def to_patches(images: jax.Array, stride: int) -> jax.Array:

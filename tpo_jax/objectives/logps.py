@@ -10,10 +10,15 @@ MASKED_LOGIT = -1e30  # finite, so that 0 * logit stays 0 in gradients
 
 
 class TokenScores(NamedTuple):
-    """logp: float32[...] of the target; correct: float32[...] 1 where no token scores higher."""
+    """What is known of the distribution at a target; every field float32[...].
+
+    logp: of the target. correct: 1 where no token scores higher. log_collision: log of the sum over
+    the vocabulary of p^2 (the chance that two draws agree), None where it was not asked for.
+    """
 
     logp: jax.Array
     correct: jax.Array
+    log_collision: jax.Array | None = None
 
 
 def gather_positions(hidden: jax.Array, positions: jax.Array) -> jax.Array:
@@ -36,6 +41,7 @@ def token_scores(
     *,
     vocab_size: int | None = None,
     chunk: int = 512,
+    collision: bool = False,
 ) -> TokenScores:
     """log softmax(hidden @ table.T)[target], `chunk` positions at a time.
 
@@ -49,9 +55,10 @@ def token_scores(
       targets: int32[B, ...]; every value must be below `vocab_size` (not checked under jit).
       vocab_size: number of real tokens; the padded rows get probability 0. Default: all V rows.
       chunk: positions a chunk, over the whole batch; at least one per row.
+      collision: whether `log_collision` is computed.
 
     Returns:
-      TokenScores of float32[B, ...]; `correct` carries no gradient.
+      TokenScores of float32[B, ...]; only `logp` carries a gradient.
     """
     vocab_size = table.shape[0] if vocab_size is None else vocab_size
     if not 0 < vocab_size <= table.shape[0]:
@@ -65,7 +72,9 @@ def token_scores(
         x = jnp.pad(x.reshape(rows, positions, *width), ((0, 0), (0, pad)) + ((0, 0),) * len(width))
         return jnp.moveaxis(x.reshape(rows, count, length, *width), 1, 0)
 
-    score = jax.checkpoint(functools.partial(_score_chunk, vocab_size=vocab_size))
+    score = jax.checkpoint(
+        functools.partial(_score_chunk, vocab_size=vocab_size, collision=collision)
+    )
     _, scores = jax.lax.scan(
         lambda carry, x: (carry, score(x[0], table, x[1])),
         None,
@@ -75,7 +84,7 @@ def token_scores(
     def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :positions].reshape(targets.shape)
 
-    return TokenScores(join(scores.logp), join(scores.correct))
+    return jax.tree.map(join, scores)
 
 
 def token_logps(
@@ -91,7 +100,7 @@ def token_logps(
 
 
 def _score_chunk(
-    hidden: jax.Array, table: jax.Array, targets: jax.Array, *, vocab_size: int
+    hidden: jax.Array, table: jax.Array, targets: jax.Array, *, vocab_size: int, collision: bool
 ) -> TokenScores:
     """float[B, T, D], float[V, D], int32[B, T] -> TokenScores of float32[B, T]."""
     logits = jnp.einsum(
@@ -103,4 +112,9 @@ def _score_chunk(
     chosen = jnp.arange(table.shape[0]) == targets[..., None]
     target = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
     correct = jax.lax.stop_gradient(target >= jnp.max(logits, axis=-1))
-    return TokenScores(target - jax.nn.logsumexp(logits, axis=-1), correct.astype(jnp.float32))
+    mass = jax.nn.logsumexp(logits, axis=-1)
+    log_collision = None
+    if collision:
+        fixed = jax.lax.stop_gradient((logits, mass))
+        log_collision = jax.nn.logsumexp(2 * fixed[0], axis=-1) - 2 * fixed[1]
+    return TokenScores(target - mass, correct.astype(jnp.float32), log_collision)

@@ -27,11 +27,16 @@ RULES: Rules = (
     (r"language/lm_head/kernel$", P("fsdp", "tensor")),
     # stacked layers [L, in, out]
     (r"language/layers/.*(k_proj|v_proj)/kernel$", P(None, "fsdp", None)),
-    (r"(language|vision)/layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/kernel$",
-     P(None, "fsdp", "tensor")),
-    (r"(language|vision)/layers/.*(o_proj|down_proj|fc2)/kernel$", P(None, "tensor", "fsdp")),
-    (r"(language|vision)/layers/.*lora_a$", P(None, "fsdp", None)),
-    (r"(language|vision)/layers/.*lora_b$", P(None, None, "fsdp")),
+    (r"(language|vision|connector)/(.*/)?layers/.*(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)"
+     r"/kernel$", P(None, "fsdp", "tensor")),
+    (r"(language|vision|connector)/(.*/)?layers/.*(o_proj|down_proj|fc2)/kernel$",
+     P(None, "tensor", "fsdp")),
+    # fused matrices of umt, those of the Q-Former: columns are not grouped by heads alone
+    (r"(vision|connector)/(.*/)?layers/.*kernel$", P(None, "fsdp", None)),
+    (r"(language|vision)/(.*/)?layers/.*lora_a$", P(None, "fsdp", None)),
+    (r"(language|vision)/(.*/)?layers/.*lora_b$", P(None, None, "fsdp")),
+    # a convolution as checkpoints store it, [out, 3, p, p], or siglip2's [pixels, out]
+    (r"vision/(.*/)?patch_embedding/kernel$", P()),
     # single matrices [in, out]: stem (whose input is patch pixels), connector, box encoder, heads
     (r"vision/stem/.*kernel$", P(None, "fsdp")),
     (r".*fc1/kernel$", P("fsdp", "tensor")),
@@ -40,6 +45,8 @@ RULES: Rules = (
     (r".*lora_b$", P(None, "fsdp")),
     # vectors and position tables: read whole
     (r".*(scale|bias|position)$", P()),
+    (r".*(position_embedding|class_embedding|temporal_embedding|query_tokens)$", P()),
+    (r"connector/(image_newline|faster_token)$", P()),
     (r"task_tokens/", P()),
 )  # fmt: skip
 

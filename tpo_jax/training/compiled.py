@@ -11,7 +11,10 @@ import numpy as np
 from tpo_jax.data.pipeline import blank_batch
 from tpo_jax.data.rows import RowBuilder
 from tpo_jax.parallel.paths import flatten
+from tpo_jax.training.flops import train_flops
+from tpo_jax.training.preemption import Preemption
 from tpo_jax.training.program import Program
+from tpo_jax.training.step import TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,17 +22,19 @@ class CompiledBucket:
     """The programs of one bucket; they cannot trace, so a wrong shape is an error, not a recompile.
 
     tokens: positions of the decoder in one batch, padding included.
+    flops: model FLOPs of one train step (training.flops).
     """
 
     name: str
     shapes: dict[str, tuple[tuple[int, ...], np.dtype]]
     tokens: int
-    train_program: Any
+    flops: float
+    train_step: TrainStep
     eval_program: Any
 
     def train(self, state: Any, batch: Any, key: jax.Array) -> Any:
         self._check(batch)
-        return self.train_program(state, batch, key)
+        return self.train_step(state, batch, key)
 
     def evaluate(self, params: Any, batch: Any) -> Any:
         self._check(batch)
@@ -53,6 +58,7 @@ def compile_buckets(
     builders: Mapping[str, RowBuilder],
     evaluate: bool,
     say: Callable[[str], None],
+    preemption: Preemption,
 ) -> dict[str, CompiledBucket]:
     """Compiles the steps of every bucket.
 
@@ -60,7 +66,14 @@ def compile_buckets(
       builders: of the pipeline, by bucket name; they know the shapes.
       evaluate: whether the validation step is compiled as well.
       say: told of each bucket that is done.
+      preemption: polled after every program.
+
+    Raises:
+      Preempted: told to stop; what is compiled stays in the compile cache, if there is one.
     """
+    begin = time.monotonic()
+    update = program.lower_update().compile()
+    say(f"compiled the update of all buckets in {time.monotonic() - begin:.1f} s")
     compiled = {}
     for name, builder in builders.items():
         begin = time.monotonic()
@@ -71,13 +84,18 @@ def compile_buckets(
         rows = leaves["branch_tokens"].shape[0]
         per_row = leaves["prefix_tokens"].shape[1] + np.prod(leaves["branch_tokens"].shape[1:])
         params = program.abstract_state.params
+        preemption.check()
+        gradient = program.lower_gradient(batch).compile()
+        preemption.check()
         lowered = program.eval_step.lower(params, batch) if evaluate else None
         compiled[name] = CompiledBucket(
             name=name,
             shapes={path: (x.shape, x.dtype) for path, x in leaves.items()},
             tokens=int(rows * per_row),
-            train_program=program.lower_train_step(batch).compile(),
+            flops=train_flops(program.model.config, batch),
+            train_step=TrainStep(gradient, update),
             eval_program=lowered.compile() if lowered is not None else None,
         )
         say(f"compiled bucket {name!r} ({rows} rows) in {time.monotonic() - begin:.1f} s")
+    preemption.check()
     return compiled

@@ -13,14 +13,20 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpo_jax.data.evidence import MODES
-from tpo_jax.data.records import TASKS
+from tpo_jax.data.records import known_tasks
+from tpo_jax.models.heads import HEADS, heads_of
+from tpo_jax.objectives.preference import PreferenceConfig
 
 OBJECTIVES = ("sft", "preference")
+REFERENCES = ("sidecar", "adapters_off")  # of preference.reference
 # Options whose keys are names that the config chooses.
 _FREE_KEYS = ("buckets", "losses", "slots", "tasks")
+# Options that take more than one type.
+_ANY_KIND = {"preference.loss": ("str", "list", "dict")}
 # Options that do not change what is learnt: a run may resume with other values.
 FREE_ON_RESUME = (
-    "mesh", "checkpoint", "log_every", "compile_cache", "data.threads", "profile", "wandb",
+    "mesh", "checkpoint", "divergence", "log_every", "compile_cache", "data.threads", "profile",
+    "wandb",
 )  # fmt: skip
 
 
@@ -36,7 +42,7 @@ def default_config() -> ConfigDict:
     config.objective = "sft"  # or "preference" (DPO and relatives)
     config.model = {
         "preset": "tiny",  # models.presets.PRESETS; "": the configuration in init_from
-        "heads": [],  # of models.heads.HEADS: region, temporal, mask
+        "heads": [],  # of models.heads.HEADS: region, temporal or cg_detr, mask
     }
     config.init_from = ""  # model folder to start from; "": random weights
     config.init_missing = []  # regexes of parameters that init_from may lack (new heads)
@@ -50,7 +56,24 @@ def default_config() -> ConfigDict:
     }
     config.buckets = {}  # name -> bucket_config(...): the shapes that are compiled
     config.losses = {"language": 1.0}  # term -> weight; "region/l1" is a term of a head
-    config.preference = {"loss": "sigmoid", "beta": 0.1, "sft": 0.0, "label_smoothing": 0.0}
+    config.preference = {  # objectives.preference.PreferenceConfig
+        "loss": "sigmoid",  # a name, a list of names, or {name: weight}
+        "beta": 0.1,
+        "sft": 0.0,
+        "label_smoothing": 0.0,
+        "simpo_gamma": 0.5,
+        "rpo_alpha": 1.0,
+        "discopop_tau": 0.05,
+        "ld_alpha": 1.0,
+        "wpo": False,
+        "divergence": "reverse_kl",
+        "divergence_alpha": 0.5,
+        "kinds": [],  # kinds of question to report one by one
+        # "sidecar": data.references. "adapters_off": the model without its LoRA, in the same step.
+        "reference": "sidecar",
+    }
+    # New low-rank adapters on the kernels whose path matches; rank 0: those of init_from, if any.
+    config.lora = {"pattern": "language/layers/.*kernel", "rank": 0, "alpha": 0.0}
     config.trainable = []  # [regex, peak learning rate]; first match wins, the rest is frozen
     config.optimizer = {
         "name": "adamw",  # or "muon", for models that start from random weights
@@ -62,7 +85,17 @@ def default_config() -> ConfigDict:
     config.accumulation = 1  # micro-batches a step
     config.dropout = 0.0
     config.mesh = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}  # -1: what is left
-    config.checkpoint = {"every": 500, "keep": 2}  # steps between saves; how many stay
+    config.checkpoint = {
+        "every": 500,  # steps between saves
+        "keep": 2,  # how many of them stay
+        "permanent": 0,  # steps between checkpoints that stay for good; 0: none
+        "minutes": 0.0,  # longest time without a save; such a one goes with the next; 0: any
+        "best": 0,  # checkpoints of the lowest validation losses that stay
+    }
+    config.divergence = {
+        "spike": 10.0,  # a loss above so many medians is written down; 0: only one not finite
+        "rollbacks": 0,  # times the run may go back to a checkpoint and skip such a batch
+    }
     config.log_every = 10
     config.eval_every = 500  # 0: no validation
     config.eval_batches = 8
@@ -184,7 +217,7 @@ def validate(config: ConfigDict) -> None:
     problems = _check_keys(to_dict(config), default_config())
     if not problems:  # the checks below read keys that the first pass has verified
         problems = [*_check_scalars(config), *_check_data(config), *_check_buckets(config)]
-        problems += _check_objective(config)
+        problems += [*_check_heads(config), *_check_objective(config)]
     if problems:
         raise ConfigError("config:\n" + "\n".join(f"  {problem}" for problem in problems))
 
@@ -208,6 +241,8 @@ def _check_keys(values: Mapping[str, Any], skeleton: Any, prefix: str = "") -> l
             continue
         expected = skeleton[key]
         kind = _kind(expected)
+        if _kind(value) in _ANY_KIND.get(option, ()):
+            continue
         if _kind(value) != kind and not (kind == "float" and _kind(value) == "int"):
             problems.append(_problem(option, value, f"is a {_kind(value)}", f"give a {kind}"))
         elif kind == "dict" and key not in _FREE_KEYS:
@@ -228,10 +263,25 @@ def _check_scalars(config: ConfigDict) -> list[str]:
     positive = (
         "steps", "accumulation", "log_every", "checkpoint.every", "checkpoint.keep", "data.threads",
     )  # fmt: skip
-    for option in (*positive, "eval_every", "eval_batches", "profile.start", "profile.steps"):
+    not_negative = (
+        "eval_every", "eval_batches", "checkpoint.permanent", "checkpoint.minutes",
+        "checkpoint.best", "divergence.spike", "divergence.rollbacks", "profile.start",
+        "profile.steps",
+    )  # fmt: skip
+    for option in (*positive, *not_negative):
         value, low = _get(config, option), 1 if option in positive else 0
         if value < low:
             problems.append(_problem(option, value, "too small", f"give at least {low}"))
+    if 0 < config.divergence.spike <= 1:
+        fix = "give more than 1, or 0 for none"
+        problems.append(
+            _problem("divergence.spike", config.divergence.spike, "takes usual losses", fix)
+        )
+    if config.checkpoint.best and not config.eval_every:
+        fix = "set eval_every, or checkpoint.best=0"
+        problems.append(
+            _problem("checkpoint.best", config.checkpoint.best, "without validation", fix)
+        )
     if not 0.0 <= config.dropout < 1.0:
         problems.append(_problem("dropout", config.dropout, "not a share", "give one in [0, 1)"))
     if config.eval_every and not config.data.validation:
@@ -290,11 +340,11 @@ def _check_data(config: ConfigDict) -> list[str]:
                     _problem(f"{option}.weight", source["weight"], "not positive", "remove it")
                 )
             if not any(weight > 0 for weight in source["tasks"].values()):
-                fix = f"give positive weights to some of {', '.join(TASKS)}"
+                fix = f"give positive weights to some of {', '.join(known_tasks())}"
                 problems.append(_problem(f"{option}.tasks", source["tasks"], "draws nothing", fix))
             for task in source["tasks"]:
-                if task not in TASKS:
-                    fix = f"one of {', '.join(TASKS)}"
+                if task not in known_tasks():
+                    fix = f"one of {', '.join(known_tasks())}"
                     problems.append(_problem(f"{option}.tasks.{task}", task, "unknown task", fix))
     return problems
 
@@ -325,12 +375,28 @@ def _check_buckets(config: ConfigDict) -> list[str]:
             reason = "a branch starts with at least one token that is given"
             fix = f"give less than branch_tokens={bucket['branch_tokens']}"
             problems.append(_problem(at + "answers", bucket["answers"], reason, fix))
-        for head in bucket["slots"]:
-            if head != "box" and head not in config.model.heads:
-                fix = f"add {head!r} to model.heads or drop the slot"
+        answered = {HEADS[head].task for head in config.model.heads if head in HEADS}
+        for task in bucket["slots"]:
+            if task != "box" and task not in answered:
+                fix = f"add a head for {task!r} to model.heads or drop the slot"
                 problems.append(
-                    _problem(f"{at}slots.{head}", bucket["slots"][head], "no such head", fix)
+                    _problem(f"{at}slots.{task}", bucket["slots"][task], "no such head", fix)
                 )
+    return problems
+
+
+def _check_heads(config: ConfigDict) -> list[str]:
+    names = list(config.model.heads)
+    try:
+        heads_of(names)
+    except ValueError as error:
+        return [_problem("model.heads", names, str(error), "correct the list")]
+    problems = []
+    for term, weight in config.losses.items():
+        coupled = any(term in HEADS[name].coupled for name in names)
+        if coupled and weight and config.accumulation > 1:
+            reason = f"compares rows of the whole batch, but accumulation={config.accumulation}"
+            problems.append(_problem(f"losses.{term}", weight, reason, "set one to 0, or 1"))
     return problems
 
 
@@ -347,9 +413,7 @@ def _check_objective(config: ConfigDict) -> list[str]:
         if weight < 0:
             problems.append(_problem(f"losses.{term}", weight, "negative", "give a weight >= 0"))
     if config.objective == "preference":
-        if not config.data.references:
-            fix = "name the sidecars that `python -m tpo_jax.preferences score` wrote"
-            problems.append(_problem("data.references", [], "no reference model's scores", fix))
+        problems += _check_preference(config)
         if len({(bucket.frames, bucket.answers) for bucket in config.buckets.values()}) > 1:
             fix = "give one bucket, or equal ones"
             reason = "sidecars are scored for one number of frames and answers"
@@ -366,10 +430,31 @@ def _check_objective(config: ConfigDict) -> list[str]:
                 problems.append(
                     _problem(f"buckets.{name}.branches", bucket.branches, reason, "give 2")
                 )
-        if config.preference.beta <= 0:
-            problems.append(
-                _problem("preference.beta", config.preference.beta, "not positive", "such as 0.1")
-            )
+    return problems
+
+
+def _check_preference(config: ConfigDict) -> list[str]:
+    options = config.preference.to_dict()
+    source = options.pop("reference")
+    try:
+        preference = PreferenceConfig(**options)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    if source not in REFERENCES:
+        fix = f"one of {', '.join(REFERENCES)}"
+        problems.append(_problem("preference.reference", source, "unknown", fix))
+    elif source == "sidecar" and preference.needs_reference and not config.data.references:
+        fix = "name the sidecars that `python -m tpo_jax.preferences score` wrote"
+        problems.append(_problem("data.references", [], "no reference model's scores", fix))
+    elif source == "adapters_off" and config.data.references:
+        fix = 'leave it empty, or set preference.reference="sidecar"'
+        reason = "not read with preference.reference='adapters_off'"
+        problems.append(_problem("data.references", config.data.references, reason, fix))
+    if preference.coupled and config.accumulation > 1:
+        reason = f"would change {', '.join(preference.coupled)}, which compares a whole batch"
+        fix = "set it to 1 (a smaller batch_size, or more devices)"
+        problems.append(_problem("accumulation", config.accumulation, reason, fix))
     return problems
 
 

@@ -11,16 +11,28 @@ rematerialisation and without a discount for frozen parameters.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.topologies import CHIPS
 from tpo_jax.training.objective import answer_scores
 
 TRAIN_OVER_FORWARD = 3
+# What JAX calls a device -> generation.
+_DEVICE_KINDS = {
+    "TPU v4": "v4", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v5 lite": "v5e", "TPU v5e": "v5e",
+    "TPU v6 lite": "v6e", "TPU v6e": "v6e",
+}  # fmt: skip
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """Published bfloat16 FLOP/s of all `devices`; None where a kind is not known."""
+    kinds = [_DEVICE_KINDS.get(device.device_kind) for device in devices]
+    return None if None in kinds else sum(CHIPS[kind].peak for kind in kinds)
 
 
 def forward_flops(model_config: ModelConfig, batch: Any) -> dict[str, float]:

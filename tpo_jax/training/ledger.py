@@ -7,10 +7,13 @@ Categories, in seconds:
   step        the device training (the loop waits for results one step late)
   evaluation  validation batches and writing the best model
   checkpoint  the loop blocked by a save (the write itself runs beside the training)
-  restart     lost to a restart: from the checkpoint that was restored to the start of the process
-              that restored it (work done twice, and the time in the queue)
+  restart     lost: from the checkpoint that was restored to the start of the process that restored
+              it (work done twice, and the time in the queue), or to the roll-back to it
   other       everything else (writing metrics)
 Goodput = step / sum of all.
+
+Model FLOPs are counted analytically (training.flops) for every step that stays. MFU is their rate
+during `step`, over the peak of the devices; where the peak is not known there is none.
 """
 
 import contextlib
@@ -35,6 +38,8 @@ class Ledger:
         self._current = "other"
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
         self._restarts = 0
+        self._flops = 0.0
+        self._saves = {"count": 0, "blocked": 0.0, "longest": 0.0}
 
     @contextlib.contextmanager
     def measure(self, category: str) -> Iterator[None]:
@@ -67,9 +72,42 @@ class Ledger:
     def restarts(self) -> int:
         return self._restarts
 
+    def count_step(self, flops: float) -> None:
+        """A step is done that takes so many model FLOPs."""
+        self._flops += flops
+
+    @contextlib.contextmanager
+    def measure_save(self) -> Iterator[None]:
+        """`measure("checkpoint")` of one save, which is counted by itself as well."""
+        with self.measure("checkpoint"):
+            before = self.seconds()["checkpoint"]
+            yield
+            blocked = self.seconds()["checkpoint"] - before
+        self._saves["count"] += 1
+        self._saves["blocked"] += blocked
+        self._saves["longest"] = max(self._saves["longest"], blocked)
+
+    @property
+    def saves(self) -> dict[str, float]:
+        """Saves so far: count, and for how many seconds they blocked the loop (sum, longest)."""
+        return dict(self._saves)
+
+    @property
+    def model_flops(self) -> float:
+        """Model FLOPs of all steps that count."""
+        return self._flops
+
+    def mfu(self, peak: float | None) -> float | None:
+        """Model FLOPs a second of stepping, over `peak` of all devices; None without a peak."""
+        step = self.seconds()["step"]
+        return self._flops / step / peak if peak and step else None
+
     def state(self) -> dict[str, Any]:
         """JSON for the checkpoint."""
-        return {"seconds": self.seconds(), "restarts": self._restarts, "time": self._clock()}
+        return {
+            "seconds": self.seconds(), "restarts": self._restarts, "time": self._clock(),
+            "flops": self._flops, "saves": dict(self._saves),
+        }  # fmt: skip
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Adds the history in a checkpoint; the gap between it and our start is lost time."""
@@ -77,6 +115,17 @@ class Ledger:
             self._seconds[category] += seconds
         self._seconds["restart"] += max(self._start - saved["time"], 0.0)
         self._restarts += saved["restarts"] + 1
+        self._flops += saved["flops"]
+        for name in ("count", "blocked"):
+            self._saves[name] += saved["saves"][name]
+        self._saves["longest"] = max(self._saves["longest"], saved["saves"]["longest"])
+
+    def roll_back(self, saved: dict[str, Any]) -> None:
+        """Goes back to a checkpoint of this process: all time since then is lost time."""
+        lost = sum(self.seconds().values()) - sum(saved["seconds"].values())
+        self._seconds = dict(saved["seconds"])
+        self._seconds["restart"] += lost
+        self._flops = saved["flops"]
 
     def summary(self) -> str:
         """One line for the console: `goodput 91% | step 100.0 s | ...`, largest first."""

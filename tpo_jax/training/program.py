@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,14 +16,22 @@ from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.objectives.preference import PreferenceConfig
 from tpo_jax.parallel.mesh import batch_sharding, check_batch_divides, replicated
 from tpo_jax.parallel.rules import follow_params, param_shardings, place
-from tpo_jax.training.objective import Objective, PreferenceObjective, SftObjective
+from tpo_jax.parallel.weighted_sum import WeightedSum
+from tpo_jax.training.objective import (
+    Objective,
+    PreferenceObjective,
+    SftObjective,
+    check_adapters_off,
+)
 from tpo_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
-from tpo_jax.training.state import Params, TrainState, init_state
+from tpo_jax.training.state import Params, TrainState, init_state, partition
 from tpo_jax.training.step import (
+    TrainStep,
     jit_train_step,
     make_eval_step,
+    make_gradient_step,
     make_score_step,
-    make_train_step,
+    make_update_step,
     on_mesh,
 )
 
@@ -34,7 +43,7 @@ class Program:
     Attributes:
       model: FunctionalModel with the config's dropout.
       abstract_state: TrainState of ShapeDtypeStruct with shardings, to compile or restore into.
-      train_step: jitted (state, batch, base_key) -> (state, metrics); donates state.
+      train_step: jitted (state, batch, base_key) -> (state, metrics); donates state. Two programs.
       eval_step: jitted (params, batch) -> terms and metrics, see `weighted_total`.
       score_step: jitted (params, batch) -> float32[B, K, A] token log-probabilities, replicated.
     """
@@ -45,7 +54,7 @@ class Program:
     mesh: Mesh
     accumulation: int
     abstract_state: TrainState
-    train_step: Any
+    train_step: TrainStep
     eval_step: Any
     score_step: Any
 
@@ -82,20 +91,44 @@ class Program:
         """The run's random key, on every device of the mesh."""
         return jax.jit(jax.random.key, out_shardings=replicated(self.mesh))(jnp.uint32(seed))
 
-    def lower_train_step(self, batch: Any) -> jax.stages.Lowered:
-        """Lowers `train_step` for a batch (arrays or ShapeDtypeStructs of global shape)."""
+    def lower_gradient(self, batch: Any) -> jax.stages.Lowered:
+        """Lowers the gradient for a batch (arrays or ShapeDtypeStructs of global shape)."""
         check_batch_divides(batch, self.mesh, self.accumulation)
         key = jax.eval_shape(jax.random.key, jnp.uint32(0))
-        return self.train_step.lower(self.abstract_state, batch, key)
+        return self.train_step.gradient.lower(self.abstract_state, batch, key)
+
+    def lower_update(self) -> jax.stages.Lowered:
+        """Lowers the update, which all batches share."""
+        trainable, _ = partition(self.abstract_state.params, self.trainable)
+        gradients = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), trainable
+        )
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        loss = WeightedSum(scalar, scalar)
+        return self.train_step.update.lower(self.abstract_state, gradients, loss)
+
+    def compile_train_step(self, batch: Any, options: Mapping | None = None) -> TrainStep:
+        """Both programs for one shape of batch; `options` are the compiler's."""
+        return TrainStep(
+            self.lower_gradient(batch).compile(options), self.lower_update().compile(options)
+        )
 
 
 def make_objective(config: ConfigDict) -> Objective:
     """config.objective with its options."""
     if config.objective == "preference":
-        return PreferenceObjective(PreferenceConfig(**config.preference.to_dict()))
+        options = config.preference.to_dict()
+        reference = options.pop("reference", "sidecar")
+        return PreferenceObjective(PreferenceConfig(**options), reference)
     if config.objective == "sft":
         return SftObjective(config.losses.to_dict())
     raise ValueError(f"objective={config.objective!r}: expected 'sft' or 'preference'")
+
+
+def needs_contrast(config: ConfigDict) -> bool:
+    """Whether pairs have to bring their manipulated frames."""
+    objective = make_objective(config)
+    return isinstance(objective, PreferenceObjective) and objective.config.needs_contrast
 
 
 def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> Program:
@@ -114,15 +147,18 @@ def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> P
     optimizer = make_optimizer(
         OptimizerConfig(**config.optimizer.to_dict()), groups, config.steps, model.abstract()
     )
+    if isinstance(objective, PreferenceObjective) and objective.reference == "adapters_off":
+        check_adapters_off(model_config, optimizer.learning_rates)
     abstract_state = _abstract_state(model, optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
-    train_step = make_train_step(
+    gradient_step = make_gradient_step(
         model,
         objective,
         optimizer,
         accumulation=config.accumulation,
         dropout=config.dropout > 0,
     )
+    gradients, _ = partition(shardings.params, frozenset(optimizer.learning_rates))
     rows, whole = batch_sharding(mesh), replicated(mesh)
     jit = functools.partial(
         jax.jit, in_shardings=(shardings.params, rows), out_shardings=whole
@@ -134,7 +170,9 @@ def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> P
         mesh=mesh,
         accumulation=config.accumulation,
         abstract_state=abstract_state,
-        train_step=jit_train_step(train_step, mesh, shardings),
+        train_step=jit_train_step(
+            gradient_step, make_update_step(optimizer), mesh, shardings, gradients
+        ),
         eval_step=jit(on_mesh(make_eval_step(model, objective), mesh)),
         score_step=jit(on_mesh(make_score_step(model), mesh)),
     )

@@ -1,12 +1,18 @@
 """Train, evaluation and scoring steps: pure functions of pytrees, and how they are jitted.
 
-    train_step = make_train_step(functional_model, objective, optimizer, accumulation=4)
-    state, metrics = train_step(state, batch, base_key)
+A train step is two programs: the gradient of one bucket's batch, and the update, which does not
+depend on the batch and so is compiled once for all buckets.
+
+    gradient_step = make_gradient_step(functional_model, objective, optimizer, accumulation=4)
+    update_step = make_update_step(optimizer)
+    gradients, sums = gradient_step(state, batch, base_key)
+    state, metrics = update_step(state, gradients, sums["loss"])
 
 The total is sum over terms of weights[term] * (sum of the term / weight of the term), where both
 sums run over the whole global batch: micro-batches, packing and devices do not change it.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +23,29 @@ import optax
 from jax.sharding import Mesh
 
 from tpo_jax.parallel.mesh import batch_sharding, replicated
+from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.weighted_sum import WeightedSum
 from tpo_jax.training.objective import Batch, Objective, Sums, answer_scores, denominators
 from tpo_jax.training.optimizer import Optimizer, learning_rate
 from tpo_jax.training.state import TrainState, merge, partition
 
-TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Sums]]
+GradientStep = Callable[[TrainState, Batch, jax.Array], tuple[Any, Sums]]
+UpdateStep = Callable[[TrainState, Any, WeightedSum], tuple[TrainState, Sums]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """(state, batch, base_key) -> (state, metrics): the two programs, one after the other."""
+
+    gradient: GradientStep
+    update: UpdateStep
+
+    def __call__(
+        self, state: TrainState, batch: Batch, base_key: jax.Array
+    ) -> tuple[TrainState, Sums]:
+        gradients, sums = self.gradient(state, batch, base_key)
+        state, metrics = self.update(state, gradients, sums["loss"])
+        return state, sums | metrics
 
 
 def row_keys(base_key: jax.Array, step: jax.Array, example_ids: jax.Array) -> jax.Array:
@@ -34,15 +57,15 @@ def row_keys(base_key: jax.Array, step: jax.Array, example_ids: jax.Array) -> ja
     return jax.vmap(lambda example_id: jax.random.fold_in(step_key, example_id))(example_ids)
 
 
-def make_train_step(
+def make_gradient_step(
     functional_model: Any,
     objective: Objective,
     optimizer: Optimizer,
     *,
     accumulation: int = 1,
     dropout: bool = False,
-) -> TrainStep:
-    """The function that `train` runs and `plan` compiles.
+) -> GradientStep:
+    """The function of a bucket that `train` runs and `plan` compiles.
 
     Args:
       functional_model: models.FunctionalModel.
@@ -52,12 +75,18 @@ def make_train_step(
       dropout: whether rows get dropout keys.
 
     Returns:
-      (state, batch, base_key) -> (state, metrics). Metrics are WeightedSums that add up over
-      steps: every term by name, the objective's metrics, loss (the weighted total), grad_norm
-      (before clipping), learning_rate, and nonfinite: 1 for a step whose loss or gradient is not
-      finite. Such a step changes neither parameters nor optimizer state, it only counts.
+      (state, batch, base_key) -> (float32 gradients of the trainable parameters, sums). Sums are
+      WeightedSums that add up over steps: every term by name, the objective's metrics, and loss
+      (the weighted total).
     """
     trainable_paths = frozenset(optimizer.learning_rates)
+    # Asked by getattr: an objective without coupled terms need not say so.
+    if accumulation > 1 and (coupled := getattr(objective, "coupled", ())):
+        raise ValueError(
+            f"accumulation={accumulation} would change {', '.join(coupled)}, which compares the "
+            "pairs of a whole batch; set config.accumulation=1 (a smaller batch_size, or more "
+            "devices) or use a loss that is not coupled"
+        )
 
     def micro_loss(
         trainable: Any, frozen: Any, batch: Batch, keys: jax.Array | None, weights: Any
@@ -76,9 +105,7 @@ def make_train_step(
 
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
 
-    def train_step(
-        state: TrainState, batch: Batch, base_key: jax.Array
-    ) -> tuple[TrainState, Sums]:
+    def gradient_step(state: TrainState, batch: Batch, base_key: jax.Array) -> tuple[Any, Sums]:
         trainable, frozen = partition(state.params, trainable_paths)
         keys = row_keys(base_key, state.step, batch["example_ids"]) if dropout else None
         weights = None
@@ -90,8 +117,29 @@ def make_train_step(
             return value, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
         (loss, sums), grads = accumulate(one, (batch, keys), accumulation)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        return grads, sums | {"loss": _once(loss)}
+
+    return gradient_step
+
+
+def make_update_step(optimizer: Optimizer) -> UpdateStep:
+    """Moves the trainable parameters.
+
+    Returns:
+      (state, gradients, loss) -> (state, metrics). Metrics are WeightedSums: grad_norm (before
+      clipping), learning_rate, and nonfinite: 1 for a step whose loss or gradient is not finite.
+      Such a step changes neither parameters nor optimizer state, it only counts. Beside them,
+      grad_norms is float32[number of trainable leaves], in the order of their sorted paths.
+    """
+    trainable_paths = frozenset(optimizer.learning_rates)
+
+    def update_step(
+        state: TrainState, grads: Any, loss: WeightedSum
+    ) -> tuple[TrainState, Sums]:
+        trainable, frozen = partition(state.params, trainable_paths)
+        squares = {path: jnp.sum(jnp.square(leaf)) for path, leaf in flatten(grads).items()}
+        grad_norm = jnp.sqrt(sum(squares.values()))
+        finite = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, trainable)
         moved = optax.apply_updates(trainable, updates)
         updated = TrainState(
@@ -99,16 +147,14 @@ def make_train_step(
             params=merge(_select(finite, moved, trainable), frozen),
             opt_state=_select(finite, opt_state, state.opt_state),
         )
-        once = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate(optimizer, state.step),
-            "nonfinite": 1 - finite.astype(jnp.float32),
+        return updated, {
+            "grad_norm": _once(grad_norm),
+            "learning_rate": _once(learning_rate(optimizer, state.step)),
+            "nonfinite": _once(1 - finite.astype(jnp.float32)),
+            "grad_norms": jnp.sqrt(jnp.stack([squares[path] for path in sorted(squares)])),
         }
-        one_step = jnp.ones((), jnp.float32)
-        return updated, sums | {k: WeightedSum(v, one_step) for k, v in once.items()}
 
-    return train_step
+    return update_step
 
 
 def make_eval_step(functional_model: Any, objective: Objective) -> Callable[[Any, Batch], Sums]:
@@ -185,17 +231,37 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return traced
 
 
-def jit_train_step(train_step: TrainStep, mesh: Mesh, state_shardings: TrainState) -> Any:
-    """The jitted step: donated state, rows over (data, fsdp), replicated metrics.
+def jit_train_step(
+    gradient_step: GradientStep,
+    update_step: UpdateStep,
+    mesh: Mesh,
+    state_shardings: TrainState,
+    gradient_shardings: Any,
+) -> TrainStep:
+    """Both programs: rows over (data, fsdp), gradients like their parameters, metrics replicated.
 
-    `train` calls the result and `plan` lowers it; both get it from `training.program`.
+    The update takes over the memory of the state. `train` calls the result and
+    `plan` lowers it; both get it from `training.program`.
     """
-    return jax.jit(
-        on_mesh(train_step, mesh),
-        in_shardings=(state_shardings, batch_sharding(mesh), replicated(mesh)),
-        out_shardings=(state_shardings, replicated(mesh)),
+    whole = replicated(mesh)
+    gradient = jax.jit(
+        on_mesh(gradient_step, mesh),
+        in_shardings=(state_shardings, batch_sharding(mesh), whole),
+        out_shardings=(gradient_shardings, whole),
+        keep_unused=True,  # the compiler has to know that the optimizer's state takes memory, too
+    )
+    update = jax.jit(
+        on_mesh(update_step, mesh),
+        in_shardings=(state_shardings, gradient_shardings, whole),
+        out_shardings=(state_shardings, whole),
         donate_argnums=0,
     )
+    return TrainStep(gradient, update)
+
+
+def _once(value: jax.Array) -> WeightedSum:
+    """The value of one step, for means over steps."""
+    return WeightedSum(value, jnp.ones((), jnp.float32))
 
 
 def _select(finite: jax.Array, new: Any, old: Any) -> Any:

@@ -3,7 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpo_jax.models.heads import ClipInfo
-from tpo_jax.models.heads.mask import bilinear_weights, decode, loss, mask_extent, resize_grid
+from tpo_jax.models.heads.mask import (
+    area_weights,
+    bilinear_weights,
+    decode,
+    loss,
+    mask_extent,
+    resize_grid,
+)
 
 
 def _targets():
@@ -17,16 +24,25 @@ def test_perfect_masks_cost_nothing_and_count_their_frames():
     targets = _targets()
     logits = jnp.where(targets["masks"] > 0, 30.0, -30.0)
     presence = jnp.array([[[30.0, -30.0, 30.0]]])
-    terms = loss({"masks": logits, "presence": presence}, targets, jnp.ones((1, 1), bool))
+    # Half of the object lies in each of two cells of 2 x 2 pixels, which costs log 2 at best.
+    cells = jnp.array([[30.0, -30.0], [30.0, -30.0]]) * jnp.ones((1, 1, 3, 1, 1))
+    predictions = {"masks": logits, "cells": cells, "presence": presence}
+    terms = loss(predictions, targets, jnp.ones((1, 1), bool))
+    least = {"mask/cells": np.log(2.0)}
     for name, term in terms.items():
-        np.testing.assert_allclose(term.mean(), 0.0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(term.mean(), least.get(name, 0.0), atol=1e-5, err_msg=name)
     weights = {name: float(term.weight) for name, term in terms.items()}
-    assert weights == {"mask/focal": 2.0, "mask/dice": 1.0, "mask/presence": 2.0}
+    assert weights == {
+        "mask/focal": 2.0, "mask/dice": 1.0, "mask/cells": 1.0, "mask/presence": 2.0
+    }  # fmt: skip
 
 
 def test_undecided_masks_cost_what_the_formulas_say():
     targets = _targets()
-    zero = {"masks": jnp.zeros((1, 1, 3, 4, 4)), "presence": jnp.zeros((1, 1, 3))}
+    zero = {
+        "masks": jnp.zeros((1, 1, 3, 4, 4)), "cells": jnp.zeros((1, 1, 3, 2, 2)),
+        "presence": jnp.zeros((1, 1, 3)),
+    }  # fmt: skip
     terms = loss(zero, targets, jnp.ones((1, 1), bool))
     log2 = np.log(2.0)
     # alpha * (1/2)^2 * log 2 with 4 of 16 cells positive in the first frame, none in the second.
@@ -34,6 +50,7 @@ def test_undecided_masks_cost_what_the_formulas_say():
     np.testing.assert_allclose(terms["mask/focal"].mean(), focal, rtol=1e-5)
     np.testing.assert_allclose(terms["mask/dice"].mean(), 1 - 5 / 13, rtol=1e-5)
     np.testing.assert_allclose(terms["mask/presence"].mean(), log2, rtol=1e-5)
+    np.testing.assert_allclose(terms["mask/cells"].mean(), 2 * log2, rtol=1e-5)
 
 
 def test_decode_resizes_drops_absent_frames_and_boxes_the_rest():
@@ -62,3 +79,9 @@ def test_resampling_is_bilinear_with_half_pixel_centres():
     np.testing.assert_allclose(resize_grid(x, 8), expected, atol=1e-5)
     np.testing.assert_allclose(bilinear_weights(5, 9).sum(axis=1), 1.0)
     np.testing.assert_allclose(bilinear_weights(4, 4), np.eye(4))
+
+
+def test_area_weights_are_the_share_that_a_cell_covers():
+    np.testing.assert_allclose(area_weights(4, 2), [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
+    np.testing.assert_allclose(area_weights(3, 2), [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]])
+    np.testing.assert_allclose(area_weights(2, 4), [[1, 0], [1, 0], [0, 1], [0, 1]])

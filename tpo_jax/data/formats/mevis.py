@@ -3,7 +3,7 @@
 {"videos": {video: {"frames": [...], "expressions": {id: {"exp", "anno_id": [...], "obj_id"?}},
  "vid_id"?, "fps"?}}} and {anno_id: [RLE or null per frame]}. An expression that means several
 objects is the union of their masks. Frame i is at i / fps seconds; the release has no `fps`, the
-frame rate of the video file is used then.
+frame rate of the video file is used then, or --frame_rate for folders of pictures (JPEGImages).
 """
 
 from __future__ import annotations
@@ -12,43 +12,44 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tpo_jax.data import validation
-from tpo_jax.data.formats.reading import Context, Format, Record, load_json
+from tpo_jax.data.formats import asking
+from tpo_jax.data.formats.reading import Context, Format, Record, as_object, expand, load_json
 from tpo_jax.data.problems import Invalid
-from tpo_jax.data.records import Example, Turn
+from tpo_jax.data.records import Example
 
 EXPRESSIONS, MASKS = "meta_expressions.json", "mask_dict.json"
-QUESTION = 'Which pixels show "{expression}"?'
-ANSWER = "It is <mask>."
 
 
 def records(context: Context) -> Iterator[Record]:
     """One record per expression; the file is the folder, or meta_expressions.json in it."""
     path = context.file / EXPRESSIONS if context.file.is_dir() else context.file
-    data = load_json(path)
-    masks = load_json(path.with_name(MASKS))
+    data = load_json(path, dict)
+    masks = load_json(path.with_name(MASKS), dict)
     context.keys(data, ("videos",), ("info",))
-    for video, entry in data["videos"].items():
-        try:
-            context.keys(entry, ("frames", "expressions"), ("vid_id", "fps"))
-        except Invalid as invalid:
-            yield video, invalid
-            continue
-        for key, item in entry["expressions"].items():
-            yield f"{video}/{key}", (video, entry, item, masks)
+    yield from expand(
+        as_object("videos", data["videos"]).items(),
+        lambda *item: _expressions(context, masks, *item),
+    )
+
+
+def _expressions(context: Context, masks: Any, video: str, entry: Any) -> Iterator[Record]:
+    context.keys(entry, ("frames", "expressions"), ("vid_id", "fps"))
+    for key, item in as_object("expressions", entry["expressions"]).items():
+        yield f"{video}/{key}", (video, entry, item, masks)
 
 
 def parse(record: Any, label: str, context: Context) -> list[Example]:
     video, entry, item, masks = record
-    name = context.find(video, "videos")
+    fps = entry.get("fps")
+    if fps is not None:
+        fps = validation.check_number("fps", fps, 1e-6, float("inf"), "frames a second")
+    name = context.find(video, "videos", frame_rate=fps)
     count = len(validation.check_list("frames", entry["frames"]))
-    if "fps" in entry:
-        fps = validation.check_number("fps", entry["fps"], 1e-6, float("inf"), "frames a second")
-    else:
-        fps = context.frame_rate(name, "fps")
+    fps = fps or context.frame_rate(name, "fps")
     context.keys(item, ("exp", "anno_id"), ("obj_id",))
     text = validation.check_text("exp", item["exp"])
     ids = validation.check_list("anno_id", item["anno_id"])
-    turn = Turn(QUESTION.format(expression=text), ANSWER, (), "mask")
+    turn = asking.referred_mask(text)
     targets = {
         "times": [i / fps for i in range(count)],
         "rles": _union([_masks(masks, i, count) for i in ids]),

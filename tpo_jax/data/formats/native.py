@@ -11,7 +11,7 @@ from typing import Any
 from tpo_jax.data import validation
 from tpo_jax.data.formats.reading import Context, Format, Record, json_lines
 from tpo_jax.data.problems import Invalid
-from tpo_jax.data.records import FORMAT_VERSION, TASKS, Example, Turn
+from tpo_jax.data.records import FORMAT_VERSION, Example, Turn, known_tasks
 
 OPTIONAL = (
     *("video", "image", "task", "targets", "start", "end", "example_id", "source"),
@@ -35,8 +35,8 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
             kind, record[kind], f"the file is not {kind}", "write it under 'video' or 'image'"
         )
     task = record.get("task", "conversation")
-    if task not in TASKS:
-        raise Invalid("task", task, f"expected one of {', '.join(TASKS)}", "correct it")
+    if task not in known_tasks():
+        raise Invalid("task", task, f"expected one of {', '.join(known_tasks())}", "correct it")
     changes: dict[str, Any] = {"media": kind}
     for key in ("start", "end"):
         if record.get(key) is not None:

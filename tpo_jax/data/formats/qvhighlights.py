@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tpo_jax.data import validation
+from tpo_jax.data.formats import asking
 from tpo_jax.data.formats.reading import Context, Format, Record, json_lines
 from tpo_jax.data.problems import Invalid
-from tpo_jax.data.records import Example, Turn
+from tpo_jax.data.records import Example
 
 CLIP_SECONDS = 2.0
 HIGHEST_SCORE = 4
-QUESTION = 'When does this happen: "{query}"?'
-ANSWER = "It happens at <temporal>."
 
 
 def records(context: Context) -> Iterator[Record]:
@@ -43,8 +42,8 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
     }
     if record.get("saliency_scores") is not None:
         targets |= _saliency(record, duration)
-    turn = Turn(QUESTION.format(query=query.rstrip(".")), ANSWER, (), "temporal")
-    return [context.example(name, f"qid{record['qid']}", "temporal", [turn], targets)]
+    label = f"qid{record['qid']}"
+    return [context.example(name, label, "temporal", [asking.moment(query)], targets)]
 
 
 def _saliency(record: Mapping[str, Any], duration: float) -> dict[str, Any]:

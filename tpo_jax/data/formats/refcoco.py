@@ -1,7 +1,11 @@
-"""RefCOCO as JSON: COCO `images` and `annotations` (bbox [x, y, w, h] in pixels) plus `refs`.
+"""RefCOCO, RefCOCO+ and RefCOCOg as JSON: COCO `images`, `annotations` (bbox [x, y, w, h] in
+pixels) and `refs`, which name an annotation and its sentences.
 
-A ref names an annotation and its sentences. An image may be a frame of a video: `file_name` is the
-video then, and `time` says which frame, in seconds.
+--annotations is one JSON with all three, or the folder of the release in which its pickle
+`refs(unc).p` was converted to `refs(unc).json` (pickles are not loaded; the error says how to
+convert one). With several, name the one: refcoco/refs(unc).json; instances.json is beside it.
+An image may be a frame of a video: `file_name` is the video then, `time` says which frame, in
+seconds.
 """
 
 from __future__ import annotations
@@ -10,28 +14,58 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tpo_jax.data import validation
+from tpo_jax.data.formats import asking
 from tpo_jax.data.formats.reading import Context, Format, Record, load_json, pixel_box
 from tpo_jax.data.problems import Invalid
-from tpo_jax.data.records import Example, Turn
+from tpo_jax.data.records import Example
 
 IMAGE_KEYS = ("width", "height", "time", "license", "coco_url", "flickr_url", "date_captured")
 BOX_KEYS = ("category_id", "area", "iscrowd", "segmentation")
 REF_KEYS = ("image_id", "category_id", "file_name", "sent_ids", "split")
 SENTENCE_KEYS = ("raw", "sent_id", "tokens")
-QUESTION = 'Where is "{sentence}"?'
-QUESTION_AT_TIME = 'Where is "{sentence}" at {time:g} s?'
-ANSWER = "It is at <region>."
+INSTANCES = "instances.json"
+CONVERT = (
+    "a pickle may run any program, so convert it where you trust it: "
+    "python -c \"import json, pickle; refs = pickle.load(open('{name}', 'rb')); "
+    "json.dump(refs, open('{json}', 'w'))\""
+)
 
 
 def records(context: Context) -> Iterator[Record]:
     """Each ref with its annotation and image joined in."""
-    data = load_json(context.file)
-    context.keys(data, ("images", "annotations", "refs"), ("info", "licenses", "categories"))
+    refs, data = _load(context)
+    context.keys(data, ("images", "annotations"), ("refs", "info", "licenses", "categories"))
     images = _by_id(data["images"], "images")
     boxes = _by_id(data["annotations"], "annotations")
-    for i, ref in enumerate(validation.check_list("refs", data["refs"])):
+    for i, ref in enumerate(validation.check_list("refs", refs)):
         label = f"ref {ref['ref_id']}" if isinstance(ref, Mapping) and "ref_id" in ref else str(i)
         yield label, (ref, images, boxes)
+
+
+def _load(context: Context) -> tuple[Any, Mapping[str, Any]]:
+    """(refs, the file with images and annotations)."""
+    path = context.file
+    if path.is_dir():
+        found = sorted(path.glob("refs*.json"))
+        if len(found) != 1:
+            _refuse_pickle(next(iter(sorted(path.glob("refs*.p"))), None) if not found else None)
+            names = [file.name for file in found]
+            raise Invalid("", names, "expected one refs*.json in the folder", "name the file")
+        (path,) = found
+    if path.suffix in (".p", ".pkl", ".pickle"):
+        _refuse_pickle(path)
+    instances = path.with_name(INSTANCES)
+    if path.name.startswith("refs") and instances.is_file():
+        return load_json(path, list), load_json(instances, dict)
+    data = load_json(path, dict)
+    context.keys(data, ("refs", "images", "annotations"), ("info", "licenses", "categories"))
+    return data["refs"], data
+
+
+def _refuse_pickle(path) -> None:
+    if path is not None:
+        fix = CONVERT.format(name=path, json=path.with_suffix(".json"))
+        raise Invalid("", path.name, "it is a pickle, which is not loaded", fix)
 
 
 def parse(record: Any, label: str, context: Context) -> list[Example]:
@@ -58,8 +92,7 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
         field = f"refs.sentences[{i}]"
         context.keys(item, ("sent",), SENTENCE_KEYS, field)
         sentence = validation.check_text(f"{field}.sent", item["sent"])
-        question = QUESTION if kind == "image" else QUESTION_AT_TIME
-        turn = Turn(question.format(sentence=sentence, time=time), ANSWER, (), "region")
+        turn = asking.region(sentence, time if kind == "video" else None)
         example_label = f"{label.replace(' ', '')}/{i}"
         examples.append(context.example(name, example_label, "region", [turn], targets, media=kind))
     return examples
@@ -68,7 +101,7 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
 def _by_id(items: Any, field: str) -> dict[Any, Mapping[str, Any]]:
     found: dict[Any, Mapping[str, Any]] = {}
     for i, item in enumerate(validation.check_list(field, items)):
-        if not isinstance(item, Mapping) or "id" not in item:
+        if not isinstance(item, Mapping) or not isinstance(item.get("id"), int | str):
             raise Invalid(f"{field}[{i}]", item, "expected an object with 'id'", "add it")
         if item["id"] in found:
             raise Invalid(f"{field}[{i}].id", item["id"], "used twice", "make ids unique")
@@ -77,7 +110,7 @@ def _by_id(items: Any, field: str) -> dict[Any, Mapping[str, Any]]:
 
 
 def _lookup(table: Mapping[Any, Any], key: Any, field: str) -> Mapping[str, Any]:
-    if key not in table:
+    if not isinstance(key, int | str) or key not in table:
         raise Invalid(field, key, "no entry has this id", "correct the id")
     return table[key]
 

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tpo_jax.data import validation
-from tpo_jax.data.formats.reading import Context, Format, Record, load_json
-from tpo_jax.data.problems import Invalid
+from tpo_jax.data.formats.reading import Context, Format, Record, as_object, load_json
 from tpo_jax.data.records import Example, Turn
 
 VIDEO_KEYS = ("subset", "duration", "fps", "frame", "url", "resolution", "duration_second")
@@ -21,11 +20,9 @@ QUESTION = "Which actions happen in the video?"
 
 
 def records(context: Context) -> Iterator[Record]:
-    data = load_json(context.file)
+    data = load_json(context.file, dict)
     context.keys(data, ("database",), ("version", "taxonomy"))
-    if not isinstance(data["database"], dict):
-        raise Invalid("database", data["database"], "expected {video: {...}}", "correct it")
-    return iter(data["database"].items())
+    return iter(as_object("database", data["database"]).items())
 
 
 def parse(record: Any, label: str, context: Context) -> list[Example]:

@@ -22,11 +22,7 @@ _ANSWER = re.compile(r"^(?:Answer:\s*)?\(([A-Z])\)\s*(.*)$", re.IGNORECASE | re.
 
 
 def records(context: Context) -> Iterator[Record]:
-    data = load_json(context.file)
-    if not isinstance(data, list):
-        raise Invalid(
-            "", type(data).__name__, "expected a JSON list of records", "wrap it in [...]"
-        )
+    data = load_json(context.file, list)
     return ((f"record {i}", record) for i, record in enumerate(data))
 
 

@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -59,15 +60,17 @@ class Source:
     annotations: pathlib.Path
     name: str
     ignore_keys: frozenset[str] = frozenset()
+    frame_rate: float | None = None  # of folders of pictures whose annotations do not say it
 
 
 @dataclasses.dataclass(frozen=True)
 class MediaItem:
-    """One media file and the examples about it."""
+    """One media file (or folder of pictures, `frame_rate` a second) and the examples about it."""
 
     path: pathlib.Path
     video_id: str
     drafts: tuple[Draft, ...]
+    frame_rate: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +106,7 @@ def make_plan(sources: Sequence[Source], settings: Settings) -> Plan:
     """
     folders = _open_folders(sources)
     by_video: dict[tuple[str, pathlib.Path], list[Draft]] = collections.defaultdict(list)
+    rates: dict[pathlib.Path, float | None] = {}
     problems: list[Problem] = []
     seen: dict[str, Draft] = {}
     for source in sources:
@@ -117,6 +121,7 @@ def make_plan(sources: Sequence[Source], settings: Settings) -> Plan:
             name = draft.example.video_id
             video_id = name if len(folders) == 1 else f"{folder.root.name}/{name}"
             example = dataclasses.replace(draft.example, video_id=video_id)
+            rates[folder.path(name)] = folder.frame_rate(name)
             by_video[video_id, folder.path(name)].append(
                 dataclasses.replace(draft, example=example)
             )
@@ -124,7 +129,7 @@ def make_plan(sources: Sequence[Source], settings: Settings) -> Plan:
         shown = "".join(f"\n  {problem}" for problem in problems[:5])
         raise PrepareError(f"no usable record in {len(sources)} annotation files:{shown}")
     items = [
-        MediaItem(path, video_id, tuple(drafts))
+        MediaItem(path, video_id, tuple(drafts), rates[path])
         for (video_id, path), drafts in sorted(by_video.items())
     ]
     pieces = tuple(Piece(_piece_key(group, settings), group) for group in _group(items))
@@ -133,7 +138,9 @@ def make_plan(sources: Sequence[Source], settings: Settings) -> Plan:
 
 def read_source(source: Source, folder: MediaFolder | None) -> tuple[list[Draft], list[Problem]]:
     """The drafts of one annotation file and the problems in it."""
-    context = Context(source.annotations, source.name, folder, source.ignore_keys)
+    context = Context(
+        source.annotations, source.name, folder, source.ignore_keys, source.frame_rate
+    )
     return formats.get(source.format).read(context)
 
 
@@ -165,7 +172,7 @@ def _duplicate(draft: Draft, other: Draft) -> Problem:
 
 def _group(items: Sequence[MediaItem]) -> list[tuple[MediaItem, ...]]:
     """Consecutive media, cut by number and by bytes."""
-    sizes = [item.path.stat().st_size for item in items]
+    sizes = [_stat(item.path)[0] for item in items]
     most_media = max(PIECE_MEDIA, -(-len(items) // PIECES))
     most_bytes = min(max(SMALLEST_PIECE, -(-sum(sizes) // PIECES)), LARGEST_PIECE)
     groups: list[list[MediaItem]] = [[]]
@@ -182,10 +189,19 @@ def _group(items: Sequence[MediaItem]) -> list[tuple[MediaItem, ...]]:
 def _piece_key(items: Sequence[MediaItem], settings: Settings) -> str:
     described: list[Any] = [FORMAT_VERSION, CLIP_FRAMES, dataclasses.asdict(settings)]
     for item in items:
-        stat = item.path.stat()
         examples = [[d.file, d.record, d.example.to_json()] for d in item.drafts]
-        described.append([item.video_id, stat.st_size, stat.st_mtime_ns, examples])
+        described.append([item.video_id, *_stat(item.path), examples])
+        if item.frame_rate is not None:
+            described.append(item.frame_rate)
     return _hash(described)
+
+
+def _stat(path: pathlib.Path) -> tuple[int, int]:
+    """(bytes, time of the last change in ns) of a file, or of all files right in a folder."""
+    if path.is_file():
+        return path.stat().st_size, path.stat().st_mtime_ns
+    stats = [entry.stat() for entry in os.scandir(path) if entry.is_file()]
+    return sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)
 
 
 def _hash(value: Any) -> str:

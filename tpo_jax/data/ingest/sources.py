@@ -4,7 +4,8 @@ A manifest is `dataset.json` in the folder of the data set:
 
     {"name": "...", "media": "media", "annotations": [{"format": "native", "path": "a.jsonl"}]}
 
-Paths are relative to the folder and stay inside it.
+Paths are relative to the folder and stay inside it. An entry may have a `frame_rate`, of folders of
+pictures whose annotations do not say it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tpo_jax.data.problems import Invalid
 MANIFEST = "dataset.json"
 SETTING_KEYS = ("fps", "size", "encoding", "processes")
 SOURCE_KEYS = ("media", "format", "annotations", "name", "ignore_keys")
+OPTIONAL_KEYS = ("frame_rate",)
 
 
 def from_manifest(folder: pathlib.Path, ignore_keys: frozenset[str] = frozenset()) -> list[Source]:
@@ -46,14 +48,16 @@ def from_manifest(folder: pathlib.Path, ignore_keys: frozenset[str] = frozenset(
 def _manifest_source(
     folder: pathlib.Path, data: dict[str, Any], entry: Any, field: str, ignore_keys: frozenset[str]
 ) -> Source:
-    validation.check_keys(entry, (), ("format", "path"), field)
+    validation.check_keys(entry, OPTIONAL_KEYS, ("format", "path"), field)
     _check_format(f"{field}.format", entry["format"])
+    _check_rate(f"{field}.frame_rate", entry.get("frame_rate"))
     return Source(
         folder / safe_name(data["media"], "media"),
         entry["format"],
         folder / safe_name(entry["path"], f"{field}.path"),
         f"{data['name']}/{entry['format']}",
         ignore_keys,
+        entry.get("frame_rate"),
     )
 
 
@@ -65,8 +69,9 @@ def check_config(config: ConfigDict) -> None:
         if not data.get("manifest") and not data.get("sources"):
             raise Invalid("sources", [], "the config names no data", "set manifest or sources")
         for i, source in enumerate(data.get("sources", ())):
-            validation.check_keys(source, (), SOURCE_KEYS, f"sources[{i}]")
+            validation.check_keys(source, OPTIONAL_KEYS, SOURCE_KEYS, f"sources[{i}]")
             _check_format(f"sources[{i}].format", source["format"])
+            _check_rate(f"sources[{i}].frame_rate", source.get("frame_rate"))
     except Invalid as error:
         raise PrepareError(f"config.{error}") from error
 
@@ -80,6 +85,7 @@ def from_config(config: ConfigDict) -> tuple[list[Source], Settings, int]:
             pathlib.Path(source["annotations"]),
             source["name"],
             frozenset(source["ignore_keys"]),
+            source.get("frame_rate"),
         )
         for source in config.to_dict().get("sources", ())
     ]
@@ -93,3 +99,8 @@ def _check_format(field: str, name: Any) -> None:
         raise Invalid(
             field, name, f"expected one of {', '.join(formats.FORMATS)}", "correct the format"
         )
+
+
+def _check_rate(field: str, rate: Any) -> None:
+    if rate is not None:
+        validation.check_number(field, rate, 1e-6, float("inf"), "pictures a second")

@@ -27,15 +27,20 @@ def summarise(
         "duration": spread(durations),
         **count_examples(examples),
         "quarantined": len(quarantine),
-        "quarantined_by_reason": _counts(_reason(entry) for entry in quarantine),
+        "quarantined_by_reason": by_reason(quarantine),
     }
+
+
+def by_reason(problems: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """How often each kind of problem occurs, by field and reason."""
+    return _counts(_reason(problem) for problem in problems)
 
 
 def count_examples(examples: Iterable[Example]) -> dict[str, Any]:
     """The part of the statistics that needs no video."""
     tasks, sources, kinds, choices = [], [], [], []
     windows: list[float] = []
-    turns = words = 0
+    turns = words = boxes = masks = 0
     for example in examples:
         tasks.append(example.task)
         sources.append(example.source)
@@ -46,6 +51,8 @@ def count_examples(examples: Iterable[Example]) -> dict[str, Any]:
         turns += len(example.turns)
         pieces = example.targets.get("windows") or example.targets.get("segments") or []
         windows += [end - start for start, end in pieces]
+        boxes += sum(box is not None for box in example.targets.get("boxes") or [])
+        masks += sum(rle is not None for rle in example.targets.get("rles") or [])
     return {
         "examples": len(tasks),
         "turns": turns,
@@ -55,6 +62,8 @@ def count_examples(examples: Iterable[Example]) -> dict[str, Any]:
         "kinds": _counts(kinds),
         "sources": _counts(sources),
         "windows": spread(windows),
+        "boxes": boxes,
+        "masks": masks,
     }
 
 
@@ -82,11 +91,11 @@ def _counts(values: Iterable[str]) -> dict[str, int]:
 
 
 def _reason(entry: Mapping[str, Any]) -> str:
-    """Groups reasons that differ only in figures and names: up to the first colon or digit."""
+    """Groups reasons that differ only in figures and names: up to the first of ":,;" or digit."""
     words = []
     for word in entry["reason"].split():
-        words.append(word.rstrip(":,"))
-        if word.endswith((":", ",")):
+        words.append(word.rstrip(":,;"))
+        if word.endswith((":", ",", ";")):
             break
         if any(c.isdigit() for c in word):
             words.pop()

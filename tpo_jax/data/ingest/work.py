@@ -61,7 +61,7 @@ def do_piece(piece: Piece, settings: Settings, parts: pathlib.Path) -> int:
 
 def _decode(item: MediaItem, settings: Settings, spool) -> VideoInfo:
     """Decodes one file into clip records in `spool`."""
-    decoder = Decoder(item.path, settings.fps, size=settings.size)
+    decoder = Decoder(item.path, settings.fps, size=settings.size, frame_rate=item.frame_rate)
     times: list[float] = []
     frames: list[np.ndarray] = []
     shape = None

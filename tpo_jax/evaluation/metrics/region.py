@@ -13,9 +13,14 @@ def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
 
 
-def region_accuracy(predicted: np.ndarray, target: np.ndarray, threshold: float = 0.5) -> float:
-    """1.0 when the predicted box overlaps its target by IoU >= threshold (RefCOCO, Acc@0.5)."""
-    return float(box_iou(predicted, target) >= threshold)
+def region_accuracy(
+    predicted: np.ndarray, target: np.ndarray, threshold: float = 0.5
+) -> np.ndarray:
+    """float64[...]: 1.0 where the box overlaps its target by IoU >= threshold (RefCOCO, Acc@0.5).
+
+    A question without a predicted box is a row of zeros, which overlaps nothing.
+    """
+    return (box_iou(predicted, target) >= threshold).astype(np.float64)
 
 
 def _area(boxes: np.ndarray) -> np.ndarray:

@@ -109,6 +109,52 @@ def frame_mixer(w, x, heads):
     return x + mlp(w.at("mlp"), layer_norm(w.at("mlp_norm"), x))
 
 
+def attend_weighted(q, k, v, heads):
+    """`attend`, and its weights averaged over heads, [rows, T, S]; v may be of another width."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1)
+    return (weights @ v).transpose(1, 2).flatten(2), weights.mean(1)
+
+
+def sine_waves(positions, width):
+    index = torch.arange(width)
+    angles = 2 * math.pi * positions[..., None] / 10000.0 ** (2 * (index // 2) / width)
+    return torch.where(index % 2 == 0, torch.sin(angles), torch.cos(angles))
+
+
+def inverse_sigmoid(x):
+    return torch.log(x.clamp(min=1e-3) / (1 - x).clamp(min=1e-3))
+
+
+def input_projection(w, x):
+    x = F.relu(linear(w.at("linear1"), layer_norm(w.at("norm1"), x)))
+    return linear(w.at("linear2"), layer_norm(w.at("norm2"), x))
+
+
+def relu_mlp(w, x):
+    layers = w.at("layers")
+    for i in range(layers.children("layer")):
+        x = linear(layers.at(f"layer{i}"), F.relu(x) if i else x)
+    return x
+
+
+def feed_forward(w, x):
+    hidden = linear(w.at("fc1"), layer_norm(w.at("norm1"), x))
+    hidden = torch.where(hidden > 0, hidden, w["slope"] * hidden)
+    return layer_norm(w.at("norm2"), x + linear(w.at("fc2"), hidden))
+
+
+def encoder(w, x, position, heads):
+    """Post-norm layers; positions are added to queries and keys."""
+    layers = w.at("layers")
+    for i in range(layers.children("layer")):
+        layer = layers.at(f"layer{i}")
+        q, k = (linear(layer.at(name), x + position) for name in ("q_proj", "k_proj"))
+        mixed = attend(q, k, linear(layer.at("v_proj"), x), heads)
+        x = feed_forward(layer.at("feed_forward"), x + linear(layer.at("o_proj"), mixed))
+    return x
+
+
 def add_motion(frames):
     """[B, F, H, W, 3] -> [B, F, H, W, 6]: each frame and its change since the one before."""
     before = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
@@ -140,11 +186,16 @@ class VideoLanguageModel:
     def from_folder(cls, folder):
         folder = pathlib.Path(folder)
         about = json.loads((folder / "tpo_config.json").read_text())
+        language = AutoModelForCausalLM.from_pretrained(folder / "language_model")
+        if (folder / "adapter").exists():
+            from peft import PeftModel
+
+            language = PeftModel.from_pretrained(language, folder / "adapter").merge_and_unload()
         return cls(
             about["model"],
             about["template"],
             load_file(folder / "tpo.safetensors"),
-            AutoModelForCausalLM.from_pretrained(folder / "language_model").eval(),
+            language.eval(),
             AutoTokenizer.from_pretrained(folder / "language_model"),
         )
 
@@ -288,8 +339,104 @@ class VideoLanguageModel:
             "saliency": linear(w.at("saliency"), x)[..., 0],
         }
 
+    def cg_detr(self, slot_states, features, prompt):
+        """[1, S, D] at slots, [1, T, D] at the tokens of their question -> {"logits", "spans"
+        [1, S, layers, Q, 2] (centre, width), "saliency", "relevance" [1, S, F]}."""
+        w, heads = self.weights.at("heads").at("cg_detr"), self.head_heads
+        embed, readers = w.at("embed"), w.at("readers")
+        S, width = slot_states.shape[1], embed["word"].shape[0]
+        states = torch.cat([prompt.expand(S, -1, -1), slot_states.transpose(0, 1)], 1)
+        words = input_projection(w.at("text_proj"), states) + embed["word"]
+        dummies = embed["dummies"].expand(S, -1, -1)
+        count = dummies.shape[1]
+        places = F.pad(embed["dummy_places"], (0, 0, 0, words.shape[1]))
+        seen = encoder(w.at("dummy_encoder"), torch.cat([dummies, words], 1), places, heads)
+        keys = torch.cat([seen[:, :count], words], 1)
+        spoken = torch.cat([torch.zeros_like(dummies), words], 1)
+
+        clips, position = self._cg_detr_clips(w, words[:, -1], features["patches"][0])
+        read, attention = clips, 0.0
+        for i in range(readers.children("layer")):
+            layer = readers.at(f"layer{i}")
+            mixed, weights = attend_weighted(read + position, keys + places, spoken, heads)
+            read = feed_forward(layer.at("feed_forward"), read + linear(layer.at("o_proj"), mixed))
+            attention = attention + weights / readers.children("layer")
+        relevance = attention[:, :, count:].sum(-1).clamp(0, 1)
+
+        mean, prompts = clips.mean(1), embed["prompts"]
+        likeness = F.normalize(clips - mean[:, None], dim=-1) @ F.normalize(prompts, dim=-1).T
+        shares = relevance / relevance.sum(-1, keepdim=True).clamp(min=1e-6)
+        share, index = torch.einsum("nf,nfp->np", shares, likeness.softmax(-1)).max(-1)
+        token, place = (mean + share[:, None] * prompts[index])[:, None], embed["prompt_place"]
+        for i in range(readers.children("layer")):
+            layer = readers.at(f"layer{i}")
+            mixed = attend(token + place, words, words, heads)
+            token = token + linear(layer.at("o_proj"), mixed)
+            token = feed_forward(layer.at("feed_forward"), token)
+        placed = torch.cat([place.expand(S, 1, width), position.expand(S, -1, width)], 1)
+        memory = encoder(w.at("encoder"), torch.cat([token, read], 1), placed, heads)
+        whole, memory = memory[:, :1], memory[:, 1:] + memory[:, :1]
+        saliency = linear(w.at("saliency_clip"), memory) * linear(w.at("saliency_token"), whole)
+        logits, spans = self._cg_detr_decode(w.at("decoder"), memory, position)
+        found = {"logits": logits, "spans": spans, "saliency": saliency.sum(-1) * width**-0.5,
+                 "relevance": relevance}  # fmt: skip
+        return {name: value[None] for name, value in found.items()}
+
+    def _cg_detr_clips(self, w, slots, patches):
+        """[S, C], patches [F, h, w, D] -> clips [S, F, C] and their positions [F, C]."""
+        frames = patches.shape[0]
+        tokens = layer_norm(w.at("patch_norm"), linear(w.at("patch_proj"), patches)).flatten(1, 2)
+        pooled = slot_attention(
+            w.at("pool"), slots.expand(frames, -1, -1), tokens, self.head_heads
+        ).transpose(0, 1)
+        centres = (torch.arange(frames) + 0.5) / frames
+        ends = torch.stack([centres - 0.5 / frames, centres + 0.5 / frames], -1)
+        clips = torch.cat([pooled, ends.expand(len(slots), -1, -1)], -1)
+        clips = input_projection(w.at("clip_proj"), clips) + w.at("embed")["clip"]
+        return clips, sine_waves(centres, slots.shape[-1])
+
+    def _cg_detr_decode(self, w, memory, position):
+        """[S, F, C], [F, C] -> logits and spans [S, layers, Q, 2]."""
+        heads, (S, _, width) = self.head_heads, memory.shape
+        anchors = torch.sigmoid(w.at("embed")["anchors"]).expand(S, -1, -1)
+        x = memory.new_zeros(S, anchors.shape[1], width)
+        layers, logits, spans = w.at("layers"), [], []
+
+        def beside(content, place):
+            parts = [t.unflatten(-1, (heads, -1)) for t in (content, place)]
+            return torch.cat(parts, -1).flatten(2)
+
+        for i in range(layers.children("layer")):
+            layer = layers.at(f"layer{i}")
+            waves = sine_waves(anchors, width // 2).flatten(2)
+            place = relu_mlp(w.at("place"), waves)
+            scale = torch.sigmoid(relu_mlp(w.at("width_scale"), x))
+            waves = waves * scale / anchors[..., 1:].clamp(min=1e-3)
+            waves = waves * relu_mlp(w.at("wave_scale"), x) if i else waves
+            p = layer.at("self_proj")
+            q = linear(p.at("q"), x) + linear(p.at("q_place"), place)
+            k = linear(p.at("k"), x) + linear(p.at("k_place"), place)
+            x = x + linear(p.at("o"), attend(q, k, linear(p.at("v"), x), heads))
+            x = layer_norm(layer.at("self_norm"), x)
+            p = layer.at("cross_proj")
+            q, k = linear(p.at("q"), x), linear(p.at("k"), memory)
+            k_place = linear(p.at("k_place"), position).expand_as(k)
+            if i == 0:
+                q, k = q + linear(layer.at("q_place"), place), k + k_place
+            q, k = beside(q, linear(p.at("q_wave"), waves)), beside(k, k_place)
+            mixed, _ = attend_weighted(q, k, linear(p.at("v"), memory), heads)
+            x = layer_norm(layer.at("cross_norm"), x + linear(p.at("o"), mixed))
+            x = feed_forward(layer.at("feed_forward"), x)
+            state = layer_norm(w.at("norm"), x)
+            logits.append(linear(w.at("foreground"), state))
+            start = inverse_sigmoid(anchors)
+            spans.append(torch.sigmoid(relu_mlp(w.at("span"), state) + start))
+            anchors = torch.sigmoid(relu_mlp(w.at("refine"), x) + start)
+        return torch.stack(logits, 1), torch.stack(spans, 1)
+
     def mask(self, slot_states, features):
-        """[1, S, D] -> {"masks" [1, S, F, m, m] logits, "presence" [1, S, F] logits}."""
+        """[1, S, D] -> logits {"masks" [1, S, F, m, m], "cells" [1, S, F, h, h], "presence"
+        [1, S, F]}."""
         w = self.weights.at("heads").at("mask")
         stem, patches, pixels = features["stem"], features["patches"], features["pixels"]
         B, frames = patches.shape[:2]
@@ -303,6 +450,8 @@ class VideoLanguageModel:
             x = x.view(B, frames, S, -1).transpose(1, 2)
             x = frame_mixer(mixers.at(f"layer{i}"), x, self.head_heads)
         x = layer_norm(w.at("final_norm"), x)
+        found = torch.einsum("bsfc,bftc->bsft", x, tokens.unflatten(0, (B, frames)))
+        found = found * tokens.shape[-1] ** -0.5
         query = mlp(w.at("query"), x)
         stride = self.config["head"]["mask_stride"]
         size, grid = pixels.shape[-2] // stride, math.isqrt(tokens.shape[1])
@@ -313,8 +462,11 @@ class VideoLanguageModel:
         cells = linear(w.at("pixel_out"), F.gelu(cells, approximate="tanh"))
         cells = cells.view(B, frames, size * size, -1)
         logits = torch.einsum("bsfc,bfpc->bsfp", query[..., :-1], cells) + query[..., -1:]
+        found = found.unflatten(-1, (grid, grid))
+        coarse = torch.einsum("ah,bw,...hw->...ab", resize, resize, found)
         return {
-            "masks": logits.unflatten(-1, (size, size)),
+            "masks": logits.unflatten(-1, (size, size)) + coarse,
+            "cells": found,
             "presence": linear(w.at("presence"), x)[..., 0],
         }
 

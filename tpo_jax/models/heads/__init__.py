@@ -1,4 +1,5 @@
-"""Task heads: the registry. A new head is one file in this folder and one entry of HEADS.
+"""Task heads: the registry. A new head is one file in this folder and one entry of HEADS, or one
+file anywhere that calls `register` (docs/heads.md).
 
 In the text of an answer a head call is its marker, e.g. "<region>". Tokenised, that is the routing
 token, which the model learns to emit, and the slot token, which always follows it and whose hidden
@@ -9,14 +10,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tpo_jax.models.heads import mask, region, temporal
+from tpo_jax.models.heads import cg_detr, mask, region, temporal
 from tpo_jax.models.heads.base import BOX_MARKER, BOX_TOKEN, ClipInfo, Head, HeadInputs
 
 HEADS: dict[str, Head] = {
     "region": region.HEAD,
     "temporal": temporal.HEAD,
     "mask": mask.HEAD,
+    "cg_detr": cg_detr.HEAD,
 }
+
+
+def register(new: Head) -> None:
+    """Adds a head to the program that runs; ValueError where a name or a token is taken."""
+    if new.name in HEADS or new.name in ("language", "box"):
+        raise ValueError(f"head {new.name!r}: the name is taken; known: {sorted(HEADS)}")
+    for other in HEADS.values():
+        own, theirs = ((h.routing_token, h.slot_token) for h in (new, other))
+        if new.task == other.task and own != theirs:
+            raise ValueError(
+                f"head {new.name!r}: tokens {own}, but {other.name!r} answers {new.task!r} with "
+                f"{theirs}; use those"
+            )
+        if new.task != other.task and set(own) & {*theirs, BOX_TOKEN}:
+            raise ValueError(
+                f"head {new.name!r}: tokens {own} belong to {other.name!r} or the box; use others"
+            )
+    if new.task not in {other.task for other in HEADS.values()} and new.target is None:
+        raise ValueError(
+            f"head {new.name!r}: task {new.task!r} is new, so it needs a target "
+            "(data.targets.SlotTarget)"
+        )
+    HEADS[new.name] = new
 
 
 def head(name: str) -> Head:
@@ -26,15 +51,35 @@ def head(name: str) -> Head:
     return HEADS[name]
 
 
+def heads_of(names: Iterable[str]) -> dict[str, str]:
+    """{task: its head} in registry order; ValueError where two heads answer one task."""
+    chosen: dict[str, str] = {}
+    names = set(names)
+    for name in names:
+        head(name)
+    for name in [name for name in HEADS if name in names]:
+        task = HEADS[name].task
+        if task in chosen:
+            raise ValueError(
+                f"model config: heads: {chosen[task]!r} and {name!r} both answer {task!r}; keep one"
+            )
+        chosen[task] = name
+    return chosen
+
+
+def task_tokens() -> dict[str, tuple[str, str]]:
+    """{task: (routing token, slot token)} of every registered head, in registry order."""
+    return {h.task: (h.routing_token, h.slot_token) for h in HEADS.values()}
+
+
 def tokens_of(names: Iterable[str]) -> tuple[str, ...]:
     """Task tokens of these heads in registry order: routing, slot of each; last the box token."""
-    chosen = set(names)
-    for name in chosen:
-        head(name)
-    pairs = [(h.routing_token, h.slot_token) for name, h in HEADS.items() if name in chosen]
+    chosen = {head(name).task for name in names}
+    pairs = [pair for task, pair in task_tokens().items() if task in chosen]
     return tuple(token for pair in pairs for token in pair) + ((BOX_TOKEN,) if chosen else ())
 
 
 __all__ = [
-    "BOX_MARKER", "BOX_TOKEN", "HEADS", "ClipInfo", "Head", "HeadInputs", "head", "tokens_of",
+    "BOX_MARKER", "BOX_TOKEN", "HEADS", "ClipInfo", "Head", "HeadInputs", "head", "heads_of",
+    "register", "task_tokens", "tokens_of",
 ]  # fmt: skip

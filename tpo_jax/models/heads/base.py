@@ -33,6 +33,14 @@ class HeadInputs:
     frames: float32[B, F, H, W, 3], the clip itself, normalised.
     frame_valid: bool[B, F].
     frame: int32[B, S], frame that the slot asks about (read by the region head only).
+
+    Only for heads with `reads_prompt`:
+    prompt: float32[B, S, R, D], hidden states of the slot's question, its video behind them.
+    prompt_valid: bool[B, S, R].
+
+    Only when a loss follows, so that a head can compute what nothing but its loss needs:
+    targets: the slots' arrays of the batch, "valid" bool[B, S] among them.
+    video_ids: uint32[B], equal for rows of one video.
     """
 
     slot_states: jax.Array
@@ -40,6 +48,10 @@ class HeadInputs:
     frames: jax.Array
     frame_valid: jax.Array
     frame: jax.Array
+    prompt: jax.Array | None = None
+    prompt_valid: jax.Array | None = None
+    targets: Mapping[str, jax.Array] | None = None
+    video_ids: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +81,20 @@ class HeadModule(Protocol):
 class Head:
     """Registry entry.
 
-    loss: (predictions, targets of batch["slots"][name], valid bool[B, S]) -> {term: WeightedSum}.
+    Data, questions and events speak of tasks; a model chooses the head that answers each.
+
+    loss: (predictions, targets of batch["slots"][task], valid bool[B, S]) -> {term: WeightedSum}.
+      Terms are "<name>/...".
     decode: (predictions of ONE slot as numpy, ClipInfo) -> JSON-able dict.
+    task: what it answers, the name inside its marker; by default a task of its own, `name`.
+    coupled: terms that compare rows of the whole batch; they refuse gradient accumulation.
+    reads_prompt: whether it gets `HeadInputs.prompt`.
+
+    A head with a task of its own says what the built-in tasks have in their rooms:
+    target: data.targets.SlotTarget, from the targets of an example to arrays.
+    words: result of `decode` -> what stands in the text of an answer.
+    score: (targets of the example, number of the marker in it, result or None where the head was
+      not called) -> {"<task>/...": value}.
     """
 
     name: str
@@ -80,6 +104,20 @@ class Head:
     module: Callable[..., Any]
     loss: Callable[[Mapping, Mapping, jax.Array], dict[str, WeightedSum]]
     decode: Callable[[Mapping[str, np.ndarray], ClipInfo], dict]
+    task: str = ""
+    coupled: frozenset[str] = frozenset()
+    reads_prompt: bool = False
+    target: Any = None
+    words: Callable[[Mapping[str, Any]], str] | None = None
+    score: Callable[[Mapping[str, Any], int, Mapping | None], dict[str, float]] | None = None
+
+    def __post_init__(self):
+        if not self.task:
+            object.__setattr__(self, "task", self.name)
+        if self.marker != f"<{self.task}>":
+            raise ValueError(
+                f"head {self.name!r}: marker={self.marker!r}: must be '<{self.task}>', its task"
+            )
 
 
 class SlotAttention(nnx.Module):

@@ -83,3 +83,25 @@ def soft_nms_1d(
         overlap = shared / np.maximum(union, _EPSILON)
         scores *= np.exp(-np.square(overlap) / sigma)
     return kept
+
+
+def nms_1d(
+    spans: np.ndarray, scores: np.ndarray, *, iou: float
+) -> list[tuple[float, float, float]]:
+    """Greedy non-maximum suppression: a span that overlaps a better one by more than `iou` goes.
+
+    Args:
+      spans: float[n, 2], start <= end. scores: float[n].
+
+    Returns: (start, end, score), best first.
+    """
+    spans, scores = np.asarray(spans, np.float64), np.asarray(scores, np.float64)
+    kept: list[int] = []
+    for i in np.argsort(-scores, kind="stable"):
+        others = spans[kept]
+        shared = np.minimum(spans[i, 1], others[:, 1]) - np.maximum(spans[i, 0], others[:, 0])
+        shared = np.maximum(shared, 0.0)
+        union = np.diff(spans[i])[0] + (others[:, 1] - others[:, 0]) - shared
+        if not np.any(shared > iou * union):
+            kept.append(int(i))
+    return [(*map(float, spans[i]), float(scores[i])) for i in kept]

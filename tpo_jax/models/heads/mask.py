@@ -1,11 +1,12 @@
 """Mask head: what the answer refers to, pixel by pixel in every frame, or that it is absent.
 
 The slot state looks for its thing in each frame's tokens, tells the other frames what it found and
-looks again, and becomes one query a frame; mask logits are its dot products with pixel embeddings
-of that frame (as in MaskFormer, Cheng et al. 2021, 2107.06278). Pixel embeddings see the raw
-pixels, the stem and the up-sampled patches. Tracking is the same head with a box as the question:
-what stands in the box on the first frame is what the second look is for. Boxes are the extents of
-the masks.
+looks again, and becomes one query a frame. Mask logits are the query's match with every cell of the
+frame, up-sampled, plus its dot products with finer pixel embeddings (as in MaskFormer, Cheng et al.
+2021, 2107.06278). The matches are also labelled as a distribution over cells, as in the region
+head: that says *which* thing is meant long before its outline is any good. Tracking is the same
+head with a box as the question: what stands in the box on the first frame is what the second look
+is for. Boxes are the extents of the masks.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ class MaskHead(nnx.Module):
         self.pixel_out = Linear(self.pixel_width, self.pixel_width, rngs=rngs)
 
     def __call__(self, inputs: HeadInputs) -> dict[str, jax.Array]:
-        """-> {"masks": float32[B, S, F, m, m] logits, "presence": float32[B, S, F] logits}."""
+        """Returns logits, float32.
+
+        "masks" [B, S, F, m, m], "cells" [B, S, F, h1, w1], "presence" [B, S, F].
+        """
         B, F = inputs.frame_valid.shape
         S = inputs.slot_states.shape[1]
         per_frame = jax.tree.map(lambda x: x.reshape(B * F, *x.shape[2:]), inputs.features)
@@ -72,16 +76,22 @@ class MaskHead(nnx.Module):
             x = jnp.swapaxes(found.reshape(B, F, S, -1), 1, 2)
             x = self.mixers[name](x, inputs.frame_valid)
         x = self.final_norm(x)
+        cells = jnp.einsum("bsfc,bftc->bsft", x, tokens.reshape(B, F, *tokens.shape[1:]))
+        cells = (cells * tokens.shape[-1] ** -0.5).reshape(
+            B, S, F, self.stem_grid, self.stem_grid
+        )
         query, offset = jnp.split(self.query(x), [self.pixel_width], axis=-1)
         # The output layer of the pixels is linear, so it is applied to the few queries instead:
         # q . (x W + b) = (q W^T) . x + q . b.
         offset = offset + query @ self.pixel_out.bias[...][:, None]
         query = query @ self.pixel_out.merged_kernel.T
         pixels = self._pixels(inputs.frames, tokens)
-        logits = jnp.einsum("bsfc,bfpc->bsfp", query, pixels) + offset
+        fine = jnp.einsum("bsfc,bfpc->bsfp", query, pixels) + offset
         m = self.mask_size
+        up = jnp.asarray(bilinear_weights(self.stem_grid, m), cells.dtype)
         return {
-            "masks": logits.reshape(B, S, F, m, m),
+            "masks": fine.reshape(B, S, F, m, m) + _resample(cells, up),
+            "cells": cells,
             "presence": self.presence(x)[..., 0],
         }
 
@@ -112,8 +122,22 @@ def bilinear_weights(size_in: int, size_out: int) -> np.ndarray:
     return np.maximum(0.0, 1.0 - np.abs(position[:, None] - np.arange(size_in)))
 
 
+def area_weights(size_in: int, size_out: int) -> np.ndarray:
+    """float64[size_out, size_in], rows sum to 1: the mean over what each output cell covers."""
+    edges_in, edges_out = np.arange(size_in + 1) / size_in, np.arange(size_out + 1) / size_out
+    low = np.maximum(edges_out[:-1, None], edges_in[:-1])
+    high = np.minimum(edges_out[1:, None], edges_in[1:])
+    return np.maximum(high - low, 0.0) * size_out
+
+
+def _resample(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """float32[..., h, h] -> float32[..., n, n] with weights float32[n, h] along both sides."""
+    return jnp.einsum("nh,...hw,mw->...nm", weights, x, weights)
+
+
 def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, WeightedSum]:
-    """Focal and dice on labelled frames (dice where the object is present), BCE on presence.
+    """Focal on labelled frames, BCE on presence; where the object is present, dice and the
+    cross-entropy of the cells (nats) against the share of the object that lies in each.
 
     One unit of weight a labelled frame.
     """
@@ -129,11 +153,17 @@ def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, 
     focal = jnp.mean(alpha * jnp.square(miss) * bce, axis=-1)
     shared = jnp.sum(chance * masks, axis=-1)
     dice = 1.0 - (2.0 * shared + 1.0) / (jnp.sum(chance, -1) + jnp.sum(masks, -1) + 1.0)
+    cells = predictions["cells"]
+    shrink = jnp.asarray(area_weights(targets["masks"].shape[-1], cells.shape[-1]), jnp.float32)
+    share = _resample(masks.reshape(targets["masks"].shape), shrink).reshape(*masks.shape[:3], -1)
+    share = share / jnp.maximum(jnp.sum(share, axis=-1, keepdims=True), 1e-6)
+    matches = jax.nn.log_softmax(cells.reshape(share.shape))
     presence = predictions["presence"]
     presence = jax.nn.softplus(presence) - presence * present
     return {
         "mask/focal": WeightedSum.of(focal, labelled),
         "mask/dice": WeightedSum.of(dice, labelled & present),
+        "mask/cells": WeightedSum.of(-jnp.sum(share * matches, axis=-1), labelled & present),
         "mask/presence": WeightedSum.of(presence, labelled),
     }
 

@@ -1,0 +1,45 @@
+"""What the configs of published families share."""
+
+import importlib.resources
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tpo_jax.training.config import bucket_config, default_config, source_config
+
+# For random weights, which are for planning and tests: any tokenizer will do.
+TOKENIZER = str(importlib.resources.files("tpo_jax") / "assets" / "tiny_base" / "tokenizer.json")
+TASKS = {"conversation": 1.0}
+TINY_FRAMES = 4
+
+
+def family_config(family: str, arg: ConfigDict, *, frames: int = 32, batch: int = 64) -> ConfigDict:
+    """Supervised training on videos; `arg` has init, data and tiny."""
+    config = default_config()
+    if arg.init:
+        config.model = {"preset": "", "heads": []}
+        config.init_from = arg.init
+    else:
+        size = "tiny" if arg.tiny else "7b"
+        config.model = {"preset": f"{family}_{size}", "heads": []}
+        config.tokenizer = TOKENIZER
+    config.data.train = [source_config(f"{arg.data}/train", tasks=TASKS)]
+    config.optimizer.update(name="adamw", warmup=0.03, weight_decay=0.0, min_lr_ratio=0.0)
+    config.eval_every = 0
+    config.buckets = {
+        "video": bucket_config(
+            media="video", batch_size=8 if arg.tiny else batch,
+            frames=TINY_FRAMES if arg.tiny else frames, branches=1,
+            branch_tokens=64 if arg.tiny else 1024, answers=48 if arg.tiny else 512,
+        )
+    }  # fmt: skip
+    if arg.tiny:
+        config.steps, config.log_every, config.checkpoint.every = 3, 1, 3
+    else:
+        config.mesh = {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
+    return config
+
+
+def image_bucket(video: ConfigDict, weight: float) -> dict[str, Any]:
+    """The bucket of still images beside one of videos."""
+    return video.to_dict() | {"media": "image", "frames": 1, "weight": weight}

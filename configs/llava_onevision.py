@@ -1,0 +1,22 @@
+"""LLaVA-OneVision, video stage, full fine-tuning (2408.03326).
+
+    python -m tpo_jax.convert import --source=llava-onevision-qwen2-7b-ov-hf --out=onevision
+    python -m tpo_jax.train --config=configs/llava_onevision.py:init=onevision --workdir=runs/ov
+    python -m tpo_jax.plan --config=configs/llava_onevision.py --topology=v5e:8x8
+
+`init` is the imported folder; without it the weights are random, for planning. `data` is a folder
+that `prepare` wrote; `tiny` is a few steps of a tiny model of the same parts.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.families import family_config
+from tpo_jax.training.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, init="", data="runs/data", tiny=False)
+    config = family_config("llava_onevision", arg)
+    # 32 frames of 196 tokens and one newline; sequences are at most 32,768 long.
+    config.trainable = [["vision/", 2e-6], [".*", 1e-5]]
+    return config

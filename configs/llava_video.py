@@ -1,0 +1,20 @@
+"""LLaVA-Video-7B-Qwen2 (2410.02713): full fine-tuning on videos of 64 frames.
+
+    python -m tpo_jax.convert import --source=LLaVA-Video-7B-Qwen2 --out=llava_video
+    python -m tpo_jax.train --config=configs/llava_video.py:init=llava_video --workdir=runs/lv
+    python -m tpo_jax.plan --config=configs/llava_video.py:frames=32 --topology=v5e:16x16
+
+Learning rate 1e-5, 2e-6 for the tower, cosine with 3 % warm-up, one epoch of 2.7 M samples. The
+"""
+
+from ml_collections import ConfigDict
+
+from configs.families import family_config
+from tpo_jax.training.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, init="", data="runs/data", tiny=False, frames=64)
+    config = family_config("llava_video", arg, frames=arg.frames, batch=256)
+    config.trainable = [["vision/", 2e-6], [".*", 1e-5]]
+    return config

@@ -1,0 +1,21 @@
+"""LongVA-7B (2406.16852): the image stage, and longer videos than it was trained on.
+
+    python -m tpo_jax.convert import --source=LongVA-7B --out=longva
+    python -m tpo_jax.train --config=configs/longva.py:init=longva --workdir=runs/longva
+    python -m tpo_jax.plan --config=configs/longva.py:frames=128 --topology=v5p:4x4x4
+
+Stage 2 of the paper: everything at 1e-5, the tower at 2e-6, cosine with 3 % warm-up. 144 tokens a
+frame, no newlines, rope theta 1e9.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.families import family_config
+from tpo_jax.training.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = parse_arg(arg, init="", data="runs/data", tiny=False, frames=64)
+    config = family_config("longva", arg, frames=arg.frames, batch=64)
+    config.trainable = [["vision/", 2e-6], [".*", 1e-5]]
+    return config

@@ -1,0 +1,120 @@
+"""Temporal Preference Optimization of LongVA-7B, with the published numbers (arXiv 2501.13919).
+
+    python -m tpo_jax.preferences generate --model=runs/longva/base --data=runs/longva/data/train \
+        --out=runs/longva/pairs --pairs=10000 --frames=32
+    python -m tpo_jax.preferences score --model=runs/longva/base --data=runs/longva/data/train \
+        --pairs=runs/longva/pairs/pairs.jsonl --out=runs/longva/pairs/reference.npz --frames=32
+    python -m tpo_jax.train --config=configs/longva_tpo.py --workdir=runs/longva/tpo
+
+`runs` holds base/ (the model folder to start from), data/train and pairs/. `recipe` is one of
+
+  tpo      DPO + 0.5 SFT, beta 0.3, 4e-6, 64 pairs a step, one epoch, language model and projector
+  hound    LLaVA-Hound-DPO (2404.01258): beta 0.1, no SFT, 5e-7, 128 pairs, 3 epochs, language model
+  realign  Re-Align's rDPO (2502.13146): beta 0.1, DPO + the conditional term, whose contrast here
+           is the pair's manipulated frames; LoRA of rank 128, 1e-6. Score with --contrast
+  mdpo     mDPO (2406.11839): as realign with the anchor term, LoRA of rank 64, 1e-5, 3 epochs, 32
+
+`pairs` is how many the manifest holds, from which steps follow; `frames` those of a clip; `tiny` a
+few steps on small shapes, for tests.
+"""
+
+from ml_collections import ConfigDict
+
+from tpo_jax.training.config import (
+    ConfigError,
+    bucket_config,
+    default_config,
+    parse_arg,
+    source_config,
+)
+
+ARGUMENTS = {
+    "recipe": "tpo", "runs": "runs/longva", "init": "", "pairs": 10_000, "frames": 32,
+    "tiny": False,
+}  # fmt: skip
+# The eight kinds of the published questions.
+KINDS = [
+    "temporal", "action", "causal", "information_extraction", "descriptive", "summarization",
+    "object", "spatial",
+]  # fmt: skip
+LANGUAGE_KERNELS = "language/layers/.*kernel"
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    return make_config(parse_arg(arg, **ARGUMENTS), beta=0.3, sft=0.5, rate=4e-6)
+
+
+def make_config(arg: ConfigDict, *, beta: float, sft: float, rate: float) -> ConfigDict:
+    """The config of `arg`; beta, sft and rate (learning) are those of the tpo recipe."""
+    recipes = {"tpo": _tpo, "hound": _hound, "realign": _realign, "mdpo": _mdpo}
+    if arg.recipe not in recipes:
+        raise ConfigError(f"config argument recipe={arg.recipe}: expected {', '.join(recipes)}")
+    config = default_config()
+    config.objective = "preference"
+    config.model = {"preset": "", "heads": []}
+    config.init_from = arg.init or f"{arg.runs}/base"
+    pairs = f"{arg.runs}/pairs"
+    config.data.train = [
+        source_config(
+            f"{arg.runs}/data/train", tasks={"preference": 1.0}, pairs=f"{pairs}/pairs.jsonl"
+        )
+    ]
+    config.data.references = [f"{pairs}/reference.npz"]
+    config.preference.kinds = KINDS
+    config.optimizer = {
+        "name": "adamw", "warmup": 0.1, "weight_decay": 0.0, "clip": 1.0, "min_lr_ratio": 0.0,
+    }  # fmt: skip
+    config.preference.update(beta=beta, sft=sft)
+    config.trainable = [["language/|connector/", rate]]
+    batch_size, epochs = recipes[arg.recipe](config)
+    config.steps = max(-(-arg.pairs * epochs // batch_size), 1)
+    if arg.tiny:
+        batch_size, config.steps = 4, 4
+        config.lora.rank = min(config.lora.rank, 2)
+    config.buckets = {
+        "pairs": bucket_config(
+            media="video", batch_size=batch_size, frames=8 if arg.tiny else arg.frames,
+            question=48 if arg.tiny else 256, branches=2, branch_tokens=64 if arg.tiny else 320,
+            answers=48 if arg.tiny else 256, windows=1,
+        )
+    }  # fmt: skip
+    config.mesh = {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
+    config.checkpoint = {"every": 50, "keep": 1}
+    config.log_every = 1 if arg.tiny else 5
+    config.eval_every = 0
+    return config
+
+
+def _tpo(config: ConfigDict) -> tuple[int, int]:
+    """The vision encoder is frozen. Returns pairs a step and epochs, as all recipes do."""
+    del config
+    return 64, 1
+
+
+def _hound(config: ConfigDict) -> tuple[int, int]:
+    config.preference.update(beta=0.1, sft=0.0)
+    config.trainable = [["language/", 5e-7]]
+    return 128, 3
+
+
+def _realign(config: ConfigDict) -> tuple[int, int]:
+    _with_lora(config, rank=128, alpha=256.0, rate=1e-6)
+    _several_losses(config, ["sigmoid", "conditional"])
+    return 64, 1
+
+
+def _mdpo(config: ConfigDict) -> tuple[int, int]:
+    _with_lora(config, rank=64, alpha=128.0, rate=1e-5)
+    _several_losses(config, ["sigmoid", "conditional", "anchor"])
+    return 32, 3
+
+
+def _with_lora(config: ConfigDict, rank: int, alpha: float, rate: float) -> None:
+    config.lora.update(pattern=LANGUAGE_KERNELS, rank=rank, alpha=alpha)
+    config.trainable = [[".*lora_[ab]$", rate]]
+
+
+def _several_losses(config: ConfigDict, losses: list[str]) -> None:
+    config.preference.update(beta=0.1, sft=0.0)
+    with config.ignore_type():  # one name, a list or {name: weight}
+        config.preference.loss = losses

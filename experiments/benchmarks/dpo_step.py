@@ -1,0 +1,394 @@
+"""What a preference step costs: shared prefix against two rows, against SFT, against PyTorch.
+
+    python -m experiments.benchmarks.dpo_step --out experiments/results/benchmarks/dpo_step.json
+
+One language model, one set of weights and one set of pairs, whose prefix holds the visual
+embeddings of 32 frames. All steps are forward, backward and AdamW in float32:
+
+  shared   prefix once, both answers as branches of it; reference log-probabilities from a sidecar
+  two_rows prefix and chosen, prefix and rejected, as two rows; the same sidecar
+  sft      prefix once and the chosen answer
+  score    forward pass of `shared`: what a sidecar costs, once a pair
+  torch    the Llama of `transformers`, two rows, logits of the answers only, and a frozen reference
+           in the step, as trainers do that refuse precomputed log-probabilities for video
+  torch_cached   the same with precomputed log-probabilities
+
+Rounds time all of them one after the other, in turning order; a ratio is taken within a round, and
+the median of rounds is reported, in wall time and in CPU time of the process (which other work on
+the machine disturbs less). Beside it stands the ratio of the matrix products. Before any
+measurement, all of them have to agree on the log-probabilities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait burn no CPU time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from tpo_jax.models.config import LanguageConfig
+from tpo_jax.models.language import LanguageModel
+from tpo_jax.models.layers import Rngs
+from tpo_jax.objectives.language import language_loss
+from tpo_jax.objectives.logps import token_logps
+from tpo_jax.objectives.preference import PairTokens, PreferenceConfig, preference_losses
+from tpo_jax.training.flops import matmul_flops
+
+BETA, RATE = 0.3, 1e-5
+OPTIONS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+TOLERANCE = 2e-3  # nats a token, float32 in three programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Tokens of a pair: question text around frames * tokens_per_frame, and two answers."""
+
+    pairs: int
+    frames: int
+    tokens_per_frame: int
+    text: int
+    answer: int
+
+    @property
+    def prefix(self) -> int:
+        return self.frames * self.tokens_per_frame + self.text
+
+    @property
+    def branch(self) -> int:
+        """An answer and the token before it, from which its first token is predicted."""
+        return self.answer + 1
+
+
+def make_pairs(sizes: Sizes, config: LanguageConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """text int32[B, text], visual float32[B, V, D], branches int32[B, 2, R]."""
+    rng = np.random.default_rng(seed)
+    B, V = sizes.pairs, sizes.frames * sizes.tokens_per_frame
+    visual = rng.normal(size=(B, V, config.width)) * config.width**-0.5
+    tokens = rng.integers(0, config.vocab_size, (B, sizes.text + 2 * sizes.branch), np.int32)
+    branches = tokens[:, sizes.text :].reshape(B, 2, -1)
+    branches[:, 1, 0] = branches[:, 0, 0]  # the same assistant marker
+    return {"text": tokens[:, : sizes.text], "visual": visual.astype(np.float32),
+            "branches": branches}  # fmt: skip
+
+
+class Ours:
+    """The steps in JAX."""
+
+    def __init__(self, config: LanguageConfig, seed: int = 0):
+        self.config = config
+        self.structure, state = nnx.split(LanguageModel(config, rngs=Rngs(seed)))
+        self.params = nnx.to_pure_dict(state)
+        self.optimizer = optax.adamw(RATE, **OPTIONS)
+
+    def bind(self, params: Any) -> LanguageModel:
+        return nnx.merge(self.structure, nnx.State(jax.tree.map(nnx.Param, params)))
+
+    def prefix(self, model: LanguageModel, batch: Any) -> jax.Array:
+        """float[B, P, D]: half of the text, the frames, the other half."""
+        text = model.embed_tokens(batch["text"])
+        half = text.shape[1] // 2
+        return jnp.concatenate([text[:, :half], batch["visual"], text[:, half:]], axis=1)
+
+    def shared_logps(self, params: Any, batch: Any) -> jax.Array:
+        """float32[B, K, A] with each prefix once and K branches of it."""
+        model = self.bind(params)
+        prefix = self.prefix(model, batch)
+        (B, P, _), (_, K, R) = prefix.shape, batch["branches"].shape
+        ones = jnp.ones((B, P), jnp.int32)
+        positions = jnp.broadcast_to(jnp.arange(P), (B, P))
+        _, cache = model.prefill(prefix, positions, ones)
+        at = jnp.broadcast_to(P + jnp.arange(R), (B, K, R))
+        hidden, _ = model.extend(
+            model.embed_tokens(batch["branches"]), at, jnp.ones((B, K, R), jnp.int32), cache, ones
+        )
+        return token_logps(hidden[:, :, :-1], model.table, batch["branches"][:, :, 1:])
+
+    def row_logps(self, params: Any, batch: Any) -> jax.Array:
+        """The same with one row for each branch."""
+        model = self.bind(params)
+        B, K, R = batch["branches"].shape
+        branches = model.embed_tokens(batch["branches"]).reshape(B * K, R, -1)
+        rows = jnp.concatenate([jnp.repeat(self.prefix(model, batch), K, axis=0), branches], axis=1)
+        positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape[:2])
+        hidden, _ = model.prefill(rows, positions, jnp.ones(rows.shape[:2], jnp.int32))
+        hidden = hidden[:, -R:-1].reshape(B, K, R - 1, -1)
+        return token_logps(hidden, model.table, batch["branches"][:, :, 1:])
+
+    def dpo(self, logps: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        options = PreferenceConfig(beta=BETA)
+
+        def loss(params: Any, batch: Any) -> jax.Array:
+            policy = logps(params, batch)
+            pair = PairTokens(
+                policy, batch["reference"], jnp.ones_like(policy), jnp.ones(len(policy))
+            )
+            return preference_losses(pair, options)["sigmoid"].mean()
+
+        return loss
+
+    def sft(self, params: Any, batch: Any) -> jax.Array:
+        chosen = self.shared_logps(params, batch | {"branches": batch["branches"][:, :1]})
+        return language_loss(chosen, jnp.ones_like(chosen)).mean()
+
+    def step(self, loss: Callable[..., jax.Array]) -> Callable[..., Any]:
+        def step(params: Any, state: Any, batch: Any) -> Any:
+            value, gradient = jax.value_and_grad(loss)(params, batch)
+            updates, state = self.optimizer.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+        return step
+
+
+class Torch:
+    """The same model in PyTorch."""
+
+    def __init__(self, ours: Ours, threads: int):
+        import torch
+        import transformers
+
+        torch.set_num_threads(threads)
+        self.torch = torch
+        config = ours.config
+        make = transformers.LlamaConfig(
+            vocab_size=config.vocab_size, hidden_size=config.width,
+            intermediate_size=config.mlp_width, num_hidden_layers=config.depth,
+            num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
+            head_dim=config.head_dim, rms_norm_eps=config.norm_epsilon,
+            max_position_embeddings=32768, attn_implementation="sdpa", use_cache=False,
+        )  # fmt: skip
+        self.policy, self.reference = (transformers.LlamaForCausalLM(make) for _ in range(2))
+        weights = {name: torch.tensor(x) for name, x in llama_weights(ours).items()}
+        for model in (self.policy, self.reference):
+            model.load_state_dict(weights)
+        self.reference.requires_grad_(False)
+        options = {"betas": (OPTIONS["b1"], OPTIONS["b2"]), "eps": OPTIONS["eps"]}
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(), lr=RATE, weight_decay=OPTIONS["weight_decay"], **options
+        )
+
+    def logps(self, model: Any, batch: Any) -> Any:
+        """float[B, 2, A], two rows a pair."""
+        torch = self.torch
+        embed = model.get_input_embeddings()
+        text, branches = embed(batch["text"]), embed(batch["branches"])
+        half = text.shape[1] // 2
+        prefix = torch.cat([text[:, :half], batch["visual"], text[:, half:]], dim=1)
+        rows = torch.cat([prefix.repeat_interleave(2, 0), branches.flatten(0, 1)], dim=1)
+        R = branches.shape[2]
+        logits = model(inputs_embeds=rows, logits_to_keep=R).logits[:, :-1]
+        targets = batch["branches"].flatten(0, 1)[:, 1:, None]
+        return logits.log_softmax(-1).gather(-1, targets)[..., 0].unflatten(0, (-1, 2))
+
+    def step(self, batch: Any, cached: bool) -> float:
+        torch = self.torch
+        policy = self.logps(self.policy, batch)
+        if cached:
+            reference = batch["reference"]
+        else:
+            with torch.no_grad():
+                reference = self.logps(self.reference, batch)
+        ratio = (policy - reference).sum(-1)
+        loss = -torch.nn.functional.logsigmoid(BETA * (ratio[:, 0] - ratio[:, 1])).mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+
+def llama_weights(ours: Ours) -> dict[str, np.ndarray]:
+    """Our parameters under the names of transformers' Llama."""
+    params = jax.tree.map(np.array, ours.params)
+    weights = {
+        "model.embed_tokens.weight": params["embed"]["table"],
+        "model.norm.weight": params["final_norm"]["scale"],
+        "lm_head.weight": params["lm_head"]["kernel"].T,
+    }
+    for block, parts in params["layers"].items():
+        for name, leaves in ({"": parts} if "scale" in parts else parts).items():
+            path = f"{block}.{name}".removesuffix(".")
+            for index, leaf in enumerate(leaves.get("scale", leaves.get("kernel"))):
+                weights[f"model.layers.{index}.{path}.weight"] = leaf.T  # a vector is its own
+    return {name: np.ascontiguousarray(x) for name, x in weights.items()}
+
+
+def compiled_steps(ours: Ours, batch: Any) -> tuple[dict[str, Any], dict[str, float]]:
+    """{name: compiled step}, {name: FLOPs of its matrix products}."""
+    losses = {
+        "shared": ours.dpo(ours.shared_logps), "two_rows": ours.dpo(ours.row_logps),
+        "sft": ours.sft,
+    }  # fmt: skip
+    state = ours.optimizer.init(ours.params)
+    steps, flops = {}, {}
+    for name, loss in losses.items():
+        step = ours.step(loss)
+        # Not donated: every round starts from the same weights.
+        steps[name] = jax.jit(step).lower(ours.params, state, batch).compile()
+        flops[name] = matmul_flops(step, ours.params, state, batch)
+    steps["score"] = jax.jit(ours.shared_logps).lower(ours.params, batch).compile()
+    flops["score"] = matmul_flops(ours.shared_logps, ours.params, batch)
+    flops["torch_cached"] = flops["two_rows"]
+    forward = matmul_flops(ours.row_logps, ours.params, batch)
+    flops["torch"] = flops["two_rows"] + forward
+    return steps, flops
+
+
+def temp_bytes(compiled: Any) -> int:
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list]:
+    """{name: [(wall, cpu) of each round]}; the order turns from round to round."""
+    found: dict[str, list] = {name: [] for name in runs}
+    names = list(runs)
+    for name in names:
+        runs[name]()
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            found[name].append(timed(runs[name]))
+        print(number, {name: round(times[-1][0], 2) for name, times in found.items()}, flush=True)
+    return found
+
+
+# ratio: what is divided by what (sums of names), the target, and whether more is better.
+RATIOS = {
+    "two_rows / shared": (("two_rows",), ("shared",), 1.7, True),
+    "shared / sft": (("shared",), ("sft",), 1.15, False),
+    "torch / shared": (("torch",), ("shared",), 2.6, True),
+    "torch / (shared + score)": (("torch",), ("shared", "score"), 2.0, True),
+    "torch_cached / shared": (("torch_cached",), ("shared",), None, True),
+}
+
+
+def ratio_rows(found: dict[str, list], flops: dict[str, float]) -> list[dict[str, Any]]:
+    rows = []
+    for name, (above, below, target, more) in RATIOS.items():
+        row: dict[str, Any] = {"ratio": name, "target": target}
+        for kind, index in (("wall", 0), ("cpu", 1)):
+            each = [
+                sum(found[n][i][index] for n in above) / sum(found[n][i][index] for n in below)
+                for i in range(len(found["shared"]))
+            ]
+            row[kind] = statistics.median(each)
+            row[f"{kind}_quartiles"] = [float(x) for x in np.quantile(each, [0.25, 0.75])]
+        row["flops"] = sum(flops[n] for n in above) / sum(flops[n] for n in below)
+        if target is not None:
+            row["met"] = row["wall"] >= target if more else row["wall"] <= target
+        rows.append(row)
+    return rows
+
+
+def run(sizes: Sizes, config: LanguageConfig, rounds: int, threads: int,
+        torch: bool = True) -> dict[str, Any]:  # fmt: skip
+    """The whole benchmark; see the module."""
+    ours = Ours(config)
+    batch = jax.tree.map(jnp.asarray, make_pairs(sizes, config))
+    shared, rows = (jax.jit(f)(ours.params, batch) for f in (ours.shared_logps, ours.row_logps))
+    batch["reference"] = shared
+    differences = {"two_rows": float(jnp.abs(rows - shared).max())}
+    steps, flops = compiled_steps(ours, batch)
+    state = ours.optimizer.init(ours.params)
+
+    def ready(step: Any, *arguments: Any) -> Callable[[], Any]:
+        return lambda: jax.block_until_ready(step(*arguments))
+
+    runs = {n: ready(steps[n], ours.params, state, batch) for n in ("shared", "two_rows", "sft")}
+    runs["score"] = ready(steps["score"], ours.params, batch)
+    if torch:
+        theirs = Torch(ours, threads)
+        tensors = {name: theirs.torch.tensor(np.asarray(x)) for name, x in batch.items()}
+        tensors |= {name: tensors[name].long() for name in ("text", "branches")}
+        with theirs.torch.no_grad():
+            logps = theirs.logps(theirs.policy, tensors).numpy()
+        differences["torch"] = float(np.abs(logps - np.asarray(shared)).max())
+        runs["torch"] = lambda: theirs.step(tensors, cached=False)
+        runs["torch_cached"] = lambda: theirs.step(tensors, cached=True)
+    for name, difference in differences.items():
+        if difference > TOLERANCE:
+            raise AssertionError(f"{name}: log-probabilities differ by {difference} nats a token")
+    found = measure(runs, rounds)
+    if not torch:
+        for name in ("torch", "torch_cached"):
+            found[name] = [(float("nan"),) * 2] * rounds
+    memory = {name: temp_bytes(steps[name]) for name in ("shared", "two_rows", "sft", "score")}
+    implied = (sizes.prefix + 2 * sizes.branch) / (2 * (sizes.prefix + sizes.branch))
+    return {
+        "ratios": ratio_rows(found, flops),
+        "memory": {
+            "shared / two_rows": memory["shared"] / memory["two_rows"], "target": 0.6,
+            "met": memory["shared"] <= 0.6 * memory["two_rows"], "tokens": implied,
+            "temp_bytes": memory,
+        },
+        "seconds": {n: {"wall": statistics.median(t[0] for t in times),
+                        "cpu": statistics.median(t[1] for t in times)}
+                    for n, times in found.items()},
+        "largest_difference": differences, "flops": flops, "sizes": dataclasses.asdict(sizes),
+        "prefix_over_branch": sizes.prefix / sizes.branch, "rounds": rounds, "threads": threads,
+        "model": dataclasses.asdict(config), "platform": jax.devices()[0].platform,
+        "load_average": os.getloadavg()[0], "versions": versions(),
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    import importlib.metadata
+
+    names = ("jax", "torch", "transformers")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def model_config(width: int, depth: int) -> LanguageConfig:
+    return LanguageConfig(
+        vocab_size=2048, width=width, depth=depth, heads=width // 32, kv_heads=width // 64,
+        head_dim=32, mlp_width=3 * width, unroll=True,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=pathlib.Path, required=True, help="JSON file to write")
+    add("--pairs", type=int, default=1, help="of a step (default: %(default)s)")
+    add("--frames", type=int, default=32)
+    add("--tokens_per_frame", type=int, default=36)
+    add("--text", type=int, default=48, help="tokens of system and question")
+    add("--answer", type=int, default=95, help="tokens of an answer")
+    add("--width", type=int, default=256)
+    add("--depth", type=int, default=4)
+    add("--rounds", type=int, default=12)
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch; XLA takes "
+        "all processors that it may run on (default: %(default)s)")
+    flags = parser.parse_args()
+    sizes = Sizes(flags.pairs, flags.frames, flags.tokens_per_frame, flags.text, flags.answer)
+    result = run(sizes, model_config(flags.width, flags.depth), flags.rounds, flags.threads)
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    flags.out.write_text(json.dumps(result, indent=2) + "\n")
+    for row in result["ratios"]:
+        print(f"{row['ratio']:26s} wall {row['wall']:.2f}  cpu {row['cpu']:.2f}  "
+              f"products {row['flops']:.2f}  target {row['target']}")  # fmt: skip
+    print("memory", {k: v for k, v in result["memory"].items() if k != "temp_bytes"})
+
+
+if __name__ == "__main__":
+    main()

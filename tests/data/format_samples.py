@@ -1,0 +1,50 @@
+"""The sample of every format, and how tests read one."""
+
+import pathlib
+
+from tpo_jax.data import formats
+from tpo_jax.data.formats.reading import Context
+
+SAMPLES = pathlib.Path(__file__).parent / "samples"
+FILES = {
+    "native": "native.jsonl",
+    "videochat2": "videochat2.json",
+    "llava": "llava.yaml",
+    "sharegpt4v": "sharegpt4v.json",
+    "qvhighlights": "qvhighlights.jsonl",
+    "charades_sta": "charades_sta.txt",
+    "activitynet_captions": "activitynet_captions.json",
+    "tacos": "tacos.json",
+    "didemo": "didemo.json",
+    "hirest": "hirest.json",
+    "nlq": "nlq.json",
+    "nextgqa": "nextgqa/val.csv",
+    "refcoco": "refcoco.json",
+    "refcoco_mdetr": "refcoco_mdetr.json",
+    "refcoco_shikra": "refcoco_shikra.jsonl",
+    "visual_genome": "visual_genome",
+    "as_v2": "as_v2.json",
+    "mevis": "mevis",
+    "ref_youtube_vos": "ref_youtube_vos/meta_expressions/train/meta_expressions.json",
+    "sa_v": "sa_v",
+    "davis": "davis",
+    "got10k": "got10k",
+    "lasot": "lasot",
+    "thumos": "thumos.json",
+}
+
+
+def read(name, path, media, ignore=(), frame_rate=None):
+    """(examples, problems) of a file."""
+    context = Context(path, "test", media, frozenset(ignore), frame_rate)
+    drafts, problems = formats.get(name).read(context)
+    return [draft.example for draft in drafts], problems
+
+
+def read_sample(name, media, file=None):
+    """The examples of a sample, which has no problem."""
+    examples, problems = read(name, SAMPLES / (file or FILES[name]), media)
+    assert problems == []
+    ids = [example.example_id for example in examples]
+    assert len(set(ids)) == len(ids)
+    return examples

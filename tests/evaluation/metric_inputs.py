@@ -1,0 +1,98 @@
+"""Random and degenerate submissions in the published formats, shared by the metric tests."""
+
+import numpy as np
+
+from experiments.benchmarks import metric_oracles
+
+
+def qvhighlights(seed: int, queries: int, grid: float = 0.0) -> tuple[list[dict], list[dict]]:
+    """Submission and labels; a grid makes ties, exact thresholds and zero-length windows."""
+    rng = np.random.default_rng(seed)
+    submission, labels = [], []
+    for qid in range(queries):
+        duration = int(rng.choice([150, 150, 149, 60]))
+        clips = duration // 2
+        windows = _windows(rng, int(rng.integers(1, 14)), duration, grid)
+        targets = _windows(rng, int(rng.choice([1, 1, 1, 2, 5])), duration, grid)
+        if rng.random() < 0.5:  # a near hit
+            windows[0] = targets[0] + (0 if grid else rng.normal(size=2))
+        scores = rng.integers(0, 4, len(windows)) / 4 if grid else rng.random(len(windows))
+        saliency = rng.integers(-2, 3, clips) / 2 if grid else rng.normal(size=clips)
+        saliency = np.append(saliency, rng.normal(size=3))[: clips + int(rng.integers(-3, 4))]
+        relevant = np.flatnonzero(rng.random(clips) < rng.choice([0, 0.2, 1]))
+        submission.append(
+            {
+                "qid": qid,
+                "pred_relevant_windows": np.column_stack([windows, scores]).tolist(),
+                "pred_saliency_scores": saliency.tolist(),
+            }
+        )
+        labels.append(
+            {
+                "qid": qid,
+                "duration": duration,
+                "relevant_windows": targets.tolist(),
+                "relevant_clip_ids": relevant.tolist(),
+                "saliency_scores": rng.integers(0, 5, (len(relevant), 3)).tolist(),
+            }
+        )
+    order = rng.permutation(queries)
+    return [submission[index] for index in order], labels
+
+
+def detection(seed: int, videos: int, grid: float = 0.0) -> tuple[dict, dict]:
+    """{video: [{"label", "segment", "score"}]} of predictions, and without scores of labels."""
+    rng = np.random.default_rng(seed)
+    results, database = {}, {}
+    for index in range(videos):
+        rows, guesses = [], []
+        for label in rng.choice(["jump", "run", "swim"], int(rng.integers(0, 3)), replace=False):
+            targets = _windows(rng, int(rng.integers(1, 5)), 60, grid)
+            rows += [{"label": str(label), "segment": target.tolist()} for target in targets]
+            near = targets + (0 if grid else rng.normal(size=targets.shape))
+            for window in np.concatenate([near, near, _windows(rng, 6, 60, grid)]):
+                guesses.append({"label": str(label), "segment": window.tolist()})
+        for guess in guesses:
+            guess["score"] = float(rng.integers(0, 4) if grid else rng.random())
+        database[f"v{index}"] = rows
+        results[f"v{index}" if rng.random() < 0.9 else f"other{index}"] = guesses
+    return results, database
+
+
+def grounded_qa(seed: int, questions: int, grid: float = 0.0) -> tuple[dict, dict, dict]:
+    """Spans, labelled windows and whether the answer is right, by question."""
+    rng = np.random.default_rng(seed)
+    names = [f"{index // 3}_{index}" for index in range(questions)]
+    windows = {name: _windows(rng, int(rng.choice([1, 1, 2, 3])), 40, grid) for name in names}
+    spans = {name: _windows(rng, 1, 40, grid)[0] for name in names}
+    for name in names:
+        if rng.random() < 0.4:
+            spans[name] = windows[name][0]
+    correct = {name: bool(rng.random() < 0.6) for name in names}
+    as_lists = {name: rows.tolist() for name, rows in windows.items()}
+    return {name: span.tolist() for name, span in spans.items()}, as_lists, correct
+
+
+def moment_columns(predicted: list, targets: list) -> tuple[np.ndarray, ...]:
+    """windows, scores, query, targets, target_query of lists of windows, one a query."""
+    rows = np.array([w for windows in predicted for w in windows], float).reshape(-1, 3)
+    labels = np.array([w for windows in targets for w in windows], float).reshape(-1, 2)
+    query = np.repeat(np.arange(len(predicted)), [len(windows) for windows in predicted])
+    target_query = np.repeat(np.arange(len(targets)), [len(windows) for windows in targets])
+    return rows[:, :2], rows[:, 2], query, labels, target_query
+
+
+def slow_query_ap(windows: list, scores: list, targets: list) -> list[float]:
+    rows = [[*window, score] for window, score in zip(windows, scores, strict=True)]
+    return [metric_oracles.moment_ap(rows, targets, t) for t in metric_oracles.AP_THRESHOLDS]
+
+
+def _windows(rng: np.random.Generator, count: int, duration: float, grid: float) -> np.ndarray:
+    """float64[count, 2]; on a grid one in six has no length."""
+    windows = np.sort(rng.random((count, 2)) * duration, axis=1)
+    if not grid:
+        return windows
+    windows = np.floor(windows / grid) * grid
+    empty = rng.random(count) < 1 / 6
+    windows[empty, 1] = windows[empty, 0]
+    return windows

@@ -1,0 +1,63 @@
+"""config.json of every family at a tiny size, as the published files are written."""
+
+TEXT = {
+    "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+VISION = {
+    "image_size": 24, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "intermediate_size": 36,
+}  # fmt: skip
+SIGLIP = {"model_type": "siglip_vision_model", **VISION}
+CLIP = {"model_type": "clip_vision_model", **VISION}
+
+LLAVA_ONEVISION = {
+    "model_type": "llava_onevision", "text_config": {"model_type": "qwen2", **TEXT},
+    "vision_config": SIGLIP, "vision_feature_layer": -1, "projector_hidden_act": "gelu",
+    "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9",
+    "image_grid_pinpoints": [[24, 24], [24, 48], [48, 24], [48, 48]],
+}  # fmt: skip
+LLAVA_VIDEO = {
+    "model_type": "llava_qwen", **TEXT, "vision_config": SIGLIP, "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
+    "mm_patch_merge_type": "spatial_unpad", "mm_spatial_pool_mode": "average",
+    "mm_spatial_pool_stride": 2, "mm_newline_position": "grid",
+    "image_aspect_ratio": "anyres_max_9",
+    "image_grid_pinpoints": "(1x1),...,(2x3)", "frames_upbound": 64, "add_time_instruction": True,
+}  # fmt: skip
+LONGVA = {
+    "model_type": "llava_qwen", **TEXT, "rope_theta": 1e9, "vision_config": CLIP,
+    "mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2, "mm_patch_merge_type": "unires",
+    "mm_spatial_pool_mode": "average", "mm_spatial_pool_stride": 2,
+    "image_grid_pinpoints": [[24, 24], [48, 24]],
+}  # fmt: skip
+VIDEO_LLAVA = {
+    "model_type": "video_llava", "text_config": {"model_type": "llama", **TEXT},
+    "vision_config": CLIP, "vision_feature_layer": -2, "projector_hidden_act": "gelu",
+    "vision_feature_select_strategy": "default",
+}  # fmt: skip
+VIDEO_LLAVA_ORIGINAL = {
+    "model_type": "llava", **TEXT, "vision_config": CLIP, "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
+    "mm_image_tower": "LanguageBind/LanguageBind_Image",
+    "mm_video_tower": "LanguageBind/LanguageBind_Video_merge",
+}  # fmt: skip
+VIDEOCHAT = {
+    "llm_config": {"model_type": "mistral", **TEXT},
+    "qformer_config": {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2,
+                       "intermediate_size": 24},
+    "model_config": {
+        "bridge": {"name": "qformer", "num_query_token": 3, "extra_num_query_token": 5},
+        "llm": {"name": "mistral_7b", "lora_r": 2, "lora_alpha": 4, "use_lora": True},
+        "vision_encoder": {
+            "img_size": 24, "patch_size": 8, "encoder_embed_dim": 24, "encoder_depth": 4,
+            "encoder_num_heads": 2, "num_frames": 6, "tubelet_size": 1, "return_index": -2,
+        },
+    },
+}  # fmt: skip
+CONFIGS = {
+    "llava_onevision": LLAVA_ONEVISION, "llava_video": LLAVA_VIDEO, "longva": LONGVA,
+    "video_llava": VIDEO_LLAVA, "video_llava_original": VIDEO_LLAVA_ORIGINAL,
+    "videochat": VIDEOCHAT,
+}  # fmt: skip

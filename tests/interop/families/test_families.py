@@ -1,0 +1,188 @@
+"""Config readers and mapping tables of the published families, without PyTorch."""
+
+import copy
+import functools
+import pathlib
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.interop.families.configs import CONFIGS, LLAVA_ONEVISION, LLAVA_VIDEO, LONGVA, VIDEOCHAT
+from tpo_jax.interop.families.base import FamilyError
+from tpo_jax.interop.families.llava_qwen import resolutions
+from tpo_jax.interop.families.registry import family_of, from_leaves, to_leaves
+from tpo_jax.interop.mapping import MappingError
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.paths import flatten
+
+FAMILY = {
+    "llava_onevision": "llava_onevision", "llava_video": "llava_qwen", "longva": "llava_qwen",
+    "video_llava": "video_llava", "video_llava_original": "video_llava_original",
+    "videochat": "videochat",
+}  # fmt: skip
+SOURCES = {"llava_onevision": {"vision_tower.vision_model.x"},
+           "video_llava": {"image_tower.vision_model.x"}}  # fmt: skip
+
+
+@functools.cache
+def config_of(name):
+    data = CONFIGS[name]
+    return family_of(data).model_config(data, {})
+
+
+@functools.cache
+def leaves_of(name):
+    """Random leaves in the shapes of the model; rows of the tables that no token uses are zero."""
+    config, rng = config_of(name), np.random.default_rng(0)
+    leaves = {}
+    for path, leaf in flatten(FunctionalModel(config).abstract()).items():
+        leaves[path] = rng.normal(size=leaf.shape).astype(ml_dtypes.bfloat16)
+        used = config.language.num_tokens
+        if path == "language/embed/table":
+            leaves[path][used:] = 0
+        if path in ("language/lm_head/kernel", "language/lm_head/lora_b"):
+            leaves[path][:, used:] = 0
+    return leaves
+
+
+def exported(name, carried=None):
+    family = family_of(CONFIGS[name])
+    keys = SOURCES.get(name, set())
+    return from_leaves(family, config_of(name), leaves_of(name), carried or {}, keys)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_out_and_in_again_is_bit_identical(name):
+    family, tensors = family_of(CONFIGS[name]), exported(name)
+    assert family.name == FAMILY[name]
+    leaves, carried = to_leaves(family, config_of(name), tensors)
+    assert carried == {} and leaves.keys() == leaves_of(name).keys()
+    for path, leaf in leaves_of(name).items():
+        np.testing.assert_array_equal(leaves[path].view(np.uint16), leaf.view(np.uint16), path)
+    again = from_leaves(family, config_of(name), leaves, carried, tensors.keys())
+    assert again.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(again[key], tensor)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_configuration_survives_a_file(name):
+    config = config_of(name)
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_names_of_a_tpo_checkpoint_are_those_of_its_index():
+    """videochat_tpo_keys.txt: names in OpenGVLab/TPO's model.safetensors.index.json with numbers
+    as N, without those of its temporal head and SAM 2."""
+    lines = (pathlib.Path(__file__).parent / "videochat_tpo_keys.txt").read_text().split()
+    published = {key for key in lines if not key.startswith(("cg_", "sam."))}
+    ours = {re.sub(r"\.\d+\.", ".N.", key) for key in exported("videochat")}
+    carried = [re.compile(pattern) for pattern in family_of(VIDEOCHAT).carried]
+    assert ours <= published
+    rest = {key.replace(".N.", ".0.") for key in published - ours}
+    assert rest and all(any(p.fullmatch(key) for p in carried) for key in rest)
+
+
+def test_what_is_carried_goes_back_out():
+    extra = {"box_token": np.ones((1, 1, 32), np.float32),
+             "sam.memory.weight": np.ones(3, np.float32)}  # fmt: skip
+    family, tensors = family_of(VIDEOCHAT), exported("videochat", extra)
+    _, carried = to_leaves(family, config_of("videochat"), tensors)
+    assert carried.keys() == extra.keys()
+
+
+def test_an_unknown_tensor_is_refused():
+    family = family_of(LLAVA_VIDEO)
+    tensors = exported("llava_video") | {"model.vision_resampler.x": np.ones(2, np.float32)}
+    with pytest.raises(MappingError, match="model.vision_resampler.x"):
+        to_leaves(family, config_of("llava_video"), tensors)
+
+
+@pytest.mark.parametrize("name, option", [
+    ("llava_video", "mm_spatial_pool_mode"), ("llava_video", "mm_newline_position"),
+    ("llava_video", "mm_spatial_pool_stride"), ("longva", "mm_patch_merge_type"),
+    ("longva", "mm_vision_select_layer"),
+])  # fmt: skip
+def test_an_option_that_config_json_does_not_say_is_named(name, option):
+    data = copy.deepcopy(CONFIGS[name])
+    del data[option]
+    with pytest.raises(FamilyError, match=f"does not say {option}"):
+        family_of(data).model_config(data, {})
+
+
+def test_an_option_that_this_program_does_not_have_is_named():
+    with pytest.raises(FamilyError, match="mm_spatial_pool_mode='attention'"):
+        family_of(LLAVA_VIDEO).model_config(LLAVA_VIDEO | {"mm_spatial_pool_mode": "attention"}, {})
+    with pytest.raises(FamilyError, match="vision_feature_select_strategy='default'"):
+        data = LLAVA_ONEVISION | {"vision_feature_select_strategy": "default"}
+        family_of(data).model_config(data, {})
+
+
+def test_llava_video_reads_its_modes():
+    config = config_of("llava_video")
+    connector = config.connector
+    assert (connector.pool, connector.newline, connector.stride) == ("average", "grid", 2)
+    assert connector.resolutions[:3] == ((24, 24), (48, 24), (72, 24)) and connector.max_tiles == 9
+    sampling = family_of(LLAVA_VIDEO).sampling(LLAVA_VIDEO)
+    assert (sampling.method, sampling.frames) == ("frames_at_one_fps", 64)
+    assert sampling.time_instruction
+    fast = family_of(LLAVA_VIDEO).model_config(
+        LLAVA_VIDEO | {"add_faster_video": True, "faster_token_stride": 10}, {})  # fmt: skip
+    assert fast.connector.slow_every == 10
+
+
+def test_longva_reads_the_layer_before_last_and_has_no_newlines():
+    config = config_of("longva")
+    assert config.vision.kind == "clip" and config.vision.layer == -2
+    assert (config.connector.image, config.connector.newline) == ("pool", "no_token")
+    assert config.language.rope_theta == 1e9
+    assert config.num_visual_tokens(4) == 4 and config.num_visual_tokens(1) == 1
+
+
+def test_published_sizes():
+    """LLaVA-Video-7B's and VideoChat-TPO's own config.json, without the tiny overrides."""
+    text = {
+        "vocab_size": 152064, "hidden_size": 3584, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944,
+    }  # fmt: skip
+    data = LLAVA_VIDEO | text | {"mm_vision_tower": "google/siglip-so400m-patch14-384"}
+    del data["vision_config"]
+    config = family_of(data).model_config(data, {})
+    vision = config.vision
+    assert (vision.depth, vision.layers_run, vision.width // vision.heads) == (26, 26, 72)
+    assert config.num_visual_tokens(64) == 11_648
+    longva = LONGVA | text | {"mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+    del longva["vision_config"]
+    config = family_of(longva).model_config(longva, {})
+    assert config.vision.layers_run == 23 and config.num_visual_tokens(32) == 4_608
+    tpo = copy.deepcopy(VIDEOCHAT)
+    del tpo["llm_config"], tpo["qformer_config"]
+    tpo["model_config"]["llm"] |= {"lora_r": 16, "lora_alpha": 32}
+    tpo["model_config"]["bridge"] |= {"num_query_token": 32, "extra_num_query_token": 64}
+    tpo["model_config"]["vision_encoder"] |= {
+        "img_size": 224, "patch_size": 16, "encoder_embed_dim": 1024, "encoder_depth": 24,
+        "encoder_num_heads": 16, "num_frames": 16,
+    }  # fmt: skip
+    config = family_of(tpo).model_config(tpo, {})
+    assert config.num_visual_tokens(16) == config.num_visual_tokens(1) == 96
+    sizes = {
+        part: sum(int(np.prod(x.shape)) for path, x in tree if path.startswith(part))
+        for tree in [list(flatten(FunctionalModel(config).abstract()).items())]
+        for part in ("vision/", "connector/", "language/")
+    }
+    # 290.5 M and 2 K of the norm behind it, 32007 of 32128 rows of the tables and LoRA.
+    assert round(sizes["vision/"] / 1e6, 1) == 290.5
+    assert config.language.num_tokens == 32007
+    padding = config.language.vocab_size - 32007
+    rows = 2 * padding * 4096 + 16 * padding
+    assert round((sizes["language/"] - rows) / 1e6) == round(7242 + 42.5)
+
+
+@pytest.mark.parametrize("written", [
+    "[(384, 768), (768, 384)]", [[384, 768], [768, 384]], "(1x2),(2x1)",
+])  # fmt: skip
+def test_resolutions_are_width_first_on_disk(written):
+    assert resolutions(written, 384) == ((768, 384), (384, 768))

@@ -1,0 +1,260 @@
+"""Hugging Face folders of language models in and out again, without torch."""
+
+import json
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from language_folders import CONFIGS, write_folder
+
+from tpo_jax.data.text import TextCodec
+from tpo_jax.interop import folder, huggingface, tensors
+from tpo_jax.interop.chat_template import ChatTemplateError
+from tpo_jax.interop.export import ExportFolderError, export_model, import_model
+from tpo_jax.interop.huggingface import HuggingFaceError, language_config
+from tpo_jax.interop.mapping import MappingError, export_leaves
+from tpo_jax.interop.tensors import TensorFileError
+from tpo_jax.models.presets import preset
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.mesh import make_mesh
+
+
+def read_all(path):
+    return {k: np.asarray(v) for k, v in huggingface.read_tensors(path).items()}
+
+
+def read_leaves(path):
+    return {k: np.asarray(v) for k, v in folder.open_leaves(path).items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
+        assert a[name].tobytes() == b[name].tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_there_and_back_is_bit_identical(tmp_path, name, dtype, monkeypatch):
+    # Small blocks and small files: every tensor is read in several pieces and there is an index.
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 70_000)
+    published = write_folder(tmp_path / "source", name, dtype=dtype)
+    import_model(tmp_path / "source", tmp_path / "model")
+    export_model(tmp_path / "model", tmp_path / "exported")
+    assert_same(read_all(tmp_path / "exported"), published)
+    files = sorted((tmp_path / "exported").glob("*.safetensors"))
+    assert len(files) >= 2 and all(file.stat().st_size < 75_000 for file in files)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        out, source = (tmp_path / which / name for which in ("exported", "source"))
+        assert out.read_bytes() == source.read_bytes()
+    import_model(tmp_path / "exported", tmp_path / "back")
+    assert_same(*(read_leaves(tmp_path / which) for which in ("model", "back")))
+    assert folder.load_language(tmp_path / "model") == folder.load_language(tmp_path / "back")
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_a_written_config_means_what_was_read(tmp_path, name):
+    write_folder(tmp_path / "source", name)
+    config = language_config(json.loads((tmp_path / "source/config.json").read_text()))
+    written = huggingface.huggingface_config(config, config.num_tokens)
+    assert language_config(json.loads(json.dumps(written))) == config
+
+
+def test_the_vocabulary_is_padded_with_zeros(tmp_path):
+    published = write_folder(tmp_path / "source", "llama")
+    source = huggingface.open_language(tmp_path / "source")
+    assert (source.config.vocab_size, source.config.num_tokens) == (384, 331)
+    table, head = (source.leaves[f"language/{n}"] for n in ("embed/table", "lm_head/kernel"))
+    assert table.shape[0] == head.shape[1] == 384
+    assert not np.any(table[331:]) and not np.any(head[:, 331:])
+    np.testing.assert_array_equal(head[:, 300:340][:, :31], published["lm_head.weight"][300:].T)
+
+
+def test_a_padded_row_in_use_is_not_cut_off(tmp_path):
+    write_folder(tmp_path / "source", "llama")
+    import_model(tmp_path / "source", tmp_path / "model")
+    leaves = read_leaves(tmp_path / "model")
+    leaves["language/embed/table"][380] = 1.0
+    rows = huggingface.language_rows(folder.load_language(tmp_path / "model")[0], 331)
+    with pytest.raises(MappingError, match="embed/table: entries from 331 on are not zero"):
+        export_leaves(rows, leaves)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "type='longrope'"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2, "slope": 1}}, "slope=1"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 1}}, "mscale=1"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("llama", {"model_type": "gemma"}, "model_type='gemma'"),
+        ("mistral", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2 + ["full_attention"]}, "layer_types"),
+    ],
+)
+def test_what_this_program_does_not_have_is_refused_by_name(name, changes, message):
+    from language_folders import _COMMON
+
+    with pytest.raises(HuggingFaceError, match=message):
+        language_config({**_COMMON, **CONFIGS[name], **changes})
+
+
+def test_defaults_are_those_of_the_published_classes():
+    common = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+              "intermediate_size": 8, "vocab_size": 256}  # fmt: skip
+    mistral = language_config({"model_type": "mistral", **common, "num_attention_heads": 8})
+    assert (mistral.sliding_window, mistral.kv_heads) == (4096, 8)
+    assert language_config({"model_type": "llama", **common}).kv_heads == 4
+    qwen3 = language_config({"model_type": "qwen3", **common, "num_key_value_heads": 2})
+    assert (qwen3.head_dim, qwen3.qkv_bias, qwen3.sliding_window) == (128, False, None)
+    newer = {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
+    assert language_config({"model_type": "llama", **common, **newer}).rope_theta == 7.0
+
+
+def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path):
+    write_folder(tmp_path / "source", "llama", files=1)
+    for file in (tmp_path / "source").glob("model*"):
+        file.unlink()
+    for name in ("pytorch_model-1.bin", "pytorch_model-2.bin", "training_args.bin"):
+        (tmp_path / "source" / name).write_bytes(b"\x80")
+    with pytest.raises(HuggingFaceError) as error:
+        import_model(tmp_path / "source", tmp_path / "model")
+    message = str(error.value)
+    assert "torch.load(" in message and "weights_only=True" in message
+    assert "['pytorch_model-1.bin', 'pytorch_model-2.bin']" in message
+    compile(message.split("\n\n")[1].replace("\n  ", "\n").removeprefix("  "), "snippet", "exec")
+    assert not (tmp_path / "model").exists()
+
+
+def test_broken_folders_are_named(tmp_path):
+    source = tmp_path / "source"
+    write_folder(source, "llama")
+    (source / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    with pytest.raises(ChatTemplateError, match="--chat_template"):
+        import_model(source, tmp_path / "model")
+    template = (
+        "{{ messages[0]['content'] }}"
+        "{% for m in messages[1:] %}{{ m['content'] }}<eos>{% endfor %}"
+    )
+    import_model(source, tmp_path / "model", template)
+    codec = TextCodec.load(tmp_path / "model")
+    assert codec.decode(codec.build_branch("a red", "circle").ids) == "a redcircle"
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(HuggingFaceError, match="tokenizer.json: missing; write it"):
+        import_model(source, tmp_path / "other")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 41}))
+    with pytest.raises(HuggingFaceError, match="config.json describes"):
+        import_model(source, tmp_path / "other")
+    (source / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(TensorFileError, match="the index names it"):
+        import_model(source, tmp_path / "other")
+    write_folder(tmp_path / "fine", "llama")
+    with pytest.raises(ExportFolderError, match="in the Hugging Face layout already"):
+        export_model(tmp_path / "fine", tmp_path / "exported")
+
+
+def test_known_extras_are_listed_and_others_refused(tmp_path):
+    published = write_folder(tmp_path / "source", "llama_biased", files=1)
+    extra = {"lm_head.weight": published["model.embed_tokens.weight"],
+             "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}  # fmt: skip
+    file = tmp_path / "source/model-00001-of-00001.safetensors"
+    (tmp_path / "source/model.safetensors.index.json").unlink()
+    file = file.rename(tmp_path / "source/model.safetensors")
+    safetensors.numpy.save_file(published | extra, file)
+    assert huggingface.open_language(tmp_path / "source").ignored == tuple(sorted(extra))
+    safetensors.numpy.save_file(published | {"model.adapter": np.ones(1)}, file)
+    with pytest.raises(MappingError, match="no row uses.*model.adapter"):
+        huggingface.open_language(tmp_path / "source")
+
+
+@pytest.mark.parametrize("layout", ["model", "source"])
+def test_training_starts_from_either_layout_and_reads_only_its_own_bytes(
+    tmp_path, layout, monkeypatch
+):
+    """Each of eight devices asks for its eighth; together that is every byte once."""
+    write_folder(tmp_path / "source", "mistral")
+    import_model(tmp_path / "source", tmp_path / "model")
+    path = tmp_path / layout
+    base = preset("micro")
+    config = folder.load_config(path, base)
+    assert config.language.sliding_window == 5 and config.vision == base.vision
+    assert (config.heads, config.language.attention) == ((), base.language.attention)
+    with pytest.raises(folder.ModelFolderError, match="name model.preset"):
+        folder.load_config(path)
+
+    leaves = folder.open_leaves(path)
+    rows = jax.NamedSharding(make_mesh({"fsdp": 8}), jax.P(None, "fsdp"))
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=rows)
+        for name, leaf in leaves.items() if name.endswith("mlp/down_proj/kernel")
+    }  # fmt: skip
+    (name,) = wanted
+    whole = np.asarray(leaves[name])
+    read = []
+    real = tensors._fill_run
+
+    def counted(out, stream, start):
+        read.append(out.nbytes)
+        real(out, stream, start)
+
+    monkeypatch.setattr(tensors, "_fill_run", counted)
+    monkeypatch.setattr(folder, "_check_names", lambda *_: ())
+    loaded = folder.load_into(wanted, path)
+    np.testing.assert_array_equal(loaded.leaves[name], whole)
+    if layout == "model":
+        assert len(read) >= 8 and sum(read) == whole.nbytes
+    else:  # rows of ours are columns of theirs, shorter than a page: whole rows are read
+        assert sum(read) <= 8 * whole.nbytes
+
+
+def test_a_tensor_is_in_memory_once(tmp_path, monkeypatch):
+    """Copying, transposing and padding a tensor takes its size and some blocks."""
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", 2**16)
+    big = np.random.default_rng(0).normal(size=(4000, 512)).astype(np.float32)
+    safetensors.numpy.save_file({"x": big}, tmp_path / "a.safetensors")
+    (array,) = tensors.read_file(folder.epath.Path(tmp_path / "a.safetensors")).values()
+    for name, changed, limit in (
+        ("copied", array, 2**19),
+        ("turned", tensors.transposed(tensors.resized(array, 4096)), 1.1 * big.nbytes),
+    ):
+        out = folder.epath.Path(tmp_path / f"{name}.safetensors")
+        tracemalloc.start()
+        tensors.write_file(out, {"x": changed}, {})
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < limit, (name, peak)
+    turned = safetensors.numpy.load_file(tmp_path / "turned.safetensors")["x"]
+    np.testing.assert_array_equal(turned[:, :4000], big.T)
+    assert turned.shape == (512, 4096) and not turned[:, 4000:].any()
+
+
+def test_a_run_gets_its_language_model_from_the_folder_and_the_rest_from_its_preset(tmp_path):
+    from tests import tiny_run
+    from tpo_jax import train
+
+    published = write_folder(tmp_path / "source", "qwen3")
+    config = tiny_run.get_config(f"data={tmp_path},heads=True,init_from={tmp_path / 'source'}")
+    config.init_missing = ["vision/", "connector/", "task_tokens/", "box_encoder/", "heads/"]
+    model_config, codec = train.make_model_config(config)
+    assert model_config.language.qk_norm and model_config.language.head_dim == 24
+    assert model_config.visual_offset == codec.template.visual_offset > 2
+    first = folder.load_codec(tmp_path / "source").vocab_size
+    new = folder.added_tokens(folder.load_config(tmp_path / "source", model_config), model_config)
+    assert new == tuple(range(first, first + 5))
+    loaded = folder.load_into(
+        FunctionalModel(model_config).abstract(), tmp_path / "source",
+        init_missing=config.init_missing, new_tokens=new,
+    )  # fmt: skip
+    assert {path.split("/")[0] for path in loaded.leaves} == {"language"}
+    table = published["model.embed_tokens.weight"]
+    ours = loaded.leaves["language/embed/table"]
+    np.testing.assert_array_equal(ours[:first], table[:first])
+    np.testing.assert_allclose(ours[first], table[:first].mean(axis=0), rtol=1e-4, atol=1e-6)

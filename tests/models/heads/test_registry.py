@@ -1,0 +1,120 @@
+"""The head that docs/heads.md shows is registered from that page and trains."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import sys
+
+import jax
+import numpy as np
+import pytest
+from fake_batches import FAST_COMPILE, train_config
+from micro_model import MemoryDataset
+
+from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.pipeline import Pipeline, Source
+from tpo_jax.data.records import Example, Turn
+from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
+from tpo_jax.data.validation import check_example
+from tpo_jax.evaluation import benchmarks
+from tpo_jax.evaluation.evaluator import evaluable_tasks
+from tpo_jax.generation.routing import inline
+from tpo_jax.models.heads import HEADS, Head, register
+from tpo_jax.models.presets import preset
+from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.training.config import bucket_config, validate
+from tpo_jax.training.program import make_program
+
+PAGE = pathlib.Path(__file__).resolve().parents[3] / "docs" / "heads.md"
+SHAPES = {
+    "media": "video", "batch_size": 2, "frames": 4, "branches": 1, "branch_tokens": 48,
+    "answers": 24, "slots": {"count": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def count_head(tmp_path_factory):
+    """The page's code as a module; registered only as long as these tests run."""
+    code = next(block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+                if "register(HEAD)" in block)  # fmt: skip
+    assert len(code.splitlines()) < 75
+    file = tmp_path_factory.mktemp("heads") / "count_head.py"
+    file.write_text(code)
+    spec = importlib.util.spec_from_file_location("count_head", file)
+    module = sys.modules["count_head"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del HEADS["count"], sys.modules["count_head"]
+
+
+def _example(video, count):
+    turn = Turn("How often does it blink?", "It blinks <count> times.", (), "count")
+    return Example(f"{video}/count", video, "video", "count", "train", 0.0, 12.0, (turn,),
+                   {"count": count})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def codec(count_head):
+    tokenizer = train_tokenizer(["How often does it blink?", "It blinks times."], 300)
+    add_task_tokens(tokenizer, ("count",))
+    return TextCodec(tokenizer)
+
+
+def test_the_head_of_the_docs_trains(count_head, codec):
+    dataset = MemoryDataset(2, {"video0": [_example("video0", 5)],
+                                "video1": [_example("video1", 1)]})  # fmt: skip
+    config = preset("micro", ("count",), codec.task_tokens)
+    language = dataclasses.replace(config.language, num_tokens=codec.vocab_size)
+    config = dataclasses.replace(config, language=language)
+    pipeline = Pipeline([Source(dataset, 1.0, {"count": 1.0})], codec, config, ("count",),
+                        [Bucket("video", **SHAPES)], 0)  # fmt: skip
+    _, batch = pipeline.batch(0)
+    assert sorted(batch["slots"]["count"]["count"][:, 0]) == [1.0, 5.0]
+    mesh = make_mesh({}, jax.devices()[:1])
+    program = make_program(
+        train_config(("count",), losses={"language": 1.0, "count/nll": 1.0}), config, mesh
+    )
+    step = program.compile_train_step(batch, FAST_COMPILE)
+    state = program.init_state(program.init_params(0))
+    history = []
+    for _ in range(20):
+        state, metrics = step(state, batch, program.base_key(0))
+        history.append(float(metrics["count/nll"].mean()))
+    # With one rate for both counts, 1 and 5, it is at least 3 - 3 log 3 = -0.3.
+    assert history[0] > 0 and history[-1] < -0.1
+
+
+def test_every_room_knows_it(count_head, codec):
+    example = check_example(_example("video0", 5), 12.0)
+    branch = codec.build_branch(example.turns[0].question, example.turns[0].answer)
+    assert [slot.head for slot in branch.slots] == ["count"]
+    assert "It blinks <count> times." in codec.decode(branch.ids)
+    (call,) = benchmarks.find_calls(example, 0)
+    result = count_head.decode({"log_rate": np.log(np.array([5.2]))}, None)
+    assert inline("count", result) == "5"
+    assert benchmarks.score_call(call, result, ()) == {"count/accuracy": 1.0}
+    assert benchmarks.score_call(call, None, ()) == {"count/accuracy": 0.0}
+    assert "count" in evaluable_tasks()
+    config = train_config(("count",), losses={"language": 1.0, "count/nll": 1.0})
+    config.tokenizer, config.eval_every = "tokenizer.json", 0
+    config.data.train = [{"path": "clips", "weight": 1.0, "tasks": {"count": 1.0}, "kinds": [],
+                          "pairs": ""}]  # fmt: skip
+    config.buckets = {"video": bucket_config(**SHAPES)}
+    validate(config)
+
+
+def test_what_is_taken_or_missing_is_refused(count_head):
+    for changes, error in [
+        ({}, "the name is taken"),
+        ({"name": "more"}, "tokens.*belong to 'count'"),
+        ({"name": "more", "task": "temporal", "marker": "<temporal>"}, "'temporal' answers"),
+        ({"name": "more", "task": "more", "marker": "<more>", "target": None,
+          "routing_token": "<a>", "slot_token": "<b>"}, "task 'more' is new, so it needs a target"),
+    ]:  # fmt: skip
+        fields = {"task": "more", "marker": "<more>"} | changes if changes else {}
+        with pytest.raises(ValueError, match=error):
+            register(dataclasses.replace(count_head.HEAD, **fields))
+    with pytest.raises(ValueError, match="marker='<counts>': must be '<more>'"):
+        dataclasses.replace(count_head.HEAD, name="more", task="more", marker="<counts>")
+    assert isinstance(HEADS["count"], Head)

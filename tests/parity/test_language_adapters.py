@@ -1,0 +1,94 @@
+"""LoRA adapters against `peft`: theirs in, ours out, merged or apart."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.interop.language_folders import write_folder
+from tpo_jax.data.text import TextCodec, train_tokenizer
+from tpo_jax.interop import folder, huggingface, peft
+from tpo_jax.interop.export import export_model, import_model, largest_difference
+from tpo_jax.models.config import LoraConfig
+from tpo_jax.models.presets import preset
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.paths import flatten, unflatten
+
+pytestmark = pytest.mark.parity
+TARGETS = ["q_proj", "down_proj", "lm_head"]
+
+
+def _logits(model, tokens):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_of_peft_merges_to_the_same_model(tmp_path, rslora):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    their_peft = pytest.importorskip("peft")
+    write_folder(tmp_path / "source", "llama")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    lora = their_peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=TARGETS, use_rslora=rslora, task_type="CAUSAL_LM"
+    )
+    model = their_peft.get_peft_model(load(tmp_path / "source", dtype=torch.float32), lora).eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    tokens = np.random.default_rng(0).integers(0, 331, (2, 9))
+    want = _logits(model, tokens)
+
+    import_model(tmp_path / "source", tmp_path / "model", adapter=tmp_path / "adapter")
+    export_model(tmp_path / "model", tmp_path / "merged")
+    np.testing.assert_allclose(_logits(load(tmp_path / "merged"), tokens), want, atol=2e-4)
+    plain = _logits(load(tmp_path / "source"), tokens)
+    assert np.abs(plain - want).max() > 0.1, "the adapter does nothing"
+    write_folder(tmp_path / "other", "llama", seed=1)
+    with pytest.raises(peft.AdapterError, match="another lm_head.weight"):
+        import_model(tmp_path / "other", tmp_path / "back", adapter=tmp_path / "adapter")
+
+
+def test_an_adapter_of_ours_is_read_by_peft_and_comes_back_bit_for_bit(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    their_peft = pytest.importorskip("peft")
+    codec = TextCodec(train_tokenizer(["a red circle"], 300))
+    pattern = r"^language/(layers/.*(q_proj|down_proj)|lm_head)/kernel$"
+    config = dataclasses.replace(preset("micro"), lora=LoraConfig(pattern, rank=3, alpha=7.0))
+    random = np.random.default_rng(0)
+    params = {
+        path: (0.2 * random.normal(size=leaf.shape) + path.endswith("scale")).astype(np.float32)
+        for path, leaf in flatten(FunctionalModel(config).abstract()).items()
+    }
+    folder.save_model(tmp_path / "model", config, unflatten(params), codec)
+    export_model(tmp_path / "model", tmp_path / "apart", keep_adapters=True)
+    export_model(tmp_path / "model", tmp_path / "merged")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    base = load(tmp_path / "apart/language_model", dtype=torch.float32)
+    apart = their_peft.PeftModel.from_pretrained(base, tmp_path / "apart/adapter").eval()
+    tokens = random.integers(0, 1024, (2, 9))
+    want = _logits(load(tmp_path / "merged/language_model", dtype=torch.float32), tokens)
+    np.testing.assert_allclose(_logits(apart, tokens), want, atol=2e-4)
+
+    import_model(tmp_path / "apart", tmp_path / "back")
+    assert largest_difference(tmp_path / "model", tmp_path / "back") == 0.0
+    assert folder.load_config(tmp_path / "back") == config
+
+
+def test_what_peft_cannot_hold_and_what_ours_cannot_is_refused(tmp_path):
+    rows = huggingface.language_rows(preset("micro").language, 1024)
+    zeros = {
+        f"vision/layers/mlp/fc1/lora_{side}": folder.lazy(np.zeros((1, 2, 2), np.float32))
+        for side in "ab"
+    }
+    with pytest.raises(peft.AdapterError, match="vision/layers/mlp/fc1/kernel.*merged"):
+        peft.write_adapter(folder.epath.Path(tmp_path), zeros, LoraConfig("x", 2, 2.0), rows)
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2, "use_dora": true}')
+    with pytest.raises(peft.AdapterError, match="use_dora=True.*merge_and_unload"):
+        peft.read_adapter(tmp_path, rows, {})

@@ -1,0 +1,131 @@
+"""Every loss of TRL's DPO trainer, and its gradient, by TRL itself on the same log-probabilities.
+
+The trainer's loss method is called on a stand-in that has its options; the model it calls returns
+our random token log-probabilities instead of running.
+"""
+
+import collections
+import dataclasses
+import inspect
+import re
+import types
+
+import jax
+import numpy as np
+import pytest
+from fake_batches import FAST_COMPILE
+from fake_pairs import random_pairs
+
+from tpo_jax.objectives.preference import PreferenceConfig, preference_losses
+
+pytestmark = pytest.mark.parity
+
+BETA = 0.3
+PROMPT = 3  # tokens before the answers, which TRL's masks leave out
+SHARED = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft",
+)  # fmt: skip
+SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
+DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}
+PAIRS = random_pairs(6, 7, seed=5, invalid=())
+
+
+def of_trl(loss, **options):
+    """(loss, gradient float[B, 2, A]) by trl.DPOTrainer; options by its names."""
+    torch, trl = pytest.importorskip("torch"), pytest.importorskip("trl")
+    weights = torch.tensor(np.array(PAIRS.weights)).swapaxes(0, 1).flatten(0, 1)  # chosen, rejected
+
+    def rows(values):
+        """[B, 2, A] -> [2B, PROMPT - 1 + A], 0 where no answer token is predicted, as in TRL."""
+        rows = torch.tensor(np.array(values)).swapaxes(0, 1).flatten(0, 1)
+        return torch.nn.functional.pad(rows * weights, (PROMPT - 1, 0))
+
+    policy = rows(PAIRS.policy).requires_grad_()
+    zeros = torch.zeros_like(policy)
+    outputs = types.SimpleNamespace(
+        log_probs=policy * torch.nn.functional.pad(weights, (PROMPT - 1, 0)), entropy=zeros,
+        log_sum_sq_probs=rows(PAIRS.log_collision), mean_logits=zeros, is_top1=zeros.bool(),
+    )  # fmt: skip
+    mask = torch.nn.functional.pad(weights, (PROMPT, 0))
+    reference = np.array(PAIRS.reference)
+    ld_alpha = options.get("ld_alpha")
+    sums = (reference * tail_weights(ld_alpha)).sum(-1)
+    defaults = {
+        "label_smoothing": 0.0, "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5,
+        "ld_alpha": None, "use_weighting": False,
+    }  # fmt: skip
+    trainer = types.SimpleNamespace(
+        **defaults | options, beta=BETA, loss_types=[loss], loss_weights=[1.0],
+        args=types.SimpleNamespace(discopop_tau=0.05), precompute_ref_logps=True,
+        model=types.SimpleNamespace(training=True), aux_loss_enabled=False,
+        accelerator=types.SimpleNamespace(
+            device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x
+        ),
+        _metrics=collections.defaultdict(lambda: collections.defaultdict(list)),
+        _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    inputs = {
+        "input_ids": torch.zeros(mask.shape, dtype=torch.long), "completion_mask": mask.long(),
+        "attention_mask": torch.ones_like(mask), "ref_chosen_logps": torch.tensor(sums[:, 0]),
+        "ref_rejected_logps": torch.tensor(sums[:, 1]),
+    }  # fmt: skip
+    value = trl.DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
+    value.backward()
+    gradient = policy.grad[:, PROMPT - 1 :].unflatten(0, (2, -1)).swapaxes(0, 1)
+    return value.item(), gradient.numpy()
+
+
+def tail_weights(ld_alpha):
+    """TRL takes the reference's sums as they were precomputed, length-desensitised or not."""
+    weights = np.array(PAIRS.weights)
+    if ld_alpha is None:
+        return weights
+    shared = weights.sum(-1).min(-1)[:, None, None]
+    return weights * np.where(np.arange(1, weights.shape[-1] + 1) <= shared, 1, ld_alpha)
+
+
+def ours(loss, **options):
+    config = PreferenceConfig(beta=BETA, loss=loss, **options)
+
+    def value(policy):
+        tokens = dataclasses.replace(PAIRS, policy=policy)
+        return preference_losses(tokens, config)[loss].mean()
+
+    run = jax.jit(jax.value_and_grad(value), compiler_options=FAST_COMPILE)
+    return run(PAIRS.policy)
+
+
+def check(got, want):
+    np.testing.assert_allclose(got[0], want[0], rtol=2e-5)
+    scale = np.abs(want[1]).max()
+    assert scale > 0
+    np.testing.assert_allclose(got[1], want[1], atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_losses_and_gradients_are_those_of_trl(name):
+    smoothing = 0.1 if name in SMOOTHED else 0.0
+    want = of_trl(name, label_smoothing=smoothing)
+    check(ours(name, label_smoothing=smoothing), want)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("name", ["sigmoid", "ipo"])
+def test_divergences_are_those_of_trl(name, divergence):
+    coefficient = 0.7 if divergence == "alpha_divergence" else 0.5
+    want = of_trl(name, f_divergence_type=divergence, f_alpha_divergence_coef=coefficient)
+    check(ours(name, divergence=DIVERGENCES[divergence], divergence_alpha=coefficient), want)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "bco_pair"])
+def test_length_desensitised_and_weighted_losses_are_those_of_trl(name):
+    check(ours(name, ld_alpha=0.4), of_trl(name, ld_alpha=0.4))
+    check(ours(name, wpo=True), of_trl(name, use_weighting=True))
+
+
+def test_trl_has_no_loss_that_we_lack():
+    trl = pytest.importorskip("trl")
+    source = inspect.getsource(trl.DPOTrainer._compute_loss)
+    known = set(re.findall(r'loss_type == "(\w+)"', source))
+    assert known == set(SHARED)

@@ -1,0 +1,52 @@
+"""Pixels against `transformers`' own Pillow processors."""
+
+import numpy as np
+import pytest
+
+from tests.parity.towers import difference
+from tpo_jax.data.preprocess import anyres_tiles, crop, stretch
+
+pytestmark = pytest.mark.parity
+
+
+def _image(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("size", [(40, 70), (70, 40), (25, 23), (100, 30)])
+def test_onevision_tiles(size):
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+        LlavaOnevisionImageProcessorPil,
+    )
+
+    grid = [[24 * rows, 24 * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
+    processor = LlavaOnevisionImageProcessorPil(
+        size={"height": 24, "width": 24}, image_grid_pinpoints=grid, image_mean=[0.5] * 3,
+        image_std=[0.5] * 3, do_pad=False,
+    )  # fmt: skip
+    image = _image(*size)
+    expected = processor(image, return_tensors="np")["pixel_values"][0]
+    ours = anyres_tiles(image, [tuple(pair) for pair in grid], 24) / 127.5 - 1
+    assert difference(ours.transpose(0, 3, 1, 2), expected) < 1e-6
+
+
+@pytest.mark.parametrize("size", [(40, 70), (71, 40), (24, 24)])
+def test_clip_crop(size):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}, do_normalize=False
+    )
+    image = _image(*size)
+    expected = processor(image, return_tensors="np")["pixel_values"][0]
+    assert difference(crop(image[None], 24)[0].transpose(2, 0, 1) / 255, expected) < 1e-6
+
+
+def test_siglip_stretch():
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    processor = SiglipImageProcessorPil(size={"height": 24, "width": 24}, do_normalize=False)
+    processor.resample = 3  # bicubic, as LLaVA's SigLIP processor has it
+    image = _image(40, 70)
+    expected = processor(image, return_tensors="np")["pixel_values"][0]
+    assert difference(stretch(image[None], 24)[0].transpose(2, 0, 1) / 255, expected) < 1e-6

@@ -1,0 +1,222 @@
+"""The configs of temporal preference optimization, a few steps of each on the micro model."""
+
+import functools
+import json
+import pathlib
+import runpy
+
+import jax
+import micro_model
+import numpy as np
+import pytest
+from etils import epath
+from fake_batches import FAST_COMPILE
+
+import tpo_jax.train
+from tpo_jax import preferences
+from tpo_jax.data import pairs as pair_data
+from tpo_jax.data.evaluation_rows import build_pair_rows
+from tpo_jax.data.pairs import PairedDataset
+from tpo_jax.data.pipeline import row_builder
+from tpo_jax.data.records import Example, Turn
+from tpo_jax.data.rows import RowError, kind_id
+from tpo_jax.generation import scoring, sidecar
+from tpo_jax.interop.folder import load_model, save_model
+from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.parallel.paths import flatten
+from tpo_jax.training import config as training_config
+from tpo_jax.training import references
+from tpo_jax.training.ledger import Ledger
+from tpo_jax.training.preemption import Preemption
+from tpo_jax.training.writers import read_scalars
+
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+VIDEOS = 3
+KINDS = ("temporal", "action", "spatial")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_memory():
+    """Videos in memory, one of the fake devices, one quick compilation for runs of one program."""
+    compiled, compile_buckets = {}, tpo_jax.train.compile_buckets
+    compile_lowered = jax.stages.Lowered.compile
+
+    def compile_once(program, builders, evaluate, say):
+        key = str((program.abstract_state, program.objective, program.optimizer.report))
+        if key not in compiled:
+            compiled[key] = compile_buckets(program, builders, evaluate, say)
+        return compiled[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        dataset = functools.partial(micro_model.MemoryDataset, VIDEOS)
+        patch.setattr(pair_data, "PreparedDataset", lambda path: dataset())
+        patch.setattr(tpo_jax.train, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+        patch.setattr(tpo_jax.train, "compile_buckets", compile_once)
+        patch.setattr(jax.stages.Lowered, "compile", lambda x: compile_lowered(x, FAST_COMPILE))
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """base/, pairs/pairs.jsonl and pairs/reference.npz (with contrast: contrast/reference.npz)."""
+    runs = tmp_path_factory.mktemp("runs")
+    codec = micro_model.make_codec(())
+    model = micro_model.make_model(codec, ())
+    save_model(runs / "base", model.config, micro_model.make_params(model), codec)
+    for name in ("pairs", "contrast"):
+        write_pairs(runs / name / "pairs.jsonl")
+    score(runs, "pairs")
+    score(runs, "contrast", "--contrast")
+    return runs
+
+
+def write_pairs(path, **targets):
+    """Eight pairs, as `preferences generate` writes them."""
+    path.parent.mkdir(exist_ok=True)
+    lines = []
+    for i in range(8):
+        turn = Turn(micro_model.QUESTIONS[i % 4], "it moves left", (), KINDS[i % 3])
+        shown = {"frame_indices": list(range(0, 24, 3)), "manipulated_indices": [i, 20] * 4}
+        answers = {"chosen": "it moves left then right", "rejected": "it blinks and grows"}
+        lines.append(Example(f"pair{i}", f"video{i % VIDEOS}", "video", "preference", "test", 0.0,
+                             12.0, (turn,), answers | shown | targets).to_json())  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def score(runs, name, *more):
+    preferences.main(["score", f"--model={runs / 'base'}", "--data=memory", *more,
+                      f"--pairs={runs / name}/pairs.jsonl", f"--out={runs / name}/reference.npz",
+                      "--batch_size=4"])  # fmt: skip
+
+
+def get_config(file, arg, runs, name="pairs"):
+    config = runpy.run_path(str(CONFIGS / file))["get_config"](f"{arg},runs={runs},tiny")
+    config.data.references = [str(runs / name / "reference.npz")]
+    config.trainable = [[pattern, 1e-2] for pattern, _ in config.trainable]
+    training_config.validate(config)
+    return config
+
+
+def train(config, workdir):
+    """Metric records of the run."""
+    with Preemption() as preemption:
+        assert tpo_jax.train.train(config, epath.Path(workdir), preemption, Ledger()) == 0
+    return read_scalars(workdir / "metrics.jsonl")
+
+
+def test_llava_video_tpo_trains_language_model_and_projector(runs, tmp_path, capsys):
+    config = get_config("llava_video_tpo.py", "recipe=tpo", runs)
+    first, *_, last = train(config, tmp_path)
+    assert "references hold: " in capsys.readouterr().err
+    # At step 1 the policy is the reference.
+    assert first["train/preference/sigmoid"] == pytest.approx(np.log(2), abs=1e-4)
+    assert first["train/preference/chosen_drift"] == pytest.approx(0, abs=1e-3)
+    total = first["train/preference/sigmoid"] + 1.0 * first["train/preference/sft"]
+    assert first["train/loss"] == pytest.approx(total, rel=1e-5)
+    assert last["train/preference/sigmoid"] < first["train/preference/sigmoid"] - 0.01
+    assert last["train/preference/kl_per_token"] > 0 and last["train/preference/margin"] > 0
+    assert 0 < first["train/padding/pairs"] < 1
+    assert {f"train/preference/kind/{kind}/margin" for kind in KINDS} & set(last)
+    assert "train/preference/duration/under_1_min/accuracy" in last
+    assert "train/preference/duration/over_10_min/accuracy" not in last
+    (_, before, _), (_, after, _) = load_model(runs / "base"), load_model(tmp_path / "model")
+    moved = {path.split("/")[0] for path, leaf in flatten(before).items()
+             if not np.array_equal(leaf, flatten(after)[path])}  # fmt: skip
+    assert moved == {"language", "connector"}
+
+
+def test_realign_trains_adapters_against_manipulated_frames(runs, tmp_path):
+    config = get_config("longva_tpo.py", "recipe=realign", runs, "contrast")
+    first, *_, last = train(config, tmp_path)
+    for name in ("sigmoid", "conditional"):
+        assert first[f"train/preference/{name}"] == pytest.approx(np.log(2), abs=1e-4)
+        assert last[f"train/preference/{name}"] != first[f"train/preference/{name}"]
+    assert first["train/preference/contrast_margin"] == pytest.approx(0, abs=1e-3)
+    (_, before, _), (model, after, _) = load_model(runs / "base"), load_model(tmp_path / "model")
+    assert model.lora.rank == 2
+    after = flatten(after)
+    for path, leaf in flatten(before).items():
+        np.testing.assert_array_equal(leaf, after[path], err_msg=path)
+    assert all(np.any(leaf) for path, leaf in after.items() if path.endswith("lora_b"))
+
+
+def test_a_sidecar_that_is_not_what_the_program_scores_refuses(runs, tmp_path):
+    """The fingerprint is right, a number in it is not."""
+    good = sidecar.read(runs / "pairs" / "reference.npz")
+    wrong = {pair: logps - (0.2 if pair == "pair3" else 0.0) * (logps != 0)
+             for pair, logps in good.logps.items()}  # fmt: skip
+    file = tmp_path / "wrong.npz"
+    sidecar.write(file, sidecar.Sidecar(good.fingerprint, good.digests, wrong))
+    config = get_config("llava_video_tpo.py", "recipe=tpo", runs)
+    config.data.references = [str(file)]
+    with pytest.raises(sidecar.SidecarMismatch) as error:
+        train(config, tmp_path / "run")
+    message = str(error.value)
+    assert "pair: 'pair3'" in message and "wrong.npz: " in message and "this program: " in message
+    assert "up to 0.2 nats" in message and "float32 are 0.005 and 0.0005" in message
+    stored, live = (
+        [float(x) for x in message.split(marker)[1].split("\n")[0].split(", ")]
+        for marker in ("wrong.npz: ", "this program: ")
+    )
+    np.testing.assert_allclose(stored, wrong["pair3"].sum(-1), atol=1e-3)
+    np.testing.assert_allclose(live, good.logps["pair3"].sum(-1), atol=1e-3)
+
+
+def test_sidecars_with_and_without_contrast_are_not_mixed_up(runs, tmp_path):
+    config = get_config("longva_tpo.py", "recipe=realign", runs, "pairs")
+    with pytest.raises(sidecar.SidecarMismatch, match="right and manipulated"):
+        train(config, tmp_path)
+
+
+def test_a_row_brings_the_manipulated_frames_its_kind_and_its_duration(runs):
+    config, _, codec = load_model(runs / "base")
+    dataset = PairedDataset("memory", runs / "contrast" / "pairs.jsonl")
+    plans = build_pair_rows(dataset)
+    bucket = scoring.pair_bucket(codec, config, plans, 8, 4)
+    row = row_builder(codec, config, bucket, contrast=True).build(plans[1], 0)
+    example = plans[1].branches[0].example
+    wanted = dataset.frames(example.video_id, np.array(example.targets["manipulated_indices"]))
+    np.testing.assert_array_equal(row["contrast_frames"], wanted)
+    times = dataset.video_info(example.video_id).timestamps
+    manipulated = times[example.targets["manipulated_indices"]]
+    np.testing.assert_array_equal(row["contrast_frame_times"], manipulated)
+    assert row["contrast_frame_valid"].all() and row["pair_duration"] == 12.0
+    assert row["pair_kind"] == kind_id(example.turns[0].kind) != kind_id("")
+    assert "reference_contrast_logps" not in row
+
+
+def test_contrast_needs_as_many_manipulated_frames_as_the_pair_shows(runs, tmp_path):
+    write_pairs(tmp_path / "pairs" / "pairs.jsonl", manipulated_indices=[1, 2])
+    with pytest.raises(RowError, match=r"manipulated_indices: \[1, 2\], expected 8 frames"):
+        preferences.main(["score", f"--model={runs / 'base'}", "--data=memory", "--contrast",
+                          f"--pairs={tmp_path}/pairs/pairs.jsonl", f"--out={tmp_path}/r.npz"])
+
+
+def test_every_dtype_has_a_tolerance():
+    from tpo_jax.models.config import DTYPES
+
+    assert set(references.TOLERANCE) == set(DTYPES)
+
+
+@pytest.mark.parametrize(
+    ("file", "recipe", "loss", "beta", "sft", "rate", "steps"),
+    [
+        ("longva_tpo.py", "tpo", "sigmoid", 0.3, 0.5, 4e-6, 157),
+        ("llava_video_tpo.py", "tpo", "sigmoid", 0.2, 1.0, 3e-7, 157),
+        ("longva_tpo.py", "hound,pairs=17000", "sigmoid", 0.1, 0.0, 5e-7, 399),
+        ("longva_tpo.py", "mdpo", ["sigmoid", "conditional", "anchor"], 0.1, 0.0, 1e-5, 938),
+    ],
+)
+def test_published_numbers(file, recipe, loss, beta, sft, rate, steps):
+    config = runpy.run_path(str(CONFIGS / file))["get_config"](f"recipe={recipe}")
+    training_config.validate(config)
+    got = config.preference
+    assert (got.loss, got.beta, got.sft, config.steps) == (loss, beta, sft, steps)
+    assert config.trainable[0][1] == rate and config.optimizer.warmup == 0.1
+    assert config.buckets.pairs.frames == 32
+
+
+def test_an_unknown_recipe_is_named():
+    get_config = runpy.run_path(str(CONFIGS / "longva_tpo.py"))["get_config"]
+    with pytest.raises(training_config.ConfigError, match="recipe=dpo: expected tpo, hound"):
+        get_config("recipe=dpo")

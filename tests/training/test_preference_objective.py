@@ -1,0 +1,130 @@
+"""The preference objective on the micro model: contrast frames, LoRA switched off, metrics."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from fake_batches import FAST_COMPILE, micro, pair_bucket, random_batch, train_config
+
+from tpo_jax.data.rows import CLIP_FIELDS, kind_id
+from tpo_jax.models.config import LoraConfig
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.objectives.preference import PreferenceConfig
+from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.parallel.paths import flatten
+from tpo_jax.training.objective import PreferenceObjective
+from tpo_jax.training.program import make_program
+
+B = 4
+LORA = LoraConfig(pattern="language/.*(q_proj|v_proj)/kernel", rank=2, alpha=8.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return FunctionalModel(dataclasses.replace(micro(), lora=LORA))
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return jax.jit(model.init, compiler_options=FAST_COMPILE)(jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """A batch of pairs with everything that an objective may read."""
+    batch = random_batch(pair_bucket(B), micro())
+    other = random_batch(pair_bucket(B), micro(), seed=1)
+    batch |= {f"contrast_{name}": other[name] for name in CLIP_FIELDS}
+    batch["reference_contrast_logps"] = other["reference_logps"][:, 0]
+    batch["pair_kind"] = np.full(B, kind_id("order"), np.uint32)
+    batch["pair_duration"] = np.array([30.0, 30, 90, 90], np.float32)
+    return batch
+
+
+def run(objective, model, params, batch):
+    """(terms and metrics as means, predictions)."""
+
+    @jax.jit
+    def step(params, batch):
+        predictions = objective.predict(model.bind(params), batch, None)
+        sums = objective.terms(predictions, batch) | objective.metrics(predictions, batch)
+        return sums, predictions
+
+    sums, predictions = step.lower(params, batch).compile(FAST_COMPILE)(params, batch)
+    return {name: float(x.mean()) for name, x in sums.items()}, predictions
+
+
+def moved(params):
+    """The same with adapters that do something."""
+
+    def fill(path, leaf):
+        return leaf + 0.5 if path.endswith("lora_b") else leaf
+
+    leaves = {path: fill(path, leaf) for path, leaf in flatten(params).items()}
+    return jax.tree.unflatten(jax.tree.structure(params), [
+        leaves["/".join(str(k.key) for k in path)]
+        for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+    ])  # fmt: skip
+
+
+def test_contrast_and_adapters_off_score_what_they_say(model, params, batch):
+    """Conditional loss, reference without LoRA, WPO's statistics and groups, in one program."""
+    losses = ["sigmoid", "conditional", "anchor"]
+    kinds = ("order", "action")
+    config = PreferenceConfig(beta=0.3, loss=losses, sft=0.5, wpo=True, kinds=kinds)
+    objective = PreferenceObjective(config, "adapters_off")
+    without = {k: v for k, v in batch.items() if not k.startswith("reference_")}
+    # New adapters change nothing: the policy is the reference.
+    means, at_start = run(objective, model, params, without)
+    np.testing.assert_allclose(at_start.reference, at_start.tokens.logp, atol=1e-5)
+    for name in ("margin", "contrast_margin", "chosen_drift", "kl_per_token"):
+        assert means[f"preference/{name}"] == pytest.approx(0, abs=1e-5)
+    # Adapters that moved leave the reference where it was.
+    means, later = run(objective, model, moved(params), without)
+    np.testing.assert_allclose(later.reference, at_start.reference, atol=1e-5)
+    np.testing.assert_allclose(later.contrast_reference, at_start.contrast_reference, atol=1e-5)
+    assert np.abs(later.tokens.logp - at_start.tokens.logp).max() > 1e-2
+    # The contrast is the chosen answer about the other clip, all else equal.
+    clip = {name: batch[f"contrast_{name}"] for name in CLIP_FIELDS}
+    _, other = run(objective, model, moved(params), without | clip)
+    np.testing.assert_allclose(later.contrast, other.tokens.logp[:, :1], atol=1e-5)
+    assert np.abs(later.contrast - later.tokens.logp[:, :1]).max() > 1e-3
+    assert means["preference/kind/order/margin"] == pytest.approx(means["preference/margin"])
+    assert means["preference/duration/1_to_3_min/margin"] != means["preference/margin"]
+    assert "preference/kind/action/accuracy" in means
+    assert means["preference/sigmoid"] > 0 and means["preference/conditional"] > 0
+
+
+def test_padding_is_the_share_of_empty_positions(model, params, batch):
+    batch = batch | {"branch_segments": batch["branch_segments"].copy()}
+    batch["branch_segments"][:, 1, 5:] = 0
+    objective = PreferenceObjective(PreferenceConfig(beta=0.3, loss="simpo"))
+    shapes = jax.eval_shape(lambda: objective.metrics(
+        objective.predict(model.bind(params), batch, None), batch))  # fmt: skip
+    assert not any("margin" in name or "drift" in name for name in shapes)  # no reference, no claim
+    from tpo_jax.training.objective import padding
+
+    positions = B * (batch["prefix_tokens"].shape[1] + 2 * 10)
+    got = padding(batch)
+    assert float(got.total) == B * 5 and float(got.weight) == positions
+
+
+def test_missing_contrast_names_the_fields(model, params, batch):
+    objective = PreferenceObjective(PreferenceConfig(beta=0.3, loss="conditional"))
+    without = {k: v for k, v in batch.items() if k != "contrast_frames"}
+    with pytest.raises(ValueError, match="batch/contrast_frames missing.*'conditional'"):
+        objective.predict(model.bind(params), without, None)
+
+
+def test_adapters_off_is_refused_where_it_is_not_the_reference():
+    mesh = make_mesh({}, jax.devices()[:1])
+    config = train_config(objective="preference", trainable=[["language/|connector/", 1e-3]])
+    config.preference.reference = "adapters_off"
+    with pytest.raises(ValueError, match="adapters_off.*no LoRA to switch off; set config.lora"):
+        make_program(config, micro(), mesh)
+    with_lora = dataclasses.replace(micro(), lora=LORA)
+    with pytest.raises(ValueError, match=r"adapters_off.*connector/\S+ is trained.*freeze them"):
+        make_program(config, with_lora, mesh)
+    config.trainable = [[".*lora_", 1e-3]]
+    make_program(config, with_lora, mesh)

@@ -1,0 +1,77 @@
+"""SA-V training set: VIDEO_manual.json and VIDEO_auto.json, masks of objects every 4th frame.
+
+{"video_id", "video_duration" s, "video_frame_count", "video_height", "video_width", "masklet":
+ [frame][object] RLE, "masklet_id": [...], "masklet_num", ...}. No object has words: each is a
+tracking example with masks, asked for by the box of the first frame that shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tpo_jax.data import validation
+from tpo_jax.data.formats import asking, masks
+from tpo_jax.data.formats.reading import Context, Format, Record, expand, load_json
+from tpo_jax.data.problems import Invalid
+from tpo_jax.data.records import Example
+
+STEP = 4  # frames of the video from one annotation to the next
+REQUIRED = ("video_id", "video_duration", "video_frame_count", "masklet", "masklet_id")
+OPTIONAL = (
+    *("video_height", "video_width", "video_resolution", "video_environment", "video_split"),
+    *("masklet_size_rel", "masklet_size_abs", "masklet_size_bucket", "masklet_num"),
+    *("masklet_visibility_changes", "masklet_first_appeared_frame", "masklet_frame_count"),
+    *("masklet_edited_frame_count", "masklet_type", "masklet_stability_score"),
+)
+
+
+def records(context: Context) -> Iterator[Record]:
+    """One record per object; the file is one JSON or a folder of them."""
+    files = [context.file]
+    if context.file.is_dir():
+        files = sorted(context.file.rglob("*.json"))
+        if not files:
+            raise Invalid("", None, "no .json below it", f"check the path {context.file}")
+    return expand(((f.stem, f) for f in files), lambda *item: _objects(context, *item))
+
+
+def _objects(context: Context, label: str, path) -> Iterator[Record]:
+    data = load_json(path, dict)
+    context.keys(data, REQUIRED, OPTIONAL)
+    ids = validation.check_list("masklet_id", data["masklet_id"])
+    frames = validation.check_list("masklet", data["masklet"])
+    for i, frame in enumerate(frames):
+        if len(validation.check_list(f"masklet[{i}]", frame)) != len(ids):
+            raise Invalid(
+                f"masklet[{i}]",
+                len(frame),
+                f"expected one RLE for each of the {len(ids)} objects of masklet_id",
+                "write null where an object is absent",
+            )
+    for k, masklet in enumerate(ids):
+        yield f"{label}/{masklet}", (data, k, [frame[k] for frame in frames])
+
+
+def parse(record: Any, label: str, context: Context) -> list[Example]:
+    data, k, rles = record
+    duration = validation.check_number("video_duration", data["video_duration"], 1e-3, 1e9, "s")
+    count = validation.check_number("video_frame_count", data["video_frame_count"], 1, 1e9, "")
+    if (len(rles) - 1) * STEP >= count:
+        raise Invalid(
+            "masklet",
+            len(rles),
+            f"expected a mask every {STEP} frames of {count:g}",
+            "correct video_frame_count",
+        )
+    name = context.find(data["video_id"], "video_id", frame_rate=count / duration)
+    times = [i * STEP * duration / count for i in range(len(rles))]
+    checked = [
+        None if rle is None else validation.check_rle(f"masklet[{i}][{k}]", rle)
+        for i, rle in enumerate(rles)
+    ]
+    targets = masks.tracking_targets(times, checked)
+    return [context.example(name, label, "tracking", [asking.tracking()], targets)]
+
+
+FORMAT = Format("sa_v", "SA-V masklets, JSON per video", records, parse)

@@ -1,0 +1,121 @@
+"""Pixels as published checkpoints want them: uint8 frames in, uint8 frames of the tower's size out.
+
+Resizing is Pillow's bicubic filter, which these checkpoints were trained with; dividing by 255 and
+normalising happen on the device. `area` is this project's own models' way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from tpo_jax.data.targets import area_resize
+from tpo_jax.models.connectors.anyres import Size, best_resolution
+
+
+def area(frames: np.ndarray, size: int) -> np.ndarray:
+    """Mean over the area of each target pixel; the aspect ratio is not kept."""
+    return np.rint(area_resize(frames, size, size)).astype(np.uint8)
+
+
+def bicubic(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8[h, w, 3] -> uint8[height, width, 3]."""
+    if frame.shape[:2] == (height, width):
+        return frame
+    image = Image.fromarray(np.ascontiguousarray(frame))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def stretch(frames: np.ndarray, size: int) -> np.ndarray:
+    """Bicubic to a square; the aspect ratio is not kept (SigLIP, UMT)."""
+    return np.stack([bicubic(frame, size, size) for frame in frames])
+
+
+def crop(frames: np.ndarray, size: int) -> np.ndarray:
+    """Bicubic until the short side is `size`, then the middle square (CLIP, LanguageBind)."""
+    height, width = frames.shape[1:3]
+    short, long = min(height, width), int(size * max(height, width) / min(height, width))
+    height, width = (size, long) if height == short else (long, size)
+    top, left = (height - size) // 2, (width - size) // 2
+    resized = (bicubic(frame, height, width) for frame in frames)
+    return np.stack([frame[top : top + size, left : left + size] for frame in resized])
+
+
+# uint8[n, h, w, 3], size -> uint8[n, size, size, 3]
+RESIZES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "area": area, "stretch": stretch, "crop": crop,
+}  # fmt: skip
+
+
+def pad_to_square(frame: np.ndarray, colour: Sequence[int]) -> np.ndarray:
+    """uint8[h, w, 3] in the middle of a square of one colour."""
+    height, width = frame.shape[:2]
+    side = max(height, width)
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = np.asarray(colour, np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = frame
+    return square
+
+
+def anyres_tiles(frame: np.ndarray, resolutions: Sequence[Size], size: int) -> np.ndarray:
+    """An image of any resolution as tiles of the tower's size.
+
+    Args:
+      frame: uint8[h, w, 3].
+      resolutions: (height, width) that it may become, multiples of `size`.
+
+    Returns:
+      uint8[1 + rows * columns, size, size, 3]: the whole image stretched to one tile, then the
+      tiles, rows first, of the image fitted into the best resolution and padded with black.
+    """
+    height, width = best_resolution(frame.shape[:2], resolutions)
+    scale_h, scale_w = height / frame.shape[0], width / frame.shape[1]
+    if scale_w < scale_h:
+        fitted = (min(math.ceil(frame.shape[0] * scale_w), height), width)
+    else:
+        fitted = (height, min(math.ceil(frame.shape[1] * scale_h), width))
+    canvas = np.zeros((height, width, 3), np.uint8)
+    top, left = (height - fitted[0]) // 2, (width - fitted[1]) // 2
+    canvas[top : top + fitted[0], left : left + fitted[1]] = bicubic(frame, *fitted)
+    rows, columns = height // size, width // size
+    tiles = canvas.reshape(rows, size, columns, size, 3).swapaxes(1, 2)
+    whole = bicubic(frame, size, size)[None]
+    return np.concatenate([whole, tiles.reshape(rows * columns, size, size, 3)])
+
+
+def frames_at_one_fps(frames: int, fps: float, most: int, *, force: bool = False) -> np.ndarray:
+    """int64[n]: frame numbers as LLaVA-Video samples them.
+
+    One frame a second; where that is more than `most`, or with `force`, exactly `most` spread
+    evenly over the whole video, first and last included.
+    """
+    step = max(round(fps), 1)
+    indices = np.arange(0, frames, step)
+    if most > 0 and (force or len(indices) > most):
+        return np.linspace(0, frames - 1, most, dtype=int)
+    return indices
+
+
+def evenly(frames: int, count: int) -> np.ndarray:
+    """int64[count]: frame numbers from the first to the last (LongVA, Video-LLaVA)."""
+    return np.linspace(0, frames - 1, count, dtype=int)
+
+
+def middles(frames: int, count: int) -> np.ndarray:
+    """int64[count]: the middles of `count` equal parts (VideoChat2)."""
+    edges = np.linspace(0, frames, count + 1).astype(int)
+    return (edges[:-1] + edges[1:] - 1) // 2
+
+
+def time_instruction(times: Sequence[float], duration: float) -> str:
+    """The sentence about time that LLaVA-Video reads before a question, word for word."""
+    stamps = ",".join(f"{time:.2f}s" for time in times)
+    return (
+        f"The video lasts for {duration:.2f} seconds, and {len(times)} frames are uniformly "
+        f"sampled from it. These frames are located at {stamps}.Please answer the following "
+        "questions related to this video."
+    )

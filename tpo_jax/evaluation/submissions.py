@@ -1,0 +1,255 @@
+"""Scores files in the formats that benchmarks publish, without a model.
+
+    python -m tpo_jax.evaluate --predictions=preds.jsonl --benchmark=qvhighlights \\
+        --annotations=highlight_val_release.jsonl
+
+Each reader turns a submission and its annotations into arrays for `evaluation.metrics`; a record
+that the official program would stop at is refused by name.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from tpo_jax.evaluation.metrics import detection, grounded_qa, qvhighlights
+
+Record = Mapping[str, Any]
+# Windows of one query that are read; the official program ignores the rest.
+_MAX_WINDOWS = 10
+
+
+def score_files(
+    benchmark: str, predictions: str, annotations: str, answers: str = ""
+) -> dict[str, Any]:
+    """The benchmark's table, in percent, by the names of its official program.
+
+    Args:
+      benchmark: name in `BENCHMARKS`.
+      predictions: submission file.
+      annotations: file with the labels.
+      answers: NExT-GQA only, the file with the chosen options.
+    """
+    if benchmark not in BENCHMARKS:
+        raise ValueError(f"--benchmark: {benchmark!r} is not known; known: {', '.join(BENCHMARKS)}")
+    if bool(answers) != (benchmark == "nextgqa"):
+        raise ValueError("--answers: nextgqa needs the file with the chosen options, others do not")
+    files = [read_json(path) for path in (predictions, annotations, answers) if path]
+    return BENCHMARKS[benchmark](*files)
+
+
+def score_qvhighlights(submission: Sequence[Record], labels: Sequence[Record]) -> dict[str, dict]:
+    """QVHighlights; also Charades-STA and TACoS in its format, which have no saliency.
+
+    Args:
+      submission: {"qid", "pred_relevant_windows", "pred_saliency_scores"}, either of the last two.
+      labels: {"qid", "duration", "relevant_windows", "relevant_clip_ids", "saliency_scores"}.
+    """
+    predicted, labelled = _by_id(submission, "predictions"), _by_id(labels, "annotations")
+    if different := sorted(map(str, predicted.keys() ^ labelled.keys())):
+        raise ValueError(
+            f"qid: predictions and annotations must have the same; {len(different)} are in one "
+            f"file only, the first: {', '.join(different[:5])}"
+        )
+    pairs = [(predicted[qid], labelled[qid]) for qid in labelled]
+    found: dict[str, dict] = {}
+    if "pred_relevant_windows" in submission[0]:
+        found |= qvhighlights.moment_report(*moment_arrays(pairs))
+    if "pred_saliency_scores" in submission[0]:
+        found |= qvhighlights.highlight_report(*highlight_arrays(pairs))
+    if not found:
+        raise ValueError("predictions: no record has pred_relevant_windows or pred_saliency_scores")
+    return qvhighlights.with_brief(found)
+
+
+def score_detection(submission: Record, labels: Record, name: str) -> dict[str, float]:
+    """mAP@tIoU by a protocol of `detection.PROTOCOLS`.
+
+    Args:
+      submission: {"results": {video: [{"label", "score", "segment": [start, end]}]}}, seconds.
+      labels: {"database": {video: {"subset", "annotations": [{"label", "segment"}]}}}.
+      name: of the protocol.
+    """
+    protocol = detection.PROTOCOLS[name]
+    rows = [
+        (video, row["label"], row["segment"])
+        for video, entry in _field(labels, "database", "annotations").items()
+        if entry["subset"] == protocol.subset and video not in protocol.left_out
+        for row in entry["annotations"]
+    ]
+    videos = {video: index for index, video in enumerate(dict.fromkeys(row[0] for row in rows))}
+    if not videos or protocol.num_videos not in (0, len(videos)):
+        raise ValueError(
+            f"annotations: {name} expects {protocol.num_videos or 'some'} labelled videos of "
+            f"subset {protocol.subset!r}, found {len(videos)}"
+        )
+    classes = {label: index for index, label in enumerate(dict.fromkeys(row[1] for row in rows))}
+    guesses = [
+        (video, row)
+        for video, entry in _field(submission, "results", "predictions").items()
+        for row in entry
+    ]
+    for video, row in guesses:
+        if row["label"] not in classes:
+            raise ValueError(f"results[{video!r}]: label {row['label']!r} has no annotation")
+    segments = _array([row["segment"] for _, row in guesses], 2, "segment")
+    targets = _array([row[2] for row in rows], 2, "segment")
+    if protocol.rounded:
+        segments = segments * detection.SNIPPETS_PER_SECOND
+        targets = detection.round_to_snippets(targets)
+    for video, _ in guesses:
+        videos.setdefault(video, len(videos))
+    precision = detection.average_precision(
+        segments,
+        [row["score"] for _, row in guesses],
+        [classes[row["label"]] for _, row in guesses],
+        [videos[video] for video, _ in guesses],
+        targets,
+        [classes[row[1]] for row in rows],
+        [videos[row[0]] for row in rows],
+        protocol.thresholds,
+    )
+    return detection.report(precision, protocol)
+
+
+def score_nextgqa(submission: Record, labels: Record, answers: Record) -> dict[str, float]:
+    """NExT-GQA; a question without a predicted span is left out, as the official program does.
+
+    Args:
+      submission: {"<video>_<question>": [start, end]} in seconds.
+      labels: {video: {"location": {question: [[start, end], ...]}}}.
+      answers: {"<video>_<question>": {"prediction", "answer"}}.
+    """
+    asked = {
+        f"{video}_{question}": windows
+        for video, entry in labels.items()
+        for question, windows in entry["location"].items()
+    }
+    kept = [name for name in asked if name in submission]
+    if not kept:
+        raise ValueError("predictions: no key <video>_<question> is in the annotations")
+    if missing := [name for name in kept if name not in answers]:
+        raise ValueError(f"answers: {missing[0]!r} and {len(missing) - 1} more have none")
+    iop, iou = grounded_qa.overlaps(
+        _array([submission[name] for name in kept], 2, "span"),
+        _array([window for name in kept for window in asked[name]], 2, "location"),
+        np.repeat(np.arange(len(kept)), [len(asked[name]) for name in kept]),
+    )
+    correct = [answers[name]["prediction"] == answers[name]["answer"] for name in kept]
+    counts = {"questions": len(kept), "without prediction": len(asked) - len(kept)}
+    return grounded_qa.report(iop, iou, correct) | counts
+
+
+BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "qvhighlights": score_qvhighlights,
+    "nextgqa": score_nextgqa,
+} | {
+    name: lambda submission, labels, name=name: score_detection(submission, labels, name)
+    for name in detection.PROTOCOLS
+}
+
+
+def read_json(path: str) -> Any:
+    """A JSON file, or a list of the lines of a .jsonl file."""
+    text = epath.Path(path).read_text()
+    try:
+        if str(path).endswith(".jsonl"):
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+
+
+def format_report(report: Record) -> str:
+    """The values that a paper's table shows, one a line."""
+    rows = report.get("brief", report)
+    width = max(map(len, rows))
+    return "\n".join(
+        f"{name:{width}}  {value:6.2f}" if isinstance(value, float) else f"{name:{width}}  {value}"
+        for name, value in rows.items()
+    )
+
+
+def _by_id(records: Sequence[Record], source: str) -> dict[Any, Record]:
+    found = {record["qid"]: record for record in records}
+    if len(found) != len(records) or not records:
+        twice = {r["qid"] for r in records if sum(s["qid"] == r["qid"] for s in records) > 1}
+        raise ValueError(f"{source}: expected one record a qid, got several of {sorted(twice)[:5]}")
+    return found
+
+
+def moment_arrays(pairs: Sequence[tuple[Record, Record]]) -> tuple[np.ndarray, ...]:
+    """windows, scores, query, targets, target_query of `qvhighlights.moment_report`."""
+    windows = [guess["pred_relevant_windows"][:_MAX_WINDOWS] for guess, _ in pairs]
+    targets = [label["relevant_windows"] for _, label in pairs]
+    for (guess, _), labelled in zip(pairs, targets, strict=True):
+        if not labelled:
+            raise ValueError(f"annotations: qid {guess['qid']}: relevant_windows is empty")
+    numbers = np.arange(len(pairs))
+    rows = _array(itertools.chain(*windows), 3, "pred_relevant_windows")
+    return (
+        rows[:, :2],
+        rows[:, 2],
+        np.repeat(numbers, [len(w) for w in windows]),
+        _array(itertools.chain(*targets), 2, "relevant_windows"),
+        np.repeat(numbers, [len(t) for t in targets]),
+    )
+
+
+def highlight_arrays(
+    pairs: Sequence[tuple[Record, Record]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """saliency, best, clips, ratings of `qvhighlights.highlight_report`."""
+    clips = np.array([int(label["duration"] / 2) for _, label in pairs])
+    guesses = [guess["pred_saliency_scores"] for guess, _ in pairs]
+    length = np.array([len(g) for g in guesses])
+    if not length.all() or not clips.all():
+        qid = pairs[int(np.argmin(np.minimum(length, clips)))][0]["qid"]
+        raise ValueError(f"qid {qid}: a saliency score and a clip of 2 seconds are needed")
+    width = max(length.max(), clips.max())
+    saliency = np.full((len(pairs), width), -np.inf)
+    saliency[np.arange(width) < length[:, None]] = _numbers(
+        itertools.chain(*guesses), "pred_saliency_scores"
+    )
+    best = saliency.argmax(axis=1)
+    saliency[np.arange(width) >= length[:, None]] = 0.0
+    ids = [label["relevant_clip_ids"] for _, label in pairs]
+    query = np.repeat(np.arange(len(pairs)), [len(i) for i in ids])
+    clip = np.fromiter(itertools.chain(*ids), np.int64, len(query))
+    if outside := np.flatnonzero((clip < 0) | (clip >= clips[query])).tolist():
+        row = outside[0]
+        raise ValueError(
+            f"annotations: qid {pairs[query[row]][0]['qid']}: relevant_clip_ids has {clip[row]}, "
+            f"the video has {clips[query[row]]} clips"
+        )
+    rated = list(itertools.chain(*(label["saliency_scores"] for _, label in pairs)))
+    raters = len(rated[0]) if rated else 1
+    ratings = np.zeros((len(pairs), width, raters))
+    ratings[query, clip] = _array(rated, raters, "saliency_scores")
+    return saliency, best, clips, ratings
+
+
+def _array(rows: Any, columns: int, field: str) -> np.ndarray:
+    """float64[n, columns] of lists of numbers (or of their text, in THUMOS14's labels)."""
+    rows = list(rows)
+    if wrong := set(map(len, rows)) - {columns}:
+        row = next(row for row in rows if len(row) in wrong)
+        raise ValueError(f"{field}: expected {columns} numbers, got {row}")
+    return _numbers(itertools.chain(*rows), field).reshape(-1, columns)
+
+
+def _numbers(values: Iterable[Any], field: str) -> np.ndarray:
+    """float64[n] of numbers or their text."""
+    numbers = np.fromiter(values, np.float64)
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{field}: a number is not finite")
+    return numbers
+
+
+def _field(record: Record, name: str, source: str) -> Mapping[str, Any]:
+    if name not in record:
+        raise ValueError(f"{source}: no field {name!r}; found {', '.join(record)}")
+    return record[name]

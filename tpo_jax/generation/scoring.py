@@ -1,0 +1,222 @@
+"""Reference log-probabilities of a manifest of pairs: scored in parts, merged into one sidecar.
+
+A part is some batches of pairs in a file of its own beside the sidecar. Whoever finishes the last
+part merges them; a part that is on disk and still fits is not scored again. So an interrupted
+command goes on where it was, and several that share the folder, each with its --shard of --shards,
+divide the work. Processes that JAX has joined score every part together, their devices as one mesh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from etils import epath
+
+from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.evaluation_rows import batches, build_pair_rows
+from tpo_jax.data.pairs import PairedDataset
+from tpo_jax.data.pipeline import row_builder
+from tpo_jax.data.rows import RowBuilder, RowPlan
+from tpo_jax.data.text import TextCodec
+from tpo_jax.generation import sidecar
+from tpo_jax.interop.folder import load_model
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.mesh import (
+    batch_sharding,
+    global_batch,
+    make_mesh,
+    reader_shard,
+    replicated,
+)
+from tpo_jax.parallel.rules import param_shardings, place
+from tpo_jax.training.objective import contrast_batch
+from tpo_jax.training.preemption import Preemption
+from tpo_jax.training.step import make_score_step, on_mesh
+
+PART_BATCHES = 4  # batches between two saves; what a stopped command loses at most
+
+
+def score(flags: argparse.Namespace, preemption: Preemption) -> None:
+    """Writes the sidecar, or this shard's parts of it.
+
+    Raises:
+      Preempted: told to stop; every part that was scored is on disk.
+    """
+    if not 0 <= flags.shard < flags.shards:
+        raise ValueError(f"--shard={flags.shard}: expected 0..{flags.shards - 1} (--shards)")
+    config, params, codec = load_model(flags.model)
+    plans = build_pair_rows(PairedDataset(flags.data, flags.pairs))
+    if not plans:
+        raise ValueError(f"{flags.pairs}: no pairs; generate some first")
+    frames = flags.frames or config.vision.max_frames
+    fingerprint = sidecar.Fingerprint.of(config, params, codec, frames, contrast=flags.contrast)
+    bucket = pair_bucket(codec, config, plans, frames, flags.batch_size)
+    builder = row_builder(codec, config, bucket, contrast=flags.contrast)
+    parts = Parts(epath.Path(flags.out), fingerprint, builder, plans)
+    if parts.finished():
+        say(f"{flags.out}: {len(plans)} pairs are scored already")
+        return
+    scorer = Scorer(config, params, {"data": flags.data_parallel, "fsdp": flags.fsdp})
+    mine = range(flags.shard, len(parts), flags.shards)
+    for number in tqdm.tqdm(mine, desc="score", unit="part"):
+        if not parts.is_scored(number):
+            parts.write(number, scorer(parts.builder, parts.plans_of(number), preemption))
+    if missing := parts.merge():
+        say(f"{flags.out}: parts {missing} of {len(parts)} are left to the other shards")
+    else:
+        say(f"{flags.out}: {len(plans)} pairs scored")
+
+
+class Scorer:
+    """Per-token log-probabilities of pairs, on a mesh.
+
+    Args:
+      sizes: of the mesh. Processes that JAX has joined have to be in it with all their devices.
+    """
+
+    def __init__(self, config: ModelConfig, params: Any, sizes: dict[str, int]):
+        model = FunctionalModel(config)
+        whole = -1 in sizes.values() or jax.process_count() > 1
+        count = None if whole else sizes["data"] * sizes["fsdp"]
+        self.mesh = make_mesh(sizes, jax.devices()[:count])
+        shardings = param_shardings(params, self.mesh)
+        self.params = place(params, shardings)
+        self._step = jax.jit(
+            on_mesh(functools.partial(_logps, make_score_step(model)), self.mesh),
+            in_shardings=(shardings, batch_sharding(self.mesh)),
+            out_shardings=replicated(self.mesh),
+        )
+
+    def __call__(self, builder: RowBuilder, plans: Sequence[RowPlan],
+                 preemption: Preemption) -> dict[str, np.ndarray]:
+        """{pair id: float32[2, A]} of all plans, on every process; 0 where there is no token.
+
+        [3, A] where the builder gives manipulated frames as well. Raises Preempted.
+        """
+        size, found = builder.bucket.batch_size, {}
+        share = reader_shard(self.mesh)
+        for number, (local, _) in enumerate(batches(builder, plans, *share)):
+            preemption.check()
+            batch = global_batch(local, self.mesh)
+            logps = np.asarray(self._step(self.params, batch))
+            rows = plans[number * size : (number + 1) * size]
+            found |= {pair_id(plan): logps[i] for i, plan in enumerate(rows)}
+        return found
+
+
+def _logps(step: Any, params: Any, batch: Any) -> jax.Array:
+    """float32[B, 2, A], or [B, 3, A] with the chosen answer under the manipulated frames."""
+    logps = step(params, batch) * (batch["answer_weights"] > 0)
+    if "contrast_frames" not in batch:
+        return logps
+    chosen = step(params, contrast_batch(batch)) * (batch["answer_weights"][:, :1] > 0)
+    return jnp.concatenate([logps, chosen], axis=1)
+
+
+class Parts:
+    """The parts of one sidecar and what they have to hold."""
+
+    def __init__(self, out: epath.Path, fingerprint: sidecar.Fingerprint, builder: RowBuilder,
+                 plans: Sequence[RowPlan]):
+        self.out, self.fingerprint, self.builder, self.plans = out, fingerprint, builder, plans
+        self.folder = out.parent / f"{out.name}.parts"
+        self.size = PART_BATCHES * builder.bucket.batch_size
+        self.digests = {pair_id(plan): digest_of(builder, plan) for plan in plans}
+
+    def __len__(self) -> int:
+        return -(-len(self.plans) // self.size)
+
+    def plans_of(self, number: int) -> Sequence[RowPlan]:
+        return self.plans[number * self.size : (number + 1) * self.size]
+
+    def file(self, number: int) -> epath.Path:
+        return self.folder / f"{number:05d}.npz"
+
+    def finished(self) -> bool:
+        return self.out.exists() and self._holds(sidecar.read(self.out), self.plans)
+
+    def is_scored(self, number: int) -> bool:
+        file = self.file(number)
+        return file.exists() and self._holds(sidecar.read(file), self.plans_of(number))
+
+    def _holds(self, scored: sidecar.Sidecar, plans: Sequence[RowPlan]) -> bool:
+        """Whether a sidecar holds exactly these pairs under these conditions."""
+        wanted = {pair_id(plan): self.digests[pair_id(plan)] for plan in plans}
+        return scored.fingerprint == self.fingerprint and dict(scored.digests) == wanted
+
+    def write(self, number: int, logps: dict[str, np.ndarray]) -> None:
+        if jax.process_index() == 0:
+            digests = {pair: self.digests[pair] for pair in logps}
+            sidecar.write(self.file(number), sidecar.Sidecar(self.fingerprint, digests, logps))
+
+    def merge(self) -> list[int]:
+        """Writes the sidecar if every part is there; returns the numbers of those that are not."""
+        if jax.process_index() != 0:
+            return []
+        try:
+            missing = [number for number in range(len(self)) if not self.is_scored(number)]
+            if not missing:
+                parts = [sidecar.read(self.file(number)) for number in range(len(self))]
+                sidecar.write(self.out, sidecar.merge(parts))
+                self.folder.rmtree(missing_ok=True)
+            return [] if self.out.exists() and self.finished() else missing
+        except FileNotFoundError:  # another shard merged meanwhile and took the parts away
+            if self.finished():
+                return []
+            raise
+
+
+def pair_bucket(codec: TextCodec, config: ModelConfig, plans: Sequence[RowPlan], frames: int,
+                batch_size: int) -> Bucket:
+    """The smallest bucket that holds every pair."""
+    branches = [codec.build_branch(None, b.answer) for plan in plans for b in plan.branches]
+    questions = [len(codec.build_prefix(0, "video", plan.question)) for plan in plans]
+    return Bucket(
+        name="pairs", media="video", batch_size=batch_size, frames=frames, branches=2,
+        question=max(questions) - len(codec.build_prefix(0, "video")),
+        branch_tokens=max(len(branch.ids) for branch in branches),
+        answers=max(len(branch.ids) - branch.answer for branch in branches),
+        windows=1, mask_size=config.mask_size)
+
+
+def pair_id(plan: RowPlan) -> str:
+    return plan.branches[0].example.example_id
+
+
+def digest_of(builder: RowBuilder, plan: RowPlan) -> str:
+    """`hash_row` of a pair, as the data pipeline asks for it."""
+    prefix, branches = builder.tokens(plan)
+    rows = [branch.ids for branch in branches]
+    return sidecar.hash_row(builder.shown_frames(plan), prefix, *rows, pad_id=builder.codec.pad_id)
+
+
+def say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, help="model folder of the reference, i.e. where DPO starts")
+    add("--data", required=True, help="prepared split that the pairs were generated on")
+    add("--pairs", required=True, help="pairs.jsonl")
+    add("--out", required=True, help="sidecar to write, .npz")
+    add("--frames", type=int, default=0, help="of the training bucket; 0: as many as the model "
+        "takes")
+    add("--batch_size", type=int, default=16, help="pairs at a time (default: %(default)s)")
+    add("--contrast", action="store_true", help="score chosen answers under the manipulated "
+        "frames as well, for preference.loss 'conditional'")
+    add("--shards", type=int, default=1, help="independent commands that share --out")
+    add("--shard", type=int, default=0, help="which of them this is, from 0")
+    add("--data_parallel", type=int, default=1, help="devices over which pairs are split; -1: all "
+        "that are left (default: %(default)s)")
+    add("--fsdp", type=int, default=1, help="devices over which weights are split as well "
+        "(default: %(default)s)")

@@ -1,0 +1,74 @@
+"""Runs a language model here and in `transformers` on the same tokens, layer by layer."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from tpo_jax.interop import folder, peft
+from tpo_jax.models.config import LanguageConfig
+from tpo_jax.models.language import bind
+from tpo_jax.parallel.paths import unflatten
+
+TOKENS = 48
+
+
+def compare_language(
+    model: epath.PathLike, exported: epath.PathLike, seed: int = 0
+) -> dict[str, float]:
+    """Largest absolute difference, in float32, after each layer, in the order of computation.
+
+    Args:
+      model: language folder, or a model folder, whose language model is taken.
+      exported: Hugging Face folder.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    leaves = folder.open_leaves(model)
+    if folder.holds_language_only(model):
+        config, _ = folder.load_language(model)
+    else:
+        whole = folder.load_config(model)
+        config = whole.language
+        leaves = peft.merged_leaves(leaves, whole.lora) if whole.lora else leaves
+    params = unflatten({
+        path: np.asarray(leaf, np.float32)
+        for path, leaf in leaves.items() if path.startswith("language/")
+    })["language"]  # fmt: skip
+    tokens = np.random.default_rng(seed).integers(0, config.num_tokens, (1, TOKENS))
+    embeds, states, last, logits = _forward(config, params, tokens)
+
+    theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+    collected: dict[int, Any] = {}
+    for number, layer in enumerate(theirs.model.layers):
+        layer.register_forward_hook(functools.partial(_keep, collected, number))
+    with torch.no_grad():
+        out = theirs(torch.tensor(tokens), output_hidden_states=True)
+    differences = {"language/embed": _difference(embeds, out.hidden_states[0])}
+    for number, state in enumerate(states):
+        differences[f"language/layer {number}"] = _difference(state, collected[number])
+    differences["language/final_norm"] = _difference(last, out.hidden_states[-1])
+    their_logits = out.logits[..., : config.num_tokens]
+    return differences | {"language/logits": _difference(logits, their_logits)}
+
+
+def _keep(collected: dict[int, Any], number: int, layer: Any, inputs: Any, output: Any) -> None:
+    collected[number] = output[0] if isinstance(output, tuple) else output
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(config: LanguageConfig, params: Any, tokens: jax.Array) -> tuple[jax.Array, ...]:
+    model = bind(config, params)
+    positions = jnp.arange(tokens.shape[1])[None]
+    embeds = model.embed_tokens(tokens)
+    states = model.layer_states(embeds, positions, jnp.ones_like(positions))
+    last = model.final_norm(states[-1])
+    return embeds, states, last, (last @ model.table.T)[..., : config.num_tokens]
+
+
+def _difference(ours: jax.Array, theirs: Any) -> float:
+    return float(np.max(np.abs(np.asarray(ours, np.float64) - theirs.numpy())))

@@ -1,0 +1,174 @@
+"""What a family of published checkpoints is, and the translations that several share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from tpo_jax.data.text import ChatTemplate
+from tpo_jax.interop import huggingface
+from tpo_jax.interop.mapping import Row, llama_rows
+from tpo_jax.models.config import HeadConfig, LanguageConfig, ModelConfig
+from tpo_jax.models.connectors.config import MlpConnectorConfig, QFormerConfig
+from tpo_jax.models.published import OPENAI_MEAN, OPENAI_STD
+from tpo_jax.models.towers.config import TowerConfig
+
+# Most frames of a clip where a tower sets no bound.
+MOST_FRAMES = 512
+
+
+class FamilyError(ValueError):
+    """A checkpoint that cannot be imported as it is; the message names the option and the fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How frames of a video are chosen: a function of data.preprocess, and how many."""
+
+    method: str
+    frames: int
+    time_instruction: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One layout on disk.
+
+    Attributes:
+      matches: whether a config.json is of this family.
+      model_config: ModelConfig of (config.json, preprocessor_config.json or {}).
+      rows: mapping rows of a ModelConfig, given the tensor names of the source.
+      template: texts around video, question and answer.
+      sampling: of config.json.
+      carried: regular expressions of tensors that this program has no use for. They are kept
+        beside the model and go back out as they came.
+      layouts: where the names of the tensors were read.
+    """
+
+    name: str
+    matches: Callable[[Mapping[str, Any]], bool]
+    model_config: Callable[[Mapping[str, Any], Mapping[str, Any]], ModelConfig]
+    rows: Callable[[ModelConfig, Collection[str]], list[Row]]
+    template: ChatTemplate
+    sampling: Callable[[Mapping[str, Any]], Sampling]
+    carried: tuple[str, ...] = ()
+    layouts: str = ""
+
+
+CHATML = ChatTemplate(
+    before_video="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+    after_video="\n",
+    before_image="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+    after_image="\n",
+    user="",
+    assistant="<|im_end|>\n<|im_start|>assistant\n",
+    end="<|im_end|>",
+    pad="<|endoftext|>",
+)
+
+
+def said(config: Mapping[str, Any], key: str, choices: Collection[Any] | None = None) -> Any:
+    """The value of an option that must not be guessed.
+
+    Raises:
+      FamilyError: config.json does not say, or says what this program does not have.
+    """
+    known = f", one of {sorted(map(str, choices))}" if choices else ""
+    if config.get(key) is None:
+        raise FamilyError(
+            f"config.json does not say {key}, and a guess would change what the model sees; add "
+            f"it to config.json or give it as an option{known}"
+        )
+    if choices and config[key] not in choices:
+        raise FamilyError(f"config.json: {key}={config[key]!r}: this program has{known[1:]}")
+    return config[key]
+
+
+def only(config: Mapping[str, Any], key: str, value: Any) -> None:
+    """Refuses any value but one; a config that does not say has it."""
+    if config.get(key, value) != value:
+        raise FamilyError(f"config.json: {key}={config[key]!r}: this program has only {value!r}")
+
+
+def tower_config(
+    vision: Mapping[str, Any], *, layer: int, preprocessor: Mapping[str, Any] | None = None,
+    kind: str | None = None, **changes: Any,
+) -> TowerConfig:
+    """TowerConfig of a `vision_config` in the layout of `transformers`.
+
+    Pixel statistics come from preprocessor_config.json, else they are those of the tower.
+    """
+    types = {
+        "siglip_vision_model": "siglip", "siglip2_vision_model": "siglip2",
+        "clip_vision_model": "clip",
+    }  # fmt: skip
+    model_type = vision.get("model_type", "")
+    if model_type not in types:
+        raise FamilyError(
+            f"vision_config.model_type={model_type!r}: this program has {sorted(types)}"
+        )
+    published = types[model_type]
+    clip = published == "clip"
+    side = vision["image_size"] if "image_size" in vision else round(
+        vision["num_patches"] ** 0.5) * vision["patch_size"]  # fmt: skip
+    preprocessor = preprocessor or {}
+    mean = preprocessor.get("image_mean", OPENAI_MEAN if clip else (0.5, 0.5, 0.5))
+    std = preprocessor.get("image_std", OPENAI_STD if clip else (0.5, 0.5, 0.5))
+    fields = {
+        "kind": kind or published,
+        "image_size": side,
+        "patch_size": vision["patch_size"],
+        "width": vision["hidden_size"],
+        "depth": vision["num_hidden_layers"],
+        "heads": vision["num_attention_heads"],
+        "mlp_width": vision["intermediate_size"],
+        "activation": vision.get("hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh"),
+        "epsilon": vision.get("layer_norm_eps", 1e-5 if clip else 1e-6),
+        "layer": layer,
+        "max_frames": MOST_FRAMES,
+        "mean": tuple(mean),
+        "std": tuple(std),
+        "resize": "crop" if clip else "stretch",
+    }
+    return TowerConfig(**fields | changes)
+
+
+def assemble(
+    vision: TowerConfig,
+    connector: MlpConnectorConfig | QFormerConfig,
+    language: Mapping[str, Any],
+    **changes: Any,
+) -> ModelConfig:
+    """ModelConfig of its parts; `language` in the layout of `transformers`."""
+    stride = next(s for s in (8, 7, 6, 5, 4, 3, 2, 1) if vision.image_size % s == 0)
+    return ModelConfig(
+        vision=vision,
+        connector=connector,
+        language=huggingface.language_config(language),
+        head=HeadConfig(width=256, heads=8, layers=2, mask_stride=stride),
+        **changes,
+    )
+
+
+def decoder_rows(config: LanguageConfig, *, body: str, head: str) -> list[Row]:
+    """Rows of the language model below another name than its own."""
+    return llama_rows(
+        tied=config.tied_head, qkv_bias=config.qkv_bias, output_bias=config.output_bias,
+        qk_norm=config.qk_norm, vocabulary=(config.num_tokens, config.vocab_size), body=body,
+        head=head,
+    )  # fmt: skip
+
+
+def mlp_rows(config: MlpConnectorConfig, linear_1: str, linear_2: str, newline: str,
+             faster: str = "") -> list[Row]:
+    """Rows of the MLP connector and its learnt tokens."""
+    rows = []
+    for name, key in (("linear_1", linear_1), ("linear_2", linear_2)):
+        rows.append(Row(f"connector/{name}/kernel", f"{key}.weight", transpose=True))
+        rows.append(Row(f"connector/{name}/bias", f"{key}.bias"))
+    if config.has_newline:
+        rows.append(Row("connector/image_newline", newline))
+    if config.slow_every:
+        rows.append(Row("connector/faster_token", faster))
+    return rows

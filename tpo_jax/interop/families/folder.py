@@ -1,0 +1,142 @@
+"""Folders of published multimodal checkpoints, in and out, leaf by leaf.
+
+An import keeps the published folder as it is: what goes back out takes its config.json, its other
+files and its carried tensors from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from tokenizers import Tokenizer
+
+from tpo_jax.data.text import ChatTemplate, TextCodec
+from tpo_jax.interop import folder, huggingface
+from tpo_jax.interop.chat_template import read_json
+from tpo_jax.interop.families.base import Family, FamilyError
+from tpo_jax.interop.families.registry import FAMILIES, family_of, from_leaves, to_leaves
+from tpo_jax.models.config import ModelConfig
+
+
+def is_family(source: epath.PathLike) -> bool:
+    """Whether a folder holds a multimodal checkpoint of a known family."""
+    return family_of(read_json(epath.Path(source) / "config.json")) is not None
+
+
+def option(text: str) -> tuple[str, Any]:
+    """("mm_spatial_pool_stride", 2) of "mm_spatial_pool_stride=2"; values are JSON or text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r}: expected OPTION=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def read_config(
+    source: epath.PathLike, options: Mapping[str, Any]
+) -> tuple[Family, ModelConfig, dict[str, Any]]:
+    """Family, ModelConfig and config.json with `options` in it."""
+    path = epath.Path(source)
+    config = read_json(path / "config.json") | dict(options)
+    family = family_of(config)
+    if family is None:
+        known = ", ".join(family.name for family in FAMILIES)
+        raise FamilyError(f"{path / 'config.json'}: is of none of the families {known}")
+    preprocessor = read_json(path / "preprocessor_config.json")
+    return family, family.model_config(config, preprocessor), config
+
+
+def import_family(
+    source: epath.PathLike, out: epath.PathLike, options: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Writes a model folder; returns what to tell about it.
+
+    Args:
+      options: entries of config.json that the published file lacks.
+
+    Raises:
+      FamilyError, MappingError, HuggingFaceError, TensorFileError: name what does not fit.
+    """
+    path = epath.Path(source)
+    family, config, data = read_config(path, options or {})
+    tensors = huggingface.read_tensors(path)
+    leaves, carried = to_leaves(family, config, tensors)
+    if not (path / "tokenizer.json").exists():
+        raise FamilyError(f"{path / 'tokenizer.json'}: missing; save the tokenizer as a fast one")
+    codec = fitted_codec(
+        Tokenizer.from_str((path / "tokenizer.json").read_text()), family.template
+    )
+    dtype = "bfloat16" if leaves["language/embed/table"].dtype.name == "bfloat16" else "float32"
+    config = dataclasses.replace(
+        config, visual_offset=codec.template.visual_offset, dtype=dtype
+    )
+    folder.write_model(
+        out, config.to_dict(), leaves, codec, preprocessor=folder.preprocessor(config)
+    )
+    sampling = family.sampling(data)
+    lines = [
+        f"{out}: {family.name}, {len(leaves)} parameters",
+        f"frames: {sampling.frames}, {sampling.method}; time instruction: "
+        + ("yes" if sampling.time_instruction else "no"),
+    ]
+    return lines + [f"  carried, not used: {name}" for name in sorted(carried)]
+
+
+def export_family(
+    model: epath.PathLike, out: epath.PathLike, like: epath.PathLike
+) -> list[str]:
+    """Writes a model in the layout of the published folder `like`; returns the names of files.
+
+    Raises:
+      FamilyError: the model has other sizes than `like`, or heads, which no family has.
+    """
+    source, final = epath.Path(like), epath.Path(out)
+    config = folder.load_config(model)
+    family, published, _ = read_config(source, {})
+    if config.heads:
+        raise FamilyError(f"{model}: heads {config.heads} have no place in {family.name}")
+    for part in ("vision", "connector", "language"):
+        if _sizes(getattr(config, part)) != _sizes(getattr(published, part)):
+            raise FamilyError(
+                f"{model}: {part} is {getattr(config, part)}, but {like} is "
+                f"{getattr(published, part)}"
+            )
+    tensors = huggingface.read_tensors(source)
+    _, carried = to_leaves(family, published, tensors)
+    theirs = from_leaves(family, config, folder.open_leaves(model), carried, tensors.keys())
+    temporary = final.with_name(final.name + ".tmp")
+    if temporary.exists():
+        temporary.rmtree()
+    temporary.mkdir(parents=True)
+    huggingface.write_tensors(temporary, theirs)
+    for name, content in huggingface.side_files(source).items():
+        (temporary / name).write_bytes(content)
+    if final.exists():
+        final.rmtree()
+    temporary.rename(final)
+    return sorted(file.name for file in final.iterdir())
+
+
+def fitted_codec(tokenizer: Tokenizer, template: ChatTemplate) -> TextCodec:
+    """The codec of a family's template; counts where the visual tokens start."""
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    count = 0
+    for piece in re.split(r"(<[^<>\s]+>)", template.before_video):
+        if piece in special:
+            count += 1
+        elif piece:
+            count += len(tokenizer.encode(piece, add_special_tokens=False).ids)
+    return TextCodec(tokenizer, dataclasses.replace(template, visual_offset=count))
+
+
+def _sizes(part: Any) -> dict[str, Any]:
+    """What decides shapes and meaning; how it is run may differ."""
+    running = ("remat", "unroll", "attention", "dropout", "max_frames")
+    return {k: v for k, v in dataclasses.asdict(part).items() if k not in running}

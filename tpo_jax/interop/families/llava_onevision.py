@@ -1,0 +1,82 @@
+"""LLaVA-OneVision as `transformers` has it (Li et al. 2024, 2408.03326).
+
+SigLIP, an MLP, Qwen2. Video frames are resized bilinearly to half and end in one newline; both are
+part of `transformers`' model code and no option of its config. Checkpoints on disk have the names
+of transformers 4 ("language_model.model."), the model in memory those of transformers 5
+("model.language_model."); both are read and each goes back out as it came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from tpo_jax.interop.families.base import (
+    CHATML,
+    Family,
+    FamilyError,
+    Sampling,
+    assemble,
+    decoder_rows,
+    mlp_rows,
+    only,
+    tower_config,
+)
+from tpo_jax.interop.families.towers import tower_rows
+from tpo_jax.interop.mapping import Row
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.connectors.config import MlpConnectorConfig
+
+
+def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
+    only(config, "projector_hidden_act", "gelu")
+    only(config, "vision_feature_select_strategy", "full")
+    only(config, "multimodal_projector_bias", True)
+    layer = config.get("vision_feature_layer", -1)
+    if not isinstance(layer, int):
+        raise FamilyError(f"config.json: vision_feature_layer={layer!r}: this program reads one")
+    vision = tower_config(config["vision_config"], layer=layer, preprocessor=preprocessor)
+    connector = MlpConnectorConfig(
+        pool="bilinear", newline="one_token", image="newline", stride=2,
+        resolutions=tuple(map(tuple, config.get("image_grid_pinpoints") or ())),
+        max_tiles=max_tiles(config.get("vision_aspect_ratio", "anyres_max_9")),
+    )  # fmt: skip
+    language = dict(config["text_config"])
+    language["tie_word_embeddings"] = bool(
+        config.get("tie_word_embeddings") or language.get("tie_word_embeddings")
+    )
+    return assemble(vision, connector, language)
+
+
+def max_tiles(ratio: str) -> int:
+    """9 of "anyres_max_9"; 0 for a mode without tiles."""
+    head, _, number = ratio.rpartition("_")
+    return int(number) if head == "anyres_max" and number.isdigit() else 0
+
+
+def rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
+    new = any(key.startswith("model.") for key in keys)
+    prefix, body = ("model.", "model.language_model.") if new else ("", "language_model.model.")
+    head = "lm_head.weight" if new else "language_model.lm_head.weight"
+    # transformers 5 has no "vision_model." in the tower's names, files have.
+    inner = "vision_model." if any(".vision_model." in key for key in keys) else ""
+    projector = f"{prefix}multi_modal_projector"
+    return [
+        *tower_rows(config.vision, "vision/", f"{prefix}vision_tower.{inner}"),
+        *mlp_rows(config.connector, f"{projector}.linear_1", f"{projector}.linear_2",
+                  f"{prefix}image_newline"),
+        *decoder_rows(config.language, body=body, head=head),
+    ]  # fmt: skip
+
+
+FAMILY = Family(
+    name="llava_onevision",
+    matches=lambda config: config.get("model_type") == "llava_onevision",
+    model_config=model_config,
+    rows=rows,
+    template=CHATML,
+    sampling=lambda config: Sampling("evenly", 32),
+    # Some tied checkpoints also hold the output table.
+    carried=(r".*\.position_ids", r".*rotary_emb\.inv_freq", r"(language_model\.)?lm_head\.weight"),
+    layouts="transformers/models/llava_onevision/modeling_llava_onevision.py",
+)

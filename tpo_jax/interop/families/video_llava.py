@@ -1,0 +1,109 @@
+"""Video-LLaVA (Lin et al. 2023, 2311.10122): LanguageBind, one shared MLP, Vicuna.
+
+Two layouts: that of `transformers`, whose video tower has no layers over time (its converter drops
+them), and the original one of PKU-YuanGroup, which has them. Images give 256 tokens, videos 257 a
+frame. The original flips frames at random, at inference too; this program never does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from tpo_jax.data.text import ChatTemplate
+from tpo_jax.interop.families.base import (
+    Family,
+    Sampling,
+    assemble,
+    decoder_rows,
+    mlp_rows,
+    only,
+    said,
+    tower_config,
+)
+from tpo_jax.interop.families.towers import clip_rows
+from tpo_jax.interop.mapping import Row
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.connectors.config import MlpConnectorConfig
+
+FRAMES = 8
+LANGUAGEBIND = {
+    "model_type": "clip_vision_model", "image_size": 224, "patch_size": 14, "hidden_size": 1024,
+    "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+    "hidden_act": "gelu",
+}  # fmt: skip
+VICUNA = ChatTemplate(
+    before_video="<s>USER: ", after_video="\n", before_image="<s>USER: ", after_image="\n",
+    user="", assistant=" ASSISTANT:", end="</s>", pad="<unk>",
+)  # fmt: skip
+CONNECTOR = MlpConnectorConfig(pool="none", newline="no_token", image="plain", class_token=True)
+
+
+def huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
+    only(config, "projector_hidden_act", "gelu")
+    only(config, "vision_feature_select_strategy", "default")
+    only(config, "multimodal_projector_bias", True)
+    vision = tower_config(
+        config["vision_config"], layer=config.get("vision_feature_layer", -2),
+        preprocessor=preprocessor, kind="languagebind",
+    )  # fmt: skip
+    return assemble(vision, CONNECTOR, config["text_config"])
+
+
+def huggingface_rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
+    new = any(key.startswith("model.") for key in keys)
+    prefix, body = ("model.", "model.language_model.") if new else ("", "language_model.model.")
+    head = "lm_head.weight" if new else "language_model.lm_head.weight"
+    inner = "vision_model." if any(".vision_model." in key for key in keys) else ""
+    projector = f"{prefix}multi_modal_projector"
+    return [
+        *clip_rows("vision/image_tower/", f"{prefix}image_tower.{inner}"),
+        *clip_rows("vision/video_tower/", f"{prefix}video_tower.{inner}"),
+        *mlp_rows(config.connector, f"{projector}.linear_1", f"{projector}.linear_2", ""),
+        *decoder_rows(config.language, body=body, head=head),
+    ]
+
+
+def original_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
+    """`vision_config` in `config` (not in published files) gives the sizes of other towers."""
+    said(config, "mm_projector_type", ("mlp2x_gelu",))
+    said(config, "mm_vision_select_feature", ("patch",))
+    vision = tower_config(
+        config.get("vision_config") or LANGUAGEBIND, kind="languagebind", frames=FRAMES,
+        layer=said(config, "mm_vision_select_layer"), max_frames=FRAMES,
+        preprocessor=preprocessor,
+    )  # fmt: skip
+    return assemble(vision, CONNECTOR, dict(config) | {"model_type": "llama"})
+
+
+def original_rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
+    del keys
+    return [
+        *clip_rows("vision/image_tower/", "model.image_tower.image_tower."),
+        *clip_rows("vision/video_tower/", "model.video_tower.video_tower.", temporal=True),
+        *mlp_rows(config.connector, "model.mm_projector.0", "model.mm_projector.2", ""),
+        *decoder_rows(config.language, body="model.", head="lm_head.weight"),
+    ]
+
+
+HUGGINGFACE = Family(
+    name="video_llava",
+    matches=lambda config: config.get("model_type") == "video_llava",
+    model_config=huggingface_config,
+    rows=huggingface_rows,
+    template=VICUNA,
+    sampling=lambda config: Sampling("evenly", FRAMES),
+    carried=(r".*\.position_ids", r".*rotary_emb\.inv_freq"),
+    layouts="transformers/models/video_llava/modeling_video_llava.py",
+)
+ORIGINAL = Family(
+    name="video_llava_original",
+    matches=lambda config: "mm_video_tower" in config,
+    model_config=original_config,
+    rows=original_rows,
+    template=VICUNA,
+    sampling=lambda config: Sampling("evenly", FRAMES),
+    carried=(r".*\.position_ids", r".*rotary_emb\.inv_freq"),
+    layouts="PKU-YuanGroup/Video-LLaVA videollava/model, and the renaming in transformers' "
+    "convert_video_llava_weights_to_hf.py",
+)

@@ -1,0 +1,1 @@
+"""Connectors of published checkpoints: from patch features to visual tokens."""

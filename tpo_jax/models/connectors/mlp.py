@@ -1,0 +1,95 @@
+"""The connector of the LLaVA families: an MLP, pooling, newlines."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tpo_jax.models.connectors.anyres import Size, pack_tiles
+from tpo_jax.models.connectors.config import MlpConnectorConfig
+from tpo_jax.models.connectors.pooling import append_token, interleave, pool_grid, with_newlines
+from tpo_jax.models.layers import Linear, Rngs
+from tpo_jax.models.towers.config import TowerConfig
+from tpo_jax.models.vision import VisionFeatures
+
+
+class MlpConnector(nnx.Module):
+    """Layers are named as in `transformers`' multi_modal_projector."""
+
+    def __init__(self, config: MlpConnectorConfig, width: int, language_width: int, *, rngs: Rngs):
+        self.config = config
+        scale = language_width**-0.5  # of token embeddings
+        self.linear_1 = Linear(width, language_width, rngs=rngs)
+        self.linear_2 = Linear(language_width, language_width, rngs=rngs, scale=scale)
+
+        def vector() -> nnx.Param:
+            draw = jax.random.normal(rngs.params(), (language_width,), jnp.float32)
+            return nnx.Param(draw * scale)
+
+        if config.has_newline:
+            self.image_newline = vector()
+        if config.slow_every:
+            self.faster_token = vector()
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """float[..., D_vision] -> float[..., D]."""
+        return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=False))
+
+    def __call__(self, features: VisionFeatures, frame_valid: jax.Array) -> jax.Array:
+        """float[B, V, D]; V is what config.visual_frames says, one frame is an image."""
+        del frame_valid  # absent frames give tokens of their own, which nothing sees
+        x = self.project(features.patches)
+        if x.shape[1] == 1:
+            return self._image(x)
+        if self.config.class_token:
+            return self._with_class_token(x, features.class_token)
+        if self.config.slow_every:
+            return self._slow_fast(x)
+        newline = self.image_newline[...] if self.config.has_newline else None
+        x = pool_grid(x, self.config.pool, self.config.stride)
+        return with_newlines(x, newline, self.config.newline)
+
+    def tiles(self, features: VisionFeatures, size: Size, tower: TowerConfig) -> jax.Array:
+        """float[1, V, D] of an image in tiles; the tiles are the frames of `features`.
+
+        Args:
+          size: (height, width) of the image in pixels.
+        """
+        x = self.project(features.patches)
+        if self.config.image == "pool":  # UniRes: tiles are frames, the whole image is not used
+            x = pool_grid(x[:, 1:], self.config.pool, self.config.stride)
+            return x.reshape(1, -1, x.shape[-1])
+        tiles = x.reshape(x.shape[1], -1, x.shape[-1])
+        packed = pack_tiles(
+            tiles, self.image_newline[...], size, self.config.resolutions, tower.image_size,
+            self.config.max_tiles,
+        )
+        return packed[None]
+
+    def _image(self, x: jax.Array) -> jax.Array:
+        if self.config.image == "pool":
+            x = pool_grid(x, self.config.pool, self.config.stride)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        return append_token(x, self.image_newline[...]) if self.config.image == "newline" else x
+
+    def _with_class_token(self, x: jax.Array, class_token: jax.Array) -> jax.Array:
+        B, F, h, w, D = x.shape
+        first = self.project(class_token)[:, :, None]
+        return jnp.concatenate([first, x.reshape(B, F, h * w, D)], axis=2).reshape(B, -1, D)
+
+    def _slow_fast(self, x: jax.Array) -> jax.Array:
+        config, frames = self.config, x.shape[1]
+        slow = [f for f in range(frames) if f % config.slow_every == 0]
+        fast = [f for f in range(frames) if f % config.slow_every]
+
+        def tokens(chosen: list[int], stride: int) -> jax.Array:
+            part = pool_grid(x[:, jnp.asarray(chosen, jnp.int32)], config.pool, stride)
+            part = append_token(part, self.image_newline[...])
+            part = part.reshape(*part.shape[:2], -1, part.shape[-1])
+            return append_token(part, self.faster_token[...])
+
+        slow_tokens = tokens(slow, config.stride)
+        if not fast:
+            return slow_tokens.reshape(slow_tokens.shape[0], -1, slow_tokens.shape[-1])
+        return interleave(slow_tokens, tokens(fast, 2 * config.stride), config.slow_every, frames)

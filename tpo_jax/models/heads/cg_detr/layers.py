@@ -1,0 +1,167 @@
+"""Parts of the CG-DETR head: positions, projections, transformer layers, adaptive attention.
+
+Layers are those of the release: a position is added to queries and keys and not to values, the
+feed-forward net reads the normalised sum, and the sum of both is normalised again.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tpo_jax.models.layers import LayerNorm, Linear, Rngs
+
+MASKED = -1e9
+_TEMPERATURE = 10000.0
+_FEED_FORWARD = 4  # hidden units of a feed-forward net, in widths
+_FIRST_SLOPE = 0.25  # of the learned rectifier, for negative inputs
+
+
+def sine_waves(positions: jax.Array, width: int) -> jax.Array:
+    """float32[...] in [0, 1] -> float32[..., width], sines and cosines in turn (as in DETR)."""
+    index = jnp.arange(width)
+    angles = 2 * jnp.pi * positions[..., None] / _TEMPERATURE ** (2 * (index // 2) / width)
+    return jnp.where(index % 2 == 0, jnp.sin(angles), jnp.cos(angles))
+
+
+def inverse_sigmoid(x: jax.Array, epsilon: float = 1e-3) -> jax.Array:
+    return jnp.log(jnp.maximum(x, epsilon) / jnp.maximum(1 - x, epsilon))
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, heads: int, valid: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of several heads.
+
+    Args:
+      q: float[n, T, C1]; k: float[n, K, C1]; v: float[n, K, C2].
+      valid: bool[n, K]; a row without any valid key averages them all.
+
+    Returns: float[n, T, C2] and the weights, averaged over heads, float[n, T, K].
+    """
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
+    logits = jnp.einsum("nthc,nkhc->nhtk", q, k) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(valid[:, None, None], logits, MASKED), axis=-1)
+    out = jnp.einsum("nhtk,nkhc->nthc", weights, v)
+    return out.reshape(*out.shape[:2], -1), jnp.mean(weights, axis=1)
+
+
+class InputProjection(nnx.Module):
+    """Norm, linear, rectifier, norm, linear."""
+
+    def __init__(self, features: int, width: int, *, rngs: Rngs):
+        self.norm1, self.linear1 = LayerNorm(features), Linear(features, width, rngs=rngs)
+        self.norm2, self.linear2 = LayerNorm(width), Linear(width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear2(self.norm2(jax.nn.relu(self.linear1(self.norm1(x)))))
+
+
+class ReluMlp(nnx.Module):
+    """Linear layers with a rectifier between them; `last_scale` draws the last one smaller."""
+
+    def __init__(self, widths: tuple[int, ...], *, rngs: Rngs, last_scale: float = 1.0):
+        last = len(widths) - 2
+        self.layers = nnx.Dict(
+            {
+                f"layer{i}": Linear(
+                    widths[i], widths[i + 1], rngs=rngs, scale=last_scale if i == last else 1.0
+                )
+                for i in range(last + 1)
+            }
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i, layer in enumerate(self.layers.values()):
+            x = layer(jax.nn.relu(x) if i else x)
+        return x
+
+
+class FeedForward(nnx.Module):
+    """The second half of a layer: x + net(norm(x)), normalised; the rectifier's slope is learned.
+
+    Parametric ReLU of He et al. 2015 (1502.01852).
+    """
+
+    def __init__(self, width: int, *, rngs: Rngs):
+        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
+        self.fc1 = Linear(width, _FEED_FORWARD * width, rngs=rngs)
+        self.fc2 = Linear(_FEED_FORWARD * width, width, rngs=rngs)
+        self.slope = nnx.Param(jnp.full((), _FIRST_SLOPE, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = self.fc1(self.norm1(x))
+        hidden = jnp.where(hidden > 0, hidden, self.slope[...] * hidden)
+        return self.norm2(x + self.fc2(hidden))
+
+
+class EncoderLayer(nnx.Module):
+    """Self-attention with positions, then the feed-forward net."""
+
+    def __init__(self, width: int, heads: int, *, rngs: Rngs):
+        self.q_proj = Linear(width, width, rngs=rngs)
+        self.k_proj = Linear(width, width, rngs=rngs)
+        self.v_proj = Linear(width, width, rngs=rngs)
+        self.o_proj = Linear(width, width, rngs=rngs)
+        self.feed_forward = FeedForward(width, rngs=rngs)
+        self.heads = heads
+
+    def __call__(self, x: jax.Array, position: jax.Array, valid: jax.Array) -> jax.Array:
+        """float[n, T, C], float[..., T, C], bool[n, T] of keys -> float[n, T, C]."""
+        placed = x + position
+        q, k, v = self.q_proj(placed), self.k_proj(placed), self.v_proj(x)
+        mixed, _ = attend(q, k, v, self.heads, valid)
+        return self.feed_forward(x + self.o_proj(mixed))
+
+
+class Encoder(nnx.Module):
+    """A few encoder layers."""
+
+    def __init__(self, width: int, heads: int, depth: int, *, rngs: Rngs):
+        self.layers = nnx.Dict(
+            {f"layer{i}": EncoderLayer(width, heads, rngs=rngs) for i in range(depth)}
+        )
+
+    def __call__(self, x: jax.Array, position: jax.Array, valid: jax.Array) -> jax.Array:
+        for layer in self.layers.values():
+            x = layer(x, position, valid)
+        return x
+
+
+class AdaptiveLayer(nnx.Module):
+    """Clips read the text through one softmax over dummies and words, of which only words speak.
+
+    What a clip gives to the dummies is lost, so a clip that the text is not about gets little of
+    it. Queries, keys and values are not projected.
+    """
+
+    def __init__(self, width: int, heads: int, *, rngs: Rngs):
+        self.o_proj = Linear(width, width, rngs=rngs)
+        self.feed_forward = FeedForward(width, rngs=rngs)
+        self.heads = heads
+
+    def __call__(
+        self,
+        clips: jax.Array,
+        clip_position: jax.Array,
+        keys: jax.Array,
+        key_position: jax.Array,
+        valid: jax.Array,
+        is_word: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """One layer.
+
+        Args:
+          clips: float[n, F, C]; clip_position: float[..., F, C].
+          keys: float[n, K, C]; key_position: float[K, C].
+          valid: bool[n, K].
+          is_word: bool[K].
+
+        Returns: float[n, F, C], and attention float[n, F, K].
+        """
+        spoken = jnp.where(is_word[:, None], keys, 0.0)
+        mixed, weights = attend(
+            clips + clip_position, keys + key_position, spoken, self.heads, valid
+        )
+        return self.feed_forward(clips + self.o_proj(mixed)), weights

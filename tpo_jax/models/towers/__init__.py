@@ -1,0 +1,1 @@
+"""Vision towers of published checkpoints, and what they are made of."""

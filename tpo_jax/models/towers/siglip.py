@@ -1,0 +1,40 @@
+"""SigLIP's vision tower: patch tokens with learnt positions, no class token, no pooling head.
+
+Zhai et al. 2023 (2303.15343); layout of `transformers`' SiglipVisionModel.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tpo_jax.models.layers import LayerNorm, Rngs, stack
+from tpo_jax.models.towers.config import TowerConfig
+from tpo_jax.models.towers.encoder import EncoderLayer, PatchEmbedding, features, run_stack
+from tpo_jax.models.towers.interpolate import resize_positions
+from tpo_jax.models.vision import VisionFeatures
+
+
+class SiglipTower(nnx.Module):
+    def __init__(self, config: TowerConfig, *, rngs: Rngs):
+        self.config = config
+        self.patch_embedding = PatchEmbedding(config, bias=True, rngs=rngs)
+        draw = jax.random.normal(rngs.params(), (config.grid**2, config.width), jnp.float32)
+        self.position_embedding = nnx.Param(draw * config.width**-0.5)
+        self.layers = stack(lambda rngs: EncoderLayer(config, rngs=rngs), config.depth, rngs)
+        # Part of the published weights; the language model sees what comes before it.
+        self.post_layernorm = LayerNorm(config.width, epsilon=config.epsilon)
+
+    def __call__(self, frames: jax.Array, frame_valid: jax.Array) -> VisionFeatures:
+        """float[B, F, H, W, 3] normalised, bool[B, F] -> features; any H and W of whole patches."""
+        stem, x, _ = self.run(frames, frame_valid)
+        return features(stem, x)
+
+    def run(self, frames, frame_valid, *, keep: bool = False):
+        """stem float[B, F, h, w, D], the output float[B, F, h * w, D], and all hidden states."""
+        stem = self.patch_embedding(frames)
+        h, w, D = stem.shape[2:]
+        positions = resize_positions(self.position_embedding[...], (h, w), "cubic")
+        x = stem.reshape(*stem.shape[:2], h * w, D) + positions.astype(stem.dtype)
+        return stem, *run_stack(self.layers, self.config, x, frame_valid, keep=keep)

@@ -1,0 +1,102 @@
+"""Before the first step: do the reference log-probabilities hold for this very program?
+
+Fingerprints say what the sidecar was scored with. This compares what they cannot see (another
+version of JAX, another device, a mesh, a kernel) by scoring a random sample of the training pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpo_jax.data.pipeline import Pipeline
+from tpo_jax.generation.sidecar import SidecarMismatch
+from tpo_jax.parallel.mesh import global_batch, replicated
+from tpo_jax.training.program import Program
+
+# dtype -> largest and mean difference of a token's log-probability that is round-off, in nats.
+TOLERANCE = {"float32": (5e-3, 5e-4), "bfloat16": (0.5, 0.05)}
+SAMPLE_BATCHES = 2
+
+
+def verify_references(
+    program: Program,
+    pipeline: Pipeline,
+    params: Any,
+    *,
+    seed: int,
+    files: Sequence[str],
+    say: Callable[[str], None],
+) -> None:
+    """Scores random training pairs with the policy as it starts and compares with their sidecar.
+
+    Every process calls it, with the same arguments but for its own pipeline.
+
+    Args:
+      params: of step 0, on the program's mesh.
+      seed: of the sample.
+      files: sidecars, for the message.
+
+    Raises:
+      SidecarMismatch: a token, or the mean over all of them, differs by more than TOLERANCE; names
+        the pair and what either side says about it.
+    """
+    dtype = program.model.config.dtype
+    largest, mean = TOLERANCE[dtype]
+    compare = jax.jit(_compare, out_shardings=replicated(program.mesh))
+    steps = np.random.default_rng(seed).integers(0, 2**20, SAMPLE_BATCHES)
+    totals, worst = np.zeros(2), (-1.0, 0, 0)
+    answers = {}
+    for step in map(int, steps):
+        _, local = pipeline.batch(step)
+        batch = global_batch(local, program.mesh)
+        live = program.score_step(params, batch)
+        differences, weights, both = jax.device_get(compare(live, batch))
+        totals += differences.sum(), weights.sum()
+        peak = np.nan_to_num(differences, nan=np.inf).max(axis=(1, 2))
+        row = int(peak.argmax())
+        if peak[row] > worst[0]:
+            worst, answers = (float(peak[row]), step, row), both[:, row]
+    average = totals[0] / max(totals[1], 1)
+    if worst[0] <= largest and average <= mean:
+        say(
+            f"references hold: {int(totals[1])} tokens of {SAMPLE_BATCHES} batches differ by "
+            f"{average:.1e} nats on average, {worst[0]:.1e} at most"
+        )
+        return
+    peak, step, row = worst
+    raise SidecarMismatch(
+        f"the reference log-probabilities are not those of the model that this run starts from.\n"
+        f"  pair: {_pair_id(pipeline, step, row)}, summed over its answers (chosen, rejected)\n"
+        f"  sidecar {', '.join(map(str, files))}: {_sums(answers[0])}\n"
+        f"  this program: {_sums(answers[1])}\n"
+        f"A token differs by up to {peak:.3g} nats, {average:.3g} on average; allowed for {dtype} "
+        f"are {largest:g} and {mean:g}. Weights, text and frames are the same (the fingerprints "
+        "agree), so score again with this version of JAX on this kind of device, or find out what "
+        "changed in the program."
+    )
+
+
+def _compare(live: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Differences and weights float32[B, 2, A], and (sidecar, live) float32[2, B, 2, A]."""
+    weights = (batch["answer_weights"] > 0) * batch["pair_valid"][:, None, None]
+    both = jnp.stack([batch["reference_logps"], live])
+    both = jnp.where(weights > 0, both, 0.0)
+    return jnp.abs(both[1] - both[0]), weights.astype(jnp.float32), both
+
+
+def _sums(logps: np.ndarray) -> str:
+    return ", ".join(f"{x:.4f}" for x in logps.sum(-1))
+
+
+def _pair_id(pipeline: Pipeline, step: int, row: int) -> str:
+    """Its id where this process reads the row, else its place."""
+    _, rows, plans = pipeline.plans(step)
+    here = row - pipeline.process_index * len(rows)
+    if 0 <= here < len(plans):
+        return repr(plans[here].branches[0].example.example_id)
+    return f"row {row} of step {step}"
