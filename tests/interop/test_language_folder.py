@@ -23,6 +23,7 @@ from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.paths import unflatten
+from tpo_jax.training.start import make_model_config
 
 
 def read_all(path):
@@ -256,12 +257,11 @@ def test_a_tensor_is_in_memory_once(tmp_path, monkeypatch):
 
 def test_a_run_gets_its_language_model_from_the_folder_and_the_rest_from_its_preset(tmp_path):
     from tests import tiny_run
-    from tpo_jax import train
 
     published = write_folder(tmp_path / "source", "qwen3")
     config = tiny_run.get_config(f"data={tmp_path},heads=True,init_from={tmp_path / 'source'}")
     config.init_missing = ["vision/", "connector/", "task_tokens/", "box_encoder/", "heads/"]
-    model_config, codec = train.make_model_config(config)
+    model_config, codec = make_model_config(config)
     assert model_config.language.qk_norm and model_config.language.head_dim == 24
     assert model_config.visual_offset == codec.template.visual_offset > 2
     first = folder.load_codec(tmp_path / "source").vocab_size

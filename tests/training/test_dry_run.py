@@ -19,6 +19,7 @@ from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
 from tpo_jax.training.config import ConfigError, to_dict
 from tpo_jax.training.config_flag import read_json
 from tpo_jax.training.dry_run import DryRun, DryRunError
+from tpo_jax.training.start import make_model_config
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def zeros(abstract):
 
 def findings(config, workdir="", topology="v5e:2x4"):
     """{name: (good, text)}, and whether all is good."""
-    dry_run = DryRun(config, str(workdir), topology, train.make_model_config, lambda finding: None)
+    dry_run = DryRun(config, str(workdir), topology, make_model_config, lambda finding: None)
     good = dry_run.run()
     return {f.name: (f.good, f.text) for f in dry_run.findings}, good
 
@@ -86,7 +87,7 @@ def test_a_large_model_must_divide_and_fit_into_its_chips(config):
     config.model.preset = "7b"
     for bucket in config.buckets.values():
         bucket.frames = 1
-    dry_run = DryRun(config, "", "v5e:1x8", train.make_model_config, lambda finding: None)
+    dry_run = DryRun(config, "", "v5e:1x8", make_model_config, lambda finding: None)
     assert not dry_run.run()
     wrong = {f.name: f.text for f in dry_run.findings if not f.good}
     assert list(wrong) == ["sharding"]
@@ -114,7 +115,7 @@ def test_a_folder_that_is_not_there_is_named(config):
 
 
 def test_weights_to_start_from_must_fit_by_name_and_shape(config, data, tmp_path):
-    model_config, codec = train.make_model_config(config)
+    model_config, codec = make_model_config(config)
     params = zeros(FunctionalModel(model_config).abstract())
     save_model(tmp_path / "model", model_config, params, codec)
     config = tiny_run.get_config(f"data={data},heads=True,init_from={tmp_path / 'model'}")
@@ -127,7 +128,7 @@ def test_weights_to_start_from_must_fit_by_name_and_shape(config, data, tmp_path
 
 
 def test_a_checkpoint_of_another_run_is_refused_without_being_touched(config, tmp_path):
-    dry_run = DryRun(config, "", "", train.make_model_config, lambda finding: None)
+    dry_run = DryRun(config, "", "", make_model_config, lambda finding: None)
     config.mesh = {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}
     assert dry_run.run()
     state = zeros(dry_run.program.abstract_state)
@@ -151,7 +152,7 @@ def test_a_checkpoint_of_another_run_is_refused_without_being_touched(config, tm
 def pairs_config(data, tmp_path):
     """A preference run on two pairs, with the sidecar of its own weights."""
     config = tiny_run.get_config(f"data={data}")
-    model_config, codec = train.make_model_config(config)
+    model_config, codec = make_model_config(config)
     params = zeros(FunctionalModel(model_config).abstract())
     save_model(tmp_path / "model", model_config, params, codec)
     lines = []
