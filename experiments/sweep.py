@@ -78,6 +78,14 @@ def log_folder(out: epath.Path) -> pathlib.Path:
     return pathlib.Path(out) / "logs"
 
 
+def to_do(runs: list[Run]) -> list[Run]:
+    """The runs that are not finished; prints how far each is."""
+    states = {run.name: progress(run).state for run in runs}
+    for name, state in states.items():
+        print(f"{state:9s} {name}")
+    return [run for run in runs if states[run.name] != "finished"]
+
+
 def launch(launcher: Any, runs: list[Run], out: epath.Path, parallel: int) -> int:
     """Starts the runs; returns the exit status of the sweep."""
     by_name = {run.name: run for run in runs}
@@ -109,10 +117,7 @@ def main(argv: list[str]) -> None:
     try:
         launcher = make_launcher(_LAUNCHER.value, _LAUNCH.value)
         runs = expand(_CONFIG.value, out) if _CONFIG.value else found_in(out)
-        states = {run.name: progress(run) for run in runs}
-        for run in runs:
-            print(f"{states[run.name].state:9s} {run.name}")
-        todo = [run for run in runs if states[run.name].state != "finished"]
+        todo = to_do(runs)
         if _DRY_RUN.value:
             for run in todo:
                 print(f"\n# {run.name}\n{describe(launcher, run)}", end="")

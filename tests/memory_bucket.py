@@ -1,6 +1,7 @@
 """gs:// in memory: what `etils.epath` reads and writes there, without a network."""
 
-import fsspec
+import importlib
+
 from fsspec.implementations.memory import MemoryFileSystem
 
 
@@ -15,6 +16,9 @@ class MemoryBucket(MemoryFileSystem):
         del finalize_on_close  # of gcsfs
         super().__init__(**options)
 
+    def glob(self, path, **options):
+        return [name.removeprefix("/") for name in super().glob(path, **options)]
+
     def _open(self, path, mode="rb", **options):
         if "a" in mode:
             raise NotImplementedError(f"{path}: a bucket cannot append")
@@ -26,5 +30,6 @@ def install(monkeypatch) -> None:
     MemoryBucket.store.clear()
     MemoryBucket.pseudo_dirs[:] = [""]
     MemoryBucket.clear_instance_cache()
+    registry = importlib.import_module("fsspec.registry")  # a name that `fsspec` gives to a dict
     for protocol in ("gcs", "gs"):
-        monkeypatch.setitem(fsspec.registry._registry, protocol, MemoryBucket)
+        monkeypatch.setitem(registry._registry, protocol, MemoryBucket)

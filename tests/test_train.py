@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import jax
+import memory_bucket
 import numpy as np
 import pytest
 import tiny_run
@@ -21,7 +22,7 @@ from tpo_jax.interop.folder import ModelFolderError, load_model
 from tpo_jax.parallel.mesh import global_batch, make_mesh
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.training import compiled
-from tpo_jax.training.checkpoint import CheckpointError
+from tpo_jax.training.checkpoint import CheckpointError, Checkpoints
 from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.preemption import EXIT_STATUS, Preemption
 from tpo_jax.training.program import Program
@@ -144,6 +145,27 @@ def test_resuming_with_another_config_names_the_option(data, whole):
         run(config, whole)
     assert "trainable[0][1]: checkpoint has 0.003, this command has 0.0001" in str(error.value)
     assert "log_every" not in str(error.value)
+
+
+def test_a_workdir_in_a_bucket_holds_what_a_local_one_does(data, whole, tmp_path, monkeypatch):
+    """Interrupted once. Checkpoints stay here: Orbax reaches buckets by drivers of its own."""
+    memory_bucket.install(monkeypatch)
+    monkeypatch.setattr(
+        tpo_jax.train, "Checkpoints", lambda folder, policy: Checkpoints(tmp_path, policy)
+    )
+    workdir = epath.Path("gs://bucket/run")
+    config = tiny_run.get_config(f"data={data}")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        assert run(config, workdir) == EXIT_STATUS
+    assert run(config, workdir) == 0
+    assert metrics(workdir) == metrics(whole)
+    assert_same_model(workdir / "model", whole / "model")
+    assert_same_model(workdir / "best_model", whole / "best_model")
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {path.name for path in whole.iterdir()} - {"checkpoints"}
+    assert (workdir / "config.json").read_text() == (whole / "config.json").read_text()
+    assert len(list((workdir / "tensorboard").iterdir())) == 2  # one file a process
 
 
 def test_a_damaged_checkpoint_is_refused_and_an_older_one_gives_the_same(data, whole, tmp_path):

@@ -1,6 +1,7 @@
 """Which runs a config file asks for, their names, and how far they are."""
 
 import json
+import pathlib
 
 import fake_sweep
 import pytest
@@ -11,6 +12,7 @@ from experiments.sweeps.runs import expand, found_in, progress, write_config
 from tpo_jax.training.config import ConfigError
 
 SWEPT = swept.__file__
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def config_file(tmp_path, body):
@@ -111,6 +113,14 @@ def test_long_names_are_cut_and_stay_different():
     one, other = ({"tokenizer": "x" * 300 + end} for end in "ab")
     assert runs.name_of(one) != runs.name_of(other)
     assert len(runs.name_of(one)) <= runs.LONGEST_NAME
+
+
+@pytest.mark.parametrize(
+    ("config", "count"), [("configs/demo.py:stage=2", 3), ("configs/seven_b.py:tiny", 6)]
+)
+def test_shipped_sweeps_are_valid(tmp_path, config, count):
+    found = expand(str(ROOT / config), tmp_path)
+    assert len({run.name for run in found}) == count
 
 
 def test_progress_is_what_the_run_and_its_launcher_left(tmp_path):

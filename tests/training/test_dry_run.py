@@ -1,11 +1,14 @@
 """What a dry run finds, on the micro model and data that are right or wrong in one thing."""
 
+import copy
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 import tiny_run
+from absl import app, flags
 
 from tpo_jax import train
 from tpo_jax.data.pipeline import Pipeline
@@ -13,8 +16,10 @@ from tpo_jax.generation import sidecar
 from tpo_jax.interop.folder import save_model
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
-from tpo_jax.training.config import to_dict
-from tpo_jax.training.dry_run import DryRun
+from tpo_jax.training.config import ConfigError, to_dict
+from tpo_jax.training.config_flag import read_json
+from tpo_jax.training.dry_run import DryRun, DryRunError
+from tpo_jax.training.start import make_model_config
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +29,19 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def config(data):
-    config = tiny_run.get_config(f"data={data},heads=True")
+    config = tiny_run.get_config(f"data={data}")
     for bucket in config.buckets.values():
         bucket.batch_size = 8
     return config
 
 
+def zeros(abstract):
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+
+
 def findings(config, workdir="", topology="v5e:2x4"):
     """{name: (good, text)}, and whether all is good."""
-    dry_run = DryRun(config, str(workdir), topology, train.make_model_config, lambda finding: None)
+    dry_run = DryRun(config, str(workdir), topology, make_model_config, lambda finding: None)
     good = dry_run.run()
     return {f.name: (f.good, f.text) for f in dry_run.findings}, good
 
@@ -74,26 +83,20 @@ def test_rows_that_do_not_divide_name_bucket_and_multiple(config):
     assert "buckets.long" not in text
 
 
-def test_every_large_leaf_that_does_not_divide_is_named(config):
-    config.model.preset = "tiny"
-    config.buckets.long.frames = config.buckets.short.frames = 4
-    config.mesh = {"data": 1, "fsdp": 3, "context": 1, "tensor": 1}
-    del config.model.heads[:]  # their arrays are not of this
-    config.losses = {"language": 1.0}
-    config.data.train[0]["tasks"] = config.data.validation[0]["tasks"] = {"conversation": 1.0}
-    found, good = findings(config, topology="v5e:1x3")
-    lines = found["sharding"][1].split("\n")
-    assert not good and not found["sharding"][0] and len(lines) > 1
-    assert all("does not divide over fsdp=3" in line for line in lines)
-
-
-def test_more_than_a_chip_holds_is_wrong(config):
+def test_a_large_model_must_divide_and_fit_into_its_chips(config):
     config.model.preset = "7b"
     for bucket in config.buckets.values():
-        bucket.frames = 4
-    found, good = findings(config, topology="v5e:1x8")
-    fine, text = found["sharding"]
-    assert not good and not fine and "of 16 GiB a chip; give mesh.fsdp" in text
+        bucket.frames = 1
+    dry_run = DryRun(config, "", "v5e:1x8", make_model_config, lambda finding: None)
+    assert not dry_run.run()
+    wrong = {f.name: f.text for f in dry_run.findings if not f.good}
+    assert list(wrong) == ["sharding"]
+    assert "of 16 GiB a chip; give mesh.fsdp" in wrong["sharding"]  # every chip has all of it
+    config.mesh, dry_run.topology = {"data": 1, "fsdp": 3, "context": 1, "tensor": 1}, "v5e:1x3"
+    with pytest.raises(DryRunError) as error:
+        dry_run._sharding()
+    lines = str(error.value).split("\n")
+    assert len(lines) > 5 and all("does not divide over fsdp=3" in line for line in lines)
 
 
 def test_an_example_that_fits_no_bucket_is_named(config):
@@ -112,23 +115,23 @@ def test_a_folder_that_is_not_there_is_named(config):
 
 
 def test_weights_to_start_from_must_fit_by_name_and_shape(config, data, tmp_path):
-    plain = tiny_run.get_config(f"data={data}")
-    model_config, codec = train.make_model_config(plain)
-    params = FunctionalModel(model_config).init(jax.random.key(0))
+    model_config, codec = make_model_config(config)
+    params = zeros(FunctionalModel(model_config).abstract())
     save_model(tmp_path / "model", model_config, params, codec)
-    config.init_from, config.tokenizer = str(tmp_path / "model"), ""
-    name, text = the_wrong_one(config)
+    config = tiny_run.get_config(f"data={data},heads=True,init_from={tmp_path / 'model'}")
+    config.mesh.data = 4
+    name, text = the_wrong_one(config, topology="v5e:2x2")
     assert name == "init_from" and "heads/region" in text and "init_missing" in text
     config.init_missing = ["task_tokens/", "box_encoder/", "heads/"]
-    found, good = findings(config)
+    found, good = findings(config, topology="v5e:2x2")
     assert good and "; new: " in found["init_from"][1], found
 
 
 def test_a_checkpoint_of_another_run_is_refused_without_being_touched(config, tmp_path):
-    dry_run = DryRun(config, "", "", train.make_model_config, lambda finding: None)
+    dry_run = DryRun(config, "", "", make_model_config, lambda finding: None)
     config.mesh = {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}
     assert dry_run.run()
-    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), dry_run.program.abstract_state)
+    state = zeros(dry_run.program.abstract_state)
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     checkpoints.save(7, Checkpoint(state, {"next_step": 7}, {}, {}, to_dict(config)))
     checkpoints.close()
@@ -140,20 +143,17 @@ def test_a_checkpoint_of_another_run_is_refused_without_being_touched(config, tm
     assert "steps: checkpoint has 12, this command has 13" in the_wrong_one(
         config, workdir=tmp_path
     )[1]
-    config.model.heads = ["region"]
-    config.losses = {name: 1.0 for name in config.losses if not name.startswith("temporal")}
-    for split in ("train", "validation"):
-        config.data[split][0]["tasks"] = {"conversation": 1.0, "region": 1.0}
+    config.optimizer.name = "muon"  # whose state is another
     name, text = the_wrong_one(config, workdir=tmp_path)
-    assert name == "workdir" and "in the checkpoint only" in text and "heads/temporal" in text
+    assert name == "workdir" and "in the checkpoint only" in text and "  opt_state/" in text
     assert leftover.exists()
 
 
 def pairs_config(data, tmp_path):
     """A preference run on two pairs, with the sidecar of its own weights."""
     config = tiny_run.get_config(f"data={data}")
-    model_config, codec = train.make_model_config(config)
-    params = FunctionalModel(model_config).init(jax.random.key(0))
+    model_config, codec = make_model_config(config)
+    params = zeros(FunctionalModel(model_config).abstract())
     save_model(tmp_path / "model", model_config, params, codec)
     lines = []
     for i in range(2):
@@ -192,6 +192,7 @@ def test_sidecars_must_belong_to_the_weights_and_to_every_pair(data, tmp_path):
     assert good, found
     one = dict(list(seen.items())[:1])
     missing = sidecar.Sidecar(fingerprint, one, {pair: logps[pair] for pair in one})
+    (tmp_path / "reference.npz").unlink()
     sidecar.write(tmp_path / "reference.npz", missing)
     name, text = the_wrong_one(config)
     assert name == "data.train" and "was never scored" in text
@@ -199,3 +200,49 @@ def test_sidecars_must_belong_to_the_weights_and_to_every_pair(data, tmp_path):
     save_model(tmp_path / "model", model_config, params, codec)
     name, text = the_wrong_one(config)
     assert name == "references" and "weights: sidecar" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [([], ""), (["--dry_run"], "check"), (["--dry_run=compile"], "compile"), (["--nodry_run"], "")],
+)
+def test_the_flag_stands_alone_or_says_compile(given, value):
+    values = flags.FlagValues()
+    values["dry_run"] = copy.copy(flags.FLAGS["dry_run"])
+    values(["train", *given])
+    assert values.dry_run == value
+    with pytest.raises(flags.IllegalFlagValueError, match="expected nothing, or compile"):
+        values(["train", "--dry_run=all"])
+
+
+def test_compile_plans_the_very_config_and_only_a_good_one(config, monkeypatch):
+    planned = []
+
+    def plan(command):
+        (path,) = (word.removeprefix("--config=") for word in command if "--config" in word)
+        planned.append((read_json(path), command[-1]))
+        return types.SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(train.subprocess, "run", plan)
+    for good, status in ((False, 1), (True, 1)):
+        monkeypatch.setattr(train.DryRun, "run", lambda self, good=good: good)
+        assert train.dry_run(config, "compile", "v5e:2x4") == status
+    ((found, topology),) = planned
+    assert to_dict(found) == to_dict(config) and topology == "--topology=v5e:2x4"
+    assert train.dry_run(config, "check", "v5e:2x4") == 0 and len(planned) == 1
+    with pytest.raises(app.UsageError, match="needs --topology"):
+        train.dry_run(config, "compile", "")
+
+
+def test_the_config_of_a_workdir_is_read_locked_and_a_wrong_file_is_named(config, tmp_path):
+    parser = flags.FLAGS["config"].parser
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(config)))
+    found = parser.parse(str(path))
+    assert to_dict(found) == to_dict(config) and found.is_locked
+    with pytest.raises(ConfigError, match="nothing.json: no such config"):
+        parser.parse(str(tmp_path / "nothing.json"))
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="config.json: not JSON"):
+        parser.parse(str(path))
+    assert parser.parse(f"{tiny_run.__file__}:steps=7").steps == 7  # Python, as ml_collections does

@@ -240,6 +240,8 @@ SHIPPED = [
     ("tiny_base.py", "tiny,runs=somewhere"),
     *(("demo.py", f"stage={stage}") for stage in ("1", "2", "3", "dpo")),
     ("demo.py", "stage=1,tiny"),
+    ("seven_b.py", None),
+    ("seven_b.py", "tiny,init=somewhere"),
     ("demo.py", "stage=dpo,tiny,runs=elsewhere"),
 ]
 

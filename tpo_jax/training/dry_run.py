@@ -187,7 +187,7 @@ class DryRun:
         return f"{config.init_from} has {len(flatten(self.params)) - len(missing)} leaves{new}"
 
     def _references(self) -> str:
-        """As train.read_references, with the weights hash left out where hashing takes long."""
+        """As read_references, with the weights hash left out where hashing takes long."""
         files = self.config.data.references
         if not files:
             return "none"

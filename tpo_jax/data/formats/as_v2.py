@@ -76,7 +76,7 @@ def _take_boxes(field: str, text: str, size, write) -> tuple[str, list[list[floa
 
     def replace(match: re.Match[str]) -> str:
         groups = [_parse(field, inner, size) for inner in _BOX.findall(match[2])]
-        space = " " if match[2][-1].isspace() else ""
+        space = match[2][len(match[2].rstrip()) :]
         if match[1] == "</pred>":
             return match[1] + space
         boxes = [box for group in groups for box in group]
