@@ -19,6 +19,7 @@ from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
 from tpo_jax.training.config import ConfigError, to_dict
 from tpo_jax.training.config_flag import read_json
 from tpo_jax.training.dry_run import DryRun, DryRunError
+from tpo_jax.training.save_policy import Save, SavePolicy
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +132,10 @@ def test_a_checkpoint_of_another_run_is_refused_without_being_touched(config, tm
     config.mesh = {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}
     assert dry_run.run()
     state = zeros(dry_run.program.abstract_state)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    checkpoints.save(7, Checkpoint(state, {"next_step": 7}, {}, {}, to_dict(config)))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", SavePolicy(1, 1))
+    checkpoints.save(
+        7, Checkpoint(state, {"next_step": 7}, {}, {}, to_dict(config), {}), Save(("permanent",))
+    )
     checkpoints.close()
     leftover = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
     leftover.mkdir()  # of a run that is saving
