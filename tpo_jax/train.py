@@ -27,6 +27,7 @@ import functools
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -538,6 +539,7 @@ def main(argv: list[str]) -> None:
     if _DRY_RUN.value:
         sys.exit(dry_run(_CONFIG.value, _DRY_RUN.value, TOPOLOGY.value))
     ledger = Ledger()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the loop listens
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells forty lines a checkpoint
     with Preemption() as preemption:  # a signal from here on ends the command with status 75
