@@ -210,7 +210,7 @@ def test_sidecars_must_belong_to_the_weights_and_to_every_pair(data, tmp_path):
 )
 def test_the_flag_stands_alone_or_says_compile(given, value):
     values = flags.FlagValues()
-    values["dry_run"] = copy.copy(flags.FLAGS["dry_run"])
+    values["dry_run"] = copy.deepcopy(flags.FLAGS["dry_run"])
     values(["train", *given])
     assert values.dry_run == value
     with pytest.raises(flags.IllegalFlagValueError, match="expected nothing, or compile"):
@@ -228,12 +228,12 @@ def test_compile_plans_the_very_config_and_only_a_good_one(config, monkeypatch):
     monkeypatch.setattr(train.subprocess, "run", plan)
     for good, status in ((False, 1), (True, 1)):
         monkeypatch.setattr(train.DryRun, "run", lambda self, good=good: good)
-        assert train.dry_run(config, "compile", "v5e:2x4") == status
+        assert train.dry_run(config, "", "compile", "v5e:2x4") == status
     ((found, topology),) = planned
     assert to_dict(found) == to_dict(config) and topology == "--topology=v5e:2x4"
-    assert train.dry_run(config, "check", "v5e:2x4") == 0 and len(planned) == 1
+    assert train.dry_run(config, "", "check", "v5e:2x4") == 0 and len(planned) == 1
     with pytest.raises(app.UsageError, match="needs --topology"):
-        train.dry_run(config, "compile", "")
+        train.dry_run(config, "", "compile", "")
 
 
 def test_the_config_of_a_workdir_is_read_locked_and_a_wrong_file_is_named(config, tmp_path):
