@@ -1,7 +1,7 @@
 """Video-LLaVA-7B (2311.10122): both stages, on images and videos.
 
     python -m tpo_jax.train --config=configs/video_llava.py:stage=1 --workdir=runs/vl1
-    python -m tpo_jax.train --config=configs/video_llava.py:stage=2,init=runs/vl1/model --workdir=...
+    python -m tpo_jax.train --config=configs/video_llava.py:stage=2,init=runs/vl1/model --workdir=W
 
   1  the connector alone, at 1e-3, global batch 256
   2  connector and language model, at 2e-5, global batch 128

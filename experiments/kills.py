@@ -257,7 +257,7 @@ class Harness:
     def trial(self, number: int) -> list[Kill]:
         """Kills, restarts, ends and compares; returns one row a kill."""
         random = np.random.default_rng([self.seed, number])
-        kind = KINDS[number % len(KINDS)]
+        kind = KINDS[(number + 5 * self.seed) % len(KINDS)]
         workdir = self.out / f"trial{number}"
         for leftover in self.out.glob(f"trial{number}*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

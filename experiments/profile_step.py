@@ -24,10 +24,12 @@ from absl import app, flags
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.pipeline import read_buckets
 from tpo_jax.parallel.mesh import make_mesh
-from tpo_jax.train import make_model_config  # brings train's flags, --config among them
 from tpo_jax.training import config as training_config
+from tpo_jax.training.config_flag import define_config
 from tpo_jax.training.program import make_program
+from tpo_jax.training.start import make_model_config
 
+define_config("config", "Config file, FILE.py[:ARG] or WORKDIR/config.json.")
 _BUCKET = flags.DEFINE_string("bucket", None, "Name in config.buckets, or update.")
 _STEPS = flags.DEFINE_integer("steps", 3, "Runs to time, after one that is not timed.")
 _TOP = flags.DEFINE_integer("top", 25, "Lines of each table.")

@@ -41,10 +41,10 @@ def in_memory():
     compiled, compile_buckets = {}, tpo_jax.train.compile_buckets
     compile_lowered = jax.stages.Lowered.compile
 
-    def compile_once(program, builders, evaluate, say):
+    def compile_once(program, builders, evaluate, say, preemption):
         key = str((program.abstract_state, program.objective, program.optimizer.report))
         if key not in compiled:
-            compiled[key] = compile_buckets(program, builders, evaluate, say)
+            compiled[key] = compile_buckets(program, builders, evaluate, say, preemption)
         return compiled[key]
 
     with pytest.MonkeyPatch.context() as patch:

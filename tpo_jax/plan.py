@@ -29,10 +29,11 @@ from tpo_jax.data.pipeline import read_buckets
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.topologies import GIB, parse_topology, prepare_environment, topology_devices
-from tpo_jax.train import TOPOLOGY, make_model_config  # brings train's flags, --config among them
+from tpo_jax.train import TOPOLOGY  # brings train's flags, --config among them
 from tpo_jax.training import config as training_config
 from tpo_jax.training.flops import TRAIN_OVER_FORWARD, forward_flops
 from tpo_jax.training.program import Program, make_program, needs_contrast
+from tpo_jax.training.start import make_model_config
 
 flags.set_default(TOPOLOGY, "v5e:2x4")
 

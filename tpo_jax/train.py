@@ -22,47 +22,33 @@ JAX_NUM_PROCESSES, JAX_PROCESS_ID).
 """
 
 import concurrent.futures
-import dataclasses
 import functools
 import json
-import os
-import pathlib
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
 from tpo_jax.data.pipeline import Pipeline
-from tpo_jax.data.rows import Reference
-from tpo_jax.data.text import TextCodec, add_task_tokens
-from tpo_jax.generation import sidecar
 from tpo_jax.interop.folder import (
-    added_tokens,
-    holds_language_only,
-    load_codec,
-    load_config,
-    load_into,
-    load_model,
     save_model,
 )
-from tpo_jax.models.config import LoraConfig, ModelConfig
-from tpo_jax.models.presets import preset
+from tpo_jax.parallel.distributed import initialize_distributed
 from tpo_jax.parallel.mesh import global_batch, make_mesh, reader_shard
-from tpo_jax.parallel.paths import flatten, unflatten
+from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.weighted_sum import WeightedSum
 from tpo_jax.training import agreement
 from tpo_jax.training import config as training_config
 from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
+from tpo_jax.training.clock import Clock
 from tpo_jax.training.compiled import CompiledBucket, compile_buckets
 from tpo_jax.training.config_flag import define_config, define_dry_run
 from tpo_jax.training.divergence import Divergence, Guard, rolled_back, write_report
@@ -72,9 +58,10 @@ from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 from tpo_jax.training.profiling import Profiler, device_memory
 from tpo_jax.training.program import Program, make_program, needs_contrast
-from tpo_jax.training.references import verify_references
+from tpo_jax.training.references import read_references, verify_references
 from tpo_jax.training.resume import check_same_run, find_start, read_checkpoint
 from tpo_jax.training.save_policy import Due, SavePolicy
+from tpo_jax.training.start import initial_params, make_model_config
 from tpo_jax.training.step import weighted_total
 from tpo_jax.training.writers import (
     Jsonl,
@@ -182,7 +169,7 @@ def train(
             say(f"resuming from step {start} of {config.steps}")
         else:
             start = 0
-            state = program.init_state(initial_params(config, program, model_config))
+            state = program.init_state(initial_params(config, program, model_config, say))
             progress = {
                 "evaluated": 0, "evaluated_loss": None, "best": None, "window": {}, "losses": {},
                 "best_saves": [], "skipped": [], "rollbacks": 0,
@@ -360,69 +347,6 @@ def check_finite(step: int, scalars: dict[str, float]) -> None:
         )
 
 
-def read_references(config: ConfigDict) -> Reference | None:
-    """Reference log-probabilities by pair, or None where the config names no sidecars.
-
-    Refuses sidecars that were not scored with the very model that the run starts from.
-    """
-    if not config.data.references:
-        return None
-    model_config, params, codec = load_model(config.init_from)
-    (shape,) = {(bucket.frames, bucket.answers) for bucket in config.buckets.values()}
-    frames, answers = shape
-    expected = sidecar.Fingerprint.of(
-        model_config, params, codec, frames, contrast=needs_contrast(config)
-    )
-    return sidecar.reference(config.data.references, expected, answers, codec.pad_id)
-
-
-def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
-    """The model that the config asks for, and its tokenizer with the tokens of its heads."""
-    if config.init_from:
-        codec = load_codec(config.init_from)
-    else:
-        text = epath.Path(config.tokenizer).read_text()
-        codec = TextCodec(tokenizers.Tokenizer.from_str(text))
-    heads = tuple(config.model.heads)
-    add_task_tokens(codec.tokenizer, heads)
-    codec = TextCodec(codec.tokenizer, codec.template)
-    base = preset(config.model.preset) if config.model.preset else None
-    if config.init_from and (base is None or holds_language_only(config.init_from)):
-        base = load_config(config.init_from, base)
-    language = dataclasses.replace(base.language, num_tokens=codec.vocab_size)
-    tokens = codec.task_tokens
-    lora = LoraConfig(**config.lora.to_dict()) if config.lora.rank else base.lora
-    changes = {"language": language, "heads": heads, "tokens": tokens, "lora": lora}
-    return dataclasses.replace(base, **changes), codec
-
-
-def initial_params(config: ConfigDict, program: Program, model_config: ModelConfig) -> Any:
-    """Weights at step 0, on the mesh: those of init_from, freshly drawn where it has none."""
-    if not config.init_from:
-        return program.init_params(config.seed)
-    missing = list(config.init_missing)
-    if config.lora.rank and load_config(config.init_from).lora is None:
-        missing.append(r".*/lora_[ab]$")  # new adapters, which change nothing yet
-    loaded = load_into(
-        program.abstract_state.params,
-        config.init_from,
-        init_missing=missing,
-        new_tokens=added_tokens(load_config(config.init_from, model_config), model_config),
-    )
-    say(f"weights from {config.init_from}: {len(loaded.leaves)} leaves")
-    shardings = flatten(program.param_shardings)
-
-    def draw_missing(key: jax.Array) -> dict[str, jax.Array]:
-        leaves = flatten(program.model.init(key))
-        return {name: leaves[name] for name in loaded.missing}
-
-    draw = jax.jit(draw_missing, out_shardings={name: shardings[name] for name in loaded.missing})
-    drawn = draw(jax.random.key(config.seed)) if loaded.missing else {}
-    for name in drawn:
-        say(f"  new: {name} {drawn[name].shape}")
-    return unflatten({name: (loaded.leaves | drawn)[name] for name in shardings})
-
-
 def evaluate(
     config: ConfigDict,
     program: Program,
@@ -445,34 +369,6 @@ def evaluate(
         sums = {name: value + sums.get(name, zero) for name, value in metrics.items()}
     means = {f"validation/{name}": float(value.mean()) for name, value in sums.items()}
     return means | {"validation/loss": float(weighted_total(program.objective, sums))}
-
-
-class Clock:
-    """Rates since the last record; `peak` is the FLOP/s of all devices, if it is known."""
-
-    def __init__(self, ledger: Ledger, step: int, peak: float | None) -> None:
-        self._ledger, self._peak = ledger, peak
-        self._last = (time.monotonic(), step, 0, ledger.seconds(), ledger.model_flops)
-
-    def record(self, step: int, tokens: int) -> dict[str, float]:
-        """Scalars of the steps since the last record; `tokens` counts from the start."""
-        now, seconds = time.monotonic(), self._ledger.seconds()
-        flops = self._ledger.model_flops
-        then, last_step, last_tokens, last_seconds, last_flops = self._last
-        self._last = (now, step, tokens, seconds, flops)
-        # Validation and saves are not the loop's speed.
-        loop = ("data_wait", "step", "other")
-        spent = max(sum(seconds[name] - last_seconds[name] for name in loop), 1e-9)
-        flops_per_second = (flops - last_flops) / spent
-        mfu = {"time/mfu": flops_per_second / self._peak} if self._peak else {}
-        return mfu | {
-            "time/model_tflops_per_second": flops_per_second / 1e12,
-            "time/steps_per_second": (step - last_step) / spent,
-            "time/tokens_per_second": (tokens - last_tokens) / spent,
-            "time/data_wait_share": (seconds["data_wait"] - last_seconds["data_wait"]) / spent,
-            "time/wall_seconds": now - then,
-            "time/goodput": self._ledger.goodput(),
-        }
 
 
 def describe(program: Program) -> str:
@@ -498,23 +394,6 @@ def write_json(path: epath.Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def initialize_distributed() -> None:
-    """Joins the other processes, if there are any; must run before anything else touches JAX."""
-    given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    on_tpu = any(pathlib.Path("/dev").glob("accel*")) or pathlib.Path("/dev/vfio").exists()
-    cpu_only = os.environ.get("JAX_PLATFORMS") == "cpu"
-    if given != (None, None, None) or "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(*given)
-    elif on_tpu and not cpu_only:  # a TPU VM finds its pod by itself
-        jax.distributed.initialize()
-    # Every process says that it is there: a host that does not start is otherwise a silent hang.
-    print(
-        f"process {jax.process_index()} of {jax.process_count()}: "
-        f"{jax.local_device_count()} of {jax.device_count()} devices",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
-
-
 def dry_run(config: ConfigDict, workdir: str, mode: str, topology: str) -> int:
     """Checks a run that is not started; returns the exit status, 1 if something is wrong."""
     if mode == "compile" and not topology:
@@ -522,7 +401,7 @@ def dry_run(config: ConfigDict, workdir: str, mode: str, topology: str) -> int:
     if topology:
         jax.config.update("jax_platforms", "cpu")  # a TPU that is here stays free
     say = functools.partial(print, flush=True)
-    good = DryRun(config, workdir, topology, make_model_config, say).run()
+    good = DryRun(config, workdir, topology, say).run()
     if not good or mode != "compile":
         return 0 if good else 1
     # A process of its own: the compiler's memory is free again, and its flags are its own.
@@ -547,7 +426,7 @@ def main(argv: list[str]) -> None:
         with ledger.measure("init"):
             config = _CONFIG.value
             training_config.validate(config)
-            initialize_distributed()
+            initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
             preemption.joined()
             if config.compile_cache:
                 jax.config.update("jax_compilation_cache_dir", config.compile_cache)

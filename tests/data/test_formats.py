@@ -305,6 +305,8 @@ def test_got10k_takes_what_is_missing_from_the_file(media, tmp_path):
 def test_missing_and_broken_files(name, media, tmp_path):
     _, problems = read(name, tmp_path / "absent", media)
     assert len(problems) == 1 and problems[0].file == str(tmp_path / "absent")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    assert read(name, tmp_path / "deep.json", media)[1]
     (tmp_path / "cut.json").write_text('[{"video": "clip_a.mp4", "QA')
     _, problems = read(name, tmp_path / "cut.json", media)
     assert len(problems) == 1 and problems[0].fix

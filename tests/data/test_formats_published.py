@@ -259,6 +259,15 @@ def test_davis(media):
     assert read_sample("davis", media, "davis/ImageSets/2017/train.txt") == [first, second]
 
 
+def test_names_in_a_davis_list_stay_inside(media, tmp_path):
+    shutil.copytree(SAMPLES / "davis", tmp_path / "davis")
+    file = tmp_path / "davis" / "ImageSets" / "2017" / "train.txt"
+    file.write_text("strip\n../../ImageSets\nabsent\n")
+    examples, problems = read("davis", file, media)
+    assert len(examples) == 2 and [p.value for p in problems[:1]] == ["../../ImageSets"]
+    assert "leaves" in problems[0].reason
+
+
 def test_sa_v(media):
     first, second = read_sample("sa_v", media)
     assert first.task == "tracking" and first.video_id == "clip_a.mp4"
@@ -267,6 +276,14 @@ def test_sa_v(media):
     assert [b is None for b in second.targets["boxes"]] == [True, True, False]
     assert second.targets["rles"][0] is None  # an empty code means absent
     assert first.turns[0].question.count("<box>") == 1
+
+
+def test_sa_v_validation_set(media):
+    (example,) = read_sample("sa_v", media, "sa_v_val")
+    assert (example.example_id, example.video_id) == ("test/strip/000", "strip")
+    np.testing.assert_allclose(example.targets["times"], [0, 4 / 24])
+    assert example.targets["rles"][0] is None
+    assert example.targets["input_box"] == [10 / 64, 20 / 48, 20 / 64, 30 / 48]
 
 
 def test_lasot(media):
@@ -291,6 +308,13 @@ def test_got10k_and_mevis_on_folders_of_pictures(tmp_path):
     assert len(problems) == 2 and "--frame_rate" in problems[0].fix
     examples, problems = read("mevis", tmp_path / "m", MediaFolder(tmp_path), frame_rate=5)
     assert problems == [] and examples[0].targets["times"] == [0, 0.2, 0.4]
+    command = ["--format=mevis", f"--annotations={tmp_path / 'm'}", f"--media={tmp_path}"]
+    assert prepare.main(["check", *command]) == 1
+    assert prepare.main(["check", *command, "--frame_rate=5"]) == 0
+    out = tmp_path / "out"
+    assert prepare.main(["run", *command, "--frame_rate=5", f"--out={out}", "--fps=50"]) == 0
+    info = PreparedDataset(out).video_info("clip_a")
+    np.testing.assert_allclose(info.timestamps, [0, 0.2, 0.4, 0.6], rtol=1e-6)
 
 
 def test_links_in_a_folder_of_pictures_do_not_lead_out(tmp_path):

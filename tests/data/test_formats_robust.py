@@ -141,7 +141,7 @@ def nodes(data, where=()):
             yield from nodes(value, (*where, key))
 
 
-WRONG = (None, "zz", [[5]], {"zz": 1})
+WRONG = (None, "zz", [[5]], {"zz": 1}, 10**400)
 JSON_SAMPLES = [
     *((name, FILES[name]) for name in FILES if FILES[name].endswith(".json")),
     ("llava", "llava.json"),

@@ -83,6 +83,11 @@ def test_run_on_a_config(world, tmp_path, monkeypatch, capsys):
         ("config.encoding = 'png'", "encoding: 'png'"),
         ("config.manifest = ''", "names no data"),
         ("config.sources = ({'media': 'x'},)", r"config.sources\[0\].format: None: missing"),
+        (
+            "config.sources = ({'media': 'x', 'format': 'davis', 'annotations': 'y', 'name': 'z', "
+            "'ignore_keys': (), 'frame_rate': -1},)",
+            r"config.sources\[0\].frame_rate: -1: expected a number",
+        ),
     ],
 )
 def test_bad_config(body, message, world, tmp_path, capsys):

@@ -4,7 +4,14 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from media_samples import picture, rotate_clockwise, steady, write_image, write_video
+from media_samples import (
+    picture,
+    rotate_clockwise,
+    steady,
+    write_image,
+    write_pictures,
+    write_video,
+)
 from PIL import Image
 
 from tpo_jax.data import video
@@ -190,3 +197,24 @@ def test_animation_is_a_video(folder):
     assert decoded.media == "video" and decoded.duration == pytest.approx(1.0)
     np.testing.assert_allclose(decoded.timestamps, [0, 0.25, 0.5, 0.75])
     np.testing.assert_allclose(brightness(decoded.frames), [40, 80, 120, 160], atol=1)
+
+
+def test_folder_of_pictures_is_a_video(folder):
+    strip = write_pictures(folder / "strip", ["a_0007.png", "a_0012.png", "a_0017.png"])
+    frames = list(video.Decoder(strip, frame_rate=10))
+    np.testing.assert_allclose([time for time, _ in frames], [0, 0.5, 1.0])
+    assert [int(frame[-1, -1, 0]) for _, frame in frames] == [40, 41, 42]
+    decoder = video.Decoder(strip, fps=1, size=16, frame_rate=10)
+    assert [frame.shape for _, frame in decoder] == [(16, 16, 3)] * 2
+    assert decoder.media == "video" and decoder.duration == 1.5
+    probe = video.probe(strip)
+    assert (probe.media, probe.width, probe.height, probe.frames) == ("video", 64, 48, 3)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [([], "no picture"), (["a.png"], "no number"), (["a1.png", "b1.png"], "number of its own")],
+)
+def test_bad_folder_of_pictures(names, reason, tmp_path):
+    with pytest.raises(VideoError, match=reason):
+        list(video.Decoder(write_pictures(tmp_path / "strip", names), frame_rate=10))

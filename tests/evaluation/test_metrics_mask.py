@@ -78,7 +78,7 @@ def test_half_of_a_boundary_out_of_reach():
 
 @pytest.mark.parametrize("size, radius", [((40, 40), 1), ((100, 100), 2), ((200, 300), 3)])
 def test_a_boundary_matches_within_a_disk(size, radius):
-    """A mask of the last pixel but one has four boundary pixels; shifted, how many still match."""
+    """A mask of one pixel has four boundary pixels; shifted, some of them still match."""
     for dy in range(-4, 5):
         for dx in range(-4, 5):
             target, predicted = np.zeros((2, *size), bool)

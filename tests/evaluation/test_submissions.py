@@ -30,7 +30,7 @@ def test_qvhighlights_files(tmp_path, capsys):
     report = json.loads((tmp_path / "out.json").read_text())
     expected = metric_oracles.moment_table(submission, labels)["full"]["MR-R1"]["0.5"]
     assert report["brief"]["MR-full-R1@0.5"] == pytest.approx(expected)
-    assert f"MR-full-R1@0.5        {expected:6.2f}\n" in capsys.readouterr().out
+    assert f"{'MR-full-R1@0.5':20}  {expected:6.2f}\n" in capsys.readouterr().out
 
 
 def with_subset(database, subset):
@@ -130,11 +130,15 @@ def test_bad_qvhighlights_records_are_named():
     score = submissions.score_qvhighlights
     for arguments, message in (
         ((changed(submission, qid=9), labels), "2 are in one file only, the first: 0, 9"),
-        (([*submission, submission[0]], labels), r"predictions: .*several of \[0\]"),
+        (([*submission, submission[0]], labels), "predictions: qid 0 has more than one record"),
         ((submission, changed(labels, relevant_windows=[])), "qid 0: relevant_windows is empty"),
         (
             (submission, changed(labels, relevant_clip_ids=[99], saliency_scores=[[1, 2, 3]])),
             "qid 0: relevant_clip_ids has 99, the video has",
+        ),
+        (
+            (submission, changed(labels, relevant_clip_ids=[1], saliency_scores=[])),
+            "qid 0: 0 saliency_scores for 1 relevant_clip_ids",
         ),
         (
             (changed(submission, pred_relevant_windows=[[0, 1]]), labels),
@@ -142,6 +146,7 @@ def test_bad_qvhighlights_records_are_named():
         ),
         ((changed(submission, pred_saliency_scores=[]), labels), "qid 0: a saliency score"),
         (([{"qid": 0}], labels[:1]), "no record has pred_relevant_windows"),
+        (([], labels), "predictions: the file has no record"),
     ):
         with pytest.raises(ValueError, match=message):
             score(*arguments)
@@ -165,6 +170,10 @@ def test_errors_of_the_command_are_one_line(tmp_path, capsys):
     assert run(tmp_path, "activitynet", broken, broken) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "p.json: not JSON" in error and error.count("\n") == 1
+    write(broken, {"results": {"v": [{"label": "jump"}]}})
+    labels = with_subset({"v": [{"label": "jump", "segment": [0, 1]}]}, "validation")
+    assert run(tmp_path, "activitynet", broken, write(tmp_path / "a.json", labels)) == 2
+    assert "not in its format: KeyError('segment')" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         evaluate.parse([f"--predictions={broken}", "--benchmark=activitynet"])
     assert "required: --annotations" in capsys.readouterr().err

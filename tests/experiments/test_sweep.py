@@ -77,22 +77,22 @@ def command(*arguments):
     )  # fmt: skip
 
 
-def test_a_sweep_trains_what_is_not_finished(tmp_path):
-    """The real command and the real training, one run of four steps."""
+def test_a_sweep_trains_what_is_not_finished(tmp_path, monkeypatch):
+    """The real training, one run of four steps."""
     tiny_run.write_data(tmp_path / "data")
     file = tmp_path / "one.py"
     file.write_text("from swept import get_config\ndef sweep(add): add(seed=5)\n")
-    config = f"{file}:{tmp_path / 'data'}"
-    process = command(f"--config={config}", f"--out={tmp_path / 'out'}")
-    output, _ = process.communicate(timeout=600)
-    logs = [log.read_text() for log in tmp_path.glob("out/logs/*")]
-    assert process.returncode == 0, "\n".join([output, *logs])
-    (run,) = expand(config, tmp_path / "out")
+    monkeypatch.setenv("XLA_FLAGS", FAST)
+    monkeypatch.chdir(ROOT)
+    out = epath.Path(tmp_path / "out")
+    (run,) = expand(f"{file}:{tmp_path / 'data'}", out)
+    status = sweep.launch(Local(), sweep.to_do([run]), out, parallel=1)
+    assert status == 0, (out / "logs" / "run.log").read_text()
     assert progress(run).state == "finished" and progress(run).step == 4
     assert [r["step"] for r in read_scalars(run.workdir / "metrics.jsonl")] == [1, 2, 3, 4]
     # What the sweep wrote and what `train` made of it are the same config.
     assert json.loads(run.config_path.read_text()) == run.config
-    assert "train/loss" in (tmp_path / "out" / "sweep.html").read_text()
+    assert "train/loss" in report.write(out, [run]).read_text()
     assert sweep.to_do([run]) == []
 
 

@@ -8,6 +8,9 @@ import safetensors.numpy
 
 from tpo_jax.data.text import train_tokenizer
 
+# Logits of `transformers`; `python -m tests.parity.test_language_families` writes them.
+GOLDEN = pathlib.Path(__file__).parent / "language_logits.npz"
+GOLDEN_EVERY = 8  # one logit in so many is kept
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -21,20 +24,16 @@ _HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3}
 CONFIGS = {
     "llama": {
         "model_type": "llama", "hidden_size": 48, **_HEADS, "tie_word_embeddings": False,
-        "rope_theta": 500000.0,
+        "attention_bias": True, "rope_theta": 500000.0,
         "rope_scaling": {
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 16,
         },
     },
-    "llama_biased": {
-        "model_type": "llama", "hidden_size": 48, **_HEADS, "tie_word_embeddings": True,
-        "attention_bias": True, "rope_theta": 10000.0,
-        "rope_scaling": {"type": "linear", "factor": 2.5},
-    },
     "mistral": {
         "model_type": "mistral", "hidden_size": 32, **_HEADS, "head_dim": 72,
         "tie_word_embeddings": False, "rope_theta": 1000000.0, "sliding_window": 5,
+        "rope_scaling": {"type": "linear", "factor": 2.5},
     },
     "qwen2": {
         "model_type": "qwen2", "hidden_size": 48, **_HEADS, "tie_word_embeddings": True,
@@ -53,10 +52,10 @@ CONFIGS = {
 
 
 def write_folder(
-    folder: pathlib.Path, name: str, files: int = 2, dtype=np.float32, seed: int = 0
+    folder: pathlib.Path | str, name: str, files: int = 2, dtype=np.float32, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """A folder as it is downloaded; returns the tensors in it."""
-    config = {**_COMMON, **CONFIGS[name]}
+    folder, config = pathlib.Path(folder), {**_COMMON, **CONFIGS[name]}
     tensors = random_tensors(config, dtype, seed)
     folder.mkdir(parents=True)
     weight_map = {}
@@ -115,3 +114,9 @@ def random_tensors(config: dict, dtype=np.float32, seed: int = 0) -> dict[str, n
         name: ((1.0 if "norm" in name else 0.0) + random.normal(size=shape) * 0.25).astype(dtype)
         for name, shape in shapes.items()
     }
+
+
+def tokens_of(name: str) -> np.ndarray:
+    """int32[1, 24], beyond every window and original length."""
+    vocabulary = {**_COMMON, **CONFIGS[name]}["vocab_size"]
+    return np.random.default_rng(3).integers(0, vocabulary, (1, 24)).astype(np.int32)

@@ -184,6 +184,15 @@ def test_new_tokens_start_at_the_mean_of_the_used_rows(tmp_path, codec, model_co
     others = np.delete(np.arange(1024), list(new))
     np.testing.assert_array_equal(table[others], old_table[others])
     np.testing.assert_array_equal(head[:, others], old_head[:, others])
+    roomy = abstract(params)
+    roomy["language"]["embed"]["table"] = jax.ShapeDtypeStruct((1152, 8), jnp.float32)
+    roomy["language"]["lm_head"]["kernel"] = jax.ShapeDtypeStruct((8, 1152), jnp.float32)
+    loaded = load_into(roomy, tmp_path / "model", new_tokens=[1024])
+    table, head = (loaded.leaves[f"language/{name}"] for name in ("embed/table", "lm_head/kernel"))
+    np.testing.assert_array_equal(table[:1024], old_table)
+    np.testing.assert_allclose(table[1024], old_table[:used].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(head[:, 1024], old_head[:, :used].mean(1), rtol=1e-5)
+    assert not table[1025:].any() and not head[:, 1025:].any()
     with pytest.raises(ModelFolderError, match="token id 5 is new"):
         load_into(abstract(params), tmp_path / "model", new_tokens=[5])
 

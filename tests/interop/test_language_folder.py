@@ -9,11 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from language_folders import CONFIGS, write_folder
+from language_folders import CONFIGS, GOLDEN, GOLDEN_EVERY, tokens_of, write_folder
 
 from tpo_jax.data.text import TextCodec
 from tpo_jax.interop import folder, huggingface, tensors
 from tpo_jax.interop.chat_template import ChatTemplateError
+from tpo_jax.interop.check_language import forward
 from tpo_jax.interop.export import ExportFolderError, export_model, import_model
 from tpo_jax.interop.huggingface import HuggingFaceError, language_config
 from tpo_jax.interop.mapping import MappingError, export_leaves
@@ -21,6 +22,8 @@ from tpo_jax.interop.tensors import TensorFileError
 from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.parallel.paths import unflatten
+from tpo_jax.training.start import make_model_config
 
 
 def read_all(path):
@@ -56,6 +59,22 @@ def test_there_and_back_is_bit_identical(tmp_path, name, dtype, monkeypatch):
     import_model(tmp_path / "exported", tmp_path / "back")
     assert_same(*(read_leaves(tmp_path / which) for which in ("model", "back")))
     assert folder.load_language(tmp_path / "model") == folder.load_language(tmp_path / "back")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_logits_are_those_of_transformers(tmp_path, name):
+    """Without torch; tests/parity has every family, and more of each."""
+    write_folder(tmp_path / "source", name)
+    source = huggingface.open_language(tmp_path / "source")
+    params = unflatten({path: np.asarray(leaf) for path, leaf in source.leaves.items()})
+    tokens = tokens_of(name)
+    positions = np.arange(tokens.size)[None]
+    *_, logits = forward(
+        source.config, params["language"], tokens, positions, np.ones_like(tokens)
+    )
+    with np.load(GOLDEN) as golden:
+        want = golden[name]
+    np.testing.assert_allclose(logits[0, :, ::GOLDEN_EVERY], want, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -162,7 +181,7 @@ def test_broken_folders_are_named(tmp_path):
 
 
 def test_known_extras_are_listed_and_others_refused(tmp_path):
-    published = write_folder(tmp_path / "source", "llama_biased", files=1)
+    published = write_folder(tmp_path / "source", "qwen2", files=1)
     extra = {"lm_head.weight": published["model.embed_tokens.weight"],
              "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}  # fmt: skip
     file = tmp_path / "source/model-00001-of-00001.safetensors"
@@ -238,12 +257,11 @@ def test_a_tensor_is_in_memory_once(tmp_path, monkeypatch):
 
 def test_a_run_gets_its_language_model_from_the_folder_and_the_rest_from_its_preset(tmp_path):
     from tests import tiny_run
-    from tpo_jax import train
 
     published = write_folder(tmp_path / "source", "qwen3")
     config = tiny_run.get_config(f"data={tmp_path},heads=True,init_from={tmp_path / 'source'}")
     config.init_missing = ["vision/", "connector/", "task_tokens/", "box_encoder/", "heads/"]
-    model_config, codec = train.make_model_config(config)
+    model_config, codec = make_model_config(config)
     assert model_config.language.qk_norm and model_config.language.head_dim == 24
     assert model_config.visual_offset == codec.template.visual_offset > 2
     first = folder.load_codec(tmp_path / "source").vocab_size

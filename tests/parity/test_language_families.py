@@ -1,4 +1,7 @@
-"""Llama, Mistral, Qwen2 and Qwen3 against `transformers`, from the published layout."""
+"""Llama, Mistral, Qwen2 and Qwen3 against `transformers`, from the published layout.
+
+    python -m tests.parity.test_language_families     # writes tests/interop/language_logits.npz
+"""
 
 import copy
 import functools
@@ -8,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.interop.language_folders import CONFIGS, write_folder
+from tests.interop.language_folders import CONFIGS, GOLDEN, GOLDEN_EVERY, tokens_of, write_folder
+from tpo_jax.interop.check_language import forward
 from tpo_jax.interop.export import export_model, import_model
 from tpo_jax.interop.folder import load_codec, load_language, open_leaves
 from tpo_jax.models.language import bind
@@ -34,15 +38,10 @@ def pair(request, tmp_path_factory):
     return theirs, config, unflatten(leaves)["language"]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _forward(config, params, tokens, positions, segments):
-    """int32[B, T] -> states float[L + 1, B, T, D] and logits of the published vocabulary."""
-    model = bind(config, params)
-    embeds = model.embed_tokens(tokens)
-    states = model.layer_states(embeds, positions, segments)
-    last = model.final_norm(states[-1])
-    states = jnp.concatenate([embeds[None], states[:-1], last[None]])
-    return states, (last @ model.table.T.astype(last.dtype))[..., : config.num_tokens]
+    """States in the order of `transformers` and logits."""
+    embeds, states, last, logits = forward(config, params, tokens, positions, segments)
+    return jnp.concatenate([embeds[None], states[:-1], last[None]]), logits
 
 
 def _rows(config):
@@ -88,7 +87,10 @@ def test_states_of_every_layer_logits_and_bfloat16(pair):
     assert ours_off.mean() <= 2 * theirs_off.mean() and ours_off.max() <= 2 * theirs_off.max()
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# A loop of 64 steps takes longer to optimise than to run.
+@functools.partial(
+    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
+)
 def _generate(config, params, prompt):
     """Greedy int32[STEPS] after int32[PROMPT], token by token through the caches."""
     model = bind(config, params)
@@ -146,3 +148,26 @@ def test_the_chat_template_gives_the_tokens_of_transformers(tmp_path):
     whole = before + codec.build_branch(question, answer).ids.tolist()
     assert whole == rendered(turns, False)[: len(whole)]
     assert codec.eos_id == tokenizer.eos_token_id
+
+
+def write_golden() -> None:
+    """One row of logits of every family, for the tests that run without torch."""
+    import tempfile
+
+    import torch
+    import transformers
+
+    golden = {}
+    for name in CONFIGS:
+        with tempfile.TemporaryDirectory() as folder:
+            write_folder(f"{folder}/source", name)
+            load = transformers.AutoModelForCausalLM.from_pretrained
+            model = load(f"{folder}/source", dtype=torch.float32).eval()
+        tokens = tokens_of(name)
+        _, logits = _theirs(model, tokens, np.ones_like(tokens), np.arange(tokens.size)[None])
+        golden[name] = logits[0, :, ::GOLDEN_EVERY]
+    np.savez_compressed(GOLDEN, **golden)
+
+
+if __name__ == "__main__":
+    write_golden()

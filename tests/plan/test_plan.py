@@ -15,6 +15,7 @@ from tpo_jax.data.pipeline import row_builder
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.topologies import GIB, topology_devices
 from tpo_jax.training.program import Program, make_program
+from tpo_jax.training.start import make_model_config
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `plan`)"
@@ -45,7 +46,7 @@ def test_plan_compiles_the_function_that_train_runs(tmp_path, lowered):
     assert plan.make_program is train.make_program
     tiny_run.write_data(tmp_path)
     config = tiny_run.get_config(f"data={tmp_path},heads=True,buckets=1")
-    model_config, codec = train.make_model_config(config)
+    model_config, codec = make_model_config(config)
     program = make_program(config, model_config, make_mesh({}, jax.devices()[:1]))
     (shapes,) = plan.read_buckets(config.buckets.to_dict())
     builders = {shapes.name: row_builder(codec, model_config, shapes)}

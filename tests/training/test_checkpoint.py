@@ -18,6 +18,7 @@ from tpo_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
     DamagedCheckpoint,
+    check,
 )
 from tpo_jax.training.resume import find_start, read_checkpoint
 from tpo_jax.training.save_policy import Save, SavePolicy
@@ -219,6 +220,18 @@ def test_a_removal_or_save_that_was_cut_off_is_no_checkpoint(two_steps, tmp_path
     (tmp_path / "1").rename(tmp_path / "1.removed")
     checkpoints = Checkpoints(tmp_path, policy(keep=2))
     assert checkpoints.latest() is None and list(tmp_path.iterdir()) == []
+
+
+def test_looking_changes_nothing(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()  # a run is writing it
+    (tmp_path / "3.removed").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert check(tmp_path, abstract(make_state(0))) == (2, unit(2).config)
+    with pytest.raises(CheckpointError, match="params/vision/kernel: checkpoint has"):
+        check(tmp_path, abstract(make_state(0, size=16)))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert check(tmp_path / "nothing", {}) is None and not (tmp_path / "nothing").exists()
 
 
 def test_a_full_disk_names_the_checkpoints_that_are_left(tmp_path):

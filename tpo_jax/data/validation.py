@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -95,7 +96,8 @@ def check_text(field: str, value: Any) -> str:
 def check_number(field: str, value: Any, low: float, high: float, unit: str) -> float:
     """A finite number in [low, high]."""
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or not low <= value <= high:
+    # An int may be too large for a float; comparing them is exact, and False for NaN.
+    if not good or not abs(value) <= sys.float_info.max or not low <= value <= high:
         bound = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
         raise Invalid(field, value, f"expected a number {bound} {unit}".rstrip(), "correct it")
     return float(value)

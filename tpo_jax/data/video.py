@@ -275,7 +275,9 @@ class Decoder:
         """(time, convert) of each picture of a folder; the first is at time 0."""
         if not self.frame_rate:
             raise VideoError(
-                self.path, "a folder of pictures does not say its frame rate", "say --frame_rate"
+                self.path,
+                "a folder of pictures does not say its frame rate",
+                "give it (--frame_rate)",
             )
         numbered = pictures(self.path)
         times = [(number - numbered[0][0]) / self.frame_rate for number, _ in numbered]

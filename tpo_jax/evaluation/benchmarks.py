@@ -135,7 +135,7 @@ def score_region(target: Sequence[float], prediction: Prediction | None) -> dict
     box = np.asarray(prediction["box"], np.float64)
     target = np.asarray(target, np.float64)
     return {
-        "region/acc@0.5": region.region_accuracy(box, target),
+        "region/acc@0.5": float(region.region_accuracy(box, target)),
         "region/miou": float(region.box_iou(box, target)),
     }
 

@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from tpo_jax.evaluation.metrics import detection, grounded_qa, qvhighlights
+from tpo_jax.evaluation.metrics import detection, grounded_qa, qvhighlights, temporal
 
 Record = Mapping[str, Any]
-# Windows of one query that are read; the official program ignores the rest.
-_MAX_WINDOWS = 10
 
 
 def score_files(
@@ -38,7 +36,10 @@ def score_files(
     if bool(answers) != (benchmark == "nextgqa"):
         raise ValueError("--answers: nextgqa needs the file with the chosen options, others do not")
     files = [read_json(path) for path in (predictions, annotations, answers) if path]
-    return BENCHMARKS[benchmark](*files)
+    try:
+        return BENCHMARKS[benchmark](*files)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{benchmark}: a file is not in its format: {error!r}") from error
 
 
 def score_qvhighlights(submission: Sequence[Record], labels: Sequence[Record]) -> dict[str, dict]:
@@ -174,16 +175,19 @@ def format_report(report: Record) -> str:
 
 
 def _by_id(records: Sequence[Record], source: str) -> dict[Any, Record]:
-    found = {record["qid"]: record for record in records}
-    if len(found) != len(records) or not records:
-        twice = {r["qid"] for r in records if sum(s["qid"] == r["qid"] for s in records) > 1}
-        raise ValueError(f"{source}: expected one record a qid, got several of {sorted(twice)[:5]}")
+    found: dict[Any, Record] = {}
+    for record in records:
+        if record["qid"] in found:
+            raise ValueError(f"{source}: qid {record['qid']} has more than one record")
+        found[record["qid"]] = record
+    if not found:
+        raise ValueError(f"{source}: the file has no record")
     return found
 
 
 def moment_arrays(pairs: Sequence[tuple[Record, Record]]) -> tuple[np.ndarray, ...]:
     """windows, scores, query, targets, target_query of `qvhighlights.moment_report`."""
-    windows = [guess["pred_relevant_windows"][:_MAX_WINDOWS] for guess, _ in pairs]
+    windows = [guess["pred_relevant_windows"][: temporal.MAX_WINDOWS] for guess, _ in pairs]
     targets = [label["relevant_windows"] for _, label in pairs]
     for (guess, _), labelled in zip(pairs, targets, strict=True):
         if not labelled:
@@ -217,6 +221,12 @@ def highlight_arrays(
     best = saliency.argmax(axis=1)
     saliency[np.arange(width) >= length[:, None]] = 0.0
     ids = [label["relevant_clip_ids"] for _, label in pairs]
+    for clip_ids, (_, label) in zip(ids, pairs, strict=True):
+        if len(clip_ids) != len(label["saliency_scores"]):
+            raise ValueError(
+                f"annotations: qid {label['qid']}: {len(label['saliency_scores'])} saliency_scores "
+                f"for {len(clip_ids)} relevant_clip_ids"
+            )
     query = np.repeat(np.arange(len(pairs)), [len(i) for i in ids])
     clip = np.fromiter(itertools.chain(*ids), np.int64, len(query))
     if outside := np.flatnonzero((clip < 0) | (clip >= clips[query])).tolist():

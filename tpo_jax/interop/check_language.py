@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -40,7 +39,8 @@ def compare_language(
         for path, leaf in leaves.items() if path.startswith("language/")
     })["language"]  # fmt: skip
     tokens = np.random.default_rng(seed).integers(0, config.num_tokens, (1, TOKENS))
-    embeds, states, last, logits = _forward(config, params, tokens)
+    positions = np.arange(TOKENS)[None]
+    embeds, states, last, logits = forward(config, params, tokens, positions, np.ones_like(tokens))
 
     theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
     collected: dict[int, Any] = {}
@@ -61,13 +61,20 @@ def _keep(collected: dict[int, Any], number: int, layer: Any, inputs: Any, outpu
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(config: LanguageConfig, params: Any, tokens: jax.Array) -> tuple[jax.Array, ...]:
+def forward(
+    config: LanguageConfig, params: Any, tokens: jax.Array, positions: jax.Array,
+    segments: jax.Array,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """All that a language model computes on the way, of int32[B, T] each.
+
+    Returns: embeddings [B, T, D]; states [L, B, T, D] after each layer; after the final norm
+      [B, T, D]; logits [B, T, num_tokens].
+    """
     model = bind(config, params)
-    positions = jnp.arange(tokens.shape[1])[None]
     embeds = model.embed_tokens(tokens)
-    states = model.layer_states(embeds, positions, jnp.ones_like(positions))
+    states = model.layer_states(embeds, positions, segments)
     last = model.final_norm(states[-1])
-    return embeds, states, last, (last @ model.table.T)[..., : config.num_tokens]
+    return embeds, states, last, (last @ model.table.T.astype(last.dtype))[..., : config.num_tokens]
 
 
 def _difference(ours: jax.Array, theirs: Any) -> float:

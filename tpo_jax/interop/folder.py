@@ -32,7 +32,9 @@ from tpo_jax.interop.tensors import (
     assign_shards,
     lazy,
     read_file,
+    resized,
     shard_name,
+    transposed,
     write_file,
 )
 from tpo_jax.models.config import FORMAT_VERSION, LanguageConfig, ModelConfig
@@ -264,7 +266,7 @@ def load_into(
         lack. Each must match at least one parameter.
       new_tokens: ids that the folder's model did not know (task tokens of added heads). Their
         rows in the token tables become the mean of the rows that were in use: an untrained row
-        is noise, the mean is a neutral start.
+        is noise, the mean is a neutral start. Tables without room for them are lengthened.
 
     Raises:
       ModelFolderError: lists every parameter that is missing, extra, or of another shape.
@@ -272,7 +274,7 @@ def load_into(
     path = epath.Path(directory)
     wanted = flatten(abstract)
     missing = check_fits(abstract, path, init_missing=init_missing, new_tokens=new_tokens)
-    have = open_leaves(path)
+    have = _open_with_room(path, wanted, new_tokens)
     used_tokens = _used_tokens(path, new_tokens) if new_tokens else 0
     leaves: dict[str, jax.Array | np.ndarray] = {}
     for name in wanted:
@@ -295,11 +297,26 @@ def check_fits(
 ) -> tuple[str, ...]:
     """Raises what `load_into` would raise, without reading a parameter; returns its `missing`."""
     path = epath.Path(directory)
-    shapes = {name: leaf.shape for name, leaf in open_leaves(path).items()}
-    missing = _check_names(path, flatten(abstract), shapes, init_missing)
+    wanted = flatten(abstract)
+    shapes = {n: leaf.shape for n, leaf in _open_with_room(path, wanted, new_tokens).items()}
+    missing = _check_names(path, wanted, shapes, init_missing)
     if new_tokens:
         _used_tokens(path, new_tokens)
     return missing
+
+
+def _open_with_room(
+    path: epath.Path, wanted: Mapping[str, Any], new_tokens: Sequence[int]
+) -> dict[str, LazyArray]:
+    """Leaves of the folder; a full token table gets room for new tokens."""
+    have = open_leaves(path)
+    if not new_tokens:
+        return have
+    tables = {name: axis for name, axis in _TOKEN_AXIS.items() if name in have and name in wanted}
+    return have | {
+        name: _with_room(have[name], axis, wanted[name].shape[axis])
+        for name, axis in tables.items()
+    }  # fmt: skip
 
 
 def added_tokens(old: ModelConfig, new: ModelConfig) -> tuple[int, ...]:
@@ -414,6 +431,13 @@ def _fill_new_tokens(
     rows = np.moveaxis(table, axis, 0).copy()
     rows[list(new_tokens)] = rows[:used].astype(np.float32).mean(axis=0).astype(rows.dtype)
     return np.moveaxis(rows, 0, axis)
+
+
+def _with_room(table: LazyArray, axis: int, size: int) -> LazyArray:
+    """The table with at least `size` rows (axis 0) or columns (axis 1); new ones are zero."""
+    if table.shape[axis] >= size:
+        return table
+    return resized(table, size) if axis == 0 else transposed(resized(transposed(table), size))
 
 
 def _place(tensor: LazyArray, wanted: jax.ShapeDtypeStruct) -> jax.Array | np.ndarray:

@@ -19,10 +19,8 @@ from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pipeline import Pipeline, read_buckets
 from tpo_jax.data.rows import Reference, row_id
-from tpo_jax.data.text import TextCodec
 from tpo_jax.generation import sidecar
 from tpo_jax.interop import folder
-from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import AXES, check_batch_divides, mesh_shape
 from tpo_jax.parallel.paths import flatten
@@ -31,6 +29,7 @@ from tpo_jax.parallel.topologies import GIB, parse_topology
 from tpo_jax.training import checkpoint
 from tpo_jax.training import config as training_config
 from tpo_jax.training.program import Program, make_program, needs_contrast
+from tpo_jax.training.start import make_model_config
 
 # A sidecar's weights hash is compared where hashing the weights takes seconds.
 HASHED_BYTES = GIB
@@ -61,7 +60,6 @@ class DryRun:
       config: training config, not validated yet.
       workdir: of the run; "" when it is not decided.
       topology: such as v5e:4x4; "" for the devices here.
-      make_model_config: config -> (ModelConfig, TextCodec), as `train` does it.
       say: told of each finding.
     """
 
@@ -70,11 +68,10 @@ class DryRun:
         config: ConfigDict,
         workdir: str,
         topology: str,
-        make_model_config: Callable[[ConfigDict], tuple[ModelConfig, TextCodec]],
         say: Callable[[Finding], None],
     ) -> None:
         self.config, self.workdir, self.topology = config, workdir, topology
-        self._make_model_config, self._say = make_model_config, say
+        self._say = say
         self.findings: list[Finding] = []
 
     @property
@@ -113,7 +110,7 @@ class DryRun:
         return f"{self.config.steps} steps of {', '.join(sorted(self.config.buckets))}"
 
     def _model(self) -> str:
-        self.model_config, self.codec = self._make_model_config(self.config)
+        self.model_config, self.codec = make_model_config(self.config)
         self.params = FunctionalModel(self.model_config).abstract()
         self.buckets = read_buckets(training_config.to_dict(self.config)["buckets"])
         self.reference: Reference | None = None
@@ -189,7 +186,7 @@ class DryRun:
         return f"{config.init_from} has {len(flatten(self.params)) - len(missing)} leaves{new}"
 
     def _references(self) -> str:
-        """As train.read_references, with the weights hash left out where hashing takes long."""
+        """As read_references, with the weights hash left out where hashing takes long."""
         files = self.config.data.references
         if not files:
             return "none"

@@ -1,4 +1,4 @@
-"""Before the first step: do the reference log-probabilities hold for this very program?
+"""Reference log-probabilities of a run, and whether they hold for this very program.
 
 Fingerprints say what the sidecar was scored with. This compares what they cannot see (another
 version of JAX, another device, a mesh, a kernel) by scoring a random sample of the training pairs.
@@ -12,15 +12,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from tpo_jax.data.pipeline import Pipeline
+from tpo_jax.data.rows import Reference
+from tpo_jax.generation import sidecar
 from tpo_jax.generation.sidecar import SidecarMismatch
+from tpo_jax.interop.folder import load_model
 from tpo_jax.parallel.mesh import global_batch, replicated
-from tpo_jax.training.program import Program
+from tpo_jax.training.program import Program, needs_contrast
 
 # dtype -> largest and mean difference of a token's log-probability that is round-off, in nats.
 TOLERANCE = {"float32": (5e-3, 5e-4), "bfloat16": (0.5, 0.05)}
 SAMPLE_BATCHES = 2
+
+
+def read_references(config: ConfigDict) -> Reference | None:
+    """Reference log-probabilities by pair, or None where the config names no sidecars.
+
+    Refuses sidecars that were not scored with the very model that the run starts from.
+    """
+    if not config.data.references:
+        return None
+    model_config, params, codec = load_model(config.init_from)
+    (shape,) = {(bucket.frames, bucket.answers) for bucket in config.buckets.values()}
+    frames, answers = shape
+    expected = sidecar.Fingerprint.of(
+        model_config, params, codec, frames, contrast=needs_contrast(config)
+    )
+    return sidecar.reference(config.data.references, expected, answers, codec.pad_id)
 
 
 def verify_references(

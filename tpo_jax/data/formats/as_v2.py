@@ -76,7 +76,7 @@ def _take_boxes(field: str, text: str, size, write) -> tuple[str, list[list[floa
 
     def replace(match: re.Match[str]) -> str:
         groups = [_parse(field, inner, size) for inner in _BOX.findall(match[2])]
-        space = " " if match[2][-1].isspace() else ""
+        space = match[2][len(match[2].rstrip()) :]
         if match[1] == "</pred>":
             return match[1] + space
         boxes = [box for group in groups for box in group]
@@ -93,7 +93,7 @@ def _parse(field: str, inner: str, size) -> list[list[float]]:
     """Normalised [x1, y1, x2, y2] of each box of "[[...], ...]"."""
     try:
         boxes = json.loads(inner)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise Invalid(field, inner, f"not a list of boxes: {error}", "correct it") from error
     checked = []
     for box in validation.check_list(field, boxes):

@@ -48,7 +48,7 @@ def _rows(context: Context, rows: csv.DictReader) -> Iterator[Record]:
 def parse(record: Any, label: str, context: Context) -> list[Example]:
     row, evidence = record
     name = context.find(row["video_id"], "video_id")
-    question = validation.check_text("question", row["question"])
+    question = validation.check_text("question", row["question"]).rstrip("? ")
     options = tuple(validation.check_text(key, row[key]) for key in OPTIONS)
     answer = validation.check_text("answer", row["answer"])
     key = f"{row['video_id']}_{row['qid']}"
@@ -77,8 +77,8 @@ def _windows(evidence: Any, qid: str, context: Context) -> list[list[float]]:
 
 
 def _not_before_zero(window: Any) -> Any:
-    """Some windows of the test set start at -0.1 s."""
-    if isinstance(window, list) and window and isinstance(window[0], float) and -0.2 < window[0]:
+    """Some windows of the test set start at -0.1 or -0.2 s."""
+    if isinstance(window, list) and window and isinstance(window[0], float) and -0.25 < window[0]:
         return [max(window[0], 0.0), *window[1:]]
     return window
 

@@ -164,6 +164,8 @@ def load_json(path: pathlib.Path, kind: type[list] | type[dict]) -> Any:
     """The list or object that a JSON file holds; raises Invalid with line and column."""
     try:
         data = json.loads(load_text(path))
+    except RecursionError as error:
+        raise Invalid("", None, "lists in lists without end", "correct the file") from error
     except json.JSONDecodeError as error:
         raise Invalid(
             f"line {error.lineno} column {error.colno}",
@@ -237,7 +239,7 @@ def json_lines(path: pathlib.Path) -> Iterator[Record]:
             label = f"line {number}"
             try:
                 yield label, json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
                 yield label, Invalid("", line[:80], f"not JSON: {error}", "correct the line")
 
 

@@ -1,12 +1,15 @@
-"""SA-V training set: VIDEO_manual.json and VIDEO_auto.json, masks of objects every 4th frame.
+"""SA-V: masks of objects in every 4th frame of videos of 24 a second.
 
-{"video_id", "video_duration" s, "video_frame_count", "video_height", "video_width", "masklet":
- [frame][object] RLE, "masklet_id": [...], "masklet_num", ...}. No object has words: each is a
-tracking example with masks, asked for by the box of the first frame that shows it.
+The training set is VIDEO_manual.json and VIDEO_auto.json: {"video_id", "video_duration" s,
+"video_frame_count", "masklet": [frame][object] RLE, "masklet_id": [...], "masklet_num", ...}. The
+validation and test sets are folders with Annotations_6fps/VIDEO/OBJECT/00004.png, not 0 where the
+object is. No object has words: each is a tracking example with masks, asked for by the box of the
+first frame that shows it.
 """
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +19,8 @@ from tpo_jax.data.formats.reading import Context, Format, Record, expand, load_j
 from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example
 
+FRAME_RATE = 24.0  # of the validation and test sets
+PNGS = "Annotations_6fps"
 STEP = 4  # frames of the video from one annotation to the next
 REQUIRED = ("video_id", "video_duration", "video_frame_count", "masklet", "masklet_id")
 OPTIONAL = (
@@ -27,7 +32,11 @@ OPTIONAL = (
 
 
 def records(context: Context) -> Iterator[Record]:
-    """One record per object; the file is one JSON or a folder of them."""
+    """One record per object; the file is one JSON, a folder of them, or a folder of PNGs."""
+    if (context.file / PNGS).is_dir():
+        root = context.file / PNGS
+        folders = sorted({file.parent for file in root.rglob("*.png")})
+        return ((folder.relative_to(root).as_posix(), folder) for folder in folders)
     files = [context.file]
     if context.file.is_dir():
         files = sorted(context.file.rglob("*.json"))
@@ -54,7 +63,24 @@ def _objects(context: Context, label: str, path) -> Iterator[Record]:
 
 
 def parse(record: Any, label: str, context: Context) -> list[Example]:
-    data, k, rles = record
+    if isinstance(record, pathlib.Path):
+        name, targets = _pictured(record, context)
+    else:
+        name, targets = _listed(*record, context)
+    return [context.example(name, label, "tracking", [asking.tracking()], targets)]
+
+
+def _pictured(folder: pathlib.Path, context: Context) -> tuple[str, dict[str, Any]]:
+    rate = context.picture_rate or FRAME_RATE
+    name = context.find(folder.parent.name, "video", frame_rate=rate)
+    files = sorted(folder.glob("*.png"))
+    numbers = [masks.frame_number(file.name, "masks") for file in files]
+    rles = [masks.encode(masks.read_labels(file) > 0) for file in files]
+    # Their numbers are those of the frames of the video, which begin with 0.
+    return name, masks.tracking_targets([n / rate for n in numbers], rles)
+
+
+def _listed(data: Any, k: int, rles: Any, context: Context) -> tuple[str, dict[str, Any]]:
     duration = validation.check_number("video_duration", data["video_duration"], 1e-3, 1e9, "s")
     count = validation.check_number("video_frame_count", data["video_frame_count"], 1, 1e9, "")
     if (len(rles) - 1) * STEP >= count:
@@ -70,8 +96,7 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
         None if rle is None else validation.check_rle(f"masklet[{i}][{k}]", rle)
         for i, rle in enumerate(rles)
     ]
-    targets = masks.tracking_targets(times, checked)
-    return [context.example(name, label, "tracking", [asking.tracking()], targets)]
+    return name, masks.tracking_targets(times, checked)
 
 
-FORMAT = Format("sa_v", "SA-V masklets, JSON per video", records, parse)
+FORMAT = Format("sa_v", "SA-V masklets, JSON per video or PNG per object", records, parse)

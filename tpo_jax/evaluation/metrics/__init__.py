@@ -1,5 +1,6 @@
 """Metrics: pure NumPy functions of predictions and labels, one file per task.
 
-Every function scores one item (a question, a query, an object track); the value of a metric is the
-mean over items, which is what lets `evaluation.bootstrap` resample whole videos.
+Functions of one item (a question, a query, an object track) are what `evaluation.bootstrap`
+resamples: the value of a metric is their mean. Functions of all items at once, and the tables of
+`qvhighlights`, `detection` and `grounded_qa`, equal the benchmarks' own programs (docs/metrics.md).
 """

@@ -122,7 +122,8 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def _as_masks(predicted: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    predicted, target = np.asarray(predicted, bool), np.asarray(target, bool)
+    # What pycocotools decodes lies column by column, which is slow to walk in rows.
+    predicted, target = (np.ascontiguousarray(mask, bool) for mask in (predicted, target))
     if predicted.shape != target.shape or predicted.ndim < 2:
         raise ValueError(
             f"masks: expected equal shapes [..., h, w], got {predicted.shape} and {target.shape}"

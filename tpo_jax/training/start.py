@@ -1,0 +1,80 @@
+"""What a run starts from: the model that its config asks for, and weights at step 0."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import tokenizers
+from etils import epath
+from ml_collections import ConfigDict
+
+from tpo_jax.data.text import TextCodec, add_task_tokens
+from tpo_jax.interop.folder import (
+    added_tokens,
+    holds_language_only,
+    load_codec,
+    load_config,
+    load_into,
+)
+from tpo_jax.models.config import VOCABULARY_MULTIPLE, LoraConfig, ModelConfig
+from tpo_jax.models.presets import preset
+from tpo_jax.parallel.paths import flatten, unflatten
+from tpo_jax.training.program import Program
+
+
+def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
+    """The model that the config asks for, and its tokenizer with the tokens of its heads."""
+    if config.init_from:
+        codec = load_codec(config.init_from)
+    else:
+        text = epath.Path(config.tokenizer).read_text()
+        codec = TextCodec(tokenizers.Tokenizer.from_str(text))
+    heads = tuple(config.model.heads)
+    add_task_tokens(codec.tokenizer, heads)
+    codec = TextCodec(codec.tokenizer, codec.template)
+    base = preset(config.model.preset) if config.model.preset else None
+    if config.init_from and (base is None or holds_language_only(config.init_from)):
+        base = load_config(config.init_from, base)
+    rows = -(-codec.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    language = dataclasses.replace(
+        base.language, num_tokens=codec.vocab_size,
+        vocab_size=max(base.language.vocab_size, rows),
+    )  # fmt: skip
+    tokens = codec.task_tokens
+    lora = LoraConfig(**config.lora.to_dict()) if config.lora.rank else base.lora
+    changes = {"language": language, "heads": heads, "tokens": tokens, "lora": lora}
+    return dataclasses.replace(base, **changes), codec
+
+
+def initial_params(
+    config: ConfigDict, program: Program, model_config: ModelConfig, say: Callable[[str], None]
+) -> Any:
+    """Weights at step 0, on the mesh: those of init_from, freshly drawn where it has none.
+
+    Args:
+      say: told what was read and what is new.
+    """
+    if not config.init_from:
+        return program.init_params(config.seed)
+    missing = list(config.init_missing)
+    if config.lora.rank and load_config(config.init_from).lora is None:
+        missing.append(r".*/lora_[ab]$")  # new adapters, which change nothing yet
+    loaded = load_into(
+        program.abstract_state.params,
+        config.init_from,
+        init_missing=missing,
+        new_tokens=added_tokens(load_config(config.init_from, model_config), model_config),
+    )
+    say(f"weights from {config.init_from}: {len(loaded.leaves)} leaves")
+    shardings = flatten(program.param_shardings)
+
+    def draw_missing(key: jax.Array) -> dict[str, jax.Array]:
+        leaves = flatten(program.model.init(key))
+        return {name: leaves[name] for name in loaded.missing}
+
+    draw = jax.jit(draw_missing, out_shardings={name: shardings[name] for name in loaded.missing})
+    drawn = draw(jax.random.key(config.seed)) if loaded.missing else {}
+    for name in drawn:
+        say(f"  new: {name} {drawn[name].shape}")
+    return unflatten({name: (loaded.leaves | drawn)[name] for name in shardings})
