@@ -183,7 +183,6 @@ def test_overfits_one_batch():
             params[path] = params[path] - 2e-3 * mean[path] / (1 - 0.9**step) / size
             params[path] = params[path].astype(np.float32)
     means = {name: float(term.mean()) for name, term in terms.items()}
-    print(means)
     assert means["cg_detr/l1"] < 0.03 and means["cg_detr/giou"] < 0.2, means
     assert means["cg_detr/label"] < 0.05, means
     assert means["cg_detr/margin"] < 0.1 and means["cg_detr/negative"] < 0.5, means
