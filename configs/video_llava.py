@@ -1,7 +1,8 @@
 """Video-LLaVA-7B (2311.10122): both stages, on images and videos.
 
-    python -m tpo_jax.train --config=configs/video_llava.py:stage=1 --workdir=runs/vl1
-    python -m tpo_jax.train --config=configs/video_llava.py:stage=2,init=runs/vl1/model --workdir=...
+    C=configs/video_llava.py
+    python -m tpo_jax.train --config=$C:stage=1,init=video_llava --workdir=runs/vl1
+    python -m tpo_jax.train --config=$C:stage=2,init=runs/vl1/model --workdir=runs/vl2
 
   1  the connector alone, at 1e-3, global batch 256
   2  connector and language model, at 2e-5, global batch 128
@@ -12,8 +13,8 @@ videos take turns by the share of the published data (558K : 702K and 665K : 100
 
 from ml_collections import ConfigDict
 
-from configs.families import family_config, image_bucket
 from tpo_jax.training.config import ConfigError, parse_arg
+from tpo_jax.training.families import family_config, image_bucket
 
 # Samples of images and videos, learning rate, global batch, what is trained.
 STAGES = {

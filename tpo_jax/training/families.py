@@ -1,4 +1,4 @@
-"""What the configs of published families share."""
+"""What the configs of published families (configs/llava_video.py and others) share."""
 
 import importlib.resources
 from typing import Any
