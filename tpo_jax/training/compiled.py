@@ -12,6 +12,7 @@ from tpo_jax.data.pipeline import blank_batch
 from tpo_jax.data.rows import RowBuilder
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.training.program import Program
+from tpo_jax.training.step import parts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +69,17 @@ def compile_buckets(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), blank_batch(builder)
         )
         leaves = flatten(batch)
-        rows = leaves["branch_tokens"].shape[0]
-        per_row = leaves["prefix_tokens"].shape[1] + np.prod(leaves["branch_tokens"].shape[1:])
+        rows, tokens = 0, 0
+        for part in parts_of(batch):
+            prefixes, branches = part["prefix_tokens"].shape, part["branch_tokens"].shape
+            rows += branches[0]
+            tokens += int(np.prod(prefixes) + np.prod(branches))
         params = program.abstract_state.params
         lowered = program.eval_step.lower(params, batch) if evaluate else None
         compiled[name] = CompiledBucket(
             name=name,
             shapes={path: (x.shape, x.dtype) for path, x in leaves.items()},
-            tokens=int(rows * per_row),
+            tokens=tokens,
             train_program=program.lower_train_step(batch).compile(),
             eval_program=lowered.compile() if lowered is not None else None,
         )

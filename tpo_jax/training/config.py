@@ -98,6 +98,7 @@ def bucket_config(
     windows: int = 0,
     mask_size: int = 0,
     weight: float = 1.0,
+    beside: str = "",
 ) -> dict[str, Any]:
     """One entry of buckets: fields as in data.pipeline.Bucket, sizes per row except batch_size."""
     return {
@@ -112,6 +113,7 @@ def bucket_config(
         "windows": windows,
         "mask_size": mask_size,
         "weight": weight,
+        "beside": beside,
     }
 
 
