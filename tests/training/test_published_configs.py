@@ -69,7 +69,7 @@ def test_a_tiny_model_trains_on_eight_devices(name, arg):
     config.optimizer.warmup = 0.0
     config.trainable = [[group, 1e-2] for group, _ in config.trainable]
     model_config, _ = make_model_config(config)
-    mesh = make_mesh({"fsdp": 2}, jax.devices())
+    mesh = make_mesh({"data": -1, "fsdp": 2}, jax.devices())
     program = make_program(config, model_config, mesh)
     before = small_params(program.abstract_state.params)
     batch = batch_of(config, model_config)
