@@ -49,7 +49,12 @@ def batch_of(config, model_config):
     batch = random_batch(bucket(8, frames=video.frames, **fields), model_config)
     if video.beside:
         batch["beside"] = images_of(random_batch(bucket(8, **fields), model_config), model_config)
-    return batch
+    known = model_config.language.num_tokens
+
+    def in_use(path, leaf):
+        return leaf % known if path.endswith("_tokens") else leaf
+
+    return map_with_path(in_use, batch)
 
 
 def images_of(batch, model_config):
