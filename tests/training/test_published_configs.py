@@ -66,8 +66,10 @@ def images_of(batch, model_config):
 
 
 @pytest.mark.parametrize("name, arg", [
-    ("llava_onevision", "tiny"), ("llava_video", "tiny"), ("longva", "tiny"),
-    ("video_llava", "tiny,stage=1"), ("video_llava", "tiny,stage=2"), ("videochat2", "tiny"),
+    ("llava_onevision", "tiny"), ("video_llava", "tiny,stage=2"), ("videochat2", "tiny"),
+    pytest.param("llava_video", "tiny", marks=pytest.mark.long),
+    pytest.param("longva", "tiny", marks=pytest.mark.long),
+    pytest.param("video_llava", "tiny,stage=1", marks=pytest.mark.long),
 ])  # fmt: skip
 def test_a_tiny_model_trains_on_eight_devices(name, arg):
     config = config_of(name, arg)
