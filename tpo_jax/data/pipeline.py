@@ -125,13 +125,14 @@ class Pipeline:
         self.process_index, self.process_count = process_index, process_count
         self.evidence = evidence
         self.skipped: frozenset[str] = frozenset()
-        self._all = {
+        self.row_builders = {
             bucket.name: row_builder(codec, model_config, bucket, reference, contrast)
             for bucket in buckets}
-        for builder in self._all.values():
-            builder.beside = self._all.get(builder.bucket.beside)
+        for builder in self.row_builders.values():
+            builder.beside = self.row_builders.get(builder.bucket.beside)
         # Those that are compiled: a bucket beside another is part of the other's batch.
-        self.builders = {bucket.name: self._all[bucket.name] for bucket in self.schedule.buckets}
+        self.builders = {
+            bucket.name: self.row_builders[bucket.name] for bucket in self.schedule.buckets}
         old = SourceTable.from_json(table) if table else None
         described = [source.described for source in sources]
         numbered = dict(zip(number_sources(described, old.sources if old else ()), sources,
@@ -153,7 +154,7 @@ class Pipeline:
           ValueError: two of them have branches of one length, so that neither goes first.
         """
         group = sorted(
-            (builder for builder in self._all.values()
+            (builder for builder in self.row_builders.values()
              if (builder.bucket.media, builder.bucket.kind) == (media, kind)),
             key=lambda builder: builder.bucket.branch_tokens)
         for one, other in itertools.pairwise(builder.bucket for builder in group):
@@ -175,7 +176,7 @@ class Pipeline:
 
     def _parts(self, bucket: Bucket) -> list[Bucket]:
         """The bucket, and the one beside it."""
-        return [bucket, self._all[bucket.beside].bucket] if bucket.beside else [bucket]
+        return [bucket, self.row_builders[bucket.beside].bucket] if bucket.beside else [bucket]
 
     def plans(self, step: int) -> tuple[str, range, list[Any]]:
         """Bucket name, numbers and plans of this host's rows of a step."""
@@ -196,7 +197,7 @@ class Pipeline:
         bucket, occurrence = self.schedule(step)
         batch = self._rows(self.builders[bucket.name], occurrence)
         if bucket.beside:
-            batch["beside"] = self._rows(self._all[bucket.beside], occurrence)
+            batch["beside"] = self._rows(self.row_builders[bucket.beside], occurrence)
         return bucket.name, batch
 
     def _rows(self, builder: RowBuilder, occurrence: int) -> Batch:

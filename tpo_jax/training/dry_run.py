@@ -231,7 +231,7 @@ class DryRun:
     def _check_row(self, pipeline: Pipeline, bucket: Bucket) -> None:
         """The first row has the shapes that the program is compiled for."""
         plan = pipeline.mixtures[bucket.name](0)
-        row = flatten(pipeline.builders[bucket.name].build(plan, row_id(bucket.name, 0)))
+        row = flatten(pipeline.row_builders[bucket.name].build(plan, row_id(bucket.name, 0)))
         spec = flatten(
             batch_spec(
                 bucket,
