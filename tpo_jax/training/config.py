@@ -136,6 +136,7 @@ def bucket_config(
     windows: int = 0,
     mask_size: int = 0,
     weight: float = 1.0,
+    beside: str = "",
 ) -> dict[str, Any]:
     """One entry of buckets: fields as in data.pipeline.Bucket, sizes per row except batch_size."""
     return {
@@ -150,6 +151,7 @@ def bucket_config(
         "windows": windows,
         "mask_size": mask_size,
         "weight": weight,
+        "beside": beside,
     }
 
 
