@@ -36,6 +36,7 @@ LAUNCHERS = {
     "slurm": Slurm,
 }
 
+
 def make_launcher(name: str, options: str) -> Any:
     """The launcher with the options of --launch.
 
