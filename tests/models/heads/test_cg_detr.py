@@ -196,8 +196,10 @@ def test_overfits_one_batch():
 
 
 def test_what_the_losses_need_must_be_given():
+    params = _start()
+
     def run(**changes):
-        jax.eval_shape(lambda: _run(_start(), _inputs(**changes)))
+        jax.eval_shape(lambda: _run(params, _inputs(**changes)))
 
     with pytest.raises(ValueError, match="HeadInputs.prompt is missing"):
         run(prompt=None)
