@@ -230,6 +230,7 @@ def test_decode_suppresses_and_keeps_several_windows_in_seconds():
     assert len(nms_1d(spans[:2, ::-1] * 0, np.ones(2), iou=0.7)) == 2  # empty spans share nothing
 
 
+@pytest.mark.long
 def test_weights_count_labels_only():
     """Otherwise a run with micro-batches would need the whole forward pass for its weights."""
 
