@@ -196,8 +196,10 @@ def test_overfits_one_batch():
 
 
 def test_what_the_losses_need_must_be_given():
+    params = _start()
+
     def run(**changes):
-        jax.eval_shape(lambda: _run(_start(), _inputs(**changes)))
+        jax.eval_shape(lambda: _run(params, _inputs(**changes)))
 
     with pytest.raises(ValueError, match="HeadInputs.prompt is missing"):
         run(prompt=None)
@@ -228,6 +230,7 @@ def test_decode_suppresses_and_keeps_several_windows_in_seconds():
     assert len(nms_1d(spans[:2, ::-1] * 0, np.ones(2), iou=0.7)) == 2  # empty spans share nothing
 
 
+@pytest.mark.long
 def test_weights_count_labels_only():
     """Otherwise a run with micro-batches would need the whole forward pass for its weights."""
 
