@@ -93,7 +93,7 @@ def _parse(field: str, inner: str, size) -> list[list[float]]:
     """Normalised [x1, y1, x2, y2] of each box of "[[...], ...]"."""
     try:
         boxes = json.loads(inner)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise Invalid(field, inner, f"not a list of boxes: {error}", "correct it") from error
     checked = []
     for box in validation.check_list(field, boxes):

@@ -40,22 +40,23 @@ def _numbered(field: str, items: Any) -> Iterator[Record]:
 
 def _clips(context: Context, label: str, video: Any) -> Iterator[Record]:
     context.keys(video, ("video_uid", "clips"), ("split",))
-    for place, clip in _numbered("clips", video["clips"]):
-        yield from expand(
-            [(f"{label}.{place}", clip)], lambda *item: _queries(context, video, *item)
-        )
+    yield from expand(
+        _numbered(f"{label}.clips", video["clips"]),
+        lambda *item: _annotations(context, video["video_uid"], *item),
+    )
 
 
-def _queries(context: Context, video: Any, label: str, clip: Any) -> Iterator[Record]:
+def _annotations(context: Context, video: Any, label: str, clip: Any) -> Iterator[Record]:
     required = ("clip_uid", "video_start_sec", "video_end_sec", "annotations")
     context.keys(clip, required, CLIP_KEYS)
-    for place, annotation in _numbered("annotations", clip["annotations"]):
-        context.keys(annotation, ("annotation_uid", "language_queries"), (), place)
-        for i, query in enumerate(
-            validation.check_list("language_queries", annotation["language_queries"])
-        ):
-            key = f"{clip['clip_uid']}/{annotation['annotation_uid']}_{i}"
-            yield key, (video["video_uid"], clip, query)
+
+    def queries(label: str, annotation: Any) -> Iterator[Record]:
+        context.keys(annotation, ("annotation_uid", "language_queries"))
+        found = validation.check_list("language_queries", annotation["language_queries"])
+        for i, query in enumerate(found):
+            yield f"{clip['clip_uid']}/{annotation['annotation_uid']}_{i}", (video, clip, query)
+
+    yield from expand(_numbered(f"{label}.annotations", clip["annotations"]), queries)
 
 
 def parse(record: Any, label: str, context: Context) -> list[Example]:

@@ -27,12 +27,14 @@ def records(context: Context) -> Iterator[Record]:
     """One record per sentence, with its box joined in."""
     data = load_json(context.file, dict)
     context.keys(data, ("images", "annotations"), ("info", "licenses", "categories"))
-    boxes = {}
+    boxes: dict[int | str, list[Any]] = {}
     for i, box in enumerate(validation.check_list("annotations", data["annotations"])):
         key = box.get("image_id") if isinstance(box, Mapping) else None
-        if not isinstance(key, int | str):
-            raise Invalid(f"annotations[{i}]", box, "expected {'image_id', 'bbox'}", "correct it")
-        boxes.setdefault(key, []).append(box)
+        if isinstance(key, int | str):
+            boxes.setdefault(key, []).append(box)
+        else:
+            expected = "expected an object with 'image_id' and 'bbox'"
+            yield f"annotations[{i}]", Invalid("image_id", box, expected, "correct it")
     for i, image in enumerate(validation.check_list("images", data["images"])):
         yield f"images[{i}]", (image, boxes)
 

@@ -7,7 +7,8 @@ gives the sizes of the images; without it they are read from the files <image>.j
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from tpo_jax.data import validation
@@ -23,7 +24,8 @@ BOX = ("x", "y", "width", "height")
 def records(context: Context) -> Iterator[Record]:
     """One record per region; the file is the folder, or region_descriptions.json in it."""
     path = context.file / REGIONS if context.file.is_dir() else context.file
-    sizes = _sizes(context, path)
+    sizes: dict[str, tuple[float, float]] = {}
+    yield from _sizes(context, path.with_name(IMAGES), sizes)
 
     def regions(label: str, image: Any) -> Iterator[Record]:
         context.keys(image, ("id", "regions"))
@@ -31,22 +33,25 @@ def records(context: Context) -> Iterator[Record]:
             yield f"image {image['id']} region {i}", (image["id"], region, sizes)
 
     images = load_json(path, list)
-    return expand(((f"record {i}", image) for i, image in enumerate(images)), regions)
+    yield from expand(((f"record {i}", image) for i, image in enumerate(images)), regions)
 
 
-def _sizes(context: Context, path) -> Mapping[Any, tuple[float, float]]:
-    """(width, height) in pixels by image."""
-    path = path.with_name(IMAGES)
-    sizes = {}
-    for i, image in enumerate(load_json(path, list) if path.is_file() else []):
-        field = f"{IMAGES}[{i}]"
+def _sizes(
+    context: Context, path: pathlib.Path, sizes: dict[str, tuple[float, float]]
+) -> Iterator[Record]:
+    """Fills `sizes`, (width, height) in pixels by image; yields what it refuses."""
+
+    def add(field: str, image: Any) -> Iterator[Record]:
         context.keys(image, ("image_id", "width", "height"), ("url", "coco_id", "flickr_id"), field)
         width, height = (
             validation.check_number(f"{field}.{key}", image[key], 1, 1e6, "pixels")
             for key in ("width", "height")
         )
         sizes[str(image["image_id"])] = width, height
-    return sizes
+        yield from ()
+
+    images = load_json(path, list) if path.is_file() else []
+    yield from expand(((f"{IMAGES}[{i}]", image) for i, image in enumerate(images)), add)
 
 
 def parse(record: Any, label: str, context: Context) -> list[Example]:
