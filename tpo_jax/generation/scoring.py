@@ -55,7 +55,8 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     if not 0 <= flags.shard < flags.shards:
         raise ValueError(f"--shard={flags.shard}: expected 0..{flags.shards - 1} (--shards)")
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
+        count, index = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
+        jax.distributed.initialize(num_processes=count, process_id=index)
     config, params, codec = load_model(flags.model)
     plans = build_pair_rows(PairedDataset(flags.data, flags.pairs))
     if not plans:

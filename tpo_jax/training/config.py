@@ -453,6 +453,11 @@ def _check_preference(config: ConfigDict) -> list[str]:
         fix = 'leave it empty, or set preference.reference="sidecar"'
         reason = "not read with preference.reference='adapters_off'"
         problems.append(_problem("data.references", config.data.references, reason, fix))
+    if preference.needs_contrast and config.data.evidence != "full":
+        reason = "hides the pair's frames, not the manipulated ones that 'conditional' shows"
+        problems.append(
+            _problem("data.evidence", config.data.evidence, reason, "use 'full' or another loss")
+        )
     if preference.coupled and config.accumulation > 1:
         reason = f"would change {', '.join(preference.coupled)}, which compares a whole batch"
         fix = "set it to 1 (a smaller batch_size, or more devices)"
