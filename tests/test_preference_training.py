@@ -121,6 +121,7 @@ def weights(folder):
     return flatten(load_model(folder)[1])
 
 
+@pytest.mark.long
 def test_longva_realign_trains_adapters_against_manipulated_frames(runs, tmp_path, capsys):
     config = get_config("longva_tpo.py", "recipe=realign", runs)
     first, *_, last = train(config, tmp_path)
