@@ -171,7 +171,7 @@ def test_counts_add_up_and_cheap_filters_come_before_the_judge(whole):
         assert pair.targets["chosen_logp_manipulated"] == -2.5
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(kills=st.lists(st.integers(1, 150), min_size=1, max_size=3), cut=st.integers(0, 300))
 def test_killed_anywhere_it_goes_on_bit_identically_and_redoes_nothing(whole, kills, cut):
     """Killed after so many records, the last line cut by so many bytes at the last kill."""
@@ -288,7 +288,7 @@ def test_folders_that_cannot_serve_are_refused(tmp_path):
 
 @pytest.mark.parametrize("reply, expected", [
     ("Question: Who runs?\nAnswer: The dog.", ("Who runs?", "The dog.")),
-    ("**Question:** Who\nruns?\n\n**Answer:** The dog.\n", ("** Who runs? **", "** The dog.")),
+    ("**Question:** Who\nruns?\n\n**Answer:** The dog.\n", ("Who runs?", "The dog.")),
     ("None", "topic does not suit"), ("none.", "topic does not suit"),
     ("Who runs?", "unreadable reply"), ("Question: Who?", "unreadable reply"),
     ("Question: Where is <box>?\nAnswer: Here.", "holds '<'"),

@@ -40,7 +40,7 @@ Go by the notes. Reply with three lines:
 better=1, 2 or same
 correct=1, 2, both or none
 unclear=yes if the question contradicts the notes or has several right answers, else no"""
-_QUESTION = re.compile(r"^\W*question\W*:\s*(.+?)\s*^\W*answer\W*:\s*(.+)", re.I | re.M | re.S)
+_QUESTION = re.compile(r"^\W*question\W*:\s*(.+?)^\W*answer\W*:\s*(.+)", re.I | re.M | re.S)
 _VERDICT = {"better": ("1", "2", "same"), "correct": ("1", "2", "both", "none"),
             "unclear": ("yes", "no")}
 
@@ -57,7 +57,7 @@ def read_question(reply: str) -> tuple[str, str] | str:
     found = _QUESTION.search(reply)
     if not found:
         return "unreadable reply"
-    question, answer = (" ".join(text.split()) for text in found.groups())
+    question, answer = (" ".join(text.strip("*_ \n").split()) for text in found.groups())
     if "<" in question + answer:  # would be read as a call of a head
         return "holds '<'"
     return question, answer
