@@ -187,7 +187,8 @@ def test_each_filter_names_its_reason(changes, reason):
 
 
 @pytest.mark.parametrize("text", [
-    "I see a red circle", "a sorry sight", "there is no circle", "no", "the circle is not moving"])
+    "I see a red circle", "someone is sorry", "there is no circle", "no",
+    "the circle is not moving"])
 def test_answers_are_no_refusals(text):
     assert not pairs.is_refusal(text)
 
