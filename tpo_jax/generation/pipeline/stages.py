@@ -194,7 +194,7 @@ class Pipeline:
 
     def _filter(self, questions: Sequence[Record], preferred: Sequence[Record],
                 dispreferred: Sequence[Record]) -> dict[str, Candidate]:
-        """The first sample of every question that all filters keep, by question."""
+        """The first sample of every question that all filters keep, in the order of questions."""
         kept: dict[str, Candidate] = {}
         for sample in range(self.settings.samples):
             jobs, candidates = [], {}
@@ -213,7 +213,7 @@ class Pipeline:
             for job, record in zip(jobs, records, strict=True):
                 if record["reason"] is None:
                     kept[job["question_id"]] = candidates[job["id"]]
-        return kept
+        return {q["id"]: kept[q["id"]] for q in questions if q["id"] in kept}
 
     def _sift(self, jobs: Sequence[Record], candidates: Mapping[str, Candidate],
               done: Done) -> Outputs:
