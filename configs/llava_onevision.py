@@ -10,8 +10,8 @@ that `prepare` wrote; `tiny` is a few steps of a tiny model of the same parts.
 
 from ml_collections import ConfigDict
 
-from configs.families import family_config
 from tpo_jax.training.config import parse_arg
+from tpo_jax.training.families import family_config
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -5,12 +5,13 @@
     python -m tpo_jax.plan --config=configs/llava_video.py:frames=32 --topology=v5e:16x16
 
 Learning rate 1e-5, 2e-6 for the tower, cosine with 3 % warm-up, one epoch of 2.7 M samples. The
+published global batch is 256 (128 devices, 1 each, accumulated twice).
 """
 
 from ml_collections import ConfigDict
 
-from configs.families import family_config
 from tpo_jax.training.config import parse_arg
+from tpo_jax.training.families import family_config
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

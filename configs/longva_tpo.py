@@ -79,7 +79,7 @@ def make_config(arg: ConfigDict, *, beta: float, sft: float, rate: float) -> Con
         )
     }  # fmt: skip
     config.mesh = {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
-    config.checkpoint = {"every": 50, "keep": 1}
+    config.checkpoint.update(every=50, keep=1)
     config.log_every = 1 if arg.tiny else 5
     config.eval_every = 0
     return config

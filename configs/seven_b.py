@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     ]
     config.mesh = {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
     config.steps = 4 if arg.tiny else 5000
-    config.checkpoint = {"every": 250, "keep": 2}
+    config.checkpoint.update({"every": 250, "keep": 2})
     return config
 
 

@@ -9,8 +9,8 @@ Tower, Q-Former and LoRA (rank 16, also on the output table) are trained at 2e-5
 
 from ml_collections import ConfigDict
 
-from configs.families import family_config
 from tpo_jax.training.config import parse_arg
+from tpo_jax.training.families import family_config
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

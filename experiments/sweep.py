@@ -12,12 +12,12 @@ makes just these. --dry_run prints what would be started, and starts and writes 
 Exits with 1 if a run failed, with 75 if it was told to stop. See docs/sweeps.md.
 """
 
+import argparse
 import pathlib
 import shlex
 import sys
 from typing import Any
 
-from absl import app, flags
 from etils import epath
 
 from experiments.launchers.local import Job, Local, Pool
@@ -35,15 +35,6 @@ LAUNCHERS = {
     "xpk": Xpk,
     "slurm": Slurm,
 }
-
-_CONFIG = flags.DEFINE_string("config", "", "Config file with sweep(add), FILE.py[:ARG].")
-_OUT = flags.DEFINE_string("out", None, "Folder of the sweep, one workdir a run; may be gs://.")
-_LAUNCHER = flags.DEFINE_enum("launcher", "local", list(LAUNCHERS), "Where runs are started.")
-_LAUNCH = flags.DEFINE_string("launch", "", "Options of the launcher, key=value,...")
-_PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time.", lower_bound=1)
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only print what would be started.")
-_METRIC = flags.DEFINE_string("metric", "", "What runs are compared by, such as validation/loss.")
-_REPORT = flags.DEFINE_bool("report", False, "Only write the table of what is there.")
 
 
 def make_launcher(name: str, options: str) -> Any:
@@ -108,30 +99,38 @@ def launch(launcher: Any, runs: list[Run], out: epath.Path, parallel: int) -> in
     return EXIT_STATUS if stopped else 0
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
-    if not _CONFIG.value and not _REPORT.value:
-        raise app.UsageError("--config=FILE.py[:ARG] is needed, unless --report")
-    out = epath.Path(_OUT.value)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--config", default="", help="config file with sweep(add), FILE.py[:ARG]")
+    parser.add_argument("--out", required=True, help="folder of the sweep, local or gs://")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="where runs start")
+    parser.add_argument("--launch", default="", help="options of the launcher, key=value,...")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be started")
+    parser.add_argument("--report", action="store_true", help="only make the table")
+    parser.add_argument("--metric", default="", help="what runs are compared by")
+    flags = parser.parse_args()
+    if not flags.config and not flags.report:
+        parser.error("--config=FILE.py[:ARG] is needed, unless --report")
+    if flags.parallel < 1:
+        parser.error(f"--parallel={flags.parallel}: give at least 1")
+    out, status = epath.Path(flags.out), 0
     try:
-        launcher = make_launcher(_LAUNCHER.value, _LAUNCH.value)
-        runs = expand(_CONFIG.value, out) if _CONFIG.value else found_in(out)
+        launcher = make_launcher(flags.launcher, flags.launch)
+        runs = expand(flags.config, out) if flags.config else found_in(out)
         todo = to_do(runs)
-        if _DRY_RUN.value:
+        if flags.dry_run:
             for run in todo:
                 print(f"\n# {run.name}\n{describe(launcher, run)}", end="")
             return
-        status = 0
-        if not _REPORT.value:
-            status = launch(launcher, todo, out, _PARALLEL.value)
+        if not flags.report:
+            status = launch(launcher, todo, out, flags.parallel)
+        print(report.write(out, runs, flags.metric))
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    print(report.write(out, runs, _METRIC.value))
     sys.exit(status)
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("out")
-    app.run(main)
+    main()

@@ -16,6 +16,10 @@ class MemoryBucket(MemoryFileSystem):
         del finalize_on_close  # of gcsfs
         super().__init__(**options)
 
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("gs://").removeprefix("gcs://"))
+
     def glob(self, path, **options):
         return [name.removeprefix("/") for name in super().glob(path, **options)]
 

@@ -24,7 +24,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from tpo_jax.data.batch_spec import batch_spec
-from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.buckets import Bucket, scheduled
 from tpo_jax.data.pipeline import read_buckets
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.parallel.mesh import make_mesh
@@ -80,11 +80,18 @@ class ProgramPlan:
 
 
 def plan_bucket(
-    program: Program, model_config: ModelConfig, bucket: Bucket, contrast: bool = False
+    program: Program,
+    model_config: ModelConfig,
+    bucket: Bucket,
+    contrast: bool = False,
+    beside: Bucket | None = None,
 ) -> ProgramPlan:
-    """Compiles the gradient of one bucket for the devices of the program's mesh."""
+    """Compiles the gradient of one bucket, and of the one in the same step, for the mesh."""
     batch = batch_spec(bucket, model_config, contrast=contrast)
-    flops = forward_flops(model_config, batch)
+    flops = collections.Counter(forward_flops(model_config, batch))
+    if beside:
+        batch["beside"] = batch_spec(beside, model_config, contrast=contrast)
+        flops.update(forward_flops(model_config, batch["beside"]))
     return _plan_program(program.lower_gradient(batch), bucket, flops)
 
 
@@ -169,8 +176,11 @@ def plan(config: ConfigDict, topology: str) -> list[ProgramPlan]:
     print(f"{topology}, mesh {dict(mesh.shape)}\n{program.optimizer.report}", flush=True)
     plans = [plan_update(program)]
     print(report(plans[-1], topology), flush=True)
-    for bucket in read_buckets(training_config.to_dict(config)["buckets"]):
-        plans.append(plan_bucket(program, model_config, bucket, needs_contrast(config)))
+    buckets = read_buckets(training_config.to_dict(config)["buckets"])
+    named = {bucket.name: bucket for bucket in buckets}
+    for bucket in scheduled(buckets):
+        beside = named.get(bucket.beside)
+        plans.append(plan_bucket(program, model_config, bucket, needs_contrast(config), beside))
         print(report(plans[-1], topology), flush=True)
     return plans
 

@@ -24,6 +24,7 @@ JAX_NUM_PROCESSES, JAX_PROCESS_ID).
 import concurrent.futures
 import functools
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -393,14 +394,14 @@ def write_json(path: epath.Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def dry_run(config: ConfigDict, mode: str, topology: str) -> int:
+def dry_run(config: ConfigDict, workdir: str, mode: str, topology: str) -> int:
     """Checks a run that is not started; returns the exit status, 1 if something is wrong."""
     if mode == "compile" and not topology:
         raise app.UsageError("--dry_run=compile needs --topology, such as v5e:4x4")
     if topology:
         jax.config.update("jax_platforms", "cpu")  # a TPU that is here stays free
     say = functools.partial(print, flush=True)
-    good = DryRun(config, _WORKDIR.value or "", topology, make_model_config, say).run()
+    good = DryRun(config, workdir, topology, say).run()
     if not good or mode != "compile":
         return 0 if good else 1
     # A process of its own: the compiler's memory is free again, and its flags are its own.
@@ -415,8 +416,10 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
     if _DRY_RUN.value:
-        sys.exit(dry_run(_CONFIG.value, _DRY_RUN.value, TOPOLOGY.value))
+        where = _WORKDIR.value or ""
+        sys.exit(dry_run(_CONFIG.value, where, _DRY_RUN.value, TOPOLOGY.value))
     ledger = Ledger()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the loop listens
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells forty lines a checkpoint
     with Preemption() as preemption:  # a signal from here on ends the command with status 75

@@ -1,6 +1,6 @@
 """How long a save blocks the loop, how long it takes beside it, how long a restore takes.
 
-    python -m experiments.benchmarks.checkpoint --out /tmp/checkpoint --megabytes 1024
+    python -m experiments.benchmarks.checkpoint --out runs/checkpoint --megabytes 1024
 
 Random float32 arrays of 64 MiB; they do not compress, as trained weights hardly do.
 """

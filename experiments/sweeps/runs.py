@@ -218,11 +218,16 @@ def _collect(module: Any, arg: str, file: str) -> list[dict[str, Any]]:
 
 
 def _existing(out: epath.Path) -> dict[str, Any]:
-    """{name: config} of the workdirs in `out`."""
+    """{name: config} of the workdirs in `out`; options that are younger have their defaults."""
     if not out.exists():
         return {}
     found = sorted(path for path in out.iterdir() if (path / "config.json").exists())
-    return {path.name: json.loads((path / "config.json").read_text()) for path in found}
+    return {
+        path.name: training_config.to_dict(
+            training_config.from_dict(json.loads((path / "config.json").read_text()))
+        )
+        for path in found
+    }
 
 
 def _name_of(varied: Mapping[str, Any], config: Any, taken: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from experiments.sweeps.runs import Progress, Run, progress
 from tpo_jax.evaluation import results
 from tpo_jax.evaluation.bootstrap import ItemScores
+from tpo_jax.training.config import ConfigError
 from tpo_jax.training.writers import read_scalars
 
 EVALUATION = "eval.json"  # in a workdir, where `python -m tpo_jax.evaluate --out` put it
@@ -87,11 +88,11 @@ def main_metric(outcomes: Sequence[Outcome], asked: str = "") -> str | None:
     """What runs are compared by: the metric asked for, else the first loss there is.
 
     Raises:
-      ValueError: no run has the metric asked for.
+      ConfigError: no run has the metric asked for.
     """
     names = metrics_of(outcomes)
     if asked and asked not in names:
-        raise ValueError(f"--metric={asked}: no run has it; there are {', '.join(names)}")
+        raise ConfigError(f"--metric={asked}: no run has it; there are {', '.join(names)}")
     return asked or next((name for name in names if name.endswith("/loss")), None)
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpo_jax.data.buckets import PERIOD, Bucket, BucketSchedule
+from tpo_jax.data.buckets import PERIOD, Bucket, BucketSchedule, scheduled
 
 
 def bucket(name="b", **changes) -> Bucket:
@@ -61,3 +61,20 @@ def test_from_config():
 def test_no_buckets():
     with pytest.raises(ValueError, match="buckets: none"):
         BucketSchedule([])
+
+
+def test_a_bucket_beside_another_has_no_steps_of_its_own():
+    buckets = [bucket("video", beside="image"), bucket("image", media="image", frames=1)]
+    assert [b.name for b in scheduled(buckets)] == ["video"]
+    assert [b.name for b in scheduled([bucket("a"), bucket("b")])] == ["a", "b"]
+
+
+@pytest.mark.parametrize("buckets", [
+    [bucket("video", beside="image")],
+    [bucket("video", beside="video")],
+    [bucket("a", beside="b"), bucket("b", beside="c"), bucket("c")],
+    [bucket("video", beside="pairs"), bucket("pairs", question=4)],
+])  # fmt: skip
+def test_what_cannot_stand_beside_is_refused(buckets):
+    with pytest.raises(ValueError, match="beside: .* expected another bucket of kind"):
+        scheduled(buckets)

@@ -64,6 +64,23 @@ def test_global_batch_does_not_depend_on_the_number_of_hosts(codec, model, hosts
         assert_same(jax.tree.map(lambda *x: np.concatenate(x), *[part[1] for part in parts]), whole)
 
 
+def test_a_bucket_beside_another_is_part_of_its_batch(codec, model):
+    joint = dataclasses.replace(VIDEO, beside="image")
+    pipeline = make(codec, model, buckets=(joint, IMAGE, PAIR))
+    assert set(pipeline.builders) == {"video", "pair"}
+    steps = (step for step in range(64) if pipeline.batch(step)[0] == "video")
+    _, first = pipeline.batch(next(steps))
+    _, second = pipeline.batch(next(steps))
+    assert first["beside"]["frames"].shape[1] == 1 and first["frames"].shape[1] == 8
+    assert first["beside"]["branch_segments"].any()
+    assert (first["beside"]["example_ids"] != second["beside"]["example_ids"]).all()
+    shapes = jax.tree.map(np.shape, blank_batch(pipeline.builders["video"]))
+    assert shapes == jax.tree.map(np.shape, first)
+    alone = make(codec, model, buckets=(VIDEO, IMAGE, PAIR))
+    step = next(step for step in range(64) if alone.batch(step)[0] == "image")
+    assert_same(first["beside"], alone.batch(step)[1])
+
+
 def test_batches_are_a_function_of_seed_and_step(codec, model):
     first, second = make(codec, model), make(codec, model)
     steps = [7, 0, 3, 7]  # any order, repeats

@@ -104,6 +104,11 @@ def test_sign_flips_are_counted_exactly(changes):
     assert significance.sign_flip(changes) == expected
 
 
+def test_many_seeds_are_sampled():
+    assert significance.sign_flip([1.0] * 20) == 2**-14
+    assert 0.5 < significance.sign_flip([1.0, -1.0] * 10) <= 1
+
+
 def test_holm_never_lowers_a_probability_and_keeps_the_order(sweep):
     found = significance.compare(sweep[2], "train/loss")
     assert all(c.corrected >= c.p for c in found)

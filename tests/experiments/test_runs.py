@@ -81,6 +81,14 @@ def test_a_run_keeps_its_folder_when_the_sweep_grows_or_its_logging_changes(tmp_
     assert found[0].varied == {"seed": 0, "optimizer.clip": 1.0}
 
 
+def test_a_run_keeps_its_folder_when_the_program_has_a_new_option(tmp_path):
+    (run, *_) = expand(SWEPT, tmp_path)
+    write_config(run)
+    old = {key: value for key, value in run.config.items() if key != "accumulation"}
+    run.config_path.write_text(json.dumps(old))
+    assert expand(SWEPT, tmp_path)[0].name == run.name
+
+
 def test_a_folder_of_the_same_name_with_another_config_is_left_alone(tmp_path):
     out = tmp_path / "out"
     for steps in (8, 12):

@@ -66,9 +66,11 @@ def test_a_folder_that_is_no_export_is_refused(tmp_path):
 
 
 def test_mapping_names_every_leaf_and_tensor_it_cannot_place():
-    rows = [Row("a", "A"), Row("stack", "layers.{layer}.w", transpose=True)]
-    leaves = {"a": np.arange(3.0), "stack": np.arange(12.0).reshape(2, 2, 3)}
+    rows = [Row("a", "A"), Row("n", "N"), Row("stack", "layers.{layer}.w", transpose=True)]
+    number = np.float32(2.0)
+    leaves = {"a": np.arange(3.0), "n": number, "stack": np.arange(12.0).reshape(2, 2, 3)}
     tensors = export_leaves(rows, leaves)
+    assert tensors["N"].shape == () and import_leaves(rows, tensors)["n"] == number
     assert tensors["layers.1.w"].shape == (3, 2)
     np.testing.assert_array_equal(import_leaves(rows, tensors)["stack"], leaves["stack"])
     with pytest.raises(MappingError, match="extra"):

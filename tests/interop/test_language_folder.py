@@ -276,3 +276,21 @@ def test_a_run_gets_its_language_model_from_the_folder_and_the_rest_from_its_pre
     ours = loaded.leaves["language/embed/table"]
     np.testing.assert_array_equal(ours[:first], table[:first])
     np.testing.assert_allclose(ours[first], table[:first].mean(axis=0), rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_with_a_published_tokenizer_is_exported_with_its_template(tmp_path):
+    """As after training that started from a language folder."""
+    write_folder(tmp_path / "source", "qwen2")
+    config = folder.load_config(tmp_path / "source", preset("micro"))
+    codec = folder.load_codec(tmp_path / "source")
+    params = jax.tree.map(
+        lambda x: np.zeros(x.shape, np.float32), FunctionalModel(config).abstract()
+    )
+    folder.save_model(tmp_path / "model", config, params, codec)
+    export_model(tmp_path / "model", tmp_path / "exported")
+    inner = tmp_path / "exported/language_model"
+    about = json.loads((inner / "config.json").read_text())
+    assert (about["eos_token_id"], about["pad_token_id"]) == (codec.eos_id, codec.pad_id)
+    assert huggingface.open_codec(inner).template == codec.template
+    import_model(tmp_path / "exported", tmp_path / "back")
+    assert folder.load_config(tmp_path / "back") == config

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from fake_batches import FAST_COMPILE
 
 from tests.interop.families.configs import LLAVA_ONEVISION, VIDEO_LLAVA
 from tests.parity.towers import difference, randomise
@@ -52,9 +53,11 @@ class Pair:
 
     def call(self, function, *inputs):
         """function(our model, *inputs) as one compiled program."""
-        return jax.jit(lambda params, *x: function(self.model.bind(params), *x))(
-            self.params, *inputs
-        )
+
+        def run(params, *inputs):
+            return function(self.model.bind(params), *inputs)
+
+        return jax.jit(run, compiler_options=FAST_COMPILE)(self.params, *inputs)
 
     def encode(self, frames):
         """uint8[B, F, S, S, 3] -> float[B, V, D]."""

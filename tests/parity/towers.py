@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fake_batches import FAST_COMPILE
 from flax import nnx
 
 from tpo_jax.interop.mapping import import_leaves
@@ -46,7 +47,7 @@ def run(module, *inputs, method=None, **options):
         bound = nnx.merge(structure, state)
         return (getattr(bound, method) if method else bound)(*inputs, **options)
 
-    return jax.jit(call)(state, *inputs)
+    return jax.jit(call, compiler_options=FAST_COMPILE)(state, *inputs)
 
 
 def difference(ours, theirs):

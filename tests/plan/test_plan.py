@@ -51,7 +51,7 @@ def test_plan_compiles_the_function_that_train_runs(tmp_path, lowered):
     (shapes,) = plan.read_buckets(config.buckets.to_dict())
     builders = {shapes.name: row_builder(codec, model_config, shapes)}
     with pytest.raises(Lowered):
-        train.compile_buckets(program, builders, evaluate=False, say=print)
+        train.compile_buckets(program, builders, False, print, train.Preemption())
     with pytest.raises(Lowered):
         plan.plan_bucket(program, model_config, shapes)
     (trained, train_shapes), (planned, plan_shapes) = lowered

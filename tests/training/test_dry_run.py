@@ -15,10 +15,11 @@ from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.generation import sidecar
 from tpo_jax.interop.folder import save_model
 from tpo_jax.models.video_language import FunctionalModel
-from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
+from tpo_jax.training.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from tpo_jax.training.config import ConfigError, to_dict
 from tpo_jax.training.config_flag import read_json
 from tpo_jax.training.dry_run import DryRun, DryRunError
+from tpo_jax.training.save_policy import Save, SavePolicy
 from tpo_jax.training.start import make_model_config
 
 
@@ -41,7 +42,7 @@ def zeros(abstract):
 
 def findings(config, workdir="", topology="v5e:2x4"):
     """{name: (good, text)}, and whether all is good."""
-    dry_run = DryRun(config, str(workdir), topology, make_model_config, lambda finding: None)
+    dry_run = DryRun(config, str(workdir), topology, lambda finding: None)
     good = dry_run.run()
     return {f.name: (f.good, f.text) for f in dry_run.findings}, good
 
@@ -54,20 +55,17 @@ def the_wrong_one(config, **options):
 
 
 def test_a_good_run_is_good_everywhere(config, tmp_path):
+    before = {id(array) for array in jax.live_arrays()}
     found, good = findings(config, tmp_path)
     assert good, found
+    allocated = sum(a.size for a in jax.live_arrays() if id(a) not in before)
+    assert allocated < 1000  # no weights
     assert list(found) == ["config", "model", "sharding", "batches", "init_from", "references",
                            "data.train", "data.validation", "workdir"]  # fmt: skip
     assert "'data': 8" in found["sharding"][1] and "of 16 GiB a chip" in found["sharding"][1]
     assert "long: 6 clips, short: 6 clips" in found["data.train"][1]
     assert "a new run" in found["workdir"][1]
     assert not list(tmp_path.iterdir())
-
-
-def test_no_weight_is_allocated(config, monkeypatch):
-    before = {id(array) for array in jax.live_arrays()}
-    findings(config)
-    assert sum(a.size for a in jax.live_arrays() if id(a) not in before) < 1000
 
 
 def test_a_wrong_option_comes_first_and_alone(config):
@@ -87,7 +85,7 @@ def test_a_large_model_must_divide_and_fit_into_its_chips(config):
     config.model.preset = "7b"
     for bucket in config.buckets.values():
         bucket.frames = 1
-    dry_run = DryRun(config, "", "v5e:1x8", make_model_config, lambda finding: None)
+    dry_run = DryRun(config, "", "v5e:1x8", lambda finding: None)
     assert not dry_run.run()
     wrong = {f.name: f.text for f in dry_run.findings if not f.good}
     assert list(wrong) == ["sharding"]
@@ -120,32 +118,36 @@ def test_weights_to_start_from_must_fit_by_name_and_shape(config, data, tmp_path
     save_model(tmp_path / "model", model_config, params, codec)
     config = tiny_run.get_config(f"data={data},heads=True,init_from={tmp_path / 'model'}")
     config.mesh.data = 4
-    name, text = the_wrong_one(config, topology="v5e:2x2")
-    assert name == "init_from" and "heads/region" in text and "init_missing" in text
+    dry_run = DryRun(config, "", "v5e:2x2", lambda finding: None)
+    assert not dry_run.run()
+    (wrong,) = (finding for finding in dry_run.findings if not finding.good)
+    assert wrong.name == "init_from"
+    assert "heads/region" in wrong.text and "init_missing" in wrong.text
     config.init_missing = ["task_tokens/", "box_encoder/", "heads/"]
-    found, good = findings(config, topology="v5e:2x2")
-    assert good and "; new: " in found["init_from"][1], found
+    assert "; new: " in dry_run._init_from()
 
 
 def test_a_checkpoint_of_another_run_is_refused_without_being_touched(config, tmp_path):
-    dry_run = DryRun(config, "", "", make_model_config, lambda finding: None)
+    dry_run = DryRun(config, "", "", lambda finding: None)
     config.mesh = {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}
     assert dry_run.run()
     state = zeros(dry_run.program.abstract_state)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
-    checkpoints.save(7, Checkpoint(state, {"next_step": 7}, {}, {}, to_dict(config)))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", SavePolicy(1, 1))
+    checkpoints.save(
+        7, Checkpoint(state, {"next_step": 7}, {}, {}, to_dict(config), {}), Save(("permanent",))
+    )
     checkpoints.close()
     leftover = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
     leftover.mkdir()  # of a run that is saving
-    found, good = findings(config, tmp_path)
-    assert good and "resumes at step 7 of 12" in found["workdir"][1]
+    dry_run.workdir = tmp_path
+    assert "resumes at step 7 of 12" in dry_run._resume()
     config.steps = 13
-    assert "steps: checkpoint has 12, this command has 13" in the_wrong_one(
-        config, workdir=tmp_path
-    )[1]
+    with pytest.raises(DryRunError, match="steps: checkpoint has 12, this command has 13"):
+        dry_run._resume()
     config.optimizer.name = "muon"  # whose state is another
-    name, text = the_wrong_one(config, workdir=tmp_path)
-    assert name == "workdir" and "in the checkpoint only" in text and "  opt_state/" in text
+    dry_run._sharding()
+    with pytest.raises(CheckpointError, match="(?s)  opt_state/.*in the checkpoint only"):
+        dry_run._resume()
     assert leftover.exists()
 
 
@@ -188,18 +190,19 @@ def test_sidecars_must_belong_to_the_weights_and_to_every_pair(data, tmp_path):
              to_dict(config)["buckets"], 0, reference=note)  # fmt: skip
     logps = {pair: np.full((2, 16), -1.0, np.float32) for pair in seen}
     sidecar.write(tmp_path / "reference.npz", sidecar.Sidecar(fingerprint, seen, logps))
-    found, good = findings(config)
-    assert good, found
+    dry_run = DryRun(config, "", "v5e:2x4", lambda finding: None)
+    assert dry_run.run(), dry_run.findings
     one = dict(list(seen.items())[:1])
     missing = sidecar.Sidecar(fingerprint, one, {pair: logps[pair] for pair in one})
     (tmp_path / "reference.npz").unlink()
     sidecar.write(tmp_path / "reference.npz", missing)
-    name, text = the_wrong_one(config)
-    assert name == "data.train" and "was never scored" in text
+    dry_run._references()
+    with pytest.raises(ValueError, match="was never scored"):
+        dry_run._data("train")
     params["language"]["embed"]["table"] = params["language"]["embed"]["table"] + 1
     save_model(tmp_path / "model", model_config, params, codec)
-    name, text = the_wrong_one(config)
-    assert name == "references" and "weights: sidecar" in text
+    with pytest.raises(sidecar.SidecarMismatch, match="weights: sidecar"):
+        dry_run._references()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +211,7 @@ def test_sidecars_must_belong_to_the_weights_and_to_every_pair(data, tmp_path):
 )
 def test_the_flag_stands_alone_or_says_compile(given, value):
     values = flags.FlagValues()
-    values["dry_run"] = copy.copy(flags.FLAGS["dry_run"])
+    values["dry_run"] = copy.deepcopy(flags.FLAGS["dry_run"])
     values(["train", *given])
     assert values.dry_run == value
     with pytest.raises(flags.IllegalFlagValueError, match="expected nothing, or compile"):
@@ -226,12 +229,12 @@ def test_compile_plans_the_very_config_and_only_a_good_one(config, monkeypatch):
     monkeypatch.setattr(train.subprocess, "run", plan)
     for good, status in ((False, 1), (True, 1)):
         monkeypatch.setattr(train.DryRun, "run", lambda self, good=good: good)
-        assert train.dry_run(config, "compile", "v5e:2x4") == status
+        assert train.dry_run(config, "", "compile", "v5e:2x4") == status
     ((found, topology),) = planned
     assert to_dict(found) == to_dict(config) and topology == "--topology=v5e:2x4"
-    assert train.dry_run(config, "check", "v5e:2x4") == 0 and len(planned) == 1
+    assert train.dry_run(config, "", "check", "v5e:2x4") == 0 and len(planned) == 1
     with pytest.raises(app.UsageError, match="needs --topology"):
-        train.dry_run(config, "compile", "")
+        train.dry_run(config, "", "compile", "")
 
 
 def test_the_config_of_a_workdir_is_read_locked_and_a_wrong_file_is_named(config, tmp_path):

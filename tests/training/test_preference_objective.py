@@ -1,6 +1,7 @@
 """The preference objective on the micro model: contrast frames, LoRA switched off, metrics."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -12,8 +13,8 @@ from tpo_jax.models.config import LoraConfig
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.objectives.preference import PreferenceConfig
 from tpo_jax.parallel.mesh import make_mesh
-from tpo_jax.parallel.paths import flatten
-from tpo_jax.training.objective import PreferenceObjective
+from tpo_jax.parallel.paths import map_with_path
+from tpo_jax.training.objective import PreferenceObjective, padding
 from tpo_jax.training.program import make_program
 
 B = 4
@@ -27,7 +28,18 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return jax.jit(model.init, compiler_options=FAST_COMPILE)(jax.random.key(1))
+    # Drawn by NumPy: compiling the initialisers takes longer than the test.
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        if path.endswith(("bias", "lora_b")):
+            return np.zeros(leaf.shape, np.float32)
+        scale = leaf.shape[-2] ** -0.5 if len(leaf.shape) > 1 else 1.0
+        ones = path.endswith("scale")
+        return np.ones(leaf.shape, np.float32) if ones else np.float32(
+            scale * rng.normal(size=leaf.shape))  # fmt: skip
+
+    return map_with_path(draw, model.abstract())
 
 
 @pytest.fixture(scope="module")
@@ -42,30 +54,26 @@ def batch():
     return batch
 
 
-def run(objective, model, params, batch):
-    """(terms and metrics as means, predictions)."""
+def compiled(objective, model):
+    """Function of (params, batch) -> (terms and metrics as means, predictions)."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
     def step(params, batch):
         predictions = objective.predict(model.bind(params), batch, None)
         sums = objective.terms(predictions, batch) | objective.metrics(predictions, batch)
         return sums, predictions
 
-    sums, predictions = step.lower(params, batch).compile(FAST_COMPILE)(params, batch)
-    return {name: float(x.mean()) for name, x in sums.items()}, predictions
+    def run(params, batch):
+        sums, predictions = step(params, batch)
+        return {name: float(x.mean()) for name, x in sums.items()}, predictions
+
+    return run
 
 
 def moved(params):
     """The same with adapters that do something."""
 
-    def fill(path, leaf):
-        return leaf + 0.5 if path.endswith("lora_b") else leaf
-
-    leaves = {path: fill(path, leaf) for path, leaf in flatten(params).items()}
-    return jax.tree.unflatten(jax.tree.structure(params), [
-        leaves["/".join(str(k.key) for k in path)]
-        for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
-    ])  # fmt: skip
+    return map_with_path(lambda path, x: x + 0.5 if path.endswith("lora_b") else x, params)
 
 
 def test_contrast_and_adapters_off_score_what_they_say(model, params, batch):
@@ -73,21 +81,21 @@ def test_contrast_and_adapters_off_score_what_they_say(model, params, batch):
     losses = ["sigmoid", "conditional", "anchor"]
     kinds = ("order", "action")
     config = PreferenceConfig(beta=0.3, loss=losses, sft=0.5, wpo=True, kinds=kinds)
-    objective = PreferenceObjective(config, "adapters_off")
+    run = compiled(PreferenceObjective(config, "adapters_off"), model)
     without = {k: v for k, v in batch.items() if not k.startswith("reference_")}
     # New adapters change nothing: the policy is the reference.
-    means, at_start = run(objective, model, params, without)
+    means, at_start = run(params, without)
     np.testing.assert_allclose(at_start.reference, at_start.tokens.logp, atol=1e-5)
     for name in ("margin", "contrast_margin", "chosen_drift", "kl_per_token"):
         assert means[f"preference/{name}"] == pytest.approx(0, abs=1e-5)
     # Adapters that moved leave the reference where it was.
-    means, later = run(objective, model, moved(params), without)
+    means, later = run(moved(params), without)
     np.testing.assert_allclose(later.reference, at_start.reference, atol=1e-5)
     np.testing.assert_allclose(later.contrast_reference, at_start.contrast_reference, atol=1e-5)
     assert np.abs(later.tokens.logp - at_start.tokens.logp).max() > 1e-2
     # The contrast is the chosen answer about the other clip, all else equal.
     clip = {name: batch[f"contrast_{name}"] for name in CLIP_FIELDS}
-    _, other = run(objective, model, moved(params), without | clip)
+    _, other = run(moved(params), without | clip)
     np.testing.assert_allclose(later.contrast, other.tokens.logp[:, :1], atol=1e-5)
     assert np.abs(later.contrast - later.tokens.logp[:, :1]).max() > 1e-3
     assert means["preference/kind/order/margin"] == pytest.approx(means["preference/margin"])
@@ -103,8 +111,6 @@ def test_padding_is_the_share_of_empty_positions(model, params, batch):
     shapes = jax.eval_shape(lambda: objective.metrics(
         objective.predict(model.bind(params), batch, None), batch))  # fmt: skip
     assert not any("margin" in name or "drift" in name for name in shapes)  # no reference, no claim
-    from tpo_jax.training.objective import padding
-
     positions = B * (batch["prefix_tokens"].shape[1] + 2 * 10)
     got = padding(batch)
     assert float(got.total) == B * 5 and float(got.weight) == positions

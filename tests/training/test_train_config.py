@@ -174,6 +174,14 @@ def test_preference_options_that_cannot_be_used_are_named(options, accumulation,
         validate(config)
 
 
+def test_a_contrast_is_not_shown_to_a_blind_model():
+    config = preference_config(loss="conditional")
+    validate(config)
+    config.data.evidence = "blind"
+    with pytest.raises(ConfigError, match=r"data.evidence = 'blind': .*'conditional'.*'full'"):
+        validate(config)
+
+
 def test_wrong_type_is_named_and_ints_pass_for_floats():
     config = good()
     config.dropout = 0  # ml_collections keeps the declared type

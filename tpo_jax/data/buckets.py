@@ -29,6 +29,8 @@ class Bucket:
       windows: W, windows per temporal slot; 0 if the model has no temporal head.
       mask_size: height and width of mask targets in cells; 0 if the model has no mask head.
       weight: share of steps.
+      beside: another bucket, a batch of which is drawn in every step of this one: one step then
+        trains on images and videos. That bucket has no steps of its own.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Bucket:
     windows: int = 0
     mask_size: int = 0
     weight: float = 1.0
+    beside: str = ""
 
     def __post_init__(self) -> None:
         where = f"buckets.{self.name}"
@@ -92,6 +95,25 @@ class Bucket:
         values = dict(config)
         values["slots"] = dict(values.get("slots", {}))
         return cls(name=name, **values)
+
+
+def scheduled(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
+    """The buckets that have steps of their own.
+
+    Raises:
+      ValueError: a bucket stands beside one that is not there, that stands beside another, or that
+        has one beside it already.
+    """
+    beside = [bucket.beside for bucket in buckets if bucket.beside]
+    kinds = {bucket.name: bucket.kind for bucket in buckets}
+    for bucket in buckets:
+        if bucket.beside and (
+                kinds.get(bucket.beside) != bucket.kind or bucket.name in beside
+                or beside.count(bucket.beside) > 1):
+            raise ValueError(
+                f"buckets.{bucket.name}.beside: {bucket.beside!r}, expected another bucket of kind "
+                f"{bucket.kind!r} that has none beside it and stands beside no other.")
+    return tuple(bucket for bucket in buckets if bucket.name not in beside)
 
 
 class BucketSchedule:

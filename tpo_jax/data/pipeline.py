@@ -18,7 +18,7 @@ from typing import Any
 
 import grain
 
-from tpo_jax.data.buckets import Bucket, BucketSchedule
+from tpo_jax.data.buckets import Bucket, BucketSchedule, scheduled
 from tpo_jax.data.evidence import apply_evidence
 from tpo_jax.data.mixture import Mixture, Parts, Source, find_entries
 from tpo_jax.data.rows import Reference, RowBuilder, RowPlan, row_id, stack_rows
@@ -70,7 +70,10 @@ def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
 
 def blank_batch(builder: RowBuilder, rows: int | None = None) -> Batch:
     """A batch of the right shapes that counts for nothing (for compiling ahead)."""
-    return stack_rows([builder.blank()] * (rows or builder.bucket.batch_size))
+    batch = stack_rows([builder.blank()] * (rows or builder.bucket.batch_size))
+    if builder.beside is not None:
+        batch["beside"] = blank_batch(builder.beside)
+    return batch
 
 
 class Pipeline:
@@ -118,13 +121,18 @@ class Pipeline:
                 bucket.kind == "preference" for bucket in buckets):
             raise ValueError("data: task 'preference' has a weight, but no bucket "
                              "has question > 0.")
-        self.schedule = BucketSchedule(buckets)
+        self.schedule = BucketSchedule(scheduled(buckets))
         self.process_index, self.process_count = process_index, process_count
         self.evidence = evidence
         self.skipped: frozenset[str] = frozenset()
-        self.builders = {
+        self.row_builders = {
             bucket.name: row_builder(codec, model_config, bucket, reference, contrast)
             for bucket in buckets}
+        for builder in self.row_builders.values():
+            builder.beside = self.row_builders.get(builder.bucket.beside)
+        # Those that are compiled: a bucket beside another is part of the other's batch.
+        self.builders = {
+            bucket.name: self.row_builders[bucket.name] for bucket in self.schedule.buckets}
         old = SourceTable.from_json(table) if table else None
         described = [source.described for source in sources]
         numbered = dict(zip(number_sources(described, old.sources if old else ()), sources,
@@ -146,7 +154,7 @@ class Pipeline:
           ValueError: two of them have branches of one length, so that neither goes first.
         """
         group = sorted(
-            (builder for builder in self.builders.values()
+            (builder for builder in self.row_builders.values()
              if (builder.bucket.media, builder.bucket.kind) == (media, kind)),
             key=lambda builder: builder.bucket.branch_tokens)
         for one, other in itertools.pairwise(builder.bucket for builder in group):
@@ -161,25 +169,44 @@ class Pipeline:
         """Rows that each bucket gave in the steps before `step`."""
         rows = {}
         for bucket in self.schedule.buckets:
-            rows[bucket.name] = self.schedule.occurrences(bucket, step) * bucket.batch_size
+            occurrences = self.schedule.occurrences(bucket, step)
+            for part in self._parts(bucket):
+                rows[part.name] = occurrences * part.batch_size
         return rows
+
+    def _parts(self, bucket: Bucket) -> list[Bucket]:
+        """The bucket, and the one beside it."""
+        return [bucket, self.row_builders[bucket.beside].bucket] if bucket.beside else [bucket]
 
     def plans(self, step: int) -> tuple[str, range, list[Any]]:
         """Bucket name, numbers and plans of this host's rows of a step."""
         bucket, occurrence = self.schedule(step)
+        return bucket.name, *self._plans(bucket, occurrence)
+
+    def _plans(self, bucket: Bucket, occurrence: int) -> tuple[range, list[Any]]:
         local = bucket.batch_size // self.process_count
         first = occurrence * bucket.batch_size + self.process_index * local
         rows = range(first, first + local)
-        return bucket.name, rows, [self.mixtures[bucket.name](row) for row in rows]
+        return rows, [self.mixtures[bucket.name](row) for row in rows]
 
     def batch(self, step: int) -> tuple[str, Batch]:
-        """Bucket name and this host's rows [i * B / n, (i + 1) * B / n) of a step's batch."""
-        name, rows, plans = self.plans(step)
-        builder = self.builders[name]
+        """Bucket name and this host's rows [i * B / n, (i + 1) * B / n) of a step's batch.
+
+        The rows of a bucket beside it are the batch's entry "beside".
+        """
+        bucket, occurrence = self.schedule(step)
+        batch = self._rows(self.builders[bucket.name], occurrence)
+        if bucket.beside:
+            batch["beside"] = self._rows(self.row_builders[bucket.beside], occurrence)
+        return bucket.name, batch
+
+    def _rows(self, builder: RowBuilder, occurrence: int) -> Batch:
+        name = builder.bucket.name
+        rows, plans = self._plans(builder.bucket, occurrence)
         batch = stack_rows([
             builder.blank() if self.skipped & _ids(plan) else builder.build(plan, row_id(name, row))
             for row, plan in zip(rows, plans, strict=True)])
-        return name, apply_evidence(batch, self.evidence)
+        return apply_evidence(batch, self.evidence)
 
     def skip(self, example_ids: Iterable[str]) -> None:
         """Rows that hold one of these examples count for nothing from now on.
@@ -191,8 +218,10 @@ class Pipeline:
     def describe_batch(self, step: int) -> tuple[str, list[dict[str, Any]]]:
         """Bucket name, and video and examples of every row of a step's global batch."""
         bucket, occurrence = self.schedule(step)
-        first = occurrence * bucket.batch_size
-        plans = map(self.mixtures[bucket.name], range(first, first + bucket.batch_size))
+        plans: list[RowPlan] = []
+        for part in self._parts(bucket):
+            first = occurrence * part.batch_size
+            plans += map(self.mixtures[part.name], range(first, first + part.batch_size))
         return bucket.name, [
             {"video": plan.video_id, "examples": sorted(_ids(plan))} for plan in plans]
 

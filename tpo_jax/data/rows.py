@@ -147,6 +147,7 @@ class RowBuilder:
         self.codec, self.bucket, self.image_size = codec, bucket, image_size
         self.visual_frames, self.visual_tokens = visual_frames, len(visual_frames)
         self.reference, self.resize = reference, RESIZES[resize]
+        self.beside: RowBuilder | None = None  # of the bucket whose rows go into the same step
         self.slot_heads = (*(task for task in TARGETS if task in tasks),
                            *(("box",) if tasks else ()))
         self.prefix_tokens = (

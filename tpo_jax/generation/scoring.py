@@ -3,13 +3,15 @@
 A part is some batches of pairs in a file of its own beside the sidecar. Whoever finishes the last
 part merges them; a part that is on disk and still fits is not scored again. So an interrupted
 command goes on where it was, and several that share the folder, each with its --shard of --shards,
-divide the work. Processes that JAX has joined score every part together, their devices as one mesh.
+divide the work. Processes that are started with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID score every part together, their devices as one mesh.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +54,9 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     """
     if not 0 <= flags.shard < flags.shards:
         raise ValueError(f"--shard={flags.shard}: expected 0..{flags.shards - 1} (--shards)")
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        count, index = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
+        jax.distributed.initialize(num_processes=count, process_id=index)
     config, params, codec = load_model(flags.model)
     plans = build_pair_rows(PairedDataset(flags.data, flags.pairs))
     if not plans:

@@ -63,6 +63,21 @@ def chat_template(
     )  # fmt: skip
 
 
+def jinja_of(template: ChatTemplate) -> str:
+    """Jinja text for a conversation without a video, whose embeddings tpo_torch.py puts in."""
+
+    def say(text: str) -> str:
+        return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
+
+    before = template.before_video.replace("<video>", "")
+    return (
+        say(before) + "{% for message in messages %}{% if message['role'] == 'user' %}"
+        + say(template.user) + "{{ message['content'] }}{% else %}" + say(template.assistant)
+        + "{{ message['content'] }}" + say(template.end) + "{% endif %}{% endfor %}"
+        + "{% if add_generation_prompt %}" + say(template.assistant) + "{% endif %}"
+    )  # fmt: skip
+
+
 def special_tokens(directory: epath.Path) -> dict[str, str]:
     """Texts of bos_token, eos_token, pad_token and unk_token, where the folder names them."""
     files = ("special_tokens_map.json", "tokenizer_config.json")

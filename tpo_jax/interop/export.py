@@ -85,7 +85,10 @@ def _write_whole(model: epath.Path, out: epath.Path, keep_adapters: bool) -> Non
     inner.mkdir()
     huggingface.write_tensors(inner, export_leaves(rows, language))
     about = huggingface.huggingface_config(config.language, vocabulary) | {"dtype": "float32"}
-    about |= {f"{name}_token_id": codec.special_ids[f"<{name}>"] for name in ("pad", "bos", "eos")}
+    about |= {
+        f"{name}_id": codec.special_ids[token]
+        for name, token in huggingface.token_names(codec).items()
+    }
     huggingface.write_json(inner / "config.json", about)
     huggingface.write_tokenizer(inner, codec)
     write_file(out / "tpo.safetensors", rest, {"format": "pt"})

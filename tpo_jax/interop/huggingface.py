@@ -13,6 +13,7 @@ from tpo_jax.data.text import TextCodec
 from tpo_jax.interop.chat_template import (
     ChatTemplateError,
     chat_template,
+    jinja_of,
     read_chat_template,
     read_json,
     special_tokens,
@@ -32,6 +33,7 @@ from tpo_jax.models.rope import RopeScaling
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # The published default: a new file where the next tensor would pass it.
 SHARD_BYTES = 5 * 10**9
+BOS = "<bos>"
 # Buffers of older checkpoints; the copy of the tied table that some checkpoints carry.
 _IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 _IGNORED_TIED = (*_IGNORED, r"lm_head\.weight")
@@ -41,15 +43,6 @@ _WEIGHTS = (
     "*.safetensors", "*.index.json", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.gguf", "*.h5",
     "*.msgpack", "*.onnx", "*.py",
 )  # fmt: skip
-
-# transformers renders it with `messages`; it gives the same text as data.text.ChatTemplate does for
-# a conversation without a video, whose embeddings tpo_torch.py puts between the two tokens.
-CHAT_TEMPLATE = (
-    "<bos>{% for message in messages %}"
-    "{% if message['role'] == 'user' %}<user>{{ message['content'] }}"
-    "{% else %}<assistant>{{ message['content'] }}<eos>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 class HuggingFaceError(ValueError):
@@ -424,6 +417,14 @@ def write_tensors(
     )
 
 
+def token_names(codec: TextCodec) -> dict[str, str]:
+    """pad_token, eos_token and, where there is one, bos_token of a codec."""
+    names = {"pad_token": codec.pad_id, "eos_token": codec.eos_id}
+    if BOS in codec.special_ids:
+        names["bos_token"] = codec.special_ids[BOS]
+    return {name: codec.tokenizer.id_to_token(number) for name, number in names.items()}
+
+
 def write_tokenizer(directory: epath.Path, codec: TextCodec) -> None:
     """tokenizer.json and tokenizer_config.json, which `AutoTokenizer` reads."""
     (directory / "tokenizer.json").write_text(codec.tokenizer.to_str(pretty=True))
@@ -431,10 +432,8 @@ def write_tokenizer(directory: epath.Path, codec: TextCodec) -> None:
         directory / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "pad_token": "<pad>",
-            "bos_token": "<bos>",
-            "eos_token": "<eos>",
-            "chat_template": CHAT_TEMPLATE,
+            **token_names(codec),
+            "chat_template": jinja_of(codec.template),
             "clean_up_tokenization_spaces": False,
         },
     )

@@ -167,7 +167,7 @@ def import_leaves(
 
 
 def _like(source: Any, result: LazyArray) -> Any:
-    return result if isinstance(source, LazyArray) else np.ascontiguousarray(result)
+    return result if isinstance(source, LazyArray) else np.asarray(result, order="C")
 
 
 def llama_rows(

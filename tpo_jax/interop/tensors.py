@@ -85,7 +85,8 @@ def lazy(array: Any) -> LazyArray:
     if isinstance(array, LazyArray):
         return array
     array = np.asarray(array)
-    return LazyArray(array.shape, array.dtype, lambda index: array[index], _rows(array))
+    # A number without axes would come out as a scalar, which is no array.
+    return LazyArray(array.shape, array.dtype, lambda i: np.asarray(array[i]), _rows(array))
 
 
 def transposed(array: LazyArray) -> LazyArray:

@@ -92,6 +92,7 @@ _FULL: dict[str, tuple[Any, Any, LanguageConfig, dict[str, Any]]] = {
 def full(name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | None = None):
     """The published sizes, in bfloat16."""
     vision, connector, language, more = _FULL[name]
+    vision = _whole_frames(vision, heads)
     stride = {384: 8, 336: 7, 224: 7}[vision.image_size]
     return ModelConfig(
         vision=vision, connector=connector, language=language,
@@ -103,6 +104,7 @@ def full(name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | Non
 def tiny(name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | None = None):
     """The same parts at the size of the `micro` preset; trains on a CPU."""
     vision, connector, language, more = _FULL[name]
+    vision = _whole_frames(vision, heads)
     frames = {"languagebind": 4, "umt": 4}.get(vision.kind, 0)
     vision = dataclasses.replace(
         vision, image_size=32, patch_size=8, width=32, heads=2, depth=2, mlp_width=64,
@@ -126,6 +128,11 @@ def tiny(name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | Non
         head=HeadConfig(width=32, heads=2, layers=1, mask_stride=2), heads=tuple(heads),
         tokens=_tokens(heads, tokens, 1000), **more,
     )  # fmt: skip
+
+
+def _whole_frames(vision: TowerConfig, heads: tuple[str, ...]) -> TowerConfig:
+    """Heads answer about whole frames, so with heads a tower that crops them stretches them."""
+    return dataclasses.replace(vision, resize="stretch") if heads else vision
 
 
 def _tokens(

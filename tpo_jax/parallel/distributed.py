@@ -12,15 +12,21 @@ def initialize_distributed(
 ) -> None:
     """Joins the other processes, if there are any; must run before anything else touches JAX.
 
-    On a TPU pod and with the variables of JAX (JAX_COORDINATOR_ADDRESS, ...) nothing need be given.
+    On a TPU pod nothing need be given.
 
     Args:
-      coordinator: HOST:PORT of process 0.
+      coordinator: HOST:PORT of process 0; None: JAX_COORDINATOR_ADDRESS.
+      num_processes, process_id: None: JAX_NUM_PROCESSES and JAX_PROCESS_ID, which JAX itself reads
+        only from the launchers that it knows.
     """
-    given = (coordinator, num_processes, process_id)
+    given = (
+        coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        _number(num_processes, "JAX_NUM_PROCESSES"),
+        _number(process_id, "JAX_PROCESS_ID"),
+    )
     on_tpu = any(pathlib.Path("/dev").glob("accel*")) or pathlib.Path("/dev/vfio").exists()
     cpu_only = os.environ.get("JAX_PLATFORMS") == "cpu"
-    if given != (None, None, None) or "JAX_COORDINATOR_ADDRESS" in os.environ:
+    if given != (None, None, None):
         jax.distributed.initialize(*given)
     elif on_tpu and not cpu_only:  # a TPU VM finds its pod by itself
         jax.distributed.initialize()
@@ -30,3 +36,9 @@ def initialize_distributed(
         f"{jax.local_device_count()} of {jax.device_count()} devices",
         file=sys.stderr, flush=True,
     )  # fmt: skip
+
+
+def _number(given: int | None, variable: str) -> int | None:
+    if given is None and variable in os.environ:
+        return int(os.environ[variable])
+    return given

@@ -14,7 +14,7 @@ from tpo_jax.parallel.paths import flatten
 from tpo_jax.training.flops import train_flops
 from tpo_jax.training.preemption import Preemption
 from tpo_jax.training.program import Program
-from tpo_jax.training.step import TrainStep
+from tpo_jax.training.step import TrainStep, parts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,11 @@ def compile_buckets(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), blank_batch(builder)
         )
         leaves = flatten(batch)
-        rows = leaves["branch_tokens"].shape[0]
-        per_row = leaves["prefix_tokens"].shape[1] + np.prod(leaves["branch_tokens"].shape[1:])
+        rows, tokens = 0, 0
+        for part in parts_of(batch):
+            prefixes, branches = part["prefix_tokens"].shape, part["branch_tokens"].shape
+            rows += branches[0]
+            tokens += int(np.prod(prefixes) + np.prod(branches))
         params = program.abstract_state.params
         preemption.check()
         gradient = program.lower_gradient(batch).compile()
@@ -91,8 +94,8 @@ def compile_buckets(
         compiled[name] = CompiledBucket(
             name=name,
             shapes={path: (x.shape, x.dtype) for path, x in leaves.items()},
-            tokens=int(rows * per_row),
-            flops=train_flops(program.model.config, batch),
+            tokens=tokens,
+            flops=sum(train_flops(program.model.config, part) for part in parts_of(batch)),
             train_step=TrainStep(gradient, update),
             eval_program=lowered.compile() if lowered is not None else None,
         )

@@ -136,6 +136,7 @@ def bucket_config(
     windows: int = 0,
     mask_size: int = 0,
     weight: float = 1.0,
+    beside: str = "",
 ) -> dict[str, Any]:
     """One entry of buckets: fields as in data.pipeline.Bucket, sizes per row except batch_size."""
     return {
@@ -150,6 +151,7 @@ def bucket_config(
         "windows": windows,
         "mask_size": mask_size,
         "weight": weight,
+        "beside": beside,
     }
 
 
@@ -451,6 +453,11 @@ def _check_preference(config: ConfigDict) -> list[str]:
         fix = 'leave it empty, or set preference.reference="sidecar"'
         reason = "not read with preference.reference='adapters_off'"
         problems.append(_problem("data.references", config.data.references, reason, fix))
+    if preference.needs_contrast and config.data.evidence != "full":
+        reason = "hides the pair's frames, not the manipulated ones that 'conditional' shows"
+        problems.append(
+            _problem("data.evidence", config.data.evidence, reason, "use 'full' or another loss")
+        )
     if preference.coupled and config.accumulation > 1:
         reason = f"would change {', '.join(preference.coupled)}, which compares a whole batch"
         fix = "set it to 1 (a smaller batch_size, or more devices)"

@@ -19,10 +19,8 @@ from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pipeline import Pipeline, read_buckets
 from tpo_jax.data.rows import Reference, row_id
-from tpo_jax.data.text import TextCodec
 from tpo_jax.generation import sidecar
 from tpo_jax.interop import folder
-from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import AXES, check_batch_divides, mesh_shape
 from tpo_jax.parallel.paths import flatten
@@ -30,7 +28,8 @@ from tpo_jax.parallel.rules import partition_spec
 from tpo_jax.parallel.topologies import GIB, parse_topology
 from tpo_jax.training import checkpoint
 from tpo_jax.training import config as training_config
-from tpo_jax.training.program import Program, make_program
+from tpo_jax.training.program import Program, make_program, needs_contrast
+from tpo_jax.training.start import make_model_config
 
 # A sidecar's weights hash is compared where hashing the weights takes seconds.
 HASHED_BYTES = GIB
@@ -61,7 +60,6 @@ class DryRun:
       config: training config, not validated yet.
       workdir: of the run; "" when it is not decided.
       topology: such as v5e:4x4; "" for the devices here.
-      make_model_config: config -> (ModelConfig, TextCodec), as `train` does it.
       say: told of each finding.
     """
 
@@ -70,11 +68,10 @@ class DryRun:
         config: ConfigDict,
         workdir: str,
         topology: str,
-        make_model_config: Callable[[ConfigDict], tuple[ModelConfig, TextCodec]],
         say: Callable[[Finding], None],
     ) -> None:
         self.config, self.workdir, self.topology = config, workdir, topology
-        self._make_model_config, self._say = make_model_config, say
+        self._say = say
         self.findings: list[Finding] = []
 
     @property
@@ -113,7 +110,7 @@ class DryRun:
         return f"{self.config.steps} steps of {', '.join(sorted(self.config.buckets))}"
 
     def _model(self) -> str:
-        self.model_config, self.codec = self._make_model_config(self.config)
+        self.model_config, self.codec = make_model_config(self.config)
         self.params = FunctionalModel(self.model_config).abstract()
         self.buckets = read_buckets(training_config.to_dict(self.config)["buckets"])
         self.reference: Reference | None = None
@@ -175,13 +172,15 @@ class DryRun:
         config = self.config
         if not config.init_from:
             return "random weights"
+        old = folder.load_config(config.init_from, self.model_config)
+        allowed = list(config.init_missing)
+        if config.lora.rank and old.lora is None:
+            allowed.append(r".*/lora_[ab]$")
         missing = folder.check_fits(
             self.params,
             config.init_from,
-            init_missing=config.init_missing,
-            new_tokens=folder.added_tokens(
-                folder.load_config(config.init_from), self.model_config
-            ),
+            init_missing=allowed,
+            new_tokens=folder.added_tokens(old, self.model_config),
         )
         new = f"; new: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}" * bool(missing)
         return f"{config.init_from} has {len(flatten(self.params)) - len(missing)} leaves{new}"
@@ -191,16 +190,18 @@ class DryRun:
         files = self.config.data.references
         if not files:
             return "none"
-        bucket = self.buckets[0]
+        bucket, contrast = self.buckets[0], needs_contrast(self.config)
         start = epath.Path(self.config.init_from)
         small = sum(f.stat().length for f in start.glob("*.safetensors")) <= HASHED_BYTES
         stored = sidecar.read(files[0]).fingerprint
         if small:
             model_config, params, codec = folder.load_model(start)
-            expected = sidecar.Fingerprint.of(model_config, params, codec, bucket.frames)
         else:
-            model_config, codec = folder.load_config(start), TextCodec.load(start)
-            expected = sidecar.Fingerprint.of(model_config, {}, codec, bucket.frames)
+            model_config, params, codec = folder.load_config(start), {}, folder.load_codec(start)
+        expected = sidecar.Fingerprint.of(
+            model_config, params, codec, bucket.frames, contrast=contrast
+        )
+        if not small:
             expected = dataclasses.replace(expected, weights=stored.weights)
         self.reference = sidecar.reference(files, expected, bucket.answers, codec.pad_id)
         unknown = "" if small else "; the weights hash is compared when the run starts"
@@ -218,6 +219,7 @@ class DryRun:
             self.config.seed,
             reference=self.reference,
             evidence=self.config.data.evidence,
+            contrast=needs_contrast(self.config),
         )
         counts = []
         for bucket in self.buckets:
@@ -229,9 +231,15 @@ class DryRun:
     def _check_row(self, pipeline: Pipeline, bucket: Bucket) -> None:
         """The first row has the shapes that the program is compiled for."""
         plan = pipeline.mixtures[bucket.name](0)
-        row = flatten(pipeline.builders[bucket.name].build(plan, row_id(bucket.name, 0)))
-        with_reference = self.reference is not None
-        spec = flatten(batch_spec(bucket, self.model_config, reference=with_reference))
+        row = flatten(pipeline.row_builders[bucket.name].build(plan, row_id(bucket.name, 0)))
+        spec = flatten(
+            batch_spec(
+                bucket,
+                self.model_config,
+                reference=self.reference is not None,
+                contrast=needs_contrast(self.config),
+            )
+        )
         wrong = [
             f"buckets.{bucket.name}: {path} is {_shape(row.get(path))} in the data and "
             f"{_shape(spec.get(path), 1)} in the program"

@@ -107,16 +107,22 @@ def make_gradient_step(
 
     def gradient_step(state: TrainState, batch: Batch, base_key: jax.Array) -> tuple[Any, Sums]:
         trainable, frozen = partition(state.params, trainable_paths)
-        keys = row_keys(base_key, state.step, batch["example_ids"]) if dropout else None
+        parts = [
+            (part, row_keys(base_key, state.step, part["example_ids"]) if dropout else None)
+            for part in parts_of(batch)
+        ]
         weights = None
-        if accumulation > 1:  # every micro-batch divides by the weight of the whole batch
-            weights = denominators(objective, functional_model, state.params, batch, keys)
+        # Every micro-batch and every part divides by the weight of the whole batch.
+        if accumulation > 1 or len(parts) > 1:
+            weights = _added([
+                denominators(objective, functional_model, state.params, *part) for part in parts
+            ])
 
         def one(micro: tuple[Batch, jax.Array | None]) -> Any:
             value, grads = gradient(trainable, frozen, *micro, weights)
             return value, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
-        (loss, sums), grads = accumulate(one, (batch, keys), accumulation)
+        (loss, sums), grads = _added([accumulate(one, part, accumulation) for part in parts])
         return grads, sums | {"loss": _once(loss)}
 
     return gradient_step
@@ -163,11 +169,24 @@ def make_eval_step(functional_model: Any, objective: Objective) -> Callable[[Any
     "loss" is left to `weighted_total`, after the sums of all batches are added.
     """
 
-    def eval_step(params: Any, batch: Batch) -> Sums:
+    def eval_part(params: Any, batch: Batch) -> Sums:
         predictions = objective.predict(functional_model.bind(params), batch, None)
         return objective.terms(predictions, batch) | objective.metrics(predictions, batch)
 
+    def eval_step(params: Any, batch: Batch) -> Sums:
+        return _added([eval_part(params, part) for part in parts_of(batch)])
+
     return eval_step
+
+
+def parts_of(batch: Batch) -> list[Batch]:
+    """The batch, and the batch of other shapes that stands beside it in the same step."""
+    first = {name: value for name, value in batch.items() if name != "beside"}
+    return [first, batch["beside"]] if "beside" in batch else [first]
+
+
+def _added(trees: list[Any]) -> Any:
+    return functools.reduce(functools.partial(jax.tree.map, jnp.add), trees)
 
 
 def weighted_total(objective: Objective, sums: Sums) -> jax.Array:

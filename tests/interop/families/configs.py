@@ -8,7 +8,7 @@ VISION = {
     "image_size": 24, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 3,
     "num_attention_heads": 2, "intermediate_size": 36,
 }  # fmt: skip
-SIGLIP = {"model_type": "siglip_vision_model", **VISION}
+SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False, **VISION}
 CLIP = {"model_type": "clip_vision_model", **VISION}
 
 LLAVA_ONEVISION = {

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fake_batches import FAST_COMPILE
 from flax import nnx
 from scipy.special import erf
 
@@ -35,7 +36,12 @@ def random_module(make, seed=0):
 def run(module, *inputs):
     """module(*inputs) as one compiled program."""
     structure, state = nnx.split(module)
-    return jax.jit(lambda state, *inputs: nnx.merge(structure, state)(*inputs))(state, *inputs)
+
+
+    def call(state, *inputs):
+        return nnx.merge(structure, state)(*inputs)
+
+    return jax.jit(call, compiler_options=FAST_COMPILE)(state, *inputs)
 
 
 def layer(params, index):

@@ -76,7 +76,10 @@ FAMILY = Family(
     rows=rows,
     template=CHATML,
     sampling=lambda config: Sampling("evenly", 32),
-    # Some tied checkpoints also hold the output table.
-    carried=(r".*\.position_ids", r".*rotary_emb\.inv_freq", r"(language_model\.)?lm_head\.weight"),
+    # Some tied checkpoints also hold the output table, some towers their pooling head.
+    carried=(
+        r".*\.position_ids", r".*rotary_emb\.inv_freq", r"(language_model\.)?lm_head\.weight",
+        r"(model\.)?vision_tower\.(vision_model\.)?head\..*",
+    ),  # fmt: skip
     layouts="transformers/models/llava_onevision/modeling_llava_onevision.py",
 )

@@ -1,7 +1,6 @@
-"""What the configs of published families share."""
+"""What the configs of published families (configs/llava_video.py and others) share."""
 
 import importlib.resources
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -40,6 +39,6 @@ def family_config(family: str, arg: ConfigDict, *, frames: int = 32, batch: int 
     return config
 
 
-def image_bucket(video: ConfigDict, weight: float) -> dict[str, Any]:
-    """The bucket of still images beside one of videos."""
-    return video.to_dict() | {"media": "image", "frames": 1, "weight": weight}
+def image_bucket(video: ConfigDict) -> ConfigDict:
+    """The bucket of still images that goes with one of videos."""
+    return ConfigDict(video.to_dict() | {"media": "image", "frames": 1})

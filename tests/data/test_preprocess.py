@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from tpo_jax.data import preprocess
+
+
+def _image(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("size, box", [
+    ((40, 70), (21 - 12, 0)), ((70, 40), (0, 21 - 12)),
+])  # fmt: skip
+def test_crop_is_the_middle_of_the_short_side_resized(size, box):
+    image = _image(*size)
+    long = int(24 * 70 / 40)
+    height, width = (24, long) if size[0] == 40 else (long, 24)
+    resized = np.asarray(Image.fromarray(image).resize((width, height), Image.BICUBIC))
+    left, top = box
+    expected = resized[top : top + 24, left : left + 24]
+    np.testing.assert_array_equal(preprocess.crop(image[None], 24)[0], expected)
+
+
+def test_stretch_ignores_the_aspect_ratio_and_keeps_what_fits():
+    frames = np.stack([_image(24, 24, seed) for seed in range(2)])
+    np.testing.assert_array_equal(preprocess.stretch(frames, 24), frames)
+    assert preprocess.stretch(_image(10, 50)[None], 24).shape == (1, 24, 24, 3)
+
+
+def test_tiles_are_the_padded_image_cut_up():
+    image = np.full((20, 50, 3), 200, np.uint8)
+    tiles = preprocess.anyres_tiles(image, [(24, 24), (24, 48), (48, 48)], 24)
+    assert tiles.shape == (3, 24, 24, 3) and (tiles[0] == 200).all()
+    # 20 x 50 becomes 20 x 48: two black rows above and below.
+    assert (tiles[1:, 2:22] == 200).all()
+    assert (tiles[1:, :2] == 0).all() and (tiles[1:, 22:] == 0).all()
+
+
+def test_a_square_of_one_colour_around_the_image():
+    square = preprocess.pad_to_square(np.zeros((2, 5, 3), np.uint8), (1, 2, 3))
+    assert square.shape == (5, 5, 3)
+    assert (square[1:3] == 0).all() and (square[0] == [1, 2, 3]).all() and (square[4] == 3).any()
+
+
+@pytest.mark.parametrize("frames, fps, most, force, expected", [
+    (250, 25.0, 64, False, list(range(0, 250, 25))),
+    (250, 25.0, 4, False, [0, 83, 166, 249]),
+    (250, 25.0, 11, True, [0, 24, 49, 74, 99, 124, 149, 174, 199, 224, 249]),
+    (3, 0.4, 64, False, [0, 1, 2]),
+])  # fmt: skip
+def test_one_frame_a_second_or_evenly(frames, fps, most, force, expected):
+    assert preprocess.frames_at_one_fps(frames, fps, most, force=force).tolist() == expected
+
+
+def test_even_frames_and_middles():
+    assert preprocess.evenly(100, 4).tolist() == [0, 33, 66, 99]
+    assert preprocess.middles(32, 4).tolist() == [3, 11, 19, 27]
+
+
+def test_the_time_instruction():
+    text = preprocess.time_instruction([0.0, 1.5, 12.25], 13.0)
+    assert text == (
+        "The video lasts for 13.00 seconds, and 3 frames are uniformly sampled from it. These "
+        "frames are located at 0.00s,1.50s,12.25s.Please answer the following questions related "
+        "to this video."
+    )

@@ -1,0 +1,104 @@
+"""A published folder in and out again, through the command's own functions."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from tokenizers import AddedToken
+
+from tests.interop.families.configs import LLAVA_VIDEO, LONGVA
+from tpo_jax.data.text import train_tokenizer
+from tpo_jax.interop import folder
+from tpo_jax.interop.families.base import FamilyError
+from tpo_jax.interop.families.folder import export_family, import_family, is_family, option
+from tpo_jax.interop.families.registry import family_of, from_leaves
+from tpo_jax.interop.huggingface import read_tensors
+from tpo_jax.interop.tensors import lazy, write_file
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.paths import flatten
+
+DATA = LLAVA_VIDEO | {"vocab_size": 320}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """LLaVA-Video's layout with random bfloat16 weights and a buffer that nobody uses."""
+    path = tmp_path_factory.mktemp("published")
+    family = family_of(DATA)
+    config = family.model_config(DATA, {})
+    rng, leaves = np.random.default_rng(0), {}
+    for name, leaf in flatten(FunctionalModel(config).abstract()).items():
+        leaves[name] = rng.normal(size=leaf.shape).astype(ml_dtypes.bfloat16)
+    leaves["language/embed/table"][320:] = 0
+    leaves["language/lm_head/kernel"][:, 320:] = 0
+    carried = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    tensors = from_leaves(family, config, leaves, carried, ())
+    lazily = {name: lazy(tensor) for name, tensor in tensors.items()}
+    write_file(path / "model.safetensors", lazily, {"format": "pt"})
+    tokenizer = train_tokenizer(["You are a helpful assistant. What happens?"], 300)
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    )
+    (path / "tokenizer.json").write_text(tokenizer.to_str())
+    (path / "config.json").write_text(json.dumps(DATA))
+    (path / "generation_config.json").write_text('{"temperature": 0}')
+    return path
+
+
+def test_in_and_out_again(source, tmp_path):
+    lines = import_family(source, tmp_path / "model")
+    assert any("64, frames_at_one_fps; time instruction: yes" in line for line in lines)
+    assert any("carried" in line and "inv_freq" in line for line in lines)
+    config, params, codec = folder.load_model(tmp_path / "model")
+    assert config.dtype == "bfloat16" and config.vision.kind == "siglip"
+    assert params["vision"]["layers"]["self_attn"]["q_proj"]["kernel"].dtype == ml_dtypes.bfloat16
+    prefix = codec.build_prefix(config.num_visual_tokens(2))
+    assert list(prefix[: config.visual_offset]).count(codec.pad_id) == 0
+    assert prefix[config.visual_offset] == codec.pad_id
+    text = codec.tokenizer.decode(prefix[: config.visual_offset].tolist(), False)
+    assert text.endswith("<|im_end|>\n<|im_start|>user\n")
+    files = export_family(tmp_path / "model", tmp_path / "out", source)
+    assert "generation_config.json" in files
+    theirs, ours = read_tensors(source), read_tensors(tmp_path / "out")
+    assert theirs.keys() == ours.keys()
+    for name in theirs:
+        left, right = np.asarray(theirs[name]), np.asarray(ours[name])
+        assert left.dtype == right.dtype and left.tobytes() == right.tobytes(), name
+    assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_another_models_folder_is_refused(source, tmp_path):
+    import_family(source, tmp_path / "model")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(DATA | {"mm_spatial_pool_mode": "bilinear"}))
+    with pytest.raises(FamilyError, match="connector is .*average.*bilinear"):
+        export_family(tmp_path / "model", tmp_path / "out", other)
+
+
+def test_an_option_completes_config_json(source, tmp_path):
+    silent = tmp_path / "silent"
+    silent.mkdir()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (silent / name).write_bytes((source / name).read_bytes())
+    data = dict(DATA)
+    del data["mm_newline_position"]
+    (silent / "config.json").write_text(json.dumps(data))
+    with pytest.raises(FamilyError, match="does not say mm_newline_position"):
+        import_family(silent, tmp_path / "model")
+    import_family(silent, tmp_path / "model", {"mm_newline_position": "frame"})
+    assert folder.load_config(tmp_path / "model").connector.newline == "frame"
+
+
+def test_options_are_json_or_text():
+    assert option("mm_spatial_pool_stride=2") == ("mm_spatial_pool_stride", 2)
+    assert option("mm_spatial_pool_mode=average") == ("mm_spatial_pool_mode", "average")
+    with pytest.raises(ValueError, match="expected OPTION=VALUE"):
+        option("average")
+
+
+def test_only_known_folders_are_families(source, tmp_path):
+    assert is_family(source) and not is_family(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(LONGVA | {"model_type": "qwen2"}))
+    assert not is_family(tmp_path)

@@ -1,0 +1,143 @@
+"""The configs of the published families: full size as published, and tiny ones that train."""
+
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from fake_batches import FAST_COMPILE, bucket, random_batch
+
+from tpo_jax.models.presets import preset
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.mesh import global_batch, make_mesh
+from tpo_jax.parallel.paths import flatten, map_with_path
+from tpo_jax.parallel.rules import param_shardings
+from tpo_jax.train import make_model_config
+from tpo_jax.training.config import validate
+from tpo_jax.training.program import make_program
+from tpo_jax.training.step import parts_of
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+
+
+def config_of(name, arg):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(arg)
+    validate(config)
+    return config
+
+
+def small_params(abstract):
+    """Small random numbers, norms of one; nothing is drawn on a device."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        if path.endswith("scale"):
+            return np.ones(leaf.shape, np.float32)
+        return (0.05 * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    return map_with_path(draw, abstract)
+
+
+def batch_of(config, model_config):
+    """A random batch of the config's frames, with the images that stand beside."""
+    fields = {"slots": {}, "windows": 0, "mask_size": 0}
+    video = config.buckets.video
+    batch = random_batch(bucket(8, frames=video.frames, **fields), model_config)
+    if video.beside:
+        batch["beside"] = images_of(random_batch(bucket(8, **fields), model_config), model_config)
+    known = model_config.language.num_tokens
+
+    def in_use(path, leaf):
+        return leaf % known if path.endswith("_tokens") else leaf
+
+    return map_with_path(in_use, batch)
+
+
+def images_of(batch, model_config):
+    """The batch cut down to one frame and the prefix of an image."""
+    length = model_config.visual_offset + model_config.num_visual_tokens(1) + 1
+    out = {name: batch[name][:, :1] for name in ("frames", "frame_times", "frame_valid")}
+    prefixes = ("prefix_tokens", "prefix_positions", "prefix_segments")
+    return batch | out | {name: batch[name][:, :length] for name in prefixes}
+
+
+@pytest.mark.parametrize("name, arg", [
+    ("llava_onevision", "tiny"), ("video_llava", "tiny,stage=2"), ("videochat2", "tiny"),
+    pytest.param("llava_video", "tiny", marks=pytest.mark.long),
+    pytest.param("longva", "tiny", marks=pytest.mark.long),
+    pytest.param("video_llava", "tiny,stage=1", marks=pytest.mark.long),
+])  # fmt: skip
+def test_a_tiny_model_trains_on_eight_devices(name, arg):
+    config = config_of(name, arg)
+    config.optimizer.warmup = 0.0
+    config.trainable = [[group, 1e-2] for group, _ in config.trainable]
+    model_config, _ = make_model_config(config)
+    mesh = make_mesh({"data": -1, "fsdp": 2}, jax.devices())
+    program = make_program(config, model_config, mesh)
+    before = small_params(program.abstract_state.params)
+    batch = batch_of(config, model_config)
+    compiled = program.lower_train_step(batch).compile(FAST_COMPILE)
+    state, key = program.init_state(before), program.base_key(0)
+    losses = []
+    for _ in range(3):
+        state, metrics = compiled(state, global_batch(batch, mesh), key)
+        losses.append(float(metrics["language"].mean()))
+    assert losses[2] < losses[0], losses
+    after, trained, moved = flatten(state.params), program.trainable, set()
+    for path, leaf in flatten(before).items():
+        if not np.array_equal(np.asarray(after[path]), leaf):
+            moved.add(path)
+    assert moved <= trained and len(moved) > len(trained) // 2
+
+
+def test_images_and_videos_of_one_step_count_like_one_batch():
+    """The loss of a joint step is the sum over both parts divided by the labels of both."""
+    config = config_of("video_llava", "tiny,stage=1")
+    model_config, _ = make_model_config(config)
+    program = make_program(config, model_config, make_mesh({}, jax.devices()[:1]))
+    params = small_params(program.abstract_state.params)
+    batch = batch_of(config, model_config)
+    first, second = parts_of(batch)
+    evaluate = {}
+    for name, part in (("video", first), ("image", second), ("joint", batch)):
+        compiled = program.eval_step.lower(params, part).compile(FAST_COMPILE)
+        evaluate[name] = compiled(params, part)["language"]
+    total = float(evaluate["video"].total + evaluate["image"].total)
+    weight = float(evaluate["video"].weight + evaluate["image"].weight)
+    assert float(evaluate["joint"].weight) == weight > float(evaluate["video"].weight)
+    np.testing.assert_allclose(float(evaluate["joint"].total), total, rtol=1e-5)
+    step = program.lower_train_step(batch).compile(FAST_COMPILE)
+    _, metrics = step(program.init_state(params), batch, program.base_key(0))
+    np.testing.assert_allclose(float(metrics["loss"].mean()), total / weight, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, arg, parameters, tokens", [
+    ("llava_onevision", "", 8.03, 196 * 32 + 1), ("llava_video", "", 8.03, 210 * 64),
+    ("llava_video", "frames=32", 8.03, 210 * 32), ("longva", "frames=128", 7.94, 144 * 128),
+    ("video_llava", "stage=1", 7.47, 257 * 8), ("videochat2", "", 7.68, 96),
+])  # fmt: skip
+def test_full_sizes(name, arg, parameters, tokens):
+    config = config_of(name, arg)
+    model_config = preset(config.model.preset)
+    abstract = FunctionalModel(model_config).abstract()
+    total = sum(int(np.prod(leaf.shape)) for leaf in flatten(abstract).values())
+    assert round(total / 1e9, 2) == parameters
+    assert model_config.num_visual_tokens(config.buckets.video.frames) == tokens
+    # Every large leaf has a rule and divides over 8 devices.
+    param_shardings(abstract, make_mesh({"data": 1, "fsdp": 8}, jax.devices()))
+
+
+def test_the_published_hyper_parameters():
+    one, two = config_of("video_llava", "stage=1"), config_of("video_llava", "stage=2")
+    for config, rate, batch in ((one, 1e-3, 256), (two, 2e-5, 128)):
+        buckets = config.buckets
+        assert buckets.video.beside == "image"
+        assert buckets.video.batch_size + buckets.image.batch_size == batch
+        assert config.trainable[0][1] == rate and config.optimizer.weight_decay == 0.0
+    assert one.trainable[0][0] == "connector/" and two.trainable[0][0] == "connector/|language/"
+    assert config_of("llava_video", "").trainable == [["vision/", 2e-6], [".*", 1e-5]]
+    assert config_of("videochat2", "").optimizer.weight_decay == 0.02
