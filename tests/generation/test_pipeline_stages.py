@@ -171,7 +171,7 @@ def test_counts_add_up_and_cheap_filters_come_before_the_judge(whole):
         assert pair.targets["chosen_logp_manipulated"] == -2.5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(kills=st.lists(st.integers(1, 150), min_size=1, max_size=3), cut=st.integers(0, 300))
 def test_killed_anywhere_it_goes_on_bit_identically_and_redoes_nothing(whole, kills, cut):
     """Killed after so many records, the last line cut by so many bytes at the last kill."""
