@@ -45,7 +45,9 @@ class Pool:
 
     def __init__(self, parallel: int, say: Callable[[str], None] = print) -> None:
         self._parallel, self._say = parallel, say
-        self._lock = threading.Lock()  # around `stopping` and `_processes`
+        # Around `stopping` and `_processes`. The main thread takes it in `_hear` alone, into which a
+        # second signal may come.
+        self._lock = threading.RLock()
         self._processes: set[subprocess.Popen] = set()
         self._previous: dict[int, object] = {}
         self.stopping = False
@@ -60,7 +62,7 @@ class Pool:
             signal.signal(number, handler)
 
     def _hear(self, signum: int, frame: types.FrameType | None) -> None:
-        """Runs on the main thread, which never holds the lock: it only waits for the others."""
+        """Runs on the main thread, which otherwise only waits for the others."""
         del frame
         with self._lock:
             again, self.stopping = self.stopping, True
