@@ -81,6 +81,9 @@ class Pool:
         """
         with concurrent.futures.ThreadPoolExecutor(self._parallel) as threads:
             futures = {job.name: threads.submit(self._run, job, ended) for job in jobs}
+            # A signal that the kernel gives to another thread is heard when this one wakes up.
+            while concurrent.futures.wait(futures.values(), timeout=0.5).not_done:
+                pass
             statuses = {name: future.result() for name, future in futures.items()}
         return {name: status for name, status in statuses.items() if status is not None}
 
