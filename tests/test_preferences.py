@@ -7,6 +7,7 @@ import jax
 import micro_model
 import numpy as np
 import pytest
+from chat_server import serving
 
 from tpo_jax import preferences
 from tpo_jax.data import pairs as pair_data
@@ -18,6 +19,8 @@ from tpo_jax.data.records import Example, RecordError, Turn
 from tpo_jax.data.rows import RowBuilder
 from tpo_jax.generation import scoring, sidecar
 from tpo_jax.generation.pair_generator import PairGenerator
+from tpo_jax.generation.pipeline import model as pipeline_model
+from tpo_jax.generation.pipeline.manifest import Manifest
 from tpo_jax.interop.folder import load_model, save_model
 from tpo_jax.training.preemption import EXIT_STATUS
 from tpo_jax.training.step import make_score_step
@@ -41,6 +44,7 @@ def in_memory(monkeypatch):
     monkeypatch.setattr(pair_data, "PreparedDataset", dataset)
     monkeypatch.setattr(preferences, "CHUNK_VIDEOS", 2)
     monkeypatch.setattr(scoring, "PART_BATCHES", 1)
+    monkeypatch.setattr(pipeline_model, "PROMPT_STEP", 8)  # the plain command's programs
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,116 @@ def generated(folder, tmp_path_factory):
         patch.setattr(preferences, "CHUNK_VIDEOS", 2)
         generate(folder, out)
     return out
+
+
+# --- in stages ---
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Writes one question, and thinks that the first answer is the better one."""
+
+    def answer(text):
+        if "Answer 2:" in text:
+            return "better=1\ncorrect=both\nunclear=no"
+        return "Question: What does the red circle do?\nAnswer: it moves left"
+
+    with serving() as server:
+        server.answer = answer
+        yield server
+
+
+def staged(folder, out, server, *more):
+    return generate(
+        folder, out, "--captioner=model", "--writer=endpoint", "--judge=endpoint",
+        f"--endpoint={server.url}", "--endpoint_model=m", "--key_variable=", "--questions=3",
+        "--samples=1", "--parts=2", "--caption_frames=8", "--reply_tokens=16",
+        "--plugin_temperature=1", "--workers=1", *more)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def written(folder, server, tmp_path_factory):
+    out = tmp_path_factory.mktemp("written")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preferences, "PreparedDataset", dataset)
+        patch.setattr(preferences, "CHUNK_VIDEOS", 2)
+        patch.setattr(pipeline_model, "PROMPT_STEP", 8)
+        assert staged(folder, out, server) == 0
+    return out
+
+
+def test_stages_ask_the_questions_of_the_split_as_the_plain_command_does(
+        folder, generated, tmp_path):
+    assert generate(folder, tmp_path, "--writer=rules") == 0
+    plain, stages = (
+        [Example.from_json(line) for line in lines(out / "pairs.jsonl")]
+        for out in (generated, tmp_path))
+    assert [pair.example_id for pair in stages] == [pair.example_id for pair in plain]
+    for pair, other in zip(stages, plain, strict=True):
+        assert pair.turns == other.turns
+        for name, value in other.targets.items():
+            if "logp" in name:
+                assert pair.targets[name] == pytest.approx(value, abs=1e-4)
+            else:
+                assert pair.targets[name] == value
+    counts, before = (json.loads((out / "counts.json").read_text())
+                      for out in (tmp_path, generated))
+    assert all(counts[name] == before[name] for name in ("generated", "dropped", "kept"))
+
+
+def test_pairs_from_videos_without_questions(written, server):
+    counts = json.loads((written / "counts.json").read_text())
+    assert counts["captions"]["written"] > 4 and counts["questions"]["written"] > 4
+    asked = len([r for name in ("questions", "filter") for r in lines(written / f"{name}.jsonl")
+                 if "usage" in r])
+    assert counts["endpoint"] == {"prompt_tokens": 10 * asked, "completion_tokens": 5 * asked,
+                                  "cost": 0.0}
+    captions = {c["caption"] for c in lines(written / "captions.jsonl") if "caption" in c}
+    texts = [body["messages"][0]["content"][-1]["text"] for _, _, body in server.requests]
+    assert all(any(caption in text for text in texts) for caption in captions)
+    found = PairedDataset("memory", written / "pairs.jsonl")
+    pairs = [pair for video in found.videos for pair in found.examples(video)]
+    assert len(pairs) == counts["written"] > 2
+    for pair in pairs:
+        assert pair.turns[0].question == "What does the red circle do?"
+        assert len(pair.targets["chosen_indices"]) == len(pair.targets["frame_indices"]) == 8
+
+
+def test_stages_that_were_stopped_go_on_and_give_the_same(folder, written, server, tmp_path,
+                                                           monkeypatch, capsys):
+    assert staged(folder, tmp_path, server, "--max_tokens=100") == 3
+    assert "--max_tokens=100: 75 are spent" in capsys.readouterr().err
+    calls = sigterm_in(monkeypatch, Manifest, "append", 9)
+    assert staged(folder, tmp_path, server) == EXIT_STATUS
+    stopped, before = calls["append"], len(server.requests)
+    assert staged(folder, tmp_path, server) == 0
+    names = sorted(file.name for file in written.glob("*.jsonl"))
+    assert len(names) == 7
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (written / name).read_bytes()
+    assert stopped < calls["append"] < sum(len(lines(written / name)) for name in names)
+    paid = [r for name in names for r in lines(written / name) if "usage" in r]
+    assert before < len(server.requests) and len(paid) == len(server.requests) / 2
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--parts=3"], "--parts: means nothing without --writer"),
+    (["--judge=endpoint"], "--judge=endpoint: means nothing without --writer"),
+    (["--writer=endpoint"], "--captioner=endpoint: needs --endpoint"),
+    (["--writer=rules", "--max_tokens=5"], "--max_tokens: no plug-in is the endpoint"),
+    (["--writer=endpoint", "--endpoint=http://127.0.0.1/v1"], "--endpoint_model: missing"),
+    (["--writer=endpoint", "--endpoint=http://127.0.0.1/v1", "--endpoint_model=m",
+      "--endpoint_body=[]"], "--endpoint_body=.*expected a JSON object"),
+    (["--writer=rules", "--reply_tokens=0"], "--reply_tokens=0"),
+])
+def test_flags_that_do_not_go_together_are_refused_before_the_model_is_read(
+        tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        generate("no-model", tmp_path, *flags)
 
 
 def score(folder, pairs, out, *more):

@@ -12,6 +12,9 @@ writes pairs.jsonl (one "preference" example a line, with all frame indices) and
 all that can change it. Both go on where they were stopped; what is finished is not done again. On
 SIGTERM they stop after the batch under way and exit with status 75 (start me again): `score` has
 then written every batch, `generate` every chunk of 32 videos.
+
+With --writer, `generate` also writes the questions, for videos that have none, in stages that keep
+every record: docs/preferences.md.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ from etils import epath
 from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.generation import pairs, scoring, sidecar
 from tpo_jax.generation.pair_generator import PairGenerator, Settings
+from tpo_jax.generation.pipeline import command as pipeline
+from tpo_jax.generation.pipeline.model import OwnModel
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
@@ -44,12 +49,17 @@ class ResumeError(ValueError):
     """The output folder holds the work of another command."""
 
 
-def generate(flags: argparse.Namespace, preemption: Preemption) -> None:
-    """Generates pairs until there are enough, or no video is left."""
+def generate(flags: argparse.Namespace, preemption: Preemption) -> int:
+    """Generates pairs until there are enough, or no video is left; returns the exit status."""
     started = time.monotonic()
+    endpoint = pipeline.check(flags, preemption.check)
     config, params, codec = load_model(flags.model)
     params = jax.tree.map(jax.numpy.asarray, params)
     settings = settings_of(flags, config)
+    if flags.writer:
+        own = OwnModel(FunctionalModel(config), params, codec, PreparedDataset(flags.data),
+                       sidecar.hash_weights(params), preemption.check)
+        return pipeline.run(flags, own, settings, endpoint, CHUNK_VIDEOS)
     out = epath.Path(flags.out)
     about = {
         "data": str(flags.data), "weights": sidecar.hash_weights(params),
@@ -70,6 +80,7 @@ def generate(flags: argparse.Namespace, preemption: Preemption) -> None:
     if len(lines) < flags.pairs:
         print(f"{out}: {len(lines)} of {flags.pairs} pairs: all videos are used. Raise --samples, "
               "--temperature or --questions, or give a larger split.", file=sys.stderr)
+    return 0
 
 
 def run_chunks(generator: PairGenerator, folder: epath.Path, drawn: dict[str, Any],
@@ -114,9 +125,10 @@ def report_of(counts: Counter, kept: Sequence[Example], videos: int) -> dict[str
 def settings_of(flags: argparse.Namespace, config: ModelConfig) -> Settings:
     """The settings that the flags ask for."""
     frames = flags.frames or config.vision.max_frames
+    judge = "none" if flags.judge in pipeline.JUDGES else flags.judge  # else asked by a plug-in
     return Settings(
         evidence=pairs.EvidenceSettings(frames, flags.mix, flags.subset, flags.right, flags.seed),
-        filters=pairs.FilterSettings(flags.near_equal, flags.length_ratio, flags.gap, flags.judge),
+        filters=pairs.FilterSettings(flags.near_equal, flags.length_ratio, flags.gap, judge),
         temperature=flags.temperature, top_p=flags.top_p, max_new=flags.max_new,
         questions=flags.questions, samples=flags.samples, batch_size=flags.batch_size,
         branches=flags.branches)
@@ -185,9 +197,12 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)")
     add("--gap", type=float, default=0.0, help="smallest log p(chosen | right) - "
         "log p(chosen | manipulated), nats (default: %(default)s)")
-    add("--judge", choices=sorted(pairs.JUDGES), default="rules")
+    add("--judge", choices=(*sorted(pairs.JUDGES), *pipeline.JUDGES), default="rules",
+        help="who says that the chosen answer is better: rules (by the known answer), none, or "
+        "with --writer a plug-in (default: %(default)s)")
     add("--batch_size", type=int, default=16, help="rows at a time (default: %(default)s)")
     add("--branches", type=int, default=4, help="questions of a row (default: %(default)s)")
+    pipeline.add_arguments(parser)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -195,11 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parse(arguments)
     with Preemption() as preemption:
         try:
-            {"generate": generate, "score": scoring.score}[flags.command](flags, preemption)
+            status = {"generate": generate, "score": scoring.score}[flags.command](
+                flags, preemption)
         except Preempted:
             print(f"{flags.out}: stopped; the same command goes on", file=sys.stderr)
             return EXIT_STATUS
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

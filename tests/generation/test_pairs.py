@@ -174,6 +174,9 @@ def test_bad_evidence_settings_are_named(field, value):
     ({"rejected": ""}, "empty"),
     ({"rejected": "The LEFT."}, "identical"),
     ({"rejected": "it is <region>"}, "head call"),
+    ({"rejected": "I'm sorry, I can't tell."}, "refusal"),
+    ({"chosen": "There is no information about it."}, "refusal"),
+    ({"rejected": "As an AI model, I see no video."}, "refusal"),
     ({"lengths": (2, 9)}, "length ratio"),
     ({"gap": 0.0}, "likelihood gap"),
     ({"gap": -3.0}, "likelihood gap"),
@@ -181,6 +184,13 @@ def test_bad_evidence_settings_are_named(field, value):
 ])
 def test_each_filter_names_its_reason(changes, reason):
     assert pairs.reject_reason(candidate(**changes), FilterSettings()) == reason
+
+
+@pytest.mark.parametrize("text", [
+    "I see a red circle", "someone is sorry", "there is no circle", "no",
+    "the circle is not moving"])
+def test_answers_are_no_refusals(text):
+    assert not pairs.is_refusal(text)
 
 
 def test_near_equal_answers_are_dropped():

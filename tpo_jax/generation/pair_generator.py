@@ -82,16 +82,18 @@ class _Row:
 class PairGenerator:
     """Generates and filters the pairs of some videos of one prepared split.
 
-    `poll` is called before every batch; what it raises ends the work.
+    `poll` is called before every batch; what it raises ends the work. `lengths` are the most tokens
+    of a question and of an answer; None takes those of the split.
     """
 
     def __init__(self, model: FunctionalModel, params: Any, codec: TextCodec,
                  dataset: PreparedDataset, settings: Settings,
-                 poll: Callable[[], None] = lambda: None):
+                 poll: Callable[[], None] = lambda: None,
+                 lengths: tuple[int, int] | None = None):
         self._poll = poll
         self.params, self.codec, self.dataset = params, codec, dataset
         self.settings = settings
-        prompt, answer = longest_texts(dataset, codec)
+        prompt, answer = lengths or longest_texts(dataset, codec)
         max_new = settings.max_new or answer + SPARE_TOKENS
         self.sampler = Sampler(model, codec, Sampling(
             max_new, 1, settings.temperature, settings.top_p))
@@ -103,9 +105,7 @@ class PairGenerator:
 
     def videos(self) -> list[str]:
         """All videos in the order in which they are worked through; images have no evidence."""
-        videos = [v for v in self.dataset.videos if self.dataset.video_info(v).media == "video"]
-        draw = pairs.random_of(self.settings.evidence.seed, "videos")
-        return [videos[i] for i in draw.permutation(len(videos))]
+        return shuffled_videos(self.dataset, self.settings.evidence.seed)
 
     def run(self, videos: Sequence[str], drawn: dict[str, Any]) -> tuple[list[Example], Counter]:
         """Kept pairs of these videos, and how many were generated, dropped (by reason) and kept."""
@@ -132,9 +132,9 @@ class PairGenerator:
             q, self.dataset.video_info(q.example.video_id).timestamps, settings.evidence)
             for q in questions]
         chosen, rejected, manipulated = {}, {}, {}
-        for _, drawn, _ in self._answers(questions, evidence, "chosen"):
+        for _, drawn, _ in self.answers(questions, evidence, "chosen"):
             chosen |= drawn
-        for row_questions, drawn, score in self._answers(questions, evidence, "manipulated"):
+        for row_questions, drawn, score in self.answers(questions, evidence, "manipulated"):
             rejected |= drawn
             for sample in range(settings.samples):
                 manipulated |= score(sample, chosen, row_questions)
@@ -144,13 +144,20 @@ class PairGenerator:
                 yield Candidate(question, evidence[number], sample, chosen[key][0],
                                 rejected[key][0], manipulated[key])
 
-    def _answers(self, questions: Sequence[Question], evidence: Sequence[Evidence], side: str):
-        """Yields (rows, drawn answers, scorer of other answers in the same context) per batch."""
+    def answers(self, questions: Sequence[Question], evidence: Sequence[Evidence], side: str,
+                skip: Callable[[list[int]], bool] = lambda numbers: False):
+        """Yields (rows, drawn answers, scorer of other answers in the same context) per batch.
+
+        `skip` is asked with the numbers of a batch's questions. Batches stay what they are where
+        others are skipped, so that an answer does not depend on what was done before.
+        """
         rows = self._rows(questions, evidence, f"{side}_indices")
         size = self.settings.batch_size
         for first in range(0, len(rows), size):
             self._poll()
             now = rows[first : first + size]
+            if skip([number for row in now for number in row.questions]):
+                continue
             batch = self._batch(now, questions)
             context = self.sampler.prefill(self.params, batch)
             ids = np.zeros(batch["branch_tokens"].shape[:2], np.uint32)
@@ -228,6 +235,13 @@ def _places(rows: Sequence[_Row]) -> Iterator[tuple[int, int, int]]:
     for b, row in enumerate(rows):
         for k, number in enumerate(row.questions):
             yield b, k, number
+
+
+def shuffled_videos(dataset: PreparedDataset, seed: int) -> list[str]:
+    """All videos of a split in random order, without its images."""
+    videos = [v for v in dataset.videos if dataset.video_info(v).media == "video"]
+    order = pairs.random_of(seed, "videos").permutation(len(videos))
+    return [videos[i] for i in order]
 
 
 def longest_texts(dataset: PreparedDataset, codec: TextCodec) -> tuple[int, int]:

@@ -296,6 +296,18 @@ def word_f1(text: str, reference: str) -> float:
     return 2 * common / max(words.total() + known.total(), 1)
 
 
+# What answers begin with that say why there is none.
+_REFUSALS = re.compile(
+    r"(i am |im |we are )?(sorry|afraid|unable|not able)\b|as (ai|language|assistant)\b"
+    r"|(i|we) (cannot|cant|can not|could not|couldnt|do not know|dont know|am not sure)\b"
+    r"|it is (not possible|impossible) to\b|(there is )?(not enough|no) (information|context)\b")
+
+
+def is_refusal(text: str) -> bool:
+    """Whether an answer says that there is none."""
+    return bool(_REFUSALS.match(normalise(text.replace("'", "").replace("\u2019", ""))))
+
+
 def judge_by_rules(candidate: Candidate) -> str | None:
     """The preferred answer must be right and the other wrong, against the known answer.
 
@@ -317,8 +329,8 @@ def judge_by_rules(candidate: Candidate) -> str | None:
 JUDGES: dict[str, Judge] = {"rules": judge_by_rules, "none": lambda candidate: None}
 
 
-def reject_reason(candidate: Candidate, settings: FilterSettings) -> str | None:
-    """The first filter that drops the pair, by name, or None when it is kept."""
+def cheap_reason(candidate: Candidate, settings: FilterSettings) -> str | None:
+    """The first filter before the judge that drops the pair, by name, or None."""
     chosen, rejected = candidate.chosen, candidate.rejected
     if not chosen.finished or not rejected.finished:
         return "truncated"
@@ -327,6 +339,8 @@ def reject_reason(candidate: Candidate, settings: FilterSettings) -> str | None:
         return "empty"
     if "<" in chosen.text + rejected.text:
         return "head call"
+    if is_refusal(chosen.text) or is_refusal(rejected.text):
+        return "refusal"
     if words_w == words_l:
         return "identical"
     if difflib.SequenceMatcher(None, words_w, words_l, False).ratio() >= settings.near_equal:
@@ -336,7 +350,12 @@ def reject_reason(candidate: Candidate, settings: FilterSettings) -> str | None:
         return "length ratio"
     if not candidate.gap > settings.gap:
         return "likelihood gap"
-    return JUDGES[settings.judge](candidate)
+    return None
+
+
+def reject_reason(candidate: Candidate, settings: FilterSettings) -> str | None:
+    """The first filter that drops the pair, by name, or None when it is kept; judges come last."""
+    return cheap_reason(candidate, settings) or JUDGES[settings.judge](candidate)
 
 
 # --- the pair as a record ---

@@ -1,0 +1,336 @@
+"""Stages of the pair pipeline with plug-ins that cost nothing: what is kept, and after any kill."""
+
+import collections
+import json
+import pathlib
+import tempfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from micro_model import MemoryDataset, conversation
+
+from tpo_jax.data.records import Example, Turn
+from tpo_jax.generation import pairs
+from tpo_jax.generation.pair_generator import Settings
+from tpo_jax.generation.pipeline import plugins, prompts
+from tpo_jax.generation.pipeline.manifest import Folder, Manifest, ManifestError
+from tpo_jax.generation.pipeline.stages import FILES, KEYS, Pipeline, report
+
+VIDEOS = [f"video{i}" for i in range(4)]
+OPTIONS = {stage: {"option": stage} for stage in FILES}
+
+
+class Killed(Exception):
+    pass
+
+
+class Speaker:
+    """Replies that are functions of the request; counts what it is asked."""
+
+    temperature = 0.25
+
+    def __init__(self):
+        self.asked = collections.Counter()
+
+    def say(self, requests, done):
+        for request in requests:
+            if request.id in done:
+                continue
+            self.asked[request.id] += 1
+            yield request.id, plugins.Reply(self.reply(request))
+
+    def reply(self, request):
+        number = pairs.name_id(request.id)
+        if request.text == prompts.CAPTION:
+            assert request.needs_pictures and len(request.frame_indices) == 2
+            return f"scene {number % 7} " if number % 5 else ""
+        assert not request.needs_pictures
+        if request.text.endswith("else no"):
+            return f"better={1 + number % 2}\ncorrect=both\nunclear=no"
+        return f"Question: what of {number}?\nAnswer: a thing" if number % 6 else "None."
+
+
+class Answerer:
+    """Answers of numbers; of some questions those of both sides are the same."""
+
+    weights = "none"
+
+    def __init__(self, speaker):
+        self.asked = speaker.asked
+        self.settings = Settings(pairs.EvidenceSettings(4), pairs.FilterSettings(judge="none"),
+                                 questions=5, samples=2)
+
+    def answers(self, job, side, same):
+        self.asked[f"{side} {job['id']}"] += 1
+        number = pairs.name_id(job["id"]) % 3
+        words = [f"{side if number else same} number {number} {s}" for s in range(2)]
+        return [{"text": text, "tokens": [1, 2], "finished": True, "logp": -1.5} for text in words]
+
+    def preferred(self, jobs, done):
+        for job in jobs:
+            if job["id"] not in done:
+                yield job["id"], {"answers": self.answers(job, "right", "same")}
+
+    def dispreferred(self, jobs, done):
+        for job in jobs:
+            if job["id"] not in done:
+                yield job["id"], {"answers": self.answers(job, "wrong", "same"),
+                                  "chosen_logp": [-2.5, -2.5]}
+
+
+def run(path, speaker, wanted=1000, options=OPTIONS, mix=0.5):
+    dataset = MemoryDataset(len(VIDEOS))
+    with Folder(path, FILES, options, KEYS) as folder:
+        Pipeline(folder, dataset, plugins.SpokenCaptioner(speaker),
+                 plugins.SpokenWriter(speaker, 5, mix, 0), plugins.SpokenJudge(speaker, 0),
+                 Answerer(speaker), parts=3, caption_frames=2).run(VIDEOS, wanted, 2)
+        return report(folder, wanted)
+
+
+def manifests(path):
+    return {name: (pathlib.Path(path) / name).read_bytes() for name in FILES.values()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_disk():
+    """A killed process loses nothing that it wrote; waiting for the disk takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole")
+    speaker = Speaker()
+    counts = run(path, speaker)
+    return path, counts, speaker.asked
+
+
+def read(path, stage):
+    return [json.loads(line) for line in (path / FILES[stage]).read_text().splitlines()]
+
+
+def test_every_record_says_what_it_was_drawn_with(whole):
+    path, _, _ = whole
+    for stage in FILES:
+        records = read(path, stage)
+        assert records
+        for record in records:
+            where = record["targets"] if stage == "pairs" else record
+            assert len(where["frame_indices"]) == (2 if stage == "captions" else 4)
+            assert where["seed"] == 0
+            expected = {"videos": None, "captions": 0.25, "questions": 0.25, "filter": 0.25}
+            assert where["temperature"] == expected.get(stage, 0.7)
+
+
+def test_questions_are_of_the_kinds_and_a_localized_one_excludes_its_part(whole):
+    path, _, _ = whole
+    questions = [q for q in read(path, "questions") if "failed" not in q]
+    assert {q["kind"] for q in questions} <= set(prompts.KINDS)
+    assert {q["manipulation"] for q in questions} == {"localized", "comprehensive"}
+    times = np.arange(24) / 2
+    for question in questions:
+        if question["manipulation"] == "localized":
+            start, end = question["segment"]
+            assert end - start == 4.0 and (start, end) != (0.0, 12.0)
+            shown = times[question["manipulated_indices"]]
+            assert ((shown < start) | (shown > end)).all()
+            right = times[question["chosen_indices"]]
+            assert ((right >= start) & (right <= end)).all()
+        else:
+            assert set(question["manipulated_indices"]) < set(question["chosen_indices"])
+    rights = {r["id"]: r["frame_indices"] for r in read(path, "preferred")}
+    assert rights == {q["id"]: q["chosen_indices"] for q in questions}
+
+
+@pytest.mark.parametrize("mix, only", [(0.0, "comprehensive"), (1.0, "localized")])
+def test_any_mix(tmp_path, mix, only):
+    run(tmp_path, Speaker(), mix=mix)
+    found = {q.get("manipulation") for q in read(tmp_path, "questions")}
+    assert found - {None} == {only}
+
+
+def test_counts_add_up_and_cheap_filters_come_before_the_judge(whole):
+    path, counts, asked = whole
+    assert counts["generated"] == sum(counts["dropped"].values()) + counts["kept"]
+    assert counts["kept"] == counts["written"] > 3
+    assert counts["questions"]["failed"] == {"topic does not suit": sum(
+        "failed" in q for q in read(path, "questions"))}
+    assert counts["captions"]["failed"].keys() == {"empty reply"}
+    dropped = counts["dropped"]
+    assert dropped.keys() == {"identical", "question has a pair already",
+                              "judge: dis-preferred answer is as good or better"}
+    judged = sum(name.endswith("/judge") for name in asked)
+    assert judged == counts["kept"] + dropped["judge: dis-preferred answer is as good or better"]
+    for pair in map(Example.from_json, read(path, "pairs")):
+        assert pair.targets["chosen"].startswith("right")
+        assert pair.targets["rejected"].startswith("wrong")
+        assert pair.targets["chosen_logp_manipulated"] == -2.5
+
+
+@settings(max_examples=60, deadline=None)
+@given(kills=st.lists(st.integers(1, 150), min_size=1, max_size=3), cut=st.integers(0, 300))
+def test_killed_anywhere_it_goes_on_bit_identically_and_redoes_nothing(whole, kills, cut):
+    """Killed after so many records, the last line cut by so many bytes at the last kill."""
+    path, _, asked = whole
+    speaker, real = Speaker(), Manifest.append
+    lost = 0
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for number, kill in enumerate(kills):
+            left = [kill]
+
+            def append(self, record, left=left):
+                real(self, record)
+                left[0] -= 1
+                if not left[0]:
+                    raise Killed(self.path)
+
+            patch.setattr(Manifest, "append", append)
+            try:
+                run(folder, speaker)
+            except Killed as killed:
+                if number == len(kills) - 1 and cut:
+                    file = killed.args[0]
+                    data = file.read_bytes()
+                    size = len(data.splitlines(keepends=True)[-1])
+                    file.write_bytes(data[: len(data) - min(cut, size)])
+                    lost = 1
+        patch.setattr(Manifest, "append", real)
+        run(folder, speaker)
+        assert manifests(folder) == manifests(path)
+    again = speaker.asked - asked
+    assert again.total() <= lost and speaker.asked.keys() == asked.keys()
+
+
+def test_a_finished_run_asks_nothing_and_more_pairs_go_on(whole, tmp_path):
+    path, counts, _ = whole
+    few = run(tmp_path, Speaker(), wanted=1)
+    assert few["written"] == 1 and few["videos"] == 2
+    again = Speaker()
+    assert run(tmp_path, again, wanted=1) == few and not again.asked
+    assert run(tmp_path, again) == counts
+    assert manifests(tmp_path) == manifests(path)
+    assert not any("video0" in name or "video1" in name for name in again.asked)
+
+
+def copied(whole, tmp_path):
+    run(tmp_path, Speaker(), wanted=1)
+    return tmp_path
+
+
+def test_a_changed_option_of_an_earlier_stage_is_refused_by_name(whole, tmp_path):
+    copied(whole, tmp_path)
+    changed = OPTIONS | {"questions": {"option": "other"}}
+    with pytest.raises(ManifestError, match="(?s)questions: option: there 'questions', now 'other'"
+                       ".*remove questions.jsonl, preferred.jsonl, .*pairs.jsonl"):
+        run(tmp_path, Speaker(), options=changed)
+    for name in ("preferred", "dispreferred", "filter", "pairs"):
+        (tmp_path / FILES[name]).unlink()
+    with pytest.raises(ManifestError):  # its own records are still there
+        run(tmp_path, Speaker(), options=changed)
+    (tmp_path / FILES["questions"]).unlink()
+    speaker = Speaker()
+    run(tmp_path, speaker, wanted=1, options=changed)
+    assert speaker.asked and not any("/part" in name for name in speaker.asked)  # captions stay
+
+
+def test_a_later_option_may_change_before_its_stage_has_begun(whole, tmp_path):
+    copied(whole, tmp_path)
+    for name in ("filter", "pairs"):
+        (tmp_path / FILES[name]).unlink()
+    speaker = Speaker()
+    run(tmp_path, speaker, wanted=1, options=OPTIONS | {"filter": {"option": "other"}})
+    assert all(name.endswith("/judge") for name in speaker.asked)
+
+
+def test_records_made_from_other_records_are_refused(whole, tmp_path):
+    copied(whole, tmp_path)
+    captions = tmp_path / FILES["captions"]
+    text = captions.read_text()
+    captions.write_text(text.replace("scene", "scenery"))
+    with pytest.raises(ManifestError, match="questions.jsonl: 'video0/written0/0' was made from"):
+        run(tmp_path, Speaker())
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"id": "a"}\nnonsense\n', "m.jsonl:2: not a record with 'id'"),
+    ('{"id": "a"}\n{"name": "b"}\n', "m.jsonl:2: not a record with 'id'"),
+    ('{"id": "a"}\n{"id": "a"}\n', "m.jsonl:2: id 'a' occurs twice"),
+])
+def test_a_damaged_manifest_names_the_line(tmp_path, text, message):
+    (tmp_path / "m.jsonl").write_text(text)
+    with pytest.raises(ManifestError, match=message):
+        Manifest(tmp_path / "m.jsonl")
+
+
+def test_two_commands_cannot_write_one_folder(tmp_path):
+    with Folder(tmp_path, FILES, OPTIONS, KEYS):
+        with pytest.raises(ManifestError, match="another command is writing here"):
+            with Folder(tmp_path, FILES, OPTIONS, KEYS):
+                pass
+    with Folder(tmp_path, FILES, OPTIONS, KEYS):
+        pass
+
+
+def test_folders_that_cannot_serve_are_refused(tmp_path):
+    with pytest.raises(ManifestError, match="--out=gs://a/b: records are appended"):
+        Folder("gs://a/b", FILES, OPTIONS, KEYS)
+    (tmp_path / "settings.json").write_text('{"data": "x"}')
+    with pytest.raises(ManifestError, match="`generate` without --writer"):
+        run(tmp_path, Speaker())
+
+
+# --- prompts and their replies ---
+
+
+@pytest.mark.parametrize("reply, expected", [
+    ("Question: Who runs?\nAnswer: The dog.", ("Who runs?", "The dog.")),
+    ("**Question:** Who\nruns?\n\n**Answer:** The dog.\n", ("Who runs?", "The dog.")),
+    ("None", "topic does not suit"), ("none.", "topic does not suit"),
+    ("Who runs?", "unreadable reply"), ("Question: Who?", "unreadable reply"),
+    ("Question: Where is <box>?\nAnswer: Here.", "holds '<'"),
+])
+def test_replies_of_a_writer(reply, expected):
+    assert prompts.read_question(reply) == expected
+
+
+@pytest.mark.parametrize("reply, reason", [
+    ("better=2\ncorrect=2\nunclear=no", None),
+    ("Better = 2, correct: = both\nunclear=No", None),
+    ("better=1\ncorrect=2\nunclear=no", "judge: dis-preferred answer is as good or better"),
+    ("better=same\ncorrect=both\nunclear=no", "judge: dis-preferred answer is as good or better"),
+    ("better=2\ncorrect=1\nunclear=no", "judge: preferred answer is wrong"),
+    ("better=2\ncorrect=none\nunclear=no", "judge: preferred answer is wrong"),
+    ("better=2\ncorrect=2\nunclear=yes", "judge: unclear question"),
+    ("better=2\ncorrect=2", "judge: unreadable reply"),
+    ("", "judge: unreadable reply"),
+])
+def test_verdicts(reply, reason):
+    assert prompts.read_verdict(reply, "2")[1] == reason
+
+
+def test_the_order_of_answers_is_drawn_and_told_to_the_reader(whole):
+    path, _, _ = whole
+    places = collections.Counter(
+        r["verdict"]["chosen"] for r in read(path, "filter") if "verdict" in r)
+    assert set(places) == {"1", "2"}
+
+
+def test_rules_caption_parts_with_what_the_split_says_of_them():
+    def caption(text, start, end, name):
+        return conversation("video0", [Turn("What happens?", text, (), "caption")], start, end,
+                            name)
+
+    dataset = MemoryDataset(1, {"video0": [
+        caption("it moves left", 0.0, 3.0, "a"), caption("it moves left, then right", 0.0, 12.0,
+                                                          "b")]})
+    jobs = [{"id": str(i), "video_id": "video0", "segment": [4.0 * i, 4.0 * i + 4]}
+            for i in range(2)]
+    found = dict(plugins.RuleCaptioner(dataset).caption(jobs, ()))
+    assert found == {"0": {"caption": "it moves left"},
+                     "1": {"caption": "it moves left, then right"}}
+    empty = dict(plugins.RuleCaptioner(MemoryDataset(1)).caption(jobs[:1], ()))
+    assert "no caption" in empty["0"]["failed"]

@@ -1,0 +1,1 @@
+"""Preference pairs from videos without questions, in stages that each keep a manifest."""
