@@ -45,8 +45,8 @@ class Pool:
 
     def __init__(self, parallel: int, say: Callable[[str], None] = print) -> None:
         self._parallel, self._say = parallel, say
-        # Around `stopping` and `_processes`. The main thread takes it in `_hear` alone, but one signal
-        # may come into the handler of another.
+        # Around `stopping` and `_processes`. The main thread takes it in `_hear` alone, but one
+        # signal may come into the handler of another.
         self._lock = threading.RLock()
         self._processes: set[subprocess.Popen] = set()
         self._previous: dict[int, object] = {}
