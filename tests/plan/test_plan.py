@@ -58,6 +58,14 @@ def test_plan_compiles_the_function_that_train_runs(tmp_path, lowered):
     assert trained is planned and train_shapes == plan_shapes
 
 
+def test_a_step_of_two_buckets_is_planned_as_one(lowered):
+    program = make_program(train_config(), micro(), make_mesh({}, jax.devices()[:1]))
+    with pytest.raises(Lowered):
+        plan.plan_bucket(program, micro(), bucket(8), beside=bucket(4))
+    ((_, shapes),) = lowered
+    assert shapes["frames"][0][0] == 8 and shapes["beside"]["frames"][0][0] == 4
+
+
 @needs_libtpu
 @pytest.mark.plan
 def test_fits_and_is_partitioned():
