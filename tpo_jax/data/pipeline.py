@@ -65,7 +65,7 @@ def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
             f"= {model_config.vision.max_frames}.")
     return RowBuilder(codec, bucket, tuple(tasks), model_config.vision.image_size,
                       model_config.visual_frames(bucket.frames), reference,
-                      getattr(model_config.vision, "resize", "area"), contrast)
+                      model_config.vision.resize, contrast)
 
 
 def blank_batch(builder: RowBuilder, rows: int | None = None) -> Batch:

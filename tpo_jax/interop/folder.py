@@ -143,8 +143,8 @@ def preprocessor(model_config: ModelConfig) -> dict[str, Any]:
         "image_size": vision.image_size,
         "max_frames": vision.max_frames,
         "rescale_factor": 1 / 255,
-        "image_mean": list(getattr(vision, "mean", (0.5, 0.5, 0.5))),
-        "image_std": list(getattr(vision, "std", (0.5, 0.5, 0.5))),
+        "image_mean": list(vision.mean),
+        "image_std": list(vision.std),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -73,6 +73,11 @@ class VisionConfig:
             self.temporal in ("divided", "none"), "vision.temporal", self.temporal,
             'use "divided" or "none"',
         )
+
+    # How pixels come in; published towers choose it (towers.config.TowerConfig).
+    resize: ClassVar[str] = "area"
+    mean: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
+    std: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
 
     @property
     def channels(self) -> int:
