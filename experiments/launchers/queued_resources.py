@@ -100,6 +100,8 @@ while [ -z "$stopping" ]; do
     on_workers {train} &
     training=$!
     while wait "$training"; status=$?; kill -0 "$training" 2>/dev/null; do :; done
+    # A signal interrupts `wait`; if training has ended meanwhile, its own status is still there.
+    [ -z "$stopping" ] || [ "$status" -le 128 ] || {{ wait "$training"; status=$?; }}
     [ "$status" -eq 75 ] || [ "$(state)" = ACTIVE ] || status=75  # taken away without a word
   fi
   echo "$name: status $status"
