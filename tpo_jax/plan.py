@@ -5,16 +5,16 @@
 
 What is compiled is what `python -m tpo_jax.train` runs: the update, and the gradient of every
 bucket of the config. Prints for each: memory of one chip against its HBM, and collectives in the
-program; for buckets also analytic FLOPs (see training/flops.py for what is counted) and the time
-they take at peak. Exits with status 1 where one does not fit. Needs libtpu: pip install
-'tpo_jax[plan]'.
+program with the bytes that a chip sends; for buckets also analytic FLOPs (see training/flops.py for
+what is counted), the least time that they, the memory traffic and the network allow (see
+training/estimate.py), the chip-hours of config.steps such steps, and the largest batch that would
+fit by the estimate. experiments/plans.py does this for all large configs. Exits with status 1 where
+one does not fit. Needs libtpu: pip install 'tpo_jax[plan]'.
 
 Topologies are GENERATION:SIZES: v5e:2x4, v5e:16x16, v6e:4x4, v4:2x2x2, v5p:2x2x1, ...
 """
 
-import collections
 import dataclasses
-import math
 import re
 import sys
 import time
@@ -27,18 +27,16 @@ from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket, scheduled
 from tpo_jax.data.pipeline import read_buckets
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.parallel.collectives import Collective, read_collectives
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.topologies import GIB, parse_topology, prepare_environment, topology_devices
 from tpo_jax.train import TOPOLOGY  # brings train's flags, --config among them
 from tpo_jax.training import config as training_config
-from tpo_jax.training.flops import TRAIN_OVER_FORWARD, forward_flops
+from tpo_jax.training.estimate import Estimate, estimate_step
 from tpo_jax.training.program import Program, make_program, needs_contrast
 from tpo_jax.training.start import make_model_config
 
 flags.set_default(TOPOLOGY, "v5e:2x4")
-
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -60,16 +58,14 @@ class ProgramPlan:
     """What compiling one program showed; memory is None where the compiler ran out of it.
 
     bucket: whose gradient it is; None for the update. needed: bytes of one chip.
-    collectives: {kind: count in the program text}; a scanned layer counts once.
-    flops: {part: FLOPs of a forward pass over the global batch}, empty for the update.
+    collectives: {kind: count in the program text, and bytes that one chip sends in a run}.
     """
 
     bucket: Bucket | None
     seconds: float
     memory: Memory | None
     needed: int
-    collectives: dict[str, int]
-    flops: dict[str, float]
+    collectives: dict[str, Collective]
 
     def fits(self, hbm: int) -> bool:
         return self.memory is not None and self.needed <= hbm
@@ -88,21 +84,17 @@ def plan_bucket(
 ) -> ProgramPlan:
     """Compiles the gradient of one bucket, and of the one in the same step, for the mesh."""
     batch = batch_spec(bucket, model_config, contrast=contrast)
-    flops = collections.Counter(forward_flops(model_config, batch))
     if beside:
         batch["beside"] = batch_spec(beside, model_config, contrast=contrast)
-        flops.update(forward_flops(model_config, batch["beside"]))
-    return _plan_program(program.lower_gradient(batch), bucket, flops)
+    return _plan_program(program.lower_gradient(batch), bucket)
 
 
 def plan_update(program: Program) -> ProgramPlan:
     """Compiles the update, which is the same for all buckets."""
-    return _plan_program(program.lower_update(), None, {})
+    return _plan_program(program.lower_update(), None)
 
 
-def _plan_program(
-    lowered: jax.stages.Lowered, bucket: Bucket | None, flops: dict[str, float]
-) -> ProgramPlan:
+def _plan_program(lowered: jax.stages.Lowered, bucket: Bucket | None) -> ProgramPlan:
     begin = time.monotonic()
     try:
         compiled = lowered.compile()
@@ -110,7 +102,7 @@ def _plan_program(
         needed = out_of_memory(str(error))
         if needed is None:
             raise
-        return ProgramPlan(bucket, time.monotonic() - begin, None, needed, {}, flops)
+        return ProgramPlan(bucket, time.monotonic() - begin, None, needed, {})
     analysis = compiled.memory_analysis()
     memory = Memory(
         arguments=analysis.argument_size_in_bytes,
@@ -119,14 +111,8 @@ def _plan_program(
         peak=analysis.peak_memory_in_bytes,
     )
     seconds = time.monotonic() - begin
-    collectives = count_collectives(compiled.as_text())
-    return ProgramPlan(bucket, seconds, memory, memory.peak, collectives, flops)
-
-
-def count_collectives(program_text: str) -> dict[str, int]:
-    """{kind: count} in HLO text; an asynchronous pair (-start, -done) counts once."""
-    found = re.findall(rf"\b({'|'.join(COLLECTIVES)})(?:-start)?\(", program_text)
-    return dict(collections.Counter(found))
+    collectives = read_collectives(compiled.as_text())
+    return ProgramPlan(bucket, seconds, memory, memory.peak, collectives)
 
 
 def out_of_memory(message: str) -> int | None:
@@ -139,7 +125,7 @@ def out_of_memory(message: str) -> int | None:
 
 def report(plan: ProgramPlan, topology: str) -> str:
     """Lines for people."""
-    chip, sizes = parse_topology(topology)
+    chip, _ = parse_topology(topology)
     memory, bucket = plan.memory, plan.bucket
     parts = "the compiler gave up"
     if memory is not None:
@@ -149,23 +135,34 @@ def report(plan: ProgramPlan, topology: str) -> str:
         )
     verdict = "fits" if plan.fits(chip.hbm) else "DOES NOT FIT"
     shapes = f" {bucket.batch_size} rows, {bucket.frames} frames," if bucket else ""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.collectives.items()))
+    kinds = ", ".join(
+        f"{found.count} {kind} ({found.bytes / 1e9:.3g} GB)"
+        for kind, found in sorted(plan.collectives.items())
+    )
     lines = [
         f"{plan.name}:{shapes} compiled in {plan.seconds:.0f} s",
         f"  memory a chip   peak {plan.needed / GIB:.3f} of {chip.hbm / GIB:.0f} GiB: "
         f"{verdict} ({parts})",
         f"  collectives     {kinds or 'none'}",
     ]
-    if bucket:
-        chips = math.prod(sizes)
-        train = TRAIN_OVER_FORWARD * sum(plan.flops.values())
-        split = ", ".join(f"{part} {value:.3g}" for part, value in plan.flops.items())
-        lines += [
-            f"  FLOPs a step    {train:.4g} = {TRAIN_OVER_FORWARD} x forward ({split})",
-            f"  at peak         {1e3 * train / (chips * chip.peak):.3g} ms on {chips} chips of "
-            f"{chip.peak / 1e12:.0f} TFLOP/s",
-        ]
     return "\n".join(lines)
+
+
+def report_bound(plan: ProgramPlan, estimate: Estimate, topology: str, steps: int) -> str:
+    """Lines for people about what a bucket's step costs at the least."""
+    chip, _ = parse_topology(topology)
+    sent = sum(found.bytes for found in plan.collectives.values()) if plan.memory else None
+    line = estimate.roofline(chip, sent)
+    hours = steps * line.seconds * estimate.chips / 3600
+    return "\n".join([
+        f"  FLOPs a step    {estimate.model_flops:.4g}",
+        f"  at least        {1e3 * line.seconds:.3g} ms, by {line.limit} (compute "
+        f"{1e3 * line.compute:.3g}, HBM {1e3 * line.hbm:.3g}, ICI {1e3 * line.ici:.3g}): MFU at "
+        f"most {100 * line.bound:.0f} %, {steps} steps {hours:.3g} chip-hours on "
+        f"{estimate.chips} chips",
+        f"  estimated       {estimate.memory / GIB:.3f} GiB a chip; micro-batches of up to "
+        f"{estimate.largest_batch(chip.hbm)} rows fit",
+    ])  # fmt: skip
 
 
 def plan(config: ConfigDict, topology: str) -> list[ProgramPlan]:
@@ -179,9 +176,10 @@ def plan(config: ConfigDict, topology: str) -> list[ProgramPlan]:
     buckets = read_buckets(training_config.to_dict(config)["buckets"])
     named = {bucket.name: bucket for bucket in buckets}
     for bucket in scheduled(buckets):
-        beside = named.get(bucket.beside)
-        plans.append(plan_bucket(program, model_config, bucket, needs_contrast(config), beside))
+        step = (program, model_config, bucket, needs_contrast(config), named.get(bucket.beside))
+        plans.append(plan_bucket(*step))
         print(report(plans[-1], topology), flush=True)
+        print(report_bound(plans[-1], estimate_step(*step), topology, config.steps), flush=True)
     return plans
 
 
