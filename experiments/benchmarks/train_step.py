@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait burn no CPU time
@@ -54,6 +54,7 @@ from tpo_jax.training.start import make_model_config
 
 RATE, CLIP, EPSILON = 1e-4, 1.0, 1e-8
 TOLERANCE = 2e-3  # relative, of the loss of three steps
+PARTS = ("step", "memory", "dispatch", "compile")
 VIDEO_ID, IMAGE_ID = 1022, 1023
 CONFIGS = {
     "llava_onevision": "", "llava_video": "", "longva": "", "video_llava": "", "videochat2": "",
@@ -295,38 +296,40 @@ def compile_seconds(name: str, preset: str) -> dict[str, float]:
     return {"lower": between - begin, "compile": time.perf_counter() - between}
 
 
-def run(sizes: Sizes, rounds: int, threads: int, configs: dict[str, str]) -> dict[str, Any]:
-    """The whole benchmark; see the module."""
-    result: dict[str, Any] = {"step": step_times(sizes, rounds, threads)}
+def memory_of_both(sizes: Sizes, threads: int) -> dict[str, float]:
+    """`memory_of` each side in a process of its own."""
+    sides = {}
     with tempfile.TemporaryDirectory() as folder:
-        sides = {}
         for side in ("ours", "torch"):
             out = pathlib.Path(folder) / side
-            command = [
-                sys.executable,
-                "-m",
-                "experiments.benchmarks.train_step",
-                "--side",
-                side,
-                "--out",
-                str(out),
-                "--threads",
-                str(threads),
-                *(f"--{f.name}={getattr(sizes, f.name)}" for f in dataclasses.fields(sizes)),
-            ]
+            options = {f.name: getattr(sizes, f.name) for f in dataclasses.fields(sizes)}
+            options |= {"side": side, "out": out, "threads": threads}
+            command = [sys.executable, "-m", "experiments.benchmarks.train_step"]
+            command += [f"--{name}={value}" for name, value in options.items()]
             subprocess.run(command, check=True)
             sides[side] = json.loads(out.read_text())["MiB"]
-    result["memory, MiB"] = sides | {"ours / torch": sides["ours"] / sides["torch"]}
+    return sides | {"ours / torch": sides["ours"] / sides["torch"]}
+
+
+def dispatch(sizes: Sizes) -> dict[str, Any]:
     ours = Ours(sizes)
     batch, _ = make_batches(ours, sizes)
-    result["dispatch, ms"] = dispatch_milliseconds(ours.program, ours.state, jax.device_put(batch))
-    result["compile, s"] = {name: compile_seconds(name, preset)
-                            for name, preset in configs.items()}  # fmt: skip
-    return result | {
-        "sizes": dataclasses.asdict(sizes), "rounds": rounds, "threads": threads,
-        "platform": jax.devices()[0].platform, "load_average": os.getloadavg()[0],
-        "versions": versions(),
-    }  # fmt: skip
+    return dispatch_milliseconds(ours.program, ours.state, jax.device_put(batch))
+
+
+def run(sizes: Sizes, rounds: int, threads: int, parts: Sequence[str]) -> dict[str, Any]:
+    """Some parts of the benchmark; see the module."""
+    measured: dict[str, Callable[[], Any]] = {
+        "step": lambda: step_times(sizes, rounds, threads),
+        "memory": lambda: memory_of_both(sizes, threads),
+        "dispatch": lambda: dispatch(sizes),
+        "compile": lambda: {name: compile_seconds(name, p) for name, p in CONFIGS.items()},
+    }
+    about = {"sizes": dataclasses.asdict(sizes), "threads": threads, "versions": versions()}
+    return {
+        part: {"result": measured[part](), "load_average": os.getloadavg()[0], **about}
+        for part in parts
+    }
 
 
 def main() -> None:
@@ -344,13 +347,16 @@ def main() -> None:
         default=len(os.sched_getaffinity(0)),
         help="of PyTorch; XLA takes all processors that it may run on (default: %(default)s)",
     )
+    add("--parts", default=",".join(PARTS), help="measured again, the others stay in the file "
+        "(default: %(default)s)")
     add("--side", choices=("ours", "torch"), help="only the memory of this side")
     flags = parser.parse_args()
     sizes = Sizes(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Sizes)})
     if flags.side:
         result = {"MiB": memory_of(flags.side, sizes, flags.threads)}
     else:
-        result = run(sizes, flags.rounds, flags.threads, CONFIGS)
+        old = json.loads(flags.out.read_text()) if flags.out.exists() else {}
+        result = old | run(sizes, flags.rounds, flags.threads, flags.parts.split(","))
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     flags.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

@@ -67,7 +67,7 @@ def compare_family(
     differences = {}
     for name, prefix in towers[config.vision.kind].items():
         tower = module.vision if not prefix else getattr(module.vision, name)
-        differences |= _tower(tower, name, data, _named(tensors, _TOWER.format(name=name)), frames)
+        differences |= _tower(tower, name, _named(tensors, _TOWER.format(name=name)), frames)
     differences |= _projector(module, tensors, seed)
     text = dict(data.get("text_config") or data)
     text["model_type"] = {"llava_qwen": "qwen2"}.get(text["model_type"], text["model_type"])
@@ -106,20 +106,24 @@ def _load(module: Any, tensors: Mapping[str, Any], optional: str) -> Any:
 
 
 def _tower(
-    ours: Any, name: str, data: Mapping[str, Any], tensors: Mapping[str, Any], frames: np.ndarray
+    ours: Any, name: str, tensors: Mapping[str, Any], frames: np.ndarray
 ) -> dict[str, float]:
     import torch
     import transformers
 
-    options = {k: v for k, v in data["vision_config"].items() if k != "model_type"}
-    clip = ours.config.kind != "siglip"
-    kind = "CLIP" if clip else "Siglip"
+    config = ours.config
+    kind = "Siglip" if config.kind == "siglip" else "CLIP"
     make, describe = (getattr(transformers, f"{kind}Vision{part}") for part in ("Model", "Config"))
-    if not clip:
+    options = {
+        "image_size": config.image_size, "patch_size": config.patch_size,
+        "hidden_size": config.width, "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads, "intermediate_size": config.mlp_width,
+        "hidden_act": config.activation, "layer_norm_eps": config.epsilon,
+    }  # fmt: skip
+    if kind == "Siglip":
         options["vision_use_head"] = False
-    options["num_hidden_layers"] = ours.config.depth
     theirs = _load(make(describe(**options)), tensors, r".*position_ids|head\..*")
-    pixels = np.asarray(normalise_pixels(ours.config, jnp.asarray(frames)))
+    pixels = np.asarray(normalise_pixels(config, jnp.asarray(frames)))
     valid = np.ones(frames.shape[:2], bool)
     _, _, states = ours.run(jnp.asarray(pixels), valid, keep=True)
     with torch.no_grad():

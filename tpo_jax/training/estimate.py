@@ -144,11 +144,12 @@ def estimate_step(
         base, more = (figure(trace) / share for trace in traces)
         return Linear(base, more - base, rows)
 
+    flops = traced_flops(traced.plain) / tensor
     return Estimate(
         state=_chip_bytes(program.abstract_state),
         batch=traced.batch_bytes // row_chips,
         temporaries=linear(lambda t: memory.peak_bytes(t, shares), traced.gradient, 1),
-        flops=linear(traced_flops, traced.plain, tensor),
+        flops=Linear(flops, flops / rows, rows),
         products=linear(memory.product_bytes, traced.gradient, tensor * traced.micros),
         sent=_sent(program),
         model_flops=traced.model_flops,
@@ -162,12 +163,13 @@ def estimate_step(
 class Traced(NamedTuple):
     """Traces of the gradient on one chip, with the rows of a micro-batch and with a row more.
 
-    gradient: of `micros` micro-batches; more need no more memory. plain: of one, with attention
-    whose products can be counted. model_flops, batch_bytes: of the global batch.
+    gradient: of `micros` micro-batches; more need no more memory. plain: of one, without a row
+    more, with attention whose products can be counted. model_flops, batch_bytes: of the global
+    batch.
     """
 
     gradient: tuple[Any, Any]
-    plain: tuple[Any, Any]
+    plain: Any
     micros: int
     model_flops: float
     batch_bytes: int
@@ -193,7 +195,7 @@ def trace_step(
     forward = sum(sum(forward_flops(model_config, part).values()) for part in whole)
     return Traced(
         gradient=(trace(0, micros, False), trace(1, micros, False)),
-        plain=(trace(0, 1, True), trace(1, 1, True)),
+        plain=trace(0, 1, True),
         micros=micros,
         model_flops=TRAIN_OVER_FORWARD * forward,
         batch_bytes=sum(_bytes(part) for part in whole),
