@@ -163,8 +163,8 @@ def main() -> None:
         print(failure, file=sys.stderr)
         sys.exit(failure.status)
     result = summary.assemble(
-        steps.out, seed=flags.seed, seconds=steps.seconds, wall_seconds=steps.wall_seconds,
-        max_abs_difference=difference,
+        steps.out, seed=flags.seed, seconds=steps.seconds, cpu_seconds=steps.cpu_seconds,
+        wall_seconds=steps.wall_seconds, max_abs_difference=difference,
     )  # fmt: skip
     summary.write_summary(steps.out, result)
     page = report.build_report(steps.out)
