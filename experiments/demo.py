@@ -34,7 +34,7 @@ DRAW = ("--samples", 1, "--subset", 0.125)
 class Scale:
     """How much of everything: videos of each split, images in all, preference pairs."""
 
-    train: int = 400
+    train: int = 600
     validation: int = 60
     test: int = 160
     images: int = 240
