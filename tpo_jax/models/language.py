@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tpo_jax.models.attention import attention, branch_attention
+from tpo_jax.models.attention import branch_attention, prefix_attention
 from tpo_jax.models.config import LanguageConfig
 from tpo_jax.models.layers import Linear, RMSNorm, Rngs, dropout, fold_rows, run_layers, stack
 from tpo_jax.models.rope import rotary_tables, rotate
+from tpo_jax.parallel.context import ContextLayout, split_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +28,8 @@ from tpo_jax.models.rope import rotary_tables, rotate
 class KVCache:
     """Keys (rotated) and values of every layer.
 
-    k, v: float[L, B, P, G, H] for a prefix, float[L, B, K, R, G, H] for branches.
+    k, v: float[L, B, P, G, H] for a prefix, float[L, B, K, R, G, H] for branches. On a mesh with a
+      `context` axis the P tokens lie as parallel.context.ContextLayout places them.
     segments: None for a prefix; int32[B, K, R] for branches, segment of each cached token.
     positions: int32 of the shape of the cached tokens; None in a model without a sliding window.
     """
@@ -150,16 +152,20 @@ class LanguageModel(nnx.Module):
 
         Returns: hidden float[B, P, D] after the final norm, and the cache.
         """
-        apply = self._prefix_layer(positions, segments, keys)
+        layout = ContextLayout.of(embeds.shape[1])
+        embeds, positions, segments = map(layout.spread, (embeds, positions, segments))
+        apply = self._prefix_layer(positions, segments, keys, layout)
         x, (k, v) = self._run(apply, embeds, jnp.arange(self.config.depth))
         slides = self.config.sliding_window is not None
-        return self.final_norm(x), KVCache(k, v, positions=positions if slides else None)
+        cache = KVCache(k, v, positions=positions if slides else None)
+        return layout.restore(self.final_norm(x)), cache
 
     def layer_states(
         self, embeds: jax.Array, positions: jax.Array, segments: jax.Array
     ) -> jax.Array:
         """float[L, B, P, D], what each layer of `prefill` hands on, before the final norm."""
-        layer = self._prefix_layer(positions, segments, None)
+        layout = ContextLayout(embeds.shape[1], 1)
+        layer = self._prefix_layer(positions, segments, None, layout)
 
         def apply(*args):
             x, _ = layer(*args)
@@ -167,16 +173,16 @@ class LanguageModel(nnx.Module):
 
         return self._run(apply, embeds, jnp.arange(self.config.depth))[1]
 
-    def _prefix_layer(self, positions, segments, keys):
+    def _prefix_layer(self, positions, segments, keys, layout):
         tables = self._tables(positions)
 
         def apply(window, layer, x, index):
             def attend(q, k, v):
-                return attention(
-                    q, k, v, q_segments=segments, kv_segments=segments, causal_offset=0,
-                    window=window, backend=self.config.attention,
-                )  # fmt: skip
+                return prefix_attention(
+                    q, k, v, segments, layout, window=window, backend=self.config.attention
+                )
 
+            x = split_tokens(x, axis=1)
             return layer(x, tables, attend, fold_rows(keys, index))
 
         return apply
@@ -209,6 +215,7 @@ class LanguageModel(nnx.Module):
         Returns: hidden float[B, K, T, D] after the final norm, and the updated `own`.
         """
         tables = self._tables(positions)
+        prefix_segments = ContextLayout.of(prefix_segments.shape[1]).spread(prefix_segments)
         slides = self.config.sliding_window is not None
         own_segments, own_positions = segments, positions if slides else None
         if own is not None:
@@ -245,7 +252,7 @@ class LanguageModel(nnx.Module):
 
             # Prefix layers fold L numbers from their keys, branches the next L.
             layer_keys = fold_rows(keys, self.config.depth + number)
-            x, _ = layer(x, tables, attend, layer_keys)
+            x, _ = layer(split_tokens(x, axis=2), tables, attend, layer_keys)
             return x, written
 
         inputs = (
