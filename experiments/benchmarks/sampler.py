@@ -219,6 +219,7 @@ class Theirs:
         ids = np.concatenate([np.tile(prefix, (K, 1)), batch["branch_tokens"][0]], axis=1)
         pixels = np.asarray(normalise_pixels(ours.config.vision, jnp.asarray(batch["frames"])))
         self.pixels = torch.from_numpy(np.moveaxis(pixels, -1, -3).copy())
+        self.repeated = self.pixels.repeat(K, 1, 1, 1, 1)
         self.prefix, self.ids = torch.from_numpy(prefix)[None], torch.from_numpy(ids)
         codec = ours.sampler.codec
         self.options = {
@@ -237,8 +238,7 @@ class Theirs:
     def generate(self) -> np.ndarray:
         """int[K, N]"""
         with self.torch.inference_mode():
-            pixels = self.pixels.expand(self.questions, *self.pixels.shape[1:])
-            return self._answers(pixel_values_videos=pixels)
+            return self._answers(pixel_values_videos=self.repeated)
 
     def reused_cache(self) -> np.ndarray:
         """int[K, N]"""
@@ -247,11 +247,11 @@ class Theirs:
         with self.torch.inference_mode():
             cache = DynamicCache(config=self.model.config.get_text_config())
             self.model(
-                input_ids=self.prefix, pixel_values_videos=self.pixels, past_key_values=cache,
+                input_ids=self.prefix, pixel_values_videos=self.pixels, cache=cache,
                 use_cache=True, logits_to_keep=1,
             )  # fmt: skip
             cache.batch_repeat_interleave(self.questions)
-            return self._answers(past_key_values=cache)
+            return self._answers(cache=cache)
 
 
 def run(sizes: Sizes, width: int, depth: int, rounds: int, threads: int) -> dict[str, Any]:

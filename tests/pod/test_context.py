@@ -120,11 +120,11 @@ def score(params, batch, config=LANGUAGE):
     (B, P, _), (_, K, R) = batch["prefix"].shape, batch["branches"].shape
     segments, prefix_segments = batch["branch_segments"], batch["prefix_segments"]
     positions = jnp.broadcast_to(jnp.arange(P), (B, P))
-    hidden, cache = model.prefill(batch["prefix"], positions, prefix_segments)
-    branches, _ = model.extend(
-        model.embed_tokens(batch["branches"]), jnp.broadcast_to(P + jnp.arange(R), (B, K, R)),
-        segments, cache, prefix_segments,
-    )  # fmt: skip
+    own_positions = jnp.broadcast_to(P + jnp.arange(R), (B, K, R))
+    hidden, branches = model(
+        (batch["prefix"], positions, prefix_segments),
+        (model.embed_tokens(batch["branches"]), own_positions, segments),
+    )
     targets = batch["branches"][:, :, 1:]
     logps = token_logps(branches[:, :, :-1], model.table, targets, chunk=8)
     seen = prefix_segments[..., None] > 0

@@ -170,14 +170,12 @@ class VideoLanguageModel(nnx.Module):
         """
         encoded = self.encode(batch["frames"], batch["frame_valid"], batch["frame_times"])
         prefix = self.embed_prefix(batch["prefix_tokens"], encoded.visual)
-        prefix_hidden, cache = self.language.prefill(
-            prefix, batch["prefix_positions"], batch["prefix_segments"], keys
+        branches = self.embed_branches(batch["branch_tokens"], batch["slots"])
+        prefix_hidden, branch_hidden = self.language(
+            (prefix, batch["prefix_positions"], batch["prefix_segments"]),
+            (branches, batch["branch_positions"], batch["branch_segments"]),
+            None if keys is None else (keys, branch_keys(keys, branches.shape[1])),
         )
-        branch_hidden, _ = self.language.extend(
-            self.embed_branches(batch["branch_tokens"], batch["slots"]),
-            batch["branch_positions"], batch["branch_segments"], cache, batch["prefix_segments"],
-            keys=branch_keys(keys, batch["branch_tokens"].shape[1]),
-        )  # fmt: skip
         return Outputs(branch_hidden, prefix_hidden, encoded)
 
     def slot_states(self, outputs: Outputs, slots: Mapping[str, jax.Array]) -> jax.Array:
