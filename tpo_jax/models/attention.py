@@ -14,7 +14,7 @@ materialises logits), "splash_interpret" (the same kernel, slowly, on any device
 
 On a mesh whose axis `context` is larger than 1, a prefix is split over it (parallel.context). Its
 queries stay where they are and its keys and values are gathered, layer by layer: with few key/value
-heads they are small (of Qwen2-7B in bfloat16 2 KiB a token and layer, a seventh of the queries).
+heads they are small (of Qwen2-7B in bfloat16 2 KiB a token and layer, against 7 KiB of queries).
 Branches go to the keys: every device attends to its part of the prefix, and the parts of the one
 softmax are added up.
 """
