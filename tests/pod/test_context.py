@@ -189,8 +189,10 @@ def test_a_split_row_takes_a_fraction_of_the_memory_and_keys_alone_travel_whole(
     one, split = (gradient_program(sizes, batch, config)[0] for sizes in (ONE, {"context": C}))
     bytes_of = [program.memory_analysis().temp_size_in_bytes for program in (one, split)]
     assert bytes_of[1] < bytes_of[0] / 4
-    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", split.as_text())
-    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in gathered]
+    # "name = f32[1,2048,2,8]{...} all-gather(...)", or a tuple of such shapes
+    gathered = re.findall(r" = (.*) all-gather(?:-start)?\(", split.as_text())
+    shapes = re.findall(r"\w\[([\d,]+)\]", " ".join(gathered))
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in shapes]
     keys = P * config.kv_heads * config.head_dim
     assert keys in sizes and max(sizes) <= P * config.width
 
