@@ -80,6 +80,11 @@ class VisionConfig:
     std: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
 
     @property
+    def per_frame(self) -> bool:
+        """Whether frames do not see each other."""
+        return self.temporal == "none" and not self.motion
+
+    @property
     def channels(self) -> int:
         """Channels that the stem sees."""
         return 6 if self.motion else 3

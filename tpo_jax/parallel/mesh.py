@@ -3,7 +3,7 @@
 Axes, outermost (slowest network) first:
   data     copies of the model; rows of the batch are split over it
   fsdp     rows of the batch *and* parameters are split over it
-  context  reserved for sequence sharding; the batch is replicated over it
+  context  prefixes and frames of a row are split over it (parallel.context); batches are not
   tensor   attention heads and hidden units are split over it
 """
 
