@@ -155,9 +155,7 @@ def our_batches(setting: Setting, work: pathlib.Path) -> Iterator[np.ndarray]:
 
     base = pathlib.Path(presets.__file__).parents[1] / "assets" / "tiny_base"
     config = folder.load_config(base)
-    config = dataclasses.replace(
-        config, vision=dataclasses.replace(config.vision, image_size=SIZE)
-    )
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=SIZE))
     bucket = Bucket("clips", "video", setting.batch, FRAMES, branches=1, branch_tokens=32,
                     answers=8)  # fmt: skip
     dataset = Decoded(work / "raw") if setting.reader == "video" else PreparedDataset(
