@@ -78,7 +78,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 def num_slices(devices: Sequence[jax.Device]) -> int:
     """Slices of a TPU pod that the devices belong to; 1 for all other devices."""
-    if devices[0].platform != "tpu":
+    # Devices of a topology of one slice have no slice_index; on GPUs it numbers hosts.
+    if devices[0].platform != "tpu" or not hasattr(devices[0], "slice_index"):
         return 1
     return len({device.slice_index for device in devices})
 
