@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -108,8 +109,9 @@ def write_data(work: pathlib.Path, videos: int) -> dict[str, float]:
     ))  # fmt: skip
     seconds = {}
     for encoding in TARGETS:
-        begin = time.process_time()
         out = work / encoding
+        shutil.rmtree(out, ignore_errors=True)
+        begin = time.process_time()
         status = prepare.main([
             "run", "--media", str(media), "--format", "native", "--annotations", str(annotations),
             "--out", str(out), "--fps", str(STORED_FPS), "--size", str(SIZE), "--encoding", encoding
@@ -508,8 +510,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--work", type=pathlib.Path, required=True, help="folder for videos and tables; kept")
-    add("--out", type=pathlib.Path, required=True, help="folder for loader.json and loader.md")
+    add("--work", type=pathlib.Path, required=True, help="folder for videos, kept, and tables")
+    add("--out", type=pathlib.Path, required=True, help="folder for loader.json")
     add("--videos", type=int, default=4)
     add("--rounds", type=int, default=3)
     flags = parser.parse_args()
