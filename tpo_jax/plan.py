@@ -10,6 +10,9 @@ they take at peak. Exits with status 1 where one does not fit. Needs libtpu: pip
 'tpo_jax[plan]'.
 
 Topologies are GENERATION:SIZES: v5e:2x4, v5e:16x16, v6e:4x4, v4:2x2x2, v5p:2x2x1, ...
+With --num_slices=N, N of them over the data centre network, and mesh.data a multiple of N: prints
+what a chip sends to other slices in a step, and exits with 1 where that is more than 1 MB beside
+the gradients.
 """
 
 import collections
@@ -29,15 +32,18 @@ from tpo_jax.data.pipeline import read_buckets
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.topologies import GIB, parse_topology, prepare_environment, topology_devices
-from tpo_jax.train import TOPOLOGY  # brings train's flags, --config among them
+from tpo_jax.parallel.transfers import Transfer, find_transfers
+from tpo_jax.train import NUM_SLICES, TOPOLOGY  # brings train's flags, --config among them
 from tpo_jax.training import config as training_config
 from tpo_jax.training.flops import TRAIN_OVER_FORWARD, forward_flops
 from tpo_jax.training.program import Program, make_program, needs_contrast
 from tpo_jax.training.start import make_model_config
+from tpo_jax.training.state import partition
 
 flags.set_default(TOPOLOGY, "v5e:2x4")
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+MOST_BESIDE_GRADIENTS = 1e6  # bytes a chip may send to other slices in a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,7 @@ class ProgramPlan:
     bucket: whose gradient it is; None for the update. needed: bytes of one chip.
     collectives: {kind: count in the program text}; a scanned layer counts once.
     flops: {part: FLOPs of a forward pass over the global batch}, empty for the update.
+    transfers: to other slices. gradients: bytes of the float32 gradients that a chip holds.
     """
 
     bucket: Bucket | None
@@ -70,6 +77,15 @@ class ProgramPlan:
     needed: int
     collectives: dict[str, int]
     flops: dict[str, float]
+    transfers: list[Transfer] = dataclasses.field(default_factory=list)
+    gradients: int = 0
+
+    @property
+    def beside_gradients(self) -> int:
+        """Bytes that a chip sends to other slices in a step, without summing up gradients."""
+        summed = sum(t.bytes for t in self.transfers if t.kind == "ALL_REDUCE")
+        total = sum(t.bytes for t in self.transfers)
+        return total - min(summed, self.gradients)
 
     def fits(self, hbm: int) -> bool:
         return self.memory is not None and self.needed <= hbm
@@ -92,7 +108,7 @@ def plan_bucket(
     if beside:
         batch["beside"] = batch_spec(beside, model_config, contrast=contrast)
         flops.update(forward_flops(model_config, batch["beside"]))
-    return _plan_program(program.lower_gradient(batch), bucket, flops)
+    return _plan_program(program.lower_gradient(batch), bucket, flops, gradient_bytes(program))
 
 
 def plan_update(program: Program) -> ProgramPlan:
@@ -100,8 +116,18 @@ def plan_update(program: Program) -> ProgramPlan:
     return _plan_program(program.lower_update(), None, {})
 
 
+def gradient_bytes(program: Program) -> int:
+    """Bytes of the float32 gradients that one chip holds."""
+    trainable, _ = partition(program.abstract_state.params, program.trainable)
+    shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(trainable)]
+    return sum(4 * math.prod(shape) for shape in shapes)
+
+
 def _plan_program(
-    lowered: jax.stages.Lowered, bucket: Bucket | None, flops: dict[str, float]
+    lowered: jax.stages.Lowered,
+    bucket: Bucket | None,
+    flops: dict[str, float],
+    gradients: int = 0,
 ) -> ProgramPlan:
     begin = time.monotonic()
     try:
@@ -119,8 +145,11 @@ def _plan_program(
         peak=analysis.peak_memory_in_bytes,
     )
     seconds = time.monotonic() - begin
-    collectives = count_collectives(compiled.as_text())
-    return ProgramPlan(bucket, seconds, memory, memory.peak, collectives, flops)
+    text = compiled.as_text()
+    collectives, transfers = count_collectives(text), find_transfers(text)
+    return ProgramPlan(
+        bucket, seconds, memory, memory.peak, collectives, flops, transfers, gradients
+    )
 
 
 def count_collectives(program_text: str) -> dict[str, int]:
@@ -137,7 +166,7 @@ def out_of_memory(message: str) -> int | None:
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
 
 
-def report(plan: ProgramPlan, topology: str) -> str:
+def report(plan: ProgramPlan, topology: str, num_slices: int = 1) -> str:
     """Lines for people."""
     chip, sizes = parse_topology(topology)
     memory, bucket = plan.memory, plan.bucket
@@ -156,8 +185,14 @@ def report(plan: ProgramPlan, topology: str) -> str:
         f"{verdict} ({parts})",
         f"  collectives     {kinds or 'none'}",
     ]
+    if num_slices > 1:
+        sent = [f"{t.bytes / 1e6:.3f} in {t.count} {t.kind}" for t in plan.transfers]
+        lines.append(
+            f"  to other slices {' + '.join(sent) or '0'} MB a chip, gradients are "
+            f"{plan.gradients / 1e6:.3f}; beside them {plan.beside_gradients / 1e6:.3f} MB"
+        )
     if bucket:
-        chips = math.prod(sizes)
+        chips = math.prod(sizes) * num_slices
         train = TRAIN_OVER_FORWARD * sum(plan.flops.values())
         split = ", ".join(f"{part} {value:.3g}" for part, value in plan.flops.items())
         lines += [
@@ -168,20 +203,21 @@ def report(plan: ProgramPlan, topology: str) -> str:
     return "\n".join(lines)
 
 
-def plan(config: ConfigDict, topology: str) -> list[ProgramPlan]:
+def plan(config: ConfigDict, topology: str, num_slices: int = 1) -> list[ProgramPlan]:
     """Compiles the update and the gradient of every bucket of a config, printing as it goes."""
-    mesh = make_mesh(config.mesh.to_dict(), topology_devices(topology))
+    mesh = make_mesh(config.mesh.to_dict(), topology_devices(topology, num_slices))
     model_config, _ = make_model_config(config)
     program = make_program(config, model_config, mesh)
-    print(f"{topology}, mesh {dict(mesh.shape)}\n{program.optimizer.report}", flush=True)
+    where = f"{num_slices} x {topology}, mesh {dict(mesh.shape)}"
+    print(f"{where}\n{program.optimizer.report}", flush=True)
     plans = [plan_update(program)]
-    print(report(plans[-1], topology), flush=True)
+    print(report(plans[-1], topology, num_slices), flush=True)
     buckets = read_buckets(training_config.to_dict(config)["buckets"])
     named = {bucket.name: bucket for bucket in buckets}
     for bucket in scheduled(buckets):
         beside = named.get(bucket.beside)
         plans.append(plan_bucket(program, model_config, bucket, needs_contrast(config), beside))
-        print(report(plans[-1], topology), flush=True)
+        print(report(plans[-1], topology, num_slices), flush=True)
     return plans
 
 
@@ -191,7 +227,15 @@ def main(argv: list[str]) -> None:
     config, topology = flags.FLAGS.config, TOPOLOGY.value
     chip, _ = parse_topology(topology)
     training_config.validate(config)
-    over = [p for p in plan(config, topology) if not p.fits(chip.hbm)]
+    plans = plan(config, topology, NUM_SLICES.value)
+    over = [p for p in plans if not p.fits(chip.hbm)]
+    chatty = [p for p in plans if p.beside_gradients > MOST_BESIDE_GRADIENTS]
+    for p in chatty:
+        print(
+            f"{p.name} sends {p.beside_gradients / 1e6:.1f} MB a chip to other slices beside the "
+            f"gradients, expected at most {MOST_BESIDE_GRADIENTS / 1e6:.0f}",
+            file=sys.stderr,
+        )
     for p in over:
         fix = "give mesh.fsdp more chips"
         if p.bucket:
@@ -201,7 +245,7 @@ def main(argv: list[str]) -> None:
             f"{chip.hbm / GIB:.0f}; {fix}",
             file=sys.stderr,
         )
-    sys.exit(1 if over else 0)
+    sys.exit(1 if over or chatty else 0)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         count, index = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(num_processes=count, process_id=index)
+        preemption.joined()
     config, params, codec = load_model(flags.model)
     plans = build_pair_rows(PairedDataset(flags.data, flags.pairs))
     if not plans:

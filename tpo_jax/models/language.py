@@ -21,6 +21,7 @@ from tpo_jax.models.config import LanguageConfig
 from tpo_jax.models.layers import Linear, RMSNorm, Rngs, dropout, fold_rows, run_layers, stack
 from tpo_jax.models.rope import rotary_tables, rotate
 from tpo_jax.parallel.context import ContextLayout, split_tokens
+from tpo_jax.parallel.rules import constrain_lookup
 
 
 @jax.tree_util.register_dataclass
@@ -126,7 +127,7 @@ class LanguageModel(nnx.Module):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """int32[...] -> float32[..., D]."""
-        return jnp.take(self.embed["table"][...], tokens, axis=0)
+        return constrain_lookup(jnp.take(self.embed["table"][...], tokens, axis=0))
 
     @property
     def table(self) -> jax.Array:

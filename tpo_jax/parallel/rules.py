@@ -135,6 +135,21 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *open_rest))
 
 
+def constrain_lookup(x: jax.Array) -> jax.Array:
+    """Tells the compiler how vectors are split that were looked up in a table [V, D]: rows over
+    data, columns over fsdp like those of the table. x is float[B, ..., D].
+
+    So each copy of the model adds up the gradient of its own table before copies are summed.
+    Otherwise the compiler may gather the vectors' gradients of all rows, also over the slow network
+    between slices. Nothing happens outside a mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[-1] % mesh.shape["fsdp"]:
+        return x
+    middle = (P.UNCONSTRAINED,) * (x.ndim - 2)
+    return jax.lax.with_sharding_constraint(x, P("data", *middle, "fsdp"))
+
+
 def place(tree: Any, shardings: Any) -> Any:
     """Puts a host pytree (the same on every process) onto the mesh."""
     return jax.tree.map(
