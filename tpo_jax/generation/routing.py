@@ -72,7 +72,8 @@ class Router:
 
     def _run_head(self, params: Any, features: Any, frames: jax.Array, frame_valid: jax.Array,
                   states: jax.Array, frame: jax.Array, prompts: tuple[jax.Array, jax.Array] | None,
-                  branch: jax.Array, box: Mapping[str, jax.Array] | None, *, name: str) -> dict[str, jax.Array]:
+                  branch: jax.Array, box: Mapping[str, jax.Array] | None, *, name: str,
+                  ) -> dict[str, jax.Array]:
         model, more = self.model.bind(params), {}
         if prompts is not None:
             rows = jnp.arange(len(branch))[:, None]

@@ -64,46 +64,65 @@ class Sam2Config:
         for name in ("widths", "depths", "heads", "windows"):
             value = getattr(self, name)
             require(
-                len(value) == STAGES and min(value) > 0, f"sam2.{name}", value,
+                len(value) == STAGES and min(value) > 0,
+                f"sam2.{name}",
+                value,
                 f"needs {STAGES} positive numbers, one a stage",
             )
         last = FEATURE_STRIDE * 2
         require(
-            self.image_size % last == 0, "sam2.image_size", self.image_size,
+            self.image_size % last == 0,
+            "sam2.image_size",
+            self.image_size,
             f"must be a multiple of {last}",
         )
         require(
-            (self.image_size // FIRST_STRIDE) % self.windows[0] == 0, "sam2.windows", self.windows,
+            (self.image_size // FIRST_STRIDE) % self.windows[0] == 0,
+            "sam2.windows",
+            self.windows,
             f"the first must divide image_size / {FIRST_STRIDE} = "
             f"{self.image_size // FIRST_STRIDE}, over which its positions are repeated",
         )
         require(
-            all(a < b for a, b in zip(self.widths, self.widths[1:], strict=False)), "sam2.widths",
-            self.widths, "must grow from stage to stage",
+            all(a < b for a, b in zip(self.widths, self.widths[1:], strict=False)),
+            "sam2.widths",
+            self.widths,
+            "must grow from stage to stage",
         )
         require(
-            all(w % n == 0 for w, n in zip(self.widths, self.heads, strict=True)), "sam2.heads",
-            self.heads, f"must divide the widths {self.widths}",
+            all(w % n == 0 for w, n in zip(self.widths, self.heads, strict=True)),
+            "sam2.heads",
+            self.heads,
+            f"must divide the widths {self.widths}",
         )
         require(
-            all(w % 2 == 0 for w in self.windows[:-1]), "sam2.windows", self.windows,
+            all(w % 2 == 0 for w in self.windows[:-1]),
+            "sam2.windows",
+            self.windows,
             "all but the last must be even: the next stage pools inside them",
         )
         require(
-            all(0 <= b < sum(self.depths) for b in self.global_blocks), "sam2.global_blocks",
-            self.global_blocks, f"there are blocks 0..{sum(self.depths) - 1}",
+            all(0 <= b < sum(self.depths) for b in self.global_blocks),
+            "sam2.global_blocks",
+            self.global_blocks,
+            f"there are blocks 0..{sum(self.depths) - 1}",
         )
         require(
-            self.width % (2 * self.decoder_heads) == 0 and self.width % 8 == 0, "sam2.width",
-            self.width, f"must be a multiple of 8 and of 2 * decoder_heads={self.decoder_heads}",
+            self.width % (2 * self.decoder_heads) == 0 and self.width % 8 == 0,
+            "sam2.width",
+            self.width,
+            f"must be a multiple of 8 and of 2 * decoder_heads={self.decoder_heads}",
         )
         require(
             self.width % self.memory_width == 0 and self.memory_width % 4 == 0,
-            "sam2.memory_width", self.memory_width,
+            "sam2.memory_width",
+            self.memory_width,
             f"must be a multiple of 4 and divide width={self.width}",
         )
         require(
-            self.mask_channels % 4 == 0, "sam2.mask_channels", self.mask_channels,
+            self.mask_channels % 4 == 0,
+            "sam2.mask_channels",
+            self.mask_channels,
             "must be a multiple of 4",
         )
         for name in ("memories", "pointers"):
@@ -123,8 +142,12 @@ class Sam2Config:
 
 
 def hiera(
-    widths: tuple[int, ...], depths: tuple[int, ...], heads: tuple[int, ...],
-    windows: tuple[int, ...], global_blocks: tuple[int, ...], position_grid: int,
+    widths: tuple[int, ...],
+    depths: tuple[int, ...],
+    heads: tuple[int, ...],
+    windows: tuple[int, ...],
+    global_blocks: tuple[int, ...],
+    position_grid: int,
 ) -> Sam2Config:
     """A published size at 1024 x 1024."""
     return Sam2Config(
@@ -137,12 +160,8 @@ def hiera(
 
 # As in the configurations of the SAM 2.1 release.
 PUBLISHED: dict[str, Sam2Config] = {
-    "tiny": hiera(
-        (96, 192, 384, 768), (1, 2, 7, 2), (1, 2, 4, 8), (8, 4, 14, 7), (5, 7, 9), 7
-    ),
-    "small": hiera(
-        (96, 192, 384, 768), (1, 2, 11, 2), (1, 2, 4, 8), (8, 4, 14, 7), (7, 10, 13), 7
-    ),
+    "tiny": hiera((96, 192, 384, 768), (1, 2, 7, 2), (1, 2, 4, 8), (8, 4, 14, 7), (5, 7, 9), 7),
+    "small": hiera((96, 192, 384, 768), (1, 2, 11, 2), (1, 2, 4, 8), (8, 4, 14, 7), (7, 10, 13), 7),
     "base_plus": hiera(
         (112, 224, 448, 896), (2, 3, 16, 3), (2, 4, 8, 16), (8, 4, 14, 7), (12, 16, 20), 14
     ),
@@ -166,3 +185,9 @@ def small(image_size: int, width: int) -> Sam2Config:
 
 # What a training config may name. "demo" and "micro" are for models that train on a CPU.
 SIZES: dict[str, Sam2Config] = PUBLISHED | {"demo": small(64, 32), "micro": small(32, 16)}
+
+
+def sam2_size(name: str) -> Sam2Config:
+    """The named size; ValueError lists the names."""
+    require(name in SIZES, "sam2", name, f"use one of {sorted(SIZES)}")
+    return SIZES[name]

@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from tpo_jax.data.evidence import MODES
 from tpo_jax.data.records import known_tasks
 from tpo_jax.models.heads import HEADS, heads_of
-from tpo_jax.models.sam2_config import SIZES
 from tpo_jax.objectives.preference import PreferenceConfig
 
 OBJECTIVES = ("sft", "preference")
@@ -45,8 +44,7 @@ def default_config() -> ConfigDict:
         "preset": "tiny",  # models.presets.PRESETS; "": the configuration in init_from
         "heads": [],  # of models.heads.HEADS: region, temporal or cg_detr, mask or sam2
     }
-    # Network of the head sam2, of models.sam2_config.SIZES; "": what init_from has.
-    config.sam2 = ""
+    config.sam2 = ""  # size of the head sam2, of models.sam2_config.SIZES; "": that of init_from
     config.init_from = ""  # model folder to start from; "": random weights
     config.init_missing = []  # regexes of parameters that init_from may lack (new heads)
     config.tokenizer = ""  # tokenizer.json; "": the one in init_from
@@ -397,9 +395,6 @@ def _check_heads(config: ConfigDict) -> list[str]:
     except ValueError as error:
         return [_problem("model.heads", names, str(error), "correct the list")]
     problems = []
-    if config.sam2 not in ("", *SIZES):
-        fix = f"one of {', '.join(SIZES)}, or nothing"
-        problems.append(_problem("sam2", config.sam2, "unknown size", fix))
     for term, weight in config.losses.items():
         coupled = any(term in HEADS[name].coupled for name in names)
         if coupled and weight and config.accumulation > 1:

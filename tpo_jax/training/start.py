@@ -19,7 +19,7 @@ from tpo_jax.interop.folder import (
 )
 from tpo_jax.models.config import VOCABULARY_MULTIPLE, LoraConfig, ModelConfig
 from tpo_jax.models.presets import preset
-from tpo_jax.models.sam2_config import SIZES
+from tpo_jax.models.sam2_config import sam2_size
 from tpo_jax.parallel.paths import flatten, unflatten
 from tpo_jax.training.program import Program
 
@@ -44,7 +44,7 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     )  # fmt: skip
     tokens = codec.task_tokens
     lora = LoraConfig(**config.lora.to_dict()) if config.lora.rank else base.lora
-    sam2 = SIZES[config.sam2] if config.sam2 else base.sam2
+    sam2 = sam2_size(config.sam2) if config.sam2 else base.sam2
     changes = {
         "language": language, "heads": heads, "tokens": tokens, "lora": lora, "sam2": sam2
     }  # fmt: skip

@@ -92,9 +92,7 @@ class Sam2Head(nnx.Module):
         mean, std = jnp.asarray(self.config.mean), jnp.asarray(self.config.std)
         return ((frames + 1.0) / 2.0 - mean) / std
 
-    def _reader(
-        self, pixels: jax.Array, *, keep: bool
-    ) -> Callable[[jax.Array], ImageFeatures]:
+    def _reader(self, pixels: jax.Array, *, keep: bool) -> Callable[[jax.Array], ImageFeatures]:
         """Features [B, S, ...] of frames int32[B, S].
 
         Kept, they are computed once and cost memory by the frame, as the backward pass does anyway.

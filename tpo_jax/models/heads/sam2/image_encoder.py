@@ -76,7 +76,7 @@ def pooled(x: jax.Array) -> jax.Array:
 
 
 def to_windows(x: jax.Array, side: int) -> jax.Array:
-    """float[B, h, w, C] -> float[B * windows, side, side, C], filled with zeros at the far edges."""
+    """float[B, h, w, C] -> float[B * windows, side, side, C]; zeros fill the far edges."""
     B, h, w, C = x.shape
     x = jnp.pad(x, ((0, 0), (0, -h % side), (0, -w % side), (0, 0)))
     x = x.reshape(B, x.shape[1] // side, side, x.shape[2] // side, side, C)
@@ -140,17 +140,13 @@ class Hiera(nnx.Module):
         self.patch_embedding = Conv(3, width, 7, stride=4, padding=3, rngs=rngs)
         self.position = table(rngs, 1, width, config.position_grid, config.position_grid)
         self.window_position = table(rngs, 1, width, side, side)
-        self.stages = nnx.Dict(
-            {f"stage{i}": Stage(config, i, rngs=rngs) for i in range(STAGES)}
-        )
+        self.stages = nnx.Dict({f"stage{i}": Stage(config, i, rngs=rngs) for i in range(STAGES)})
 
     def __call__(self, images: jax.Array) -> list[jax.Array]:
         """float[B, H, W, 3] -> what leaves each stage, float[B, H/4, W/4, C] and on."""
         x = self.patch_embedding(images)
         side = self.window_position.shape[-1]
-        position = resize_grid(
-            self.position[...].transpose(0, 2, 3, 1), x.shape[1:3], "cubic"
-        )
+        position = resize_grid(self.position[...].transpose(0, 2, 3, 1), x.shape[1:3], "cubic")
         repeats = (1, x.shape[1] // side, x.shape[2] // side, 1)
         x = x + position + jnp.tile(self.window_position[...].transpose(0, 2, 3, 1), repeats)
         outputs = []

@@ -20,8 +20,15 @@ class Conv(nnx.Module):
     """Convolution over float[..., h, w, C]; `groups` = C makes it depthwise."""
 
     def __init__(
-        self, features_in: int, features_out: int, size: int, *, rngs: Rngs, stride: int = 1,
-        padding: int = 0, groups: int = 1,
+        self,
+        features_in: int,
+        features_out: int,
+        size: int,
+        *,
+        rngs: Rngs,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
     ):
         shape = (features_out, features_in // groups, size, size)
         draw = jax.random.normal(rngs.params(), shape, jnp.float32)
@@ -81,8 +88,12 @@ class Attention(nnx.Module):
         self.heads = heads
 
     def __call__(
-        self, queries: jax.Array, keys: jax.Array, values: jax.Array,
-        visible: jax.Array | None = None, rotate=lambda q, k: (q, k),
+        self,
+        queries: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        visible: jax.Array | None = None,
+        rotate=lambda q, k: (q, k),
     ) -> jax.Array:
         """float[rows, T, C], float[rows, S, C'], the same -> float[rows, T, C].
 

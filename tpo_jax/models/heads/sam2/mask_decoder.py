@@ -54,7 +54,12 @@ class TwoWayLayer(nnx.Module):
         self.layer_norm4 = LayerNorm(width, epsilon=EPSILON)
 
     def __call__(
-        self, tokens: jax.Array, cells: jax.Array, prompt: jax.Array, position: jax.Array, *,
+        self,
+        tokens: jax.Array,
+        cells: jax.Array,
+        prompt: jax.Array,
+        position: jax.Array,
+        *,
         first: bool,
     ) -> tuple[jax.Array, jax.Array]:
         """tokens, prompt float[rows, n, C]; cells float[rows, hw, C]; position float[hw, C].
@@ -80,9 +85,7 @@ class MaskDecoder(nnx.Module):
         self.presence_token = table(rngs, 1, width)
         self.iou_token = table(rngs, 1, width)
         self.mask_tokens = table(rngs, MASKS, width)
-        self.layers = nnx.Dict(
-            {f"layer{i}": TwoWayLayer(config, rngs=rngs) for i in range(LAYERS)}
-        )
+        self.layers = nnx.Dict({f"layer{i}": TwoWayLayer(config, rngs=rngs) for i in range(LAYERS)})
         self.final_attn = Attention(width, width // 2, config.decoder_heads, rngs=rngs)
         self.final_norm = LayerNorm(width, epsilon=EPSILON)
         self.fine_conv = Conv(width, width // 8, 1, rngs=rngs)

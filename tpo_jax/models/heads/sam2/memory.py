@@ -51,8 +51,13 @@ class MemoryAttentionLayer(nnx.Module):
         self.linear2 = Linear(config.memory_mlp_width, width, rngs=rngs)
 
     def __call__(
-        self, cells: jax.Array, memory: jax.Array, position: jax.Array, visible: jax.Array,
-        turns: np.ndarray, memories: int,
+        self,
+        cells: jax.Array,
+        memory: jax.Array,
+        position: jax.Array,
+        visible: jax.Array,
+        turns: np.ndarray,
+        memories: int,
     ) -> jax.Array:
         """Arguments and result as of `MemoryAttention`; `turns` of `rotations`."""
 
@@ -76,14 +81,16 @@ class MemoryAttentionLayer(nnx.Module):
 
 class MemoryAttention(nnx.Module):
     def __init__(self, config: Sam2Config, *, rngs: Rngs):
-        self.layers = stack(
-            functools.partial(_layer, config), config.memory_layers, rngs
-        )
+        self.layers = stack(functools.partial(_layer, config), config.memory_layers, rngs)
         self.final_norm = LayerNorm(config.width, epsilon=EPSILON)
         self.grid, self.width, self.remat = config.grid, config.width, config.remat
 
     def __call__(
-        self, cells: jax.Array, memory: jax.Array, position: jax.Array, visible: jax.Array,
+        self,
+        cells: jax.Array,
+        memory: jax.Array,
+        position: jax.Array,
+        visible: jax.Array,
         memories: int,
     ) -> jax.Array:
         """

@@ -55,7 +55,10 @@ class Sam2(nnx.Module):
         return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
 
     def decode(
-        self, top: jax.Array, features: ImageFeatures, prompt: jax.Array,
+        self,
+        top: jax.Array,
+        features: ImageFeatures,
+        prompt: jax.Array,
         mask: jax.Array | None = None,
     ) -> Decoded:
         """Masks of S objects in each of B frames.
@@ -99,8 +102,14 @@ class Sam2(nnx.Module):
         return cells.astype(jnp.bfloat16)
 
     def read_memory(
-        self, top: jax.Array, cells: jax.Array, ages: jax.Array, cells_valid: jax.Array,
-        pointers: jax.Array, distances: jax.Array, pointers_valid: jax.Array,
+        self,
+        top: jax.Array,
+        cells: jax.Array,
+        ages: jax.Array,
+        cells_valid: jax.Array,
+        pointers: jax.Array,
+        distances: jax.Array,
+        pointers_valid: jax.Array,
     ) -> jax.Array:
         """Cells of a frame after they have read n memories and m pointers, of every object.
 
@@ -136,9 +145,7 @@ class Sam2(nnx.Module):
         position = jnp.concatenate(
             [position.reshape(rows, n * hw, Cm), tokens(pointer_position, splits)], axis=1
         )
-        visible = jnp.concatenate(
-            [tokens(cells_valid, hw), tokens(pointers_valid, splits)], axis=1
-        )
+        visible = jnp.concatenate([tokens(cells_valid, hw), tokens(pointers_valid, splits)], axis=1)
         top = jnp.broadcast_to(top, (B, S, *top.shape[2:]))
         read = self.memory_attention(
             top.reshape(rows, hw, config.width), memory, position, visible, n

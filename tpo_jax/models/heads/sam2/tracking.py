@@ -1,4 +1,4 @@
-"""Objects through a video with SAM 2: from the prompted frame on to the end, then back to the start.
+"""Objects through a video with SAM 2: from the prompted frame to the end, then back to the start.
 
 Every object has its own prompted frame, so every object reads the frames in its own order, one a
 step. What is carried from step to step does not grow: the memories of the last few frames and the
@@ -78,8 +78,13 @@ class _Rings:
 
 
 def track(
-    sam: Sam2, read: Callable[[jax.Array], ImageFeatures], prompt: Prompt, frames: int,
-    count: jax.Array | int, *, keep: bool = False,
+    sam: Sam2,
+    read: Callable[[jax.Array], ImageFeatures],
+    prompt: Prompt,
+    frames: int,
+    count: jax.Array | int,
+    *,
+    keep: bool = False,
 ) -> Tracked:
     """Masks of every object in every frame.
 
@@ -156,9 +161,7 @@ def _answer(decoded: Decoded, single: jax.Array, keep: bool) -> Tracked:
     return Tracked(pick(decoded.masks, answer), decoded.presence, decoded if keep else None)
 
 
-def _prompted(
-    sam: Sam2, features: ImageFeatures, prompt: Prompt
-) -> tuple[Decoded, _Memory]:
+def _prompted(sam: Sam2, features: ImageFeatures, prompt: Prompt) -> tuple[Decoded, _Memory]:
     """The prompted frame, which reads no memory."""
     if prompt.masks is not None:
         return _given(sam, features, prompt)
@@ -203,8 +206,13 @@ def _found(sam: Sam2, features: ImageFeatures, top: jax.Array) -> tuple[Decoded,
 
 
 def _remembering(
-    sam: Sam2, features: ImageFeatures, prompted: _Memory, rings: _Rings, step: jax.Array,
-    distance: jax.Array, count: jax.Array | int,
+    sam: Sam2,
+    features: ImageFeatures,
+    prompted: _Memory,
+    rings: _Rings,
+    step: jax.Array,
+    distance: jax.Array,
+    count: jax.Array | int,
 ) -> jax.Array:
     """Cells float32[B, S, h, w, C] of a frame that has read the rings and the prompted frame.
 
