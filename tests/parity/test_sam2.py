@@ -1,6 +1,7 @@
 """SAM 2 against `transformers`, on tiny random models: every part, and objects tracked through a
 video, within 2e-4 in float32."""
 
+import dataclasses
 import functools
 import json
 
@@ -12,10 +13,13 @@ from fake_batches import FAST_COMPILE
 from flax import nnx
 
 from tests.parity.towers import difference, randomise, run, tensors_of, with_weights
+from tpo_jax.data.text import TextCodec, train_tokenizer
 from tpo_jax.interop.families.base import FamilyError
+from tpo_jax.interop.folder import load_config, open_leaves, save_model
 from tpo_jax.interop.mapping import MappingError, export_leaves, import_leaves
 from tpo_jax.interop.sam2 import (
     IGNORED,
+    add_to_model,
     export_folder,
     import_folder,
     sam2_config,
@@ -24,6 +28,7 @@ from tpo_jax.interop.sam2 import (
 from tpo_jax.models.heads.sam2.model import Sam2
 from tpo_jax.models.heads.sam2.prompt_encoder import FILLING
 from tpo_jax.models.heads.sam2.tracking import Prompt, track
+from tpo_jax.models.presets import preset
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 2e-4
@@ -321,6 +326,12 @@ def test_a_folder_of_transformers_is_imported_and_exported(tmp_path):
     tensors = tensors_of(theirs)
     for key, tensor in tensors_of(again).items():
         assert key in IGNORED or np.array_equal(tensor, tensors[key]), key
+    codec = TextCodec(train_tokenizer(["a red square moves"], 300))
+    save_model(tmp_path / "model", preset("micro"), {"scale": np.ones(3, np.float32)}, codec)
+    add_to_model(tmp_path / "published", tmp_path / "model", tmp_path / "both")
+    assert load_config(tmp_path / "both") == dataclasses.replace(preset("micro"), sam2=config)
+    have = open_leaves(tmp_path / "both")
+    assert have.keys() == {"scale", *(f"heads/sam2/network/{name}" for name in leaves)}
     file = tmp_path / "published" / "config.json"
     about = json.loads(file.read_text())
     about["mask_decoder_config"]["num_multimask_outputs"] = 4
