@@ -195,6 +195,16 @@ class VideoLanguageModel(nnx.Module):
         used = batch["branch_segments"][rows, branch] > 0
         return outputs.branch_hidden[rows, branch], used & (jnp.arange(used.shape[-1]) <= last)
 
+    def drawn_boxes(
+        self, batch: Mapping[str, Any], slots: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """The user's box in each slot's branch: float32[B, S, 4] and whether there is one."""
+        box = batch["slots"]["box"]
+        same = box["valid"][:, None] & (box["branch"][:, None] == slots["branch"][..., None])
+        first = jnp.argmax(same, axis=-1)
+        boxes = jnp.take_along_axis(box["boxes"], first[..., None], axis=1)
+        return boxes, jnp.any(same, axis=-1)
+
     def run_heads(
         self, outputs: Outputs, batch: Mapping[str, Any], *, for_losses: bool = True
     ) -> dict[str, dict]:
@@ -211,6 +221,8 @@ class VideoLanguageModel(nnx.Module):
             more = {}
             if head(name).reads_prompt:
                 more["prompt"], more["prompt_valid"] = self.prompts(outputs, batch, slots)
+            if "box" in batch["slots"]:
+                more["boxes"], more["box_valid"] = self.drawn_boxes(batch, slots)
             if for_losses:
                 more |= {"targets": slots, "video_ids": batch.get("video_ids")}
             predictions[name] = self.run_head(
@@ -230,6 +242,8 @@ class VideoLanguageModel(nnx.Module):
         *,
         prompt: jax.Array | None = None,
         prompt_valid: jax.Array | None = None,
+        boxes: jax.Array | None = None,
+        box_valid: jax.Array | None = None,
         targets: Mapping[str, jax.Array] | None = None,
         video_ids: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
@@ -240,7 +254,7 @@ class VideoLanguageModel(nnx.Module):
           features: of `encode`.
           frames: uint8[B, F, H, W, 3]; frame_valid: bool[B, F].
           frame: int32[B, S], frame asked about; None is the first.
-          prompt, prompt_valid, targets, video_ids: see `HeadInputs`.
+          prompt, prompt_valid, boxes, box_valid, targets, video_ids: see `HeadInputs`.
         """
         if frame is None:
             frame = jnp.zeros(slot_states.shape[:2], jnp.int32)
@@ -250,7 +264,7 @@ class VideoLanguageModel(nnx.Module):
             prompt = prompt.astype(jnp.float32)
         inputs = HeadInputs(
             slot_states.astype(jnp.float32), features, normalise(frames), frame_valid, frame,
-            prompt, prompt_valid, targets, video_ids,
+            prompt, prompt_valid, boxes, box_valid, targets, video_ids,
         )  # fmt: skip
         return self.heads[name](inputs)
 

@@ -37,6 +37,9 @@ RULES: Rules = (
     (r"(language|vision)/(.*/)?layers/.*lora_b$", P(None, None, "fsdp")),
     # a convolution as checkpoints store it, [out, 3, p, p], or siglip2's [pixels, out]
     (r"vision/(.*/)?patch_embedding/kernel$", P()),
+    # stacked layers of SAM 2, [L, in, out]
+    (r"heads/sam2/.*/(blocks|layers|fuser|mask_mlps)/(?!layer\d).*kernel$",
+     P(None, "fsdp", None)),
     # single matrices [in, out]: stem (whose input is patch pixels), connector, box encoder, heads
     (r"vision/stem/.*kernel$", P(None, "fsdp")),
     (r".*fc1/kernel$", P("fsdp", "tensor")),
