@@ -16,11 +16,11 @@ from ml_collections import ConfigDict
 from tpo_jax.training.config import ConfigError, parse_arg
 from tpo_jax.training.families import family_config, image_bucket
 
-# Images and videos of a global batch, learning rate, what is trained. Both numbers divide over 8
-# devices.
+# Images and videos of a global batch, learning rate, what is trained, samples of the epoch. Both
+# parts of a batch divide over 8 devices.
 STAGES = {
-    "1": (112, 144, 1e-3, "connector/"),
-    "2": (112, 16, 2e-5, "connector/|language/"),
+    "1": (112, 144, 1e-3, "connector/", 558_000 + 702_000),
+    "2": (112, 16, 2e-5, "connector/|language/", 665_000 + 100_000),
 }
 
 
@@ -28,12 +28,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, stage="2", init="", data="runs/data", tiny=False)
     if arg.stage not in STAGES:
         raise ConfigError(f"config argument stage={arg.stage}: expected one of {', '.join(STAGES)}")
-    images, videos, rate, trained = STAGES[arg.stage]
+    images, videos, rate, trained, samples = STAGES[arg.stage]
     config = family_config("video_llava", arg, frames=8, batch=videos)
     config.optimizer.weight_decay = 0.0
     config.trainable = [[trained, rate]]
     config.buckets.image = image_bucket(config.buckets.video)
     if not arg.tiny:
         config.buckets.image.batch_size = images
+        config.steps = -(-samples // (images + videos))
     config.buckets.video.beside = "image"
     return config

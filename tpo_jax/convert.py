@@ -7,6 +7,7 @@
     python -m tpo_jax.convert import --source=sam2.1-hiera-large --into=model --out=model2
     python -m tpo_jax.convert export --model=longva --out=exported --like=LongVA-7B
     python -m tpo_jax.convert check  --model=model --exported=exported   (needs torch, transformers)
+    python -m tpo_jax.convert check  --model=longva --exported=LongVA-7B
 """
 
 import argparse
@@ -56,9 +57,11 @@ def _import(flags: argparse.Namespace) -> int:
 
 
 def _check(flags: argparse.Namespace) -> int:
-    from tpo_jax.interop import check, check_language
+    from tpo_jax.interop import check, check_family, check_language
 
-    if folder.holds_language_only(flags.model):
+    if families.is_family(flags.exported):
+        differences = check_family.compare_family(flags.model, flags.exported)
+    elif folder.holds_language_only(flags.model):
         differences = check_language.compare_language(flags.model, flags.exported)
     else:
         differences = check.compare(flags.model, flags.exported)
@@ -102,7 +105,9 @@ def main() -> int:
     command.set_defaults(run=_import)
     command = commands.add_parser("check", help="run both sides on the same inputs and compare")
     command.add_argument("--model", required=True, help="model folder")
-    command.add_argument("--exported", required=True, help="what `export` wrote from it")
+    command.add_argument(
+        "--exported", required=True, help="what `export` wrote from it, or the published folder"
+    )
     command.add_argument("--tolerance", type=float, default=2e-4, help="largest difference")
     command.set_defaults(run=_check)
     flags = parser.parse_args()

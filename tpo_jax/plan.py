@@ -5,9 +5,11 @@
 
 What is compiled is what `python -m tpo_jax.train` runs: the update, and the gradient of every
 bucket of the config. Prints for each: memory of one chip against its HBM, and collectives in the
-program; for buckets also analytic FLOPs (see training/flops.py for what is counted) and the time
-they take at peak. Exits with status 1 where one does not fit. Needs libtpu: pip install
-'tpo_jax[plan]'.
+program with the bytes that a chip sends; for buckets also analytic FLOPs (see training/flops.py for
+what is counted), the least time that they, the memory traffic and the network allow (see
+training/estimate.py), the chip-hours of config.steps such steps, and the largest batch that would
+fit by the estimate. experiments/plans.py does this for all large configs. Exits with status 1 where
+one does not fit. Needs libtpu: pip install 'tpo_jax[plan]'.
 
 Topologies are GENERATION:SIZES: v5e:2x4, v5e:16x16, v6e:4x4, v4:2x2x2, v5p:2x2x1, ...
 With --num_slices=N, N of them over the data centre network, and mesh.data a multiple of N: prints
@@ -15,7 +17,6 @@ what a chip sends to other slices in a step, and exits with 1 where that is more
 the gradients.
 """
 
-import collections
 import dataclasses
 import math
 import re
@@ -30,19 +31,19 @@ from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket, scheduled
 from tpo_jax.data.pipeline import read_buckets
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.parallel.collectives import Collective, read_collectives
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.topologies import GIB, parse_topology, prepare_environment, topology_devices
 from tpo_jax.parallel.transfers import Transfer, find_transfers
 from tpo_jax.train import NUM_SLICES, TOPOLOGY  # brings train's flags, --config among them
 from tpo_jax.training import config as training_config
-from tpo_jax.training.flops import TRAIN_OVER_FORWARD, forward_flops
+from tpo_jax.training.estimate import Estimate, estimate_step
 from tpo_jax.training.program import Program, make_program, needs_contrast
 from tpo_jax.training.start import make_model_config
 from tpo_jax.training.state import partition
 
 flags.set_default(TOPOLOGY, "v5e:2x4")
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 MOST_BESIDE_GRADIENTS = 1e6  # bytes a chip may send to other slices in a step
 
 
@@ -66,8 +67,7 @@ class ProgramPlan:
     """What compiling one program showed; memory is None where the compiler ran out of it.
 
     bucket: whose gradient it is; None for the update. needed: bytes of one chip.
-    collectives: {kind: count in the program text}; a scanned layer counts once.
-    flops: {part: FLOPs of a forward pass over the global batch}, empty for the update.
+    collectives: {kind: count in the program text, and bytes that one chip sends in a run}.
     transfers: to other slices. gradients: bytes of the float32 gradients that a chip holds.
     """
 
@@ -75,8 +75,7 @@ class ProgramPlan:
     seconds: float
     memory: Memory | None
     needed: int
-    collectives: dict[str, int]
-    flops: dict[str, float]
+    collectives: dict[str, Collective]
     transfers: list[Transfer] = dataclasses.field(default_factory=list)
     gradients: int = 0
 
@@ -104,16 +103,14 @@ def plan_bucket(
 ) -> ProgramPlan:
     """Compiles the gradient of one bucket, and of the one in the same step, for the mesh."""
     batch = batch_spec(bucket, model_config, contrast=contrast)
-    flops = collections.Counter(forward_flops(model_config, batch))
     if beside:
         batch["beside"] = batch_spec(beside, model_config, contrast=contrast)
-        flops.update(forward_flops(model_config, batch["beside"]))
-    return _plan_program(program.lower_gradient(batch), bucket, flops, gradient_bytes(program))
+    return _plan_program(program.lower_gradient(batch), bucket, gradient_bytes(program))
 
 
 def plan_update(program: Program) -> ProgramPlan:
     """Compiles the update, which is the same for all buckets."""
-    return _plan_program(program.lower_update(), None, {})
+    return _plan_program(program.lower_update(), None)
 
 
 def gradient_bytes(program: Program) -> int:
@@ -124,10 +121,7 @@ def gradient_bytes(program: Program) -> int:
 
 
 def _plan_program(
-    lowered: jax.stages.Lowered,
-    bucket: Bucket | None,
-    flops: dict[str, float],
-    gradients: int = 0,
+    lowered: jax.stages.Lowered, bucket: Bucket | None, gradients: int = 0
 ) -> ProgramPlan:
     begin = time.monotonic()
     try:
@@ -136,7 +130,7 @@ def _plan_program(
         needed = out_of_memory(str(error))
         if needed is None:
             raise
-        return ProgramPlan(bucket, time.monotonic() - begin, None, needed, {}, flops)
+        return ProgramPlan(bucket, time.monotonic() - begin, None, needed, {})
     analysis = compiled.memory_analysis()
     memory = Memory(
         arguments=analysis.argument_size_in_bytes,
@@ -146,16 +140,8 @@ def _plan_program(
     )
     seconds = time.monotonic() - begin
     text = compiled.as_text()
-    collectives, transfers = count_collectives(text), find_transfers(text)
-    return ProgramPlan(
-        bucket, seconds, memory, memory.peak, collectives, flops, transfers, gradients
-    )
-
-
-def count_collectives(program_text: str) -> dict[str, int]:
-    """{kind: count} in HLO text; an asynchronous pair (-start, -done) counts once."""
-    found = re.findall(rf"\b({'|'.join(COLLECTIVES)})(?:-start)?\(", program_text)
-    return dict(collections.Counter(found))
+    collectives, transfers = read_collectives(text), find_transfers(text)
+    return ProgramPlan(bucket, seconds, memory, memory.peak, collectives, transfers, gradients)
 
 
 def out_of_memory(message: str) -> int | None:
@@ -168,7 +154,7 @@ def out_of_memory(message: str) -> int | None:
 
 def report(plan: ProgramPlan, topology: str, num_slices: int = 1) -> str:
     """Lines for people."""
-    chip, sizes = parse_topology(topology)
+    chip, _ = parse_topology(topology)
     memory, bucket = plan.memory, plan.bucket
     parts = "the compiler gave up"
     if memory is not None:
@@ -178,7 +164,10 @@ def report(plan: ProgramPlan, topology: str, num_slices: int = 1) -> str:
         )
     verdict = "fits" if plan.fits(chip.hbm) else "DOES NOT FIT"
     shapes = f" {bucket.batch_size} rows, {bucket.frames} frames," if bucket else ""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.collectives.items()))
+    kinds = ", ".join(
+        f"{found.count} {kind} ({found.bytes / 1e9:.3g} GB)"
+        for kind, found in sorted(plan.collectives.items())
+    )
     lines = [
         f"{plan.name}:{shapes} compiled in {plan.seconds:.0f} s",
         f"  memory a chip   peak {plan.needed / GIB:.3f} of {chip.hbm / GIB:.0f} GiB: "
@@ -191,16 +180,24 @@ def report(plan: ProgramPlan, topology: str, num_slices: int = 1) -> str:
             f"  to other slices {' + '.join(sent) or '0'} MB a chip, gradients are "
             f"{plan.gradients / 1e6:.3f}; beside them {plan.beside_gradients / 1e6:.3f} MB"
         )
-    if bucket:
-        chips = math.prod(sizes) * num_slices
-        train = TRAIN_OVER_FORWARD * sum(plan.flops.values())
-        split = ", ".join(f"{part} {value:.3g}" for part, value in plan.flops.items())
-        lines += [
-            f"  FLOPs a step    {train:.4g} = {TRAIN_OVER_FORWARD} x forward ({split})",
-            f"  at peak         {1e3 * train / (chips * chip.peak):.3g} ms on {chips} chips of "
-            f"{chip.peak / 1e12:.0f} TFLOP/s",
-        ]
     return "\n".join(lines)
+
+
+def report_bound(plan: ProgramPlan, estimate: Estimate, topology: str, steps: int) -> str:
+    """Lines for people about what a bucket's step costs at the least."""
+    chip, _ = parse_topology(topology)
+    sent = sum(found.bytes for found in plan.collectives.values()) if plan.memory else None
+    line = estimate.roofline(chip, sent)
+    hours = steps * line.seconds * estimate.chips / 3600
+    return "\n".join([
+        f"  FLOPs a step    {estimate.model_flops:.4g}",
+        f"  at least        {1e3 * line.seconds:.3g} ms, by {line.limit} (compute "
+        f"{1e3 * line.compute:.3g}, HBM {1e3 * line.hbm:.3g}, ICI {1e3 * line.ici:.3g}): MFU at "
+        f"most {100 * line.bound:.0f} %, {steps} steps {hours:.3g} chip-hours on "
+        f"{estimate.chips} chips",
+        f"  estimated       {estimate.memory / GIB:.3f} GiB a chip; micro-batches of up to "
+        f"{estimate.largest_batch(chip.hbm)} rows fit",
+    ])  # fmt: skip
 
 
 def plan(config: ConfigDict, topology: str, num_slices: int = 1) -> list[ProgramPlan]:
@@ -215,9 +212,10 @@ def plan(config: ConfigDict, topology: str, num_slices: int = 1) -> list[Program
     buckets = read_buckets(training_config.to_dict(config)["buckets"])
     named = {bucket.name: bucket for bucket in buckets}
     for bucket in scheduled(buckets):
-        beside = named.get(bucket.beside)
-        plans.append(plan_bucket(program, model_config, bucket, needs_contrast(config), beside))
+        step = (program, model_config, bucket, needs_contrast(config), named.get(bucket.beside))
+        plans.append(plan_bucket(*step))
         print(report(plans[-1], topology, num_slices), flush=True)
+        print(report_bound(plans[-1], estimate_step(*step), topology, config.steps), flush=True)
     return plans
 
 

@@ -497,3 +497,25 @@ def test_wrong_sources_are_named(codec, model, entry, message):
 def test_wrong_weights_are_named(weight, tasks, message):
     with pytest.raises(ValueError, match=message):
         Source(fake_dataset(path="data/train"), weight, tasks)
+
+
+def test_a_checkpoints_frames_and_time_instruction_reach_the_row(codec, model):
+    """Rows show the frames that its sampler takes, and say when they are, clip by clip."""
+    template = dataclasses.replace(codec.template, sampling="evenly", time_instruction=True)
+    timed = TextCodec(codec.tokenizer, template)
+    pipeline, plain = make(timed, model), make(codec, model)
+    builder = pipeline.row_builders["video"]
+    assert builder.prefix_tokens == plain.row_builders["video"].prefix_tokens + timed.time_room(8)
+    for step in range(6):
+        name, numbers, plans = pipeline.plans(step)
+        for number, plan in zip(numbers, plans, strict=True):
+            row = pipeline.row_builders[name].build(plan, number)
+            text = timed.decode(row["prefix_tokens"][row["prefix_segments"] > 0])
+            shown = plan.dataset.video_info(plan.video_id).timestamps[
+                pipeline.row_builders[name].frame_indices(plan)]
+            if name == "image":
+                assert "seconds" not in text
+                continue
+            stamps = ",".join(f"{time - plan.start:.2f}s" for time in shown)
+            assert f"lasts for {plan.end - plan.start:.2f} seconds" in text
+            assert f"located at {stamps}." in text

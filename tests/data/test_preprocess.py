@@ -41,27 +41,3 @@ def test_a_square_of_one_colour_around_the_image():
     square = preprocess.pad_to_square(np.zeros((2, 5, 3), np.uint8), (1, 2, 3))
     assert square.shape == (5, 5, 3)
     assert (square[1:3] == 0).all() and (square[0] == [1, 2, 3]).all() and (square[4] == 3).any()
-
-
-@pytest.mark.parametrize("frames, fps, most, force, expected", [
-    (250, 25.0, 64, False, list(range(0, 250, 25))),
-    (250, 25.0, 4, False, [0, 83, 166, 249]),
-    (250, 25.0, 11, True, [0, 24, 49, 74, 99, 124, 149, 174, 199, 224, 249]),
-    (3, 0.4, 64, False, [0, 1, 2]),
-])  # fmt: skip
-def test_one_frame_a_second_or_evenly(frames, fps, most, force, expected):
-    assert preprocess.frames_at_one_fps(frames, fps, most, force=force).tolist() == expected
-
-
-def test_even_frames_and_middles():
-    assert preprocess.evenly(100, 4).tolist() == [0, 33, 66, 99]
-    assert preprocess.middles(32, 4).tolist() == [3, 11, 19, 27]
-
-
-def test_the_time_instruction():
-    text = preprocess.time_instruction([0.0, 1.5, 12.25], 13.0)
-    assert text == (
-        "The video lasts for 13.00 seconds, and 3 frames are uniformly sampled from it. These "
-        "frames are located at 0.00s,1.50s,12.25s.Please answer the following questions related "
-        "to this video."
-    )

@@ -128,3 +128,29 @@ def test_frames_between_keeps_float32_borders():
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("frames, fps, most, force, expected", [
+    (250, 25.0, 64, False, list(range(0, 250, 25))),
+    (250, 25.0, 4, False, [0, 83, 166, 249]),
+    (250, 25.0, 11, True, [0, 24, 49, 74, 99, 124, 149, 174, 199, 224, 249]),
+    (3, 0.4, 64, False, [0, 1, 2]),
+])  # fmt: skip
+def test_one_frame_a_second_or_evenly(frames, fps, most, force, expected):
+    assert sampling.frames_at_one_fps(frames, fps, most, force=force).tolist() == expected
+
+
+def test_even_frames_and_middles():
+    assert sampling.evenly(100, 4).tolist() == [0, 33, 66, 99]
+    assert sampling.middles(32, 4).tolist() == [3, 11, 19, 27]
+
+
+def test_published_samplers_choose_among_the_frames_of_the_interval():
+    times = np.arange(200) / 10  # twenty seconds at ten frames a second
+    number = {name: sample(times, 4, 5.0, 14.9) for name, sample in sampling.SAMPLERS.items()}
+    assert number["evenly"].tolist() == [50, 83, 116, 149]
+    assert number["middles"].tolist() == [62, 87, 112, 137]
+    assert number["frames_at_one_fps"].tolist() == number["evenly"].tolist()
+    one_fps = sampling.SAMPLERS["frames_at_one_fps"](times, 64, 5.0, 14.9)
+    assert one_fps.tolist() == list(range(50, 150, 10))
+    assert sampling.SAMPLERS["evenly"](times, 3, 5.0, 5.0).tolist() == [50, 50, 50]

@@ -1,5 +1,6 @@
 """Tokenizer, template and codec."""
 
+import dataclasses
 import itertools
 import pickle
 
@@ -19,6 +20,7 @@ from tpo_jax.data.text import (
     add_task_tokens,
     render_options,
     texts_of,
+    time_instruction,
     train_tokenizer,
 )
 from tpo_jax.models.heads import tokens_of
@@ -218,3 +220,31 @@ def test_template_may_hold_ordinary_text(codec):
 
 def test_options_are_rendered_as_documented():
     assert render_options("Which?", ["a", "b", "c"]) == "Which? Options: a; b; c."
+
+
+def test_the_time_instruction():
+    text = time_instruction([0.0, 1.5, 12.25], 13.0)
+    assert text == (
+        "The video lasts for 13.00 seconds, and 3 frames are uniformly sampled from it. These "
+        "frames are located at 0.00s,1.50s,12.25s.Please answer the following questions related "
+        "to this video."
+    )
+
+
+def test_the_sentence_about_times_stands_between_video_and_question(codec):
+    template = dataclasses.replace(codec.template, time_instruction=True)
+    timed = TextCodec(codec.tokenizer, template)
+    ids = timed.time_ids([0.5, 2.0], 3.25)
+    prefix = timed.build_prefix(3, "video", "why?", time=ids)
+    assert timed.decode(prefix).endswith(time_instruction([0.5, 2.0], 3.25) + "\nwhy?")
+    # Any times of as many frames have room, and only where the template says so.
+    assert len(ids) <= timed.time_room(2) <= len(timed.time_ids([99999.99] * 2, 99999.99))
+    assert codec.time_room(2) == 0 and codec.time_ids([0.5], 1.0) == []
+
+
+def test_a_template_without_the_younger_entries_keeps_its_file_and_its_fingerprint(codec):
+    assert not {"sampling", "time_instruction"} & codec.template.to_json().keys()
+    published = dataclasses.replace(codec.template, sampling="middles", time_instruction=True)
+    assert ChatTemplate.from_json(published.to_json()) == published
+    with pytest.raises(ValueError, match="template.sampling: 'best'"):
+        dataclasses.replace(codec.template, sampling="best")

@@ -76,12 +76,12 @@ def test_fits_and_is_partitioned():
     assert found.fits(16 * GIB) and not found.fits(1024)
     assert found.memory.arguments < found.needed < GIB
     # Parameters are gathered for use and gradients are summed over rows.
-    assert found.collectives["all-gather"] > 0
-    assert found.collectives.get("all-reduce", 0) + found.collectives.get("reduce-scatter", 0) > 0
+    assert found.collectives["all-gather"].bytes > 0
+    assert {"all-reduce", "reduce-scatter"} & set(found.collectives)
     update = plan.plan_update(program)
     assert update.fits(16 * GIB) and "update: compiled" in plan.report(update, "v5e:2x4")
     text = plan.report(found, "v5e:2x4")
-    assert "of 16 GiB: fits" in text and "all-gather" in text and "on 8 chips" in text
+    assert "of 16 GiB: fits" in text and "all-gather" in text
 
 
 @needs_libtpu
@@ -131,20 +131,6 @@ def test_command_exits_with_the_figure_when_it_does_not_fit(tmp_path):
     assert done.returncode == 1, done.stderr
     assert "DOES NOT FIT" in done.stdout
     assert "bucket long needs" in done.stderr and "v5e:1x1 has 16" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("%a = f32[8] all-gather(%x), ...", {"all-gather": 1}),
-        ("%a = all-reduce-start(%x)\n%b = all-reduce-done(%a)", {"all-reduce": 1}),
-        ("calls=%all-gather.1, fusion(%all-reduce.2)", {}),
-        ("reduce-scatter(%x) all-to-all(%y) collective-permute-start(%z)",
-         {"reduce-scatter": 1, "all-to-all": 1, "collective-permute": 1}),
-    ],
-)  # fmt: skip
-def test_collectives_are_counted_in_program_text(text, found):
-    assert plan.count_collectives(text) == found
 
 
 @pytest.mark.parametrize(

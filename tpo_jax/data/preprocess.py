@@ -85,37 +85,3 @@ def anyres_tiles(frame: np.ndarray, resolutions: Sequence[Size], size: int) -> n
     tiles = canvas.reshape(rows, size, columns, size, 3).swapaxes(1, 2)
     whole = bicubic(frame, size, size)[None]
     return np.concatenate([whole, tiles.reshape(rows * columns, size, size, 3)])
-
-
-def frames_at_one_fps(frames: int, fps: float, most: int, *, force: bool = False) -> np.ndarray:
-    """int64[n]: frame numbers as LLaVA-Video samples them.
-
-    One frame a second; where that is more than `most`, or with `force`, exactly `most` spread
-    evenly over the whole video, first and last included.
-    """
-    step = max(round(fps), 1)
-    indices = np.arange(0, frames, step)
-    if most > 0 and (force or len(indices) > most):
-        return np.linspace(0, frames - 1, most, dtype=int)
-    return indices
-
-
-def evenly(frames: int, count: int) -> np.ndarray:
-    """int64[count]: frame numbers from the first to the last (LongVA, Video-LLaVA)."""
-    return np.linspace(0, frames - 1, count, dtype=int)
-
-
-def middles(frames: int, count: int) -> np.ndarray:
-    """int64[count]: the middles of `count` equal parts (VideoChat2)."""
-    edges = np.linspace(0, frames, count + 1).astype(int)
-    return (edges[:-1] + edges[1:] - 1) // 2
-
-
-def time_instruction(times: Sequence[float], duration: float) -> str:
-    """The sentence about time that LLaVA-Video reads before a question, word for word."""
-    stamps = ",".join(f"{time:.2f}s" for time in times)
-    return (
-        f"The video lasts for {duration:.2f} seconds, and {len(times)} frames are uniformly "
-        f"sampled from it. These frames are located at {stamps}.Please answer the following "
-        "questions related to this video."
-    )

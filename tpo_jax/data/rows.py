@@ -20,7 +20,7 @@ from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.preprocess import RESIZES
 from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.data.targets import TARGETS, TargetError, View
-from tpo_jax.data.text import Branch, TextCodec
+from tpo_jax.data.text import LONGEST_SECONDS, Branch, TextCodec
 
 # (pair id, shown frames, prefix tokens int32[P], branch tokens int32[2, R]) -> float32[2, A]. The
 # frames (`RowBuilder.shown_frames`) and tokens let the sidecar refuse a pair that changed. With
@@ -152,10 +152,19 @@ class RowBuilder:
                            *(("box",) if tasks else ()))
         self.prefix_tokens = (
             codec.template.visual_offset + self.visual_tokens + codec.after_visual
-            + bucket.question)
+            + self.time_room + bucket.question)
+
+    @property
+    def time_room(self) -> int:
+        """Tokens of the prefix for the sentence about times."""
+        return self.codec.time_room(self.bucket.frames) if self.bucket.media == "video" else 0
 
     def frame_indices(self, plan: RowPlan) -> np.ndarray:
-        """int64[n], n <= F: the frames of a row; fewer than F only if the clip has fewer."""
+        """int64[n], n <= F: the frames of a row, as the template samples them.
+
+        `uniform` gives fewer than F only if the clip has fewer; `frames_at_one_fps` if it is
+        shorter than F seconds; the others show frames of a short clip more than once.
+        """
         timestamps = plan.dataset.video_info(plan.video_id).timestamps
         if plan.frame_indices is not None:
             indices = np.asarray(plan.frame_indices, np.int64)
@@ -166,18 +175,20 @@ class RowBuilder:
                     f"{indices.tolist()}, expected at most {self.bucket.frames} (frames of the "
                     f"bucket) below {len(timestamps)} (frames of the video).")
             return indices
+        method = self.codec.template.sampling
         inside = sampling.frames_between(timestamps, plan.start, plan.end)
-        if len(inside) <= self.bucket.frames:
-            # Not `uniform`: where times are uneven, one frame may be nearest twice, another never.
+        if method == "uniform" and len(inside) <= self.bucket.frames:
+            # Where times are uneven, one frame may be nearest twice, another never.
             return inside
-        return sampling.uniform(timestamps, self.bucket.frames, plan.start, plan.end)
+        return sampling.SAMPLERS[method](timestamps, self.bucket.frames, plan.start, plan.end)
 
     def tokens(self, plan: RowPlan) -> tuple[np.ndarray, list[Branch]]:
         """Prefix ids int32[n] and branches, refused by name where they exceed the bucket."""
         bucket = self.bucket
         where = self.where(plan, plan.branches[0]) if plan.branches else bucket.name
         prefix = self.codec.build_prefix(
-            self.visual_tokens, bucket.media, plan.question, f"{where}: question")
+            self.visual_tokens, bucket.media, plan.question, f"{where}: question",
+            self._time_ids(plan, where))
         if len(prefix) > self.prefix_tokens:
             raise RowError(
                 f"{where}: the question has {len(prefix) - self.prefix_tokens + bucket.question} "
@@ -188,6 +199,20 @@ class RowBuilder:
                            f"= {bucket.branches}.")
         branches = [self.branch(branch, self.where(plan, branch)) for branch in plan.branches]
         return prefix, branches
+
+    def _time_ids(self, plan: RowPlan, where: str) -> list[int]:
+        """The sentence about the times of the frames that are shown, if the template has one."""
+        if not self.time_room:
+            return []
+        times = plan.dataset.video_info(plan.video_id).timestamps[self.frame_indices(plan)]
+        start = plan.start or 0.0
+        ids = self.codec.time_ids((times - start).tolist(), plan.end - start)
+        if len(ids) > self.time_room:
+            raise RowError(
+                f"{where}: the times of {len(times)} frames take {len(ids)} tokens, expected at "
+                f"most {self.time_room}: the clip has {plan.end - start:.0f} s, more than "
+                f"{LONGEST_SECONDS:.0f}. Give the example a part of its video.")
+        return ids
 
     def branch(self, plan: BranchPlan, where: str) -> Branch:
         """Tokens of one branch, refused by name where they exceed the bucket."""

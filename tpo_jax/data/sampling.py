@@ -6,9 +6,12 @@ frames of a stored pair can always be drawn again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+# (timestamps float[n], count, start, end in seconds or None) -> int64[at most count], sorted
+Sampler = Callable[..., np.ndarray]
 
 
 def frames_between(timestamps: np.ndarray, start: float | None, end: float | None) -> np.ndarray:
@@ -79,6 +82,56 @@ def uniform(timestamps: np.ndarray, count: int, start: float | None = None,
         end = timestamps[-1] + interval
     middles = start + (np.arange(count) + 0.5) * (end - start) / count
     return inside[0] + _nearest(timestamps[inside], middles)
+
+
+def frames_at_one_fps(frames: int, fps: float, most: int, *, force: bool = False) -> np.ndarray:
+    """int64[n]: frame numbers as LLaVA-Video samples them.
+
+    One frame a second; where that is more than `most`, or with `force`, exactly `most` spread
+    evenly over the whole video, first and last included.
+    """
+    step = max(round(fps), 1)
+    indices = np.arange(0, frames, step)
+    if most > 0 and (force or len(indices) > most):
+        return np.linspace(0, frames - 1, most, dtype=int)
+    return indices
+
+
+def evenly(frames: int, count: int) -> np.ndarray:
+    """int64[count]: frame numbers from the first to the last (LongVA, Video-LLaVA)."""
+    return np.linspace(0, frames - 1, count, dtype=int)
+
+
+def middles(frames: int, count: int) -> np.ndarray:
+    """int64[count]: the middles of `count` equal parts (VideoChat2)."""
+    edges = np.linspace(0, frames, count + 1).astype(int)
+    return (edges[:-1] + edges[1:] - 1) // 2
+
+
+def _published(choose: Callable[[int, float, int], np.ndarray]) -> Sampler:
+    """A sampler of frame numbers, (frames, frames a second, count), on the frames of an interval.
+
+    Frames a second are those of the frames that are there, which `prepare` may have thinned out.
+    """
+
+    def sample(timestamps: np.ndarray, count: int, start: float | None = None,
+               end: float | None = None) -> np.ndarray:
+        _check_count(count)
+        inside = frames_between(timestamps, start, end)
+        length = float(timestamps[inside[-1]] - timestamps[inside[0]])
+        fps = (len(inside) - 1) / length if length > 0 else 1.0
+        return inside[choose(len(inside), fps, count)]
+
+    return sample
+
+
+# How a template says that its frames are chosen.
+SAMPLERS: dict[str, Sampler] = {
+    "uniform": uniform,
+    "evenly": _published(lambda frames, fps, count: evenly(frames, count)),
+    "middles": _published(lambda frames, fps, count: middles(frames, count)),
+    "frames_at_one_fps": _published(frames_at_one_fps),
+}
 
 
 def dense_segment(timestamps: np.ndarray, count: int, start: float, end: float) -> np.ndarray:

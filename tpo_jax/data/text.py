@@ -19,10 +19,12 @@ from etils import epath
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tpo_jax.data.records import PreparedDataset
+from tpo_jax.data.sampling import SAMPLERS
 from tpo_jax.models.heads import BOX_TOKEN, HEADS, task_tokens
 
 FORMAT_VERSION = 1
 REMEMBERED_TEXTS = 2**15
+LONGEST_SECONDS = 99999.99  # of a video whose times are told in words
 SPECIAL_TOKENS = (
     "<pad>", "<bos>", "<eos>", "<user>", "<assistant>",
     "<video>", "</video>", "<image>", "</image>",
@@ -43,6 +45,8 @@ class _TaskTokens(Mapping):
         return len(task_tokens()) + 1
 
 
+# Entries of template.json that folders written before them lack, and what they mean there.
+_YOUNGER = {"sampling": "uniform", "time_instruction": False}
 TASK_TOKENS: Mapping[str, tuple[str | None, str]] = _TaskTokens()
 _MARKER = re.compile(r"<(/?[A-Za-z_]+)>")
 
@@ -105,8 +109,11 @@ def add_task_tokens(tokenizer: Tokenizer, heads: Sequence[str]) -> None:
 class ChatTemplate:
     """The texts around video, question and answer; special tokens are written by name.
 
-    prefix = before visual [visual tokens] after visual; branch = user question assistant answer
-    end. `visual_offset` is the static number of tokens before the visual ones.
+    prefix = before visual [visual tokens] after visual [time]; branch = user question assistant
+    answer end. `visual_offset` is the static number of tokens before the visual ones.
+
+    sampling: how frames of a video are chosen, of data.sampling.SAMPLERS. time_instruction: whether
+    the times of the frames are told in words, by `time_instruction`, after the video.
     """
 
     before_video: str = "<bos><video>"
@@ -118,15 +125,27 @@ class ChatTemplate:
     end: str = "<eos>"
     pad: str = "<pad>"
     visual_offset: int = 2
+    sampling: str = "uniform"
+    time_instruction: bool = False
+
+    def __post_init__(self):
+        if self.sampling not in SAMPLERS:
+            raise ValueError(
+                f"template.sampling: {self.sampling!r}, expected one of {sorted(SAMPLERS)}.")
 
     def to_json(self) -> dict:
-        return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        """Without what older folders lack, where it has its default: their fingerprints stay."""
+        values = dataclasses.asdict(self)
+        return {"format_version": FORMAT_VERSION} | {
+            name: value for name, value in values.items()
+            if name not in _YOUNGER or value != _YOUNGER[name]}
 
     @classmethod
     def from_json(cls, value: dict, where: str = "template") -> ChatTemplate:
         value = dict(value)
         if (version := value.pop("format_version", None)) != FORMAT_VERSION:
             raise ValueError(f"{where}: format_version {version!r}, expected {FORMAT_VERSION}.")
+        value = _YOUNGER | value
         names = {field.name for field in dataclasses.fields(cls)}
         if wrong := names ^ value.keys():
             raise ValueError(f"{where}: missing or unknown keys {sorted(wrong)}.")
@@ -162,6 +181,16 @@ class Branch:
 def render_options(question: str, options: Sequence[str]) -> str:
     """The question with its options, as shown to the model: 'Q? Options: a; b; c.'"""
     return f"{question} Options: {'; '.join(options)}."
+
+
+def time_instruction(times: Sequence[float], duration: float) -> str:
+    """The sentence about time that LLaVA-Video reads before a question, word for word."""
+    stamps = ",".join(f"{time:.2f}s" for time in times)
+    return (
+        f"The video lasts for {duration:.2f} seconds, and {len(times)} frames are uniformly "
+        f"sampled from it. These frames are located at {stamps}.Please answer the following "
+        "questions related to this video."
+    )
 
 
 class TextCodec:
@@ -232,6 +261,16 @@ class TextCodec:
         """Number of tokens after the visual ones in a prefix without a question."""
         return len(self._after["video"])
 
+    def time_room(self, frames: int) -> int:
+        """Most tokens of the sentence about the times of `frames` frames; 0 without one."""
+        return len(self.time_ids([LONGEST_SECONDS] * frames, LONGEST_SECONDS))
+
+    def time_ids(self, times: Sequence[float], duration: float) -> list[int]:
+        """The sentence about times in seconds and the line break behind it, if there is one."""
+        if not self.template.time_instruction:
+            return []
+        return self.encode(time_instruction(times, duration) + "\n")
+
     def token_id(self, token: str) -> int:
         """Id of a special or task token by name."""
         if token not in self.special_ids:
@@ -275,9 +314,11 @@ class TextCodec:
         return ids, forced, slots
 
     def build_prefix(self, visual_tokens: int, media: str = "video",
-                     question: str | None = None, where: str = "question") -> np.ndarray:
-        """int32[n]: before, visual span of <pad>, after and, in a preference row, the question."""
-        ids = self._before[media] + [self.pad_id] * visual_tokens + self._after[media]
+                     question: str | None = None, where: str = "question",
+                     time: Sequence[int] = ()) -> np.ndarray:
+        """int32[n]: before, visual span of <pad>, after, `time_ids` and, in a preference row, the
+        question."""
+        ids = [*self._before[media], *[self.pad_id] * visual_tokens, *self._after[media], *time]
         if question is not None:
             ids += self._user + self.encode_marked(question, (), where)[0]
         return np.asarray(ids, np.int32)

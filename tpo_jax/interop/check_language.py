@@ -38,11 +38,20 @@ def compare_language(
         path: np.asarray(leaf, np.float32)
         for path, leaf in leaves.items() if path.startswith("language/")
     })["language"]  # fmt: skip
+    theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+    return compare_parameters(config, params, theirs, seed)
+
+
+def compare_parameters(
+    config: LanguageConfig, params: Any, theirs: Any, seed: int
+) -> dict[str, float]:
+    """The same of parameters below "language" and a model of `transformers` in float32."""
+    import torch
+
     tokens = np.random.default_rng(seed).integers(0, config.num_tokens, (1, TOKENS))
     positions = np.arange(TOKENS)[None]
     embeds, states, last, logits = forward(config, params, tokens, positions, np.ones_like(tokens))
 
-    theirs = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
     collected: dict[int, Any] = {}
     for number, layer in enumerate(theirs.model.layers):
         layer.register_forward_hook(functools.partial(_keep, collected, number))

@@ -19,6 +19,8 @@ class Chip:
     Attributes:
       hbm: bytes of memory a chip.
       peak: dense bfloat16 FLOP/s a chip.
+      hbm_bandwidth: bytes/s between the memory of a chip and its cores.
+      ici: bytes/s that a chip sends over all its links to other chips; it receives as many.
       dimensions: of its network: 2 (torus of x:y) or 3 (x:y:z).
       host: largest block of chips on one host.
       options: extra arguments of get_topology_desc. v4 and v5p need megacore, else every chip
@@ -27,17 +29,20 @@ class Chip:
 
     hbm: int
     peak: float
+    hbm_bandwidth: float
+    ici: float
     dimensions: int
     host: tuple[int, ...]
     options: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-# Published figures of https://cloud.google.com/tpu/docs/system-architecture-tpu-vm.
+# Published figures of https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and the pages of
+# the generations. Those give the bandwidth of links in both directions together, or in Gbit/s.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(32 * GIB, 275e12, 3, (2, 2, 1), {"chip_config_name": "megacore"}),
-    "v5p": Chip(95 * GIB, 459e12, 3, (2, 2, 1), {"chip_config_name": "megacore"}),
-    "v5e": Chip(16 * GIB, 197e12, 2, (2, 2)),
-    "v6e": Chip(32 * GIB, 918e12, 2, (2, 2)),
+    "v4": Chip(32 * GIB, 275e12, 1228e9, 300e9, 3, (2, 2, 1), {"chip_config_name": "megacore"}),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, 3, (2, 2, 1), {"chip_config_name": "megacore"}),
+    "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, 2, (2, 2)),
+    "v6e": Chip(32 * GIB, 918e12, 1638e9, 400e9, 2, (2, 2)),
 }
 
 

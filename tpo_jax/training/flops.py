@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.extend.core import Literal
 
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
@@ -75,19 +76,24 @@ def train_flops(model_config: ModelConfig, batch: Any) -> float:
 
 def matmul_flops(function: Callable[..., Any], *args: Any) -> float:
     """FLOPs of all matrix products of `function`, which is traced on abstract arguments."""
-    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+    return traced_flops(jax.make_jaxpr(function)(*args))
+
+
+def traced_flops(trace: Any) -> float:
+    """The same of a program that jax.make_jaxpr has traced."""
+    return _count(trace.jaxpr)
 
 
 def _count(jaxpr: Any) -> float:
     total = 0.0
-    for equation in jaxpr.eqns:
+    for equation in needed_equations(jaxpr):
         if equation.primitive.name == "dot_general":
             total += _dot_flops(equation)
             continue
         if equation.primitive.name == "conv_general_dilated":
             total += _conv_flops(equation)
             continue
-        inner = [_count(sub) for sub in _sub_jaxprs(equation.params)]
+        inner = [_count(sub) for sub in sub_programs(equation)]
         if equation.primitive.name == "cond":  # one branch runs
             total += max(inner)
         elif equation.primitive.name == "scan":
@@ -112,10 +118,21 @@ def _conv_flops(equation: Any) -> float:
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
 
 
-def _sub_jaxprs(params: dict[str, Any]) -> list[Any]:
+def needed_equations(jaxpr: Any) -> list[Any]:
+    """The equations that results depend on, in order; the compiler drops the others."""
+    wanted = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
+    kept = []
+    for equation in reversed(jaxpr.eqns):
+        if wanted.intersection(equation.outvars):
+            kept.append(equation)
+            wanted.update(var for var in equation.invars if not isinstance(var, Literal))
+    return kept[::-1]
+
+
+def sub_programs(equation: Any) -> list[Any]:
     """Programs nested in an equation: of pjit, scan, cond, remat, custom derivatives."""
     found = []
-    for value in params.values():
+    for value in equation.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             item = getattr(item, "jaxpr", item)  # a closed jaxpr holds a jaxpr
             if hasattr(item, "eqns"):

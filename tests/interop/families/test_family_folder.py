@@ -53,6 +53,7 @@ def test_in_and_out_again(source, tmp_path):
     config, params, codec = folder.load_model(tmp_path / "model")
     assert config.dtype == "bfloat16" and config.vision.kind == "siglip"
     assert params["vision"]["layers"]["self_attn"]["q_proj"]["kernel"].dtype == ml_dtypes.bfloat16
+    assert codec.template.sampling == "frames_at_one_fps" and codec.template.time_instruction
     prefix = codec.build_prefix(config.num_visual_tokens(2))
     assert list(prefix[: config.visual_offset]).count(codec.pad_id) == 0
     assert prefix[config.visual_offset] == codec.pad_id

@@ -70,9 +70,11 @@ def import_family(
     leaves, carried = to_leaves(family, config, tensors)
     if not (path / "tokenizer.json").exists():
         raise FamilyError(f"{path / 'tokenizer.json'}: missing; save the tokenizer as a fast one")
-    codec = fitted_codec(
-        Tokenizer.from_str((path / "tokenizer.json").read_text()), family.template
+    sampling = family.sampling(data)
+    template = dataclasses.replace(
+        family.template, sampling=sampling.method, time_instruction=sampling.time_instruction
     )
+    codec = fitted_codec(Tokenizer.from_str((path / "tokenizer.json").read_text()), template)
     dtype = "bfloat16" if leaves["language/embed/table"].dtype.name == "bfloat16" else "float32"
     config = dataclasses.replace(
         config, visual_offset=codec.template.visual_offset, dtype=dtype
@@ -80,7 +82,6 @@ def import_family(
     folder.write_model(
         out, config.to_dict(), leaves, codec, preprocessor=folder.preprocessor(config)
     )
-    sampling = family.sampling(data)
     lines = [
         f"{out}: {family.name}, {len(leaves)} parameters",
         f"frames: {sampling.frames}, {sampling.method}; time instruction: "

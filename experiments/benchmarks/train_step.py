@@ -1,0 +1,366 @@
+"""What a supervised step costs: against PyTorch, in Python, and to compile.
+
+    python -m experiments.benchmarks.train_step --out experiments/results/benchmarks/train_step.json
+
+The model has LLaVA-OneVision's parts: SigLIP on every frame, two matrices, bilinear pooling, Qwen2.
+One set of weights, one batch of videos with an answer each; a step is forward, backward, clipping
+and AdamW in float32. `ours` is the program of `python -m tpo_jax.train`; `torch` is
+LlavaOnevisionForConditionalGeneration of `transformers`, with logits of the answer alone. Before
+any measurement the losses of three steps have to agree.
+
+  step      rounds time both one after the other, in turning order; a ratio is taken within a
+            round, and the median of rounds is reported, in wall and in CPU time of the process
+  memory    peak resident set of a process that does one side, over what it held before its steps
+  dispatch  from the call of a compiled step to its return, with a body that does nothing on the
+            same pytrees (state and batch of the step), the state donated
+  compile   seconds to lower and compile both programs of a config's tiny variant, on one device
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait burn no CPU time
+
+import jax
+import numpy as np
+
+from experiments.benchmarks.dpo_step import measure, versions
+from tpo_jax.data.batch_spec import batch_spec
+from tpo_jax.data.buckets import Bucket, scheduled
+from tpo_jax.data.pipeline import read_buckets
+from tpo_jax.interop.families.registry import family_of, to_leaves
+from tpo_jax.interop.tensors import lazy
+from tpo_jax.models.towers.registry import normalise_pixels
+from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.parallel.paths import unflatten
+from tpo_jax.training import config as training_config
+from tpo_jax.training.families import TOKENIZER
+from tpo_jax.training.program import Program, make_program, needs_contrast
+from tpo_jax.training.start import make_model_config
+
+RATE, CLIP, EPSILON = 1e-4, 1.0, 1e-8
+TOLERANCE = 2e-3  # relative, of the loss of three steps
+PARTS = ("step", "memory", "dispatch", "compile")
+VIDEO_ID, IMAGE_ID = 1022, 1023
+CONFIGS = {
+    "llava_onevision": "", "llava_video": "", "longva": "", "video_llava": "", "videochat2": "",
+    "longva_tpo": "longva_tiny",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """rows: of a batch. image: side of a frame in pixels. text: tokens around the video."""
+
+    rows: int = 2
+    frames: int = 8
+    image: int = 112
+    width: int = 256
+    depth: int = 4
+    vision_width: int = 192
+    vision_depth: int = 4
+    text: int = 32
+    answer: int = 32
+
+
+def published_config(sizes: Sizes) -> dict[str, Any]:
+    """config.json of the model, in the layout of `transformers`."""
+    return {
+        "model_type": "llava_onevision",
+        "text_config": {
+            "model_type": "qwen2", "vocab_size": 1024, "hidden_size": sizes.width,
+            "num_hidden_layers": sizes.depth, "num_attention_heads": sizes.width // 32,
+            "num_key_value_heads": sizes.width // 64, "intermediate_size": 3 * sizes.width,
+            "rms_norm_eps": 1e-6, "max_position_embeddings": 32768,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model", "vision_use_head": False,
+            "image_size": sizes.image, "patch_size": 14, "hidden_size": sizes.vision_width,
+            "num_hidden_layers": sizes.vision_depth, "num_attention_heads": 6,
+            "intermediate_size": 4 * sizes.vision_width,
+        },
+        "vision_feature_layer": -1, "projector_hidden_act": "gelu",
+        "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9",
+        "image_grid_pinpoints": [[sizes.image, sizes.image]],
+    }  # fmt: skip
+
+
+class Torch:
+    """The model in PyTorch; `weights` are ours to start from."""
+
+    def __init__(self, sizes: Sizes, threads: int, seed: int = 0):
+        import torch
+        from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+        torch.set_num_threads(threads)
+        torch.manual_seed(seed)
+        self.torch, self.sizes = torch, sizes
+        data = {k: v for k, v in published_config(sizes).items() if k != "model_type"}
+        self.model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(
+            **data, image_token_index=IMAGE_ID, video_token_index=VIDEO_ID,
+            attn_implementation="sdpa",
+        )).train()  # fmt: skip
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=RATE, betas=(0.9, 0.999), eps=EPSILON, weight_decay=0.0
+        )
+
+    def step(self, batch: dict[str, Any]) -> float:
+        torch, kept = self.torch, self.sizes.answer + 1
+        out = self.model(
+            input_ids=batch["ids"], pixel_values_videos=batch["pixels"], logits_to_keep=kept,
+            use_cache=False,
+        )  # fmt: skip
+        loss = torch.nn.functional.cross_entropy(
+            out.logits[:, :-1].flatten(0, 1), batch["ids"][:, -self.sizes.answer :].flatten()
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+
+class Ours:
+    """The program of `train`, from PyTorch's weights or new ones."""
+
+    def __init__(self, sizes: Sizes, tensors: dict[str, np.ndarray] | None = None):
+        data = published_config(sizes)
+        family = family_of(data)
+        self.model_config = family.model_config(data, {})
+        config = training_config.default_config()
+        config.optimizer = {
+            "name": "adamw", "warmup": 0.0, "weight_decay": 0.0, "clip": CLIP, "min_lr_ratio": 1.0,
+        }  # fmt: skip
+        config.trainable = [[".*", RATE]]
+        self.program = make_program(config, self.model_config, make_mesh({}, jax.devices()[:1]))
+        if tensors is None:
+            params = self.program.init_params(0)
+        else:
+            leaves, _ = to_leaves(
+                family, self.model_config, {name: lazy(x) for name, x in tensors.items()}
+            )
+            params = unflatten({path: np.asarray(x) for path, x in leaves.items()})
+        self.bucket = Bucket(
+            "video", "video", sizes.rows, sizes.frames, 1, sizes.answer + 1, sizes.answer
+        )
+        self.state = self.program.init_state(params)
+        self.key = self.program.base_key(0)
+
+    def step(self, batch: Any) -> float:
+        self.state, metrics = self.compiled(self.state, batch, self.key)
+        return float(metrics["loss"].mean())
+
+    def compile(self, batch: Any) -> None:
+        self.compiled = self.program.compile_train_step(batch)
+
+
+def make_batches(ours: Ours, sizes: Sizes, seed: int = 0) -> tuple[dict, dict[str, np.ndarray]]:
+    """Our batch, and {ids int64[B, T], pixels float32[B, F, 3, S, S]} of the same rows."""
+    rng = np.random.default_rng(seed)
+    spec = batch_spec(ours.bucket, ours.model_config)
+    batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), spec)
+    B, (_, P), A = sizes.rows, batch["prefix_tokens"].shape, sizes.answer
+    V = ours.model_config.num_visual_tokens(sizes.frames)
+    offset = ours.model_config.visual_offset
+    batch["frames"][:] = rng.integers(0, 256, batch["frames"].shape)
+    batch["frame_valid"][:] = True
+    tokens = rng.integers(1, 1000, (B, P + A + 1), np.int32)
+    batch["prefix_tokens"][:], batch["branch_tokens"][:, 0] = tokens[:, :P], tokens[:, P:]
+    positions = np.arange(P + A + 1)
+    batch["prefix_positions"][:], batch["branch_positions"][:] = positions[:P], positions[P:]
+    batch["prefix_segments"][:] = batch["branch_segments"][:] = 1
+    batch["answer_positions"][:] = np.arange(A)
+    batch["answer_tokens"][:, 0] = tokens[:, P + 1 :]
+    batch["answer_weights"][:] = 1
+    ids = tokens.astype(np.int64)
+    ids[:, offset : offset + V] = VIDEO_ID
+    pixels = np.asarray(normalise_pixels(ours.model_config.vision, batch["frames"]))
+    return batch, {"ids": ids, "pixels": np.moveaxis(pixels, -1, 2).copy()}
+
+
+def agree(ours: Ours, theirs: Torch, batch: Any, tensors: Any) -> dict[str, list[float]]:
+    """Losses of three steps of both, from the same weights; raises where they differ."""
+    losses = {"ours": [ours.step(batch) for _ in range(3)],
+              "torch": [theirs.step(tensors) for _ in range(3)]}  # fmt: skip
+    if not np.allclose(losses["ours"], losses["torch"], rtol=TOLERANCE):
+        raise AssertionError(f"losses differ: {losses}")
+    return losses
+
+
+def step_times(sizes: Sizes, rounds: int, threads: int) -> dict[str, Any]:
+    theirs = Torch(sizes, threads)
+    state = {name: x.detach().numpy().copy() for name, x in theirs.model.state_dict().items()}
+    ours = Ours(sizes, state)
+    batch, arrays = make_batches(ours, sizes)
+    tensors = {name: theirs.torch.from_numpy(x) for name, x in arrays.items()}
+    ours.compile(batch)
+    losses = agree(ours, theirs, batch, tensors)
+    runs: dict[str, Callable[[], Any]] = {
+        "ours": lambda: ours.step(batch), "torch": lambda: theirs.step(tensors),
+    }  # fmt: skip
+    found = measure(runs, rounds)
+    rows: dict[str, Any] = {"losses": losses}
+    for kind, index in (("wall", 0), ("cpu", 1)):
+        ratios = [t[index] / o[index]
+                  for o, t in zip(found["ours"], found["torch"], strict=True)]  # fmt: skip
+        rows[f"torch / ours, {kind}"] = {
+            "median": statistics.median(ratios),
+            "quartiles": [float(x) for x in np.quantile(ratios, [0.25, 0.75])],
+        }
+        rows[f"seconds, {kind}"] = {
+            name: statistics.median(t[index] for t in times) for name, times in found.items()
+        }
+    return rows
+
+
+def memory_of(side: str, sizes: Sizes, threads: int) -> float:
+    """MiB that the peak of this process rises over what it held before three steps."""
+    ours = Ours(sizes)
+    batch, arrays = make_batches(ours, sizes)
+    if side == "torch":
+        del ours
+        theirs = Torch(sizes, threads)
+        tensors = {name: theirs.torch.from_numpy(x) for name, x in arrays.items()}
+
+        def step() -> float:
+            return theirs.step(tensors)
+    else:
+        ours.compile(batch)
+
+        def step() -> float:
+            return ours.step(batch)
+
+    before = _resident_kib()
+    for _ in range(3):
+        step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak - before) / 1024
+
+
+def _resident_kib() -> int:
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() // 1024
+
+
+def dispatch_milliseconds(program: Program, state: Any, batch: Any, calls: int = 200) -> dict:
+    """Median and 90th percentile of call to return; nothing waits for a result."""
+    key = program.base_key(0)
+    nothing = jax.jit(lambda state, batch, key: state, donate_argnums=0, keep_unused=True)
+    state = nothing(state, batch, key)
+    times = []
+    for _ in range(calls):
+        jax.block_until_ready(state)
+        begin = time.perf_counter()
+        state = nothing(state, batch, key)
+        times.append(1e3 * (time.perf_counter() - begin))
+    return {
+        "median": statistics.median(times), "90 %": float(np.quantile(times, 0.9)),
+        "leaves": len(jax.tree.leaves((state, batch, key))), "target": 1.0,
+        "met": statistics.median(times) < 1.0,
+    }  # fmt: skip
+
+
+def compile_seconds(name: str, preset: str) -> dict[str, float]:
+    """Seconds of a config's tiny variant: lowering and compiling the update and all buckets."""
+    config = runpy.run_path(f"configs/{name}.py")["get_config"]("tiny")
+    if preset:
+        config.model.preset, config.init_from, config.tokenizer = preset, "", TOKENIZER
+    model_config, _ = make_model_config(config)
+    program = make_program(config, model_config, make_mesh({}, jax.devices()[:1]))
+    buckets = {b.name: b for b in read_buckets(training_config.to_dict(config)["buckets"])}
+    contrast = needs_contrast(config)
+    begin = time.perf_counter()
+    lowered = [program.lower_update()]
+    for bucket in scheduled(tuple(buckets.values())):
+        batch = batch_spec(bucket, model_config, contrast=contrast)
+        if bucket.beside:
+            batch["beside"] = batch_spec(buckets[bucket.beside], model_config, contrast=contrast)
+        lowered.append(program.lower_gradient(batch))
+    between = time.perf_counter()
+    for each in lowered:
+        each.compile()
+    return {"lower": between - begin, "compile": time.perf_counter() - between}
+
+
+def memory_of_both(sizes: Sizes, threads: int) -> dict[str, float]:
+    """`memory_of` each side in a process of its own."""
+    sides = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for side in ("ours", "torch"):
+            out = pathlib.Path(folder) / side
+            options = {f.name: getattr(sizes, f.name) for f in dataclasses.fields(sizes)}
+            options |= {"side": side, "out": out, "threads": threads}
+            command = [sys.executable, "-m", "experiments.benchmarks.train_step"]
+            command += [f"--{name}={value}" for name, value in options.items()]
+            subprocess.run(command, check=True)
+            sides[side] = json.loads(out.read_text())["MiB"]
+    return sides | {"ours / torch": sides["ours"] / sides["torch"]}
+
+
+def dispatch(sizes: Sizes) -> dict[str, Any]:
+    ours = Ours(sizes)
+    batch, _ = make_batches(ours, sizes)
+    return dispatch_milliseconds(ours.program, ours.state, jax.device_put(batch))
+
+
+def run(sizes: Sizes, rounds: int, threads: int, parts: Sequence[str]) -> dict[str, Any]:
+    """Some parts of the benchmark; see the module."""
+    measured: dict[str, Callable[[], Any]] = {
+        "step": lambda: step_times(sizes, rounds, threads),
+        "memory": lambda: memory_of_both(sizes, threads),
+        "dispatch": lambda: dispatch(sizes),
+        "compile": lambda: {name: compile_seconds(name, p) for name, p in CONFIGS.items()},
+    }
+    about = {"sizes": dataclasses.asdict(sizes), "threads": threads, "versions": versions()}
+    return {
+        part: {"result": measured[part](), "load_average": os.getloadavg()[0], **about}
+        for part in parts
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=pathlib.Path, required=True, help="JSON file to write")
+    for field in dataclasses.fields(Sizes):
+        add(f"--{field.name}", type=int, default=field.default, help="(default: %(default)s)")
+    add("--rounds", type=int, default=12)
+    add(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="of PyTorch; XLA takes all processors that it may run on (default: %(default)s)",
+    )
+    add("--parts", default=",".join(PARTS), help="measured again, the others stay in the file "
+        "(default: %(default)s)")
+    add("--side", choices=("ours", "torch"), help="only the memory of this side")
+    flags = parser.parse_args()
+    sizes = Sizes(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Sizes)})
+    if flags.side:
+        result = {"MiB": memory_of(flags.side, sizes, flags.threads)}
+    else:
+        old = json.loads(flags.out.read_text()) if flags.out.exists() else {}
+        result = old | run(sizes, flags.rounds, flags.threads, flags.parts.split(","))
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    flags.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Plans every full-size config for TPU pods: does it fit, and what can it cost at the least?
+
+    python -m experiments.plans --out experiments/results/plans                 # everything
+    python -m experiments.plans --out DIR --only 'longva.* v5e:8x8' --compile 0 # estimates alone
+
+First every cell is estimated from its traced program (tpo_jax/training/estimate.py), which takes
+seconds. Then cells are compiled for their topology, one at a time, those nearest to where memory
+ends first: the cells on either side of a boundary between frame counts, and the published shapes.
+Each result is written to OUT/plans.json as it comes and README.md is written anew; the same command
+goes on where it stopped. Rerun with --fresh after a change of the model. Needs libtpu, no TPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import runpy
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from experiments.plan_table import page
+from tpo_jax import plan
+from tpo_jax.data.pipeline import read_buckets
+from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.parallel.topologies import parse_topology, prepare_environment, topology_devices
+from tpo_jax.training import config as training_config
+from tpo_jax.training.estimate import Estimate, Traced, estimate_step, trace_step
+from tpo_jax.training.families import TOKENIZER
+from tpo_jax.training.program import make_program, needs_contrast
+from tpo_jax.training.start import make_model_config
+
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+LORA_RANK, LORA_ALPHA, LORA_RATE = 128, 256.0, 2e-4
+# Widths of the towers are multiples of 128; 1152 is none of 256.
+MOST_FSDP = 128
+# What a preference config, which starts from a folder, starts from.
+BASES = {"longva_tpo": "longva", "llava_video_tpo": "llava_video"}
+PODS = ("v5e:8x8", "v5e:16x16", "v4:2x4x4", "v5p:2x4x4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One config on one topology.
+
+    config: file in configs/ and `arg` its argument. lora: adapters on the language model alone,
+    instead of what the config trains. frames: 0 for the config's own.
+    """
+
+    config: str
+    arg: str
+    topology: str
+    lora: bool = False
+    frames: int = 0
+
+    @property
+    def name(self) -> str:
+        frames = f"frames={self.frames}" if self.frames else ""
+        arg = ",".join(filter(None, (self.arg, frames)))
+        trained = "lora" if self.lora else "published"
+        return f"{self.config}{':' if arg else ''}{arg} {trained} {self.topology}"
+
+    @property
+    def group(self) -> tuple:
+        """Cells that differ in frames alone."""
+        return self.config, self.arg, self.topology, self.lora
+
+
+def cells() -> list[Cell]:
+    """Everything that is planned."""
+    published = [
+        ("llava_onevision", ""), ("llava_video", ""), ("longva", ""), ("video_llava", "stage=1"),
+        ("video_llava", "stage=2"), ("videochat2", ""), ("longva_tpo", "recipe=hound"),
+        ("longva_tpo", "recipe=realign"), ("longva_tpo", "recipe=mdpo"),
+    ]  # fmt: skip
+    found = [Cell(*c, topology) for c in published for topology in ("v4:2x2x4", "v5e:8x8")]
+    for config, frames in itertools.product(("llava_video", "longva"), (32, 64, 128)):
+        found += [Cell(config, "", pod, frames=frames) for pod in ("v5e:16x16", "v5p:4x4x4")]
+    for config in ("llava_onevision", "llava_video", "longva", "video_llava", "videochat2"):
+        found.append(Cell(config, "", "v5e:4x4", lora=True))
+    for config, frames in itertools.product(BASES, (32, 64, 128, 256, 512)):
+        smaller = ["v4:2x2x4"] if frames == 32 else []
+        found += [Cell(config, "", pod, frames=frames) for pod in [*smaller, *PODS]]
+        smaller = ["v5e:4x4"] if frames == 32 else []
+        found += [Cell(config, "", pod, True, frames) for pod in [*smaller, *PODS]]
+    return found
+
+
+def cell_config(cell: Cell, tiny: bool = False) -> Any:
+    """The training config of a cell, from random weights. `tiny` has the shapes of tests."""
+    parts = [cell.arg, "tiny" if tiny else "", f"frames={cell.frames}" if cell.frames else ""]
+    get_config = runpy.run_path(str(CONFIGS / f"{cell.config}.py"))["get_config"]
+    config = get_config(",".join(filter(None, parts)))
+    if cell.config in BASES:
+        config.model.preset = f"{BASES[cell.config]}_{'tiny' if tiny else '7b'}"
+        config.init_from, config.tokenizer = "", TOKENIZER
+    if cell.lora and cell.config != "videochat2":  # which has its own
+        config.lora.update(rank=LORA_RANK, alpha=LORA_ALPHA)
+    if cell.lora:
+        config.trainable = [["language/.*lora_[ab]$", LORA_RATE]]
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A cell's estimate, with micro-batches as large as fit, and the steps of its run."""
+
+    mesh: Mesh
+    estimate: Estimate
+    steps: int
+
+
+class Planner:
+    """Builds programs; traces are kept while cells of one config follow each other."""
+
+    def __init__(self, tiny: bool = False) -> None:
+        self.tiny = tiny
+        self._traces: dict[tuple, Traced] = {}
+
+    def plan(self, cell: Cell) -> Planned:
+        config = cell_config(cell, self.tiny)
+        chip, sizes = parse_topology(cell.topology)
+        model_config, _ = make_model_config(config)
+        bucket, beside = step_buckets(config)
+        rows = math.gcd(bucket.batch_size, beside.batch_size if beside else 0)
+        config.mesh = mesh_of(math.prod(sizes), rows)
+        mesh = make_mesh(config.mesh.to_dict(), topology_devices(cell.topology))
+        row_chips = mesh.shape["data"] * mesh.shape["fsdp"]
+        # As many micro-batches as can be: one row of a chip at a time, or what divides.
+        config.accumulation = most = rows // row_chips
+        program = make_program(config, model_config, mesh)
+        buckets = [b for b in (bucket, beside) if b]
+        contrast = needs_contrast(config)
+        micro = tuple(b.batch_size // (row_chips * most) for b in buckets)
+        key = (cell.config, cell.arg, cell.lora, cell.frames, micro, min(most, 2))
+        if key not in self._traces:
+            self._traces = {key: trace_step(program, model_config, buckets, contrast)}
+        estimate = estimate_step(program, model_config, bucket, contrast, beside, self._traces[key])
+        counts = [n for n in range(1, most + 1) if most % n == 0]
+        fewest = [dataclasses.replace(estimate, accumulation=n) for n in counts]
+        return Planned(
+            mesh, next((e for e in fewest if e.memory <= chip.hbm), estimate), config.steps
+        )
+
+    def compile(self, cell: Cell, estimate: dict[str, Any]) -> plan.ProgramPlan:
+        """The gradient of a cell by the compiler for its chips, on the mesh of its estimate."""
+        config = cell_config(cell, self.tiny)
+        config.accumulation = estimate["accumulation"]
+        model_config, _ = make_model_config(config)
+        mesh = make_mesh(estimate["mesh"], topology_devices(cell.topology))
+        program = make_program(config, model_config, mesh)
+        bucket, beside = step_buckets(config)
+        return plan.plan_bucket(program, model_config, bucket, needs_contrast(config), beside)
+
+
+def step_buckets(config: Any) -> tuple[Any, Any]:
+    """The bucket of a config's step, and the one beside it or None."""
+    buckets = {b.name: b for b in read_buckets(training_config.to_dict(config)["buckets"])}
+    first = buckets.get("video") or buckets["pairs"]
+    return first, buckets.get(first.beside)
+
+
+def mesh_of(chips: int, rows: int) -> dict[str, int]:
+    """Parameters over as many chips as have rows; what is left splits heads and hidden units."""
+    row_chips = math.gcd(chips, rows)
+    fsdp = math.gcd(row_chips, MOST_FSDP)
+    return {
+        "data": row_chips // fsdp, "fsdp": fsdp, "context": 1, "tensor": chips // row_chips
+    }  # fmt: skip
+
+
+def estimated(planned: Planned, cell: Cell) -> dict[str, Any]:
+    """What plans.json keeps of an estimate."""
+    chip, _ = parse_topology(cell.topology)
+    estimate, roofline = planned.estimate, planned.estimate.roofline(chip)
+    return {
+        "memory": estimate.memory, "state": estimate.state, "hbm": chip.hbm,
+        "largest_batch": estimate.largest_batch(chip.hbm), "steps": planned.steps,
+        "batch": estimate.rows * estimate.row_chips, "accumulation": estimate.accumulation,
+        "mesh": {axis: size for axis, size in planned.mesh.shape.items() if size > 1},
+        "chips": estimate.chips, "flops": estimate.model_flops,
+        "sent": {kind: estimate.accumulation * size for kind, size in estimate.sent.items()},
+        "roofline": dataclasses.asdict(roofline),
+    }  # fmt: skip
+
+
+def compiled(found: plan.ProgramPlan) -> dict[str, Any]:
+    """What plans.json keeps of a compiled program; no collectives if memory ran out."""
+    return {
+        "memory": found.needed, "seconds": round(found.seconds), "ran_out": found.memory is None,
+        "collectives": {kind: dataclasses.asdict(c) for kind, c in found.collectives.items()},
+        "jax": jax.__version__,
+    }  # fmt: skip
+
+
+def boundary_first(results: dict[str, dict], planned: list[Cell]) -> list[Cell]:
+    """Cells worth compiling that are not compiled yet, the most uncertain first.
+
+    Where memory ends between two frame counts of a group, both; of a group with one frame count,
+    the one. Uncertain: the estimate is near the chip's memory.
+    """
+    wanted = []
+    for _, group in itertools.groupby(sorted(planned, key=lambda c: c.group), lambda c: c.group):
+        row = sorted(group, key=lambda c: c.frames)
+        fit = [fill(results[c.name]) <= 1 for c in row]
+        wanted += row if len(row) == 1 else []
+        for i in range(len(row) - 1):
+            wanted += row[i : i + 2] if fit[i] != fit[i + 1] else []
+    todo = [c for c in dict.fromkeys(wanted) if "compiled" not in results[c.name]]
+    return sorted(todo, key=lambda c: abs(math.log(fill(results[c.name]))))
+
+
+def fill(result: dict[str, Any]) -> float:
+    """Memory needed over memory there."""
+    return result["estimate"]["memory"] / result["estimate"]["hbm"]
+
+
+def save(out: pathlib.Path, results: dict[str, dict]) -> None:
+    """Whole files or none."""
+    for name, text in (("plans.json", json.dumps(results, indent=1) + "\n"),
+                       ("README.md", page(results))):  # fmt: skip
+        part = out / f"{name}.part"
+        part.write_text(text)
+        os.replace(part, out / name)
+
+
+def run(
+    out: pathlib.Path, planned: list[Cell], compiles: int, planner: Planner, fresh: bool = False
+) -> dict[str, dict]:
+    """Estimates what is not estimated, then compiles at most `compiles` cells."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "plans.json"
+    results = json.loads(path.read_text()) if path.exists() and not fresh else {}
+    for cell in planned:
+        if cell.name not in results:
+            begin = time.monotonic()
+            results[cell.name] = {"estimate": estimated(planner.plan(cell), cell)}
+            print(f"{cell.name}: {fill(results[cell.name]):.2f} of memory, estimated in "
+                  f"{time.monotonic() - begin:.0f} s", flush=True)  # fmt: skip
+            save(out, results)
+    for cell in boundary_first(results, planned)[:compiles]:
+        print(f"{cell.name}: compiling", flush=True)
+        result = results[cell.name]
+        result["compiled"] = compiled(planner.compile(cell, result["estimate"]))
+        print(f"  {result['compiled']}", flush=True)
+        save(out, results)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of results")
+    parser.add_argument("--only", default="", help="regex of cells: 'CONFIG:ARG TRAINED TOPOLOGY'")
+    parser.add_argument("--compile", type=int, default=1000, help="most cells to compile")
+    parser.add_argument("--fresh", action="store_true", help="forget what OUT has")
+    flags = parser.parse_args()
+    prepare_environment()
+    planned = [cell for cell in cells() if re.search(flags.only, cell.name)]
+    if not planned:
+        parser.error(f"--only={flags.only!r} matches no cell, such as {cells()[0].name!r}")
+    run(flags.out, planned, flags.compile, Planner(), flags.fresh)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The command that plans all configs, on their tiny shapes."""
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+
+from experiments import plan_table, plans
+from tpo_jax.parallel.topologies import GIB, parse_topology
+
+pytestmark = [
+    pytest.mark.plan,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `plan`)"
+    ),
+]
+CELLS = [
+    plans.Cell("longva_tpo", "", "v5e:1x1", lora=True),
+    plans.Cell("longva_tpo", "", "v5e:2x2", lora=True),
+]
+
+
+def test_every_cell_has_a_config_a_mesh_and_a_name_of_its_own():
+    found = plans.cells()
+    assert len({cell.name for cell in found}) == len(found) > 100
+    for cell in {c.group[:2]: c for c in found}.values():
+        assert plans.cell_config(cell).buckets
+    assert plans.mesh_of(256, 256) == {"data": 2, "fsdp": 128, "context": 1, "tensor": 1}
+    assert plans.mesh_of(256, 64) == {"data": 1, "fsdp": 64, "context": 1, "tensor": 4}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    out = tmp_path_factory.mktemp("plans")
+    return out, plans.run(out, CELLS, 1, plans.Planner(tiny=True))
+
+
+def test_estimates_and_compiles_and_goes_on_where_it_stopped(found):
+    out, results = found
+    made = [name for name, result in results.items() if "compiled" in result]
+    assert len(results) == 2 and len(made) == 1
+    stored = json.loads((out / "plans.json").read_text())
+    assert stored == results
+    again = plans.run(out, CELLS, 0, None)  # nothing is planned anew
+    assert again == results
+    text = (out / "README.md").read_text()
+    assert text.count("| estimated |") == 1 and text.count("| compiled |") == 1
+    assert "Median ratio" in text
+
+
+def test_the_estimate_is_near_the_compiler(found):
+    """Tiny shapes are mostly padding to tiles, so not very near."""
+    (result,) = [r for r in found[1].values() if "compiled" in r]
+    assert 0.3 < result["estimate"]["memory"] / result["compiled"]["memory"] < 3
+
+
+def test_more_chips_hold_more_rows_in_less_time(found):
+    one, four = (found[1][cell.name]["estimate"] for cell in CELLS)
+    assert one["state"] > 2 * four["state"] and one["flops"] == four["flops"]
+    assert one["roofline"]["compute"] == pytest.approx(4 * four["roofline"]["compute"], rel=0.01)
+    assert not one["sent"].get("all-gather") and four["sent"]["all-gather"] > 0
+
+
+def result(memory: float, compiled: float | None = None) -> dict:
+    made = {} if compiled is None else {"compiled": {"memory": compiled, "ran_out": False}}
+    return {"estimate": {"memory": memory * GIB, "hbm": 16 * GIB}} | made
+
+
+def test_either_side_of_a_boundary_is_compiled_first():
+    cells = [dataclasses.replace(CELLS[0], frames=frames) for frames in (32, 64, 128, 256)]
+    alone = plans.Cell("longva", "", "v5e:8x8")
+    memory = dict(zip([c.name for c in cells], (4, 12, 17, 30), strict=True)) | {alone.name: 15.9}
+    results = {name: result(value) for name, value in memory.items()}
+    assert plans.boundary_first(results, [*cells, alone]) == [alone, cells[2], cells[1]]
+    results[alone.name] = result(15.9, 16.5)
+    assert plans.boundary_first(results, [*cells, alone]) == [cells[2], cells[1]]
+    assert not plan_table.fits({**results[alone.name], "compiled": {
+        "memory": 16.5 * GIB, "ran_out": False}})  # fmt: skip
+
+
+def test_the_largest_batch_is_where_memory_ends():
+    planned = plans.Planner(tiny=True).plan(CELLS[0])
+    chip, _ = parse_topology("v5e:1x1")
+    estimate = planned.estimate
+    rows = estimate.largest_batch(chip.hbm)
+    assert rows > estimate.rows
+
+    def memory(rows):
+        return estimate.state + estimate.batch + estimate.temporaries.at(rows)
+
+    assert memory(rows) <= chip.hbm < memory(rows + 1)
