@@ -34,7 +34,7 @@ TASKS = {"conversation": 1.5, "temporal": 1.5, "region": 4.0, "mask": 1.0, "trac
 HEAD_LOSSES = {
     "region/l1": 5.0,
     "region/giou": 2.0,
-    "region/cells": 1.0,
+    "region/cells": 2.0,
     "temporal/foreground": 1.0,
     "temporal/l1": 5.0,
     "temporal/giou": 1.0,
@@ -88,9 +88,9 @@ def _buckets(tiny: bool) -> dict:
         "windows": 4,
         "mask_size": 16 if tiny else 32,
     }
-    slots = {"region": 9, "temporal": 4, "mask": 4, "box": 2}
-    short = {"branches": 8 if tiny else 24, "branch_tokens": 32, "answers": 16, "slots": slots}
-    long = {"branches": 4 if tiny else 8, "branch_tokens": 64, "answers": 48}
+    slots = {"region": 12, "temporal": 4, "mask": 4, "box": 2}
+    short = {"branches": 8 if tiny else 24, "branch_tokens": 30, "answers": 16, "slots": slots}
+    long = {"branches": 4 if tiny else 12, "branch_tokens": 64, "answers": 48}
     image = video | {
         "media": "image", "batch_size": 4 if tiny else 16, "frames": 1, "branches": 4,
         "branch_tokens": 64, "answers": 48, "slots": {"region": 3},
@@ -109,6 +109,7 @@ def _stage1(config: ConfigDict, runs: str) -> None:
     config.init_missing = ["task_tokens/", "box_encoder/", "heads/"]
     config.steps = 60
     config.losses.update(dict.fromkeys(HEAD_LOSSES, 0.0))
+    del config.buckets["image"]  # the same task tokens as in videos
     config.trainable = [["language/|task_tokens/|box_encoder/", 1e-3]]
 
 
@@ -119,19 +120,20 @@ def _stage2(config: ConfigDict, runs: str) -> None:
     questions stay in the mixture, because what is not asked is forgotten.
     """
     config.init_from = f"{runs}/stage1/model"
-    config.steps = 200
+    config.steps = 160
     config.trainable = [["heads/|task_tokens/|box_encoder/", 5e-3], ["language/", 2e-3]]
 
 
 def _stage3(config: ConfigDict, runs: str) -> None:
-    """Everything, the towers gently."""
+    """Everything with more conversation; what the language model sees moves least."""
     config.init_from = f"{runs}/stage2/model"
-    config.steps = 240
+    config.steps = 280
     config.losses.language = 12.0
+    config.buckets.video.weight, config.buckets.video_long.weight = 8, 2
     config.trainable = [
         ["heads/|task_tokens/|box_encoder/", 4e-3],
-        ["language/|connector/", 1e-3],
-        ["vision/", 5e-4],
+        ["language/", 1e-3],
+        ["connector/|vision/", 2e-4],
     ]
 
 

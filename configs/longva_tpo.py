@@ -14,8 +14,9 @@
            is the pair's manipulated frames; LoRA of rank 128, 1e-6. Score with --contrast
   mdpo     mDPO (2406.11839): as realign with the anchor term, LoRA of rank 64, 1e-5, 3 epochs, 32
 
-`pairs` is how many the manifest holds, from which steps follow; `frames` those of a clip; `tiny` a
-few steps on small shapes, for tests.
+`pairs` is how many the manifest holds, from which steps follow; `frames` those of a clip, 8 to 512;
+`context` the devices that share a row, for long ones (docs/preferences.md); `tiny` a few steps on
+small shapes, for tests.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +31,7 @@ from tpo_jax.training.config import (
 
 ARGUMENTS = {
     "recipe": "tpo", "runs": "runs/longva", "init": "", "pairs": 10_000, "frames": 32,
-    "tiny": False,
+    "context": 1, "tiny": False,
 }  # fmt: skip
 # The eight kinds of the published questions.
 KINDS = [
@@ -78,7 +79,7 @@ def make_config(arg: ConfigDict, *, beta: float, sft: float, rate: float) -> Con
             answers=48 if arg.tiny else 256, windows=1,
         )
     }  # fmt: skip
-    config.mesh = {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
+    config.mesh = {"data": 1, "fsdp": -1, "context": arg.context, "tensor": 1}
     config.checkpoint.update(every=50, keep=1)
     config.log_every = 1 if arg.tiny else 5
     config.eval_every = 0

@@ -34,7 +34,7 @@ DRAW = ("--samples", 1, "--subset", 0.125)
 class Scale:
     """How much of everything: videos of each split, images in all, preference pairs."""
 
-    train: int = 400
+    train: int = 600
     validation: int = 60
     test: int = 160
     images: int = 240
@@ -163,8 +163,8 @@ def main() -> None:
         print(failure, file=sys.stderr)
         sys.exit(failure.status)
     result = summary.assemble(
-        steps.out, seed=flags.seed, seconds=steps.seconds, wall_seconds=steps.wall_seconds,
-        max_abs_difference=difference,
+        steps.out, seed=flags.seed, seconds=steps.seconds, cpu_seconds=steps.cpu_seconds,
+        wall_seconds=steps.wall_seconds, max_abs_difference=difference,
     )  # fmt: skip
     summary.write_summary(steps.out, result)
     page = report.build_report(steps.out)

@@ -24,7 +24,10 @@ class StepFailed(Exception):
 
 
 class Steps:
-    """Runs commands and keeps when each started and how many seconds it took in `out`/steps.jsonl.
+    """Runs commands; `out`/steps.jsonl has when each started and how many seconds it took.
+
+    Beside the seconds on the clock, those of processor time tell what a command costs on a machine
+    that does other things as well.
 
     A step that finished in an earlier, interrupted run is not run again. Steps given to `beside`
     run one after the other next to those given to `run`, which leave part of two cores idle; they
@@ -80,20 +83,24 @@ class Steps:
         print(f"\n[{step}] {shlex.join(command)}" + (f" > {log} &" if log else ""), flush=True)
         started, begin = time.time(), time.monotonic()
         with open(log, "w") if log else contextlib.nullcontext() as output:
-            finished = subprocess.run(
+            process = subprocess.Popen(
                 [sys.executable, *command[1:]],
                 env=self.environment,
                 stdout=output,
                 stderr=output,
             )
+            # Of this command alone, with its own processes; two may be running.
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - begin
-        if finished.returncode:
+        if process.returncode:
             self._side.shutdown(wait=False, cancel_futures=True)  # nothing starts after a failure
-            raise StepFailed(step, finished.returncode, log)
+            raise StepFailed(step, process.returncode, log)
         if log:
             print(f"\n[{step}] done in {seconds:.0f} s", flush=True)
         record = {
-            "step": step, "started": started, "seconds": seconds, "command": shlex.join(command),
+            "step": step, "started": started, "seconds": seconds,
+            "cpu_seconds": usage.ru_utime + usage.ru_stime, "command": shlex.join(command),
         }  # fmt: skip
         with self._lock:
             self.done[step] = record
@@ -103,6 +110,10 @@ class Steps:
     @property
     def seconds(self) -> dict[str, float]:
         return {step: round(record["seconds"], 1) for step, record in self.done.items()}
+
+    @property
+    def cpu_seconds(self) -> dict[str, float]:
+        return {step: round(record["cpu_seconds"], 1) for step, record in self.done.items()}
 
     @property
     def wall_seconds(self) -> float:

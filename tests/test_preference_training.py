@@ -14,6 +14,8 @@ from etils import epath
 import tpo_jax.train
 from tpo_jax import preferences
 from tpo_jax.data import pairs as pair_data
+from tpo_jax.data.batch_spec import batch_spec
+from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.evaluation_rows import build_pair_rows
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.pipeline import row_builder
@@ -22,6 +24,7 @@ from tpo_jax.data.rows import RowError, kind_id
 from tpo_jax.generation import scoring, sidecar
 from tpo_jax.interop.folder import load_model, save_model
 from tpo_jax.models.config import DTYPES
+from tpo_jax.models.presets import PRESETS
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.training import config as training_config
@@ -216,6 +219,23 @@ def test_published_numbers(file, recipe, loss, beta, sft, rate, steps):
     assert (got.loss, got.beta, got.sft, config.steps) == (loss, beta, sft, steps)
     assert config.trainable[0][1] == rate and config.optimizer.warmup == 0.1
     assert config.buckets.pairs.frames == 32
+
+
+@pytest.mark.parametrize("frames", [8, 16, 32, 64, 96, 128, 256, 512])
+@pytest.mark.parametrize(
+    ("file", "preset", "a_frame"),
+    [("longva_tpo.py", "longva_7b", 144), ("llava_video_tpo.py", "llava_video_7b", 210)],
+)
+def test_every_number_of_frames_can_be_declared(file, preset, a_frame, frames):
+    get_config = runpy.run_path(str(CONFIGS / file))["get_config"]
+    config = get_config(f"frames={frames},context=4")
+    training_config.validate(config)
+    assert config.mesh.context == 4
+    model_config = PRESETS[preset]()
+    assert frames <= model_config.vision.max_frames
+    bucket = Bucket.from_config("pairs", config.buckets.pairs.to_dict())
+    prefix = batch_spec(bucket, model_config)["prefix_tokens"].shape[1]
+    assert prefix == model_config.visual_offset + frames * a_frame + 1 + bucket.question
 
 
 def test_an_unknown_recipe_is_named():

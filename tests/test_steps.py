@@ -21,6 +21,7 @@ def test_a_step_is_journalled_and_not_run_twice(tmp_path, capfd):
     assert "hello" in capfd.readouterr().out
     (record,) = journal(tmp_path)
     assert record["step"] == "greet" and record["command"].startswith("python -m timeit -n1")
+    assert 0 < record["cpu_seconds"] < record["seconds"]  # one process of one thread
     again = Steps(tmp_path)
     again.run("greet", *HELLO)
     assert "hello\n" not in capfd.readouterr().out

@@ -4,6 +4,7 @@
     python -m tpo_jax.convert import --source=exported --out=model
     python -m tpo_jax.convert import --source=Qwen2-7B --out=qwen2   (a Hugging Face folder)
     python -m tpo_jax.convert import --source=LongVA-7B --out=longva   (a multimodal family)
+    python -m tpo_jax.convert import --source=sam2.1-hiera-large --into=model --out=model2
     python -m tpo_jax.convert export --model=longva --out=exported --like=LongVA-7B
     python -m tpo_jax.convert check  --model=model --exported=exported   (needs torch, transformers)
     python -m tpo_jax.convert check  --model=longva --exported=LongVA-7B
@@ -14,7 +15,7 @@ import sys
 
 from etils import epath
 
-from tpo_jax.interop import export, folder
+from tpo_jax.interop import export, folder, sam2
 from tpo_jax.interop.chat_template import ChatTemplateError
 from tpo_jax.interop.families import folder as families
 from tpo_jax.interop.families.base import FamilyError
@@ -39,6 +40,10 @@ def _export(flags: argparse.Namespace) -> int:
 
 
 def _import(flags: argparse.Namespace) -> int:
+    if flags.into:
+        for line in sam2.add_to_model(flags.source, flags.into, flags.out):
+            print(line)
+        return 0
     if families.is_family(flags.source):
         for line in families.import_family(flags.source, flags.out, dict(flags.set)):
             print(line)
@@ -90,6 +95,7 @@ def main() -> int:
         "--source", required=True, help="folder that `export` wrote, or a Hugging Face folder"
     )
     command.add_argument("--out", required=True, help="model folder to write")
+    command.add_argument("--into", help="model folder that gets the SAM 2 of --source")
     command.add_argument("--adapter", help="PEFT folder to merge into the language model")
     command.add_argument("--chat_template", help="Jinja file, where the source has no template")
     command.add_argument(

@@ -14,7 +14,8 @@ Multiple choice is decided by the likelihood of the options. Head metrics come f
 where the model does not emit the head's routing token they are 0. Metrics under "forced/" give the
 head its slot in the labelled answer instead. Intervals are 95 % bootstrap intervals over videos.
 A submission file is scored as the benchmark's official program scores it, in percent; no model is
-loaded.
+loaded. On SIGTERM a model's evaluation stops before the next batch, writes nothing and exits with
+status 75: the same command starts over.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from tpo_jax.evaluation import benchmarks, floors, results, submissions
 from tpo_jax.evaluation.evaluator import Evaluator, Settings, called_by_task, evaluable_tasks
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.heads import heads_of
+from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +81,17 @@ class Part:
         return self.dataset.frames(video_id, indices)
 
 
-def evaluate(flags: argparse.Namespace) -> None:
-    """Scores one model and writes its metrics, intervals, items and samples."""
+def evaluate(flags: argparse.Namespace, preemption: Preemption) -> None:
+    """Scores one model and writes its metrics, intervals, items and samples.
+
+    Raises:
+      Preempted: told to stop; nothing is written.
+    """
     started = time.monotonic()
     config, params, codec = load_model(flags.model)
     tasks = choose_tasks(flags.tasks, flags.evidence, config.heads, flags.pairs)
     settings = Settings(batch_size=flags.batch_size, evidence=flags.evidence)
-    evaluator = Evaluator(config, params, codec, settings)
+    evaluator = Evaluator(config, params, codec, settings, preemption.check)
     dataset = Part(PreparedDataset(flags.data), flags.limit, flags.calls_per_video)
     if "qa" in tasks:
         evaluator.questions(dataset)
@@ -220,7 +226,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif flags.floors_from:
             compute_floors(flags)
         else:
-            evaluate(flags)
+            with Preemption() as preemption:
+                evaluate(flags, preemption)
+    except Preempted:
+        print("stopped; the same command starts over", file=sys.stderr)
+        return EXIT_STATUS
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

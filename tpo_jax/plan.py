@@ -12,9 +12,13 @@ fit by the estimate. experiments/plans.py does this for all large configs. Exits
 one does not fit. Needs libtpu: pip install 'tpo_jax[plan]'.
 
 Topologies are GENERATION:SIZES: v5e:2x4, v5e:16x16, v6e:4x4, v4:2x2x2, v5p:2x2x1, ...
+With --num_slices=N, N of them over the data centre network, and mesh.data a multiple of N: prints
+what a chip sends to other slices in a step, and exits with 1 where that is more than 1 MB beside
+the gradients.
 """
 
 import dataclasses
+import math
 import re
 import sys
 import time
@@ -30,13 +34,18 @@ from tpo_jax.models.config import ModelConfig
 from tpo_jax.parallel.collectives import Collective, read_collectives
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.topologies import GIB, parse_topology, prepare_environment, topology_devices
-from tpo_jax.train import TOPOLOGY  # brings train's flags, --config among them
+from tpo_jax.parallel.transfers import Transfer, find_transfers
+from tpo_jax.train import NUM_SLICES, TOPOLOGY  # brings train's flags, --config among them
 from tpo_jax.training import config as training_config
 from tpo_jax.training.estimate import Estimate, estimate_step
 from tpo_jax.training.program import Program, make_program, needs_contrast
 from tpo_jax.training.start import make_model_config
+from tpo_jax.training.state import partition
 
 flags.set_default(TOPOLOGY, "v5e:2x4")
+
+MOST_BESIDE_GRADIENTS = 1e6  # bytes a chip may send to other slices in a step
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -59,6 +68,7 @@ class ProgramPlan:
 
     bucket: whose gradient it is; None for the update. needed: bytes of one chip.
     collectives: {kind: count in the program text, and bytes that one chip sends in a run}.
+    transfers: to other slices. gradients: bytes of the float32 gradients that a chip holds.
     """
 
     bucket: Bucket | None
@@ -66,6 +76,15 @@ class ProgramPlan:
     memory: Memory | None
     needed: int
     collectives: dict[str, Collective]
+    transfers: list[Transfer] = dataclasses.field(default_factory=list)
+    gradients: int = 0
+
+    @property
+    def beside_gradients(self) -> int:
+        """Bytes that a chip sends to other slices in a step, without summing up gradients."""
+        summed = sum(t.bytes for t in self.transfers if t.kind == "ALL_REDUCE")
+        total = sum(t.bytes for t in self.transfers)
+        return total - min(summed, self.gradients)
 
     def fits(self, hbm: int) -> bool:
         return self.memory is not None and self.needed <= hbm
@@ -86,7 +105,7 @@ def plan_bucket(
     batch = batch_spec(bucket, model_config, contrast=contrast)
     if beside:
         batch["beside"] = batch_spec(beside, model_config, contrast=contrast)
-    return _plan_program(program.lower_gradient(batch), bucket)
+    return _plan_program(program.lower_gradient(batch), bucket, gradient_bytes(program))
 
 
 def plan_update(program: Program) -> ProgramPlan:
@@ -94,7 +113,16 @@ def plan_update(program: Program) -> ProgramPlan:
     return _plan_program(program.lower_update(), None)
 
 
-def _plan_program(lowered: jax.stages.Lowered, bucket: Bucket | None) -> ProgramPlan:
+def gradient_bytes(program: Program) -> int:
+    """Bytes of the float32 gradients that one chip holds."""
+    trainable, _ = partition(program.abstract_state.params, program.trainable)
+    shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(trainable)]
+    return sum(4 * math.prod(shape) for shape in shapes)
+
+
+def _plan_program(
+    lowered: jax.stages.Lowered, bucket: Bucket | None, gradients: int = 0
+) -> ProgramPlan:
     begin = time.monotonic()
     try:
         compiled = lowered.compile()
@@ -111,8 +139,9 @@ def _plan_program(lowered: jax.stages.Lowered, bucket: Bucket | None) -> Program
         peak=analysis.peak_memory_in_bytes,
     )
     seconds = time.monotonic() - begin
-    collectives = read_collectives(compiled.as_text())
-    return ProgramPlan(bucket, seconds, memory, memory.peak, collectives)
+    text = compiled.as_text()
+    collectives, transfers = read_collectives(text), find_transfers(text)
+    return ProgramPlan(bucket, seconds, memory, memory.peak, collectives, transfers, gradients)
 
 
 def out_of_memory(message: str) -> int | None:
@@ -123,7 +152,7 @@ def out_of_memory(message: str) -> int | None:
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
 
 
-def report(plan: ProgramPlan, topology: str) -> str:
+def report(plan: ProgramPlan, topology: str, num_slices: int = 1) -> str:
     """Lines for people."""
     chip, _ = parse_topology(topology)
     memory, bucket = plan.memory, plan.bucket
@@ -145,6 +174,12 @@ def report(plan: ProgramPlan, topology: str) -> str:
         f"{verdict} ({parts})",
         f"  collectives     {kinds or 'none'}",
     ]
+    if num_slices > 1:
+        sent = [f"{t.bytes / 1e6:.3f} in {t.count} {t.kind}" for t in plan.transfers]
+        lines.append(
+            f"  to other slices {' + '.join(sent) or '0'} MB a chip, gradients are "
+            f"{plan.gradients / 1e6:.3f}; beside them {plan.beside_gradients / 1e6:.3f} MB"
+        )
     return "\n".join(lines)
 
 
@@ -165,20 +200,21 @@ def report_bound(plan: ProgramPlan, estimate: Estimate, topology: str, steps: in
     ])  # fmt: skip
 
 
-def plan(config: ConfigDict, topology: str) -> list[ProgramPlan]:
+def plan(config: ConfigDict, topology: str, num_slices: int = 1) -> list[ProgramPlan]:
     """Compiles the update and the gradient of every bucket of a config, printing as it goes."""
-    mesh = make_mesh(config.mesh.to_dict(), topology_devices(topology))
+    mesh = make_mesh(config.mesh.to_dict(), topology_devices(topology, num_slices))
     model_config, _ = make_model_config(config)
     program = make_program(config, model_config, mesh)
-    print(f"{topology}, mesh {dict(mesh.shape)}\n{program.optimizer.report}", flush=True)
+    where = f"{num_slices} x {topology}, mesh {dict(mesh.shape)}"
+    print(f"{where}\n{program.optimizer.report}", flush=True)
     plans = [plan_update(program)]
-    print(report(plans[-1], topology), flush=True)
+    print(report(plans[-1], topology, num_slices), flush=True)
     buckets = read_buckets(training_config.to_dict(config)["buckets"])
     named = {bucket.name: bucket for bucket in buckets}
     for bucket in scheduled(buckets):
         step = (program, model_config, bucket, needs_contrast(config), named.get(bucket.beside))
         plans.append(plan_bucket(*step))
-        print(report(plans[-1], topology), flush=True)
+        print(report(plans[-1], topology, num_slices), flush=True)
         print(report_bound(plans[-1], estimate_step(*step), topology, config.steps), flush=True)
     return plans
 
@@ -189,7 +225,15 @@ def main(argv: list[str]) -> None:
     config, topology = flags.FLAGS.config, TOPOLOGY.value
     chip, _ = parse_topology(topology)
     training_config.validate(config)
-    over = [p for p in plan(config, topology) if not p.fits(chip.hbm)]
+    plans = plan(config, topology, NUM_SLICES.value)
+    over = [p for p in plans if not p.fits(chip.hbm)]
+    chatty = [p for p in plans if p.beside_gradients > MOST_BESIDE_GRADIENTS]
+    for p in chatty:
+        print(
+            f"{p.name} sends {p.beside_gradients / 1e6:.1f} MB a chip to other slices beside the "
+            f"gradients, expected at most {MOST_BESIDE_GRADIENTS / 1e6:.0f}",
+            file=sys.stderr,
+        )
     for p in over:
         fix = "give mesh.fsdp more chips"
         if p.bucket:
@@ -199,7 +243,7 @@ def main(argv: list[str]) -> None:
             f"{chip.hbm / GIB:.0f}; {fix}",
             file=sys.stderr,
         )
-    sys.exit(1 if over else 0)
+    sys.exit(1 if over or chatty else 0)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ docs/preemption.md has the rest. SIGUSR1 traces the next steps into profile/.
 
 --dry_run checks config, data, shapes, sharding and checkpoints and trains nothing;
 --dry_run=compile adds the memory plan (python -m tpo_jax.plan). With --topology=v5e:4x4 for a TPU
-that is not there.
+that is not there, and --num_slices=N for N of them over the data centre network.
 
 Several processes: on TPU pods run the same command on every host. Elsewhere give each process
 --coordinator=HOST:PORT --num_processes=N --process_id=I (or the variables JAX_COORDINATOR_ADDRESS,
@@ -76,6 +76,7 @@ _CONFIG = define_config("config", "Config file, FILE.py[:ARG] or WORKDIR/config.
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; local or gs://.")
 _DRY_RUN = define_dry_run("dry_run", "Only check; =compile adds the memory plan.")
 TOPOLOGY = flags.DEFINE_string("topology", "", "Of --dry_run, such as v5e:4x4; '': devices here.")
+NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Of --topology.", lower_bound=1)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
 _RESUME_FROM = flags.DEFINE_integer(
@@ -185,12 +186,14 @@ def train(
             compiled = compile_buckets(
                 program, pipeline.builders, validation is not None, say, preemption
             )
+            if saved is None and config.data.references:
+                verify_references(
+                    program, pipeline, state.params, seed=config.seed,
+                    files=config.data.references, say=say, preemption=preemption,
+                )  # fmt: skip
         except Preempted:  # nothing has changed since the start
             say(f"stopped at step {start} while compiling")
             return EXIT_STATUS
-        if saved is None and config.data.references:
-            files, seed = config.data.references, config.seed
-            verify_references(program, pipeline, state.params, seed=seed, files=files, say=say)
 
     if restoring is not None:
         with ledger.measure("init"):
@@ -394,14 +397,16 @@ def write_json(path: epath.Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def dry_run(config: ConfigDict, workdir: str, mode: str, topology: str) -> int:
+def dry_run(
+    config: ConfigDict, workdir: str, mode: str, topology: str, num_slices: int = 1
+) -> int:
     """Checks a run that is not started; returns the exit status, 1 if something is wrong."""
     if mode == "compile" and not topology:
         raise app.UsageError("--dry_run=compile needs --topology, such as v5e:4x4")
     if topology:
         jax.config.update("jax_platforms", "cpu")  # a TPU that is here stays free
     say = functools.partial(print, flush=True)
-    good = DryRun(config, workdir, topology, say).run()
+    good = DryRun(config, workdir, topology, say, num_slices).run()
     if not good or mode != "compile":
         return 0 if good else 1
     # A process of its own: the compiler's memory is free again, and its flags are its own.
@@ -409,7 +414,8 @@ def dry_run(config: ConfigDict, workdir: str, mode: str, topology: str) -> int:
         path = epath.Path(folder) / "config.json"
         write_json(path, training_config.to_dict(config))
         command = [sys.executable, "-m", "tpo_jax.plan", f"--config={path}"]
-        return subprocess.run([*command, f"--topology={topology}"]).returncode
+        where = [f"--topology={topology}", f"--num_slices={num_slices}"]
+        return subprocess.run([*command, *where]).returncode
 
 
 def main(argv: list[str]) -> None:
@@ -417,7 +423,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
     if _DRY_RUN.value:
         where = _WORKDIR.value or ""
-        sys.exit(dry_run(_CONFIG.value, where, _DRY_RUN.value, TOPOLOGY.value))
+        on = TOPOLOGY.value, NUM_SLICES.value
+        sys.exit(dry_run(_CONFIG.value, where, _DRY_RUN.value, *on))
     ledger = Ledger()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the loop listens
     if not flags.FLAGS["verbosity"].present:

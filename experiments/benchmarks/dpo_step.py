@@ -112,11 +112,9 @@ class Ours:
         (B, P, _), (_, K, R) = prefix.shape, batch["branches"].shape
         ones = jnp.ones((B, P), jnp.int32)
         positions = jnp.broadcast_to(jnp.arange(P), (B, P))
-        _, cache = model.prefill(prefix, positions, ones)
         at = jnp.broadcast_to(P + jnp.arange(R), (B, K, R))
-        hidden, _ = model.extend(
-            model.embed_tokens(batch["branches"]), at, jnp.ones((B, K, R), jnp.int32), cache, ones
-        )
+        branches = model.embed_tokens(batch["branches"]), at, jnp.ones((B, K, R), jnp.int32)
+        _, hidden = model((prefix, positions, ones), branches)
         return token_logps(hidden[:, :, :-1], model.table, batch["branches"][:, :, 1:])
 
     def row_logps(self, params: Any, batch: Any) -> jax.Array:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 from typing import ClassVar
 
 import jax
@@ -223,6 +225,23 @@ def test_the_command_writes_metrics_and_samples(model, dataset, prepared, tmp_pa
     assert len(results.read_samples(out)) == record["counts"]["qa/accuracy"]["items"]
     assert "qa/accuracy" in capsys.readouterr().out
     assert [p.name for p in out.parent.iterdir()] and not list(out.parent.glob("*.tmp"))
+
+
+def test_sigterm_stops_the_command_before_the_next_batch(model, prepared, tmp_path, monkeypatch):
+    config, params, codec = model
+    save_model(tmp_path / "model", config, params, codec)
+    scored = []
+
+    def answer_logps(self, batch):
+        scored.append(batch)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return np.zeros(batch["branch_tokens"].shape[:2])
+
+    monkeypatch.setattr(Evaluator, "_answer_logps", answer_logps)
+    arguments = [f"--model={tmp_path / 'model'}", f"--data={prepared / 'test'}", "--tasks=qa"]
+    out = tmp_path / "out.json"
+    assert evaluate.main([*arguments, f"--out={out}", "--batch_size=1"]) == 75
+    assert len(scored) == 1 and [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_part_of_a_split_draws_questions_whatever_their_order():

@@ -16,7 +16,8 @@ def run_dir(prepared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     fake_run.make_run(folder, prepared)
     found = summary.assemble(
-        folder, seed=3, seconds={"render": 61.5, "train/stage1": 212.0}, wall_seconds=240.0,
+        folder, seed=3, seconds={"render": 61.5, "train/stage1": 212.0},
+        cpu_seconds={"render": 120.0, "train/stage1": 330.0}, wall_seconds=240.0,
         max_abs_difference=0.0,
     )  # fmt: skip
     summary.write_summary(folder, found)
@@ -95,7 +96,8 @@ def test_targets_compare_with_floors_and_stages():
 def test_an_evaluation_that_is_missing_or_old_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="floors.json: missing; write it with"):
         summary.assemble(
-            tmp_path, seed=0, seconds={}, wall_seconds=0.0, max_abs_difference=None
+            tmp_path, seed=0, seconds={}, cpu_seconds={}, wall_seconds=0.0,
+            max_abs_difference=None,
         )
     (tmp_path / "x.json").write_text('{"format_version": 0}')
     with pytest.raises(ValueError, match="x.json: format_version 0, expected 1"):
@@ -110,7 +112,8 @@ def test_report_is_one_page_without_outside_assets(run_dir, page):
 
 
 def test_report_tells_the_time_that_passed(page):
-    assert "4.0 minutes of commands" in page  # of 4.6 in steps that partly ran side by side
+    # Of 4.6 in steps that partly ran side by side, on more than one core.
+    assert "4.0 minutes of commands (7.5 of processor time)" in page
 
 
 def test_report_shows_every_part(page, found):

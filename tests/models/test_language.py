@@ -81,6 +81,34 @@ def test_branches_equal_separate_rows_in_values_and_gradients(model, K):
     _assert_close_gradients(got_gradient, want_gradient)
 
 
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 3, "full_layers": 1, "unroll": True}])
+def test_a_whole_row_equals_its_prefix_and_then_its_branches(changes):
+    config = dataclasses.replace(CONFIG, dropout=0.2, **changes)
+    structure, state = nnx.split(LanguageModel(config, rngs=Rngs(1)))
+    rows = jax.random.split(jax.random.key(9), 2)
+    keys = rows, branch_keys(rows, 3)
+    prefix_segments = jnp.array([[1] * P, [1] * 4 + [0] * 2])
+    segments = jnp.broadcast_to(jnp.array([[1] * R, [1] * 3 + [0] * 2, [1] * R]), (2, 3, R))
+    positions = jnp.tile(jnp.arange(P), (2, 1)), jnp.broadcast_to(P + jnp.arange(R), (2, 3, R))
+
+    @jax.jit
+    def both(state):
+        model = nnx.merge(structure, state)
+        prefix, branches = (model.embed_tokens(_tokens(i, 2, n)) for i, n in ((1, P), (2, 3 * R)))
+        branches = branches.reshape(2, 3, R, -1)
+        hidden, cache = model.prefill(prefix, positions[0], prefix_segments, keys[0])
+        own, _ = model.extend(
+            branches, positions[1], segments, cache, prefix_segments, keys=keys[1]
+        )
+        whole = model(
+            (prefix, positions[0], prefix_segments), (branches, positions[1], segments), keys
+        )
+        return whole, (hidden, own)
+
+    for got, want in zip(*both(state), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 def _assert_close_gradients(got, want):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))

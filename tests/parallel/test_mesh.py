@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tpo_jax.parallel.mesh import (
     AXES,
     check_batch_divides,
+    check_slices,
     global_batch,
     make_mesh,
     mesh_shape,
@@ -48,6 +49,12 @@ def test_axes_are_auto():
     mesh = make_mesh({"data": 2, "fsdp": -1, "tensor": 2}, EIGHT)
     assert mesh.axis_names == AXES and tuple(mesh.shape.values()) == (2, 2, 1, 2)
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+
+
+def test_only_data_may_span_slices():
+    check_slices(mesh_shape({"data": 4, "fsdp": 2}, 8), 2)
+    with pytest.raises(ValueError, match="mesh.data=1 does not divide over 2 slices.*multiple of"):
+        check_slices(mesh_shape({"data": 1, "fsdp": 8}, 8), 2)
 
 
 def test_global_batch_holds_the_rows_in_order():

@@ -12,11 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from tpo_jax.models.presets import PRESETS
 from tpo_jax.models.video_language import FunctionalModel
-from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.parallel.mesh import batch_sharding, make_mesh
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.rules import (
     LARGE_LEAF_BYTES,
     RULES,
+    constrain_lookup,
     describe,
     first_match,
     follow_params,
@@ -25,6 +26,7 @@ from tpo_jax.parallel.rules import (
     place,
 )
 from tpo_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tpo_jax.training.step import on_mesh
 
 
 def mesh_of(**sizes):
@@ -165,3 +167,28 @@ def test_describe_lists_every_leaf():
     params = {"a": {"kernel": leaf(4, 4)}, "b": {"scale": leaf(4)}}
     lines = describe(params, param_shardings(params, mesh_of(fsdp=2))).splitlines()
     assert len(lines) == 2 and "a/kernel" in lines[0] and "fsdp" in lines[0]
+
+
+@pytest.mark.parametrize("columns", [8, 7])  # 7 do not divide over fsdp
+def test_a_lookup_on_a_mesh_gives_the_vectors_and_the_gradient_of_the_table(columns):
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    spec = P("tensor", "fsdp" if columns == 8 else None)
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(16, columns)).astype(np.float32)
+    tokens = rng.integers(0, 16, (8, 5))
+    factors = rng.normal(size=(8, 5, columns)).astype(np.float32)
+
+    def weighted(table, tokens, factors):
+        vectors = constrain_lookup(jnp.take(table, tokens, axis=0))
+        return jnp.sum(vectors * factors), vectors
+
+    rows = batch_sharding(mesh)
+    step = jax.jit(
+        on_mesh(jax.grad(weighted, has_aux=True), mesh),
+        in_shardings=(jax.NamedSharding(mesh, spec), rows, rows),
+    )
+    gradient, vectors = step(table, tokens, factors)
+    expected = np.zeros_like(table)
+    np.add.at(expected, tokens, factors)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(vectors, table[tokens])

@@ -12,8 +12,9 @@ from fake_batches import bucket, micro, train_config
 
 from tpo_jax import plan, train
 from tpo_jax.data.pipeline import row_builder
-from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from tpo_jax.parallel.topologies import GIB, topology_devices
+from tpo_jax.parallel.transfers import find_transfers
 from tpo_jax.training.program import Program, make_program
 from tpo_jax.training.start import make_model_config
 
@@ -81,6 +82,30 @@ def test_fits_and_is_partitioned():
     assert update.fits(16 * GIB) and "update: compiled" in plan.report(update, "v5e:2x4")
     text = plan.report(found, "v5e:2x4")
     assert "of 16 GiB: fits" in text and "all-gather" in text
+
+
+@needs_libtpu
+@pytest.mark.plan
+def test_only_gradients_cross_between_slices():
+    mesh = make_mesh({"data": 4, "fsdp": 2}, topology_devices("v5e:2x2", 2))
+    assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
+    program = make_program(train_config(), micro(), mesh)
+    found = plan.plan_bucket(program, micro(), bucket(8))
+    assert {transfer.kind for transfer in found.transfers} == {"ALL_REDUCE"}
+    assert sum(transfer.bytes for transfer in found.transfers) >= found.gradients > 1e5
+    assert found.beside_gradients < plan.MOST_BESIDE_GRADIENTS
+    assert "in 40 ALL_REDUCE MB a chip, gradients are" in plan.report(found, "v5e:2x2", 2)
+
+
+@needs_libtpu
+@pytest.mark.plan
+def test_what_else_crosses_between_slices_is_seen():
+    mesh = make_mesh({"data": 8}, topology_devices("v5e:2x2", 2))
+    rows = jax.ShapeDtypeStruct((64, 1024), "float32", sharding=batch_sharding(mesh))
+    gathered = jax.jit(lambda x: x * 2, out_shardings=replicated(mesh)).lower(rows).compile()
+    (transfer,) = find_transfers(gathered.as_text())
+    # A chip hands over the rows that it has, or all those of its slice.
+    assert transfer.kind == "ALL_GATHER" and transfer.bytes in (8 * 4096, 32 * 4096)
 
 
 @needs_libtpu

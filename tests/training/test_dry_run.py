@@ -223,15 +223,16 @@ def test_compile_plans_the_very_config_and_only_a_good_one(config, monkeypatch):
 
     def plan(command):
         (path,) = (word.removeprefix("--config=") for word in command if "--config" in word)
-        planned.append((read_json(path), command[-1]))
+        planned.append((read_json(path), command[-2:]))
         return types.SimpleNamespace(returncode=1)
 
     monkeypatch.setattr(train.subprocess, "run", plan)
     for good, status in ((False, 1), (True, 1)):
         monkeypatch.setattr(train.DryRun, "run", lambda self, good=good: good)
-        assert train.dry_run(config, "", "compile", "v5e:2x4") == status
-    ((found, topology),) = planned
-    assert to_dict(found) == to_dict(config) and topology == "--topology=v5e:2x4"
+        assert train.dry_run(config, "", "compile", "v5e:2x4", 2) == status
+    ((found, where),) = planned
+    assert to_dict(found) == to_dict(config)
+    assert where == ["--topology=v5e:2x4", "--num_slices=2"]
     assert train.dry_run(config, "", "check", "v5e:2x4") == 0 and len(planned) == 1
     with pytest.raises(app.UsageError, match="needs --topology"):
         train.dry_run(config, "", "compile", "")

@@ -1,9 +1,13 @@
 import os
 import signal
+import types
 
+import jax
 import pytest
 
+from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
+from tpo_jax.training.references import verify_references
 
 
 def test_sigterm_is_heard_at_the_next_poll_and_stays():
@@ -33,6 +37,19 @@ def test_a_signal_is_heard_although_a_service_took_it_over():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Preempted):
             preemption.check()
+
+
+def test_references_are_not_looked_at_after_a_signal():
+    config = types.SimpleNamespace(dtype="float32")
+    program = types.SimpleNamespace(
+        model=types.SimpleNamespace(config=config), mesh=make_mesh({}, jax.devices()[:1])
+    )
+    with Preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Preempted):
+            verify_references(
+                program, None, None, seed=0, files=[], say=print, preemption=preemption
+            )
 
 
 def test_exit_status_is_the_one_launchers_restart_on():

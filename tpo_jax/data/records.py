@@ -316,9 +316,9 @@ def _decode_frames(row: tables.Row, indices: np.ndarray) -> np.ndarray:
     """uint8[F, h, w, 3] of a clip record, a new array; only the JPEGs asked for are decoded."""
     if row.text("encoding") == "raw":
         return row.array("frames")[indices]
-    pictures = row.pictures("frames")
-    different, places = np.unique(indices, return_inverse=True)
-    return np.stack([tables.decode_jpeg(pictures[i]) for i in different])[places]
+    pictures, asked = row.pictures("frames"), indices.tolist()
+    decoded = {i: tables.decode_jpeg(pictures[i]) for i in set(asked)}
+    return np.stack([decoded[i] for i in asked])
 
 
 def _read_settings(path: pathlib.Path) -> dict[str, Any]:

@@ -178,4 +178,5 @@ def encode_jpeg(frame: np.ndarray) -> bytes:
 def decode_jpeg(data: bytes) -> np.ndarray:
     """uint8[h, w, 3]"""
     with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))
+        # convert() copies also what is RGB already.
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -85,12 +85,21 @@ class Settings:
 
 
 class Evaluator:
-    """One model and the programs that score it."""
+    """One model and the programs that score it.
+
+    `poll` is called before every batch; what it raises ends the work.
+    """
 
     def __init__(
-        self, config: ModelConfig, params: Any, codec: TextCodec, settings: Settings
+        self,
+        config: ModelConfig,
+        params: Any,
+        codec: TextCodec,
+        settings: Settings,
+        poll: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.codec, self.settings = config, codec, settings
+        self._poll = poll
         self.model = FunctionalModel(config)
         self.params = jax.tree.map(jax.numpy.asarray, params)
         self.results = Results()
@@ -298,6 +307,7 @@ class Evaluator:
         for batch, rows in tqdm.tqdm(
             every, total=total, desc=label, unit="batch", disable=not self.settings.progress
         ):
+            self._poll()
             yield apply_evidence(batch, mode), rows
 
     # Shapes.

@@ -62,7 +62,9 @@ def _header(summary: Mapping[str, Any]) -> str:
     facts = (
         f"{test['questions']} questions with options on {test['videos']} held-out videos",
         f"{hits} of {len(summary['targets'])} targets",
-        f"{summary['wall_seconds'] / 60:.1f} minutes of commands on {_escape(summary['device'])}",
+        f"{summary['wall_seconds'] / 60:.1f} minutes of commands "
+        f"({sum(summary['cpu_seconds'].values()) / 60:.1f} of processor time) "
+        f"on {_escape(summary['device'])}",
         f"seed {summary['seed']}",
     )
     return (

@@ -40,6 +40,7 @@ def assemble(
     *,
     seed: int,
     seconds: Mapping[str, float],
+    cpu_seconds: Mapping[str, float],
     wall_seconds: float,
     max_abs_difference: float | None,
 ) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def assemble(
       run_dir: the run folder.
       seed: of the run.
       seconds: {step: seconds}.
+      cpu_seconds: {step: seconds of processor time}.
       wall_seconds: of all steps; less than their sum where some ran beside others.
       max_abs_difference: import(export(model)) against the model, over all leaves.
     """
@@ -63,6 +65,7 @@ def assemble(
         "device": describe_device(),
         "versions": versions(),
         "seconds": dict(seconds),
+        "cpu_seconds": dict(cpu_seconds),
         "wall_seconds": wall_seconds,
         "floors": floors["floors"],
         "floor_candidates": floors["candidates"],

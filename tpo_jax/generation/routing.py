@@ -72,12 +72,16 @@ class Router:
 
     def _run_head(self, params: Any, features: Any, frames: jax.Array, frame_valid: jax.Array,
                   states: jax.Array, frame: jax.Array, prompts: tuple[jax.Array, jax.Array] | None,
-                  branch: jax.Array, *, name: str) -> dict[str, jax.Array]:
+                  branch: jax.Array, box: Mapping[str, jax.Array] | None, *, name: str,
+                  ) -> dict[str, jax.Array]:
         model, more = self.model.bind(params), {}
         if prompts is not None:
             rows = jnp.arange(len(branch))[:, None]
             more = dict(zip(("prompt", "prompt_valid"), (x[rows, branch] for x in prompts),
                             strict=True))
+        if box is not None:
+            drawn = model.drawn_boxes({"slots": {"box": box}}, {"branch": branch})
+            more |= dict(zip(("boxes", "box_valid"), drawn, strict=True))
         return model.run_head(name, states, features, frames, frame_valid, frame, **more)
 
     def route(self, params: Any, context: Context, batch: Arrays, generation: Generation,
@@ -87,7 +91,7 @@ class Router:
 
         Args:
           context: of `Sampler.prefill`; its features are read by the heads.
-          batch: frames uint8[B, F, H, W, 3] and frame_valid bool[B, F] are read.
+          batch: frames uint8[B, F, H, W, 3], frame_valid bool[B, F] and slots are read.
           generation: of `Sampler.generate`.
           clips: one a row (may be fewer than B: the rest is filling).
           frames_asked: int32[B, K], frame that a region call answers for; None is each row's
@@ -142,7 +146,8 @@ class Router:
             predictions = jax.device_get(self._run(
                 params, context.encoded.features, jnp.asarray(batch["frames"]),
                 jnp.asarray(batch["frame_valid"]), states, frame,
-                prompts if HEADS[name].reads_prompt else None, branches, name=name))
+                prompts if HEADS[name].reads_prompt else None, branches,
+                batch["slots"].get("box"), name=name))
             yield now, [_of_slot(predictions, row) for row, _, _ in now]
 
     def _answer(self, host: Generation, row: int, branch: int,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -57,6 +58,7 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         count, index = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(num_processes=count, process_id=index)
+        preemption.joined()
     config, params, codec = load_model(flags.model)
     plans = build_pair_rows(PairedDataset(flags.data, flags.pairs))
     if not plans:
@@ -69,7 +71,8 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     if parts.finished():
         say(f"{flags.out}: {len(plans)} pairs are scored already")
         return
-    scorer = Scorer(config, params, {"data": flags.data_parallel, "fsdp": flags.fsdp})
+    sizes = {"data": flags.data_parallel, "fsdp": flags.fsdp, "context": flags.context}
+    scorer = Scorer(config, params, sizes)
     mine = range(flags.shard, len(parts), flags.shards)
     for number in tqdm.tqdm(mine, desc="score", unit="part"):
         if not parts.is_scored(number):
@@ -90,7 +93,7 @@ class Scorer:
     def __init__(self, config: ModelConfig, params: Any, sizes: dict[str, int]):
         model = FunctionalModel(config)
         whole = -1 in sizes.values() or jax.process_count() > 1
-        count = None if whole else sizes["data"] * sizes["fsdp"]
+        count = None if whole else math.prod(sizes.values())
         self.mesh = make_mesh(sizes, jax.devices()[:count])
         shardings = param_shardings(params, self.mesh)
         self.params = place(params, shardings)
@@ -225,3 +228,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "that are left (default: %(default)s)")
     add("--fsdp", type=int, default=1, help="devices over which weights are split as well "
         "(default: %(default)s)")
+    add("--context", type=int, default=1, help="devices over which the frames and the prefix of a "
+        "pair are split (default: %(default)s)")

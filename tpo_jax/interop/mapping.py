@@ -10,7 +10,7 @@ asks for a part of the result. Numpy arrays go through as well and come out as n
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class Row:
       transpose: the other side stores `[out, in]` where we store `[in, out]`.
       rows: (theirs, ours): length of the other side's first axis, which we lengthen with zeros.
       first, step: entry i of a stacked leaf is their layer first + i * step.
+      count: entries of a stacked leaf; None: as many as the source has.
     """
 
     ours: str
@@ -40,6 +41,7 @@ class Row:
     rows: tuple[int, int] | None = None
     first: int = 0
     step: int = 1
+    count: int | None = None
 
     @property
     def stacked(self) -> bool:
@@ -72,7 +74,7 @@ class Row:
             if self.theirs not in tensors:
                 raise MappingError(f"{self.ours}: tensor {self.theirs!r} is missing in the source")
             return self._inward(lazy(tensors[self.theirs])), [self.theirs]
-        keys = _layer_keys(self.theirs, tensors, self.first, self.step)
+        keys = self._layer_keys(tensors)
         if not keys:
             raise MappingError(f"{self.ours}: no tensor {self.theirs!r} in the source")
         parts = [lazy(tensors[key]) for key in keys]
@@ -83,6 +85,17 @@ class Row:
                     f"{keys[0]!r} is {parts[0].dtype}{list(parts[0].shape)}"
                 )
         return stacked([self._inward(part) for part in parts]), keys
+
+    def _layer_keys(self, names: Collection[str]) -> list[str]:
+        """Their keys of our entries in order. Without `count` these are all that fit, which must
+        run without a gap; layers between them, or beyond them, belong to other rows."""
+        if self.count is not None:
+            wanted = [self.first + i * self.step for i in range(self.count)]
+            keys = [self.theirs.format(layer=layer) for layer in wanted]
+            if missing := [key for key in keys if key not in names]:
+                raise MappingError(f"{self.ours}: tensors {missing} are missing in the source")
+            return keys
+        return _layer_keys(self.theirs, names, self.first, self.step)
 
     def _outward(self, part: LazyArray) -> LazyArray:
         part = transposed(part) if self.transpose else part

@@ -11,24 +11,35 @@ the kernels count by index in prefixes whose padding is moved to the front.
 
 Backends: "xla" (everywhere), "cudnn" (NVIDIA, 16-bit), "splash" (TPU Pallas kernel, which never
 materialises logits), "splash_interpret" (the same kernel, slowly, on any device).
+
+On a mesh whose axis `context` is larger than 1, a prefix is split over it (parallel.context). Its
+queries stay where they are and its keys and values are gathered, layer by layer: with few key/value
+heads they are small (of Qwen2-7B in bfloat16 2 KiB a token and layer, against 7 KiB of queries).
+Branches go to the keys: every device attends to its part of the prefix, and the parts of the one
+softmax are added up.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
 )
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tpo_jax.parallel.context import AXIS, ContextLayout, context_devices, per_device, split_tokens
 from tpo_jax.parallel.mesh import BATCH_AXES
 
 BACKENDS = ("xla", "cudnn", "splash", "splash_interpret")
 # Finite, so that a row without any visible key gives a uniform average instead of NaN.
 MASKED = -1e9
 _SPLASH_BLOCK = 128
+# Queries of a split prefix that are taken at a time: the logits of one block exist at once.
+_CONTEXT_BLOCK = 256
 
 
 def attention(
@@ -76,6 +87,49 @@ def attention(
     raise ValueError(f"attention: backend {backend!r} is unknown; use one of {BACKENDS}")
 
 
+def prefix_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    layout: ContextLayout,
+    *,
+    window: int | None = None,
+    backend: str = "xla",
+) -> jax.Array:
+    """Prefixes attend to themselves, causally, their tokens placed by `layout`.
+
+    With "xla" a device holds float32[B, N, 256, P] logits at a time, with "splash" none; both hold
+    the gathered keys and values of one layer.
+
+    Args:
+      q: float[B, P', N, H]; k, v: float[B, P', G, H]; segments: int32[B, P'].
+      window: see `attention`.
+
+    Returns: float[B, P', N, H], placed as q.
+    """
+    if layout.devices == 1:
+        return attention(
+            q, k, v, q_segments=segments, kv_segments=segments, causal_offset=0, window=window,
+            backend=backend,
+        )  # fmt: skip
+    if backend == "xla":
+        place = P(None, AXIS)
+
+        def local(q, k, v, segments, order):
+            k, v, kv_segments = (layout.gather(x) for x in (k, v, segments))
+            return _in_blocks(q, k, v, segments, kv_segments, order, window)
+
+        args = (q, k, v, segments, jnp.asarray(layout.order))
+        return per_device(local, args, (place,) * 4 + (P(AXIS),), place)
+    if backend in ("splash", "splash_interpret"):
+        return _context_splash(q, k, v, segments, layout, window, backend == "splash_interpret")
+    raise ValueError(
+        f"attention: backend {backend!r} cannot split a row over mesh.context={layout.devices}; "
+        "set mesh.context=1, or give the model language.attention 'xla' or 'splash'"
+    )
+
+
 def branch_attention(
     q: jax.Array,
     prefix_k: jax.Array,
@@ -93,6 +147,9 @@ def branch_attention(
 ) -> jax.Array:
     """K branches of a row attend to the row's prefix and each to itself.
 
+    The order of the prefix does not matter. Where it is split over `context` the xla path is taken
+    whatever the backend: its logits are float32[B, N, K * T, P / C] on a device.
+
     Args:
       q: float[B, K, T, N, H].
       prefix_k, prefix_v: float[B, P, G, H], shared by the K branches.
@@ -105,7 +162,7 @@ def branch_attention(
     """
     if (window is None) != (positions is None):
         raise ValueError("branch_attention: window and positions must be given together")
-    if backend == "xla" or not isinstance(own_offset, int):
+    if backend == "xla" or not isinstance(own_offset, int) or context_devices() > 1:
         return _two_part_attention(
             q, prefix_k, prefix_v, own_k, own_v, q_segments, prefix_segments, own_segments,
             own_offset, window, positions,
@@ -145,6 +202,10 @@ def _two_part_attention(
 ):  # fmt: skip
     """One softmax over prefix and own logits; the prefix is never repeated K times."""
     B, K, T, N, H = q.shape
+    # Logits are split as these are; the compiler reduces over `context` where it sums over tokens.
+    prefix_k, prefix_v, prefix_segments = (
+        split_tokens(x, axis=1) for x in (prefix_k, prefix_v, prefix_segments)
+    )
 
     def fold(x):
         return x.reshape(B * K, *x.shape[2:])
@@ -212,15 +273,43 @@ def _near(q_positions: jax.Array, kv_positions: jax.Array, window: int) -> jax.A
     return (distance < window)[:, None, :, None, :]
 
 
+def _in_blocks(q, k, v, q_segments, kv_segments, order, window) -> jax.Array:
+    """The xla path for queries that are tokens `order` int32[T] of the keys' sequence; the logits
+    of a block of queries exist at a time, in the backward pass too."""
+    T, size = q.shape[1], min(_CONTEXT_BLOCK, q.shape[1])
+    count = -(-T // size)
+
+    def cut(x, axis):
+        """The blocks of `axis`, counted along a new first axis; the last is filled up."""
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, count * size - T)
+        x = jnp.pad(x, padding).reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    @jax.checkpoint
+    def one(block):
+        q, segments, order = block
+        # What stands in for arange(T) + causal_offset of the rule.
+        mask = _mask(size, order - jnp.arange(size), segments, kv_segments, window)
+        logits = jnp.where(mask, _logits(q, k), MASKED)
+        return _combine(jax.nn.softmax(logits, axis=-1).astype(q.dtype), v)
+
+    blocks = jax.lax.map(one, (cut(q, 1), cut(q_segments, 1), cut(order, 0)))
+    return jnp.moveaxis(blocks, 0, 1).reshape(q.shape[0], count * size, *q.shape[2:])[:, :T]
+
+
 def _mask(T: int, causal_offset, q_segments, kv_segments, window=None) -> jax.Array | None:
-    """bool broadcastable to [B, 1, T, 1, S]; None where everything is visible."""
+    """bool broadcastable to [B, 1, T, 1, S]; None where everything is visible.
+
+    causal_offset: int, int32[] or, where every query has its own, int32[T].
+    """
     if q_segments is None:
         return None
     mask = q_segments[:, None, :, None, None] == kv_segments[:, None, None, None, :]
     if causal_offset is None:
         return mask
     keys = jnp.arange(kv_segments.shape[1])
-    last = jnp.arange(T)[:, None, None] + causal_offset
+    last = (jnp.arange(T) + causal_offset)[:, None, None]
     mask &= keys <= last
     return mask if window is None else mask & (keys > last - window)
 
@@ -256,6 +345,40 @@ def _splash(
     return out.transpose(0, 2, 1, 3)[:, :T]
 
 
+def _context_splash(
+    q, k, v, segments, layout: ContextLayout, window, interpret: bool
+) -> jax.Array:
+    """`_splash` of a placed prefix: each device's queries against all keys."""
+    mesh = jax.sharding.get_abstract_mesh()
+    T, S = layout.length // layout.devices, layout.length
+    more_t, more_s = -T % _SPLASH_BLOCK, -S % _SPLASH_BLOCK
+    # A query that fills up a block repeats the last one, so that it sees something.
+    order = np.pad(layout.order.reshape(-1, T), ((0, 0), (0, more_t)), mode="edge").ravel()
+    rows, heads = P(BATCH_AXES, AXIS), _head_axis(mesh, k.shape[2])
+    array = P(*rows, heads)
+
+    def local(kernel, q, k, v, segments):
+        k, v, kv_segments = (layout.gather(x) for x in (k, v, segments))
+        pad_t, pad_s = (((0, 0), (0, more)) for more in (more_t, more_s))
+        q = jnp.pad(q * float(q.shape[-1]) ** -0.5, (*pad_t, (0, 0), (0, 0)))
+        k, v = (jnp.pad(x, (*pad_s, (0, 0), (0, 0))) for x in (k, v))
+        ids = splash_attention_kernel.SegmentIds(
+            q=jnp.pad(segments, pad_t, mode="edge"),
+            kv=jnp.pad(kv_segments, pad_s, constant_values=-1),
+        )
+        out = jax.vmap(kernel)(*(x.transpose(0, 2, 1, 3) for x in (q, k, v)), ids)
+        return out.transpose(0, 2, 1, 3)[:, :T]
+
+    parts = 1 if heads is None else mesh.shape[heads]
+    kernel = _splash_kernel(
+        len(order), S + more_s, q.shape[2] // parts, 0, window, interpret, order, layout.devices
+    )
+    places = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, AXIS)))
+    return jax.shard_map(
+        local, in_specs=(places, array, array, array, rows), out_specs=array, check_vma=False
+    )(kernel, q, k, v, segments)
+
+
 def _per_device(function, kv_heads: int):
     """`function` on each device's rows and heads: the compiler cannot split a kernel by itself.
 
@@ -265,7 +388,7 @@ def _per_device(function, kv_heads: int):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function
-    heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
+    heads = _head_axis(mesh, kv_heads)
     array, segments = P(BATCH_AXES, heads), P(BATCH_AXES)
     return jax.shard_map(
         function, in_specs=(array, array, array, segments, segments), out_specs=array,
@@ -273,9 +396,15 @@ def _per_device(function, kv_heads: int):
     )  # fmt: skip
 
 
+def _head_axis(mesh: AbstractMesh, kv_heads: int) -> str | None:
+    return "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
+
+
 def _splash_kernel(
-    T: int, S: int, heads: int, causal_offset: int | None, window: int | None, interpret: bool
+    T: int, S: int, heads: int, causal_offset: int | None, window: int | None, interpret: bool,
+    order: np.ndarray | None = None, devices: int = 1,
 ):
+    """order: int32[T], the token that each query is; devices: over which the queries are split."""
     masks = splash_attention_mask
     if causal_offset is None:
         mask = masks.FullMask((T, S))
@@ -283,7 +412,9 @@ def _splash_kernel(
         mask = masks.LocalMask((T, S), window_size=(window - 1, 0), offset=causal_offset)
     else:
         mask = masks.CausalMask((T, S), offset=causal_offset)
+    if order is not None:
+        mask.q_sequence = order
     return splash_attention_kernel.make_splash_mha(
-        mask=masks.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=1,
+        mask=masks.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=devices,
         interpret=interpret,
-    )
+    )  # fmt: skip

@@ -17,6 +17,7 @@ from tpo_jax.models.checks import require as _require
 from tpo_jax.models.checks import require_positive as _require_positive
 from tpo_jax.models.connectors.config import MlpConnectorConfig, QFormerConfig
 from tpo_jax.models.rope import RopeScaling
+from tpo_jax.models.sam2_config import Sam2Config
 from tpo_jax.models.towers.config import KINDS as TOWER_KINDS
 from tpo_jax.models.towers.config import TowerConfig
 
@@ -78,6 +79,11 @@ class VisionConfig:
     resize: ClassVar[str] = "area"
     mean: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
     std: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
+
+    @property
+    def per_frame(self) -> bool:
+        """Whether frames do not see each other."""
+        return self.temporal == "none" and not self.motion
 
     @property
     def channels(self) -> int:
@@ -265,8 +271,12 @@ class ModelConfig:
     visual_offset: int = 2
     dtype: str = "float32"
     lora: LoraConfig | None = None
+    # Of the head "sam2"; a model without it may have none.
+    sam2: Sam2Config | None = None
 
     def __post_init__(self):
+        _require("sam2" not in self.heads or self.sam2 is not None, "sam2", self.sam2,
+                 "the head sam2 needs its sizes, see models/sam2_config.py")  # fmt: skip
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"use one of {DTYPES}")
         _require(self.visual_offset >= 0, "visual_offset", self.visual_offset, "must be 0 or more")
         if isinstance(self.connector, ConnectorConfig):
@@ -332,7 +342,7 @@ class ModelConfig:
 
 _NESTED = {
     "vision": VisionConfig, "connector": ConnectorConfig, "language": LanguageConfig,
-    "head": HeadConfig, "lora": LoraConfig,
+    "head": HeadConfig, "lora": LoraConfig, "sam2": Sam2Config,
 }  # fmt: skip
 
 

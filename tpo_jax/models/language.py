@@ -1,8 +1,8 @@
 """Decoder-only language model of the Llama / Mistral / Qwen family, over prefix and branches.
 
-A row is one prefix and K branches that do not see each other. `prefill` runs the prefix and returns
-its key/value cache; `extend` runs the branches against it, all at once in training, or some tokens
-at a time with a cache of their own in generation.
+A row is one prefix and K branches that do not see each other. Calling the model runs both, layer by
+layer, as training does. `prefill` runs the prefix alone and returns its key/value cache; `extend`
+runs branches against it, all at once, or some tokens at a time with a cache of their own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tpo_jax.models.attention import attention, branch_attention
+from tpo_jax.models.attention import branch_attention, prefix_attention
 from tpo_jax.models.config import LanguageConfig
 from tpo_jax.models.layers import Linear, RMSNorm, Rngs, dropout, fold_rows, run_layers, stack
 from tpo_jax.models.rope import rotary_tables, rotate
+from tpo_jax.parallel.context import ContextLayout, split_tokens
+from tpo_jax.parallel.rules import constrain_lookup
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +29,8 @@ from tpo_jax.models.rope import rotary_tables, rotate
 class KVCache:
     """Keys (rotated) and values of every layer.
 
-    k, v: float[L, B, P, G, H] for a prefix, float[L, B, K, R, G, H] for branches.
+    k, v: float[L, B, P, G, H] for a prefix, float[L, B, K, R, G, H] for branches. On a mesh with a
+      `context` axis the P tokens lie as parallel.context.ContextLayout places them.
     segments: None for a prefix; int32[B, K, R] for branches, segment of each cached token.
     positions: int32 of the shape of the cached tokens; None in a model without a sliding window.
     """
@@ -124,7 +127,7 @@ class LanguageModel(nnx.Module):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """int32[...] -> float32[..., D]."""
-        return jnp.take(self.embed["table"][...], tokens, axis=0)
+        return constrain_lookup(jnp.take(self.embed["table"][...], tokens, axis=0))
 
     @property
     def table(self) -> jax.Array:
@@ -132,6 +135,40 @@ class LanguageModel(nnx.Module):
         if self.config.tied_head:
             return self.embed["table"][...]
         return self.lm_head.merged_kernel.T
+
+    def __call__(
+        self,
+        prefix: tuple[jax.Array, jax.Array, jax.Array],
+        branches: tuple[jax.Array, jax.Array, jax.Array],
+        keys: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Whole rows: the same as `prefill` and then `extend`, in one loop over the layers.
+
+        The weights of a layer are read (on a mesh: gathered) once, and no cache of all layers is
+        kept for the backward pass.
+
+        Args:
+          prefix: embeds float[B, P, D], positions and segments int32[B, P].
+          branches: embeds float[B, K, R, D], positions and segments int32[B, K, R], likewise.
+          keys: key arrays [B] and [B, K] for dropout, or None.
+
+        Returns: hidden float[B, P, D] and float[B, K, R, D] after the final norm.
+        """
+        layout = ContextLayout.of(prefix[0].shape[1])
+        embeds, positions, segments = map(layout.spread, prefix)
+        prefix_keys, branch_keys = (None, None) if keys is None else keys
+        prefix_layer = self._prefix_layer(positions, segments, prefix_keys, layout)
+        branch_layer = self._branch_layer(*branches[1:], positions, segments, branch_keys)
+
+        def apply(window, layer, carry, number):
+            x, own = carry
+            x, prefix_kv = prefix_layer(window, layer, x, number)
+            own, _ = branch_layer(window, layer, own, (number, prefix_kv, None))
+            return (x, own), None
+
+        numbers = jnp.arange(self.config.depth)
+        (x, own), _ = self._run(apply, (embeds, branches[0]), numbers)
+        return layout.restore(self.final_norm(x)), self.final_norm(own)
 
     def prefill(
         self,
@@ -150,16 +187,20 @@ class LanguageModel(nnx.Module):
 
         Returns: hidden float[B, P, D] after the final norm, and the cache.
         """
-        apply = self._prefix_layer(positions, segments, keys)
+        layout = ContextLayout.of(embeds.shape[1])
+        embeds, positions, segments = map(layout.spread, (embeds, positions, segments))
+        apply = self._prefix_layer(positions, segments, keys, layout)
         x, (k, v) = self._run(apply, embeds, jnp.arange(self.config.depth))
         slides = self.config.sliding_window is not None
-        return self.final_norm(x), KVCache(k, v, positions=positions if slides else None)
+        cache = KVCache(k, v, positions=positions if slides else None)
+        return layout.restore(self.final_norm(x)), cache
 
     def layer_states(
         self, embeds: jax.Array, positions: jax.Array, segments: jax.Array
     ) -> jax.Array:
         """float[L, B, P, D], what each layer of `prefill` hands on, before the final norm."""
-        layer = self._prefix_layer(positions, segments, None)
+        layout = ContextLayout(embeds.shape[1], 1)
+        layer = self._prefix_layer(positions, segments, None, layout)
 
         def apply(*args):
             x, _ = layer(*args)
@@ -167,16 +208,16 @@ class LanguageModel(nnx.Module):
 
         return self._run(apply, embeds, jnp.arange(self.config.depth))[1]
 
-    def _prefix_layer(self, positions, segments, keys):
+    def _prefix_layer(self, positions, segments, keys, layout):
         tables = self._tables(positions)
 
         def apply(window, layer, x, index):
             def attend(q, k, v):
-                return attention(
-                    q, k, v, q_segments=segments, kv_segments=segments, causal_offset=0,
-                    window=window, backend=self.config.attention,
-                )  # fmt: skip
+                return prefix_attention(
+                    q, k, v, segments, layout, window=window, backend=self.config.attention
+                )
 
+            x = split_tokens(x, axis=1)
             return layer(x, tables, attend, fold_rows(keys, index))
 
         return apply
@@ -208,18 +249,36 @@ class LanguageModel(nnx.Module):
 
         Returns: hidden float[B, K, T, D] after the final norm, and the updated `own`.
         """
-        tables = self._tables(positions)
+        prefix_segments = ContextLayout.of(prefix_segments.shape[1]).spread(prefix_segments)
+        apply = self._branch_layer(
+            positions, segments, prefix.positions, prefix_segments, keys, own, index
+        )
+        inputs = (
+            jnp.arange(self.config.depth), (prefix.k, prefix.v),
+            None if own is None else (own.k, own.v),
+        )  # fmt: skip
+        x, written = self._run(apply, embeds, inputs)
+        if own is None:
+            return self.final_norm(x), None
+        own_segments, own_positions = self._own(positions, segments, own, index)
+        return self.final_norm(x), KVCache(*written, own_segments, own_positions)
+
+    def _own(self, positions, segments, own: KVCache | None, index):
+        """Segments and (with a sliding window) positions of what a branch has of its own."""
         slides = self.config.sliding_window is not None
-        own_segments, own_positions = segments, positions if slides else None
-        if own is not None:
-            own_segments = jax.lax.dynamic_update_slice_in_dim(
-                own.segments, segments, index, axis=2
-            )
-        if own is not None and slides:
-            own_positions = jax.lax.dynamic_update_slice_in_dim(
-                own.positions, positions, index, axis=2
-            )
-        all_positions = (positions, prefix.positions, own_positions)
+        if own is None:
+            return segments, positions if slides else None
+        write = functools.partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=2
+        )
+        return write(own.segments, segments), write(own.positions, positions) if slides else None
+
+    def _branch_layer(
+        self, positions, segments, prefix_positions, prefix_segments, keys, own=None, index=0
+    ):
+        tables = self._tables(positions)
+        own_segments, own_positions = self._own(positions, segments, own, index)
+        all_positions = (positions, prefix_positions, own_positions)
 
         def apply(window, layer, x, inputs):
             number, prefix_kv, own_kv = inputs
@@ -245,17 +304,10 @@ class LanguageModel(nnx.Module):
 
             # Prefix layers fold L numbers from their keys, branches the next L.
             layer_keys = fold_rows(keys, self.config.depth + number)
-            x, _ = layer(x, tables, attend, layer_keys)
+            x, _ = layer(split_tokens(x, axis=2), tables, attend, layer_keys)
             return x, written
 
-        inputs = (
-            jnp.arange(self.config.depth), (prefix.k, prefix.v),
-            None if own is None else (own.k, own.v),
-        )  # fmt: skip
-        x, written = self._run(apply, embeds, inputs)
-        if own is None:
-            return self.final_norm(x), None
-        return self.final_norm(x), KVCache(*written, own_segments, own_positions)
+        return apply
 
     def _tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         config = self.config

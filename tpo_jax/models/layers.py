@@ -192,7 +192,7 @@ def run_layers(
     Args:
       layers: block with parameters [L, ...].
       apply: function of (block, carry, inputs of one layer) -> (carry, outputs of one layer).
-      carry: float[B, ...], activations; on a mesh their rows stay split between layers.
+      carry: float[B, ...] or several, activations; on a mesh their rows stay split between layers.
       inputs: pytree with leading axis L, or None.
       remat: recompute each layer in the backward pass and store only its carry.
       unroll: a copy of the program for each layer instead of one loop. Compiles depth times as
@@ -205,7 +205,7 @@ def run_layers(
 
     def body(carry, layer):
         parameters, inputs = layer
-        return apply(nnx.merge(structure, parameters), constrain_rows(carry), inputs)
+        return apply(nnx.merge(structure, parameters), jax.tree.map(constrain_rows, carry), inputs)
 
     body = jax.checkpoint(body) if remat else body
     if not unroll:

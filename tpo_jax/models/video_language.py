@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from tpo_jax.models import lora
 from tpo_jax.models.config import ConnectorConfig, ModelConfig
@@ -23,6 +24,7 @@ from tpo_jax.models.layers import Mlp, Rngs, fold_rows
 from tpo_jax.models.towers.config import TowerConfig
 from tpo_jax.models.towers.registry import make_tower, normalise_pixels
 from tpo_jax.models.vision import VisionEncoder, VisionFeatures
+from tpo_jax.parallel.context import AXIS, context_devices, per_device
 
 
 @jax.tree_util.register_dataclass
@@ -85,15 +87,29 @@ class VideoLanguageModel(nnx.Module):
           frame_valid: bool[B, F].
           frame_times: float32[B, F], seconds.
         """
-        vision = self.config.vision
-        if isinstance(vision, TowerConfig):
-            pixels = normalise_pixels(vision, frames)
-        else:
-            pixels = normalise(frames)
-        features = self.vision(pixels.astype(self.dtype), frame_valid)
+        features = self._see(frames, frame_valid)
         if isinstance(self.config.connector, ConnectorConfig):
             return Encoded(self.connector(features.patches, frame_times), features)
         return Encoded(self.connector(features, frame_valid), features)
+
+    def _see(self, frames: jax.Array, frame_valid: jax.Array) -> VisionFeatures:
+        """The vision encoder; frames that do not see each other are split over `context`."""
+        config, dtype = self.config.vision, self.dtype
+        structure, parameters = nnx.split(self.vision)
+
+        def local(parameters, frames, frame_valid):
+            if isinstance(config, TowerConfig):
+                pixels = normalise_pixels(config, frames)
+            else:
+                pixels = normalise(frames)
+            return nnx.merge(structure, parameters)(pixels.astype(dtype), frame_valid)
+
+        devices = context_devices()
+        if devices == 1 or not config.per_frame or frames.shape[1] % devices:
+            return local(parameters, frames, frame_valid)
+        whole, split = PartitionSpec(), PartitionSpec(None, AXIS)
+        args = (parameters, frames, frame_valid)
+        return per_device(local, args, (whole, split, split), split)
 
     def encode_tiles(self, tiles: jax.Array, size: tuple[int, int]) -> jax.Array:
         """Visual tokens float[1, V, D] of one image of any resolution.
@@ -154,14 +170,12 @@ class VideoLanguageModel(nnx.Module):
         """
         encoded = self.encode(batch["frames"], batch["frame_valid"], batch["frame_times"])
         prefix = self.embed_prefix(batch["prefix_tokens"], encoded.visual)
-        prefix_hidden, cache = self.language.prefill(
-            prefix, batch["prefix_positions"], batch["prefix_segments"], keys
+        branches = self.embed_branches(batch["branch_tokens"], batch["slots"])
+        prefix_hidden, branch_hidden = self.language(
+            (prefix, batch["prefix_positions"], batch["prefix_segments"]),
+            (branches, batch["branch_positions"], batch["branch_segments"]),
+            None if keys is None else (keys, branch_keys(keys, branches.shape[1])),
         )
-        branch_hidden, _ = self.language.extend(
-            self.embed_branches(batch["branch_tokens"], batch["slots"]),
-            batch["branch_positions"], batch["branch_segments"], cache, batch["prefix_segments"],
-            keys=branch_keys(keys, batch["branch_tokens"].shape[1]),
-        )  # fmt: skip
         return Outputs(branch_hidden, prefix_hidden, encoded)
 
     def slot_states(self, outputs: Outputs, slots: Mapping[str, jax.Array]) -> jax.Array:
@@ -181,6 +195,16 @@ class VideoLanguageModel(nnx.Module):
         used = batch["branch_segments"][rows, branch] > 0
         return outputs.branch_hidden[rows, branch], used & (jnp.arange(used.shape[-1]) <= last)
 
+    def drawn_boxes(
+        self, batch: Mapping[str, Any], slots: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """The user's box in each slot's branch: float32[B, S, 4] and whether there is one."""
+        box = batch["slots"]["box"]
+        same = box["valid"][:, None] & (box["branch"][:, None] == slots["branch"][..., None])
+        first = jnp.argmax(same, axis=-1)
+        boxes = jnp.take_along_axis(box["boxes"], first[..., None], axis=1)
+        return boxes, jnp.any(same, axis=-1)
+
     def run_heads(
         self, outputs: Outputs, batch: Mapping[str, Any], *, for_losses: bool = True
     ) -> dict[str, dict]:
@@ -197,6 +221,8 @@ class VideoLanguageModel(nnx.Module):
             more = {}
             if head(name).reads_prompt:
                 more["prompt"], more["prompt_valid"] = self.prompts(outputs, batch, slots)
+            if "box" in batch["slots"]:
+                more["boxes"], more["box_valid"] = self.drawn_boxes(batch, slots)
             if for_losses:
                 more |= {"targets": slots, "video_ids": batch.get("video_ids")}
             predictions[name] = self.run_head(
@@ -216,6 +242,8 @@ class VideoLanguageModel(nnx.Module):
         *,
         prompt: jax.Array | None = None,
         prompt_valid: jax.Array | None = None,
+        boxes: jax.Array | None = None,
+        box_valid: jax.Array | None = None,
         targets: Mapping[str, jax.Array] | None = None,
         video_ids: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
@@ -226,7 +254,7 @@ class VideoLanguageModel(nnx.Module):
           features: of `encode`.
           frames: uint8[B, F, H, W, 3]; frame_valid: bool[B, F].
           frame: int32[B, S], frame asked about; None is the first.
-          prompt, prompt_valid, targets, video_ids: see `HeadInputs`.
+          prompt, prompt_valid, boxes, box_valid, targets, video_ids: see `HeadInputs`.
         """
         if frame is None:
             frame = jnp.zeros(slot_states.shape[:2], jnp.int32)
@@ -236,7 +264,7 @@ class VideoLanguageModel(nnx.Module):
             prompt = prompt.astype(jnp.float32)
         inputs = HeadInputs(
             slot_states.astype(jnp.float32), features, normalise(frames), frame_valid, frame,
-            prompt, prompt_valid, targets, video_ids,
+            prompt, prompt_valid, boxes, box_valid, targets, video_ids,
         )  # fmt: skip
         return self.heads[name](inputs)
 

@@ -3,8 +3,11 @@
 Axes, outermost (slowest network) first:
   data     copies of the model; rows of the batch are split over it
   fsdp     rows of the batch *and* parameters are split over it
-  context  reserved for sequence sharding; the batch is replicated over it
+  context  prefixes and frames of a row are split over it (parallel.context); batches are not
   tensor   attention heads and hidden units are split over it
+
+Several TPU slices are joined by the data centre network, which is slow: they hold copies of the
+model, so data is a multiple of their number and every other axis lies within a slice.
 """
 
 import operator
@@ -13,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tpo_jax.parallel.paths import flatten
@@ -55,12 +59,38 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
     `sizes` is config.mesh; axes left out have size 1. Axis types are Auto: the compiler places
     what the rules leave open.
+
+    Raises:
+      ValueError: sizes that do not fit the devices, or data that does not divide over their slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(devices))
-    return jax.make_mesh(
-        tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    types = (AxisType.Auto,) * len(AXES)
+    slices = num_slices(devices)
+    if slices == 1:
+        return jax.make_mesh(tuple(shape.values()), AXES, axis_types=types, devices=devices)
+    check_slices(shape, slices)
+    within = (shape["data"] // slices, *tuple(shape.values())[1:])
+    between = (slices, *(1,) * (len(AXES) - 1))
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    return Mesh(grid, AXES, axis_types=types)
+
+
+def num_slices(devices: Sequence[jax.Device]) -> int:
+    """Slices of a TPU pod that the devices belong to; 1 for all other devices."""
+    # Devices of a topology of one slice have no slice_index; on GPUs it numbers hosts.
+    if devices[0].platform != "tpu" or not hasattr(devices[0], "slice_index"):
+        return 1
+    return len({device.slice_index for device in devices})
+
+
+def check_slices(shape: Mapping[str, int], slices: int) -> None:
+    """Raises where the mesh would split parameters or heads over the data centre network."""
+    if shape["data"] % slices:
+        raise ValueError(
+            f"mesh.data={shape['data']} does not divide over {slices} slices, so that another axis "
+            f"of {dict(shape)} would span them; make mesh.data a multiple of {slices}"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -37,6 +37,9 @@ RULES: Rules = (
     (r"(language|vision)/(.*/)?layers/.*lora_b$", P(None, None, "fsdp")),
     # a convolution as checkpoints store it, [out, 3, p, p], or siglip2's [pixels, out]
     (r"vision/(.*/)?patch_embedding/kernel$", P()),
+    # stacked layers of SAM 2, [L, in, out]
+    (r"heads/sam2/.*/(blocks|layers|fuser|mask_mlps)/(?!layer\d).*kernel$",
+     P(None, "fsdp", None)),
     # single matrices [in, out]: stem (whose input is patch pixels), connector, box encoder, heads
     (r"vision/stem/.*kernel$", P(None, "fsdp")),
     (r".*fc1/kernel$", P("fsdp", "tensor")),
@@ -133,6 +136,21 @@ def constrain_rows(x: jax.Array) -> jax.Array:
         return x
     open_rest = (P.UNCONSTRAINED,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *open_rest))
+
+
+def constrain_lookup(x: jax.Array) -> jax.Array:
+    """Tells the compiler how vectors are split that were looked up in a table [V, D]: rows over
+    data, columns over fsdp like those of the table. x is float[B, ..., D].
+
+    So each copy of the model adds up the gradient of its own table before copies are summed.
+    Otherwise the compiler may gather the vectors' gradients of all rows, also over the slow network
+    between slices. Nothing happens outside a mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[-1] % mesh.shape["fsdp"]:
+        return x
+    middle = (P.UNCONSTRAINED,) * (x.ndim - 2)
+    return jax.lax.with_sharding_constraint(x, P("data", *middle, "fsdp"))
 
 
 def place(tree: Any, shardings: Any) -> Any:

@@ -76,8 +76,12 @@ def prepare_environment() -> None:
     os.environ.setdefault("TPU_LIBRARY_PATH", _libtpu_path())
 
 
-def topology_devices(name: str) -> list[jax.Device]:
-    """Devices of a topology, to build a mesh and to compile for; nothing can run on them."""
+def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
+    """Devices of a topology, to build a mesh and to compile for; nothing can run on them.
+
+    With several slices (each of this topology, joined by the data centre network) slice after
+    slice.
+    """
     chip, sizes = parse_topology(name)
     prepare_environment()
     host = tuple(min(size, bound) for size, bound in zip(sizes, chip.host, strict=True))
@@ -89,11 +93,12 @@ def topology_devices(name: str) -> list[jax.Device]:
         topology_name=name,
         chips_per_host_bounds=host,
         wrap=(False,) * 3,
+        num_slices=num_slices,
         **chip.options,
     )
     devices = list(description.devices)
-    if len(devices) != math.prod(sizes):
-        raise RuntimeError(f"topology {name}: expected {math.prod(sizes)} chips, got {devices}")
+    if len(devices) != (expected := math.prod(sizes) * num_slices):
+        raise RuntimeError(f"{num_slices} x {name}: expected {expected} chips, got {devices}")
     return devices
 
 

@@ -42,8 +42,9 @@ def default_config() -> ConfigDict:
     config.objective = "sft"  # or "preference" (DPO and relatives)
     config.model = {
         "preset": "tiny",  # models.presets.PRESETS; "": the configuration in init_from
-        "heads": [],  # of models.heads.HEADS: region, temporal or cg_detr, mask
+        "heads": [],  # of models.heads.HEADS: region, temporal or cg_detr, mask or sam2
     }
+    config.sam2 = ""  # size of the head sam2, of models.sam2_config.SIZES; "": that of init_from
     config.init_from = ""  # model folder to start from; "": random weights
     config.init_missing = []  # regexes of parameters that init_from may lack (new heads)
     config.tokenizer = ""  # tokenizer.json; "": the one in init_from

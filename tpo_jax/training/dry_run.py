@@ -22,7 +22,7 @@ from tpo_jax.data.rows import Reference, row_id
 from tpo_jax.generation import sidecar
 from tpo_jax.interop import folder
 from tpo_jax.models.video_language import FunctionalModel
-from tpo_jax.parallel.mesh import AXES, check_batch_divides, mesh_shape
+from tpo_jax.parallel.mesh import AXES, check_batch_divides, check_slices, mesh_shape
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.rules import partition_spec
 from tpo_jax.parallel.topologies import GIB, parse_topology
@@ -61,6 +61,7 @@ class DryRun:
       workdir: of the run; "" when it is not decided.
       topology: such as v5e:4x4; "" for the devices here.
       say: told of each finding.
+      num_slices: of that topology.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class DryRun:
         workdir: str,
         topology: str,
         say: Callable[[Finding], None],
+        num_slices: int = 1,
     ) -> None:
         self.config, self.workdir, self.topology = config, workdir, topology
+        self.num_slices = num_slices
         self._say = say
         self.findings: list[Finding] = []
 
@@ -145,8 +148,9 @@ class DryRun:
         chips, hbm = jax.device_count() if not self.topology else 0, 0
         if self.topology:
             chip, sizes = parse_topology(self.topology)
-            chips, hbm = math.prod(sizes), chip.hbm
+            chips, hbm = math.prod(sizes) * self.num_slices, chip.hbm
         shape = mesh_shape(self.config.mesh.to_dict(), chips)
+        check_slices(shape, self.num_slices)
         types = (AxisType.Auto,) * len(AXES)
         return AbstractMesh(tuple(shape.values()), AXES, axis_types=types), hbm
 

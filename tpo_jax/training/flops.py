@@ -90,6 +90,9 @@ def _count(jaxpr: Any) -> float:
         if equation.primitive.name == "dot_general":
             total += _dot_flops(equation)
             continue
+        if equation.primitive.name == "conv_general_dilated":
+            total += _conv_flops(equation)
+            continue
         inner = [_count(sub) for sub in sub_programs(equation)]
         if equation.primitive.name == "cond":  # one branch runs
             total += max(inner)
@@ -104,6 +107,14 @@ def _dot_flops(equation: Any) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     depth = math.prod(left[axis] for axis in contracted)
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
+
+
+def _conv_flops(equation: Any) -> float:
+    """Every output reads one kernel; products with padding count."""
+    kernel = equation.invars[1].aval.shape
+    features_out = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+    depth = math.prod(kernel) / features_out
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * depth
 
 

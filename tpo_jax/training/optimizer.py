@@ -29,7 +29,7 @@ NAMES = ("adamw", "muon")
 MUON_RMS = 0.2
 MUON_MOMENTUM = 0.95
 # Scales, offsets, embeddings and single learnt vectors are not pulled to zero.
-NO_DECAY = r"(.*/)?(bias|scale|embed|position|frame_position|task_tokens)(/|$)"
+NO_DECAY = r"(.*/)?(bias|scale|embed|position|frame_position|frequencies|task_tokens)(/|$)"
 
 
 @dataclasses.dataclass(frozen=True)

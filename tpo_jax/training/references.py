@@ -20,6 +20,7 @@ from tpo_jax.generation import sidecar
 from tpo_jax.generation.sidecar import SidecarMismatch
 from tpo_jax.interop.folder import load_model
 from tpo_jax.parallel.mesh import global_batch, replicated
+from tpo_jax.training.preemption import Preemption
 from tpo_jax.training.program import Program, needs_contrast
 
 # dtype -> largest and mean difference of a token's log-probability that is round-off, in nats.
@@ -51,6 +52,7 @@ def verify_references(
     seed: int,
     files: Sequence[str],
     say: Callable[[str], None],
+    preemption: Preemption,
 ) -> None:
     """Scores random training pairs with the policy as it starts and compares with their sidecar.
 
@@ -60,8 +62,10 @@ def verify_references(
       params: of step 0, on the program's mesh.
       seed: of the sample.
       files: sidecars, for the message.
+      preemption: polled before every batch.
 
     Raises:
+      Preempted: told to stop.
       SidecarMismatch: a token, or the mean over all of them, differs by more than TOLERANCE; names
         the pair and what either side says about it.
     """
@@ -72,6 +76,7 @@ def verify_references(
     totals, worst = np.zeros(2), (-1.0, 0, 0)
     answers = {}
     for step in map(int, steps):
+        preemption.check()
         _, local = pipeline.batch(step)
         batch = global_batch(local, program.mesh)
         live = program.score_step(params, batch)

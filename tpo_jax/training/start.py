@@ -19,6 +19,7 @@ from tpo_jax.interop.folder import (
 )
 from tpo_jax.models.config import VOCABULARY_MULTIPLE, LoraConfig, ModelConfig
 from tpo_jax.models.presets import preset
+from tpo_jax.models.sam2_config import sam2_size
 from tpo_jax.parallel.paths import flatten, unflatten
 from tpo_jax.training.program import Program
 
@@ -43,7 +44,10 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     )  # fmt: skip
     tokens = codec.task_tokens
     lora = LoraConfig(**config.lora.to_dict()) if config.lora.rank else base.lora
-    changes = {"language": language, "heads": heads, "tokens": tokens, "lora": lora}
+    sam2 = sam2_size(config.sam2) if config.sam2 else base.sam2
+    changes = {
+        "language": language, "heads": heads, "tokens": tokens, "lora": lora, "sam2": sam2
+    }  # fmt: skip
     return dataclasses.replace(base, **changes), codec
 
 

@@ -38,6 +38,9 @@ class HeadInputs:
     prompt: float32[B, S, R, D], hidden states of the slot's question, its video behind them.
     prompt_valid: bool[B, S, R].
 
+    Only where the batch has boxes that the user draws on the first frame:
+    boxes: float32[B, S, 4], normalised xyxy, of the slot's question; box_valid: bool[B, S].
+
     Only when a loss follows, so that a head can compute what nothing but its loss needs:
     targets: the slots' arrays of the batch, "valid" bool[B, S] among them.
     video_ids: uint32[B], equal for rows of one video.
@@ -50,6 +53,8 @@ class HeadInputs:
     frame: jax.Array
     prompt: jax.Array | None = None
     prompt_valid: jax.Array | None = None
+    boxes: jax.Array | None = None
+    box_valid: jax.Array | None = None
     targets: Mapping[str, jax.Array] | None = None
     video_ids: jax.Array | None = None
 

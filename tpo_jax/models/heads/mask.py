@@ -34,7 +34,7 @@ from tpo_jax.models.layers import LayerNorm, Linear, Mlp, Rngs
 from tpo_jax.models.vision import to_patches
 from tpo_jax.parallel.weighted_sum import WeightedSum
 
-# Focal loss (Lin et al. 2017, 1708.02002) with gamma = 2.
+# Of the focal loss, whose gamma is 2.
 _FOCAL_ALPHA = 0.25
 
 
@@ -146,13 +146,6 @@ def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, 
     masks = (targets["masks"] > 0).astype(jnp.float32).reshape(logits.shape)
     labelled = targets["labelled"] & valid[..., None]
     present = jnp.any(masks > 0, axis=-1)
-    bce = jax.nn.softplus(logits) - logits * masks
-    chance = jax.nn.sigmoid(logits)
-    miss = chance + masks - 2.0 * chance * masks
-    alpha = _FOCAL_ALPHA * masks + (1.0 - _FOCAL_ALPHA) * (1.0 - masks)
-    focal = jnp.mean(alpha * jnp.square(miss) * bce, axis=-1)
-    shared = jnp.sum(chance * masks, axis=-1)
-    dice = 1.0 - (2.0 * shared + 1.0) / (jnp.sum(chance, -1) + jnp.sum(masks, -1) + 1.0)
     cells = predictions["cells"]
     shrink = jnp.asarray(area_weights(targets["masks"].shape[-1], cells.shape[-1]), jnp.float32)
     share = _resample(masks.reshape(targets["masks"].shape), shrink).reshape(*masks.shape[:3], -1)
@@ -161,11 +154,27 @@ def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, 
     presence = predictions["presence"]
     presence = jax.nn.softplus(presence) - presence * present
     return {
-        "mask/focal": WeightedSum.of(focal, labelled),
-        "mask/dice": WeightedSum.of(dice, labelled & present),
+        "mask/focal": WeightedSum.of(focal_loss(logits, masks), labelled),
+        "mask/dice": WeightedSum.of(dice_loss(logits, masks), labelled & present),
         "mask/cells": WeightedSum.of(-jnp.sum(share * matches, axis=-1), labelled & present),
         "mask/presence": WeightedSum.of(presence, labelled),
     }
+
+
+def focal_loss(logits: jax.Array, masks: jax.Array) -> jax.Array:
+    """Mean over the last axis of float[..., n], masks in {0, 1} (Lin et al. 2017, 1708.02002)."""
+    bce = jax.nn.softplus(logits) - logits * masks
+    chance = jax.nn.sigmoid(logits)
+    miss = chance + masks - 2.0 * chance * masks
+    alpha = _FOCAL_ALPHA * masks + (1.0 - _FOCAL_ALPHA) * (1.0 - masks)
+    return jnp.mean(alpha * jnp.square(miss) * bce, axis=-1)
+
+
+def dice_loss(logits: jax.Array, masks: jax.Array) -> jax.Array:
+    """One minus twice the shared over the summed area, each plus one; over the last axis."""
+    chance = jax.nn.sigmoid(logits)
+    shared = jnp.sum(chance * masks, axis=-1)
+    return 1.0 - (2.0 * shared + 1.0) / (jnp.sum(chance, -1) + jnp.sum(masks, -1) + 1.0)
 
 
 def decode(prediction: Mapping[str, np.ndarray], clip: ClipInfo) -> dict:

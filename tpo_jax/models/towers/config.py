@@ -79,6 +79,11 @@ class TowerConfig:
         )
 
     @property
+    def per_frame(self) -> bool:
+        """Whether frames do not see each other."""
+        return self.frames == 0
+
+    @property
     def layers_run(self) -> int:
         """Layers before the hidden state that is the output; those behind it are only carried."""
         return self.layer if self.layer >= 0 else self.depth + 1 + self.layer

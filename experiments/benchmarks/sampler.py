@@ -1,0 +1,330 @@
+"""Tokens a second of our sampler against `transformers` generate: many questions about one video.
+
+    python -m experiments.benchmarks.sampler --out experiments/results/benchmarks/sampler.json
+
+One LLaVA-OneVision of small width with random weights: transformers writes the checkpoint, we
+import it. Both are greedy, in float32, with a key/value cache, and first have to give the same
+tokens:
+
+  ours          the video is encoded and its prefix run once; the questions are branches of it
+  generate      a batch of one row a question, each with the video: what `generate` does by itself
+  reused_cache  the prefix run once, its cache repeated for every question ("re-use cache" in the
+                documentation of transformers), then `generate` on the batch
+
+The two of transformers run in torch.inference_mode with scaled-dot-product attention and a dynamic
+cache, on as many threads as XLA has processors. Questions have one length: no row is padded.
+
+Rounds time all of them one after the other, in turning order; ratios are taken within a round, and
+the median of rounds is reported. Beside it stands the ratio of FLOPs in matrix products, attention
+counted dense. CPU time is of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.resources
+import json
+import os
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait burn no CPU time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from experiments.benchmarks.dpo_step import measure, versions
+from tpo_jax.generation.sampler import Sampler, Sampling
+from tpo_jax.interop.families.registry import family_of, to_leaves
+from tpo_jax.interop.folder import load_codec
+from tpo_jax.models.towers.registry import normalise_pixels
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.paths import unflatten
+from tpo_jax.training.flops import matmul_flops
+
+IMAGE_ID, VIDEO_ID = 1022, 1023  # beyond the tokens of the shipped tokenizer, never drawn
+VOCABULARY, TARGET = 1024, 3.0
+CODEC = importlib.resources.files("tpo_jax") / "assets" / "tiny_base"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """frames of size x size pixels in patches of `patch`; four patches are a token."""
+
+    frames: int
+    size: int
+    patch: int
+    questions: int
+    question: int
+    answer: int
+
+    @property
+    def visual(self) -> int:
+        """Tokens of the video, the newline at its end with them."""
+        side = (self.size // self.patch + 1) // 2
+        return self.frames * side**2 + 1
+
+
+def checkpoint(sizes: Sizes, width: int, depth: int, folder: pathlib.Path) -> Any:
+    """A random LlavaOnevisionForConditionalGeneration, saved to `folder`."""
+    import torch
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+    text = {
+        "model_type": "qwen2", "vocab_size": VOCABULARY, "hidden_size": width,
+        "intermediate_size": 3 * width, "num_hidden_layers": depth,
+        "num_attention_heads": width // 32, "num_key_value_heads": width // 64,
+        "max_position_embeddings": 32768, "tie_word_embeddings": False,
+    }  # fmt: skip
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": width, "intermediate_size": 4 * width,
+        "num_hidden_layers": depth, "num_attention_heads": width // 32, "image_size": sizes.size,
+        "patch_size": sizes.patch, "vision_use_head": False,
+    }  # fmt: skip
+    config = LlavaOnevisionConfig(
+        text_config=text, vision_config=vision, image_token_index=IMAGE_ID,
+        video_token_index=VIDEO_ID, vision_feature_select_strategy="full", vision_feature_layer=-1,
+        image_grid_pinpoints=[[sizes.size, sizes.size]], attn_implementation="sdpa",
+    )  # fmt: skip
+    model = LlavaOnevisionForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # larger than a fresh model's, so that the best token stands out
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+    return model
+
+
+class Ours:
+    """The sampler on the imported checkpoint, and the inputs of both sides."""
+
+    def __init__(self, folder: pathlib.Path, sizes: Sizes):
+        data = json.loads((folder / "config.json").read_text())
+        family = family_of(data)
+        config = family.model_config(data, {})
+        tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+        leaves, _ = to_leaves(family, config, tensors)
+        vision = dataclasses.replace(config.vision, max_frames=sizes.frames)
+        self.config = dataclasses.replace(config, vision=vision)
+        self.params = unflatten(jax.tree.map(jnp.asarray, leaves))
+        self.model, self.sizes = FunctionalModel(self.config), sizes
+        self.sampler = Sampler(self.model, load_codec(str(CODEC)), Sampling(max_new=sizes.answer))
+        self.batch = self._batch()
+        self.keys = jax.random.split(jax.random.key(0), (1, sizes.questions))  # greedy: not read
+
+    def _batch(self) -> dict[str, np.ndarray]:
+        """One row: the video between two and one tokens, and a branch for each question."""
+        rng, sizes = np.random.default_rng(0), self.sizes
+        before, K, R = self.config.visual_offset, sizes.questions, sizes.question
+        P, F = before + sizes.visual + 1, sizes.frames
+        text = np.flatnonzero(self.free)
+        return {
+            "frames": rng.integers(0, 256, (1, F, sizes.size, sizes.size, 3), np.uint8),
+            "frame_valid": np.ones((1, F), bool), "frame_times": np.zeros((1, F), np.float32),
+            "prefix_tokens": rng.choice(text, (1, P)).astype(np.int32),
+            "prefix_positions": np.arange(P, dtype=np.int32)[None],
+            "prefix_segments": np.ones((1, P), np.int32),
+            "branch_tokens": rng.choice(text, (1, K, R)).astype(np.int32),
+            "branch_positions": np.broadcast_to(P + np.arange(R, dtype=np.int32), (1, K, R)),
+            "branch_segments": np.ones((1, K, R), np.int32), "slots": {},
+        }  # fmt: skip
+
+    @property
+    def free(self) -> np.ndarray:
+        """bool[V], tokens that may be drawn."""
+        codec = self.sampler.codec
+        free = np.arange(VOCABULARY) < codec.vocab_size
+        free[list(codec.special_ids.values())] = False
+        free[codec.eos_id] = True
+        return free
+
+    def __call__(self) -> Any:
+        context = self.sampler.prefill(self.params, self.batch)
+        return jax.block_until_ready(
+            self.sampler.generate(self.params, context, self.batch, self.keys)
+        )
+
+    def flops(self) -> dict[str, float]:
+        """FLOPs in matrix products of one run of each program.
+
+        A decoding step is the same for all of them, up to the logits of the first token.
+        """
+        sizes, batch = self.sizes, self.batch
+        K, R, N = sizes.questions, sizes.question, sizes.answer
+        P = batch["prefix_tokens"].shape[1]
+
+        def encode(params, batch):
+            clip = (batch[name] for name in ("frames", "frame_valid", "frame_times"))
+            return self.model.bind(params).encode(*clip)
+
+        def rows(params, embeds):
+            positions = jnp.broadcast_to(jnp.arange(embeds.shape[1]), embeds.shape[:2])
+            language = self.model.bind(params).language
+            return language.prefill(embeds, positions, jnp.ones(embeds.shape[:2], jnp.int32))
+
+        def extend(params, tokens, room):
+            language, (_, T) = self.model.bind(params).language, tokens.shape
+            cache = jax.eval_shape(lambda: language.empty_cache(1, K, room, jnp.float32))
+            ones = jnp.ones((1, K, T), jnp.int32)
+            _, prefix = rows(params, jnp.zeros((1, P, self.config.language.width)))
+            own = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
+            embeds = language.embed_tokens(tokens)[None]
+            return language.extend(
+                embeds, ones, ones, prefix, jnp.ones((1, P), jnp.int32), own, jnp.int32(0)
+            )
+
+        def width(*shape):
+            return jax.ShapeDtypeStruct((*shape, self.config.language.width), jnp.float32)
+
+        def ids(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+        video = matmul_flops(encode, self.params, batch)
+        prefix = matmul_flops(rows, self.params, width(1, P))
+        repeated = matmul_flops(rows, self.params, width(K, P + R))
+
+        def branches(tokens):
+            run = lambda params, tokens: extend(params, tokens, R + N)  # noqa: E731
+            return matmul_flops(run, self.params, ids(K, tokens)) - prefix
+
+        logits = 2.0 * K * self.config.language.width * VOCABULARY
+        decoding = N * (branches(1) + logits)
+        shared = video + prefix + branches(R) + decoding
+        return {
+            "ours": shared, "reused_cache": shared,
+            "generate": K * video + repeated + decoding,
+        }  # fmt: skip
+
+
+class Theirs:
+    """`generate` on the same inputs."""
+
+    def __init__(self, model: Any, ours: Ours, threads: int):
+        import torch
+
+        torch.set_num_threads(threads)
+        self.torch, self.model, batch = torch, model, ours.batch
+        self.questions = K = ours.sizes.questions
+        prefix = batch["prefix_tokens"][0].astype(np.int64)
+        before = ours.config.visual_offset
+        prefix[before : before + ours.sizes.visual] = VIDEO_ID
+        ids = np.concatenate([np.tile(prefix, (K, 1)), batch["branch_tokens"][0]], axis=1)
+        pixels = np.asarray(normalise_pixels(ours.config.vision, jnp.asarray(batch["frames"])))
+        self.pixels = torch.from_numpy(np.moveaxis(pixels, -1, -3).copy())
+        self.repeated = self.pixels.repeat(K, 1, 1, 1, 1)
+        self.prefix, self.ids = torch.from_numpy(prefix)[None], torch.from_numpy(ids)
+        codec = ours.sampler.codec
+        self.options = {
+            "max_new_tokens": ours.sizes.answer, "do_sample": False,
+            "eos_token_id": codec.eos_id, "pad_token_id": codec.pad_id,
+            "suppress_tokens": np.flatnonzero(~ours.free).tolist(),
+        }  # fmt: skip
+
+    def _answers(self, **inputs: Any) -> np.ndarray:
+        attention_mask = self.torch.ones_like(self.ids)
+        out = self.model.generate(
+            input_ids=self.ids, attention_mask=attention_mask, **inputs, **self.options
+        )
+        return out[:, self.ids.shape[1] :].numpy()
+
+    def generate(self) -> np.ndarray:
+        """int[K, N]"""
+        with self.torch.inference_mode():
+            return self._answers(pixel_values_videos=self.repeated)
+
+    def reused_cache(self) -> np.ndarray:
+        """int[K, N]"""
+        from transformers import DynamicCache
+
+        with self.torch.inference_mode():
+            cache = DynamicCache(config=self.model.config.get_text_config())
+            self.model(
+                input_ids=self.prefix, pixel_values_videos=self.pixels, cache=cache,
+                use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+            cache.batch_repeat_interleave(self.questions)
+            return self._answers(cache=cache)
+
+
+def run(sizes: Sizes, width: int, depth: int, rounds: int, threads: int) -> dict[str, Any]:
+    """The whole benchmark; see the module."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = checkpoint(sizes, width, depth, pathlib.Path(folder))
+        ours = Ours(pathlib.Path(folder), sizes)
+    theirs = Theirs(model, ours, threads)
+    answers = jax.device_get(ours())
+    tokens, lengths = answers.tokens[0], answers.lengths[0]
+    programs: dict[str, Callable] = {
+        "generate": theirs.generate, "reused_cache": theirs.reused_cache,
+    }  # fmt: skip
+    for name, program in programs.items():
+        found = program()
+        if not np.array_equal(found, tokens[:, : found.shape[1]]):
+            raise AssertionError(f"{name} answers {found}, ours {tokens}")
+    times = measure({"ours": ours, **programs}, rounds)
+    flops, count = ours.flops(), int(lengths.sum())
+    rows = []
+    for name in programs:
+        row = {"ratio": f"ours / {name}", "flops": flops[name] / flops["ours"]}
+        for kind, index in (("wall", 0), ("cpu", 1)):
+            each = [
+                theirs[index] / ours[index]
+                for theirs, ours in zip(times[name], times["ours"], strict=True)
+            ]
+            row[kind] = statistics.median(each)
+            row[f"{kind}_quartiles"] = [float(x) for x in np.quantile(each, [0.25, 0.75])]
+        rows.append(row)
+    rows[0] |= {"target": TARGET, "met": rows[0]["wall"] >= TARGET}
+    return {
+        "tokens_per_second": rows, "answer_tokens": count,
+        "ours_tokens_per_second": {
+            kind: count / statistics.median(t[index] for t in times["ours"])
+            for kind, index in (("wall", 0), ("cpu", 1))
+        },
+        "setting": "transformers generate, batched, sdpa, dynamic cache, inference_mode, float32",
+        "distinct_tokens": len(np.unique(tokens)), "sizes": dataclasses.asdict(sizes),
+        "prefix": ours.batch["prefix_tokens"].shape[1], "width": width, "depth": depth,
+        "flops": flops, "rounds": rounds, "threads": threads,
+        "load_average": os.getloadavg()[0], "versions": versions(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=pathlib.Path, required=True, help="JSON file to write")
+    add("--frames", type=int, default=32)
+    add("--size", type=int, default=64, help="of a frame, pixels (default: %(default)s)")
+    add("--patch", type=int, default=8)
+    add("--questions", type=int, default=10, help="about the video (default: %(default)s)")
+    add("--question", type=int, default=24, help="tokens of a question")
+    add("--answer", type=int, default=32, help="tokens of an answer")
+    add("--width", type=int, default=256)
+    add("--depth", type=int, default=4, help="of either tower")
+    add("--rounds", type=int, default=8)
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch; XLA takes "
+        "all processors that it may run on (default: %(default)s)")
+    flags = parser.parse_args()
+    sizes = Sizes(
+        flags.frames, flags.size, flags.patch, flags.questions, flags.question, flags.answer
+    )
+    result = run(sizes, flags.width, flags.depth, flags.rounds, flags.threads)
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    flags.out.write_text(json.dumps(result, indent=2) + "\n")
+    for row in result["tokens_per_second"]:
+        print(f"{row['ratio']:22s} wall {row['wall']:.2f}  cpu {row['cpu']:.2f}  "
+              f"products {row['flops']:.2f}  target {row.get('target')}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

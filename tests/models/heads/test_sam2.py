@@ -1,0 +1,169 @@
+"""SAM 2 as a head of the micro model: gradients, training, prompts, memory."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from fake_batches import FAST_COMPILE, micro
+from flax import nnx
+
+from tpo_jax.data.moving_shapes import WorldConfig, render, simulate
+from tpo_jax.models.heads import HeadInputs, sam2
+from tpo_jax.models.heads.sam2.model import Sam2
+from tpo_jax.models.heads.sam2.tracking import Prompt, track
+from tpo_jax.models.layers import Rngs
+from tpo_jax.models.sam2_config import SIZES
+from tpo_jax.parallel.paths import flatten
+
+CONFIG = dataclasses.replace(micro(), heads=("sam2",), sam2=SIZES["micro"])
+B, S, F, SIDE = 2, 2, 4, 32
+WEIGHTS = sam2.published_weights()
+# No gradient: frequencies are drawn for good; what is added to all keys of a softmax; what only a
+# prompted mask reads; what only objects that are called absent have (none here, at first).
+BLIND = r"/frequencies$|/k_proj/bias$|/mask_embedding/|/mask_downsample/|/occlusion$|/no_pointer$"
+
+
+def _head():
+    return sam2.Sam2Head(CONFIG, rngs=Rngs(0))
+
+
+STRUCTURE = nnx.graphdef(nnx.eval_shape(_head))
+
+
+@functools.cache
+def _start():
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(_head())), compiler_options=FAST_COMPILE)()
+    params = jax.tree.map(np.asarray, params)
+    # So that all objects are called present at first.
+    params["network"]["mask_decoder"]["presence_mlp"]["proj_out"]["bias"] += 2.0
+    params["network"]["memory_encoder"]["fuser"]["scale"] += 0.1
+    return params
+
+
+def _clip(seed):
+    """(uint8[F, 32, 32, 3], bool[N, F, 32, 32]): every sixth frame of a scene of moving shapes."""
+    rendered = render(simulate((seed,), WorldConfig()))
+    return rendered.frames[: 6 * F : 6, ::2, ::2], rendered.visible[:, : 6 * F : 6, ::2, ::2]
+
+
+@functools.cache
+def _inputs():
+    """Two clips of moving shapes, two objects each; the last frame of the second is a filling."""
+    clips = [_clip(seed) for seed in range(B)]
+    frames = np.stack([frames for frames, _ in clips])
+    m = CONFIG.mask_size
+    step = SIDE // m
+    masks = np.stack([visible[:S, :, ::step, ::step] for _, visible in clips]).astype(np.uint8)
+    frame_valid = np.ones((B, F), bool)
+    frame_valid[1, -1] = False
+    targets = {
+        "masks": masks, "labelled": np.broadcast_to(frame_valid[:, None], (B, S, F)),
+        "valid": np.ones((B, S), bool),
+    }  # fmt: skip
+    states = np.random.default_rng(0).normal(size=(B, S, CONFIG.language.width))
+    return HeadInputs(
+        states.astype(np.float32), None, frames.astype(np.float32) / 127.5 - 1, frame_valid, None,
+        targets=targets,
+    )  # fmt: skip
+
+
+def _total(params, slot_states, inputs):
+    inputs = dataclasses.replace(inputs, slot_states=slot_states)
+    predictions = nnx.merge(STRUCTURE, nnx.State(jax.tree.map(nnx.Param, params)))(inputs)
+    terms = sam2.loss(predictions, inputs.targets, inputs.targets["valid"])
+    return sum(WEIGHTS[name] * term.mean() for name, term in terms.items()), terms
+
+
+@functools.cache
+def _gradient():
+    return jax.jit(
+        jax.value_and_grad(_total, argnums=(0, 1), has_aux=True), compiler_options=FAST_COMPILE
+    )
+
+
+@functools.cache
+def _predict():
+    def predict(params, inputs):
+        return nnx.merge(STRUCTURE, nnx.State(jax.tree.map(nnx.Param, params)))(inputs)
+
+    return jax.jit(predict, compiler_options=FAST_COMPILE)
+
+
+@pytest.mark.long
+def test_every_parameter_and_the_slot_state_have_a_gradient():
+    inputs = _inputs()
+    (_, terms), (gradients, states) = _gradient()(_start(), inputs.slot_states, inputs)
+    assert all(term.weight > 0 for term in terms.values())
+    assert np.all(np.isfinite(states)) and np.all(np.abs(states).max(axis=-1) > 1e-6)
+    leaves = flatten(gradients)
+    assert all(np.all(np.isfinite(leaf)) for leaf in leaves.values())
+    blind = {path for path, leaf in leaves.items() if not np.abs(leaf).max()}
+    assert not {path for path in blind if not re.search(BLIND, path)}
+
+
+@pytest.mark.long
+def test_trains_on_moving_shapes():
+    """Adam on two clips: every mask term falls, and so does the whole."""
+    inputs = _inputs()
+    optimizer = optax.adam(3e-3)
+    params, state, history = _start(), optimizer.init(_start()), []
+    for _ in range(40):
+        (total, terms), (gradients, _) = _gradient()(params, inputs.slot_states, inputs)
+        history.append({"total": float(total)} | {n: float(t.mean()) for n, t in terms.items()})
+        updates, state = optimizer.update(gradients, state)
+        params = optax.apply_updates(params, updates)
+    for name in ("total", "sam2/dice", "sam2/still_dice", "sam2/focal", "sam2/still_focal"):
+        assert history[-1][name] < 0.8 * history[0][name], (name, history[0], history[-1])
+
+
+@pytest.mark.long
+def test_a_drawn_box_takes_the_place_of_the_slot_and_fillings_are_not_read():
+    whole = dataclasses.replace(
+        _inputs(), targets=None, boxes=np.full((B, S, 4), [0.2, 0.1, 0.7, 0.6], np.float32),
+        box_valid=np.array([[True, False], [True, True]]),
+    )  # fmt: skip
+    found = _predict()(_start(), whole)
+    assert found["masks"].shape == (B, S, F, CONFIG.mask_size, CONFIG.mask_size)
+    other = dataclasses.replace(whole, slot_states=-whole.slot_states)
+    changed = _predict()(_start(), other)
+    same = np.array([[np.allclose(found["masks"][b, s], changed["masks"][b, s], atol=1e-5)
+                      for s in range(S)] for b in range(B)])  # fmt: skip
+    assert same.tolist() == [[True, False], [True, True]]
+    frames = np.array(whole.frames)
+    frames[~whole.frame_valid] = 0.7
+    padded = _predict()(_start(), dataclasses.replace(whole, frames=frames))
+    shown = np.broadcast_to(whole.frame_valid[:, None], (B, S, F))
+    for name in ("masks", "presence"):
+        np.testing.assert_allclose(padded[name][shown], found[name][shown], atol=1e-4)
+
+
+@pytest.mark.long
+def test_what_a_video_needs_does_not_grow_with_its_length():
+    """Frames are encoded inside the loop: 4 times as many need the same working memory, apart from
+    the frames and the answers themselves."""
+    config = SIZES["micro"]
+    structure, state = nnx.split(nnx.eval_shape(lambda: Sam2(config, rngs=Rngs(0))))
+
+    def call(state, frames, tokens, start):
+        sam, count = nnx.merge(structure, state), len(frames)
+        prompt = Prompt(tokens, start, jnp.ones((1, 1), bool))
+        return track(sam, lambda frame: sam.features(frames[frame]), prompt, count, count)
+
+    def working(count):
+        shapes = (
+            jax.ShapeDtypeStruct((count, SIDE, SIDE, 3), jnp.float32),
+            jax.ShapeDtypeStruct((1, 1, 3, config.width), jnp.float32),
+            jax.ShapeDtypeStruct((1, 1), jnp.int32),
+        )
+        compiled = jax.jit(call, compiler_options=FAST_COMPILE).lower(state, *shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = working(16), working(64)
+    answers = 48 * 4 * (config.mask_size**2 + 1)
+    assert long - short <= 4 * answers, (short, long)
+    assert long < 1.5 * short

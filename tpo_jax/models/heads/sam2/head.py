@@ -1,0 +1,152 @@
+"""SAM 2 as a mask head, prompted by the slot state or by a box that the user draws.
+
+The adapter is that of Task Preference Optimization (2412.19326): two linear layers turn the slot
+state into the three tokens that a box would be. It is tried on every frame by itself; the frame
+where SAM 2 is surest that the object is there, and of its mask, becomes the prompted one, and the
+object is tracked from it in both directions. So it need not be there when the clip starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads.base import HeadInputs
+from tpo_jax.models.heads.sam2.image_encoder import ImageFeatures
+from tpo_jax.models.heads.sam2.layers import resize_masks
+from tpo_jax.models.heads.sam2.mask_decoder import MASKS, Decoded, choose, pick
+from tpo_jax.models.heads.sam2.model import Sam2
+from tpo_jax.models.heads.sam2.tracking import Prompt, stills, track
+from tpo_jax.models.layers import Linear, Rngs
+from tpo_jax.models.towers.interpolate import resize_grid
+
+# Tokens of a box: its two corners and a filling.
+BOX_TOKENS = 3
+
+
+class Adapter(nnx.Module):
+    """Linear, ReLU, Linear."""
+
+    def __init__(self, width: int, features_out: int, *, rngs: Rngs):
+        self.fc1 = Linear(width, width, rngs=rngs)
+        self.fc2 = Linear(width, features_out, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.relu(self.fc1(x)))
+
+
+class Sam2Head(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
+        self.config = config.sam2
+        self.mask_size = config.mask_size
+        self.network = Sam2(config.sam2, rngs=rngs)
+        self.adapter = Adapter(config.language.width, BOX_TOKENS * config.sam2.width, rngs=rngs)
+
+    def __call__(self, inputs: HeadInputs) -> dict[str, jax.Array]:
+        """Returns float32 arrays.
+
+        "masks" [B, S, F, m, m] and "presence" [B, S, F], logits; with targets also what `losses`
+        reads: of tracking and of every frame by itself ("still_...") all "candidates"
+        [B, S, F, 4, m, m], their "iou" [B, S, F, 4] and which were "asked" for, bool; and
+        "prompt_error" [B, S], what lies between the adapter's tokens and those of the labelled box.
+        """
+        B, F = inputs.frame_valid.shape
+        training = inputs.targets is not None
+        read = self._reader(self._pixels(inputs.frames), keep=training)
+        tokens = self.adapter(inputs.slot_states)
+        tokens = tokens.reshape(*tokens.shape[:2], BOX_TOKENS, self.config.width)
+        prompted = tokens
+        if inputs.boxes is not None:
+            drawn = self.network.prompt_encoder.boxes(inputs.boxes * self.config.image_size)
+            prompted = jnp.where(inputs.box_valid[..., None, None], drawn, tokens)
+        alone = stills(self.network, read, prompted, F)
+        start = best_frame(alone, inputs.frame_valid)
+        if training:
+            start = best_labelled_frame(inputs.targets, inputs.frame_valid, start)
+        if inputs.boxes is not None:  # drawn on the first frame
+            start = jnp.where(inputs.box_valid, 0, start)
+        prompt = Prompt(prompted, start, jnp.ones(start.shape, bool))
+        count = jnp.sum(inputs.frame_valid, axis=-1)
+        tracked = track(self.network, read, prompt, F, count, keep=training)
+        found = {
+            "masks": resize_masks(tracked.masks, self.mask_size), "presence": tracked.presence
+        }  # fmt: skip
+        if not training:
+            return found
+        single = jnp.arange(MASKS) == 0
+        at_start = (jnp.arange(F) == start[..., None])[..., None]
+        found |= self._candidates(tracked.decoded, "", jnp.where(at_start, single, ~single))
+        asked = jnp.broadcast_to(single, alone.iou.shape)
+        found |= self._candidates(alone, "still_", asked)
+        return found | {"prompt_error": self._prompt_error(tokens, inputs.targets, start)}
+
+    def _pixels(self, frames: jax.Array) -> jax.Array:
+        """float32[B, F, H, W, 3] in [-1, 1] -> [B, F, image_size, image_size, 3] as published."""
+        size = self.config.image_size
+        if frames.shape[-3:-1] != (size, size):
+            frames = resize_grid(frames, (size, size), antialias=True)
+        mean, std = jnp.asarray(self.config.mean), jnp.asarray(self.config.std)
+        return ((frames + 1.0) / 2.0 - mean) / std
+
+    def _reader(self, pixels: jax.Array, *, keep: bool) -> Callable[[jax.Array], ImageFeatures]:
+        """Features [B, S, ...] of frames int32[B, S].
+
+        Kept, they are computed once and cost memory by the frame, as the backward pass does anyway.
+        """
+
+        def frames_of(x: jax.Array, frame: jax.Array) -> jax.Array:
+            return jax.vmap(lambda clip, index: clip[index])(x, frame)
+
+        if not keep:
+            return lambda frame: self.network.features(frames_of(pixels, frame))
+        features = self.network.features(pixels)
+        return lambda frame: jax.tree.map(lambda x: frames_of(x, frame), features)
+
+    def _candidates(self, decoded: Decoded, name: str, asked: jax.Array) -> dict[str, jax.Array]:
+        return {
+            f"{name}candidates": resize_masks(decoded.masks, self.mask_size),
+            f"{name}iou": decoded.iou, f"{name}presence": decoded.presence, f"{name}asked": asked,
+        }  # fmt: skip
+
+    def _prompt_error(
+        self, tokens: jax.Array, targets: Mapping[str, jax.Array], start: jax.Array
+    ) -> jax.Array:
+        """float32[B, S]: mean distance from the tokens of the labelled object's box in `start`."""
+        masks = jnp.take_along_axis(targets["masks"], start[..., None, None, None], axis=2)[:, :, 0]
+        boxes = extents(masks) * self.config.image_size
+        wanted = jax.lax.stop_gradient(self.network.prompt_encoder.boxes(boxes))
+        return jnp.mean(jnp.abs(tokens - wanted), axis=(-2, -1))
+
+
+def best_frame(decoded: Decoded, frame_valid: jax.Array) -> jax.Array:
+    """The frame int32[B, S] where presence times predicted IoU is largest; `decoded` of `stills`,
+    frame_valid bool[B, F]."""
+    B, S, F = decoded.presence.shape
+    rows = jax.tree.map(lambda x: x.reshape(B, S * F, *x.shape[3:]), decoded)
+    answer, _ = choose(rows, True)
+    sure = jax.nn.sigmoid(decoded.presence) * pick(rows.iou, answer).reshape(B, S, F)
+    return jnp.argmax(jnp.where(frame_valid[:, None], sure, -1.0), axis=-1)
+
+
+def best_labelled_frame(
+    targets: Mapping[str, jax.Array], frame_valid: jax.Array, otherwise: jax.Array
+) -> jax.Array:
+    """The frame int32[B, S] where most of the object is labelled, `otherwise` where nothing is."""
+    area = jnp.sum(targets["masks"] > 0, axis=(-2, -1))
+    area = area * (targets["labelled"] & frame_valid[:, None])
+    return jnp.where(jnp.any(area > 0, axis=-1), jnp.argmax(area, axis=-1), otherwise)
+
+
+def extents(masks: jax.Array) -> jax.Array:
+    """Tight boxes float32[..., 4], xyxy in [0, 1], of masks [..., h, w]; zeros where empty."""
+    sides = []
+    for axis in (-2, -1):  # columns, then rows
+        seen = jnp.any(masks > 0, axis=axis)
+        n = seen.shape[-1]
+        low, high = jnp.argmax(seen, axis=-1), n - jnp.argmax(seen[..., ::-1], axis=-1)
+        sides.append(jnp.stack([low, high], axis=-1) / n * jnp.any(seen, axis=-1, keepdims=True))
+    return jnp.stack(sides, axis=-1).reshape(*masks.shape[:-2], 4)
