@@ -105,7 +105,7 @@ def pair_batch(B=2, P=45, K=2, R=12):
     rng = np.random.default_rng(0)
     branch_segments = np.ones((B, K, R), np.int32)
     branch_segments[0, 1] = 2
-    branch_segments[1, 0, -3:] = 0
+    branch_segments[-1, 0, -3:] = 0
     return {
         "prefix": rng.normal(size=(B, P, LANGUAGE.width)).astype(np.float32),
         "prefix_segments": packed_segments(B, P),

@@ -57,8 +57,9 @@ def _inputs(seed=0, **changes):
     width = CONFIG.language.width
     prompt_valid = np.arange(R) < np.array([[[5], [3]]])
     inputs = HeadInputs(
-        normal(B, S, width), features, None, frame_valid, None, normal(B, S, R, width),
-        np.broadcast_to(prompt_valid, (B, S, R)), slots, batch["video_ids"],
+        normal(B, S, width), features, None, frame_valid, None, prompt=normal(B, S, R, width),
+        prompt_valid=np.broadcast_to(prompt_valid, (B, S, R)), targets=slots,
+        video_ids=batch["video_ids"],
     )  # fmt: skip
     return dataclasses.replace(inputs, **changes)
 
