@@ -24,8 +24,12 @@ CONFIG = dataclasses.replace(micro(), heads=("sam2",), sam2=SIZES["micro"])
 B, S, F, SIDE = 2, 2, 4, 32
 WEIGHTS = sam2.published_weights()
 # No gradient: frequencies are drawn for good; what is added to all keys of a softmax; what only a
-# prompted mask reads; what only objects that are called absent have (none here, at first).
-BLIND = r"/frequencies$|/k_proj/bias$|/mask_embedding/|/mask_downsample/|/occlusion$|/no_pointer$"
+# prompted mask reads; what only objects that are called absent have (none here, at first); what
+# only points and boxes of the user have (the adapter's tokens stand in their place).
+BLIND = (
+    r"/frequencies$|/k_proj/bias$|/mask_embedding/|/mask_downsample/|/occlusion$|/no_pointer$"
+    r"|prompt_encoder/labels$"
+)
 
 
 def _head():
@@ -38,7 +42,7 @@ STRUCTURE = nnx.graphdef(nnx.eval_shape(_head))
 @functools.cache
 def _start():
     params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(_head())), compiler_options=FAST_COMPILE)()
-    params = jax.tree.map(np.asarray, params)
+    params = jax.tree.map(np.array, params)  # copies, to be written
     # So that all objects are called present at first.
     params["network"]["mask_decoder"]["presence_mlp"]["proj_out"]["bias"] += 2.0
     params["network"]["memory_encoder"]["fuser"]["scale"] += 0.1
