@@ -308,9 +308,10 @@ def test_dropout_of_a_row_does_not_depend_on_its_place():
     keys, tokens = jax.random.split(jax.random.key(0), 3), _tokens(13, 3, P)
     forward, backward = _with_dropout(keys, tokens), _with_dropout(keys[::-1], tokens[::-1])
     for a, b in zip(forward, backward, strict=True):
-        np.testing.assert_allclose(a, b[::-1], atol=1e-5)
+        np.testing.assert_allclose(a, b[::-1], atol=1e-6)
     alone = _with_dropout(keys[1:2], tokens[1:2])
     for a, b in zip(forward, alone, strict=True):
+        # Products of another number of rows round differently; another mask would differ by 1e-3.
         np.testing.assert_allclose(a[1:2], b, atol=1e-5)
     branches = forward[1]
     assert np.abs(branches[:, 0] - branches[:, 1]).max() > 1e-3, "branches share a mask"
