@@ -203,16 +203,17 @@ def train(
                 say(f"set aside: {', '.join(map(str, aside)) or 'nothing newer'}")
 
     ########################################################################### Writers
-    def open_writers(step: int) -> Writers:
+    def open_writers(step: int, evaluated: int) -> Writers:
         if not is_writer:
             return Writers([])
         bar = StdoutProgress(total=config.steps, initial=step, shown=_SHOWN)
-        metrics_file = Jsonl(workdir / "metrics.jsonl", resume_step=step)
+        file = workdir / "metrics.jsonl"
+        metrics_file = Jsonl(file, resume_step=step, evaluated=evaluated)
         tensorboard = TensorBoard(workdir / "tensorboard", resume_step=step)
         online = [WeightsAndBiases(config.wandb, workdir, plain_config)] if config.wandb else []
         return Writers([bar, metrics_file, tensorboard, *online])
 
-    writers = open_writers(start)
+    writers = open_writers(start, progress["evaluated"])
     profiler = Profiler(workdir, config.profile)
 
     ########################################################################### Loop
@@ -268,7 +269,7 @@ def train(
             guard = Guard(config.divergence.spike, progress["losses"])
             due_saves = Due(policy, progress["best_saves"])
             writers.close()
-            writers = open_writers(step)
+            writers = open_writers(step, progress["evaluated"])
         # What is due at a step happens in this order, before the next batch is drawn, and leaves
         # its mark in `progress`: a run that stops anywhere resumes in the right place.
         due = config.eval_every and step and (step % config.eval_every == 0 or step == config.steps)

@@ -19,7 +19,7 @@ from tpo_jax.training.writers import (
 
 def test_jsonl_appends_and_reads_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    writer = Jsonl(path, resume_step=0)
+    writer = Jsonl(path, resume_step=0, evaluated=0)
     writer.write_scalars(1, {"train/loss": np.float32(0.5), "count": 3})
     assert read_scalars(path) == [{"step": 1, "train/loss": 0.5, "count": 3}]  # before close
     writer.write_scalars(2, {"train/loss": float("nan")})
@@ -31,18 +31,29 @@ def test_resuming_drops_later_steps_and_a_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "x": step}) for step in (1, 2, 3)]
     path.write_text("\n".join(lines) + '\n{"step": 4, "x"')
-    writer = Jsonl(path, resume_step=2)
+    writer = Jsonl(path, resume_step=2, evaluated=2)
     writer.write_scalars(3, {"x": 30})
     writer.close()
     assert [record["x"] for record in read_scalars(path)] == [1, 2, 30]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
+def test_resuming_drops_a_validation_that_the_checkpoint_has_not_seen(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": 4, "train/loss": 1.0}, {"step": 4, "validation/loss": 2.0},
+        {"step": 8, "train/loss": 3.0}, {"step": 8, "validation/loss": 4.0},
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Jsonl(path, resume_step=8, evaluated=4).close()
+    assert read_scalars(path) == lines[:3]
+
+
 def test_a_broken_record_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2"):
-        Jsonl(path, resume_step=5)
+        Jsonl(path, resume_step=5, evaluated=5)
 
 
 def test_tensorboard_writes_event_files(tmp_path):
@@ -64,7 +75,7 @@ def test_progress_bar_shows_the_named_scalars(capsys):
 
 def test_writers_fan_out(tmp_path):
     paths = [tmp_path / "a", tmp_path / "b"]
-    writers = Writers([Jsonl(path, resume_step=0) for path in paths])
+    writers = Writers([Jsonl(path, resume_step=0, evaluated=0) for path in paths])
     writers.write_scalars(1, {"x": 1.0})
     writers.flush()
     writers.close()
@@ -78,7 +89,7 @@ def test_records_and_events_reach_a_bucket_with_every_flush(monkeypatch):
     run = epath.Path("gs://bucket/run")
     (run / "metrics.jsonl").write_text('{"step": 1, "x": 1}\n{"step": 2, "x": 2}\n')
     monkeypatch.setattr("tpo_jax.training.writers.SECONDS_BETWEEN_REWRITES", 1e9)
-    metrics = Jsonl(run / "metrics.jsonl", resume_step=1)
+    metrics = Jsonl(run / "metrics.jsonl", resume_step=1, evaluated=1)
     writers = Writers([metrics, TensorBoard(run / "tensorboard", resume_step=1)])
     writers.write_scalars(2, {"x": 20})
     assert [r["x"] for r in read_scalars(run / "metrics.jsonl")] == [1]

@@ -61,17 +61,26 @@ class StdoutProgress:
 class Jsonl:
     """One JSON object a line: {"step": 10, "train/loss": 1.25, ...}.
 
-    A run that resumes at step n will write the steps after n again, so opening drops them: the
-    file of an interrupted run ends up equal to that of an uninterrupted one.
+    A run that resumes at step n will write the steps after n again, and the validation of step n if
+    the checkpoint was written before it. Opening drops both: the file of an interrupted run ends up
+    equal to that of an uninterrupted one.
 
     A bucket cannot append: there the whole file is written again, at most once a second and with
     every flush.
     """
 
-    def __init__(self, path: epath.PathLike, *, resume_step: int) -> None:
-        """Opens `path` for appending after the records up to `resume_step`."""
+    def __init__(self, path: epath.PathLike, *, resume_step: int, evaluated: int) -> None:
+        """Opens `path` for appending after the records up to `resume_step`.
+
+        Args:
+          evaluated: the last step whose validation the checkpoint knows of.
+        """
         self._path = epath.Path(path)
-        kept = [line for step, line in read_lines(self._path) if step <= resume_step]
+        kept = [
+            line
+            for step, line in read_lines(self._path)
+            if step <= (evaluated if '"validation/' in line else resume_step)
+        ]
         temporary = self._path.with_name(self._path.name + ".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         temporary.replace(self._path)
