@@ -69,16 +69,17 @@ class Router:
         self.model, self.codec = model, codec
         self.heads = tuple(model.config.heads)
         self._run = jax.jit(self._run_head, static_argnames="name")
+        self._tokenise = jax.jit(lambda params, x: model.bind(params).tokenise(x))
 
     def _run_head(self, params: Any, features: Any, frames: jax.Array, frame_valid: jax.Array,
                   states: jax.Array, frame: jax.Array, prompts: tuple[jax.Array, jax.Array] | None,
-                  branch: jax.Array, box: Mapping[str, jax.Array] | None, *, name: str,
-                  ) -> dict[str, jax.Array]:
-        model, more = self.model.bind(params), {}
+                  branch: jax.Array, box: Mapping[str, jax.Array] | None,
+                  tokens: jax.Array | None, *, name: str) -> dict[str, jax.Array]:
+        model, more = self.model.bind(params), {"tokens": tokens}
         if prompts is not None:
             rows = jnp.arange(len(branch))[:, None]
-            more = dict(zip(("prompt", "prompt_valid"), (x[rows, branch] for x in prompts),
-                            strict=True))
+            more |= dict(zip(("prompt", "prompt_valid"), (x[rows, branch] for x in prompts),
+                             strict=True))
         if box is not None:
             drawn = model.drawn_boxes({"slots": {"box": box}}, {"branch": branch})
             more |= dict(zip(("boxes", "box_valid"), drawn, strict=True))
@@ -109,11 +110,14 @@ class Router:
             asked = [clip.frame for clip in clips] + [0] * (rows - len(clips))
             frames_asked = np.repeat(np.asarray(asked, np.int32)[:, None], branches, axis=1)
         results: dict[tuple[int, int, int], Result] = {}
+        tokens = None  # of the clips, for all heads that read them
         for index, name in enumerate(self.heads):
             places = [tuple(int(i) for i in place)
                       for place in np.argwhere(host.event_heads[: len(clips)] == index)]
+            if places and tokens is None and HEADS[name].reads_tokens:
+                tokens = self._tokenise(params, context.encoded.features)
             for places_now, predictions in self._predictions(
-                    params, name, places, context, batch, host, frames_asked, prompts):
+                    params, name, places, context, batch, host, frames_asked, prompts, tokens):
                 for place, one in zip(places_now, predictions, strict=True):
                     row, branch, _ = place
                     clip = dataclasses.replace(clips[row], frame=int(frames_asked[row, branch]))
@@ -123,7 +127,8 @@ class Router:
 
     def _predictions(self, params: Any, name: str, places: Sequence[tuple[int, int, int]],
                      context: Context, batch: Arrays, host: Generation, asked: np.ndarray,
-                     prompts: tuple[jax.Array | None, jax.Array | None]):
+                     prompts: tuple[jax.Array | None, jax.Array | None],
+                     tokens: jax.Array | None):
         """Yields (places, predictions of each) with one event of every row at a time.
 
         One slot a row keeps the mask head's memory at B clips, however many calls an answer makes.
@@ -147,7 +152,8 @@ class Router:
                 params, context.encoded.features, jnp.asarray(batch["frames"]),
                 jnp.asarray(batch["frame_valid"]), states, frame,
                 prompts if HEADS[name].reads_prompt else None, branches,
-                batch["slots"].get("box"), name=name))
+                batch["slots"].get("box"), tokens if HEADS[name].reads_tokens else None,
+                name=name))
             yield now, [_of_slot(predictions, row) for row, _, _ in now]
 
     def _answer(self, host: Generation, row: int, branch: int,

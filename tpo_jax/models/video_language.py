@@ -19,6 +19,7 @@ from tpo_jax.models.config import ConnectorConfig, ModelConfig
 from tpo_jax.models.connector import Connector
 from tpo_jax.models.connectors.registry import make_connector
 from tpo_jax.models.heads import BOX_TOKEN, HeadInputs, head, heads_of, tokens_of
+from tpo_jax.models.heads.base import FRAME_TOKENS, FrameTokens
 from tpo_jax.models.language import KVCache, LanguageModel
 from tpo_jax.models.layers import Mlp, Rngs, fold_rows
 from tpo_jax.models.towers.config import TowerConfig
@@ -70,6 +71,8 @@ class VideoLanguageModel(nnx.Module):
             self.heads = nnx.Dict(
                 {name: head(name).module(config, rngs=rngs) for name in config.heads}
             )
+            if any(head(name).reads_tokens for name in config.heads):
+                self.heads[FRAME_TOKENS] = FrameTokens(config, rngs=rngs)
         if config.lora is not None:
             lora.attach(self, config.lora, rngs)
 
@@ -213,12 +216,15 @@ class VideoLanguageModel(nnx.Module):
         Args:
           for_losses: whether heads also compute what only their losses read.
         """
-        predictions = {}
+        predictions, tokens = {}, None
         for name in self.config.heads:
             if head(name).task not in batch["slots"]:
                 continue
             slots = batch["slots"][head(name).task]
             more = {}
+            if head(name).reads_tokens:
+                tokens = self.tokenise(outputs.encoded.features) if tokens is None else tokens
+                more["tokens"] = tokens
             if head(name).reads_prompt:
                 more["prompt"], more["prompt_valid"] = self.prompts(outputs, batch, slots)
             if "box" in batch["slots"]:
@@ -231,6 +237,10 @@ class VideoLanguageModel(nnx.Module):
             )  # fmt: skip
         return predictions
 
+    def tokenise(self, features: VisionFeatures) -> jax.Array:
+        """Tokens float32[B, F, h1 * w1, C] for all heads with `reads_tokens`."""
+        return self.heads[FRAME_TOKENS](as_float32(features))
+
     def run_head(
         self,
         name: str,
@@ -240,6 +250,7 @@ class VideoLanguageModel(nnx.Module):
         frame_valid: jax.Array,
         frame: jax.Array | None = None,
         *,
+        tokens: jax.Array | None = None,
         prompt: jax.Array | None = None,
         prompt_valid: jax.Array | None = None,
         boxes: jax.Array | None = None,
@@ -254,19 +265,25 @@ class VideoLanguageModel(nnx.Module):
           features: of `encode`.
           frames: uint8[B, F, H, W, 3]; frame_valid: bool[B, F].
           frame: int32[B, S], frame asked about; None is the first.
+          tokens: of `tokenise`; None computes them, where the head reads them.
           prompt, prompt_valid, boxes, box_valid, targets, video_ids: see `HeadInputs`.
         """
         if frame is None:
             frame = jnp.zeros(slot_states.shape[:2], jnp.int32)
-        # Heads are float32 whatever the towers are.
-        features = jax.tree.map(lambda x: x.astype(jnp.float32), features)
+        if tokens is None and head(name).reads_tokens:
+            tokens = self.tokenise(features)
         if prompt is not None:
             prompt = prompt.astype(jnp.float32)
         inputs = HeadInputs(
-            slot_states.astype(jnp.float32), features, normalise(frames), frame_valid, frame,
-            prompt, prompt_valid, boxes, box_valid, targets, video_ids,
+            slot_states.astype(jnp.float32), as_float32(features), normalise(frames), frame_valid,
+            frame, tokens, prompt, prompt_valid, boxes, box_valid, targets, video_ids,
         )  # fmt: skip
         return self.heads[name](inputs)
+
+
+def as_float32(features: VisionFeatures) -> VisionFeatures:
+    """Heads are float32 whatever the towers are."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), features)
 
 
 def normalise(frames: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from tpo_jax.models.heads import HEADS, tokens_of
 from tpo_jax.models.heads.base import (
     SlotAttention,
     cell_centres,
+    cells_inside,
     frame_centres,
     position_waves,
 )
@@ -52,6 +53,15 @@ def test_positions_are_centres_of_cells_and_of_valid_frames():
     centres = frame_centres(valid)
     np.testing.assert_allclose(centres[0, :2], [0.25, 0.75])
     np.testing.assert_allclose(centres[1], [0.125, 0.375, 0.625, 0.875])
+
+
+def test_cells_inside_share_a_box_and_a_tiny_box_has_its_nearest_cell():
+    boxes = jnp.array([[0.0, 0.25, 0.5, 0.6], [0.9, 0.9, 0.95, 0.95]])
+    labels = np.asarray(cells_inside(boxes, 4, 4)).reshape(2, 4, 4)
+    expected = np.zeros((2, 4, 4))
+    expected[0, 1, :2] = 0.5  # centres of rows are at 0.125, 0.375, 0.625 and 0.875
+    expected[1, 3, 3] = 1.0
+    np.testing.assert_allclose(labels, expected)
 
 
 def test_position_waves_tell_any_two_of_32_places_apart():

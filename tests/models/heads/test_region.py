@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpo_jax.models.heads import ClipInfo
-from tpo_jax.models.heads.region import cells_inside, decode, loss
+from tpo_jax.models.heads.region import decode, loss
 
 
 def test_loss_is_coordinate_errors_one_minus_giou_and_the_cells_of_the_box():
@@ -17,15 +17,6 @@ def test_loss_is_coordinate_errors_one_minus_giou_and_the_cells_of_the_box():
     np.testing.assert_allclose(terms["region/giou"].mean(), 1 - 1 / 3, rtol=1e-5)
     np.testing.assert_allclose(terms["region/cells"].mean(), np.log(16), rtol=1e-5)
     assert all(term.weight == 1 for term in terms.values())
-
-
-def test_cells_inside_share_a_box_and_a_tiny_box_has_its_nearest_cell():
-    boxes = jnp.array([[0.0, 0.25, 0.5, 0.6], [0.9, 0.9, 0.95, 0.95]])
-    labels = np.asarray(cells_inside(boxes, 4, 4)).reshape(2, 4, 4)
-    expected = np.zeros((2, 4, 4))
-    expected[0, 1, :2] = 0.5  # centres of rows are at 0.125, 0.375, 0.625 and 0.875
-    expected[1, 3, 3] = 1.0
-    np.testing.assert_allclose(labels, expected)
 
 
 def test_decode_clips_to_the_frame_and_gives_pixels_and_time():

@@ -71,6 +71,15 @@ def cell_centres(rows, columns):
     return torch.stack([x, y], -1).flatten(0, 1)
 
 
+def cells_inside(box, grid):
+    """Equal shares [grid * grid], sum 1, of the cells whose centre is in the box, or the nearest."""
+    places = cell_centres(grid, grid)
+    inside = ((box[:2] <= places) & (places <= box[2:])).all(-1).float()
+    if not inside.any():
+        inside[((places - (box[:2] + box[2:]) / 2) ** 2).sum(-1).argmin()] = 1.0
+    return inside / inside.sum()
+
+
 def position_waves(positions):
     angles = positions[..., None] * math.pi * 2.0 ** torch.arange(POSITION_OCTAVES)
     return torch.cat([torch.sin(angles), torch.cos(angles)], -1).flatten(-2)
@@ -281,22 +290,22 @@ class VideoLanguageModel:
         states = self.language.model(inputs_embeds=embeds).last_hidden_state
         return states[:, len(before) + visual.shape[1] :]
 
-    def _frame_tokens(self, w, stem, patches):
-        fine = linear(w.at("stem_proj"), stem)
-        coarse = linear(w.at("patch_proj"), patches)
-        repeats = fine.shape[1] // coarse.shape[1]
-        coarse = coarse.repeat_interleave(repeats, 1).repeat_interleave(repeats, 2)
-        rows, columns = fine.shape[1:3]
+    def _frame_tokens(self, features):
+        """[B, F, h1 * w1, C], which the region and the mask head read."""
+        w = self.weights.at("heads").at("frame_tokens")
+        fine = linear(w.at("stem_proj"), features["stem"])
+        coarse = linear(w.at("patch_proj"), features["patches"])
+        repeats = fine.shape[2] // coarse.shape[2]
+        coarse = coarse.repeat_interleave(repeats, 2).repeat_interleave(repeats, 3)
+        rows, columns = fine.shape[2:4]
         position = linear(w.at("position_proj"), position_waves(cell_centres(rows, columns)))
-        x = layer_norm(w.at("norm"), (fine + coarse).flatten(1, 2) + position)
+        x = layer_norm(w.at("norm"), (fine + coarse).flatten(2, 3) + position)
         return layer_norm(w.at("final_norm"), x + mlp(w.at("mlp"), x))
 
     def region(self, slot_states, features, frame=0):
         """[1, S, D] -> boxes [1, S, 4], xyxy normalised, on one frame."""
         w = self.weights.at("heads").at("region")
-        tokens = self._frame_tokens(
-            w.at("tokens"), features["stem"][:, frame], features["patches"][:, frame]
-        )
+        tokens = self._frame_tokens(features)[:, frame]
         B, S, _ = slot_states.shape
         x = mlp(w.at("slot_mlp"), slot_states).reshape(B * S, 1, -1)
         tokens = tokens.repeat_interleave(S, 0)
@@ -434,15 +443,19 @@ class VideoLanguageModel:
             anchors = torch.sigmoid(relu_mlp(w.at("refine"), x) + start)
         return torch.stack(logits, 1), torch.stack(spans, 1)
 
-    def mask(self, slot_states, features):
-        """[1, S, D] -> logits {"masks" [1, S, F, m, m], "cells" [1, S, F, h, h], "presence"
-        [1, S, F]}."""
+    def mask(self, slot_states, features, box=None):
+        """[1, S, D] and a box (x1, y1, x2, y2) that the user drew on the first frame -> logits
+        {"masks" [1, S, F, m, m], "cells" [1, S, F, h, h], "presence" [1, S, F]}."""
         w = self.weights.at("heads").at("mask")
-        stem, patches, pixels = features["stem"], features["patches"], features["pixels"]
-        B, frames = patches.shape[:2]
+        pixels, tokens = features["pixels"], self._frame_tokens(features)
+        B, frames = tokens.shape[:2]
         S = slot_states.shape[1]
-        tokens = self._frame_tokens(w.at("tokens"), stem.flatten(0, 1), patches.flatten(0, 1))
-        x = mlp(w.at("slot_mlp"), slot_states)[:, :, None] + self._time(w, frames)
+        x = mlp(w.at("slot_mlp"), slot_states)
+        if box is not None:
+            shares = cells_inside(torch.tensor(box), math.isqrt(tokens.shape[2]))
+            x = x + linear(w.at("box_proj"), shares @ tokens[:, 0])
+        tokens = tokens.flatten(0, 1)
+        x = x[:, :, None] + self._time(w, frames)
         searches, mixers = w.at("searches"), w.at("mixers")
         for i in range(searches.children("layer")):
             x = x.transpose(1, 2).flatten(0, 1)

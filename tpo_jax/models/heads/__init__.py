@@ -11,7 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tpo_jax.models.heads import cg_detr, mask, region, sam2, temporal
-from tpo_jax.models.heads.base import BOX_MARKER, BOX_TOKEN, ClipInfo, Head, HeadInputs
+from tpo_jax.models.heads.base import (
+    BOX_MARKER,
+    BOX_TOKEN,
+    FRAME_TOKENS,
+    ClipInfo,
+    Head,
+    HeadInputs,
+)
 
 HEADS: dict[str, Head] = {
     "region": region.HEAD,
@@ -24,7 +31,7 @@ HEADS: dict[str, Head] = {
 
 def register(new: Head) -> None:
     """Adds a head to the program that runs; ValueError where a name or a token is taken."""
-    if new.name in HEADS or new.name in ("language", "box"):
+    if new.name in HEADS or new.name in ("language", "box", FRAME_TOKENS):
         raise ValueError(f"head {new.name!r}: the name is taken; known: {sorted(HEADS)}")
     for other in HEADS.values():
         own, theirs = ((h.routing_token, h.slot_token) for h in (new, other))

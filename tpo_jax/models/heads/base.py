@@ -19,6 +19,9 @@ from tpo_jax.parallel.weighted_sum import WeightedSum
 # A box that the user gives: its slot is an input, filled by the box encoder.
 BOX_MARKER, BOX_TOKEN = "<box>", "<track_box>"
 
+# Under which a model keeps the tokens that its heads share, beside the heads.
+FRAME_TOKENS = "frame_tokens"
+
 # The shortest wave of a position is 1 / 32 of the frame or the clip.
 POSITION_OCTAVES = 6
 
@@ -33,6 +36,9 @@ class HeadInputs:
     frames: float32[B, F, H, W, 3], the clip itself, normalised.
     frame_valid: bool[B, F].
     frame: int32[B, S], frame that the slot asks about (read by the region head only).
+
+    Only for heads with `reads_tokens`:
+    tokens: float32[B, F, h1 * w1, C], of `FrameTokens`.
 
     Only for heads with `reads_prompt`:
     prompt: float32[B, S, R, D], hidden states of the slot's question, its video behind them.
@@ -51,6 +57,7 @@ class HeadInputs:
     frames: jax.Array
     frame_valid: jax.Array
     frame: jax.Array
+    tokens: jax.Array | None = None
     prompt: jax.Array | None = None
     prompt_valid: jax.Array | None = None
     boxes: jax.Array | None = None
@@ -93,6 +100,7 @@ class Head:
     decode: (predictions of ONE slot as numpy, ClipInfo) -> JSON-able dict.
     task: what it answers, the name inside its marker; by default a task of its own, `name`.
     coupled: terms that compare rows of the whole batch; they refuse gradient accumulation.
+    reads_tokens: whether it gets `HeadInputs.tokens`.
     reads_prompt: whether it gets `HeadInputs.prompt`.
 
     A head with a task of its own says what the built-in tasks have in their rooms:
@@ -111,6 +119,7 @@ class Head:
     decode: Callable[[Mapping[str, np.ndarray], ClipInfo], dict]
     task: str = ""
     coupled: frozenset[str] = frozenset()
+    reads_tokens: bool = False
     reads_prompt: bool = False
     target: Any = None
     words: Callable[[Mapping[str, Any]], str] | None = None
@@ -161,9 +170,10 @@ class SlotAttention(nnx.Module):
 class FrameTokens(nnx.Module):
     """One fine token grid a frame: stem features, up-sampled patch features and a position.
 
-    What a slot looks for is matched against these tokens, so they start out telling colours and
-    places apart: positions are few smooth waves, not a vector of its own for every cell, which
-    would drown the picture.
+    A model has one, made and trained for all of its heads together: what one head learns to tell
+    apart, the others find. What a slot looks for is matched against these tokens, so they start out
+    telling colours and places apart: positions are few smooth waves, not a vector of its own for
+    every cell, which would drown the picture.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
@@ -177,12 +187,12 @@ class FrameTokens(nnx.Module):
         self.repeats = vision.stem_grid // vision.grid
 
     def __call__(self, features: VisionFeatures) -> jax.Array:
-        """features float32[rows, ...] without a frame axis -> float32[rows, h1 * w1, C]."""
+        """float32[B, F, ...] -> float32[B, F, h1 * w1, C]."""
         fine, coarse = self.stem_proj(features.stem), self.patch_proj(features.patches)
-        coarse = jnp.repeat(jnp.repeat(coarse, self.repeats, axis=1), self.repeats, axis=2)
-        rows, h1, w1, C = fine.shape
+        coarse = jnp.repeat(jnp.repeat(coarse, self.repeats, axis=2), self.repeats, axis=3)
+        B, F, h1, w1, C = fine.shape
         position = self.position_proj(position_waves(cell_centres(h1, w1)))
-        x = self.norm((fine + coarse).reshape(rows, h1 * w1, C) + position)
+        x = self.norm((fine + coarse).reshape(B, F, h1 * w1, C) + position)
         return self.final_norm(x + self.mlp(x))
 
 
@@ -192,6 +202,19 @@ def cell_centres(rows: int, columns: int) -> jax.Array:
         (jnp.arange(rows) + 0.5) / rows, (jnp.arange(columns) + 0.5) / columns, indexing="ij"
     )
     return jnp.stack([x, y], axis=-1).reshape(rows * columns, 2)
+
+
+def cells_inside(boxes: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Normalised xyxy float32[..., 4] -> float32[..., rows * columns]: equal shares, sum 1.
+
+    Cells whose centre is inside; of a box that holds no centre, the cell nearest to its middle.
+    """
+    places, boxes = cell_centres(rows, columns), boxes[..., None, :]
+    inside = jnp.all((boxes[..., :2] <= places) & (places <= boxes[..., 2:]), axis=-1)
+    gap = jnp.sum((places - (boxes[..., :2] + boxes[..., 2:]) / 2) ** 2, axis=-1)
+    nearest = jax.nn.one_hot(jnp.argmin(gap, axis=-1), rows * columns)
+    count = jnp.sum(inside, axis=-1, keepdims=True)
+    return jnp.where(count > 0, inside / jnp.maximum(count, 1), nearest)
 
 
 def frame_centres(frame_valid: jax.Array) -> jax.Array:

@@ -5,8 +5,8 @@ looks again, and becomes one query a frame. Mask logits are the query's match wi
 frame, up-sampled, plus its dot products with finer pixel embeddings (as in MaskFormer, Cheng et al.
 2021, 2107.06278). The matches are also labelled as a distribution over cells, as in the region
 head: that says *which* thing is meant long before its outline is any good. Tracking is the same
-head with a box as the question: what stands in the box on the first frame is what the second look
-is for. Boxes are the extents of the masks.
+head with a box as the question: the tokens in the box on the first frame say what to look for.
+Boxes are the extents of the masks.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from tpo_jax.models.heads.base import (
     POSITION_OCTAVES,
     ClipInfo,
     FrameMixer,
-    FrameTokens,
     Head,
     HeadInputs,
     SlotAttention,
+    cells_inside,
     frame_centres,
     position_waves,
 )
@@ -45,8 +45,8 @@ class MaskHead(nnx.Module):
         self.stride = config.head.mask_stride
         self.stem_grid = config.vision.stem_grid
         self.mask_size = config.mask_size
-        self.tokens = FrameTokens(config, rngs=rngs)
         self.slot_mlp = Mlp(config.language.width, 2 * width, width, rngs=rngs)
+        self.box_proj = Linear(width, width, rngs=rngs)
         self.frame_proj = Linear(2 * POSITION_OCTAVES, width, rngs=rngs)
         names = [f"layer{i}" for i in range(config.head.layers)]
         self.searches = nnx.Dict({name: SlotAttention(width, heads, rngs=rngs) for name in names})
@@ -66,17 +66,18 @@ class MaskHead(nnx.Module):
         """
         B, F = inputs.frame_valid.shape
         S = inputs.slot_states.shape[1]
-        per_frame = jax.tree.map(lambda x: x.reshape(B * F, *x.shape[2:]), inputs.features)
-        tokens = self.tokens(per_frame)
-        # A box that the user draws is of the first frame, so frames must differ.
+        tokens = inputs.tokens.reshape(B * F, *inputs.tokens.shape[2:])
         time = self.frame_proj(position_waves(frame_centres(inputs.frame_valid)[..., None]))
-        x = self.slot_mlp(inputs.slot_states)[:, :, None] + time[:, None]
+        x = self.slot_mlp(inputs.slot_states)
+        if inputs.boxes is not None:
+            x = x + self._drawn(inputs)
+        x = x[:, :, None] + time[:, None]
         for name, search in self.searches.items():
             found = search(jnp.swapaxes(x, 1, 2).reshape(B * F, S, -1), tokens)
             x = jnp.swapaxes(found.reshape(B, F, S, -1), 1, 2)
             x = self.mixers[name](x, inputs.frame_valid)
         x = self.final_norm(x)
-        cells = jnp.einsum("bsfc,bftc->bsft", x, tokens.reshape(B, F, *tokens.shape[1:]))
+        cells = jnp.einsum("bsfc,bftc->bsft", x, inputs.tokens)
         cells = (cells * tokens.shape[-1] ** -0.5).reshape(
             B, S, F, self.stem_grid, self.stem_grid
         )
@@ -94,6 +95,12 @@ class MaskHead(nnx.Module):
             "cells": cells,
             "presence": self.presence(x)[..., 0],
         }
+
+    def _drawn(self, inputs: HeadInputs) -> jax.Array:
+        """float32[B, S, C]: what stands in the user's box on the first frame, 0 without a box."""
+        shares = cells_inside(inputs.boxes, self.stem_grid, self.stem_grid)
+        found = jnp.einsum("bst,btc->bsc", shares, inputs.tokens[:, 0])
+        return jnp.where(inputs.box_valid[..., None], self.box_proj(found), 0.0)
 
     def _pixels(self, frames: jax.Array, tokens: jax.Array) -> jax.Array:
         """Cells before `pixel_out`, float32[B, F, m*m, C/2]; `tokens` float32[B*F, h1*w1, C]."""
@@ -216,4 +223,5 @@ HEAD = Head(
     module=MaskHead,
     loss=loss,
     decode=decode,
+    reads_tokens=True,
 )

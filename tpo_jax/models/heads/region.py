@@ -19,11 +19,11 @@ from flax import nnx
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads.base import (
     ClipInfo,
-    FrameTokens,
     Head,
     HeadInputs,
     SlotAttention,
     cell_centres,
+    cells_inside,
 )
 from tpo_jax.models.heads.geometry import box_cxcywh_to_xyxy, box_giou
 from tpo_jax.models.layers import LayerNorm, Mlp, Rngs
@@ -40,7 +40,6 @@ _MAX_SHIFT = 0.1
 class RegionHead(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         width = config.head.width
-        self.tokens = FrameTokens(config, rngs=rngs)
         self.slot_mlp = Mlp(config.language.width, 2 * width, width, rngs=rngs)
         self.layers = nnx.Dict(
             {
@@ -57,8 +56,7 @@ class RegionHead(nnx.Module):
         B, S, _ = inputs.slot_states.shape
         rows = jnp.arange(B)[:, None]
         # One frame a slot: slots of one row may ask about different frames.
-        chosen = jax.tree.map(lambda x: x[rows, inputs.frame], inputs.features)
-        tokens = self.tokens(jax.tree.map(lambda x: x.reshape(B * S, *x.shape[2:]), chosen))
+        tokens = inputs.tokens[rows, inputs.frame].reshape(B * S, *inputs.tokens.shape[2:])
         x = self.slot_mlp(inputs.slot_states).reshape(B * S, 1, -1)
         for layer in self.layers.values():
             x = layer(x, tokens)
@@ -102,19 +100,6 @@ def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, 
     }
 
 
-def cells_inside(boxes: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Normalised xyxy float32[..., 4] -> float32[..., rows * columns]: equal shares, sum 1.
-
-    Cells whose centre is inside; of a box that holds no centre, the cell nearest to its middle.
-    """
-    places, boxes = cell_centres(rows, columns), boxes[..., None, :]
-    inside = jnp.all((boxes[..., :2] <= places) & (places <= boxes[..., 2:]), axis=-1)
-    gap = jnp.sum((places - (boxes[..., :2] + boxes[..., 2:]) / 2) ** 2, axis=-1)
-    nearest = jax.nn.one_hot(jnp.argmin(gap, axis=-1), rows * columns)
-    count = jnp.sum(inside, axis=-1, keepdims=True)
-    return jnp.where(count > 0, inside / jnp.maximum(count, 1), nearest)
-
-
 def decode(prediction: Mapping[str, np.ndarray], clip: ClipInfo) -> dict:
     """-> {"box": [x1, y1, x2, y2] normalised, "box_pixels": in pixels, "time": seconds}."""
     box = np.clip(np.asarray(prediction["boxes"], np.float64), 0.0, 1.0)
@@ -134,4 +119,5 @@ HEAD = Head(
     module=RegionHead,
     loss=loss,
     decode=decode,
+    reads_tokens=True,
 )
