@@ -151,7 +151,7 @@ def test_a_workdir_in_a_bucket_holds_what_a_local_one_does(data, whole, tmp_path
     """Interrupted once. Checkpoints stay here: Orbax reaches buckets by drivers of its own."""
     memory_bucket.install(monkeypatch)
     monkeypatch.setattr(
-        tpo_jax.train, "Checkpoints", lambda folder, policy: Checkpoints(tmp_path, policy)
+        tpo_jax.train, "Checkpoints", lambda folder, *rest: Checkpoints(tmp_path, *rest)
     )
     workdir = epath.Path("gs://bucket/run")
     config = tiny_run.get_config(f"data={data}")
