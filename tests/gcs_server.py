@@ -4,7 +4,7 @@ Orbax has its arrays written by tensorstore, which does not know Python's file s
 address in TENSORSTORE_GCS_HTTP_URL. With both, one bucket in memory holds all of a checkpoint.
 """
 
-import contextlib
+import functools
 import http.server
 import json
 import re
@@ -111,22 +111,23 @@ def _metadata(name, content):
                        "kind": "storage#object"}).encode()  # fmt: skip
 
 
-@contextlib.contextmanager
-def serving(monkeypatch):
-    """For one test, gs:// is an empty bucket in memory, for Python and for tensorstore.
-
-    Gives the list of requests, which grows.
-    """
-    memory_bucket.install(monkeypatch)
+@functools.cache
+def _server():
+    """One for all tests of a process: tensorstore may remember the address."""
     server = http.server.ThreadingHTTPServer(("localhost", 0), _Handler)
     server.daemon_threads, server.asked = True, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def install(monkeypatch):
+    """For one test, gs:// is an empty bucket in memory, for Python and for tensorstore.
+
+    Returns the list of requests, which grows.
+    """
+    memory_bucket.install(monkeypatch)
+    server = _server()
+    server.asked.clear()
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://localhost:{server.server_port}")
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield server.asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return server.asked

@@ -35,7 +35,9 @@ def make_state(seed: int, mesh) -> TrainState:
 
 
 def abstract(state):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
 
 
 def unit(step: int, mesh) -> Checkpoint:

@@ -12,8 +12,8 @@ changed since it was written is refused by name.
 The state is stored as a flat dict {"params/vision/...": array}: the files depend on path names,
 not on the classes that held the leaves, and a wrong structure is reported by name.
 
-`LocalCheckpoints`, a second and faster tier on the hosts, may stand beside the directory: a run then
-goes on from the newest step that is complete in either of them.
+`LocalCheckpoints`, a second and faster tier on the hosts, may stand beside the directory: a run
+then goes on from the newest step that is complete in either of them.
 
 This module calls Orbax's free functions rather than its `Checkpointer`: that class asks JAX's
 preemption service about *its* step numbers, from a background thread as well, which would
@@ -76,7 +76,8 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints under one directory. Every process makes the same calls in the same order.
 
-    At most one save is under way; the next `save` and `close` wait for it and raise its error.
+    At most one save is under way in each tier; the next `save` and `close` wait for it and raise
+    its error.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class Checkpoints:
         if jax.process_count() > 1:
             newest = int(multihost_utils.broadcast_one_to_all(newest))
         if self._local is not None:
-            self._local_step = self._local.latest(newest)
+            self._local_step = self._local.latest(newest, FORMAT_VERSION)
             newest = newest if self._local_step is None else self._local_step
         return None if newest < 0 else newest
 
@@ -159,7 +160,7 @@ class Checkpoints:
             self._local.save(step, checkpoint.state, run)
         if save.kinds == ("local",):
             return  # beside one of the directory that may be under way
-        self.wait()
+        self._wait_directory()
         if step in self.steps():
             return
         path = self.directory / str(step)
@@ -174,12 +175,17 @@ class Checkpoints:
         checksums.write(path, jax.process_index(), jax.process_count())
 
     def wait(self) -> None:
-        """Blocks until the save under way is complete, then removes what the policy drops.
+        """Blocks until the saves under way are complete, then removes what the policy drops.
 
         Raises:
-          CheckpointError: the save failed.
+          CheckpointError: a save failed.
         """
         self._wait_local()
+        self._wait_directory()
+
+    close = wait
+
+    def _wait_directory(self) -> None:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -192,8 +198,6 @@ class Checkpoints:
             self._saves = {step: self._saves.get(step) or self._read_save(step) for step in there}
             for step in sorted(set(there) - self._policy.retained(self._saves)):
                 self._remove(step)
-
-    close = wait
 
     def _wait_local(self) -> None:
         if self._local is None:
@@ -237,6 +241,7 @@ class Checkpoints:
         newer = [other for other in self.steps() if other > step]
         if self._local is not None:
             self._local.remove_after(step)
+            self._local_step = None
         if jax.process_index() == 0:
             for other in newer:
                 aside = self.directory / f"{other}.set_aside"

@@ -266,8 +266,8 @@ def _check_scalars(config: ConfigDict) -> list[str]:
     )  # fmt: skip
     not_negative = (
         "eval_every", "eval_batches", "checkpoint.permanent", "checkpoint.minutes",
-        "checkpoint.best", "checkpoint.local_every", "divergence.spike", "divergence.rollbacks", "profile.start",
-        "profile.steps",
+        "checkpoint.best", "checkpoint.local_every", "divergence.spike", "divergence.rollbacks",
+        "profile.start", "profile.steps",
     )  # fmt: skip
     for option in (*positive, *not_negative):
         value, low = _get(config, option), 1 if option in positive else 0

@@ -103,16 +103,17 @@ class LocalCheckpoints:
             if not re.fullmatch(r"\d+", path.name) or which(int(path.name)):
                 path.rmtree()
 
-    def latest(self, oldest: int) -> int | None:
+    def latest(self, oldest: int, format_version: int) -> int | None:
         """The newest step, not below `oldest`, that is whole on every process; None without one.
 
-        A process that lacks its part of it has it afterwards.
+        A process that lacks its part of it has it afterwards. One of another format version is
+        not used.
         """
         self.wait()
-        everyone = _gather({"wanted": self._layout, "held": self._held()})
-        steps = {step for process in everyone for step in process["held"]}
-        for step in sorted((step for step in steps if step >= oldest), reverse=True):
-            if self._complete(step, [process["wanted"] for process in everyone]):
+        wanted = _gather(self._layout)
+        steps = {step for held in _gather(self._held()) for step in held if step >= oldest}
+        for step in sorted(steps, reverse=True):
+            if self._complete(step, wanted, format_version):
                 self._valid = [step]
                 self._say(f"going on from the local checkpoint of step {step}")
                 return step
@@ -128,9 +129,13 @@ class LocalCheckpoints:
         names = (path.name for path in self.directory.iterdir())
         return [int(name) for name in names if re.fullmatch(r"\d+", name)]
 
-    def _complete(self, step: int, wanted: list[str]) -> bool:
-        """Whether every process has its part of `step`, after it was sent to those without."""
-        problems = _gather(self._problem(step))
+    def _complete(self, step: int, wanted: list[str], version: int) -> bool:
+        """Whether every process has its part of `step`, after it was sent to those without.
+
+        Args:
+          wanted: layouts of the processes.
+        """
+        problems = _gather(self._problem(step, version))
         lacking = [i for i, problem in enumerate(problems) if problem]
         if not lacking:
             return True
@@ -143,18 +148,21 @@ class LocalCheckpoints:
         if all(wanted[i] in givers for i in lacking):
             for part in sorted({wanted[i] for i in lacking}):
                 self._send(step, givers[part], [i for i in lacking if wanted[i] == part])
-            problems = _gather(self._problem(step))
+            problems = _gather(self._problem(step, version))
             told += [f"  process {i}: {problem}" for i, problem in enumerate(problems) if problem]
         self._say("\n".join(told))
         return not any(problems)
 
-    def _problem(self, step: int) -> str:
+    def _problem(self, step: int, version: int) -> str:
         """Why the part of this process cannot be used; "" if it can."""
         path = self.directory / str(step)
         if not path.exists():
             return "has no files"
         try:
-            if self.read(step)[_LAYOUT] != self._layout:
+            run = self.read(step)
+            if run["format_version"] != version:
+                return f"has format version {run['format_version']}, this program reads {version}"
+            if run[_LAYOUT] != self._layout:
                 return "was written for another mesh, number of processes or program"
         except (OSError, ValueError, KeyError, TypeError):
             pass  # the checksums tell
@@ -242,7 +250,7 @@ def layout(state: Any) -> str:
 
 
 def _name(path: str, index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
-    """"params/vision/kernel@0:64,0:128"."""
+    """Of a part of a leaf: "params/vision/kernel@0:64,0:128"."""
     bounds = (each.indices(size)[:2] for each, size in zip(index, shape, strict=True))
     return f"{path}@{','.join(f'{start}:{stop}' for start, stop in bounds)}"
 
