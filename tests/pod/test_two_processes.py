@@ -144,6 +144,7 @@ def test_sigterm_to_one_stops_both_at_one_step_and_the_restart_continues(data, t
     assert_close(metrics(alone), metrics(together))
 
 
+@pytest.mark.long
 def test_killed_and_without_the_disk_of_one_host_it_goes_on_from_the_other(
     data, together, tmp_path
 ):
