@@ -8,7 +8,6 @@ import pytest
 from tpo_jax.training.config import (
     ConfigError,
     bucket_config,
-    changed_since,
     default_config,
     from_dict,
     parse_arg,
@@ -16,6 +15,7 @@ from tpo_jax.training.config import (
     to_dict,
     validate,
 )
+from tpo_jax.training.config_changes import changed_since
 
 
 def good():
