@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from etils import epath
@@ -21,6 +21,7 @@ from tpo_jax.interop.chat_template import read_json
 from tpo_jax.interop.families.base import Family, FamilyError
 from tpo_jax.interop.families.registry import FAMILIES, family_of, from_leaves, to_leaves
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads import tokens_of
 
 
 def is_family(source: epath.PathLike) -> bool:
@@ -67,6 +68,7 @@ def import_family(
     path = epath.Path(source)
     family, config, data = read_config(path, options or {})
     tensors = huggingface.read_tensors(path)
+    config = _headed(family, config, data, tensors, data.get("heads"))
     leaves, carried = to_leaves(family, config, tensors)
     if not (path / "tokenizer.json").exists():
         raise FamilyError(f"{path / 'tokenizer.json'}: missing; save the tokenizer as a fast one")
@@ -75,9 +77,15 @@ def import_family(
         family.template, sampling=sampling.method, time_instruction=sampling.time_instruction
     )
     codec = fitted_codec(Tokenizer.from_str((path / "tokenizer.json").read_text()), template)
+    if missing := set(tokens_of(config.heads)) - codec.task_tokens.keys():
+        raise FamilyError(
+            f"{path / 'tokenizer.json'}: has no {sorted(missing)}, which heads "
+            f"{list(config.heads)} need; add them, or leave the heads out with --set heads=[]"
+        )
+    tokens = codec.task_tokens if config.heads else {}
     dtype = "bfloat16" if leaves["language/embed/table"].dtype.name == "bfloat16" else "float32"
     config = dataclasses.replace(
-        config, visual_offset=codec.template.visual_offset, dtype=dtype
+        config, tokens=tokens, visual_offset=codec.template.visual_offset, dtype=dtype
     )
     folder.write_model(
         out, config.to_dict(), leaves, codec, preprocessor=folder.preprocessor(config)
@@ -86,6 +94,7 @@ def import_family(
         f"{out}: {family.name}, {len(leaves)} parameters",
         f"frames: {sampling.frames}, {sampling.method}; time instruction: "
         + ("yes" if sampling.time_instruction else "no"),
+        f"heads: {', '.join(config.heads) or 'none'}",
     ]
     return lines + [f"  carried, not used: {name}" for name in sorted(carried)]
 
@@ -96,20 +105,25 @@ def export_family(
     """Writes a model in the layout of the published folder `like`; returns the names of files.
 
     Raises:
-      FamilyError: the model has other sizes than `like`, or heads, which no family has.
+      FamilyError: the model has other sizes than `like`, or heads that have no place in it.
     """
     source, final = epath.Path(like), epath.Path(out)
     config = folder.load_config(model)
-    family, published, _ = read_config(source, {})
-    if config.heads:
-        raise FamilyError(f"{model}: heads {config.heads} have no place in {family.name}")
-    for part in ("vision", "connector", "language"):
+    family, published, data = read_config(source, {})
+    tensors = huggingface.read_tensors(source)
+    published = _headed(family, published, data, tensors, config.heads)
+    if config.heads and config.box_encoder != published.box_encoder:
+        raise FamilyError(
+            f"{model}: box_encoder={config.box_encoder!r}, but {like} has "
+            f"{published.box_encoder!r}; train from the imported folder"
+        )
+    parts = ["vision", "connector", "language", *(["sam2"] if "sam2" in config.heads else [])]
+    for part in parts:
         if _sizes(getattr(config, part)) != _sizes(getattr(published, part)):
             raise FamilyError(
                 f"{model}: {part} is {getattr(config, part)}, but {like} is "
                 f"{getattr(published, part)}"
             )
-    tensors = huggingface.read_tensors(source)
     _, carried = to_leaves(family, published, tensors)
     theirs = from_leaves(family, config, folder.open_leaves(model), carried, tensors.keys())
     temporary = final.with_name(final.name + ".tmp")
@@ -135,6 +149,18 @@ def fitted_codec(tokenizer: Tokenizer, template: ChatTemplate) -> TextCodec:
         elif piece:
             count += len(tokenizer.encode(piece, add_special_tokens=False).ids)
     return TextCodec(tokenizer, dataclasses.replace(template, visual_offset=count))
+
+
+def _headed(
+    family: Family, config: ModelConfig, data: Mapping[str, Any], keys: Collection[str],
+    chosen: Collection[str] | None,
+) -> ModelConfig:
+    """The configuration with the chosen heads of a checkpoint; None: all that load."""
+    if family.with_heads is None:
+        if chosen:
+            raise FamilyError(f"heads {list(chosen)} have no place in {family.name}")
+        return config
+    return family.with_heads(config, keys, chosen, data.get("sam2_config"))
 
 
 def _sizes(part: Any) -> dict[str, Any]:
