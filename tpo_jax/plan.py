@@ -216,6 +216,7 @@ def plan(config: ConfigDict, topology: str, num_slices: int = 1) -> list[Program
         plans.append(plan_bucket(*step))
         print(report(plans[-1], topology, num_slices), flush=True)
         print(report_bound(plans[-1], estimate_step(*step), topology, config.steps), flush=True)
+    print(f"{len(plans)} programs compiled in {sum(p.seconds for p in plans):.0f} s", flush=True)
     return plans
 
 
