@@ -52,9 +52,7 @@ def test_the_published_loss():
     boxes, wanted = boxes.reshape(2, 3, 4), wanted.reshape(2, 3, 4)
     valid = np.array([[True, False, True], [True, True, False]])
     terms = loss({"boxes": jnp.asarray(boxes)}, {"boxes": jnp.asarray(wanted)}, jnp.asarray(valid))
-    total = sum(
-        weight * float(terms[name].mean()) for name, weight in published_weights().items()
-    )
+    total = sum(weight * float(terms[name].mean()) for name, weight in published_weights().items())
     overlaps = [giou(b, w) for b, w in zip(boxes[valid], wanted[valid], strict=True)]
     expected = 2 * np.abs(boxes - wanted)[valid].mean() + 0.2 * (1 - np.mean(overlaps))
     np.testing.assert_allclose(total, expected, rtol=1e-5)

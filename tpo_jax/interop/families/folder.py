@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -110,20 +110,12 @@ def export_family(
     source, final = epath.Path(like), epath.Path(out)
     config = folder.load_config(model)
     family, published, data = read_config(source, {})
+    parts = ("vision", "connector", "language")
+    _same_sizes(model, config, like, published, parts)
     tensors = huggingface.read_tensors(source)
     published = _headed(family, published, data, tensors, config.heads)
-    if config.heads and config.box_encoder != published.box_encoder:
-        raise FamilyError(
-            f"{model}: box_encoder={config.box_encoder!r}, but {like} has "
-            f"{published.box_encoder!r}; train from the imported folder"
-        )
-    parts = ["vision", "connector", "language", *(["sam2"] if "sam2" in config.heads else [])]
-    for part in parts:
-        if _sizes(getattr(config, part)) != _sizes(getattr(published, part)):
-            raise FamilyError(
-                f"{model}: {part} is {getattr(config, part)}, but {like} is "
-                f"{getattr(published, part)}"
-            )
+    parts = ("box_encoder", "sam2") if "sam2" in config.heads else ("box_encoder",)
+    _same_sizes(model, config, like, published, parts if config.heads else ())
     _, carried = to_leaves(family, published, tensors)
     theirs = from_leaves(family, config, folder.open_leaves(model), carried, tensors.keys())
     temporary = final.with_name(final.name + ".tmp")
@@ -163,7 +155,19 @@ def _headed(
     return family.with_heads(config, keys, chosen, data.get("sam2_config"))
 
 
-def _sizes(part: Any) -> dict[str, Any]:
+def _same_sizes(
+    model: epath.PathLike, config: ModelConfig, like: epath.PathLike, published: ModelConfig,
+    parts: Sequence[str],
+) -> None:
+    for part in parts:
+        ours, theirs = getattr(config, part), getattr(published, part)
+        if _sizes(ours) != _sizes(theirs):
+            raise FamilyError(f"{model}: {part} is {ours}, but {like} is {theirs}")
+
+
+def _sizes(part: Any) -> Any:
     """What decides shapes and meaning; how it is run may differ."""
     running = ("remat", "unroll", "attention", "dropout", "max_frames")
+    if not dataclasses.is_dataclass(part):
+        return part
     return {k: v for k, v in dataclasses.asdict(part).items() if k not in running}

@@ -1,8 +1,8 @@
 """The heads of VideoChat-TPO (2412.19326): its region MLP, its box encoder and SAM 2 with adapter.
 
-Names are those of OpenGVLab/TPO's model.safetensors.index.json; SAM 2's are those of its own release
-(facebookresearch/sam2), where `interop.sam2` has the names of `transformers`. The temporal head is
-of another function than the head cg_detr here (docs/families.md) and stays carried.
+Names are those of OpenGVLab/TPO's model.safetensors.index.json; SAM 2's are those of its own
+release (facebookresearch/sam2), where `interop.sam2` has the names of `transformers`. The temporal
+head is of another function than the head cg_detr here (docs/families.md) and stays carried.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _RENAMED = (
     (r"\.proj_in\.", ".layers.0."),
     (r"\.proj_out\.", ".layers.1."),
     (r"^object_pointer_proj\.", "obj_ptr_proj."),
-    (r"^vision_encoder\.backbone\.patch_embed\.projection\.", "image_encoder.trunk.patch_embed.proj."),
+    (r"^(vision_encoder\.backbone\.patch_embed)\.projection\.", r"\1.proj."),
     (r"^vision_encoder\.backbone\.", "image_encoder.trunk."),
     (r"^vision_encoder\.neck\.convs\.(\d+)\.", r"image_encoder.neck.convs.\1.conv."),
     (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings.{layer}."),
@@ -80,7 +80,9 @@ _STEPS = re.compile(r"\.mask_downsampler\.layers\.(\d)\.(conv|norm)\.")
 
 
 def with_heads(
-    config: ModelConfig, keys: Collection[str], chosen: Collection[str] | None,
+    config: ModelConfig,
+    keys: Collection[str],
+    chosen: Collection[str] | None,
     sizes: Mapping[str, Any] | None = None,
 ) -> ModelConfig:
     """The configuration with heads of the checkpoint, without the ids of their tokens.
@@ -156,4 +158,6 @@ def release_key(key: str) -> str:
     """The release's name of a tensor of `transformers`."""
     for pattern, name in _RENAMED:
         key = re.sub(pattern, name, key)
-    return _STEPS.sub(lambda m: f".mask_downsampler.encoder.{3 * int(m[1]) + (m[2] == 'norm')}.", key)
+    return _STEPS.sub(
+        lambda m: f".mask_downsampler.encoder.{3 * int(m[1]) + (m[2] == 'norm')}.", key
+    )
