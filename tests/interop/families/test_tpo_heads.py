@@ -2,15 +2,18 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
 import re
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from fake_batches import FAST_COMPILE
 from flax import nnx
 from tokenizers import AddedToken
 
@@ -182,6 +185,24 @@ def test_labels_and_frequencies_of_prompts(published, model):
     matrix = tensors["sam.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"]
     for path in FREQUENCIES:
         np.testing.assert_array_equal(leaves[path], matrix)
+
+
+@pytest.mark.long
+def test_the_mask_head_reads_the_published_dtype_as_float32(model):
+    """An imported folder is bfloat16; what it answers is that of the same numbers in float32."""
+    config, params, _ = folder.load_model(model[0])
+    rng, net = np.random.default_rng(2), FunctionalModel(config)
+    states = rng.normal(size=(1, 1, config.language.width)).astype(np.float32)
+    frames = rng.integers(0, 256, (1, 2, *[config.vision.image_size] * 2, 3), np.uint8)
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def answer(params):
+        return net.bind(params).run_head("sam2", states, None, frames, np.ones((1, 2), bool))
+
+    low, high = answer(params), answer(jax.tree.map(lambda x: x.astype(np.float32), params))
+    for name in ("masks", "presence"):
+        assert low[name].dtype == jnp.float32 and np.isfinite(low[name]).all()
+        np.testing.assert_allclose(low[name], high[name], rtol=1e-3, atol=1e-3)
 
 
 def test_frequencies_that_differ_are_refused(published):
