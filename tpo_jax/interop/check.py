@@ -17,6 +17,7 @@ from tpo_jax.models.video_language import FunctionalModel
 
 QUESTION = "what happens here?"
 SECONDS_APART = 0.7
+BOX = (0.2, 0.3, 0.6, 0.7)  # that the user draws for a head that tracks
 
 
 def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> dict[str, float]:
@@ -49,7 +50,8 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
         differences[f"logits/{name or 'hidden'}"] = _difference(ours["logits"], logits)
         if head:
             prompt = [theirs[:, codec.after_visual : -2]] if head.reads_prompt else []
-            states = getattr(other, name)(theirs[:, -1:], features, *prompt)
+            drawn = {"box": BOX} if head.task == "mask" else {}
+            states = getattr(other, name)(theirs[:, -1:], features, *prompt, **drawn)
             differences |= _head_differences(name, ours["head"], states)
     return differences
 
@@ -98,11 +100,11 @@ def _forward(
         out = {"patches": encoded.features.patches, "visual": encoded.visual, "hidden": hidden,
                "logits": hidden @ module.language.table.T}  # fmt: skip
         if head:
-            more = {}
+            more = {"boxes": jnp.array([[BOX]]), "box_valid": jnp.ones((1, 1), bool)}
             if HEADS[head].reads_prompt:
                 # The question, between what closes the video and the routing token.
                 prompt = hidden[:, None, codec.after_visual : -2]
-                more = {"prompt": prompt, "prompt_valid": jnp.ones(prompt.shape[:3], bool)}
+                more |= {"prompt": prompt, "prompt_valid": jnp.ones(prompt.shape[:3], bool)}
             states = hidden[:, -1:]
             out["head"] = module.run_head(head, states, encoded.features, frames, valid, **more)
         return out

@@ -22,6 +22,9 @@ BOX_MARKER, BOX_TOKEN = "<box>", "<track_box>"
 # Under which a model keeps the tokens that its heads share, beside the heads.
 FRAME_TOKENS = "frame_tokens"
 
+# Score of a token that attention must not see: finite, so that a row without any stays finite.
+_UNSEEN = -1e30
+
 # The shortest wave of a position is 1 / 32 of the frame or the clip.
 POSITION_OCTAVES = 6
 
@@ -152,19 +155,47 @@ class SlotAttention(nnx.Module):
         self.mlp = Mlp(width, 2 * width, width, rngs=rngs)
         self.heads = heads
 
-    def __call__(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
-        """float32[rows, S, C], float32[rows, T, C] -> float32[rows, S, C]."""
+    def __call__(
+        self, queries: jax.Array, tokens: jax.Array, valid: jax.Array | None = None
+    ) -> jax.Array:
+        """float32[rows, S, C], float32[rows, T, C], bool[rows, T] -> float32[rows, S, C]."""
         rows, S, C = queries.shape
         H = C // self.heads
         q = self.q_proj(self.query_norm(queries)).reshape(rows, S, self.heads, H)
         to_keys = self.k_proj.merged_kernel.reshape(C, self.heads, H)
         to_values = self.v_proj.merged_kernel.reshape(C, self.heads, H)
         q = jnp.einsum("bsnh,cnh->bsnc", q * H**-0.5, to_keys).reshape(rows, -1, C)
-        weights = jax.nn.softmax(jnp.einsum("bqc,btc->bqt", q, tokens), axis=-1)
+        scores = jnp.einsum("bqc,btc->bqt", q, tokens)
+        if valid is not None:
+            scores = jnp.where(valid[:, None], scores, _UNSEEN)
+        weights = jax.nn.softmax(scores, axis=-1)
         pooled = jnp.einsum("bqt,btc->bqc", weights, tokens).reshape(rows, S, self.heads, C)
         mixed = jnp.einsum("bsnc,cnh->bsnh", pooled, to_values).reshape(rows, S, C)
         x = queries + self.o_proj(mixed + self.v_proj.bias[...])
         return x + self.mlp(self.mlp_norm(x))
+
+
+class SlotQuery(nnx.Module):
+    """What a slot looks for: its state, and the words of its question that it attends to.
+
+    The state alone would do, but a language model that is still small has to learn first to carry
+    the whole question to the slot, and until then a head that sees nothing else learns nothing.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
+        width, given = config.head.width, config.language.width
+        self.slot_mlp = Mlp(given, 2 * width, width, rngs=rngs)
+        self.word_proj = Linear(given, width, rngs=rngs)
+        self.word_norm = LayerNorm(width)
+        self.reading = SlotAttention(width, config.head.heads, rngs=rngs)
+
+    def __call__(self, inputs: HeadInputs) -> jax.Array:
+        """-> float32[B, S, C]"""
+        B, S, R, _ = inputs.prompt.shape
+        words = self.word_norm(self.word_proj(inputs.prompt)).reshape(B * S, R, -1)
+        slots = self.slot_mlp(inputs.slot_states).reshape(B * S, 1, -1)
+        valid = inputs.prompt_valid.reshape(B * S, R)
+        return self.reading(slots, words, valid).reshape(B, S, -1)
 
 
 class FrameTokens(nnx.Module):
