@@ -218,7 +218,7 @@ def test_frequencies_that_differ_are_refused(published):
 ])  # fmt: skip
 def test_a_head_of_another_function_is_refused_by_name(source, tmp_path, name, reason):
     with pytest.raises(FamilyError, match=f"heads: '{name}' does not load .*{reason}"):
-        import_family(source, tmp_path / "model", {"heads": [name]})
+        import_family(source, tmp_path / "model", {"heads": name})
 
 
 def test_heads_can_be_left_out_and_are_carried_then(published):

@@ -60,7 +60,7 @@ def import_family(
     """Writes a model folder; returns what to tell about it.
 
     Args:
-      options: entries of config.json that the published file lacks.
+      options: entries of config.json that the published file lacks; "heads" are those to load.
 
     Raises:
       FamilyError, MappingError, HuggingFaceError, TensorFileError: name what does not fit.
@@ -68,7 +68,9 @@ def import_family(
     path = epath.Path(source)
     family, config, data = read_config(path, options or {})
     tensors = huggingface.read_tensors(path)
-    config = _headed(family, config, data, tensors, data.get("heads"))
+    chosen = data.get("heads")
+    chosen = [chosen] if isinstance(chosen, str) else chosen  # --set heads=region_mlp
+    config = _headed(family, config, data, tensors, chosen)
     leaves, carried = to_leaves(family, config, tensors)
     if not (path / "tokenizer.json").exists():
         raise FamilyError(f"{path / 'tokenizer.json'}: missing; save the tokenizer as a fast one")
