@@ -45,6 +45,7 @@ class HeadInputs:
 
     Only for heads with `reads_prompt`:
     prompt: float32[B, S, R, D], hidden states of the slot's question, its video behind them.
+    prompt_embeds: float32[B, S, R, D], what went into the language model there: words as such.
     prompt_valid: bool[B, S, R].
 
     Only where the batch has boxes that the user draws on the first frame:
@@ -62,6 +63,7 @@ class HeadInputs:
     frame: jax.Array
     tokens: jax.Array | None = None
     prompt: jax.Array | None = None
+    prompt_embeds: jax.Array | None = None
     prompt_valid: jax.Array | None = None
     boxes: jax.Array | None = None
     box_valid: jax.Array | None = None
@@ -104,7 +106,7 @@ class Head:
     task: what it answers, the name inside its marker; by default a task of its own, `name`.
     coupled: terms that compare rows of the whole batch; they refuse gradient accumulation.
     reads_tokens: whether it gets `HeadInputs.tokens`.
-    reads_prompt: whether it gets `HeadInputs.prompt`.
+    reads_prompt: whether it gets `HeadInputs.prompt` and the two arrays that belong to it.
 
     A head with a task of its own says what the built-in tasks have in their rooms:
     target: data.targets.SlotTarget, from the targets of an example to arrays.
@@ -178,13 +180,15 @@ class SlotAttention(nnx.Module):
 class SlotQuery(nnx.Module):
     """What a slot looks for: its state, and the words of its question that it attends to.
 
-    The state alone would do, but a language model that is still small has to learn first to carry
-    the whole question to the slot, and until then a head that sees nothing else learns nothing.
+    The state alone would do in the end, but the language model has to learn first to carry the
+    whole question to the slot, and its last states say what comes next rather than what was said.
+    Until then a head that sees nothing else does not learn which thing is meant.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         width, given = config.head.width, config.language.width
         self.slot_mlp = Mlp(given, 2 * width, width, rngs=rngs)
+        self.embed_norm = LayerNorm(given)
         self.word_proj = Linear(given, width, rngs=rngs)
         self.word_norm = LayerNorm(width)
         self.reading = SlotAttention(width, config.head.heads, rngs=rngs)
@@ -192,7 +196,8 @@ class SlotQuery(nnx.Module):
     def __call__(self, inputs: HeadInputs) -> jax.Array:
         """-> float32[B, S, C]"""
         B, S, R, _ = inputs.prompt.shape
-        words = self.word_norm(self.word_proj(inputs.prompt)).reshape(B * S, R, -1)
+        words = self.word_proj(inputs.prompt + self.embed_norm(inputs.prompt_embeds))
+        words = self.word_norm(words).reshape(B * S, R, -1)
         slots = self.slot_mlp(inputs.slot_states).reshape(B * S, 1, -1)
         valid = inputs.prompt_valid.reshape(B * S, R)
         return self.reading(slots, words, valid).reshape(B, S, -1)

@@ -1,10 +1,10 @@
 """Region head: the box of what the answer refers to, on one frame.
 
-The slot reads its question, gathers context from the tokens of the chosen frame, becomes a query, and
-is matched with every cell of that frame. The matches are a distribution over cells: its mean is the centre of
-the box and its spread the size (the soft-argmax of Nibali et al. 2018, 1801.07372), both corrected
-by a small readout. The cells inside the wanted box are labels for the matches themselves, which
-says *which* thing is meant long before a box is any good.
+The slot reads its question, gathers context from the tokens of the chosen frame, becomes a query,
+and is matched with every cell of that frame. The matches are a distribution over cells: its mean is
+the centre of the box and its spread the size (the soft-argmax of Nibali et al. 2018, 1801.07372),
+both corrected by a small readout. The cells inside the wanted box are labels for the matches
+themselves, which says *which* thing is meant long before a box is any good.
 """
 
 from __future__ import annotations
