@@ -38,12 +38,13 @@ def default_config() -> ConfigDict:
     config.objective = "sft"  # or "preference" (DPO and relatives)
     config.model = {
         "preset": "tiny",  # models.presets.PRESETS; "": the configuration in init_from
-        "heads": [],  # of models.heads.HEADS: region, temporal or cg_detr, mask or sam2
+        "heads": [],  # of models.heads.HEADS: region or region_mlp, temporal or cg_detr, ...
     }
     config.sam2 = ""  # size of the head sam2, of models.sam2_config.SIZES; "": that of init_from
     config.init_from = ""  # model folder to start from; "": random weights
     config.init_missing = []  # regexes of parameters that init_from may lack (new heads)
     config.tokenizer = ""  # tokenizer.json; "": the one in init_from
+    config.time_instruction = False  # tell the times of frames in words; init_from says it itself
     config.data = {
         "train": [],  # source_config(...): prepared folders and their weights
         "validation": [],
@@ -317,6 +318,9 @@ def _check_scalars(config: ConfigDict) -> list[str]:
     if config.tokenizer and config.init_from:
         reason = f"init_from={config.init_from!r} brings its own"
         problems.append(_problem("tokenizer", config.tokenizer, reason, "leave it empty"))
+    if config.time_instruction and config.init_from:
+        reason = f"init_from={config.init_from!r} says it in its template.json"
+        problems.append(_problem("time_instruction", True, reason, "leave it False"))
     if not config.model.preset and not config.init_from:
         fix = "name a preset, or a model folder in init_from"
         problems.append(_problem("model.preset", "", "no preset and no init_from", fix))

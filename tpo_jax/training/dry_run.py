@@ -116,7 +116,8 @@ class DryRun:
     def _model(self) -> str:
         self.model_config, self.codec = make_model_config(self.config)
         self.params = FunctionalModel(self.model_config).abstract()
-        self.buckets = read_buckets(training_config.to_dict(self.config)["buckets"])
+        buckets = training_config.to_dict(self.config)["buckets"]
+        self.buckets = read_buckets(buckets, self.codec)
         self.reference: Reference | None = None
         leaves = flatten(self.params).values()
         return (
