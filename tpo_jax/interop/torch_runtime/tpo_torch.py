@@ -72,7 +72,7 @@ def cell_centres(rows, columns):
 
 
 def cells_inside(box, grid):
-    """Equal shares [grid * grid], sum 1, of the cells whose centre is in the box, or the nearest."""
+    """Equal shares [grid * grid] of the cells with their centre in the box, else the nearest."""
     places = cell_centres(grid, grid)
     inside = ((box[:2] <= places) & (places <= box[2:])).all(-1).float()
     if not inside.any():

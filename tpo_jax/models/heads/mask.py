@@ -1,12 +1,12 @@
 """Mask head: what the answer refers to, pixel by pixel in every frame, or that it is absent.
 
-The slot reads its question, looks for its thing in each frame's tokens, tells the other frames what
-it found and looks again, and becomes one query a frame. Mask logits are the query's match with every
-cell of the frame, up-sampled, plus its dot products with finer pixel embeddings (as in MaskFormer,
-Cheng et al. 2021, 2107.06278). The matches are also labelled as a distribution over cells, as in the
-region head: that says *which* thing is meant long before its outline is any good. Tracking is the
-same head with a box as the question: the tokens in the box on the first frame say what to look for.
-Boxes are the extents of the masks.
+The slot reads its question, looks for its thing in each frame's tokens, tells the other frames
+what it found and looks again, and becomes one query a frame. Mask logits are the query's match with
+every cell of the frame, up-sampled, plus its dot products with finer pixel embeddings (as in
+MaskFormer, Cheng et al. 2021, 2107.06278). The matches are also labelled as a distribution over
+cells, as in the region head: that says *which* thing is meant long before its outline is any good.
+Tracking is the same head with a box as the question: the tokens in the box on the first frame say
+what to look for. Boxes are the extents of the masks.
 """
 
 from __future__ import annotations
