@@ -166,7 +166,8 @@ def test_a_video_is_shown_in_the_smallest_number_that_takes_its_frames(stored, f
 
 
 @pytest.mark.parametrize("field, value", [
-    ("frames", 0), ("fewer", (8,)), ("mix", 1.5), ("subset", 0.0), ("subset", 1.0), ("right", "left")])
+    ("frames", 0), ("fewer", (8,)), ("mix", 1.5), ("subset", 0.0), ("subset", 1.0),
+    ("right", "left")])
 def test_bad_evidence_settings_are_named(field, value):
     with pytest.raises(ValueError, match=f"^{field}: "):
         EvidenceSettings(**{"frames": 8, field: value})
