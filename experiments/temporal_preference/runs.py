@@ -29,7 +29,7 @@ class Scale:
       needles: a cell of the map has the questions about so many videos.
     """
 
-    train: int = 400
+    train: int = 500
     test: int = 120
     seconds: int = 32
     density: float = 1.0
