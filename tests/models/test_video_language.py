@@ -56,7 +56,9 @@ def test_parameters_have_the_agreed_names(model, params):
         "task_tokens/temporal", "task_tokens/mask", "box_encoder/fc1/kernel",
     ):  # fmt: skip
         assert path in paths, path
-    assert {path.split("/")[1] for path in paths if path.startswith("heads/")} == set(NAMES)
+    assert {path.split("/")[1] for path in paths if path.startswith("heads/")} == {
+        *NAMES, "frame_tokens",
+    }
     shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in _paths(model.abstract()).items()}
     assert shapes == {path: (leaf.shape, leaf.dtype) for path, leaf in paths.items()}
     base = _paths(FunctionalModel(micro()).abstract())

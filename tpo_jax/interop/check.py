@@ -17,6 +17,7 @@ from tpo_jax.models.video_language import FunctionalModel
 
 QUESTION = "what happens here?"
 SECONDS_APART = 0.7
+BOX = (0.2, 0.3, 0.6, 0.7)  # that the user draws for a head that tracks
 
 
 def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> dict[str, float]:
@@ -48,8 +49,13 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
         logits = other.language.lm_head(theirs)
         differences[f"logits/{name or 'hidden'}"] = _difference(ours["logits"], logits)
         if head:
-            prompt = [theirs[:, codec.after_visual : -2]] if head.reads_prompt else []
-            states = getattr(other, name)(theirs[:, -1:], features, *prompt)
+            more = {"box": BOX} if head.task == "mask" else {}
+            if head.reads_prompt:
+                more["prompt"] = theirs[:, codec.after_visual : -2]
+            if name in ("region", "mask"):
+                after = other.prompt_ids(QUESTION, written)[1]
+                more["embeds"] = other.embed(after[codec.after_visual : -2])
+            states = getattr(other, name)(theirs[:, -1:], features, **more)
             differences |= _head_differences(name, ours["head"], states)
     return differences
 
@@ -98,11 +104,13 @@ def _forward(
         out = {"patches": encoded.features.patches, "visual": encoded.visual, "hidden": hidden,
                "logits": hidden @ module.language.table.T}  # fmt: skip
         if head:
-            more = {}
+            more = {"boxes": jnp.array([[BOX]]), "box_valid": jnp.ones((1, 1), bool)}
             if HEADS[head].reads_prompt:
                 # The question, between what closes the video and the routing token.
                 prompt = hidden[:, None, codec.after_visual : -2]
-                more = {"prompt": prompt, "prompt_valid": jnp.ones(prompt.shape[:3], bool)}
+                more |= {"prompt": prompt, "prompt_valid": jnp.ones(prompt.shape[:3], bool)}
+                asked = jnp.asarray(branch)[None, None, :-2]
+                more["prompt_embeds"] = module.embed_branches(asked, {})
             states = hidden[:, -1:]
             out["head"] = module.run_head(head, states, encoded.features, frames, valid, **more)
         return out
