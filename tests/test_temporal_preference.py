@@ -89,6 +89,40 @@ def test_every_figure_of_the_page_stands_beside_its_hidden_one(figures, tmp_path
     assert "LongVideoBench 54.2 against 51.3" in page and "sft 9, 8; dpo 9, 8" in page
 
 
+class NoSteps:
+    """Stands for `Steps`; what would be run is not."""
+
+    def __init__(self, out):
+        self.out = out
+
+    def run(self, *command):
+        pass
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_every_study_is_judged_drawn_and_written(name, tmp_path):
+    study, files = studies.STUDIES[name], {}
+    conditions = study.conditions(runs.Runs(NoSteps(tmp_path), runs.FULL))
+    for condition, evaluation in conditions.items():
+        tasks = " ".join(map(str, evaluation.arguments))
+        metrics = [studies.QA]
+        if "preference" in tasks:
+            metrics += [studies.PREFERENCE, studies.HIDDEN]
+        if name == "needles":
+            metrics += [f"{report.DEPTH}{depth:g}" for depth in needles.DEPTHS]
+        for place, model in enumerate(study.models):
+            values = (1, 1, 1, 0) if place else (0, 1, 0, 0)
+            file = tmp_path / f"{model}{condition}.json"
+            files[model, condition] = {0: write_evaluation(file, values, *metrics)}
+    trained = {model: [8] for model in study.models[1:]}
+    found = report.figures(name, files, runs.FULL, trained)
+    assert len(found["claims"]) == len(study.claims)
+    page = report.write(tmp_path / "results", found).read_text()
+    seen = sum("hidden" not in condition for condition in conditions)
+    assert page.count(f"| {study.models[1]} | 0.750 [") >= seen
+    assert (tmp_path / "results" / f"{name}.png").stat().st_size > 1000
+
+
 def test_a_needle_is_the_same_wherever_it_is_and_everything_around_is_still():
     needle = simulate((7, 0), needles.NEEDLE)
     fps, length = needle.config.fps, needle.config.num_frames

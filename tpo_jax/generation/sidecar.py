@@ -109,7 +109,8 @@ class Fingerprint:
             tokenizer=hash_json(json.loads(codec.tokenizer.to_str())),
             template=hash_json(codec.template.to_json()),
             preprocessing=_preprocessing(config),
-            bucket=f"{media}, {', '.join(map(str, sizes))} frames{', right and manipulated' if contrast else ''}",
+            bucket=f"{media}, {', '.join(map(str, sizes))} frames"
+            f"{', right and manipulated' if contrast else ''}",
             dtype=config.dtype,
             attention=config.language.attention)
 
