@@ -17,6 +17,7 @@ from tpo_jax.training.families import family_config
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, init="", data="runs/data", tiny=False, frames=64)
     config = family_config("llava_video", arg, frames=arg.frames, batch=256)
+    config.time_instruction = not arg.init  # which says so itself
     config.trainable = [["vision/", 2e-6], [".*", 1e-5]]
     if not arg.tiny:
         config.steps = -(-2_700_000 // 256)

@@ -30,6 +30,7 @@ from jax.sharding import Mesh
 from experiments.plan_table import page
 from tpo_jax import plan
 from tpo_jax.data.pipeline import read_buckets
+from tpo_jax.data.text import TextCodec
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.topologies import parse_topology, prepare_environment, topology_devices
 from tpo_jax.training import config as training_config
@@ -102,6 +103,7 @@ def cell_config(cell: Cell, tiny: bool = False) -> Any:
     if cell.config in BASES:
         config.model.preset = f"{BASES[cell.config]}_{'tiny' if tiny else '7b'}"
         config.init_from, config.tokenizer = "", TOKENIZER
+        config.time_instruction = BASES[cell.config] == "llava_video"
     if cell.lora and cell.config != "videochat2":  # which has its own
         config.lora.update(rank=LORA_RANK, alpha=LORA_ALPHA)
     if cell.lora:
@@ -128,8 +130,8 @@ class Planner:
     def plan(self, cell: Cell) -> Planned:
         config = cell_config(cell, self.tiny)
         chip, sizes = parse_topology(cell.topology)
-        model_config, _ = make_model_config(config)
-        bucket, beside = step_buckets(config)
+        model_config, codec = make_model_config(config)
+        bucket, beside = step_buckets(config, codec)
         rows = math.gcd(bucket.batch_size, beside.batch_size if beside else 0)
         config.mesh = mesh_of(math.prod(sizes), rows)
         mesh = make_mesh(config.mesh.to_dict(), topology_devices(cell.topology))
@@ -154,16 +156,17 @@ class Planner:
         """The gradient of a cell by the compiler for its chips, on the mesh of its estimate."""
         config = cell_config(cell, self.tiny)
         config.accumulation = estimate["accumulation"]
-        model_config, _ = make_model_config(config)
+        model_config, codec = make_model_config(config)
         mesh = make_mesh(estimate["mesh"], topology_devices(cell.topology))
         program = make_program(config, model_config, mesh)
-        bucket, beside = step_buckets(config)
+        bucket, beside = step_buckets(config, codec)
         return plan.plan_bucket(program, model_config, bucket, needs_contrast(config), beside)
 
 
-def step_buckets(config: Any) -> tuple[Any, Any]:
+def step_buckets(config: Any, codec: TextCodec) -> tuple[Any, Any]:
     """The bucket of a config's step, and the one beside it or None."""
-    buckets = {b.name: b for b in read_buckets(training_config.to_dict(config)["buckets"])}
+    found = read_buckets(training_config.to_dict(config)["buckets"], codec)
+    buckets = {bucket.name: bucket for bucket in found}
     first = buckets.get("video") or buckets["pairs"]
     return first, buckets.get(first.beside)
 

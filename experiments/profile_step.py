@@ -68,9 +68,10 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
     config = flags.FLAGS.config
-    model_config, _ = make_model_config(config)
+    model_config, codec = make_model_config(config)
     program = make_program(config, model_config, make_mesh(config.mesh.to_dict()))
-    buckets = {b.name: b for b in read_buckets(training_config.to_dict(config)["buckets"])}
+    found = read_buckets(training_config.to_dict(config)["buckets"], codec)
+    buckets = {bucket.name: bucket for bucket in found}
     if _BUCKET.value == "update":
         lowered = program.lower_update()
     elif _BUCKET.value in buckets:

@@ -148,10 +148,10 @@ def test_resuming_with_another_config_names_the_option(data, whole):
 
 
 def test_a_workdir_in_a_bucket_holds_what_a_local_one_does(data, whole, tmp_path, monkeypatch):
-    """Interrupted once. Checkpoints stay here: Orbax reaches buckets by drivers of its own."""
+    """Interrupted once. Checkpoints stay here; test_checkpoint_bucket.py has those in a bucket."""
     memory_bucket.install(monkeypatch)
     monkeypatch.setattr(
-        tpo_jax.train, "Checkpoints", lambda folder, policy: Checkpoints(tmp_path, policy)
+        tpo_jax.train, "Checkpoints", lambda folder, *rest: Checkpoints(tmp_path, *rest)
     )
     workdir = epath.Path("gs://bucket/run")
     config = tiny_run.get_config(f"data={data}")

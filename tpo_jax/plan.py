@@ -203,19 +203,20 @@ def report_bound(plan: ProgramPlan, estimate: Estimate, topology: str, steps: in
 def plan(config: ConfigDict, topology: str, num_slices: int = 1) -> list[ProgramPlan]:
     """Compiles the update and the gradient of every bucket of a config, printing as it goes."""
     mesh = make_mesh(config.mesh.to_dict(), topology_devices(topology, num_slices))
-    model_config, _ = make_model_config(config)
+    model_config, codec = make_model_config(config)
     program = make_program(config, model_config, mesh)
     where = f"{num_slices} x {topology}, mesh {dict(mesh.shape)}"
     print(f"{where}\n{program.optimizer.report}", flush=True)
     plans = [plan_update(program)]
     print(report(plans[-1], topology, num_slices), flush=True)
-    buckets = read_buckets(training_config.to_dict(config)["buckets"])
+    buckets = read_buckets(training_config.to_dict(config)["buckets"], codec)
     named = {bucket.name: bucket for bucket in buckets}
     for bucket in scheduled(buckets):
         step = (program, model_config, bucket, needs_contrast(config), named.get(bucket.beside))
         plans.append(plan_bucket(*step))
         print(report(plans[-1], topology, num_slices), flush=True)
         print(report_bound(plans[-1], estimate_step(*step), topology, config.steps), flush=True)
+    print(f"{len(plans)} programs compiled in {sum(p.seconds for p in plans):.0f} s", flush=True)
     return plans
 
 

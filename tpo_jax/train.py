@@ -55,6 +55,7 @@ from tpo_jax.training.divergence import Divergence, Guard, rolled_back, write_re
 from tpo_jax.training.dry_run import DryRun
 from tpo_jax.training.flops import peak_flops
 from tpo_jax.training.ledger import Ledger
+from tpo_jax.training.local_checkpoints import LocalCheckpoints
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 from tpo_jax.training.profiling import Profiler, device_memory
 from tpo_jax.training.program import Program, make_program, needs_contrast
@@ -129,7 +130,10 @@ def train(
 
         ####################################################################### Checkpoint
         policy = SavePolicy(**plain_config["checkpoint"])
-        checkpoints = Checkpoints(workdir / "checkpoints", policy)
+        local = None
+        if policy.local_every:
+            local = LocalCheckpoints(policy.local_dir, workdir, program.abstract_state, say)
+        checkpoints = Checkpoints(workdir / "checkpoints", policy, local)
         start = find_start(checkpoints, resume_from)
         saved = None
         if start is not None:
@@ -160,7 +164,7 @@ def train(
         # 3. Random weights.
         restoring = None
         if saved is not None:
-            checkpoints.check(start, program.abstract_state)
+            checkpoints.check(start, program.abstract_state)  # before anything is compiled
             # The arrays are read while the programs compile.
             reader = concurrent.futures.ThreadPoolExecutor(1, "restore")
             restoring = reader.submit(checkpoints.restore, start, program.abstract_state)
@@ -331,6 +335,7 @@ def train(
         checkpoints.close()
         if not stop:
             save_model(workdir / "model", model_config, state.params, codec)
+            checkpoints.forget_local()
     writers.close()
     if is_writer:
         summary = {"seconds": ledger.seconds(), "goodput": ledger.goodput(), "step": step}

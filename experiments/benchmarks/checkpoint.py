@@ -5,7 +5,8 @@
 
 Random float32 arrays of 64 MiB; they do not compress, as trained weights hardly do. What is
 restored must be what was saved, bit for bit. The shortest interval between two saves is the time
-until one is complete, checksums included: a save before that waits for it.
+until one is complete, checksums included: a save before that waits for it. With --on_host it is the
+local tier that saves (config.checkpoint.local_dir), into WORK as well.
 """
 
 import argparse
@@ -20,8 +21,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
+from tpo_jax.training.local_checkpoints import LocalCheckpoints
 from tpo_jax.training.save_policy import Save, SavePolicy
 
 ARRAY_MEGABYTES = 64
@@ -30,27 +33,35 @@ ARRAY_MEGABYTES = 64
 MOST_BLOCKED, MOST_SHARE = 1.0, 0.03  # seconds, and of the shortest interval between saves
 
 
-def measure(folder: pathlib.Path, megabytes: int, saves: int) -> dict[str, Any]:
+def measure(folder: pathlib.Path, megabytes: int, saves: int, on_host: bool) -> dict[str, Any]:
     """Wall and CPU seconds (of the median save) and bytes."""
     shutil.rmtree(folder, ignore_errors=True)
     keys = jax.random.split(jax.random.key(0), megabytes // ARRAY_MEGABYTES)
     draw = jax.jit(lambda key: jax.random.normal(key, (ARRAY_MEGABYTES, 512, 512)))
     state = {f"leaf{i}": draw(key) for i, key in enumerate(keys)}
     jax.block_until_ready(state)
-    checkpoints = Checkpoints(folder, SavePolicy(every=1, keep=1))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    want = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for n, x in state.items()}
+    folder.mkdir(parents=True)
+
+    def opened() -> Checkpoints:
+        local = LocalCheckpoints(folder, epath.Path(folder), want, print) if on_host else None
+        return Checkpoints(folder / "checkpoints", SavePolicy(every=1, keep=1), local)
+
+    checkpoints, save = opened(), Save(("local" if on_host else "step",))
     blocked, complete, cpu = [], [], []
     for step in range(1, saves + 1):
         begin, worked = time.monotonic(), time.process_time()
-        checkpoints.save(step, Checkpoint(state, {}, {}, {}, {}, {}), Save(("step",)))
+        checkpoints.save(step, Checkpoint(state, {}, {}, {}, {}, {}), save)
         blocked.append(time.monotonic() - begin)
         checkpoints.wait()
         complete.append(time.monotonic() - begin)
         cpu.append(time.process_time() - worked)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    want = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for n, x in state.items()}
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    newest = folder.rglob(f"{saves}/**/*")
+    size = sum(path.stat().st_size for path in newest if path.is_file())
     begin, worked = time.monotonic(), time.process_time()
-    restored = Checkpoints(folder, SavePolicy(every=1, keep=1)).restore(saves, want).state
+    checkpoints = opened()
+    restored = checkpoints.restore(checkpoints.latest(), want).state
     jax.block_until_ready(restored)
     restore = {"restore_seconds": time.monotonic() - begin,
                "restore_cpu_seconds": time.process_time() - worked}  # fmt: skip
@@ -84,8 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON file to write")
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--saves", type=int, default=3)
+    parser.add_argument("--on_host", action="store_true", help="measure the local tier")
     flags = parser.parse_args(arguments)
-    text = json.dumps(measure(flags.work, flags.megabytes, flags.saves), indent=2)
+    result = measure(flags.work, flags.megabytes, flags.saves, flags.on_host)
+    text = json.dumps(result, indent=2)
     print(text)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     flags.out.write_text(text + "\n")

@@ -279,9 +279,10 @@ def compile_seconds(name: str, preset: str) -> dict[str, float]:
     config = runpy.run_path(f"configs/{name}.py")["get_config"]("tiny")
     if preset:
         config.model.preset, config.init_from, config.tokenizer = preset, "", TOKENIZER
-    model_config, _ = make_model_config(config)
+    model_config, codec = make_model_config(config)
     program = make_program(config, model_config, make_mesh({}, jax.devices()[:1]))
-    buckets = {b.name: b for b in read_buckets(training_config.to_dict(config)["buckets"])}
+    found = read_buckets(training_config.to_dict(config)["buckets"], codec)
+    buckets = {bucket.name: bucket for bucket in found}
     contrast = needs_contrast(config)
     begin = time.perf_counter()
     lowered = [program.lower_update()]

@@ -26,6 +26,7 @@ from etils import epath
 from experiments.sweeps import options
 from tpo_jax.training import config as training_config
 from tpo_jax.training.config import ConfigError
+from tpo_jax.training.config_changes import changed_since
 
 LONGEST_NAME = 100
 EXIT_FILE = "exit_status"  # in a workdir; see launchers
@@ -233,7 +234,7 @@ def _existing(out: epath.Path) -> dict[str, Any]:
 def _name_of(varied: Mapping[str, Any], config: Any, taken: Mapping[str, Any]) -> str:
     """The name of the folder that holds this very run, or a new one."""
     for name, other in taken.items():
-        if not training_config.changed_since(other, config):
+        if not changed_since(other, config):
             return name
     name = name_of(varied)
     if name not in taken:

@@ -7,6 +7,7 @@ import pytest
 from fake_batches import HEADS, bucket, pair_bucket
 
 from tpo_jax.data.batch_spec import batch_spec
+from tpo_jax.data.buckets import fitted
 from tpo_jax.data.pipeline import blank_batch, row_builder
 from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
 from tpo_jax.models.presets import PRESETS
@@ -34,3 +35,21 @@ def test_equals_the_row_builder(heads, shapes):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), spec) == want
 
 
+
+
+@pytest.mark.parametrize("media, frames", [("video", 4), ("image", 1)])
+def test_equals_the_row_builder_of_a_checkpoints_template(media, frames):
+    """More than one token behind the video, and the times of its frames in words."""
+    codec = codec_of(())
+    template = dataclasses.replace(
+        codec.template, after_video="</video> it is", after_image="</image> it is",
+        time_instruction=True,
+    )  # fmt: skip
+    codec = TextCodec(codec.tokenizer, template)
+    shapes = fitted(bucket(2, media=media, frames=frames, slots={}), codec)
+    builder = row_builder(codec, PRESETS["micro"](()), shapes)
+    prefix = batch_spec(shapes, PRESETS["micro"](()))["prefix_tokens"].shape[1]
+    assert prefix == builder.prefix_tokens == len(builder.blank()["prefix_tokens"])
+    plain = batch_spec(bucket(2, media=media, frames=frames), PRESETS["micro"](()))
+    more = codec.after_visual - 1 + (codec.time_room(4) if media == "video" else 0)
+    assert prefix - plain["prefix_tokens"].shape[1] == more > 1

@@ -69,11 +69,18 @@ def test_several_head_calls_are_served_in_order_and_inlined(routed):
 def test_results_equal_the_heads_run_on_the_slot_states(model, routed):
     answers, params, context, batch, generation = routed
     states = np.asarray(generation.event_states)
+    first = np.arange(3)[:, None]
+    embeds = model.bind(params).embed_branches(batch["branch_tokens"], {})
+    prompt = {
+        "prompt": generation.prompt_states[first, 1], "prompt_embeds": embeds[first, 1],
+        "prompt_valid": generation.prompt_valid[first, 1],
+    }  # fmt: skip
     for name, event, index in (("region", 0, 0), ("temporal", 1, 1), ("mask", 2, 2)):
         slot = np.zeros((3, 1, states.shape[-1]), np.float32)
         slot[0, 0] = states[0, 1, event]
         frame = np.full((3, 1), 2, np.int32)
-        run = jax.jit(lambda *inputs, name=name: model.bind(params).run_head(name, *inputs))
+        run = jax.jit(
+            lambda *inputs, name=name: model.bind(params).run_head(name, *inputs, **prompt))
         predictions = jax.device_get(run(
             slot, context.encoded.features, batch["frames"], batch["frame_valid"], frame))
         one = {k: v[0, 0] for k, v in predictions.items()}

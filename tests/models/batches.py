@@ -51,6 +51,7 @@ def model_batch(config, *, B, F, K, R, S=1, W=2, seed=0, heads=None):
         "branch_tokens": rng.integers(5, 900, (B, K, R)).astype(np.int32),
         "branch_positions": np.tile(np.arange(P, P + R, dtype=np.int32), (B, K, 1)),
         "branch_segments": np.ones((B, K, R), np.int32),
+        "answer_positions": np.ones((B, K, 1), np.int32),  # the question ends at the box
         "slots": {
             name: slots(1 + i) | targets[name]() for i, name in enumerate(heads)
         },

@@ -49,9 +49,10 @@ def test_plan_compiles_the_function_that_train_runs(tmp_path, lowered):
     assert plan.make_program is train.make_program
     tiny_run.write_data(tmp_path)
     config = tiny_run.get_config(f"data={tmp_path},heads=True,buckets=1")
+    config.time_instruction = True
     model_config, codec = make_model_config(config)
     program = make_program(config, model_config, make_mesh({}, jax.devices()[:1]))
-    (shapes,) = plan.read_buckets(config.buckets.to_dict())
+    (shapes,) = plan.read_buckets(config.buckets.to_dict(), codec)
     builders = {shapes.name: row_builder(codec, model_config, shapes)}
     with pytest.raises(Lowered):
         train.compile_buckets(program, builders, False, print, train.Preemption())
@@ -59,6 +60,9 @@ def test_plan_compiles_the_function_that_train_runs(tmp_path, lowered):
         plan.plan_bucket(program, model_config, shapes)
     (trained, train_shapes), (planned, plan_shapes) = lowered
     assert trained is planned and train_shapes == plan_shapes
+    visual = model_config.visual_offset + model_config.num_visual_tokens(shapes.frames)
+    prefix = plan_shapes["prefix_tokens"][0][1]
+    assert prefix == visual + codec.after_visual + codec.time_room(shapes.frames) > visual + 100
 
 
 def test_a_step_of_two_buckets_is_planned_as_one(lowered):

@@ -3,7 +3,9 @@
 import json
 import os
 import pathlib
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,17 +22,17 @@ from tpo_jax.training.writers import read_scalars
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 STEPS = 12
 
-# The train command, and a SIGTERM to oneself when the batch of a given step is at hand.
+# The train command, and a signal to oneself when the batch of a given step is at hand.
 PROGRAM = """
-import os, signal, sys
+import os, sys
 import tpo_jax.train
 from absl import app
 
-at, real = int(sys.argv.pop(1)), tpo_jax.train.global_batch
+at, signum, real = int(sys.argv.pop(1)), int(sys.argv.pop(1)), tpo_jax.train.global_batch
 seen = iter(range(10**6))
 def global_batch(local, mesh):
     if next(seen) == at:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signum)
     return real(local, mesh)
 tpo_jax.train.global_batch = global_batch
 app.run(tpo_jax.train.main)
@@ -42,16 +44,19 @@ def data(tmp_path_factory):
     return tiny_run.write_data(tmp_path_factory.mktemp("data"))
 
 
-def start(data, workdir, *, mesh=("data=2",), processes=1, sigterm_at=(-1, -1)):
+def start(
+    data, workdir, *, mesh=("data=2",), processes=1, signal_at=(-1, -1), signum=signal.SIGTERM,
+    options=(),
+):  # fmt: skip
     """Starts the run on two devices, in one process or in two; returns the processes."""
     port = free_port()
     running = []
     for index in range(processes):
         command = [
-            sys.executable, "-c", PROGRAM, str(sigterm_at[index]),
+            sys.executable, "-c", PROGRAM, str(signal_at[index]), str(int(signum)),
             f"--config=tests/tiny_run.py:data={data},steps={STEPS},buckets=1",
             f"--workdir={workdir}", "--config.log_every=1", "--config.eval_every=0",
-            *(f"--config.mesh.{axis}" for axis in mesh),
+            *(f"--config.mesh.{axis}" for axis in mesh), *options,
         ]  # fmt: skip
         if processes > 1:
             command += [
@@ -120,7 +125,7 @@ def test_two_processes_give_the_losses_of_one(data, together, tmp_path):
 
 def test_sigterm_to_one_stops_both_at_one_step_and_the_restart_continues(data, together, tmp_path):
     stopped, alone = tmp_path / "stopped", tmp_path / "alone"
-    first = finish(start(data, stopped, processes=2, sigterm_at=(-1, 3)))
+    first = finish(start(data, stopped, processes=2, signal_at=(-1, 3)))
     assert first == [EXIT_STATUS, EXIT_STATUS]
     step = json.loads((stopped / "ledger.json").read_text())["step"]
     saved = sorted(int(path.name) for path in (stopped / "checkpoints").iterdir())
@@ -137,3 +142,33 @@ def test_sigterm_to_one_stops_both_at_one_step_and_the_restart_continues(data, t
     # Another number of processes reads the same batches.
     assert finish(start(data, alone)) == [0]
     assert_close(metrics(alone), metrics(together))
+
+
+@pytest.mark.long
+def test_killed_and_without_the_disk_of_one_host_it_goes_on_from_the_other(
+    data, together, tmp_path
+):
+    """A local save every step; process 1 dies during step 8, and comes back on an empty machine."""
+    workdir, local = tmp_path / "run", tmp_path / "local"
+    options = (f"--config.checkpoint.local_dir={local}", "--config.checkpoint.local_every=1")
+    running = start(
+        data, workdir, processes=2, signal_at=(-1, 7), signum=signal.SIGKILL, options=options
+    )
+    assert running[1].wait(timeout=600) == -signal.SIGKILL
+    running[0].kill()
+    finish(running)
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [5]
+    (lost,) = local.glob("*/process_1")
+    assert {path.name for path in lost.iterdir()} >= {"6"}
+    shutil.rmtree(lost)
+
+    again = start(data, workdir, processes=2, options=options)
+    said, statuses = [process.communicate(timeout=600)[1] for process in again], finish(again)
+    assert statuses == [0, 0], said
+    assert "process 1: has no files; taken from process 0" in said[0]
+    assert re.search(r"going on from the local checkpoint of step [67]\n", said[0])
+    assert metrics(workdir) == metrics(together)
+    (_, a, _), (_, b, _) = load_model(workdir / "model"), load_model(together / "model")
+    for path, leaf in flatten(a).items():
+        np.testing.assert_array_equal(leaf, flatten(b)[path], err_msg=path)
+    assert list(local.rglob("*.safetensors")) == []  # the run is over

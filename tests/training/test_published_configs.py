@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -130,6 +131,21 @@ def test_full_sizes(name, arg, parameters, tokens):
     assert model_config.num_visual_tokens(config.buckets.video.frames) == tokens
     # Every large leaf has a rule and divides over 8 devices.
     param_shardings(abstract, make_mesh({"data": 1, "fsdp": 8}, jax.devices()))
+
+
+@pytest.mark.parametrize("arg", ["tpo", "tiny,tpo"])
+def test_the_heads_of_videochat_tpo(arg):
+    """Every leaf has a rule, the mask head answers at the bucket's size, SAM 2 is frozen."""
+    config = config_of("videochat2", arg)
+    model_config, _ = make_model_config(config)
+    assert model_config.mask_size == config.buckets.video.mask_size
+    abstract = FunctionalModel(model_config).abstract()
+    param_shardings(abstract, make_mesh({"data": 1, "fsdp": 8}, jax.devices()))
+    groups = [group for group, _ in config.trainable]
+    trained = {path for path in flatten(abstract) if any(re.match(g, path) for g in groups)}
+    assert {"heads/region_mlp/mlp/fc1/kernel", "heads/sam2/adapter/fc2/bias", "task_tokens/region",
+            "task_tokens/mask", "box_encoder/fc1/bias"} <= trained  # fmt: skip
+    assert not any(path.startswith("heads/sam2/network/") for path in trained)
 
 
 def test_the_published_hyper_parameters():

@@ -1,5 +1,6 @@
 import pytest
 
+from tpo_jax.training.config import ConfigError, default_config, validate
 from tpo_jax.training.save_policy import Due, Save, SavePolicy
 
 NOTHING = {"fresh": True, "loss": None, "last": False, "told": False, "poll": True}
@@ -62,3 +63,32 @@ def test_temporary_ones_go_with_the_next_and_permanent_ones_stay():
 def test_at_least_one_must_be_kept():
     with pytest.raises(ValueError, match="checkpoint.keep=0"):
         SavePolicy(every=1, keep=0)
+
+
+def test_local_saves_come_beside_the_others_and_do_not_put_them_off():
+    clock = Clock()
+    policy = SavePolicy(every=10, keep=1, minutes=2.0, local_dir="/fast", local_every=4)
+    due = Due(policy, clock=clock)
+    assert due.at(4, **NOTHING).kinds == ("local",)
+    clock.now = 120
+    assert due.at(8, **NOTHING).kinds == ("time", "local")  # counted from the start
+    assert due.at(10, **NOTHING).kinds == ("step",)
+    assert due.at(20, **NOTHING).kinds == ("step", "local")
+    assert due.at(20, **NOTHING | {"fresh": False}).kinds == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"local_dir": "/fast"}, "local_every=0: one without the other"),
+        ({"local_every": 4}, "local_dir=''(.|\n)*one without the other"),
+        ({"local_dir": "gs://bucket", "local_every": 4}, "not on the host"),
+    ],
+)
+def test_half_a_local_tier_and_one_that_is_not_local_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SavePolicy(every=1, keep=1, **options)
+    config = default_config()
+    config.checkpoint.update(options)
+    with pytest.raises(ConfigError, match=message):
+        validate(config)

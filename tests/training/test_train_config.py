@@ -8,7 +8,6 @@ import pytest
 from tpo_jax.training.config import (
     ConfigError,
     bucket_config,
-    changed_since,
     default_config,
     from_dict,
     parse_arg,
@@ -16,6 +15,7 @@ from tpo_jax.training.config import (
     to_dict,
     validate,
 )
+from tpo_jax.training.config_changes import changed_since
 
 
 def good():
@@ -98,6 +98,10 @@ def test_half_a_profiler_window_is_refused(profile):
         (lambda c: c.update(trainable=[["a"]]), ["trainable[0]", "peak learning rate"]),
         (lambda c: c.update(tokenizer=""), ["tokenizer", "init_from"]),
         (lambda c: c.update(init_from="base"), ["tokenizer", "brings its own"]),
+        (
+            lambda c: c.update(init_from="base", tokenizer="", time_instruction=True),
+            ["time_instruction = True", "template.json"],
+        ),
         (lambda c: c.model.update(preset=""), ["model.preset", "init_from"]),
         (lambda c: c.update(init_missing=["heads"]), ["init_missing", "init_from is empty"]),
         (

@@ -15,8 +15,6 @@ from tpo_jax.data.targets import TARGETS
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import heads_of
 
-AFTER_VISUAL = 1  # tokens that close the visual span, such as </video>
-
 
 def batch_spec(
     bucket: Bucket, model_config: ModelConfig, *, reference: bool = True, contrast: bool = False
@@ -24,6 +22,7 @@ def batch_spec(
     """Nested dict of jax.ShapeDtypeStruct of one *global* batch.
 
     Args:
+      bucket: of `buckets.fitted`, unless the template closes the visual tokens with one token.
       reference: whether preference rows carry reference log-probabilities (training does,
         scoring does not).
       contrast: whether they bring their manipulated frames.
@@ -31,7 +30,7 @@ def batch_spec(
     B, K, R, A = bucket.batch_size, bucket.branches, bucket.branch_tokens, bucket.answers
     F, size = bucket.frames, model_config.vision.image_size
     P = model_config.visual_offset + model_config.num_visual_tokens(F)
-    P += AFTER_VISUAL + bucket.question
+    P += bucket.after_visual + bucket.question
     spec: dict[str, Any] = {
         "example_ids": _spec(jnp.uint32, B),
         "video_ids": _spec(jnp.uint32, B),

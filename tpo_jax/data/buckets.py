@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tpo_jax.data.text import TASK_TOKENS
+from tpo_jax.data.text import TASK_TOKENS, TextCodec
 
 PERIOD = 64  # steps after which the pattern of buckets repeats, unless there is one bucket
 
@@ -31,6 +31,8 @@ class Bucket:
       weight: share of steps.
       beside: another bucket, a batch of which is drawn in every step of this one: one step then
         trains on images and videos. That bucket has no steps of its own.
+      after_visual: tokens of the prefix behind the visual ones and before the question, such as
+        </video> and the sentence about times. No config says it: see `fitted`.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Bucket:
     mask_size: int = 0
     weight: float = 1.0
     beside: str = ""
+    after_visual: int = 1
 
     def __post_init__(self) -> None:
         where = f"buckets.{self.name}"
@@ -88,13 +91,19 @@ class Bucket:
     @classmethod
     def from_config(cls, name: str, config: Mapping[str, Any]) -> Bucket:
         """Reads `buckets.<name>` of a training config; an unknown key is an error."""
-        fields = {field.name for field in dataclasses.fields(cls)} - {"name"}
+        fields = {field.name for field in dataclasses.fields(cls)} - {"name", "after_visual"}
         if unknown := set(config) - fields:
             raise ValueError(
                 f"buckets.{name}: unknown keys {sorted(unknown)}, expected {sorted(fields)}.")
         values = dict(config)
         values["slots"] = dict(values.get("slots", {}))
         return cls(name=name, **values)
+
+
+def fitted(bucket: Bucket, codec: TextCodec) -> Bucket:
+    """The bucket with the room that the template of `codec` needs behind the visual tokens."""
+    room = codec.time_room(bucket.frames) if bucket.media == "video" else 0
+    return dataclasses.replace(bucket, after_visual=codec.after_visual + room)
 
 
 def scheduled(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:

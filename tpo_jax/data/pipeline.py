@@ -18,7 +18,7 @@ from typing import Any
 
 import grain
 
-from tpo_jax.data.buckets import Bucket, BucketSchedule, scheduled
+from tpo_jax.data.buckets import Bucket, BucketSchedule, fitted, scheduled
 from tpo_jax.data.evidence import apply_evidence
 from tpo_jax.data.mixture import Mixture, Parts, Source, find_entries
 from tpo_jax.data.rows import Reference, RowBuilder, RowPlan, row_id, stack_rows
@@ -30,9 +30,9 @@ from tpo_jax.models.heads import heads_of
 Batch = dict[str, Any]
 
 
-def read_buckets(config: Mapping[str, Any]) -> tuple[Bucket, ...]:
+def read_buckets(config: Mapping[str, Any], codec: TextCodec) -> tuple[Bucket, ...]:
     """The buckets of a training config, {name: {media, batch_size, ...}}, sorted by name."""
-    return tuple(Bucket.from_config(name, config[name]) for name in sorted(config))
+    return tuple(fitted(Bucket.from_config(name, config[name]), codec) for name in sorted(config))
 
 
 def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
@@ -109,7 +109,7 @@ class Pipeline:
             raise ValueError(f"heads: {list(heads)}, but the model has {list(model_config.heads)}.")
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index: {process_index}, expected 0..{process_count - 1}.")
-        buckets = read_buckets(buckets) if isinstance(buckets, Mapping) else tuple(buckets)
+        buckets = read_buckets(buckets, codec) if isinstance(buckets, Mapping) else tuple(buckets)
         for bucket in buckets:
             if bucket.batch_size % process_count:
                 raise ValueError(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tpo_jax.data import sampling
-from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.buckets import Bucket, fitted
 from tpo_jax.data.preprocess import RESIZES
 from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.data.targets import TARGETS, TargetError, View
@@ -160,6 +160,7 @@ class RowBuilder:
             raise ValueError(
                 f"heads: {sorted(missing)} have no tokens in the tokenizer (it has "
                 f"{list(codec.heads)}); use add_task_tokens.")
+        bucket = fitted(bucket, codec)
         self.codec, self.bucket, self.image_size = codec, bucket, image_size
         self.visual_frames, self.visual_tokens = visual_frames, len(visual_frames)
         self.reference, self.resize = reference, RESIZES[resize]
@@ -167,13 +168,9 @@ class RowBuilder:
         self.slot_heads = (*(task for task in TARGETS if task in tasks),
                            *(("box",) if tasks else ()))
         self.prefix_tokens = (
-            codec.template.visual_offset + self.visual_tokens + codec.after_visual
-            + self.time_room + bucket.question)
-
-    @property
-    def time_room(self) -> int:
-        """Tokens of the prefix for the sentence about times."""
-        return self.codec.time_room(self.bucket.frames) if self.bucket.media == "video" else 0
+            codec.template.visual_offset + self.visual_tokens + bucket.after_visual
+            + bucket.question)
+        self.time_room = bucket.after_visual - codec.after_visual  # for the sentence about times
 
     def frame_indices(self, plan: RowPlan) -> np.ndarray:
         """int64[n], n <= F: the frames of a row, as the template samples them.

@@ -203,6 +203,7 @@ class TextCodec:
         self.tokenizer.encode_special_tokens = True
         # Questions and answers of a data set repeat, and all are checked before training starts.
         self._encoded = functools.lru_cache(maxsize=REMEMBERED_TEXTS)(self._encode)
+        self._branches = functools.lru_cache(maxsize=REMEMBERED_TEXTS)(self._build_branch)
         self.special_ids = {
             token.content: id for id, token in tokenizer.get_added_tokens_decoder().items()}
         self.task_tokens = {
@@ -325,7 +326,7 @@ class TextCodec:
 
     def build_branch(self, question: str | None, answer: str | None,
                      where: str = "branch") -> Branch:
-        """Tokens of one branch.
+        """Tokens of one branch; equal texts give the same object, whose arrays are read-only.
 
         Args:
           question: None when it stands in the prefix (preference rows).
@@ -335,6 +336,13 @@ class TextCodec:
         Raises:
           TextError: empty answer, or a marker that is unknown or in the wrong place.
         """
+        try:
+            return self._branches(question, answer)
+        except TextError:
+            return self._build_branch(question, answer, where)  # the same error, with the place
+
+    def _build_branch(self, question: str | None, answer: str | None,
+                      where: str = "branch") -> Branch:
         ids: list[int] = []
         slots: list[Slot] = []
         if question is not None:
@@ -352,8 +360,10 @@ class TextCodec:
             slots = slots + [Slot(s.head, s.index + start) for s in found]
             ids = ids + text + self._end
             weights += [0.0 if f else 1.0 for f in forced] + [1.0] * len(self._end)
-        return Branch(np.asarray(ids, np.int32), np.asarray(weights, np.float32), start,
-                      tuple(slots))
+        arrays = np.asarray(ids, np.int32), np.asarray(weights, np.float32)
+        for array in arrays:
+            array.flags.writeable = False
+        return Branch(*arrays, start, tuple(slots))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Marked text; special tokens are dropped, a routing token without slot is kept by name."""

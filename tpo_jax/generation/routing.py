@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +21,8 @@ from tpo_jax.models.video_language import FunctionalModel
 Result = dict[str, Any]
 # A temporal answer names every window with at least this share of the best one's score.
 NAMED_WINDOWS = 0.8
+# Head calls of one video that are answered together, where there are several.
+SLOTS_AT_ONCE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,32 +136,31 @@ class Router:
                      context: Context, batch: Arrays, host: Generation, asked: np.ndarray,
                      prompts: Mapping[str, jax.Array | None],
                      tokens: jax.Array | None):
-        """Yields (places, predictions of each) with one event of every row at a time.
+        """Yields (places, predictions of each) with a few events of every row at a time.
 
-        One slot a row keeps the mask head's memory at B clips, however many calls an answer makes.
+        The mask head's memory is that of so many clips, however many calls an answer makes.
         """
-        rows = host.lengths.shape[0]
-        nth: Counter[int] = Counter()
-        rounds: list[list[tuple[int, int, int]]] = []
+        rows, of_row = host.lengths.shape[0], defaultdict(list)
         for place in places:
-            number = nth[place[0]]
-            nth[place[0]] += 1
-            if number == len(rounds):
-                rounds.append([])
-            rounds[number].append(place)
-        for now in rounds:
-            states = np.zeros((rows, 1, host.event_states.shape[-1]), np.float32)
-            frame, branches = np.zeros((rows, 1), np.int32), np.zeros((rows, 1), np.int32)
-            for row, branch, event in now:
-                states[row, 0] = host.event_states[row, branch, event]
-                frame[row, 0], branches[row, 0] = asked[row, branch], branch
+            of_row[place[0]].append(place)
+        most = max(map(len, of_row.values()), default=0)
+        slots = 1 if most == 1 else SLOTS_AT_ONCE  # few shapes to compile
+        for first in range(0, most, slots):
+            now = [(slot, place) for given in of_row.values()
+                   for slot, place in enumerate(given[first : first + slots])]
+            states = np.zeros((rows, slots, host.event_states.shape[-1]), np.float32)
+            frame, branches = np.zeros((2, rows, slots), np.int32)
+            for slot, (row, branch, event) in now:
+                states[row, slot] = host.event_states[row, branch, event]
+                frame[row, slot], branches[row, slot] = asked[row, branch], branch
             predictions = jax.device_get(self._run(
                 params, context.encoded.features, jnp.asarray(batch["frames"]),
                 jnp.asarray(batch["frame_valid"]), states, frame,
                 prompts if HEADS[name].reads_prompt else {}, branches,
                 batch["slots"].get("box"), tokens if HEADS[name].reads_tokens else None,
                 name=name))
-            yield now, [_of_slot(predictions, row) for row, _, _ in now]
+            yield [place for _, place in now], [
+                _of_slot(predictions, place[0], slot) for slot, place in now]
 
     def _answer(self, host: Generation, row: int, branch: int,
                 results: Mapping[tuple[int, int, int], Result],
@@ -184,9 +185,10 @@ class Router:
                             bool(host.finished[row, branch]), tuple(events))
 
 
-def _of_slot(predictions: Mapping[str, np.ndarray], row: int) -> dict[str, np.ndarray]:
-    """The predictions of a row's only slot; what a head gives per row is passed as it is."""
-    return {name: value[row, 0] if value.ndim > 2 and value.shape[1] == 1 else value[row]
+def _of_slot(predictions: Mapping[str, np.ndarray], row: int, slot: int
+             ) -> dict[str, np.ndarray]:
+    """The predictions of one slot; what a head gives per row, [B, F], is passed as it is."""
+    return {name: value[row, slot] if value.ndim > 2 else value[row]
             for name, value in predictions.items()}
 
 

@@ -69,6 +69,11 @@ def _write_whole(model: epath.Path, out: epath.Path, keep_adapters: bool) -> Non
             f"{model}: model.heads: {unknown} cannot be exported, {_RUNTIME} runs only "
             f"{list(RUNTIME_HEADS)}; add them there and to RUNTIME_HEADS, or train without them"
         )
+    if config.heads and config.box_encoder != "own":
+        raise ExportFolderError(
+            f"{model}: box_encoder={config.box_encoder!r} cannot be exported, {_RUNTIME} runs only "
+            "'own'; export with --like, or train without heads"
+        )
     leaves = folder.open_leaves(model)
     # Rows of the padded vocabulary travel as well: the tokens of a later head may lie there.
     vocabulary = config.language.vocab_size

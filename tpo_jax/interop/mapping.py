@@ -15,7 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from tpo_jax.interop.tensors import LazyArray, entry, lazy, resized, stacked, transposed
+from tpo_jax.interop.tensors import (
+    LazyArray,
+    entry,
+    lazy,
+    led,
+    resized,
+    stacked,
+    transposed,
+    unled,
+)
 
 
 class MappingError(ValueError):
@@ -33,6 +42,8 @@ class Row:
       rows: (theirs, ours): length of the other side's first axis, which we lengthen with zeros.
       first, step: entry i of a stacked leaf is their layer first + i * step.
       count: entries of a stacked leaf; None: as many as the source has.
+      lead: axes of length 1 that the other side's tensors have in front of ours.
+      copies: further paths of ours with the same values, which must still agree on the way out.
     """
 
     ours: str
@@ -42,6 +53,12 @@ class Row:
     first: int = 0
     step: int = 1
     count: int | None = None
+    lead: int = 0
+    copies: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return self.ours, *self.copies
 
     @property
     def stacked(self) -> bool:
@@ -99,6 +116,9 @@ class Row:
 
     def _outward(self, part: LazyArray) -> LazyArray:
         part = transposed(part) if self.transpose else part
+        return led(self._cut(part), self.lead)
+
+    def _cut(self, part: LazyArray) -> LazyArray:
         if self.rows is None or self.rows[0] == part.shape[0]:
             return part
         theirs = self.rows[0]
@@ -110,6 +130,12 @@ class Row:
         return resized(part, theirs)
 
     def _inward(self, part: LazyArray) -> LazyArray:
+        if part.shape[: self.lead] != (1,) * self.lead:
+            raise MappingError(
+                f"{self.ours}: tensor {self.theirs!r} is {list(part.shape)}, expected "
+                f"{self.lead} axes of length 1 in front"
+            )
+        part = unled(part, self.lead)
         if self.rows is not None:
             if part.shape[0] != self.rows[0]:
                 raise MappingError(
@@ -139,8 +165,8 @@ def export_leaves(rows: Sequence[Row], leaves: Mapping[str, Any]) -> dict[str, A
     Raises:
       MappingError: leaves without a row, rows without a leaf, or a key written twice, all named.
     """
-    by_path = {row.ours: row for row in rows}
-    if len(by_path) != len(rows):
+    by_path = {path: row for row in rows for path in row.paths}
+    if len(by_path) != sum(len(row.paths) for row in rows):
         raise MappingError("the table names a leaf twice")
     unmapped = sorted(set(leaves) - set(by_path))
     absent = sorted(set(by_path) - set(leaves))
@@ -148,7 +174,15 @@ def export_leaves(rows: Sequence[Row], leaves: Mapping[str, Any]) -> dict[str, A
         raise MappingError(f"leaves without a row: {unmapped}; rows without a leaf: {absent}")
     tensors: dict[str, Any] = {}
     for path, leaf in leaves.items():
-        for key, tensor in by_path[path].outward(leaf).items():
+        row = by_path[path]
+        if path in row.copies:
+            if not np.array_equal(np.asarray(leaf), np.asarray(leaves[row.ours])):
+                raise MappingError(
+                    f"{path} and {row.ours} differ, but are one tensor {row.theirs!r} on the other "
+                    "side; freeze both"
+                )
+            continue
+        for key, tensor in row.outward(leaf).items():
             if key in tensors:
                 raise MappingError(f"{path}: tensor {key!r} is written twice")
             tensors[key] = _like(leaf, tensor)
@@ -170,7 +204,7 @@ def import_leaves(
     used: set[str] = set()
     for row in rows:
         leaf, keys = row.inward(tensors)
-        leaves[row.ours] = _like(tensors[keys[0]], leaf)
+        leaves |= dict.fromkeys(row.paths, _like(tensors[keys[0]], leaf))
         used.update(keys)
     rest = sorted(set(tensors) - used)
     unknown = [key for key in rest if not any(re.fullmatch(p, key) for p in ignored)]

@@ -134,6 +134,28 @@ def entry(array: LazyArray, number: int) -> LazyArray:
     return dataclasses.replace(inner, unit=_rows(inner))
 
 
+def led(array: LazyArray, count: int) -> LazyArray:
+    """[...] -> [1, ..., 1, ...] with `count` axes more."""
+
+    def read(index: Index) -> np.ndarray:
+        inner = array[index[count:]]
+        return inner.reshape(*(s.stop - s.start for s in index[:count]), *inner.shape)
+
+    return LazyArray((1,) * count + array.shape, array.dtype, read) if count else array
+
+
+def unled(array: LazyArray, count: int) -> LazyArray:
+    """The inverse of `led`."""
+
+    def read(index: Index) -> np.ndarray:
+        return array[(slice(0, 1),) * count + index].reshape([s.stop - s.start for s in index])
+
+    if not count:
+        return array
+    inner = LazyArray(array.shape[count:], array.dtype, read)
+    return dataclasses.replace(inner, unit=_rows(inner))
+
+
 def resized(array: LazyArray, rows: int) -> LazyArray:
     """The first `rows` along axis 0; what is beyond the array is zero."""
     have = array.shape[0]

@@ -24,6 +24,7 @@ from tpo_jax.models.towers.config import TowerConfig
 FORMAT_VERSION = 1
 VOCABULARY_MULTIPLE = 128
 DTYPES = ("float32", "bfloat16")
+BOX_ENCODERS = ("own", "tpo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,11 +274,16 @@ class ModelConfig:
     lora: LoraConfig | None = None
     # Of the head "sam2"; a model without it may have none.
     sam2: Sam2Config | None = None
+    # What turns a box that the user draws into a token. "own": GELU, as wide as the language model.
+    # "tpo": that of Task Preference Optimization, ReLU, half as wide.
+    box_encoder: str = "own"
 
     def __post_init__(self):
         _require("sam2" not in self.heads or self.sam2 is not None, "sam2", self.sam2,
                  "the head sam2 needs its sizes, see models/sam2_config.py")  # fmt: skip
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"use one of {DTYPES}")
+        _require(self.box_encoder in BOX_ENCODERS, "box_encoder", self.box_encoder,
+                 f"use one of {BOX_ENCODERS}")  # fmt: skip
         _require(self.visual_offset >= 0, "visual_offset", self.visual_offset, "must be 0 or more")
         if isinstance(self.connector, ConnectorConfig):
             _require(
@@ -324,6 +330,8 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` is its inverse."""
         out = dataclasses.asdict(self)
+        if self.box_encoder == "own":  # older folders have no such key; their fingerprints stay
+            del out["box_encoder"]
         out["tokens"] = dict(self.tokens)
         return {"format_version": FORMAT_VERSION} | _lists(out)
 

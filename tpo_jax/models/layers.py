@@ -139,16 +139,18 @@ class RMSNorm(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Linear, GELU (tanh form), Linear."""
+    """Linear, GELU (tanh form) or `activation`, Linear."""
 
     def __init__(
-        self, features: int, hidden: int, features_out: int, *, rngs: Rngs, scale: float = 1.0
+        self, features: int, hidden: int, features_out: int, *, rngs: Rngs, scale: float = 1.0,
+        activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu,
     ):
         self.fc1 = Linear(features, hidden, rngs=rngs)
         self.fc2 = Linear(hidden, features_out, rngs=rngs, scale=scale)
+        self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 def dropout(x: jax.Array, keys: jax.Array | None, rate: float) -> jax.Array:

@@ -93,7 +93,7 @@ def full(name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | Non
     """The published sizes, in bfloat16."""
     vision, connector, language, more = _FULL[name]
     vision = _whole_frames(vision, heads)
-    stride = {384: 8, 336: 7, 224: 7}[vision.image_size]
+    stride = {384: 8, 336: 7, 224: 8}[vision.image_size]
     return ModelConfig(
         vision=vision, connector=connector, language=language,
         head=HeadConfig(width=256, heads=8, layers=2, mask_stride=stride), heads=tuple(heads),

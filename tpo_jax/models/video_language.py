@@ -67,7 +67,11 @@ class VideoLanguageModel(nnx.Module):
                 return nnx.Param(draw * width**-0.5)
 
             self.task_tokens = nnx.Dict({head(name).task: vector() for name in config.heads})
-            self.box_encoder = Mlp(4, width, width, rngs=rngs, scale=width**-0.5)
+            published = config.box_encoder == "tpo"
+            self.box_encoder = Mlp(
+                4, width // 2 if published else width, width, rngs=rngs, scale=width**-0.5,
+                activation=jax.nn.relu if published else jax.nn.gelu,
+            )  # fmt: skip
             self.heads = nnx.Dict(
                 {name: head(name).module(config, rngs=rngs) for name in config.heads}
             )

@@ -12,6 +12,9 @@ changed since it was written is refused by name.
 The state is stored as a flat dict {"params/vision/...": array}: the files depend on path names,
 not on the classes that held the leaves, and a wrong structure is reported by name.
 
+`LocalCheckpoints`, a second and faster tier on the hosts, may stand beside the directory: a run
+then goes on from the newest step that is complete in either of them.
+
 This module calls Orbax's free functions rather than its `Checkpointer`: that class asks JAX's
 preemption service about *its* step numbers, from a background thread as well, which would
 disturb the sequence that training.preemption counts (a service expects one increasing sequence).
@@ -32,6 +35,7 @@ from orbax.checkpoint import v1 as ocp
 
 from tpo_jax.parallel.paths import first_match, flatten
 from tpo_jax.training import checksums
+from tpo_jax.training.local_checkpoints import LocalCheckpoints
 from tpo_jax.training.save_policy import Save, SavePolicy
 
 FORMAT_VERSION = 2
@@ -72,14 +76,21 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints under one directory. Every process makes the same calls in the same order.
 
-    At most one save is under way; the next `save` and `close` wait for it and raise its error.
+    At most one save is under way in each tier; the next `save` and `close` wait for it and raise
+    its error.
     """
 
-    def __init__(self, directory: epath.PathLike, policy: SavePolicy | None) -> None:
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        policy: SavePolicy | None,
+        local: LocalCheckpoints | None = None,
+    ) -> None:
         """Opens (or creates) `directory`.
 
         Args:
           policy: decides which checkpoints stay. None: to look only, nothing is changed.
+          local: takes the saves of kind "local"; None: there are none.
         """
         self.directory = epath.Path(directory)
         if not self.directory.is_absolute():
@@ -88,6 +99,8 @@ class Checkpoints:
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         self._intact: set[int] = set()  # steps whose files were looked at
+        self._local = local
+        self._local_step: int | None = None  # which `latest` has found there
         self._saves: dict[int, Save] = {}  # what is known of the steps that are there
         if policy is not None and jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -120,11 +133,18 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """Newest complete step, the same on every process (process 0 decides), or None."""
+        """Newest complete step of both tiers, the same on every process, or None.
+
+        Process 0 decides what is in the directory; from there on `read`, `check` and `restore` of
+        a step that the hosts have themselves take it from them.
+        """
         steps = self.steps()
         newest = steps[-1] if steps else -1
         if jax.process_count() > 1:
             newest = int(multihost_utils.broadcast_one_to_all(newest))
+        if self._local is not None:
+            self._local_step = self._local.latest(newest, FORMAT_VERSION)
+            newest = newest if self._local_step is None else self._local_step
         return None if newest < 0 else newest
 
     def save(self, step: int, checkpoint: Checkpoint, save: Save) -> None:
@@ -132,12 +152,17 @@ class Checkpoints:
 
         A step that is saved already is left alone: (seed, step) determines its content.
         """
-        self.wait()
-        if step in self.steps():
-            return
         run = {part: getattr(checkpoint, part) for part in _RUN_PARTS}
         run |= {"format_version": FORMAT_VERSION, _SAVE: save.to_json()}
         json.dumps(run)  # raises here, on this thread, if a part is not JSON
+        if "local" in save.kinds:
+            self._wait_local()
+            self._local.save(step, checkpoint.state, run)
+        if save.kinds == ("local",):
+            return  # beside one of the directory that may be under way
+        self._wait_directory()
+        if step in self.steps():
+            return
         path = self.directory / str(step)
         with _orbax_context():
             written = ocp.save_checkpointables_async(
@@ -150,28 +175,48 @@ class Checkpoints:
         checksums.write(path, jax.process_index(), jax.process_count())
 
     def wait(self) -> None:
-        """Blocks until the save under way is complete, then removes what the policy drops.
+        """Blocks until the saves under way are complete, then removes what the policy drops.
 
         Raises:
-          CheckpointError: the save failed.
+          CheckpointError: a save failed.
         """
+        self._wait_local()
+        self._wait_directory()
+
+    close = wait
+
+    def _wait_directory(self) -> None:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         try:
             pending.result()
         except Exception as error:
-            raise CheckpointError(
-                f"{self.directory}: a save failed: {error}\nComplete are the steps {self.steps()}; "
-                "see to the storage (full, or not writable?), then start the same command again"
-            ) from error
+            raise self._failed(self.directory, error) from error
         if jax.process_index() == 0:
             there = self.steps()
             self._saves = {step: self._saves.get(step) or self._read_save(step) for step in there}
             for step in sorted(set(there) - self._policy.retained(self._saves)):
                 self._remove(step)
 
-    close = wait
+    def _wait_local(self) -> None:
+        if self._local is None:
+            return
+        try:
+            self._local.wait()
+        except Exception as error:
+            raise self._failed(self._local.directory, error) from error
+
+    def _failed(self, where: epath.Path, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{where}: a save failed: {error}\nComplete are the steps {self.steps()}; "
+            "see to the storage (full, or not writable?), then start the same command again"
+        )
+
+    def forget_local(self) -> None:
+        """Removes what the hosts have: the run is over."""
+        if self._local is not None:
+            self._local.remove_after(-1)
 
     def _read_save(self, step: int) -> Save:
         try:
@@ -189,8 +234,14 @@ class Checkpoints:
         path.rmtree()
 
     def set_aside_after(self, step: int) -> list[int]:
-        """Renames newer checkpoints to <step>.set_aside, so that a run goes on from `step`."""
+        """Renames newer checkpoints to <step>.set_aside, so that a run goes on from `step`.
+
+        Local ones are removed.
+        """
         newer = [other for other in self.steps() if other > step]
+        if self._local is not None:
+            self._local.remove_after(step)
+            self._local_step = None
         if jax.process_index() == 0:
             for other in newer:
                 aside = self.directory / f"{other}.set_aside"
@@ -208,12 +259,15 @@ class Checkpoints:
           DamagedCheckpoint: names every file that is not as it was written.
           CheckpointError: the format version differs.
         """
-        path = self.directory / str(step)
-        if step not in self._intact:
-            self._check_files(path)
-            self._intact.add(step)
-        self._check_version(path)
-        run = json.loads(self._run_file(path).read_text())
+        if step == self._local_step:
+            run = self._local.read(step)
+        else:
+            path = self.directory / str(step)
+            if step not in self._intact:
+                self._check_files(path)
+                self._intact.add(step)
+            self._check_version(path)
+            run = json.loads(self._run_file(path).read_text())
         return Checkpoint(state=None, **{part: run[part] for part in _RUN_PARTS})
 
     def _check_files(self, path: epath.Path) -> None:
@@ -249,6 +303,8 @@ class Checkpoints:
             and allowed; names every leaf.
         """
         checkpoint = self.read(step)
+        if step == self._local_step and self._local.fits(abstract_state):
+            return dataclasses.replace(checkpoint, state=self._local.restore(step, abstract_state))
         saved = self.check(step, abstract_state, missing=missing, extra=extra, cast=cast)
         asked = flatten(abstract_state)
         wanted = {name: leaf for name, leaf in asked.items() if name in saved}
@@ -269,6 +325,8 @@ class Checkpoints:
         cast: bool = False,
     ) -> dict[str, Any]:
         """Shapes and dtypes that are saved, by path; raises as `restore` but reads no array."""
+        if step == self._local_step and self._local.fits(abstract_state):
+            return flatten(abstract_state)
         path = self.directory / str(step)
         with _orbax_context():
             saved = ocp.checkpointables_metadata(path).metadata[_STATE]

@@ -16,6 +16,7 @@ from tpo_jax.data.evidence import MODES
 from tpo_jax.data.records import known_tasks
 from tpo_jax.models.heads import HEADS, heads_of
 from tpo_jax.objectives.preference import PreferenceConfig
+from tpo_jax.training.save_policy import SavePolicy
 
 OBJECTIVES = ("sft", "preference")
 REFERENCES = ("sidecar", "adapters_off")  # of preference.reference
@@ -23,11 +24,6 @@ REFERENCES = ("sidecar", "adapters_off")  # of preference.reference
 _FREE_KEYS = ("buckets", "losses", "slots", "tasks")
 # Options that take more than one type.
 _ANY_KIND = {"preference.loss": ("str", "list", "dict")}
-# Options that do not change what is learnt: a run may resume with other values.
-FREE_ON_RESUME = (
-    "mesh", "checkpoint", "divergence", "log_every", "compile_cache", "data.threads", "profile",
-    "wandb",
-)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -42,12 +38,13 @@ def default_config() -> ConfigDict:
     config.objective = "sft"  # or "preference" (DPO and relatives)
     config.model = {
         "preset": "tiny",  # models.presets.PRESETS; "": the configuration in init_from
-        "heads": [],  # of models.heads.HEADS: region, temporal or cg_detr, mask or sam2
+        "heads": [],  # of models.heads.HEADS: region or region_mlp, temporal or cg_detr, ...
     }
     config.sam2 = ""  # size of the head sam2, of models.sam2_config.SIZES; "": that of init_from
     config.init_from = ""  # model folder to start from; "": random weights
     config.init_missing = []  # regexes of parameters that init_from may lack (new heads)
     config.tokenizer = ""  # tokenizer.json; "": the one in init_from
+    config.time_instruction = False  # tell the times of frames in words; init_from says it itself
     config.data = {
         "train": [],  # source_config(...): prepared folders and their weights
         "validation": [],
@@ -92,6 +89,8 @@ def default_config() -> ConfigDict:
         "permanent": 0,  # steps between checkpoints that stay for good; 0: none
         "minutes": 0.0,  # longest time without a save; such a one goes with the next; 0: any
         "best": 0,  # checkpoints of the lowest validation losses that stay
+        "local_dir": "",  # folder on every host, fast: its disk or memory
+        "local_every": 0,  # steps between saves there; 0: none
     }
     config.divergence = {
         "spike": 10.0,  # a loss above so many medians is written down; 0: only one not finite
@@ -268,8 +267,8 @@ def _check_scalars(config: ConfigDict) -> list[str]:
     )  # fmt: skip
     not_negative = (
         "eval_every", "eval_batches", "checkpoint.permanent", "checkpoint.minutes",
-        "checkpoint.best", "divergence.spike", "divergence.rollbacks", "profile.start",
-        "profile.steps",
+        "checkpoint.best", "checkpoint.local_every", "divergence.spike", "divergence.rollbacks",
+        "profile.start", "profile.steps",
     )  # fmt: skip
     for option in (*positive, *not_negative):
         value, low = _get(config, option), 1 if option in positive else 0
@@ -285,6 +284,11 @@ def _check_scalars(config: ConfigDict) -> list[str]:
         problems.append(
             _problem("checkpoint.best", config.checkpoint.best, "without validation", fix)
         )
+    if not problems:  # those that are too small would be named twice
+        try:
+            SavePolicy(**config.checkpoint.to_dict())
+        except ValueError as error:
+            problems.append(str(error))
     if not 0.0 <= config.dropout < 1.0:
         problems.append(_problem("dropout", config.dropout, "not a share", "give one in [0, 1)"))
     if config.eval_every and not config.data.validation:
@@ -314,6 +318,9 @@ def _check_scalars(config: ConfigDict) -> list[str]:
     if config.tokenizer and config.init_from:
         reason = f"init_from={config.init_from!r} brings its own"
         problems.append(_problem("tokenizer", config.tokenizer, reason, "leave it empty"))
+    if config.time_instruction and config.init_from:
+        reason = f"init_from={config.init_from!r} says it in its template.json"
+        problems.append(_problem("time_instruction", True, reason, "leave it False"))
     if not config.model.preset and not config.init_from:
         fix = "name a preset, or a model folder in init_from"
         problems.append(_problem("model.preset", "", "no preset and no init_from", fix))
@@ -464,34 +471,6 @@ def _check_preference(config: ConfigDict) -> list[str]:
         fix = "set it to 1 (a smaller batch_size, or more devices)"
         problems.append(_problem("accumulation", config.accumulation, reason, fix))
     return problems
-
-
-def changed_since(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Options that differ between a checkpoint's config and ours and would change the run.
-
-    Returns:
-      "option: checkpoint has X, this command has Y" lines; options in FREE_ON_RESUME may differ.
-    """
-    lines = []
-
-    def compare(a: Any, b: Any, option: str) -> None:
-        if option in FREE_ON_RESUME or a == b:
-            return
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            for key in {**a, **b}:
-                compare(a.get(key), b.get(key), f"{option}.{key}" if option else key)
-        elif _is_list(a) and _is_list(b) and len(a) == len(b):
-            for index, (x, y) in enumerate(zip(a, b, strict=True)):
-                compare(x, y, f"{option}[{index}]")
-        else:
-            lines.append(f"{option}: checkpoint has {a!r}, this command has {b!r}")
-
-    compare(saved, current, "")
-    return lines
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _get(config: ConfigDict, option: str) -> Any:

@@ -28,6 +28,7 @@ from tpo_jax.parallel.rules import partition_spec
 from tpo_jax.parallel.topologies import GIB, parse_topology
 from tpo_jax.training import checkpoint
 from tpo_jax.training import config as training_config
+from tpo_jax.training.config_changes import changed_since
 from tpo_jax.training.program import Program, make_program, needs_contrast
 from tpo_jax.training.start import make_model_config
 
@@ -115,7 +116,8 @@ class DryRun:
     def _model(self) -> str:
         self.model_config, self.codec = make_model_config(self.config)
         self.params = FunctionalModel(self.model_config).abstract()
-        self.buckets = read_buckets(training_config.to_dict(self.config)["buckets"])
+        buckets = training_config.to_dict(self.config)["buckets"]
+        self.buckets = read_buckets(buckets, self.codec)
         self.reference: Reference | None = None
         leaves = flatten(self.params).values()
         return (
@@ -261,7 +263,7 @@ class DryRun:
             return f"{self.workdir}: a new run"
         step, saved = found
         current = training_config.to_dict(self.config)
-        if changed := training_config.changed_since(saved, current):
+        if changed := changed_since(saved, current):
             raise DryRunError(f"{self.workdir}: a run with another config:\n" + "\n".join(changed))
         return f"{self.workdir}: resumes at step {step} of {self.config.steps}"
 

@@ -12,7 +12,7 @@ from tpo_jax.training.checkpoint import (
     Checkpoints,
     DamagedCheckpoint,
 )
-from tpo_jax.training.config import changed_since
+from tpo_jax.training.config_changes import changed_since
 
 
 def find_start(checkpoints: Checkpoints, resume_from: int | None) -> int | None:

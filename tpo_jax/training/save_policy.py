@@ -6,6 +6,7 @@ Kinds of a save (one checkpoint can be of several):
   best        after a validation that is among the `best` lowest validation losses; those stay
   time        `minutes` after the save before it
   preemption  told to stop
+  local       every `local_every` steps, on the hosts (training.local_checkpoints)
 The newest checkpoint stays whatever its kind; those of time and preemption go with the next one.
 """
 
@@ -21,17 +22,30 @@ from jax.experimental import multihost_utils
 
 @dataclasses.dataclass(frozen=True)
 class SavePolicy:
-    """config.checkpoint; 0 turns `permanent`, `minutes` and `best` off."""
+    """config.checkpoint; 0 turns `permanent`, `minutes`, `best` and `local_every` off."""
 
     every: int
     keep: int
     permanent: int = 0
     minutes: float = 0.0
     best: int = 0
+    local_dir: str = ""
+    local_every: int = 0
 
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise ValueError(f"checkpoint.keep={self.keep}: at least one checkpoint must be kept")
+        if bool(self.local_dir) != bool(self.local_every):
+            raise ValueError(
+                f"checkpoint.local_dir={self.local_dir!r}, "
+                f"checkpoint.local_every={self.local_every}: one without the other; give a folder "
+                "and the steps between two saves, or neither"
+            )
+        if "://" in self.local_dir:
+            raise ValueError(
+                f"checkpoint.local_dir={self.local_dir!r}: not on the host; give a folder on its "
+                "disk or in its memory"
+            )
 
     def retained(self, saves: Mapping[int, "Save"]) -> set[int]:
         """Steps that stay, of those in `saves`."""
@@ -111,6 +125,8 @@ class Due:
                 kinds.append("time")
         if kinds:
             self._last = self._clock()
+        if policy.local_every and fresh and step % policy.local_every == 0:
+            kinds.append("local")
         return Save(tuple(kinds), loss)
 
 

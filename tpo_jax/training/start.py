@@ -9,7 +9,7 @@ import tokenizers
 from etils import epath
 from ml_collections import ConfigDict
 
-from tpo_jax.data.text import TextCodec, add_task_tokens
+from tpo_jax.data.text import ChatTemplate, TextCodec, add_task_tokens
 from tpo_jax.interop.folder import (
     added_tokens,
     holds_language_only,
@@ -30,7 +30,8 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
         codec = load_codec(config.init_from)
     else:
         text = epath.Path(config.tokenizer).read_text()
-        codec = TextCodec(tokenizers.Tokenizer.from_str(text))
+        template = ChatTemplate(time_instruction=config.time_instruction)
+        codec = TextCodec(tokenizers.Tokenizer.from_str(text), template)
     heads = tuple(config.model.heads)
     add_task_tokens(codec.tokenizer, heads)
     codec = TextCodec(codec.tokenizer, codec.template)

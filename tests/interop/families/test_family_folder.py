@@ -1,6 +1,7 @@
 """A published folder in and out again, through the command's own functions."""
 
 import json
+import runpy
 
 import ml_dtypes
 import numpy as np
@@ -8,6 +9,9 @@ import pytest
 from tokenizers import AddedToken
 
 from tests.interop.families.configs import LLAVA_VIDEO, LONGVA
+from tpo_jax.data.batch_spec import batch_spec
+from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.pipeline import read_buckets, row_builder
 from tpo_jax.data.text import train_tokenizer
 from tpo_jax.interop import folder
 from tpo_jax.interop.families.base import FamilyError
@@ -17,6 +21,8 @@ from tpo_jax.interop.huggingface import read_tensors
 from tpo_jax.interop.tensors import lazy, write_file
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.paths import flatten
+from tpo_jax.training.config import validate
+from tpo_jax.training.start import make_model_config
 
 DATA = LLAVA_VIDEO | {"vocab_size": 320}
 
@@ -67,6 +73,23 @@ def test_in_and_out_again(source, tmp_path):
         left, right = np.asarray(theirs[name]), np.asarray(ours[name])
         assert left.dtype == right.dtype and left.tobytes() == right.tobytes(), name
     assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_a_plan_has_the_prefix_of_the_rows_that_train_gets(source, tmp_path):
+    """The sentence about times of a LLaVA-Video checkpoint, as its own config plans it."""
+    import_family(source, tmp_path / "model")
+    get_config = runpy.run_path("configs/llava_video.py")["get_config"]
+    config = get_config(f"init={tmp_path / 'model'},tiny")
+    validate(config)
+    model_config, codec = make_model_config(config)
+    (planned,) = read_buckets(config.buckets.to_dict(), codec)
+    prefix = batch_spec(planned, model_config)["prefix_tokens"].shape[1]
+    rows = row_builder(codec, model_config, Bucket.from_config("video", config.buckets.video))
+    visual = model_config.visual_offset + model_config.num_visual_tokens(planned.frames)
+    assert prefix == rows.prefix_tokens == visual + 1 + codec.time_room(planned.frames)
+    assert codec.time_room(planned.frames) > 50
+    config = get_config("tiny")  # without weights: the same sentence, by another tokenizer
+    assert make_model_config(config)[1].template.time_instruction
 
 
 def test_another_models_folder_is_refused(source, tmp_path):

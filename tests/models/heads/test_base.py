@@ -6,12 +6,15 @@ from flax import nnx
 from tpo_jax.models.attention import attention
 from tpo_jax.models.heads import HEADS, tokens_of
 from tpo_jax.models.heads.base import (
+    HeadInputs,
     SlotAttention,
+    SlotQuery,
     cell_centres,
     cells_inside,
     frame_centres,
     position_waves,
 )
+from tpo_jax.models.presets import micro
 
 
 def test_every_head_has_its_own_tokens():
@@ -42,6 +45,27 @@ def test_slot_attention_is_attention_with_projected_keys_and_values():
     expected = expected + layer.mlp(layer.mlp_norm(expected))
     np.testing.assert_allclose(layer(queries, tokens), expected, atol=1e-5)
     assert jnp.abs(expected - queries).max() > 0.1
+
+
+def test_a_slot_reads_the_words_of_its_question_and_no_others():
+    config = micro(("region",))
+    query, D = SlotQuery(config, rngs=nnx.Rngs(0)), config.language.width
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), (*shape, D))  # noqa: E731
+    valid = jnp.arange(5) < jnp.array([3, 5])[None, :, None]
+    prompt, embeds = draw(1, 1, 2, 5), draw(2, 1, 2, 5)
+
+    def read(prompt, embeds):
+        inputs = HeadInputs(
+            draw(0, 1, 2), None, None, None, None, prompt=prompt, prompt_embeds=embeds,
+            prompt_valid=valid,
+        )  # fmt: skip
+        return np.asarray(query(inputs))[0]
+
+    want = read(prompt, embeds)
+    for changed in (read(prompt.at[0, :, 4].add(1.0), embeds),
+                    read(prompt, embeds.at[0, :, 4].add(draw(3)))):  # fmt: skip
+        np.testing.assert_allclose(changed[0], want[0], atol=1e-6)
+        assert np.abs(changed[1] - want[1]).max() > 1e-3
 
 
 def test_positions_are_centres_of_cells_and_of_valid_frames():

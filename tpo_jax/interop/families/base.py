@@ -41,6 +41,9 @@ class Family:
       rows: mapping rows of a ModelConfig, given the tensor names of the source.
       template: texts around video, question and answer.
       sampling: of config.json.
+      with_heads: ModelConfig with the heads that a checkpoint has, of (ModelConfig, its tensor
+        names, names of heads or None for all that load, config.json's `sam2_config`); None: no
+        checkpoint of the family has heads.
       carried: regular expressions of tensors that this program has no use for. They are kept
         beside the model and go back out as they came.
       layouts: where the names of the tensors were read.
@@ -52,6 +55,7 @@ class Family:
     rows: Callable[[ModelConfig, Collection[str]], list[Row]]
     template: ChatTemplate
     sampling: Callable[[Mapping[str, Any]], Sampling]
+    with_heads: Callable[..., ModelConfig] | None = None
     carried: tuple[str, ...] = ()
     layouts: str = ""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -21,6 +21,7 @@ from tpo_jax.interop.chat_template import read_json
 from tpo_jax.interop.families.base import Family, FamilyError
 from tpo_jax.interop.families.registry import FAMILIES, family_of, from_leaves, to_leaves
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads import tokens_of
 
 
 def is_family(source: epath.PathLike) -> bool:
@@ -59,7 +60,7 @@ def import_family(
     """Writes a model folder; returns what to tell about it.
 
     Args:
-      options: entries of config.json that the published file lacks.
+      options: entries of config.json that the published file lacks; "heads" are those to load.
 
     Raises:
       FamilyError, MappingError, HuggingFaceError, TensorFileError: name what does not fit.
@@ -67,6 +68,9 @@ def import_family(
     path = epath.Path(source)
     family, config, data = read_config(path, options or {})
     tensors = huggingface.read_tensors(path)
+    chosen = data.get("heads")
+    chosen = [chosen] if isinstance(chosen, str) else chosen  # --set heads=region_mlp
+    config = _headed(family, config, data, tensors, chosen)
     leaves, carried = to_leaves(family, config, tensors)
     if not (path / "tokenizer.json").exists():
         raise FamilyError(f"{path / 'tokenizer.json'}: missing; save the tokenizer as a fast one")
@@ -75,9 +79,15 @@ def import_family(
         family.template, sampling=sampling.method, time_instruction=sampling.time_instruction
     )
     codec = fitted_codec(Tokenizer.from_str((path / "tokenizer.json").read_text()), template)
+    if missing := set(tokens_of(config.heads)) - codec.task_tokens.keys():
+        raise FamilyError(
+            f"{path / 'tokenizer.json'}: has no {sorted(missing)}, which heads "
+            f"{list(config.heads)} need; add them, or leave the heads out with --set heads=[]"
+        )
+    tokens = codec.task_tokens if config.heads else {}
     dtype = "bfloat16" if leaves["language/embed/table"].dtype.name == "bfloat16" else "float32"
     config = dataclasses.replace(
-        config, visual_offset=codec.template.visual_offset, dtype=dtype
+        config, tokens=tokens, visual_offset=codec.template.visual_offset, dtype=dtype
     )
     folder.write_model(
         out, config.to_dict(), leaves, codec, preprocessor=folder.preprocessor(config)
@@ -86,6 +96,7 @@ def import_family(
         f"{out}: {family.name}, {len(leaves)} parameters",
         f"frames: {sampling.frames}, {sampling.method}; time instruction: "
         + ("yes" if sampling.time_instruction else "no"),
+        f"heads: {', '.join(config.heads) or 'none'}",
     ]
     return lines + [f"  carried, not used: {name}" for name in sorted(carried)]
 
@@ -96,20 +107,17 @@ def export_family(
     """Writes a model in the layout of the published folder `like`; returns the names of files.
 
     Raises:
-      FamilyError: the model has other sizes than `like`, or heads, which no family has.
+      FamilyError: the model has other sizes than `like`, or heads that have no place in it.
     """
     source, final = epath.Path(like), epath.Path(out)
     config = folder.load_config(model)
-    family, published, _ = read_config(source, {})
-    if config.heads:
-        raise FamilyError(f"{model}: heads {config.heads} have no place in {family.name}")
-    for part in ("vision", "connector", "language"):
-        if _sizes(getattr(config, part)) != _sizes(getattr(published, part)):
-            raise FamilyError(
-                f"{model}: {part} is {getattr(config, part)}, but {like} is "
-                f"{getattr(published, part)}"
-            )
+    family, published, data = read_config(source, {})
+    parts = ("vision", "connector", "language")
+    _same_sizes(model, config, like, published, parts)
     tensors = huggingface.read_tensors(source)
+    published = _headed(family, published, data, tensors, config.heads)
+    parts = ("box_encoder", "sam2") if "sam2" in config.heads else ("box_encoder",)
+    _same_sizes(model, config, like, published, parts if config.heads else ())
     _, carried = to_leaves(family, published, tensors)
     theirs = from_leaves(family, config, folder.open_leaves(model), carried, tensors.keys())
     temporary = final.with_name(final.name + ".tmp")
@@ -137,7 +145,31 @@ def fitted_codec(tokenizer: Tokenizer, template: ChatTemplate) -> TextCodec:
     return TextCodec(tokenizer, dataclasses.replace(template, visual_offset=count))
 
 
-def _sizes(part: Any) -> dict[str, Any]:
+def _headed(
+    family: Family, config: ModelConfig, data: Mapping[str, Any], keys: Collection[str],
+    chosen: Collection[str] | None,
+) -> ModelConfig:
+    """The configuration with the chosen heads of a checkpoint; None: all that load."""
+    if family.with_heads is None:
+        if chosen:
+            raise FamilyError(f"heads {list(chosen)} have no place in {family.name}")
+        return config
+    return family.with_heads(config, keys, chosen, data.get("sam2_config"))
+
+
+def _same_sizes(
+    model: epath.PathLike, config: ModelConfig, like: epath.PathLike, published: ModelConfig,
+    parts: Sequence[str],
+) -> None:
+    for part in parts:
+        ours, theirs = getattr(config, part), getattr(published, part)
+        if _sizes(ours) != _sizes(theirs):
+            raise FamilyError(f"{model}: {part} is {ours}, but {like} is {theirs}")
+
+
+def _sizes(part: Any) -> Any:
     """What decides shapes and meaning; how it is run may differ."""
     running = ("remat", "unroll", "attention", "dropout", "max_frames")
+    if not dataclasses.is_dataclass(part):
+        return part
     return {k: v for k, v in dataclasses.asdict(part).items() if k not in running}

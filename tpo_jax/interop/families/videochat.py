@@ -1,7 +1,7 @@
 """VideoChat2 and VideoChat-TPO (2311.17005, 2412.19326): UMT-L, Q-Former, Mistral with LoRA.
 
-Task tokens, heads and SAM 2 of a TPO checkpoint are of another design than the heads here: their
-tensors are carried, not used. The Q-Former's text half is not used by the published code either.
+The heads of a TPO checkpoint are in tpo_heads.py; of its temporal head and of what its own code
+does not use either (the Q-Former's text half, older heads) the tensors are carried.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tpo_jax.interop.families.base import (
     said,
 )
 from tpo_jax.interop.families.towers import linear, norm, umt_rows
+from tpo_jax.interop.families.tpo_heads import head_rows, with_heads
 from tpo_jax.interop.mapping import Row
 from tpo_jax.models.config import LoraConfig, ModelConfig
 from tpo_jax.models.connectors.config import QFormerConfig
@@ -79,6 +80,7 @@ def rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
         *qformer_rows("connector/"),
         *(part for row in table for part in (
             with_lora(row) if lora and re.search(LORA, row.ours) else [row])),
+        *head_rows(config),
     ]  # fmt: skip
 
 
@@ -129,6 +131,7 @@ FAMILY = Family(
     matches=lambda config: "bridge" in (config.get("model_config") or {}),
     model_config=model_config,
     rows=rows,
+    with_heads=with_heads,
     template=ChatTemplate(
         before_video="<s>[INST] <Video>", after_video="</Video>[/INST]",
         before_image="<s>[INST] <Image>", after_image="</Image>[/INST]",

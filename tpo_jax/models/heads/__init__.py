@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tpo_jax.models.heads import cg_detr, mask, region, sam2, temporal
+from tpo_jax.models.heads import cg_detr, mask, region, region_mlp, sam2, temporal
 from tpo_jax.models.heads.base import (
     BOX_MARKER,
     BOX_TOKEN,
@@ -26,6 +26,7 @@ HEADS: dict[str, Head] = {
     "mask": mask.HEAD,
     "cg_detr": cg_detr.HEAD,
     "sam2": sam2.HEAD,
+    "region_mlp": region_mlp.HEAD,
 }
 
 

@@ -21,22 +21,11 @@ from tpo_jax.models.heads.sam2.layers import resize_masks
 from tpo_jax.models.heads.sam2.mask_decoder import MASKS, Decoded, choose, pick
 from tpo_jax.models.heads.sam2.model import Sam2
 from tpo_jax.models.heads.sam2.tracking import Prompt, stills, track
-from tpo_jax.models.layers import Linear, Rngs
+from tpo_jax.models.layers import Mlp, Rngs
 from tpo_jax.models.towers.interpolate import resize_grid
 
 # Tokens of a box: its two corners and a filling.
 BOX_TOKENS = 3
-
-
-class Adapter(nnx.Module):
-    """Linear, ReLU, Linear."""
-
-    def __init__(self, width: int, features_out: int, *, rngs: Rngs):
-        self.fc1 = Linear(width, width, rngs=rngs)
-        self.fc2 = Linear(width, features_out, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.relu(self.fc1(x)))
 
 
 class Sam2Head(nnx.Module):
@@ -44,7 +33,10 @@ class Sam2Head(nnx.Module):
         self.config = config.sam2
         self.mask_size = config.mask_size
         self.network = Sam2(config.sam2, rngs=rngs)
-        self.adapter = Adapter(config.language.width, BOX_TOKENS * config.sam2.width, rngs=rngs)
+        width = config.language.width
+        self.adapter = Mlp(
+            width, width, BOX_TOKENS * config.sam2.width, rngs=rngs, activation=jax.nn.relu
+        )
 
     def __call__(self, inputs: HeadInputs) -> dict[str, jax.Array]:
         """Returns float32 arrays.

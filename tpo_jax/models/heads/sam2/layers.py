@@ -37,7 +37,7 @@ class Conv(nnx.Module):
         self.stride, self.padding, self.groups = stride, padding, groups
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...]
+        kernel = self.kernel[...].astype(x.dtype)
         if kernel.shape[2:] == (1, 1):
             return x @ kernel[:, :, 0, 0].T + self.bias[...]
         rows = x.reshape(-1, *x.shape[-3:])
