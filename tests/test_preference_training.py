@@ -45,7 +45,8 @@ def in_memory():
     jax.config.update("jax_disable_most_optimizations", True)
 
     def compile_once(program, builders, evaluate, say, preemption):
-        key = str((program.abstract_state, program.objective, program.optimizer.report))
+        shapes = [builder.bucket for builder in builders.values()]
+        key = str((program.abstract_state, program.objective, program.optimizer.report, shapes))
         if key not in compiled:
             compiled[key] = compile_buckets(program, builders, evaluate, say, preemption)
         return compiled[key]
@@ -84,9 +85,10 @@ def write_pairs(path, **targets):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def score(runs, out, *more):
+def score(runs, out, *more, pairs=None):
+    pairs = pairs or runs / "pairs" / "pairs.jsonl"
     preferences.main(["score", f"--model={runs / 'base'}", "--data=memory", *more, f"--out={out}",
-                      f"--pairs={runs}/pairs/pairs.jsonl", "--batch_size=4"])  # fmt: skip
+                      f"--pairs={pairs}", "--batch_size=4"])  # fmt: skip
 
 
 def get_config(file, arg, runs):
@@ -167,6 +169,46 @@ def test_a_sidecar_that_is_not_what_the_program_scores_refuses(runs, tmp_path):
     )
     np.testing.assert_allclose(stored, wrong["pair3"][:2].sum(-1), atol=1e-3)
     np.testing.assert_allclose(live, good.logps["pair3"][:2].sum(-1), atol=1e-3)
+
+
+def test_pairs_come_in_buckets_of_the_frames_of_their_clips(runs, tmp_path, capsys):
+    """Two programs in one run, and one sidecar for both: each is held against the live scores."""
+    write_pairs(tmp_path / "pairs" / "pairs.jsonl")
+    lines = (tmp_path / "pairs" / "pairs.jsonl").read_text().splitlines()
+    pairs = [json.loads(line) for line in lines]
+    for number, pair in enumerate(pairs):
+        pair["targets"]["frame_indices"] = [2, 9, 11, 20, 21, 22, 23][: 3 + number % 2 * 4]
+    manifest = tmp_path / "both.jsonl"
+    manifest.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    score(runs, tmp_path / "both.npz", "--frames=4,8", pairs=manifest)
+    config = get_config("longva_tpo.py", "recipe=tpo", runs)
+    config.data.references = [str(tmp_path / "both.npz")]
+    config.data.train[0]["pairs"] = str(tmp_path / "both.jsonl")
+    long = config.buckets.pairs
+    short = long.copy_and_resolve_references()
+    short.frames = 4
+    config.buckets = {"long": long, "short": short}
+    training_config.validate(config)
+    records = train(config, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "compiled bucket 'short'" in said and "compiled bucket 'long'" in said
+    assert "references hold: " in said
+    used = {name for record in records for name in record if name.startswith("train/padding/")}
+    assert used == {"train/padding/short", "train/padding/long"}
+    assert records[0]["train/preference/sigmoid"] == pytest.approx(np.log(2), abs=1e-4)
+
+    config.data.references = [str(runs / "pairs" / "reference.npz")]
+    with pytest.raises(sidecar.SidecarMismatch, match="this run 'video, 4, 8 frames'"):
+        train(config, tmp_path / "other")
+
+
+def test_buckets_of_pairs_hold_answers_of_one_length(runs):
+    config = get_config("longva_tpo.py", "recipe=tpo", runs)
+    other = config.buckets.pairs.copy_and_resolve_references()
+    other.update(frames=4, answers=20)
+    config.buckets.other = other
+    with pytest.raises(training_config.ConfigError, match=r"buckets\.\*\.answers.*give equal"):
+        training_config.validate(config)
 
 
 def test_sidecars_with_and_without_contrast_are_not_mixed_up(runs, tmp_path):

@@ -39,6 +39,8 @@ from tpo_jax.interop.folder import load_model
 from tpo_jax.models.heads import heads_of
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 
+FLOOR_FRAMES = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -90,7 +92,10 @@ def evaluate(flags: argparse.Namespace, preemption: Preemption) -> None:
     started = time.monotonic()
     config, params, codec = load_model(flags.model)
     tasks = choose_tasks(flags.tasks, flags.evidence, config.heads, flags.pairs)
-    settings = Settings(batch_size=flags.batch_size, evidence=flags.evidence)
+    frames = flags.frames or config.vision.max_frames
+    if frames > config.vision.max_frames:
+        raise ValueError(f"--frames={frames}: the model takes at most {config.vision.max_frames}")
+    settings = Settings(batch_size=flags.batch_size, evidence=flags.evidence, frames=frames)
     evaluator = Evaluator(config, params, codec, settings, preemption.check)
     dataset = Part(PreparedDataset(flags.data), flags.limit, flags.calls_per_video)
     if "qa" in tasks:
@@ -107,6 +112,7 @@ def evaluate(flags: argparse.Namespace, preemption: Preemption) -> None:
             "data": flags.data,
             "pairs": flags.pairs,
             "evidence": flags.evidence,
+            "frames": frames,
             "tasks": tasks,
             "seconds": round(time.monotonic() - started, 1),
         },
@@ -121,7 +127,7 @@ def compute_floors(flags: argparse.Namespace) -> None:
     """Chooses constants on the training split, scores them on the test split."""
     train = PreparedDataset(flags.floors_from)
     test = Part(PreparedDataset(flags.data), flags.limit, flags.calls_per_video)
-    found = floors.constant_floors(train, test, flags.frames)
+    found = floors.constant_floors(train, test, flags.frames or FLOOR_FRAMES)
     trained = {"text-only model": flags.blind, "middle-frame model": flags.middle_frame}
     models = {name: results.read_json(path)["metrics"] for name, path in trained.items() if path}
     found = floors.with_trained_models(found, models)
@@ -195,7 +201,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default="full",
         help="what the model may see; as it was trained",
     )
-    parser.add_argument("--frames", type=int, default=32, help="frames a clip, for the floors")
+    parser.add_argument(
+        "--frames", type=_count, default=0,
+        help="frames of a video that are shown; 0: as many as the model takes, 32 for the floors",
+    )  # fmt: skip
     parser.add_argument("--blind", default="", help="evaluation of a text-only model (floors)")
     parser.add_argument(
         "--middle_frame", default="", help="evaluation of a middle-frame model (floors)"

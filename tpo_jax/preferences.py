@@ -124,10 +124,13 @@ def report_of(counts: Counter, kept: Sequence[Example], videos: int) -> dict[str
 
 def settings_of(flags: argparse.Namespace, config: ModelConfig) -> Settings:
     """The settings that the flags ask for."""
-    frames = flags.frames or config.vision.max_frames
+    *fewer, frames = sorted(set(flags.frames)) or [config.vision.max_frames]
+    if fewer and flags.writer:
+        raise ValueError(f"--frames={flags.frames}: with --writer, expected one number of frames")
     judge = "none" if flags.judge in pipeline.JUDGES else flags.judge  # else asked by a plug-in
     return Settings(
-        evidence=pairs.EvidenceSettings(frames, flags.mix, flags.subset, flags.right, flags.seed),
+        evidence=pairs.EvidenceSettings(
+            frames, flags.mix, flags.subset, flags.right, flags.seed, tuple(fewer)),
         filters=pairs.FilterSettings(flags.near_equal, flags.length_ratio, flags.gap, judge),
         temperature=flags.temperature, top_p=flags.top_p, max_new=flags.max_new,
         questions=flags.questions, samples=flags.samples, batch_size=flags.batch_size,
@@ -190,7 +193,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "manipulation keeps (default: %(default)s)")
     add("--right", choices=("dense", "whole"), default="dense", help="right frames where the "
         "segment is known: dense in it or the whole video (default: %(default)s)")
-    add("--frames", type=int, default=0, help="frames shown; 0: as many as the model takes")
+    add("--frames", type=scoring.frame_counts, default=(), metavar="N,N", help="frames shown: of "
+        "a video the smallest number that takes all its stored frames, else the largest "
+        "(default: as many as the model takes)")
     add("--near_equal", type=float, default=0.95, help="word similarity from which answers count "
         "as equal (default: %(default)s)")
     add("--length_ratio", type=float, default=4.0, help="largest ratio of token counts "

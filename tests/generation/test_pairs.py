@@ -156,8 +156,18 @@ def test_a_question_that_is_there_with_and_without_options_is_not_asked_twice():
     assert asked == {1, 2}
 
 
+@pytest.mark.parametrize("stored, frames", [(3, 4), (4, 4), (5, 8), (16, 16), (64, 16)])
+def test_a_video_is_shown_in_the_smallest_number_that_takes_its_frames(stored, frames):
+    settings = EvidenceSettings(16, mix=0.5, fewer=(8, 4))
+    plan = pairs.plan_evidence(question(segment=(0.0, 0.5)), TIMES[:stored], settings)
+    for indices in (plan.frame_indices, plan.chosen_indices, plan.manipulated_indices):
+        assert len(indices) == frames
+    assert set(plan.frame_indices) == set(range(stored)) or stored > frames
+
+
 @pytest.mark.parametrize("field, value", [
-    ("frames", 0), ("mix", 1.5), ("subset", 0.0), ("subset", 1.0), ("right", "left")])
+    ("frames", 0), ("fewer", (8,)), ("mix", 1.5), ("subset", 0.0), ("subset", 1.0),
+    ("right", "left")])
 def test_bad_evidence_settings_are_named(field, value):
     with pytest.raises(ValueError, match=f"^{field}: "):
         EvidenceSettings(**{"frames": 8, field: value})

@@ -1,5 +1,6 @@
 """The train step, compiled for TPUs that are not there."""
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tiny_run
 from fake_batches import bucket, micro, train_config
 
 from tpo_jax import plan, train
+from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from tpo_jax.parallel.topologies import GIB, topology_devices
@@ -110,6 +112,26 @@ def test_what_else_crosses_between_slices_is_seen():
     (transfer,) = find_transfers(gathered.as_text())
     # A chip hands over the rows that it has, or all those of its slice.
     assert transfer.kind == "ALL_GATHER" and transfer.bytes in (8 * 4096, 32 * 4096)
+
+
+@needs_libtpu
+@pytest.mark.plan
+@pytest.mark.parametrize("attention", ["xla", "splash"])
+def test_rows_of_pairs_are_split_over_the_context_axis(attention):
+    """Weights are whole on every chip: what is gathered are keys and values of the prefix."""
+    config = micro()
+    vision = dataclasses.replace(config.vision, motion=False, temporal="none")
+    language = dataclasses.replace(config.language, attention=attention)
+    config = dataclasses.replace(config, vision=vision, language=language)
+    mesh = make_mesh({"data": 2, "context": 2}, topology_devices("v5e:2x2"))
+    program = make_program(train_config(objective="preference"), config, mesh)
+    shapes = bucket(4, name="pairs", frames=8, question=200)
+    found = plan.plan_bucket(program, config, shapes)
+    assert found.fits(16 * GIB)
+    prefix = batch_spec(shapes, config)["prefix_tokens"].shape[1]
+    one = shapes.batch_size // 2 * prefix * language.kv_heads * language.head_dim * 4
+    # Keys and values of every layer; a chip sends the half that it has.
+    assert found.collectives["all-gather"].bytes >= 2 * language.depth * one / 2
 
 
 @needs_libtpu

@@ -23,6 +23,7 @@ from tpo_jax.data.rows import (
     RowBuilder,
     RowError,
     RowPlan,
+    choose_builder,
     marker_count,
     preference_plan,
 )
@@ -117,8 +118,8 @@ def draws_of(
     A question with options counts as two draws: as it is, and with its options listed.
 
     Args:
-      group: builders of all buckets of this media and kind, shortest branches first. A draw belongs
-        to the first that it fits, so that short branches are not padded to long ones.
+      group: builders of all buckets of this media and kind, the smallest first. A draw belongs to
+        the first that it fits, so that short branches or clips are not padded to long ones.
 
     Returns: draws by bucket name, and one message for each turn that fits no bucket.
     """
@@ -133,8 +134,7 @@ def draws_of(
             for shown in (True, False) if example.turns[turn].options else (False,):
                 plan = plan_of(source.dataset, example, turn, shown)
                 try:
-                    # What fits none goes to the widest, where the check says why it does not fit.
-                    builder = next((one for one in group if one.fits(plan)), group[-1])
+                    builder = choose_builder(group, plan)
                     _check_options(builder, plan)
                     builder.check(plan)
                 except (RowError, TextError) as error:
@@ -200,7 +200,7 @@ def find_entries(
     """What there is for the buckets of one media and kind, by name; reads every example once.
 
     Args:
-      group: their builders, shortest branches first.
+      group: their builders, the smallest first.
       sources: all sources; those without a video (or pair) for a bucket take no part in it.
 
     Raises:
@@ -230,7 +230,7 @@ def find_entries(
                 f"bucket {builder.bucket.name!r}: no {builder.bucket.media} with a "
                 f"{builder.bucket.kind} example in "
                 f"{[str(s.dataset.path) for s in sources.values()]} for "
-                f"the tasks {[dict(s.tasks) for s in sources.values()]} that no shorter bucket "
+                f"the tasks {[dict(s.tasks) for s in sources.values()]} that no smaller bucket "
                 "takes. Remove the bucket or add the data.")
     return parts
 

@@ -148,21 +148,25 @@ class Pipeline:
             for bucket in buckets}
 
     def _group(self, media: str, kind: str) -> list[RowBuilder]:
-        """Builders of the buckets of one media and kind, shortest branches first.
+        """Builders of the buckets of one media and kind, the smallest first.
+
+        Pairs go by the frames of their clip, conversations by the length of their branches.
 
         Raises:
-          ValueError: two of them have branches of one length, so that neither goes first.
+          ValueError: two of them are as large, so that neither goes first.
         """
+        field, what = (
+            ("frames", "pair") if kind == "preference" else ("branch_tokens", "question"))
         group = sorted(
             (builder for builder in self.row_builders.values()
              if (builder.bucket.media, builder.bucket.kind) == (media, kind)),
-            key=lambda builder: builder.bucket.branch_tokens)
+            key=lambda builder: getattr(builder.bucket, field))
         for one, other in itertools.pairwise(builder.bucket for builder in group):
-            if one.branch_tokens == other.branch_tokens:
+            if getattr(one, field) == getattr(other, field):
                 raise ValueError(
                     f"buckets.{one.name} and buckets.{other.name}: both {one.media} with "
-                    f"branch_tokens {one.branch_tokens}; a question goes to the shortest that it "
-                    "fits, so give them different lengths or merge them.")
+                    f"{field} {getattr(one, field)}; a {what} goes to the smallest that it "
+                    "fits, so give them different ones or merge them.")
         return group
 
     def _rows_before(self, step: int) -> dict[str, int]:

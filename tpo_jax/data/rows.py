@@ -121,6 +121,22 @@ def preference_plan(dataset: PreparedDataset, example: Example) -> RowPlan:
                    tuple(indices) if indices else None)
 
 
+def clip_frames(plan: RowPlan) -> int:
+    """Frames that a row has to show: those given, else all that are stored of its clip."""
+    if plan.frame_indices is not None:
+        return len(plan.frame_indices)
+    timestamps = plan.dataset.video_info(plan.video_id).timestamps
+    return len(sampling.frames_between(timestamps, plan.start, plan.end))
+
+
+def choose_builder(group: Sequence[RowBuilder], plan: RowPlan) -> RowBuilder:
+    """The first that the row fits; what fits none goes to the last.
+
+    That one samples fewer frames of a clip that is too long, and says what else does not fit.
+    """
+    return next((builder for builder in group if builder.fits(plan)), group[-1])
+
+
 class RowBuilder:
     """Builds the rows of one bucket.
 
@@ -226,7 +242,9 @@ class RowBuilder:
         return branch
 
     def fits(self, plan: RowPlan) -> bool:
-        """Whether every branch is short enough for this bucket."""
+        """Whether the clip of a pair, or every branch of a conversation, is short enough."""
+        if self.bucket.kind == "preference":
+            return clip_frames(plan) <= self.bucket.frames
         built = [self.codec.build_branch(b.question, b.answer, self.where(plan, b))
                  for b in plan.branches]
         return all(len(b.ids) <= self.bucket.branch_tokens

@@ -75,12 +75,14 @@ class Settings:
       branches: most branches a row: options of questions, or questions to heads.
       evidence: "full", "blind" or "middle_frame"; see `data.evidence`. Without "full", questions
         are asked about a clip of the middle frame alone: the others would only be hidden.
+      frames: of a video; 0: as many as the model takes.
       progress: whether to show progress bars.
     """
 
     batch_size: int = 8
     branches: int = 24
     evidence: str = "full"
+    frames: int = 0
     progress: bool = True
 
 
@@ -313,7 +315,8 @@ class Evaluator:
     # Shapes.
 
     def _clip_frames(self, media: str) -> int:
-        return self.config.vision.max_frames if media == "video" else 1
+        frames = self.settings.frames or self.config.vision.max_frames
+        return frames if media == "video" else 1
 
     def _bucket(
         self,

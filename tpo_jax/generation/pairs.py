@@ -91,7 +91,9 @@ class EvidenceSettings:
     """How evidence is drawn.
 
     Attributes:
-      frames: F, of every list of indices.
+      frames: F, of every list of indices; with `fewer`, of videos that fit no smaller number.
+      fewer: other numbers of frames. A video is shown in the smallest number that takes all of its
+        stored frames.
       mix: probability of "localized"; the rest is "comprehensive".
       subset: share of the F frames that the comprehensive manipulation keeps.
       right: right frames of a localized pair with a known segment: "dense" in it, or "whole".
@@ -103,10 +105,16 @@ class EvidenceSettings:
     subset: float = 0.25
     right: str = "dense"
     seed: int = 0
+    fewer: tuple[int, ...] = ()
+
+    def frames_of(self, stored: int) -> int:
+        """F of a video with so many stored frames."""
+        return min((count for count in self.fewer if stored <= count), default=self.frames)
 
     def __post_init__(self) -> None:
         for name, good, expected in (
             ("frames", self.frames >= 1, "at least 1"),
+            ("fewer", all(1 <= n < self.frames for n in self.fewer), "numbers below frames"),
             ("mix", 0 <= self.mix <= 1, "in [0, 1]"),
             ("subset", 0 < self.subset < 1, "in (0, 1)"),
             ("right", self.right in ("dense", "whole"), "'dense' or 'whole'"),
@@ -220,7 +228,7 @@ def plan_evidence(question: Question, timestamps: np.ndarray,
       timestamps: float32[n] seconds of the stored frames.
       settings: with the ids of question and video they determine the draw.
     """
-    frames, seed = settings.frames, settings.seed
+    frames, seed = settings.frames_of(len(timestamps)), settings.seed
     whole = sampling.uniform(timestamps, frames)
     # Drawn per video where possible, so that questions share the prefill of one set of frames.
     video = question.example.video_id

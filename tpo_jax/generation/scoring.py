@@ -10,6 +10,7 @@ JAX_PROCESS_ID score every part together, their devices as one mesh.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import math
 import os
@@ -26,7 +27,7 @@ from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.evaluation_rows import batches, build_pair_rows
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.pipeline import row_builder
-from tpo_jax.data.rows import RowBuilder, RowPlan
+from tpo_jax.data.rows import RowBuilder, RowPlan, choose_builder
 from tpo_jax.data.text import TextCodec
 from tpo_jax.generation import sidecar
 from tpo_jax.interop.folder import load_model
@@ -63,11 +64,14 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     plans = build_pair_rows(PairedDataset(flags.data, flags.pairs))
     if not plans:
         raise ValueError(f"{flags.pairs}: no pairs; generate some first")
-    frames = flags.frames or config.vision.max_frames
+    frames = sorted(set(flags.frames)) or [config.vision.max_frames]
     fingerprint = sidecar.Fingerprint.of(config, params, codec, frames, contrast=flags.contrast)
-    bucket = pair_bucket(codec, config, plans, frames, flags.batch_size)
-    builder = row_builder(codec, config, bucket, contrast=flags.contrast)
-    parts = Parts(epath.Path(flags.out), fingerprint, builder, plans)
+    bucket = pair_bucket(codec, config, plans, frames[-1], flags.batch_size)
+    builders = [
+        row_builder(codec, config, dataclasses.replace(bucket, name=f"pairs{count}", frames=count),
+                    contrast=flags.contrast)
+        for count in frames]
+    parts = Parts(epath.Path(flags.out), fingerprint, builders, plans)
     if parts.finished():
         say(f"{flags.out}: {len(plans)} pairs are scored already")
         return
@@ -76,7 +80,7 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     mine = range(flags.shard, len(parts), flags.shards)
     for number in tqdm.tqdm(mine, desc="score", unit="part"):
         if not parts.is_scored(number):
-            parts.write(number, scorer(parts.builder, parts.plans_of(number), preemption))
+            parts.write(number, scorer(*parts[number], preemption))
     if missing := parts.merge():
         say(f"{flags.out}: parts {missing} of {len(parts)} are left to the other shards")
     else:
@@ -130,20 +134,31 @@ def _logps(step: Any, params: Any, batch: Any) -> jax.Array:
 
 
 class Parts:
-    """The parts of one sidecar and what they have to hold."""
+    """The parts of one sidecar, (builder, plans) each, and what they have to hold.
 
-    def __init__(self, out: epath.Path, fingerprint: sidecar.Fingerprint, builder: RowBuilder,
-                 plans: Sequence[RowPlan]):
-        self.out, self.fingerprint, self.builder, self.plans = out, fingerprint, builder, plans
+    Args:
+      builders: of buckets that differ in their frames alone, fewest first; pairs go to them as they
+        do in training.
+    """
+
+    def __init__(self, out: epath.Path, fingerprint: sidecar.Fingerprint,
+                 builders: Sequence[RowBuilder], plans: Sequence[RowPlan]):
+        self.out, self.fingerprint, self.plans = out, fingerprint, plans
         self.folder = out.parent / f"{out.name}.parts"
-        self.size = PART_BATCHES * builder.bucket.batch_size
-        self.digests = {pair_id(plan): digest_of(builder, plan) for plan in plans}
+        chosen = [choose_builder(builders, plan) for plan in plans]
+        self.digests = {pair_id(plan): digest_of(builder, plan)
+                        for builder, plan in zip(chosen, plans, strict=True)}
+        self._parts: list[tuple[RowBuilder, list[RowPlan]]] = []
+        for builder in builders:
+            mine = [plan for one, plan in zip(chosen, plans, strict=True) if one is builder]
+            size = PART_BATCHES * builder.bucket.batch_size
+            self._parts += [(builder, mine[i : i + size]) for i in range(0, len(mine), size)]
 
     def __len__(self) -> int:
-        return -(-len(self.plans) // self.size)
+        return len(self._parts)
 
-    def plans_of(self, number: int) -> Sequence[RowPlan]:
-        return self.plans[number * self.size : (number + 1) * self.size]
+    def __getitem__(self, number: int) -> tuple[RowBuilder, list[RowPlan]]:
+        return self._parts[number]
 
     def file(self, number: int) -> epath.Path:
         return self.folder / f"{number:05d}.npz"
@@ -153,7 +168,7 @@ class Parts:
 
     def is_scored(self, number: int) -> bool:
         file = self.file(number)
-        return file.exists() and self._holds(sidecar.read(file), self.plans_of(number))
+        return file.exists() and self._holds(sidecar.read(file), self[number][1])
 
     def _holds(self, scored: sidecar.Sidecar, plans: Sequence[RowPlan]) -> bool:
         """Whether a sidecar holds exactly these pairs under these conditions."""
@@ -206,6 +221,16 @@ def digest_of(builder: RowBuilder, plan: RowPlan) -> str:
     return sidecar.hash_row(builder.shown_frames(plan), prefix, *rows, pad_id=builder.codec.pad_id)
 
 
+def frame_counts(text: str) -> tuple[int, ...]:
+    """"8,16,32" as numbers of frames; "0" stands for none given."""
+    counts = tuple(int(part) for part in text.split(","))
+    if counts == (0,):
+        return ()
+    if min(counts) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected numbers of frames, such as 8,16,32")
+    return counts
+
+
 def say(text: str) -> None:
     if jax.process_index() == 0:
         print(text)
@@ -217,8 +242,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, help="prepared split that the pairs were generated on")
     add("--pairs", required=True, help="pairs.jsonl")
     add("--out", required=True, help="sidecar to write, .npz")
-    add("--frames", type=int, default=0, help="of the training bucket; 0: as many as the model "
-        "takes")
+    add("--frames", type=frame_counts, default=(), metavar="N,N", help="of the training buckets "
+        "(default: one, of as many as the model takes)")
     add("--batch_size", type=int, default=16, help="pairs at a time (default: %(default)s)")
     add("--contrast", action="store_true", help="score chosen answers under the manipulated "
         "frames as well, for preference.loss 'conditional'")

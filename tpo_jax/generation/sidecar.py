@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,13 +91,14 @@ class Fingerprint:
     attention: str
 
     @classmethod
-    def of(cls, config: ModelConfig, params: Any, codec: TextCodec, frames: int,
+    def of(cls, config: ModelConfig, params: Any, codec: TextCodec, frames: int | Iterable[int],
            media: str = "video", contrast: bool = False) -> Fingerprint:
-        """The fingerprint of a model that scores clips of `frames` frames.
+        """The fingerprint of a model that scores clips in buckets of `frames` frames.
 
         With `contrast` chosen answers are scored under the manipulated frames as well.
         """
         vision = config.vision
+        sizes = sorted({frames} if isinstance(frames, int) else set(frames))
         # What changes speed and memory only, or training only, is no difference.
         language = dataclasses.replace(config.language, dropout=0.0, remat=False)
         same = dataclasses.replace(
@@ -108,7 +109,8 @@ class Fingerprint:
             tokenizer=hash_json(json.loads(codec.tokenizer.to_str())),
             template=hash_json(codec.template.to_json()),
             preprocessing=_preprocessing(config),
-            bucket=f"{media}, {frames} frames{', right and manipulated' if contrast else ''}",
+            bucket=f"{media}, {', '.join(map(str, sizes))} frames"
+            f"{', right and manipulated' if contrast else ''}",
             dtype=config.dtype,
             attention=config.language.attention)
 

@@ -424,10 +424,10 @@ def _check_objective(config: ConfigDict) -> list[str]:
             problems.append(_problem(f"losses.{term}", weight, "negative", "give a weight >= 0"))
     if config.objective == "preference":
         problems += _check_preference(config)
-        if len({(bucket.frames, bucket.answers) for bucket in config.buckets.values()}) > 1:
-            fix = "give one bucket, or equal ones"
-            reason = "sidecars are scored for one number of frames and answers"
-            problems.append(_problem("buckets", sorted(config.buckets), reason, fix))
+        answers = {name: bucket.answers for name, bucket in sorted(config.buckets.items())}
+        if len(set(answers.values())) > 1:
+            reason = "a pair goes by its frames to a bucket, which has to hold any answer"
+            problems.append(_problem("buckets.*.answers", answers, reason, "give equal ones"))
         if not config.init_from:
             fix = "name the model folder that scored the references"
             problems.append(_problem("init_from", "", "the policy starts at the reference", fix))

@@ -205,7 +205,7 @@ class DryRun:
         else:
             model_config, params, codec = folder.load_config(start), {}, folder.load_codec(start)
         expected = sidecar.Fingerprint.of(
-            model_config, params, codec, bucket.frames, contrast=contrast
+            model_config, params, codec, {b.frames for b in self.buckets}, contrast=contrast
         )
         if not small:
             expected = dataclasses.replace(expected, weights=stored.weights)

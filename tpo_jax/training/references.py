@@ -36,8 +36,8 @@ def read_references(config: ConfigDict) -> Reference | None:
     if not config.data.references:
         return None
     model_config, params, codec = load_model(config.init_from)
-    (shape,) = {(bucket.frames, bucket.answers) for bucket in config.buckets.values()}
-    frames, answers = shape
+    frames = {bucket.frames for bucket in config.buckets.values()}
+    (answers,) = {bucket.answers for bucket in config.buckets.values()}
     expected = sidecar.Fingerprint.of(
         model_config, params, codec, frames, contrast=needs_contrast(config)
     )

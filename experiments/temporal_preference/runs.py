@@ -1,0 +1,186 @@
+"""The commands behind the studies: data, pairs, training and evaluation, each done once.
+
+Everything is a step of one `Steps`, so studies share what they have in common and an interrupted
+one goes on where it stopped. All seeds read the same videos; a seed decides what pairs are drawn
+and in which order they are trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+from experiments.steps import Steps
+
+BASE = pathlib.Path("tpo_jax/assets/tiny_base")
+WORLD_SEED = 4000  # far from those of the base and of the demo
+CONFIG = "configs/temporal_preference.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much of everything.
+
+    Attributes:
+      train, test: videos of `seconds` with a mean of `density` events in 10 s, of which a model
+        sees 32 frames: most of a video says nothing about a question.
+      pairs: of one training run; test_pairs: to score.
+      needles: a cell of the map has the questions about so many videos.
+    """
+
+    train: int = 500
+    test: int = 120
+    seconds: int = 32
+    density: float = 1.0
+    pairs: int = 400
+    test_pairs: int = 200
+    frames: int = 32
+    few_frames: int = 8
+    needles: int = 16
+    lengths: tuple[int, ...] = (16, 32, 64)
+    # Of `preferences generate`: answers are drawn once, and rules tell right ones from wrong ones.
+    judge: str = "rules"
+    tiny: bool = False
+
+
+FULL = Scale()
+# Seconds instead of minutes, for the tests; its figures mean nothing.
+TINY = Scale(
+    train=6, test=3, seconds=16, density=1.5, pairs=10, test_pairs=4, frames=8, few_frames=4,
+    needles=1, lengths=(8, 16), judge="none", tiny=True,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One trained model, or with objective "base" the one that all start from.
+
+    Attributes:
+      objective: argument of the config.
+      mix: share of localized manipulations among its pairs.
+      share: of the pairs, the first ones.
+      few: whether it is trained on clips of few frames.
+    """
+
+    objective: str = "dpo"
+    mix: float = 0.5
+    share: float = 1.0
+    few: bool = False
+
+
+class Runs:
+    """What one scale and folder need; every method returns where its result is."""
+
+    def __init__(self, steps: Steps, scale: Scale):
+        self.steps, self.scale, self.out = steps, scale, steps.out
+
+    def prepare(self) -> None:
+        """Renders and prepares the training and the test videos, and pairs to test with."""
+        scale = self.scale
+        self.steps.run(
+            "render", "tpo_jax.data.moving_shapes", "--out", self.out / "world",
+            "--seed", WORLD_SEED, "--videos", scale.train + scale.test,
+            "--splits", f"train:{scale.train},test:{scale.test}", "--seconds", scale.seconds,
+            "--density", scale.density, "--processes", 2,
+        )  # fmt: skip
+        for split in ("train", "test"):
+            self.steps.run(
+                f"prepare {split}", "tpo_jax.prepare", "run", "--data", self.out / "world" / split,
+                "--out", self.data(split), "--processes", 2,
+            )  # fmt: skip
+        self._generate("test", self.test_pairs.parent, scale.test_pairs, 0.5, scale.frames, seed=0)
+
+    def data(self, split: str) -> pathlib.Path:
+        return self.out / "data" / split
+
+    @property
+    def test_pairs(self) -> pathlib.Path:
+        return self.out / "pairs_test" / "pairs.jsonl"
+
+    def train(self, name: str, model: Model, seed: int) -> pathlib.Path:
+        """The model folder; the base's without training."""
+        if model.objective == "base":
+            return BASE
+        scale = self.scale
+        frames = scale.few_frames if model.few else scale.frames
+        pairs = self._pairs(model.mix, frames, seed)
+        manifest, count = first_pairs(pairs / "pairs.jsonl", round(model.share * scale.pairs))
+        argument = (
+            f"objective={model.objective},data={self.data('train')},pairs={pairs},"
+            f"manifest={manifest},count={count},frames={frames},tiny={scale.tiny}"
+        )
+        workdir = self.out / f"seed{seed}" / name
+        self.steps.run(
+            f"seed{seed} train {name}", "tpo_jax.train", f"--config={CONFIG}:{argument}",
+            f"--workdir={workdir}", f"--config.seed={seed}",
+        )  # fmt: skip
+        return workdir / "model"
+
+    def _pairs(self, mix: float, frames: int, seed: int) -> pathlib.Path:
+        """Folder of the pairs that the base generated and scored."""
+        out = self.out / f"seed{seed}" / f"pairs_mix{mix:g}_frames{frames}"
+        self._generate("train", out, self.scale.pairs, mix, frames, seed)
+        self.steps.run(
+            f"score {out.parent.name} {out.name}", "tpo_jax.preferences", "score", "--model", BASE,
+            "--data", self.data("train"), "--pairs", out / "pairs.jsonl",
+            "--out", out / "reference.npz", "--frames", frames,
+        )  # fmt: skip
+        return out
+
+    def _generate(
+        self, split: str, out: pathlib.Path, pairs: int, mix: float, frames: int, seed: int
+    ) -> None:
+        self.steps.run(
+            f"generate {out.parent.name} {out.name}", "tpo_jax.preferences", "generate",
+            "--model", BASE, "--data", self.data(split), "--out", out, "--pairs", pairs,
+            "--seed", seed, "--mix", mix, "--frames", frames, "--samples", 1,
+            "--subset", 0.125, "--judge", self.scale.judge,
+        )  # fmt: skip
+
+    def evaluate(
+        self, name: str, model: pathlib.Path, data: pathlib.Path, *more: object
+    ) -> pathlib.Path:
+        """The file that `evaluate` writes; the command runs beside those that follow."""
+        result = self.out / "eval" / f"{name}.json"
+        self.steps.beside(
+            f"evaluate {name}", "tpo_jax.evaluate", "--model", model, "--data", data,
+            "--out", result, *more,
+        )  # fmt: skip
+        return result
+
+    def needles(self, seconds: int) -> pathlib.Path:
+        """The prepared folder of needles in videos of one length."""
+        raw, prepared = (self.out / kind / str(seconds) for kind in ("needles", "needles_data"))
+        self.steps.run(
+            f"needles {seconds}", "experiments.temporal_preference.needles", "--out", raw,
+            "--seconds", seconds, "--needles", self.scale.needles,
+        )  # fmt: skip
+        self.steps.run(
+            f"prepare needles {seconds}", "tpo_jax.prepare", "run", "--media", raw,
+            "--format", "native", "--annotations", raw / "needles.jsonl", "--out", prepared,
+            "--processes", 2,
+        )  # fmt: skip
+        return prepared
+
+
+def pairs_trained_on(model: pathlib.Path) -> int:
+    """Of a model folder that `train` wrote: lines of its manifest."""
+    config = json.loads((model.parent / "config.json").read_text())
+    (source,) = config["data"]["train"]
+    return len(pathlib.Path(source["pairs"]).read_text().splitlines())
+
+
+def first_pairs(manifest: pathlib.Path, wanted: int) -> tuple[str, int]:
+    """Writes the first `wanted` pairs beside a manifest; returns the file's name and its pairs.
+
+    The manifest is in random order of videos. It may hold fewer, where all videos were used.
+    """
+    lines = manifest.read_text().splitlines(keepends=True)
+    if wanted >= len(lines):
+        return manifest.name, len(lines)
+    part = manifest.with_name(f"first{wanted}.jsonl")
+    temporary = part.with_name(part.name + ".tmp")
+    temporary.write_text("".join(lines[:wanted]))
+    temporary.replace(part)
+    return part.name, wanted

@@ -1,0 +1,166 @@
+"""The studies of temporal preferences: figures against sums by hand, needles, every command."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.temporal_preference import needles, report, runs, studies
+from tpo_jax.data.moving_shapes import render, simulate
+from tpo_jax.evaluation import results
+from tpo_jax.evaluation.bootstrap import ItemScores
+
+# Right answers of four questions about two videos, by model and seed.
+ANSWERS = {
+    "base": [(1, 0, 0, 0)] * 2,
+    "sft": [(1, 1, 0, 0), (1, 0, 0, 0)],
+    "dpo": [(1, 1, 1, 1), (1, 1, 1, 0)],
+}
+
+
+def write_evaluation(file, values, *metrics):
+    scores = ItemScores(("a", "b", "c", "d"), ("v0", "v0", "v1", "v1"), values)
+    record = results.evaluation_record(
+        dict.fromkeys(metrics, scores), routing={}, about={"data": "test", "tasks": ["qa"]}
+    )
+    results.write_json(file, record)
+    return file
+
+
+@pytest.fixture
+def figures(tmp_path):
+    files = {}
+    for model, by_seed in ANSWERS.items():
+        for condition, metrics in (
+            ("test", (studies.QA, studies.PREFERENCE, studies.HIDDEN)),
+            (studies.BLIND, (studies.QA,)),
+        ):
+            for seed, values in enumerate(by_seed):
+                values = values if condition == "test" else (0, 0, 0, 1)
+                file = tmp_path / f"{model}{condition}{seed}.json"
+                files.setdefault((model, condition), {})[seed] = write_evaluation(
+                    file, values, *metrics
+                )
+    return report.figures("objectives", files, runs.FULL, {"sft": [9, 8], "dpo": [9, 8]})
+
+
+def test_figures_are_pooled_over_seeds_and_paired_by_item(figures):
+    rows = {(r["model"], r["condition"], r["metric"]): r for r in figures["rows"]}
+    dpo = rows["dpo", "test", studies.QA]
+    assert dpo["value"] == 7 / 8 and dpo["by_seed"] == [1.0, 3 / 4] and dpo["items"] == 8
+    assert dpo["videos"] == 2  # seeds share them
+    difference = dpo["difference"]
+    assert difference["value"] == 5 / 8 and difference["by_seed"] == [3 / 4, 1 / 2]
+    # Of two videos a draw holds v0 twice, v1 twice or both: gains of 2, 3 and 5 in 4, 4 and 8.
+    assert difference["interval"] == [2 / 4, 3 / 4]
+    assert "difference" not in rows["base", "test", studies.QA]
+
+
+def test_a_claim_is_judged_by_the_interval(figures):
+    verdicts = {claim["text"]: claim["verdict"] for claim in figures["claims"]}
+    assert verdicts == {
+        "DPO is better than the base": report.AGREES,
+        "DPO is better than SFT on the preferred answers": report.AGREES,
+        "SFT on the preferred answers is better than the base": report.UNDECIDED,
+    }
+    scores = {
+        place: {0: ItemScores(("a", "b"), ("v0", "v1"), values)}
+        for place, values in (
+            (("dpo", "test", studies.QA), (0.0, 0.0)),
+            (("base", "test", studies.QA), (1.0, 1.0)),
+        )
+    }
+    worse = report._judge(studies.STUDIES["objectives"].claims[0], scores, runs.FULL)
+    assert worse["verdict"] == report.DISAGREES
+
+
+def test_every_figure_of_the_page_stands_beside_its_hidden_one(figures, tmp_path):
+    page = report.write(tmp_path / "results", figures).read_text()
+    assert (tmp_path / "results" / "objectives.png").stat().st_size > 1000
+    assert (
+        "| test | dpo | 0.875 [0.750, 1.000] | 1.000, 0.750 | +0.625 [+0.500, +0.750] | 0.250 |"
+        in page
+    )
+    # The preference figures of the fake evaluations are the same with and without the video.
+    assert "| test | sft | 0.375 [0.000, 0.750] | 0.500, 0.250 | " in page
+    assert page.count("| 0.875 |\n") == 1
+    assert "LongVideoBench 54.2 against 51.3" in page and "sft 9, 8; dpo 9, 8" in page
+
+
+class NoSteps:
+    """Stands for `Steps`; what would be run is not."""
+
+    def __init__(self, out):
+        self.out = out
+
+    def run(self, *command):
+        pass
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_every_study_is_judged_drawn_and_written(name, tmp_path):
+    study, files = studies.STUDIES[name], {}
+    conditions = study.conditions(runs.Runs(NoSteps(tmp_path), runs.FULL))
+    for condition, evaluation in conditions.items():
+        tasks = " ".join(map(str, evaluation.arguments))
+        metrics = [studies.QA]
+        if "preference" in tasks:
+            metrics += [studies.PREFERENCE, studies.HIDDEN]
+        if name == "needles":
+            metrics += [f"{report.DEPTH}{depth:g}" for depth in needles.DEPTHS]
+        for place, model in enumerate(study.models):
+            values = (1, 1, 1, 0) if place else (0, 1, 0, 0)
+            file = tmp_path / f"{model}{condition}.json"
+            files[model, condition] = {0: write_evaluation(file, values, *metrics)}
+    trained = {model: [8] for model in study.models[1:]}
+    found = report.figures(name, files, runs.FULL, trained)
+    assert len(found["claims"]) == len(study.claims)
+    page = report.write(tmp_path / "results", found).read_text()
+    seen = sum("hidden" not in condition for condition in conditions)
+    assert page.count(f"| {study.models[1]} | 0.750 [") >= seen
+    assert (tmp_path / "results" / f"{name}.png").stat().st_size > 1000
+
+
+def test_a_needle_is_the_same_wherever_it_is_and_everything_around_is_still():
+    needle = simulate((7, 0), needles.NEEDLE)
+    fps, length = needle.config.fps, needle.config.num_frames
+    for depth, begin in ((0.0, 0), (0.5, 12 * fps), (1.0, 24 * fps)):
+        scene = needles.place(needle, 32, depth)
+        assert scene.config.num_frames == 32 * fps == scene.states.x.shape[1]
+        inside = slice(begin, begin + length)
+        for field in ("x", "y", "radius", "angle", "white"):
+            states = getattr(scene.states, field)
+            np.testing.assert_array_equal(states[:, inside], getattr(needle.states, field))
+            for still in (states[:, :begin], states[:, begin + length :]):
+                assert (still == still[:, :1]).all()
+        assert [e.start - begin / fps for e in scene.events] == [e.start for e in needle.events]
+        assert needles.questions_of(scene) == needles.questions_of(needle)
+        assert len(render(scene).frames) == 32 * fps
+    assert len(needles.questions_of(needle)) > 3
+
+
+def test_a_part_of_the_pairs_is_the_first_ones(tmp_path):
+    manifest = tmp_path / "pairs.jsonl"
+    manifest.write_text("a\nb\nc\n")
+    assert runs.first_pairs(manifest, 2) == ("first2.jsonl", 2)
+    assert (tmp_path / "first2.jsonl").read_text() == "a\nb\n"
+    assert runs.first_pairs(manifest, 5) == ("pairs.jsonl", 3)
+
+
+@pytest.mark.long
+def test_every_study_runs_from_end_to_end(tmp_path):
+    command = [sys.executable, "-m", "experiments.temporal_preference", "all", "--tiny"]
+    command += ["--seeds", "1", "--out", str(tmp_path)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    page = (tmp_path / "results" / "README.md").read_text()
+    for name, study in studies.STUDIES.items():
+        assert f"## {study.title}" in page
+        record = json.loads((tmp_path / "results" / f"{name}.json").read_text())
+        assert {row["model"] for row in record["rows"]} == set(study.models)
+        assert (tmp_path / "results" / f"{name}.png").exists()
+    steps = (tmp_path / "steps.jsonl").read_text()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and (tmp_path / "steps.jsonl").read_text() == steps
