@@ -54,6 +54,7 @@ def default_config() -> ConfigDict:
         "references": [],  # sidecars with reference log-probabilities of preference pairs
         "threads": 2,  # that read batches ahead
         "evidence": "full",  # "blind" and "middle_frame" train the models that floors come from
+        "task_text": False,  # targets of heads as text of the answer (data.task_text), without heads
     }
     config.buckets = {}  # name -> bucket_config(...): the shapes that are compiled
     config.losses = {"language": 1.0}  # term -> weight; "region/l1" is a term of a head
@@ -329,6 +330,9 @@ def _check_data(config: ConfigDict) -> list[str]:
     if config.data.evidence not in MODES:
         fix = f"one of {', '.join(MODES)}"
         problems.append(_problem("data.evidence", config.data.evidence, "unknown", fix))
+    if config.data.task_text and config.model.heads:
+        reason, fix = "leaves nothing for model.heads to learn", "set it to False, or heads to []"
+        problems.append(_problem("data.task_text", True, reason, fix))
     if not config.data.train:
         problems.append(_problem("data.train", [], "no training data", "list prepared folders"))
     for split in ("train", "validation"):
