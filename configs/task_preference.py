@@ -151,7 +151,7 @@ def _write_text(config: ConfigDict) -> None:
     video = config.buckets.video
     video.branch_tokens, video.answers = TEXT_BRANCH, TEXT_ANSWER
     # Every question is shorter than the longest answer in words.
-    video.weight += config.buckets.video_long.weight
+    video.weight = round(video.weight + config.buckets.video_long.weight)
     del config.buckets["video_long"]
 
 

@@ -60,12 +60,13 @@ class Study:
         return self.steps(seed).out / "eval" / "floors.json"
 
     def train(
-        self, seed: int, arm: str, stages: tuple[str, ...] = demo.STAGES, *, rate: float = 1.0,
+        self, seed: int, arm: str, stages: tuple[str, ...] = (), *, rate: float = 1.0,
         start: pathlib.Path | None = None, data: str = "data",
     ) -> pathlib.Path:  # fmt: skip
         """Trains an arm stage by stage; returns the model folder of the last stage.
 
         Args:
+          stages: of configs/task_preference.py; by default those of the demo, in a test its first.
           rate: multiplies all learning rates.
           start: model folder of the first stage; None for the base.
           data: folder beside the arms.
@@ -74,17 +75,17 @@ class Study:
         name = self.name(arm, rate)
         runs = steps.out / name
         init = f",init={start or self.options.base}"
-        for stage in stages:
+        for stage in stages or demo.STAGES[: 1 if self.options.tiny else None]:
+            workdir = runs / (f"stage{stage}" if stage.isdigit() else stage)
             steps.run(
                 f"train {name} {stage}", "tpo_jax.train",
                 f"--config=configs/task_preference.py:arm={arm},stage={stage},runs={runs}"
                 f",data={steps.out / data},rate={rate},steps={self.options.steps}"
                 f"{init}{self.scale.config}",
-                f"--workdir={runs / f'stage{stage}' if stage.isdigit() else runs / stage}",
-                f"--config.seed={seed}",
+                f"--workdir={workdir}", f"--config.seed={seed}",
             )  # fmt: skip
             init = ""
-        return runs / (f"stage{stages[-1]}" if stages[-1].isdigit() else stages[-1]) / "model"
+        return workdir / "model"
 
     def evaluate(self, seed: int, name: str, model: pathlib.Path, split: str = "test",
                  *more: object) -> pathlib.Path:  # fmt: skip

@@ -232,7 +232,7 @@ def test_what_the_words_can_say_at_best(dataset):
                     for name in found.keys() & scores.keys():
                         found[name].append(scores[name])
     best = {name: np.mean(values) for name, values in found.items()}
-    assert best["temporal/miou"] > 0.99 and best["highlight/hit@1"] > 0.9
+    assert best["temporal/miou"] > 0.99 and best["highlight/hit@1"] > 0.6
     assert best["tracking/auc"] > 0.6 and best["mask/j"] > 0.4
 
 

@@ -30,7 +30,7 @@ def test_windows_and_their_saliency():
     (found,) = read("It happens at 0.5 s to 1.5 s and 3.0 s to 4.0 s.", "temporal")
     assert found["windows"] == [[0.5, 1.5, 1.0], [3.0, 4.0, 0.5]]
     assert found["times"] == [0, 1, 2, 3, 4]
-    assert found["saliency"] == [0, 1, 0, 0.5, 0.5]
+    assert found["saliency"] == [0, 1, 0, 0.25, 0.25]
 
 
 def test_a_mask_moves_between_its_boxes_and_ends_where_it_is_absent():

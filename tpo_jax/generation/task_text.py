@@ -77,7 +77,8 @@ def _region(text: str, clip: ClipInfo) -> Result:
 
 
 def _temporal(text: str, clip: ClipInfo) -> Result:
-    """Earlier named windows count as more certain; a frame is as salient as its window."""
+    """Earlier named windows count as more certain. Words have no saliency: frames of a window get
+    its score, falling to half of it from the middle to the ends."""
     windows = []
     for number, window in enumerate(re.findall(_WINDOW, text)):
         start, end = sorted(min(max(float(t), clip.start), clip.end) for t in window)
@@ -85,7 +86,9 @@ def _temporal(text: str, clip: ClipInfo) -> Result:
     times = np.asarray(clip.times, np.float64)[np.asarray(clip.frame_valid, bool)]
     saliency = np.zeros(len(times))
     for start, end, score in reversed(windows):
-        saliency[(start <= times) & (times <= end)] = score
+        inside = (start <= times) & (times <= end)
+        off_middle = np.abs(times[inside] - (start + end) / 2) / max(end - start, 1e-6)
+        saliency[inside] = score * (1 - off_middle)
     return {"windows": windows, "saliency": saliency.tolist(), "times": times.tolist()}
 
 
