@@ -1,6 +1,6 @@
-"""The arms of the Task Preference Optimization studies: the demo's stages with less, or other, tasks.
+"""The arms of the Task Preference Optimization studies: the demo's stages, other tasks or heads.
 
-    python -m tpo_jax.train --config=configs/task_preference.py:arm=text,stage=1,runs=DIR,data=DATA \
+    python -m tpo_jax.train --config=configs/task_preference.py:arm=text,stage=1,runs=DIR,data=D \
         --workdir=DIR/stage1
 
   heads         region, temporal and mask head beside conversation: the demo itself
@@ -9,15 +9,16 @@
   TRM           as heads, without conversation
   T, R, M       one task alone: temporal; region; mask and tracking
   temporal, cg_detr, temporal_mlp   one temporal head each, beside conversation
-  sam2, first_frame_box   as M, with a SAM 2 head of the demo's size: trained by losses of its masks,
-                or by the prompt that the box on the first frame would be, all that is published
+  sam2, first_frame_box   as M, with a SAM 2 head of the demo's size: trained by losses of its
+                masks, or by the prompt that the box on the first frame would be, all that is
+                published
 
-Every arm asks at least as many questions of each of its kinds a step as `heads` does: rows of an arm
-with fewer tasks are shorter. `text` has longer answers in longer branches, so it is given more
-tokens in as many steps. `data` holds train/ and validation/, `runs` the stages of this arm; `rate` multiplies
-all learning rates; `steps` the steps of every stage. Stage `track` of the SAM 2 arms comes between
-1 and 2: SAM 2 itself learns to follow boxes that are drawn, and is frozen from there on, as the
-published head starts from a trained and frozen SAM 2.
+Every arm asks at least as many questions of each of its kinds a step as `heads` does: rows of an
+arm with fewer tasks are shorter. `text` has longer answers in longer branches, so it is given more
+tokens in as many steps. `data` holds train/ and validation/, `runs` the stages of this arm; `rate`
+multiplies all learning rates; `steps` the steps of every stage. Stage `track` of the SAM 2 arms
+comes between 1 and 2: SAM 2 itself learns to follow boxes that are drawn, and is frozen from there
+on, as the published head starts from a trained and frozen SAM 2.
 """
 
 import dataclasses

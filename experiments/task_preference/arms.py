@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
@@ -22,7 +23,10 @@ FLOORS = "floors"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Of the command line: see `parser`."""
+    """Of the command line: see `parser`.
+
+    The runs in `out` belong to one choice of the base, the steps and tiny; see `check`.
+    """
 
     out: pathlib.Path
     results: pathlib.Path
@@ -30,6 +34,18 @@ class Options:
     seeds: int
     steps: float
     tiny: bool
+
+    def check(self) -> None:
+        """Writes what decides the runs into `out`; ValueError if those there were others."""
+        mine = {"base": str(self.base), "steps": self.steps, "tiny": self.tiny}
+        file = self.out / "options.json"
+        if not file.exists():
+            self.out.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(mine) + "\n")
+        elif (theirs := json.loads(file.read_text())) != mine:
+            raise ValueError(
+                f"--out {self.out}: has runs of {theirs}, expected {mine}; use another"
+            )
 
 
 class Study:
@@ -123,7 +139,9 @@ class Study:
         for arm, of_seeds in files.items():
             found = [results.read_json(of_seeds[seed])["metrics"] for seed in self.seeds]
             arms[arm] = {m: [f[m] for f in found] for m in found[0] if all(m in f for f in found)}
-        lowest = [results.read_json(floors[seed])["floors"] for seed in self.seeds] if floors else []
+        lowest = (
+            [results.read_json(floors[seed])["floors"] for seed in self.seeds] if floors else []
+        )
         return {
             "device": describe_device(), "versions": versions(), "tiny": self.options.tiny,
             "seeds": list(self.seeds), "share_of_steps": self.options.steps,
@@ -135,7 +153,10 @@ class Study:
 def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description.split("\n")[0])
     made.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/task_preference"))
-    made.add_argument("--results", type=pathlib.Path, default=RESULTS, help="json, plot, README.md")
+    made.add_argument(
+        "--results", type=pathlib.Path,
+        help=f"folder of json, plot and README.md; {RESULTS}, of a test OUT/results",
+    )  # fmt: skip
     made.add_argument("--base", type=pathlib.Path, default=demo.BASE, help="model folder")
     made.add_argument("--seeds", type=int, default=3, help="of rendering, splits and training")
     made.add_argument("--steps", type=float, default=1.0, help="share of the steps of every stage")
@@ -145,9 +166,15 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def main(name: str, description: str, run: Callable[[Study], dict[str, Any]]) -> None:
     """Runs a study; writes RESULTS/<name>.json, its plot and the page of all studies."""
-    options = Options(**vars(parser(description).parse_args()))
+    flags = parser(description).parse_args()
+    flags.results = flags.results or (flags.out / "results" if flags.tiny else RESULTS)
+    options = Options(**vars(flags))
     try:
+        options.check()
         record = run(Study(options))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except StepFailed as failure:
         print(failure, file=sys.stderr)
         sys.exit(failure.status)

@@ -76,7 +76,7 @@ def difference(claim: Claim, arms: Mapping[str, Mapping[str, Sequence[float]]]) 
 
 
 def verdict(found: Estimate) -> str:
-    """"agrees" or "does not agree" where the difference is more than two standard errors."""
+    """ "agrees" or "does not agree" where the difference is more than two standard errors."""
     if found.error is None:
         return "one seed"
     if abs(found.mean) <= 2 * found.error:

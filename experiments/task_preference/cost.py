@@ -38,11 +38,12 @@ CONFIG = pathlib.Path("configs/seven_b.py")
 LOSSES = runpy.run_path(str(CONFIG))["get_config"]().losses.to_dict() | cg_detr.published_weights()
 TERA = 1e12
 ABOUT = (
-    "Teraflops of a train step a row of 32 frames (3 x forward, products only), Qwen2-7B and SigLIP "
-    "shapes of `configs/seven_b.py`. *heads*: its bucket as it is, 4 questions a row. *conversation*: "
-    "the same questions, none to a head. *one question*: conversation that asks one question a row, "
-    "so that the other three, which are to heads, are extra. Target: at most +10 % with the light "
-    "mask head. Published: 52 against 42 hours of the last stage, about +25 %, with SAM 2."
+    "Teraflops of a train step a row of 32 frames (3 x forward, products only), Qwen2-7B and "
+    "SigLIP shapes of `configs/seven_b.py`. *heads*: its bucket as it is, 4 questions a row. "
+    "*conversation*: the same questions, none to a head. *one question*: conversation that asks "
+    "one question a row, so that the other three, which are to heads, are extra. Target: at most "
+    "+10 % with the light mask head. Published: 52 against 42 hours of the last stage, about +25 "
+    "%, with SAM 2."
 )
 STEPS, WIDTH = 5, 512
 ONE = "one question"
@@ -144,9 +145,7 @@ class _Step:
 
     def __call__(self) -> float:
         begin = time.monotonic()
-        self.state, metrics = self.program.train_step(
-            self.state, self.batch, self.key
-        )
+        self.state, metrics = self.program.train_step(self.state, self.batch, self.key)
         jax.block_until_ready(metrics)
         return time.monotonic() - begin
 

@@ -1,6 +1,6 @@
 """The same videos with masks and tracks that are labelled on the first frame of their clip alone.
 
-    python -m experiments.task_preference.first_frame --data runs/data/train --out runs/first/train
+python -m experiments.task_preference.first_frame --data runs/data/train --out runs/first/train
 """
 
 from __future__ import annotations

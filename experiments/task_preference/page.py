@@ -49,7 +49,9 @@ def page(folder: pathlib.Path) -> str:
         if file.exists():
             parts.append(section(name, title, json.loads(file.read_text())))
         else:
-            parts.append(f"## {title}\n\nNot run: `python -m experiments.task_preference.{name}`.\n")
+            parts.append(
+                f"## {title}\n\nNot run: `python -m experiments.task_preference.{name}`.\n"
+            )
     if (file := folder / f"{COST}.json").exists():
         parts.append(cost_section(json.loads(file.read_text())))
     return "\n".join(parts)
@@ -59,7 +61,9 @@ def section(name: str, title: str, record: Mapping[str, Any]) -> str:
     """Tables of one study."""
     lines = [f"## {title}", "", f"`{record['command']}`, {len(record['seeds'])} seeds."]
     if record["tiny"]:
-        lines.append("**A test of the command on a handful of videos: these figures mean nothing.**")
+        lines.append(
+            "**A test of the command on a handful of videos: these figures mean nothing.**"
+        )
     if "rates" in record:
         chosen = ", ".join(f"{arm} {rate:g}" for arm, rate in record["rates"].items())
         lines.append(f"Learning rates, times those of the demo, chosen on validation: {chosen}.")

@@ -41,7 +41,9 @@ def test_each_marker_becomes_its_own_target():
 
 def test_windows_are_cut_to_the_clip_and_in_order():
     windows = {"windows": [[7.25, 14.0], [-1, 2.5], [20, 30]]}
-    assert answer_of("temporal", "At <temporal>.", windows) == "At 0.0 s to 2.5 s and 7.2 s to 10.0 s."
+    assert (
+        answer_of("temporal", "At <temporal>.", windows) == "At 0.0 s to 2.5 s and 7.2 s to 10.0 s."
+    )
 
 
 def test_a_mask_is_its_first_middle_and_last_box():
@@ -94,6 +96,9 @@ def test_a_model_without_heads_trains_on_them(data):
     _, batch = pipeline.batch(0)
     assert batch["slots"] == {}
     said = {codec.decode(ids).strip() for ids in batch["answer_tokens"].reshape(-1, 40)}
-    written = {e.turns[0].answer for video in pipeline.mixtures["video"].entries[0]
-               for e in TextDataset(PreparedDataset(data / "train")).examples(video[0])}
+    written = {
+        e.turns[0].answer
+        for video in pipeline.mixtures["video"].entries[0]
+        for e in TextDataset(PreparedDataset(data / "train")).examples(video[0])
+    }
     assert len(said) > 1 and said <= written

@@ -1,5 +1,6 @@
 """Studies of Task Preference Optimization: verdicts and page by hand, configs, and `--tiny`."""
 
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -11,6 +12,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from experiments.task_preference import page
+from experiments.task_preference.arms import Options
 from experiments.task_preference.claims import CLAIMS, Claim, Estimate, difference, verdict
 from experiments.task_preference.first_frame import first_box
 from tpo_jax.data.records import Example, Turn
@@ -32,6 +34,14 @@ def test_differences_are_paired_by_seed():
     assert verdict(found) == "undecided"
     assert found.percent(sign=True) == "+3.3 ± 8.8"
     assert verdict(Estimate.of([0.4])) == "one seed"
+
+
+def test_runs_of_other_options_are_refused(tmp_path):
+    options = Options(tmp_path / "runs", tmp_path, tmp_path / "base", 3, 0.5, False)
+    options.check()
+    dataclasses.replace(options, seeds=5).check()
+    with pytest.raises(ValueError, match="has runs of .*0.5.*expected .*1.0.*use another"):
+        dataclasses.replace(options, steps=1.0).check()
 
 
 def record(name):
@@ -72,7 +82,9 @@ def test_every_arm_is_a_valid_config(arm):
         assert all(term.split("/")[0] in ("language", *heads) for term in config.losses)
         assert {s["path"] for s in config.data.train} == {"d/train"}
         expected = "r/stage1/model" if stage in ("2", "track") else config.init_from
-        assert config.init_from == (f"r/track/model" if stage == "2" and "sam2" in heads else expected)
+        assert config.init_from == (
+            "r/track/model" if stage == "2" and "sam2" in heads else expected
+        )
 
 
 def test_arms_ask_what_heads_asks():

@@ -106,8 +106,8 @@ class Pipeline:
                  heads: Sequence[str], buckets: Mapping[str, Any] | Sequence[Bucket], seed: int,
                  process_index: int = 0, process_count: int = 1,
                  reference: Reference | None = None, evidence: str = "full",
-                 task_text: bool = False, contrast: bool = False, table: Mapping[str, Any] | None = None,
-                 start_step: int = 0):
+                 task_text: bool = False, contrast: bool = False,
+                 table: Mapping[str, Any] | None = None, start_step: int = 0):
         if set(heads) != set(model_config.heads):
             raise ValueError(f"heads: {list(heads)}, but the model has {list(model_config.heads)}.")
         if not 0 <= process_index < process_count:

@@ -54,7 +54,7 @@ def default_config() -> ConfigDict:
         "references": [],  # sidecars with reference log-probabilities of preference pairs
         "threads": 2,  # that read batches ahead
         "evidence": "full",  # "blind" and "middle_frame" train the models that floors come from
-        "task_text": False,  # targets of heads as text of the answer (data.task_text), without heads
+        "task_text": False,  # targets of heads as text of answers (data.task_text), without heads
     }
     config.buckets = {}  # name -> bucket_config(...): the shapes that are compiled
     config.losses = {"language": 1.0}  # term -> weight; "region/l1" is a term of a head
