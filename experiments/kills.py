@@ -76,6 +76,7 @@ class Run:
 
     def __init__(self, harness: Harness, workdir: pathlib.Path, *more: str, limit: int = 0) -> None:
         self.workdir, self._reader_buffer = workdir, b""
+        self._told: collections.deque[tuple[str, str]] = collections.deque()
         workdir.mkdir(parents=True, exist_ok=True)
         self.log = workdir.parent / f"{workdir.name}.log"
         self._reader, writer = os.pipe()
@@ -100,6 +101,9 @@ class Run:
         """(phase, "begin" or "end") as they come, for at most `timeout` seconds."""
         until = time.monotonic() + timeout
         while (left := until - time.monotonic()) > 0:
+            # What came together is counted together: who waits for one event may stop at it.
+            while self._told:
+                yield self._told.popleft()
             if not select.select([self._reader], [], [], left)[0]:
                 return
             data = os.read(self._reader, 4096)
@@ -109,7 +113,7 @@ class Run:
             for line in lines:
                 phase, what = line.decode().split()
                 self._count(phase, what)
-                yield phase, what
+                self._told.append((phase, what))
 
     def _count(self, phase: str, what: str) -> None:
         now = time.monotonic()

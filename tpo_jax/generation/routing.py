@@ -72,14 +72,17 @@ class Router:
         self._tokenise = jax.jit(lambda params, x: model.bind(params).tokenise(x))
 
     def _run_head(self, params: Any, features: Any, frames: jax.Array, frame_valid: jax.Array,
-                  states: jax.Array, frame: jax.Array, prompts: tuple[jax.Array, jax.Array] | None,
+                  states: jax.Array, frame: jax.Array, prompts: Mapping[str, jax.Array],
                   branch: jax.Array, box: Mapping[str, jax.Array] | None,
                   tokens: jax.Array | None, *, name: str) -> dict[str, jax.Array]:
         model, more = self.model.bind(params), {"tokens": tokens}
-        if prompts is not None:
+        if prompts:
+            slots = {} if box is None else {"box": box}
+            prompts = prompts | {"embeds": model.embed_branches(prompts["tokens"], slots)}
             rows = jnp.arange(len(branch))[:, None]
-            more |= dict(zip(("prompt", "prompt_valid"), (x[rows, branch] for x in prompts),
-                             strict=True))
+            for key, entry in (("prompt", "states"), ("prompt_embeds", "embeds"),
+                               ("prompt_valid", "valid")):
+                more[key] = prompts[entry][rows, branch]
         if box is not None:
             drawn = model.drawn_boxes({"slots": {"box": box}}, {"branch": branch})
             more |= dict(zip(("boxes", "box_valid"), drawn, strict=True))
@@ -92,7 +95,8 @@ class Router:
 
         Args:
           context: of `Sampler.prefill`; its features are read by the heads.
-          batch: frames uint8[B, F, H, W, 3], frame_valid bool[B, F] and slots are read.
+          batch: frames uint8[B, F, H, W, 3], frame_valid bool[B, F], branch_tokens of the prompts
+            and slots are read.
           generation: of `Sampler.generate`.
           clips: one a row (may be fewer than B: the rest is filling).
           frames_asked: int32[B, K], frame that a region call answers for; None is each row's
@@ -102,7 +106,8 @@ class Router:
           [row][branch]; None for an unused branch.
         """
         # Prompts stay on the device, where the heads read them.
-        prompts = (generation.prompt_states, generation.prompt_valid)
+        prompts = {"states": generation.prompt_states, "valid": generation.prompt_valid,
+                   "tokens": batch["branch_tokens"]}
         host = jax.device_get(
             dataclasses.replace(generation, prompt_states=None, prompt_valid=None))
         rows, branches = host.lengths.shape
@@ -127,7 +132,7 @@ class Router:
 
     def _predictions(self, params: Any, name: str, places: Sequence[tuple[int, int, int]],
                      context: Context, batch: Arrays, host: Generation, asked: np.ndarray,
-                     prompts: tuple[jax.Array | None, jax.Array | None],
+                     prompts: Mapping[str, jax.Array | None],
                      tokens: jax.Array | None):
         """Yields (places, predictions of each) with one event of every row at a time.
 
@@ -151,7 +156,7 @@ class Router:
             predictions = jax.device_get(self._run(
                 params, context.encoded.features, jnp.asarray(batch["frames"]),
                 jnp.asarray(batch["frame_valid"]), states, frame,
-                prompts if HEADS[name].reads_prompt else None, branches,
+                prompts if HEADS[name].reads_prompt else {}, branches,
                 batch["slots"].get("box"), tokens if HEADS[name].reads_tokens else None,
                 name=name))
             yield now, [_of_slot(predictions, row) for row, _, _ in now]

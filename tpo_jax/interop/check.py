@@ -49,9 +49,13 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
         logits = other.language.lm_head(theirs)
         differences[f"logits/{name or 'hidden'}"] = _difference(ours["logits"], logits)
         if head:
-            prompt = [theirs[:, codec.after_visual : -2]] if head.reads_prompt else []
-            drawn = {"box": BOX} if head.task == "mask" else {}
-            states = getattr(other, name)(theirs[:, -1:], features, *prompt, **drawn)
+            more = {"box": BOX} if head.task == "mask" else {}
+            if head.reads_prompt:
+                more["prompt"] = theirs[:, codec.after_visual : -2]
+            if name in ("region", "mask"):
+                after = other.prompt_ids(QUESTION, written)[1]
+                more["embeds"] = other.embed(after[codec.after_visual : -2])
+            states = getattr(other, name)(theirs[:, -1:], features, **more)
             differences |= _head_differences(name, ours["head"], states)
     return differences
 
@@ -105,6 +109,8 @@ def _forward(
                 # The question, between what closes the video and the routing token.
                 prompt = hidden[:, None, codec.after_visual : -2]
                 more |= {"prompt": prompt, "prompt_valid": jnp.ones(prompt.shape[:3], bool)}
+                asked = jnp.asarray(branch)[None, None, :-2]
+                more["prompt_embeds"] = module.embed_branches(asked, {})
             states = hidden[:, -1:]
             out["head"] = module.run_head(head, states, encoded.features, frames, valid, **more)
         return out

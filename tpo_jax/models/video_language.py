@@ -189,14 +189,19 @@ class VideoLanguageModel(nnx.Module):
 
     def prompts(
         self, outputs: Outputs, batch: Mapping[str, Any], slots: Mapping[str, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        """States float[B, S, R, D] of each slot's branch, bool[B, S, R] up to its answer."""
+    ) -> dict[str, jax.Array]:
+        """Entries of `HeadInputs` about the question of each slot, which ends at its answer."""
         rows = jnp.arange(outputs.branch_hidden.shape[0])[:, None]
         branch = slots["branch"]
         # The last token of the prompt is the one that the first answer token is predicted from.
         last = batch["answer_positions"][rows, branch][..., :1]
         used = batch["branch_segments"][rows, branch] > 0
-        return outputs.branch_hidden[rows, branch], used & (jnp.arange(used.shape[-1]) <= last)
+        embeds = self.embed_branches(batch["branch_tokens"], batch["slots"])
+        return {
+            "prompt": outputs.branch_hidden[rows, branch],
+            "prompt_embeds": embeds[rows, branch],
+            "prompt_valid": used & (jnp.arange(used.shape[-1]) <= last),
+        }
 
     def drawn_boxes(
         self, batch: Mapping[str, Any], slots: Mapping[str, jax.Array]
@@ -226,7 +231,7 @@ class VideoLanguageModel(nnx.Module):
                 tokens = self.tokenise(outputs.encoded.features) if tokens is None else tokens
                 more["tokens"] = tokens
             if head(name).reads_prompt:
-                more["prompt"], more["prompt_valid"] = self.prompts(outputs, batch, slots)
+                more |= self.prompts(outputs, batch, slots)
             if "box" in batch["slots"]:
                 more["boxes"], more["box_valid"] = self.drawn_boxes(batch, slots)
             if for_losses:
@@ -252,6 +257,7 @@ class VideoLanguageModel(nnx.Module):
         *,
         tokens: jax.Array | None = None,
         prompt: jax.Array | None = None,
+        prompt_embeds: jax.Array | None = None,
         prompt_valid: jax.Array | None = None,
         boxes: jax.Array | None = None,
         box_valid: jax.Array | None = None,
@@ -266,7 +272,8 @@ class VideoLanguageModel(nnx.Module):
           frames: uint8[B, F, H, W, 3]; frame_valid: bool[B, F].
           frame: int32[B, S], frame asked about; None is the first.
           tokens: of `tokenise`; None computes them, where the head reads them.
-          prompt, prompt_valid, boxes, box_valid, targets, video_ids: see `HeadInputs`.
+          prompt, prompt_embeds, prompt_valid, boxes, box_valid, targets, video_ids: see
+            `HeadInputs`.
         """
         if frame is None:
             frame = jnp.zeros(slot_states.shape[:2], jnp.int32)
@@ -274,9 +281,11 @@ class VideoLanguageModel(nnx.Module):
             tokens = self.tokenise(features)
         if prompt is not None:
             prompt = prompt.astype(jnp.float32)
+            prompt_embeds = prompt_embeds.astype(jnp.float32)
         inputs = HeadInputs(
             slot_states.astype(jnp.float32), as_float32(features), normalise(frames), frame_valid,
-            frame, tokens, prompt, prompt_valid, boxes, box_valid, targets, video_ids,
+            frame, tokens, prompt, prompt_embeds, prompt_valid, boxes, box_valid, targets,
+            video_ids,
         )  # fmt: skip
         return self.heads[name](inputs)
 

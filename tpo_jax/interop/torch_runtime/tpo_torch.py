@@ -302,12 +302,19 @@ class VideoLanguageModel:
         x = layer_norm(w.at("norm"), (fine + coarse).flatten(2, 3) + position)
         return layer_norm(w.at("final_norm"), x + mlp(w.at("mlp"), x))
 
-    def region(self, slot_states, features, frame=0):
-        """[1, S, D] -> boxes [1, S, 4], xyxy normalised, on one frame."""
+    def _slot_query(self, w, slot_states, prompt, embeds):
+        words = linear(w.at("word_proj"), prompt + layer_norm(w.at("embed_norm"), embeds))
+        words = layer_norm(w.at("word_norm"), words)
+        slots = mlp(w.at("slot_mlp"), slot_states)
+        return slot_attention(w.at("reading"), slots, words, self.head_heads)
+
+    def region(self, slot_states, features, prompt, embeds, frame=0):
+        """[1, S, D] at slots, [1, T, D] at the tokens of their question (hidden states, and what
+        `embed` gives for them) -> boxes [1, S, 4], xyxy normalised, on one frame."""
         w = self.weights.at("heads").at("region")
         tokens = self._frame_tokens(features)[:, frame]
         B, S, _ = slot_states.shape
-        x = mlp(w.at("slot_mlp"), slot_states).reshape(B * S, 1, -1)
+        x = self._slot_query(w.at("slot_query"), slot_states, prompt, embeds).reshape(B * S, 1, -1)
         tokens = tokens.repeat_interleave(S, 0)
         layers = w.at("layers")
         for i in range(layers.children("layer")):
@@ -443,14 +450,14 @@ class VideoLanguageModel:
             anchors = torch.sigmoid(relu_mlp(w.at("refine"), x) + start)
         return torch.stack(logits, 1), torch.stack(spans, 1)
 
-    def mask(self, slot_states, features, box=None):
-        """[1, S, D] and a box (x1, y1, x2, y2) that the user drew on the first frame -> logits
+    def mask(self, slot_states, features, prompt, embeds, box=None):
+        """As `region`, and a box (x1, y1, x2, y2) that the user drew on the first frame -> logits
         {"masks" [1, S, F, m, m], "cells" [1, S, F, h, h], "presence" [1, S, F]}."""
         w = self.weights.at("heads").at("mask")
         pixels, tokens = features["pixels"], self._frame_tokens(features)
         B, frames = tokens.shape[:2]
         S = slot_states.shape[1]
-        x = mlp(w.at("slot_mlp"), slot_states)
+        x = self._slot_query(w.at("slot_query"), slot_states, prompt, embeds)
         if box is not None:
             shares = cells_inside(torch.tensor(box), math.isqrt(tokens.shape[2]))
             x = x + linear(w.at("box_proj"), shares @ tokens[:, 0])

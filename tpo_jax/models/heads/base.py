@@ -22,6 +22,9 @@ BOX_MARKER, BOX_TOKEN = "<box>", "<track_box>"
 # Under which a model keeps the tokens that its heads share, beside the heads.
 FRAME_TOKENS = "frame_tokens"
 
+# Score of a token that attention must not see: finite, so that a row without any stays finite.
+_UNSEEN = -1e30
+
 # The shortest wave of a position is 1 / 32 of the frame or the clip.
 POSITION_OCTAVES = 6
 
@@ -42,6 +45,7 @@ class HeadInputs:
 
     Only for heads with `reads_prompt`:
     prompt: float32[B, S, R, D], hidden states of the slot's question, its video behind them.
+    prompt_embeds: float32[B, S, R, D], what went into the language model there: words as such.
     prompt_valid: bool[B, S, R].
 
     Only where the batch has boxes that the user draws on the first frame:
@@ -59,6 +63,7 @@ class HeadInputs:
     frame: jax.Array
     tokens: jax.Array | None = None
     prompt: jax.Array | None = None
+    prompt_embeds: jax.Array | None = None
     prompt_valid: jax.Array | None = None
     boxes: jax.Array | None = None
     box_valid: jax.Array | None = None
@@ -101,7 +106,7 @@ class Head:
     task: what it answers, the name inside its marker; by default a task of its own, `name`.
     coupled: terms that compare rows of the whole batch; they refuse gradient accumulation.
     reads_tokens: whether it gets `HeadInputs.tokens`.
-    reads_prompt: whether it gets `HeadInputs.prompt`.
+    reads_prompt: whether it gets `HeadInputs.prompt` and the two arrays that belong to it.
 
     A head with a task of its own says what the built-in tasks have in their rooms:
     target: data.targets.SlotTarget, from the targets of an example to arrays.
@@ -152,19 +157,50 @@ class SlotAttention(nnx.Module):
         self.mlp = Mlp(width, 2 * width, width, rngs=rngs)
         self.heads = heads
 
-    def __call__(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
-        """float32[rows, S, C], float32[rows, T, C] -> float32[rows, S, C]."""
+    def __call__(
+        self, queries: jax.Array, tokens: jax.Array, valid: jax.Array | None = None
+    ) -> jax.Array:
+        """float32[rows, S, C], float32[rows, T, C], bool[rows, T] -> float32[rows, S, C]."""
         rows, S, C = queries.shape
         H = C // self.heads
         q = self.q_proj(self.query_norm(queries)).reshape(rows, S, self.heads, H)
         to_keys = self.k_proj.merged_kernel.reshape(C, self.heads, H)
         to_values = self.v_proj.merged_kernel.reshape(C, self.heads, H)
         q = jnp.einsum("bsnh,cnh->bsnc", q * H**-0.5, to_keys).reshape(rows, -1, C)
-        weights = jax.nn.softmax(jnp.einsum("bqc,btc->bqt", q, tokens), axis=-1)
+        scores = jnp.einsum("bqc,btc->bqt", q, tokens)
+        if valid is not None:
+            scores = jnp.where(valid[:, None], scores, _UNSEEN)
+        weights = jax.nn.softmax(scores, axis=-1)
         pooled = jnp.einsum("bqt,btc->bqc", weights, tokens).reshape(rows, S, self.heads, C)
         mixed = jnp.einsum("bsnc,cnh->bsnh", pooled, to_values).reshape(rows, S, C)
         x = queries + self.o_proj(mixed + self.v_proj.bias[...])
         return x + self.mlp(self.mlp_norm(x))
+
+
+class SlotQuery(nnx.Module):
+    """What a slot looks for: its state, and the words of its question that it attends to.
+
+    The state alone would do in the end, but the language model has to learn first to carry the
+    whole question to the slot, and its last states say what comes next rather than what was said.
+    Until then a head that sees nothing else does not learn which thing is meant.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: Rngs):
+        width, given = config.head.width, config.language.width
+        self.slot_mlp = Mlp(given, 2 * width, width, rngs=rngs)
+        self.embed_norm = LayerNorm(given)
+        self.word_proj = Linear(given, width, rngs=rngs)
+        self.word_norm = LayerNorm(width)
+        self.reading = SlotAttention(width, config.head.heads, rngs=rngs)
+
+    def __call__(self, inputs: HeadInputs) -> jax.Array:
+        """-> float32[B, S, C]"""
+        B, S, R, _ = inputs.prompt.shape
+        words = self.word_proj(inputs.prompt + self.embed_norm(inputs.prompt_embeds))
+        words = self.word_norm(words).reshape(B * S, R, -1)
+        slots = self.slot_mlp(inputs.slot_states).reshape(B * S, 1, -1)
+        valid = inputs.prompt_valid.reshape(B * S, R)
+        return self.reading(slots, words, valid).reshape(B, S, -1)
 
 
 class FrameTokens(nnx.Module):

@@ -1,11 +1,11 @@
 """Mask head: what the answer refers to, pixel by pixel in every frame, or that it is absent.
 
-The slot state looks for its thing in each frame's tokens, tells the other frames what it found and
-looks again, and becomes one query a frame. Mask logits are the query's match with every cell of the
-frame, up-sampled, plus its dot products with finer pixel embeddings (as in MaskFormer, Cheng et al.
-2021, 2107.06278). The matches are also labelled as a distribution over cells, as in the region
-head: that says *which* thing is meant long before its outline is any good. Tracking is the same
-head with a box as the question: the tokens in the box on the first frame say what to look for.
+The slot reads its question, looks for its thing in each frame's tokens, tells the other frames what
+it found and looks again, and becomes one query a frame. Mask logits are the query's match with every
+cell of the frame, up-sampled, plus its dot products with finer pixel embeddings (as in MaskFormer,
+Cheng et al. 2021, 2107.06278). The matches are also labelled as a distribution over cells, as in the
+region head: that says *which* thing is meant long before its outline is any good. Tracking is the
+same head with a box as the question: the tokens in the box on the first frame say what to look for.
 Boxes are the extents of the masks.
 """
 
@@ -26,6 +26,7 @@ from tpo_jax.models.heads.base import (
     Head,
     HeadInputs,
     SlotAttention,
+    SlotQuery,
     cells_inside,
     frame_centres,
     position_waves,
@@ -45,7 +46,7 @@ class MaskHead(nnx.Module):
         self.stride = config.head.mask_stride
         self.stem_grid = config.vision.stem_grid
         self.mask_size = config.mask_size
-        self.slot_mlp = Mlp(config.language.width, 2 * width, width, rngs=rngs)
+        self.slot_query = SlotQuery(config, rngs=rngs)
         self.box_proj = Linear(width, width, rngs=rngs)
         self.frame_proj = Linear(2 * POSITION_OCTAVES, width, rngs=rngs)
         names = [f"layer{i}" for i in range(config.head.layers)]
@@ -68,7 +69,7 @@ class MaskHead(nnx.Module):
         S = inputs.slot_states.shape[1]
         tokens = inputs.tokens.reshape(B * F, *inputs.tokens.shape[2:])
         time = self.frame_proj(position_waves(frame_centres(inputs.frame_valid)[..., None]))
-        x = self.slot_mlp(inputs.slot_states)
+        x = self.slot_query(inputs)
         if inputs.boxes is not None:
             x = x + self._drawn(inputs)
         x = x[:, :, None] + time[:, None]
@@ -224,4 +225,5 @@ HEAD = Head(
     loss=loss,
     decode=decode,
     reads_tokens=True,
+    reads_prompt=True,
 )

@@ -1,10 +1,10 @@
 """Region head: the box of what the answer refers to, on one frame.
 
-The slot state gathers context from the tokens of the chosen frame, becomes a query, and is matched
-with every cell of that frame. The matches are a distribution over cells: its mean is the centre of
-the box and its spread the size (the soft-argmax of Nibali et al. 2018, 1801.07372), both corrected
-by a small readout. The cells inside the wanted box are labels for the matches themselves, which
-says *which* thing is meant long before a box is any good.
+The slot reads its question, gathers context from the tokens of the chosen frame, becomes a query,
+and is matched with every cell of that frame. The matches are a distribution over cells: its mean is
+the centre of the box and its spread the size (the soft-argmax of Nibali et al. 2018, 1801.07372),
+both corrected by a small readout. The cells inside the wanted box are labels for the matches
+themselves, which says *which* thing is meant long before a box is any good.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tpo_jax.models.heads.base import (
     Head,
     HeadInputs,
     SlotAttention,
+    SlotQuery,
     cell_centres,
     cells_inside,
 )
@@ -40,7 +41,7 @@ _MAX_SHIFT = 0.1
 class RegionHead(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         width = config.head.width
-        self.slot_mlp = Mlp(config.language.width, 2 * width, width, rngs=rngs)
+        self.slot_query = SlotQuery(config, rngs=rngs)
         self.layers = nnx.Dict(
             {
                 f"layer{i}": SlotAttention(width, config.head.heads, rngs=rngs)
@@ -57,7 +58,7 @@ class RegionHead(nnx.Module):
         rows = jnp.arange(B)[:, None]
         # One frame a slot: slots of one row may ask about different frames.
         tokens = inputs.tokens[rows, inputs.frame].reshape(B * S, *inputs.tokens.shape[2:])
-        x = self.slot_mlp(inputs.slot_states).reshape(B * S, 1, -1)
+        x = self.slot_query(inputs).reshape(B * S, 1, -1)
         for layer in self.layers.values():
             x = layer(x, tokens)
         query = self.final_norm(x)[:, 0]
@@ -120,4 +121,5 @@ HEAD = Head(
     loss=loss,
     decode=decode,
     reads_tokens=True,
+    reads_prompt=True,
 )
