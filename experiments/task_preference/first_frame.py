@@ -17,24 +17,24 @@ from tpo_jax.data.task_text import rle_box
 TASKS = ("mask", "tracking")
 
 
-def first_box(example: Example) -> Example | None:
-    """The example with the box at its first annotated time; None where the object is absent."""
-    targets = example.targets
-    boxed = targets.get("rles") is None
-    label = (targets["boxes"] if boxed else targets["rles"])[0]
-    box = label if boxed else rle_box(label)
-    if box is None:
-        return None
-    kept = {key: value for key, value in targets.items() if key not in ("rles", "boxes", "times")}
-    return dataclasses.replace(
-        example, targets=kept | {"times": targets["times"][:1], "boxes": [box]}
-    )
+def first_frame(example: Example) -> Example | None:
+    """The example with its first label alone; None where the object is absent there.
+
+    The head makes a box of a mask itself.
+    """
+    targets = dict(example.targets)
+    if targets.get("rles") is not None:
+        targets["rles"], there = targets["rles"][:1], rle_box(targets["rles"][0]) is not None
+    else:
+        targets["boxes"], there = targets["boxes"][:1], targets["boxes"][0] is not None
+    targets["times"] = targets["times"][:1]
+    return dataclasses.replace(example, targets=targets) if there else None
 
 
 def examples(dataset: PreparedDataset) -> Iterator[Example]:
     for video in dataset.videos:
         for example in dataset.examples(video):
-            changed = first_box(example) if example.task in TASKS else example
+            changed = first_frame(example) if example.task in TASKS else example
             if changed is not None:
                 yield changed
 

@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from experiments.task_preference import page
 from experiments.task_preference.arms import Options
 from experiments.task_preference.claims import CLAIMS, Claim, Estimate, difference, verdict
-from experiments.task_preference.first_frame import first_box
+from experiments.task_preference.first_frame import first_frame
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.training.config import validate
 
@@ -117,10 +117,10 @@ def test_what_the_first_frame_teaches():
     def example(**targets):
         return Example("e", "v", "video", "mask", "t", 0.0, 1.0, turns, targets)
 
-    found = first_box(example(times=[0.0, 0.5], rles=rles))
-    assert found.targets == {"times": [0.0], "boxes": [[0.25, 0.2, 0.5, 0.4]]}
-    assert first_box(example(times=[0.0, 0.5], rles=rles[::-1])) is None
-    track = first_box(example(times=[1.0, 2.0], boxes=[[0, 0, 1, 1], None], input_box=[0, 0, 1, 1]))
+    found = first_frame(example(times=[0.0, 0.5], rles=rles))
+    assert found.targets == {"times": [0.0], "rles": rles[:1]}
+    assert first_frame(example(times=[0.0, 0.5], rles=rles[::-1])) is None
+    track = first_frame(example(times=[1.0, 2.0], boxes=[[0, 0, 1, 1], None], input_box=[0, 0, 1, 1]))
     assert track.targets == {"times": [1.0], "boxes": [[0, 0, 1, 1]], "input_box": [0, 0, 1, 1]}
 
 

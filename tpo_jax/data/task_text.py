@@ -67,7 +67,7 @@ def rle_box(rle: Mapping[str, Any] | None) -> list[float] | None:
     """Tight normalised box of a COCO RLE; None of an empty mask."""
     if rle is None or not coco_mask.area(dict(rle)):
         return None
-    x, y, width, height = coco_mask.toBbox(dict(rle))
+    x, y, width, height = coco_mask.toBbox(dict(rle)).tolist()
     rows, columns = rle["size"]
     return [x / columns, y / rows, (x + width) / columns, (y + height) / rows]
 
