@@ -120,7 +120,9 @@ def test_what_the_first_frame_teaches():
     found = first_frame(example(times=[0.0, 0.5], rles=rles))
     assert found.targets == {"times": [0.0], "rles": rles[:1]}
     assert first_frame(example(times=[0.0, 0.5], rles=rles[::-1])) is None
-    track = first_frame(example(times=[1.0, 2.0], boxes=[[0, 0, 1, 1], None], input_box=[0, 0, 1, 1]))
+    track = first_frame(
+        example(times=[1.0, 2.0], boxes=[[0, 0, 1, 1], None], input_box=[0, 0, 1, 1])
+    )
     assert track.targets == {"times": [1.0], "boxes": [[0, 0, 1, 1]], "input_box": [0, 0, 1, 1]}
 
 
