@@ -21,7 +21,7 @@ def test_all_that_can_be_scored_is_scored():
     "asked, shown, heads, message",
     [
         ("places", "full", HEADS, "'places' is not a task; known: qa, temporal"),
-        ("mask", "full", ("region",), r"'mask' cannot be scored: the model has heads \['region'\]"),
+        ("mask", "full", ("region",), r"'mask' cannot be scored: the model answers \['region'\]"),
         ("region", "blind", HEADS, "'region' cannot be scored: --evidence=blind hides"),
         ("preference", "full", HEADS, "give the held-out pairs with --pairs"),
     ],

@@ -35,6 +35,7 @@ from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
 from tpo_jax.evaluation import benchmarks, floors, results, submissions
 from tpo_jax.evaluation.evaluator import Evaluator, Settings, called_by_task, evaluable_tasks
+from tpo_jax.generation.task_text import TEXT_TASKS
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.heads import heads_of
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
@@ -91,7 +92,8 @@ def evaluate(flags: argparse.Namespace, preemption: Preemption) -> None:
     """
     started = time.monotonic()
     config, params, codec = load_model(flags.model)
-    tasks = choose_tasks(flags.tasks, flags.evidence, config.heads, flags.pairs)
+    answered = TEXT_TASKS if flags.task_text else tuple(heads_of(config.heads))
+    tasks = choose_tasks(flags.tasks, flags.evidence, answered, flags.pairs)
     frames = flags.frames or config.vision.max_frames
     if frames > config.vision.max_frames:
         raise ValueError(f"--frames={frames}: the model takes at most {config.vision.max_frames}")
@@ -100,8 +102,8 @@ def evaluate(flags: argparse.Namespace, preemption: Preemption) -> None:
     dataset = Part(PreparedDataset(flags.data), flags.limit, flags.calls_per_video)
     if "qa" in tasks:
         evaluator.questions(dataset)
-    if heads := [task for task in tasks if task in called_by_task()]:
-        evaluator.heads(dataset, heads)
+    if called := [task for task in tasks if task in called_by_task()]:
+        (evaluator.task_text if flags.task_text else evaluator.heads)(dataset, called)
     if "preference" in tasks:
         evaluator.preferences(Part(PairedDataset(flags.data, flags.pairs), flags.limit, 0))
     record = results.evaluation_record(
@@ -113,6 +115,7 @@ def evaluate(flags: argparse.Namespace, preemption: Preemption) -> None:
             "pairs": flags.pairs,
             "evidence": flags.evidence,
             "frames": frames,
+            "task_text": flags.task_text,
             "tasks": tasks,
             "seconds": round(time.monotonic() - started, 1),
         },
@@ -148,13 +151,15 @@ def score_submission(flags: argparse.Namespace) -> None:
         print(flags.out)
 
 
-def choose_tasks(asked: str, shown: str, heads: Sequence[str], pairs: str) -> list[str]:
-    """The tasks to score: those asked for, or all that model, evidence and pairs allow."""
+def choose_tasks(asked: str, shown: str, answered: Sequence[str], pairs: str) -> list[str]:
+    """The tasks to score: those asked for, or all that model, evidence and pairs allow.
+
+    `answered` are the tasks that the model's heads, or its words, answer.
+    """
     refused: dict[str, str] = {}
-    answered = heads_of(heads)
     for task, called in called_by_task().items():
         if called not in answered:
-            refused[task] = f"the model has heads {list(heads)}"
+            refused[task] = f"the model answers {list(answered)}"
         elif shown != "full":
             refused[task] = f"--evidence={shown} hides the frames that heads answer for"
     if not pairs:
@@ -205,6 +210,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--frames", type=_count, default=0,
         help="frames of a video that are shown; 0: as many as the model takes, 32 for the floors",
     )  # fmt: skip
+    parser.add_argument(
+        "--task_text",
+        action="store_true",
+        help="read places and times from the words of answers, as models of data.task_text give "
+        "them, instead of calling heads",
+    )
     parser.add_argument("--blind", default="", help="evaluation of a text-only model (floors)")
     parser.add_argument(
         "--middle_frame", default="", help="evaluation of a middle-frame model (floors)"

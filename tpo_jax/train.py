@@ -150,6 +150,7 @@ def train(
             seed=config.seed,
             reference=read_references(config),
             evidence=config.data.evidence,
+            task_text=config.data.task_text,
             contrast=needs_contrast(config),
             **dict(zip(("process_index", "process_count"), reader_shard(mesh), strict=True)),
         )

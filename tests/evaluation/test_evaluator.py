@@ -15,12 +15,15 @@ from tpo_jax.data import evaluation_rows, sampling
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, PreparedDataset, Turn
 from tpo_jax.data.rows import BranchPlan, RowPlan
+from tpo_jax.data.task_text import with_text
 from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
 from tpo_jax.evaluation import benchmarks, results
 from tpo_jax.evaluation.evaluator import Evaluator, Settings
 from tpo_jax.generation.routing import Event, RoutedAnswer
 from tpo_jax.generation.sampler import Sampler
+from tpo_jax.generation.task_text import read_results
 from tpo_jax.interop.folder import save_model
+from tpo_jax.models.heads import ClipInfo
 from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.training.step import make_score_step
@@ -181,6 +184,56 @@ def test_an_answer_as_labelled_is_not_forced_again(model, dataset, as_labelled):
         scorer._score_forced(plan, None, {}, {}, 0, same)
         scores = scorer.results.table.item_scores()
         assert scores["region/miou"].mean() == scores["forced/region/miou"].mean() > 0.99
+
+
+def test_answers_in_words_are_read_and_scored(model, dataset, monkeypatch):
+    """Each answer is the label in words, but every third is nothing of the kind."""
+    given = iter(range(10**6))
+
+    def answer(self, sampler, context, batch, clips):
+        rows = []
+        for ids in batch["branch_tokens"][: len(clips)]:
+            asked = [self.codec.decode(branch).strip() for branch in ids]
+            rows.append([RoutedAnswer(said(text), "", True, ()) if text else None
+                         for text in asked])  # fmt: skip
+        return rows
+
+    def said(question):
+        return answers[question] if next(given) % 3 else "I do not know."
+
+    examples = [e for v in dataset.videos for e in dataset.examples(v) if e.task == "region"]
+    answers = {e.turns[0].question: with_text(e).turns[0].answer for e in examples}
+    monkeypatch.setattr(Evaluator, "_answer", answer)
+    scorer = evaluator(model)
+    scorer.task_text(dataset, ["region"])
+    right = len(examples) - -(-len(examples) // 3)
+    counts = {"correct": right, "missing": len(examples) - right, "wrong": 0}
+    assert benchmarks.routing_counts(scorer.results.pairs) == {"region": counts}
+    scores = scorer.results.table.item_scores()
+    assert scores["region/acc@0.5"].mean() == pytest.approx(right / len(examples))
+    assert 0.9 * right < scores["region/miou"].mean() * len(examples) < right
+    assert not any(metric.startswith("forced/") for metric in scores)
+    json.dumps(scorer.results.samples)
+
+
+def test_what_the_words_can_say_at_best(dataset):
+    """The format's own limits: hundredths, three boxes a track, filled boxes for masks."""
+    found = {"temporal/miou": [], "highlight/hit@1": [], "tracking/auc": [], "mask/j": []}
+    for video in dataset.videos:
+        info = dataset.video_info(video)
+        shown = sampling.uniform(info.timestamps, 16)
+        clip = ClipInfo(0.0, info.duration, info.timestamps[shown], np.ones(16, bool), 64, 64)
+        for example in dataset.examples(video):
+            for turn, written in enumerate(with_text(example).turns):
+                calls = benchmarks.find_calls(example, turn)
+                read = read_results(written.answer, [call.head for call in calls], clip)
+                for call, result in zip(calls, read, strict=True):
+                    scores = benchmarks.score_call(call, result, clip.times)
+                    for name in found.keys() & scores.keys():
+                        found[name].append(scores[name])
+    best = {name: np.mean(values) for name, values in found.items()}
+    assert best["temporal/miou"] > 0.99 and best["highlight/hit@1"] > 0.6
+    assert best["tracking/auc"] > 0.6 and best["mask/j"] > 0.4
 
 
 def test_samples_can_be_written_and_drawn(asked_heads):

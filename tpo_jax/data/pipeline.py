@@ -10,6 +10,7 @@ batches, or with other sources from some step on.
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import itertools
 import multiprocessing
 import sys
@@ -23,6 +24,7 @@ from tpo_jax.data.evidence import apply_evidence
 from tpo_jax.data.mixture import Mixture, Parts, Source, find_entries
 from tpo_jax.data.rows import Reference, RowBuilder, RowPlan, row_id, stack_rows
 from tpo_jax.data.shares import SourceTable, change, number_sources
+from tpo_jax.data.task_text import TextDataset
 from tpo_jax.data.text import TextCodec
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import heads_of
@@ -91,6 +93,7 @@ class Pipeline:
       process_count: number of hosts; must divide every batch size.
       reference: reference log-probabilities of preference pairs; None leaves them out.
       evidence: what the model may see, one of `data.evidence.MODES`.
+      task_text: whether targets of heads stand in the text of answers.
       table: of the checkpoint that is continued, `self.table.to_json()` then; None: a new run.
       start_step: step of that checkpoint. Sources that differ from the table's count from here.
       contrast: whether preference pairs bring their manipulated frames as well.
@@ -103,8 +106,8 @@ class Pipeline:
                  heads: Sequence[str], buckets: Mapping[str, Any] | Sequence[Bucket], seed: int,
                  process_index: int = 0, process_count: int = 1,
                  reference: Reference | None = None, evidence: str = "full",
-                 contrast: bool = False, table: Mapping[str, Any] | None = None,
-                 start_step: int = 0):
+                 task_text: bool = False, contrast: bool = False,
+                 table: Mapping[str, Any] | None = None, start_step: int = 0):
         if set(heads) != set(model_config.heads):
             raise ValueError(f"heads: {list(heads)}, but the model has {list(model_config.heads)}.")
         if not 0 <= process_index < process_count:
@@ -117,6 +120,9 @@ class Pipeline:
                     f"over {process_count} hosts; use a multiple of {process_count}.")
         sources = [entry if isinstance(entry, Source) else Source.from_config(entry)
                    for entry in config_data]
+        if task_text:
+            sources = [dataclasses.replace(source, dataset=TextDataset(source.dataset))
+                       for source in sources]
         if any(source.tasks.get("preference") for source in sources) and not any(
                 bucket.kind == "preference" for bucket in buckets):
             raise ValueError("data: task 'preference' has a weight, but no bucket "

@@ -22,12 +22,14 @@ from tpo_jax.data.evidence import apply_evidence
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.data.rows import RowBuilder, RowPlan
+from tpo_jax.data.task_text import TextDataset
 from tpo_jax.data.text import Branch, TextCodec, render_options
 from tpo_jax.evaluation import benchmarks
 from tpo_jax.evaluation.benchmarks import Call, Table
 from tpo_jax.evaluation.metrics import preference, qa
 from tpo_jax.generation.routing import RoutedAnswer, Router
 from tpo_jax.generation.sampler import Context, Sampler, Sampling, branch_keys
+from tpo_jax.generation.task_text import read_answer
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import HEADS, ClipInfo, heads_of, task_tokens
 from tpo_jax.models.video_language import FunctionalModel, Outputs
@@ -144,6 +146,14 @@ class Evaluator:
                 builder = row_builder(self.codec, self.config, self._head_bucket(media, examples))
                 self._ask_heads(dataset, builder, tasks)
 
+    def task_text(self, dataset: PreparedDataset, tasks: Sequence[str]) -> None:
+        """The same metrics from the words of the answers; nothing is forced."""
+        written = TextDataset(dataset)
+        for media in _media(dataset):
+            if examples := [e for e in _examples(written, media) if e.task in tasks]:
+                builder = row_builder(self.codec, self.config, self._head_bucket(media, examples))
+                self._read_answers(written, builder, tasks)
+
     def preferences(self, dataset: PreparedDataset) -> None:
         """preference/accuracy with the video, preference/accuracy_blind without it."""
         rows = evaluation_rows.build_pair_rows(dataset)
@@ -217,12 +227,11 @@ class Evaluator:
         self, dataset: PreparedDataset, builder: RowBuilder, tasks: Sequence[str]
     ) -> None:
         """Every question answered freely, and teacher-forced where that is another answer."""
+        sampler = self._sampler(builder)
         asked, labelled = (
             evaluation_rows.build_question_rows(dataset, builder, tasks, with_answers=answers)
             for answers in (False, True)
         )
-        sampling = Sampling(max_new=builder.bucket.answers + SPARE_TOKENS)
-        sampler = Sampler(self.model, self.codec, sampling)
         both = zip(
             self._batches(builder, asked, "heads"),
             evaluation_rows.batches(builder, labelled),
@@ -231,11 +240,7 @@ class Evaluator:
         for (batch, rows), (labels, _) in both:
             context = self._scorer.prefill(self.params, batch)
             clips = [_clip(dataset, plan, batch, row) for row, plan in enumerate(rows)]
-            unused = branch_keys(0, np.zeros(batch["branch_tokens"].shape[:2], np.uint32))
-            answers = sampler.generate(self.params, context, batch, unused)
-            routed = self._router.route(
-                self.params, context, batch, answers, clips, _frames_asked(rows, batch)
-            )
+            routed = self._answer(sampler, context, batch, clips, _frames_asked(rows, batch))
             same: dict[str, dict[str, float]] = {}
             for row, plan in enumerate(rows):
                 for branch, answer in zip(plan.branches, routed[row], strict=False):
@@ -247,6 +252,41 @@ class Evaluator:
                 forced = jax.device_get(self._forced(self.params, context, labels))
             for row, plan in enumerate(rows):
                 self._score_forced(plan, clips[row], labels, forced, row, same)
+
+    def _read_answers(
+        self, dataset: TextDataset, builder: RowBuilder, tasks: Sequence[str]
+    ) -> None:
+        """Every question answered freely; the calls of its label say what to read in the words."""
+        rows = evaluation_rows.build_question_rows(dataset, builder, tasks, with_answers=False)
+        sampler = self._sampler(builder)
+        for batch, plans in self._batches(builder, rows, "answers"):
+            context = self._scorer.prefill(self.params, batch)
+            clips = [_clip(dataset, plan, batch, row) for row, plan in enumerate(plans)]
+            answers = self._answer(sampler, context, batch, clips)
+            for plan, clip, given in zip(plans, clips, answers, strict=False):
+                labelled = {e.example_id: e for e in dataset.labelled.examples(plan.video_id)}
+                for branch, answer in zip(plan.branches, given, strict=False):
+                    example = labelled[branch.example.example_id]
+                    calls = benchmarks.find_calls(example, branch.turn)
+                    answer = read_answer(answer, [call.head for call in calls], clip)
+                    self._score_answer(plan, example, branch.turn, answer, clip.times)
+
+    def _sampler(self, builder: RowBuilder) -> Sampler:
+        sampling = Sampling(max_new=builder.bucket.answers + SPARE_TOKENS)
+        return Sampler(self.model, self.codec, sampling)
+
+    def _answer(
+        self,
+        sampler: Sampler,
+        context: Context,
+        batch: dict[str, Any],
+        clips: Sequence[ClipInfo],
+        frames_asked: np.ndarray | None = None,
+    ) -> list[list[RoutedAnswer | None]]:
+        """[row][branch] greedy answers, heads called."""
+        unused = branch_keys(0, np.zeros(batch["branch_tokens"].shape[:2], np.uint32))
+        found = sampler.generate(self.params, context, batch, unused)
+        return self._router.route(self.params, context, batch, found, clips, frames_asked)
 
     def _score_answer(
         self,

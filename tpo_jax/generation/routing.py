@@ -31,7 +31,7 @@ class Event:
 
     Attributes:
       task: what was called.
-      slot: position of the slot token in the answer's tokens.
+      slot: position of the slot token in the answer's tokens; -1 of a result given in words.
       result: what the head's `decode` gives.
     """
 

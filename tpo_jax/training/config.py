@@ -38,7 +38,7 @@ def default_config() -> ConfigDict:
     config.objective = "sft"  # or "preference" (DPO and relatives)
     config.model = {
         "preset": "tiny",  # models.presets.PRESETS; "": the configuration in init_from
-        "heads": [],  # of models.heads.HEADS: region or region_mlp, temporal or cg_detr, ...
+        "heads": [],  # of models.heads.HEADS, at most one a task
     }
     config.sam2 = ""  # size of the head sam2, of models.sam2_config.SIZES; "": that of init_from
     config.init_from = ""  # model folder to start from; "": random weights
@@ -51,6 +51,7 @@ def default_config() -> ConfigDict:
         "references": [],  # sidecars with reference log-probabilities of preference pairs
         "threads": 2,  # that read batches ahead
         "evidence": "full",  # "blind" and "middle_frame" train the models that floors come from
+        "task_text": False,  # targets of heads as text of answers (data.task_text), without heads
     }
     config.buckets = {}  # name -> bucket_config(...): the shapes that are compiled
     config.losses = {"language": 1.0}  # term -> weight; "region/l1" is a term of a head
@@ -336,6 +337,9 @@ def _check_data(config: ConfigDict) -> list[str]:
     if config.data.evidence not in MODES:
         fix = f"one of {', '.join(MODES)}"
         problems.append(_problem("data.evidence", config.data.evidence, "unknown", fix))
+    if config.data.task_text and config.model.heads:
+        reason, fix = "leaves nothing for model.heads to learn", "set it to False, or heads to []"
+        problems.append(_problem("data.task_text", True, reason, fix))
     if not config.data.train:
         problems.append(_problem("data.train", [], "no training data", "list prepared folders"))
     for split in ("train", "validation"):

@@ -225,6 +225,7 @@ class DryRun:
             self.config.seed,
             reference=self.reference,
             evidence=self.config.data.evidence,
+            task_text=self.config.data.task_text,
             contrast=needs_contrast(self.config),
         )
         counts = []

@@ -10,7 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tpo_jax.models.heads import cg_detr, mask, region, region_mlp, sam2, temporal
+from tpo_jax.models.heads import (
+    cg_detr,
+    mask,
+    region,
+    region_mlp,
+    sam2,
+    temporal,
+    temporal_mlp,
+)
 from tpo_jax.models.heads.base import (
     BOX_MARKER,
     BOX_TOKEN,
@@ -25,6 +33,7 @@ HEADS: dict[str, Head] = {
     "temporal": temporal.HEAD,
     "mask": mask.HEAD,
     "cg_detr": cg_detr.HEAD,
+    "temporal_mlp": temporal_mlp.HEAD,
     "sam2": sam2.HEAD,
     "region_mlp": region_mlp.HEAD,
 }

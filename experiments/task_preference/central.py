@@ -1,0 +1,70 @@
+"""Do task heads teach more than the same data in words, or than conversation alone?
+
+    python -m experiments.task_preference.central --out runs/task_preference --seeds 3
+
+Seven arms of configs/task_preference.py from the shipped base: conversation alone, the targets as
+text, task heads, and heads without conversation for one task or all. Text and heads each choose
+their learning rates among the same three, by the validation split of seed 0; the other arms take
+those of heads. The same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import statistics
+from typing import Any
+
+from experiments.task_preference import arms
+from experiments.task_preference.arms import Study
+from tpo_jax.evaluation import results
+
+RATES = (0.5, 1.0, 2.0)
+ARMS = ("conversation", "text", "heads", "TRM", "T", "R", "M")
+SEARCHED = ("text", "heads")
+# The rates are chosen by the mean of these.
+CHOSEN_BY = ("qa/accuracy", "temporal/miou", "region/miou", "mask/j&f", "tracking/auc")
+# Answered in the words of a model without heads.
+IN_WORDS = ("--task_text",)
+
+
+def run(study: Study) -> dict[str, Any]:
+    rates, search = choose_rates(study)
+    files: dict[str, dict[int, pathlib.Path]] = {arm: {} for arm in ("base", *ARMS)}
+    floors = {}
+    for seed in study.seeds:
+        floors[seed] = study.floors(seed)
+        files["base"][seed] = study.evaluate(seed, "base", study.options.base)
+        for arm in ARMS:
+            rate = rates.get(arm, rates["heads"])
+            model = study.train(seed, arm, rate=rate)
+            files[arm][seed] = study.evaluate(
+                seed, study.name(arm, rate), model, "test", *words(arm)
+            )
+    record = study.record(files, floors, rates=rates, search=search)
+    trained = {arm: study.name(arm, rates.get(arm, rates["heads"])) for arm in ARMS}
+    record["cpu_seconds"] = {arm: study.seconds(name) for arm, name in trained.items()}
+    return record
+
+
+def words(arm: str) -> tuple[str, ...]:
+    return IN_WORDS if arm == "text" else ()
+
+
+def choose_rates(study: Study) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """{arm: rate} of the searched arms, and {arm: {rate: mean on validation}}."""
+    tried = RATES[1:2] if study.options.tiny else RATES
+    files = {}
+    for arm in SEARCHED:
+        for rate in tried:
+            model, name = study.train(0, arm, rate=rate), study.name(arm, rate)
+            files[arm, rate] = study.evaluate(0, name, model, "validation", *words(arm))
+    study.wait()
+    found: dict[str, dict[str, float]] = {arm: {} for arm in SEARCHED}
+    for (arm, rate), file in files.items():
+        metrics = results.read_json(file)["metrics"]
+        found[arm][f"{rate:g}"] = statistics.fmean(metrics[name] for name in CHOSEN_BY)
+    return {arm: float(max(means, key=means.__getitem__)) for arm, means in found.items()}, found
+
+
+if __name__ == "__main__":
+    arms.main("central", __doc__, run)

@@ -1,0 +1,53 @@
+"""The same videos with masks and tracks that are labelled on the first frame of their clip alone.
+
+python -m experiments.task_preference.first_frame --data runs/data/train --out runs/first/train
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+from tpo_jax.data.ingest.derive import derive
+from tpo_jax.data.records import Example, PreparedDataset
+from tpo_jax.data.task_text import rle_box
+
+TASKS = ("mask", "tracking")
+
+
+def first_frame(example: Example) -> Example | None:
+    """The example with its first label alone; None where the object is absent there.
+
+    The head makes a box of a mask itself.
+    """
+    targets = dict(example.targets)
+    if targets.get("rles") is not None:
+        targets["rles"], there = targets["rles"][:1], rle_box(targets["rles"][0]) is not None
+    else:
+        targets["boxes"], there = targets["boxes"][:1], targets["boxes"][0] is not None
+    targets["times"] = targets["times"][:1]
+    return dataclasses.replace(example, targets=targets) if there else None
+
+
+def examples(dataset: PreparedDataset) -> Iterator[Example]:
+    for video in dataset.videos:
+        for example in dataset.examples(video):
+            changed = first_frame(example) if example.task in TASKS else example
+            if changed is not None:
+                yield changed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=pathlib.Path, required=True, help="prepared folder")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="prepared folder to write")
+    flags = parser.parse_args()
+    dataset = PreparedDataset(flags.data)
+    derive(dataset, examples(dataset), flags.out)
+    print(flags.out)
+
+
+if __name__ == "__main__":
+    main()

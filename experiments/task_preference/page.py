@@ -1,0 +1,161 @@
+"""The results folder: one JSON and one plot a study, and a page made from all that are there."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.task_preference.claims import CLAIMS, Claim, Estimate, difference, verdict
+
+METRICS = (
+    "qa/accuracy", "temporal/r1@0.5", "temporal/miou", "highlight/hit@1", "region/acc@0.5",
+    "region/miou", "mask/j&f", "tracking/auc",
+)  # fmt: skip
+TITLES = {
+    "central": "Conversation, targets in words, task heads",
+    "temporal_head": "Temporal heads",
+    "mask_loss": "Objectives of the mask head",
+}
+COST = "cost"
+
+HEADER = """# Task Preference Optimization, from the shipped base on moving shapes
+
+Made by the commands that are named below, from the JSON files beside this page; do not edit.
+Means over seeds ± standard errors, in percent; a seed has its own videos, weights of new parts and
+order of the data. A difference is taken seed by seed. It *agrees* or *does not agree* with the
+published direction where it is larger than two of its standard errors, else it is *undecided*; with
+three seeds that is a weak test. The figures of both sides come from different models and data: only
+directions can be compared.
+"""
+
+
+def write(folder: pathlib.Path, name: str, record: Mapping[str, Any]) -> None:
+    """Writes the record and plot of a study and the page anew."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    if name in CLAIMS:
+        plot(record, CLAIMS[name]).savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
+    _write(folder / "README.md", page(folder))
+
+
+def page(folder: pathlib.Path) -> str:
+    parts = [HEADER]
+    for name, title in TITLES.items():
+        file = folder / f"{name}.json"
+        if file.exists():
+            parts.append(section(name, title, json.loads(file.read_text())))
+        else:
+            parts.append(
+                f"## {title}\n\nNot run: `python -m experiments.task_preference.{name}`.\n"
+            )
+    if (file := folder / f"{COST}.json").exists():
+        parts.append(cost_section(json.loads(file.read_text())))
+    return "\n".join(parts)
+
+
+def section(name: str, title: str, record: Mapping[str, Any]) -> str:
+    """Tables of one study."""
+    lines = [f"## {title}", "", f"`{record['command']}`, {len(record['seeds'])} seeds."]
+    if record["tiny"]:
+        lines.append(
+            "**A test of the command on a handful of videos: these figures mean nothing.**"
+        )
+    if "rates" in record:
+        chosen = ", ".join(f"{arm} {rate:g}" for arm, rate in record["rates"].items())
+        lines.append(f"Learning rates, times those of the demo, chosen on validation: {chosen}.")
+        for arm, means in record["search"].items():
+            tried = ", ".join(f"{rate}: {100 * mean:.1f}" for rate, mean in means.items())
+            lines.append(f"Mean of validation metrics of {arm}: {tried}.")
+    lines += ["", *_claims_table(CLAIMS[name], record["arms"]), "", *_arms_table(record), ""]
+    if "cpu_seconds" in record:
+        spent = ", ".join(
+            f"{arm} {sum(s.values()) / len(s) / 60:.1f}" for arm, s in record["cpu_seconds"].items()
+        )
+        lines += [f"Processor minutes of training a seed: {spent}.", ""]
+    return "\n".join([*lines, f"![{title}]({name}.png)", ""])
+
+
+def _claims_table(claims: Sequence[Claim], arms: Mapping[str, Any]) -> list[str]:
+    rows = ["| metric | from | to | difference | published | |", "|---|---|---|---|---|---|"]
+    for claim in claims:
+        found = difference(claim, arms)
+        worse, better = (
+            f"{arm} {Estimate.of(arms[arm][claim.metric]).percent()}"
+            for arm in (claim.worse, claim.better)
+        )
+        published, said = "none", "no published direction"
+        if claim.published:
+            low, high = claim.published
+            published, said = f"{claim.where} {low} -> {high}", verdict(found)
+        rows.append(
+            f"| {claim.metric} | {worse} | {better} | {found.percent(sign=True)} | {published} "
+            f"| {said} |"
+        )
+    return rows
+
+
+def _arms_table(record: Mapping[str, Any]) -> list[str]:
+    arms = record["arms"]
+    shown = [metric for metric in METRICS if any(metric in found for found in arms.values())]
+    rows = ["| | " + " | ".join(shown) + " |", "|---" * (1 + len(shown)) + "|"]
+    for arm, found in [*arms.items(), ("floor", record["floors"])]:
+        cells = (Estimate.of(found[m]).percent() if m in found else "" for m in shown)
+        rows.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def cost_section(record: Mapping[str, Any]) -> str:
+    lines = [
+        "## Cost of training heads together with conversation", "", f"`{record['command']}`", "",
+        record["about"], "",
+        "| | vision | language | lm_head | heads | sum | over conversation | over one question |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, row in record["analytic"].items():
+        parts = " | ".join(f"{row[part]:.1f}" for part in (*PARTS, "sum"))
+        lines.append(f"| {name} | {parts} | {_over(row)} |")
+    lines.append("")
+    if measured := record.get("measured"):
+        lines += [
+            f"Measured on {measured['device']}, {measured['model']}: median of "
+            f"{measured['steps']} steps, seconds on the clock.", "",
+            "| | seconds a step | over conversation | over one question |", "|---|---|---|---|",
+        ]  # fmt: skip
+        for name, row in measured["rows"].items():
+            lines.append(f"| {name} | {row['seconds']:.3f} | {_over(row)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _over(row: Mapping[str, float]) -> str:
+    return f"{100 * row['over']:+.1f} % | {100 * row['over_one']:+.1f} %"
+
+
+PARTS = ("vision", "language", "lm_head", "heads")
+
+
+def plot(record: Mapping[str, Any], claims: Sequence[Claim]) -> Figure:
+    """One small axes a metric: a bar an arm with its standard error, a dot a seed, the floor."""
+    metrics = list(dict.fromkeys(claim.metric for claim in claims))
+    figure = Figure(figsize=(3.6 * len(metrics), 3.4))
+    for ax, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        arms = {arm: found[metric] for arm, found in record["arms"].items() if metric in found}
+        for place, values in enumerate(arms.values()):
+            estimate = Estimate.of(values)
+            ax.bar(place, estimate.mean, yerr=estimate.error, capsize=3, color="#0072b2", alpha=0.6)
+            ax.plot([place] * len(values), values, ".", color="#1d2733", markersize=4)
+        if metric in record["floors"]:
+            ax.axhline(Estimate.of(record["floors"][metric]).mean, color="#d55e00", linestyle=":")
+        ax.set_xticks(range(len(arms)), list(arms), rotation=60, ha="right")
+        ax.set_title(metric)
+    return figure
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

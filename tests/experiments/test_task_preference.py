@@ -1,0 +1,171 @@
+"""Studies of Task Preference Optimization: verdicts and page by hand, configs, and `--tiny`."""
+
+import dataclasses
+import json
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from experiments.task_preference import page
+from experiments.task_preference.arms import Options
+from experiments.task_preference.claims import CLAIMS, Claim, Estimate, difference, verdict
+from experiments.task_preference.first_frame import first_frame
+from tpo_jax.data.records import Example, Turn
+from tpo_jax.training.config import validate
+
+CONFIG = runpy.run_path("configs/task_preference.py")
+STUDIES = ("central", "temporal_head", "mask_loss")
+
+
+def test_differences_are_paired_by_seed():
+    arms = {"a": {"m": [0.1, 0.5, 0.9]}, "b": {"m": [0.2, 0.6, 1.0]}, "c": {"m": [0.3, 0.4, 0.9]}}
+    found = difference(Claim("m", "a", "b"), arms)
+    assert found.mean == pytest.approx(0.1) and found.error == pytest.approx(0, abs=1e-9)
+    assert verdict(found) == "agrees"
+    assert verdict(difference(Claim("m", "b", "a"), arms)) == "does not agree"
+    # Differences 0.2, -0.1, 0: mean 1/30, deviation 0.1528, over the root of three 0.0882.
+    found = difference(Claim("m", "a", "c"), arms)
+    assert found.mean == pytest.approx(1 / 30) and found.error == pytest.approx(0.08819, abs=1e-5)
+    assert verdict(found) == "undecided"
+    assert found.percent(sign=True) == "+3.3 ± 8.8"
+    assert verdict(Estimate.of([0.4])) == "one seed"
+
+
+def test_runs_of_other_options_are_refused(tmp_path):
+    options = Options(tmp_path / "runs", tmp_path, tmp_path / "base", 3, 0.5, False)
+    options.check()
+    dataclasses.replace(options, seeds=5).check()
+    with pytest.raises(ValueError, match="has runs of .*0.5.*expected .*1.0.*use another"):
+        dataclasses.replace(options, steps=1.0).check()
+
+
+def record(name):
+    arms = {arm for claim in CLAIMS[name] for arm in (claim.worse, claim.better)}
+    score = {arm: [0.1 * place, 0.1 * place + 0.02] for place, arm in enumerate(sorted(arms))}
+    metrics = {claim.metric for claim in CLAIMS[name]}
+    return {
+        "command": f"python -m {name}", "seeds": [0, 1], "tiny": False,
+        "arms": {arm: dict.fromkeys(metrics, score[arm]) for arm in arms}, "floors": {},
+    }  # fmt: skip
+
+
+def test_the_page_is_made_of_what_is_there(tmp_path):
+    page.write(tmp_path, "temporal_head", record("temporal_head"))
+    text = (tmp_path / "README.md").read_text()
+    row = next(line for line in text.splitlines() if "Charades-STA mIoU" in line)
+    # Sorted: cg_detr 0 and 2 %, temporal 10 and 12 %, temporal_mlp 20 and 22 %.
+    assert "temporal_mlp 21.0 ± 1.0 | cg_detr 1.0 ± 1.0 | -20.0 ± 0.0" in row
+    assert row.endswith("| does not agree |") and "15.4 -> 38.1" in row
+    assert "Not run: `python -m experiments.task_preference.central`" in text
+    assert (tmp_path / "temporal_head.png").stat().st_size > 1000
+    page.write(tmp_path, "mask_loss", record("mask_loss"))
+    assert "no published direction" in (tmp_path / "README.md").read_text()
+
+
+def test_the_committed_page_is_made_of_the_committed_records():
+    folder = pathlib.Path("experiments/results/task_preference")
+    assert page.page(folder) == (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("arm", list(CONFIG["ARMS"]))
+def test_every_arm_is_a_valid_config(arm):
+    stages = ["1", "track", "2"] if "sam2" in CONFIG["ARMS"][arm].heads else ["1", "2", "3"]
+    for stage in stages:
+        config = CONFIG["get_config"](f"arm={arm},stage={stage},runs=r,data=d,rate=0.5,steps=0.5")
+        validate(config)
+        heads = config.model.heads
+        assert all(term.split("/")[0] in ("language", *heads) for term in config.losses)
+        assert {s["path"] for s in config.data.train} == {"d/train"}
+        expected = "r/stage1/model" if stage in ("2", "track") else config.init_from
+        assert config.init_from == (
+            "r/track/model" if stage == "2" and "sam2" in heads else expected
+        )
+
+
+def test_arms_ask_what_heads_asks():
+    """Expected questions of a task in a row of the bucket that most are in."""
+
+    def asked(arm):
+        config = CONFIG["get_config"](f"arm={arm},stage=2")
+        tasks, bucket = config.data.train[0]["tasks"], config.buckets.video
+        total = sum(tasks.values())
+        return {task: bucket.branches * weight / total for task, weight in tasks.items()}, config
+
+    most, heads = asked("heads")
+    for arm in ("TRM", "T", "R", "M", "temporal", "conversation"):
+        rows, config = asked(arm)
+        assert config.steps == heads.steps
+        for task, count in rows.items():
+            assert count == pytest.approx(most[task], rel=0.1)
+    _, text = asked("text")
+    assert text.steps == heads.steps and text.trainable == [["language/", heads.trainable[1][1]]]
+    tokens = [c.buckets.video.branches * c.buckets.video.branch_tokens for c in (heads, text)]
+    assert tokens[1] > tokens[0] and text.data.task_text and not text.model.heads
+
+
+def test_what_the_first_frame_teaches():
+    mask = np.zeros((10, 20), np.uint8)
+    mask[2:4, 5:10] = 1
+    rles = [coco_mask.encode(np.asfortranarray(mask)), None]
+    turns = (Turn("Which?", "<mask>"),)
+
+    def example(**targets):
+        return Example("e", "v", "video", "mask", "t", 0.0, 1.0, turns, targets)
+
+    found = first_frame(example(times=[0.0, 0.5], rles=rles))
+    assert found.targets == {"times": [0.0], "rles": rles[:1]}
+    assert first_frame(example(times=[0.0, 0.5], rles=rles[::-1])) is None
+    track = first_frame(
+        example(times=[1.0, 2.0], boxes=[[0, 0, 1, 1], None], input_box=[0, 0, 1, 1])
+    )
+    assert track.targets == {"times": [1.0], "boxes": [[0, 0, 1, 1]], "input_box": [0, 0, 1, 1]}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A micro model that has seen the words, if little more."""
+    out = tmp_path_factory.mktemp("base")
+    commands = [
+        ("tpo_jax.data.moving_shapes", "--out", out / "world", "--videos", 12, "--seed", 1000,
+         "--images", 4, "--splits", "train:8,validation:4"),
+        *(("tpo_jax.prepare", "run", "--data", out / "world" / split, "--out", out / "data" / split)
+          for split in ("train", "validation")),
+        ("tpo_jax.prepare", "tokenizer", "--data", out / "data" / "train",
+         "--out", out / "data" / "tokenizer.json"),
+        ("tpo_jax.train", f"--config=configs/tiny_base.py:runs={out},tiny", "--config.steps=4",
+         "--config.eval_every=0", f"--workdir={out}/run"),
+    ]  # fmt: skip
+    for command in commands:
+        run(*command)
+    return out / "run" / "model"
+
+
+def run(module, *arguments):
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_runs_and_goes_on_where_it_stopped(base, study, tmp_path):
+    options = ("--tiny", "--seeds", 1, "--base", base, "--out", tmp_path / "runs",
+               "--results", tmp_path / "results")  # fmt: skip
+    module = f"experiments.task_preference.{study}"
+    run(module, *options)
+    found = json.loads((tmp_path / "results" / f"{study}.json").read_text())
+    for claim in CLAIMS[study]:
+        for arm in (claim.worse, claim.better):
+            (value,) = found["arms"][arm][claim.metric]
+            assert 0 <= value <= 1
+    assert found["tiny"] and found["floors"]
+    text = (tmp_path / "results" / "README.md").read_text()
+    assert "these figures mean nothing" in text and "one seed" in text or study == "mask_loss"
+    again = run(module, *options)
+    assert "was done in" in again and "\n[train" not in again.replace("was done", "")
