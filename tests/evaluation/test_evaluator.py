@@ -285,12 +285,12 @@ def test_sigterm_stops_the_command_before_the_next_batch(model, prepared, tmp_pa
     save_model(tmp_path / "model", config, params, codec)
     scored = []
 
-    def answer_logps(self, batch):
+    def option_logps(self, batch, *rows):
         scored.append(batch)
         os.kill(os.getpid(), signal.SIGTERM)
         return np.zeros(batch["branch_tokens"].shape[:2])
 
-    monkeypatch.setattr(Evaluator, "_answer_logps", answer_logps)
+    monkeypatch.setattr(Evaluator, "_option_logps", option_logps)
     arguments = [f"--model={tmp_path / 'model'}", f"--data={prepared / 'test'}", "--tasks=qa"]
     out = tmp_path / "out.json"
     assert evaluate.main([*arguments, f"--out={out}", "--batch_size=1"]) == 75

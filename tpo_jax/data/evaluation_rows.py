@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.data.rows import (
     BranchPlan,
@@ -37,6 +39,42 @@ class OptionRow:
 
     plan: RowPlan
     branches: tuple[OptionBranch, ...]
+
+    @property
+    def questions(self) -> list[list[int]]:
+        """Numbers of the branches of each question, in order."""
+        found: dict[tuple[str, int], list[int]] = {}
+        for number, branch in enumerate(self.branches):
+            found.setdefault((branch.example_id, branch.turn), []).append(number)
+        return list(found.values())
+
+
+def share_prompts(batch: dict[str, Any], rows: Sequence[OptionRow], shape: tuple[int, int]
+                  ) -> tuple[dict[str, Any], dict[str, np.ndarray], np.ndarray]:
+    """Each question of a batch of option rows once, and apart from it what may follow.
+
+    Args:
+      batch: built from `rows`, which may be fewer than B.
+      shape: Q and O, at least the most questions of a row and the most options of a question.
+
+    Returns:
+      The branch arrays of prompts [B, Q, R]; answers {"tokens": int32[B, Q, O, A], "weights":
+      float32[B, Q, O, A]}; and int64[B, Q, O], the branch of each option, -1 for none.
+    """
+    branch = np.full((len(batch["branch_tokens"]), *shape), -1)
+    for number, row in enumerate(rows):
+        for question, numbers in enumerate(row.questions):
+            branch[number, question, : len(numbers)] = numbers
+    row = np.arange(len(branch))[:, None]
+    first, each = np.maximum(branch[..., 0], 0), np.maximum(branch, 0)
+    # A prompt ends at the token that the first answer token is predicted from.
+    ends = batch["answer_positions"][row, first][..., :1]
+    asked = (np.arange(batch["branch_tokens"].shape[-1]) <= ends) & (branch[..., :1] >= 0)
+    prompts = {name: np.where(asked, batch[name][row, first], 0)
+               for name in ("branch_tokens", "branch_positions", "branch_segments")}
+    answers = {name: batch[f"answer_{name}"][row[..., None], each]
+               for name in ("tokens", "weights")}
+    return prompts | {"slots": batch["slots"]}, answers, branch
 
 
 Question = tuple[Example, int]  # example and index of its turn

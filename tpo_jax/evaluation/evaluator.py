@@ -132,11 +132,13 @@ class Evaluator:
             )
             builder = row_builder(self.codec, self.config, bucket)
             rows = evaluation_rows.build_option_rows(dataset, builder)
-            branches = {id(row.plan): row.branches for row in rows}
+            of_plan = {id(row.plan): row for row in rows}
+            shape = max(len(row.questions) for row in rows), widest
             for batch, plans in self._batches(builder, [row.plan for row in rows], "options"):
-                sums = self._answer_logps(batch)
-                for row, plan in enumerate(plans):
-                    self._score_options(plan, branches[id(plan)], sums[row])
+                now = [of_plan[id(plan)] for plan in plans]
+                sums = self._option_logps(batch, now, shape)
+                for number, row in enumerate(now):
+                    self._score_options(row.plan, row.branches, sums[number])
 
     def heads(self, dataset: PreparedDataset, tasks: Sequence[str]) -> None:
         """Head metrics of some tasks, from free generation and with forced routing."""
@@ -202,6 +204,22 @@ class Evaluator:
         context = self._scorer.prefill(self.params, batch)
         logps = np.asarray(self._scorer.score(self.params, context, batch), np.float64)
         return (logps * batch["answer_weights"]).sum(axis=-1)
+
+    def _option_logps(
+        self,
+        batch: dict[str, Any],
+        rows: Sequence[evaluation_rows.OptionRow],
+        shape: tuple[int, int],
+    ) -> np.ndarray:
+        """What `_answer_logps` gives, but a question runs once for all of its options."""
+        prompts, answers, branch = evaluation_rows.share_prompts(batch, rows, shape)
+        context = self._scorer.prefill(self.params, batch)
+        logps = self._scorer.score_answers(self.params, context, prompts, answers["tokens"])
+        sums = np.zeros(batch["branch_tokens"].shape[:2])
+        row, question, option = np.nonzero(branch >= 0)
+        totals = (np.asarray(logps, np.float64) * answers["weights"]).sum(axis=-1)
+        sums[row, branch[row, question, option]] = totals[row, question, option]
+        return sums
 
     # Passes over the data.
 

@@ -154,6 +154,7 @@ class Sampler:
         self._prefill = jax.jit(self._prefill_rows)
         self._generate = jax.jit(self._generate_rows)
         self._score = jax.jit(self._score_rows)
+        self._score_answers = jax.jit(self._score_answers_rows)
 
     def prefill(self, params: Any, batch: Arrays) -> Context:
         """Encodes the videos of a batch and runs their prefixes.
@@ -190,6 +191,18 @@ class Sampler:
         return self._score(params, context,
                            {name: batch[name] for name in BRANCH_ARRAYS + ANSWER_ARRAYS})
 
+    def score_answers(self, params: Any, context: Context, prompts: Arrays, answers: np.ndarray
+                      ) -> jax.Array:
+        """float32[B, K, O, A] log-probabilities of O answers to each prompt, which runs once.
+
+        Args:
+          context: of `prefill` on the same rows.
+          prompts: the entries of `BRANCH_ARRAYS`, branches without an answer.
+          answers: int32[B, K, O, A]; what stands behind the end of an answer does not matter to it.
+        """
+        return self._score_answers(
+            params, context, {name: prompts[name] for name in BRANCH_ARRAYS}, answers)
+
     def _prefill_rows(self, params: Any, batch: Arrays) -> Context:
         model = self.model.bind(params)
         encoded = model.encode(batch["frames"], batch["frame_valid"], batch["frame_times"])
@@ -208,10 +221,34 @@ class Sampler:
             gather_positions(hidden, batch["answer_positions"]), model.language.table,
             batch["answer_tokens"], vocab_size=model.config.language.num_tokens)
 
+    def _score_answers_rows(self, params: Any, context: Context, prompts: Arrays,
+                            answers: jax.Array) -> jax.Array:
+        model = self.model.bind(params)
+        B, K, count, A = answers.shape
+        _, last, cache, position = self._run_prompts(model, context, prompts, A)
+
+        def spread(x: jax.Array, axis: int = 1) -> jax.Array:
+            return jnp.repeat(x, count, axis=axis)
+
+        cache = dataclasses.replace(
+            cache, k=spread(cache.k, 2), v=spread(cache.v, 2),
+            **{name: None if getattr(cache, name) is None else spread(getattr(cache, name))
+               for name in ("segments", "positions")})
+        tokens = answers.reshape(B, K * count, A)
+        hidden, _ = model.language.extend(
+            model.embed_tokens(tokens), spread(position)[..., None] + jnp.arange(A),
+            jnp.ones_like(tokens), context.prefix, context.prefix_segments, cache,
+            prompts["branch_tokens"].shape[-1])
+        before = jnp.concatenate([spread(last)[:, :, None], hidden[:, :, :-1]], axis=2)
+        logps = token_logps(
+            before, model.language.table, tokens, vocab_size=model.config.language.num_tokens)
+        return logps.reshape(answers.shape)
+
     def _generate_rows(self, params: Any, context: Context, prompts: Arrays, keys: jax.Array,
                        first: jax.Array) -> Generation:
         model = self.model.bind(params)
-        prompted, hidden, cache, position = self._run_prompts(model, context, prompts)
+        prompted, hidden, cache, position = self._run_prompts(
+            model, context, prompts, self.sampling.max_new)
         B, K, D = hidden.shape
         state = {
             "step": jnp.int32(0), "hidden": hidden, "cache": cache, "forced": first,
@@ -227,14 +264,14 @@ class Sampler:
         return dataclasses.replace(
             state["generation"], prompt_states=prompted, prompt_valid=valid)
 
-    def _run_prompts(self, model: Any, context: Context, prompts: Arrays
+    def _run_prompts(self, model: Any, context: Context, prompts: Arrays, room: int
                      ) -> tuple[jax.Array, jax.Array, KVCache, jax.Array]:
         """Hidden states float[B, K, R, D] of the prompts and float[B, K, D] at their last tokens,
-        caches with room for the answers, and int32[B, K] positions of the first answer tokens."""
+        caches with room for so many tokens of an answer, and int32[B, K] positions of its first."""
         segments, positions = prompts["branch_segments"], prompts["branch_positions"]
         B, K, R = segments.shape
         embeds = model.embed_branches(prompts["branch_tokens"], prompts["slots"])
-        cache = model.language.empty_cache(B, K, R + self.sampling.max_new, embeds.dtype)
+        cache = model.language.empty_cache(B, K, R + room, embeds.dtype)
         hidden, cache = model.language.extend(
             embeds, positions, segments, context.prefix, context.prefix_segments, cache, 0)
         # Padding lies at the end with segment 0: later tokens do not see its keys.
