@@ -121,7 +121,6 @@ def _stage2(config: ConfigDict, runs: str) -> None:
     """
     config.init_from = f"{runs}/stage1/model"
     config.steps = 160
-    del config.buckets["image"]
     config.trainable = [["heads/|task_tokens/|box_encoder/", 1e-2], ["language/", 2e-3]]
 
 
