@@ -107,7 +107,7 @@ def _stage1(config: ConfigDict, runs: str) -> None:
     del runs
     config.init_from = BASE
     config.init_missing = ["task_tokens/", "box_encoder/", "heads/"]
-    config.steps = 60
+    config.steps = 40
     config.losses.update(dict.fromkeys(HEAD_LOSSES, 0.0))
     del config.buckets["image"]  # the same task tokens as in videos
     config.trainable = [["language/|task_tokens/|box_encoder/", 1e-3]]
@@ -120,14 +120,14 @@ def _stage2(config: ConfigDict, runs: str) -> None:
     questions stay in the mixture, because what is not asked is forgotten.
     """
     config.init_from = f"{runs}/stage1/model"
-    config.steps = 160
+    config.steps = 120
     config.trainable = [["heads/|task_tokens/|box_encoder/", 1e-2], ["language/", 2e-3]]
 
 
 def _stage3(config: ConfigDict, runs: str) -> None:
     """Everything with more conversation; what the language model sees moves least."""
     config.init_from = f"{runs}/stage2/model"
-    config.steps = 280
+    config.steps = 130
     config.losses.language = 12.0
     config.buckets.video.weight, config.buckets.video_long.weight = 8, 2
     config.trainable = [
