@@ -183,7 +183,12 @@ class Checkpoints:
         self._wait_local()
         self._wait_directory()
 
-    close = wait
+    def close(self) -> None:
+        """`wait`, of all processes for all: what process 0 counts as complete is what there is."""
+        self.wait()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"{self.directory}: closed")
+        self._remove_dropped()
 
     def _wait_directory(self) -> None:
         if self._pending is None:
@@ -193,11 +198,16 @@ class Checkpoints:
             pending.result()
         except Exception as error:
             raise self._failed(self.directory, error) from error
-        if jax.process_index() == 0:
-            there = self.steps()
-            self._saves = {step: self._saves.get(step) or self._read_save(step) for step in there}
-            for step in sorted(set(there) - self._policy.retained(self._saves)):
-                self._remove(step)
+        self._remove_dropped()
+
+    def _remove_dropped(self) -> None:
+        """Removes what the policy drops; what another process still writes counts next time."""
+        if jax.process_index() or self._policy is None:
+            return
+        there = self.steps()
+        self._saves = {step: self._saves.get(step) or self._read_save(step) for step in there}
+        for step in sorted(set(there) - self._policy.retained(self._saves)):
+            self._remove(step)
 
     def _wait_local(self) -> None:
         if self._local is None:
