@@ -3,7 +3,7 @@
 Renders videos, prepares them, post-trains the shipped base model in three stages and with
 preferences, evaluates after each, measures the floors, predicts, exports and writes a report.
 Each step is the command that a user would type; the report lists them with their time. Evaluations
-and floors run beside the stages that follow them.
+and floors run beside the stages that follow them, in what these leave idle.
 
     python -m experiments.demo --out runs/demo --seed 0
 """
@@ -77,12 +77,14 @@ def stage_command(
     )  # fmt: skip
 
 
-def evaluate(steps: Steps, name: str, model: pathlib.Path, *more: object) -> pathlib.Path:
+def evaluate(
+    steps: Steps, name: str, model: pathlib.Path, *more: object, lane: str = "evaluations"
+) -> pathlib.Path:
     """Evaluates a model folder on the test split, beside; returns the file of its metrics."""
     result = steps.out / "eval" / f"{name}.json"
     steps.beside(
         f"evaluate {name}", "tpo_jax.evaluate", "--model", model,
-        "--data", steps.out / "data" / "test", "--out", result, *PART, *more,
+        "--data", steps.out / "data" / "test", "--out", result, *PART, *more, lane=lane,
     )  # fmt: skip
     return result
 
@@ -93,14 +95,15 @@ def measure_floors(steps: Steps, scale: Scale, base: pathlib.Path, seed: int) ->
     for evidence in FLOORS:
         name = f"floor_{evidence}"
         given = (f"--config.init_from={base}", f"--config.data.evidence={evidence}")
-        steps.beside(*stage_command(steps, scale, name, "floor", seed, *given))
+        steps.beside(*stage_command(steps, scale, name, "floor", seed, *given), lane="floors")
         model = steps.out / name / "model"
-        result = evaluate(steps, name, model, "--evidence", evidence, "--tasks", "qa")
+        asked = ("--evidence", evidence, "--tasks", "qa")
+        result = evaluate(steps, name, model, *asked, lane="floors")
         arguments += [f"--{evidence}", result]
     steps.beside(
         "floors", "tpo_jax.evaluate", "--floors_from", steps.out / "data" / "train",
         "--data", steps.out / "data" / "test", "--out", steps.out / "eval" / "floors.json",
-        *PART, *arguments,
+        *PART, *arguments, lane="floors",
     )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 
+BESIDE_PRIORITY = 10  # "nice": the main steps go first
+
 
 class StepFailed(Exception):
     """A command ended with another status than 0."""
@@ -30,8 +32,8 @@ class Steps:
     that does other things as well.
 
     A step that finished in an earlier, interrupted run is not run again. Steps given to `beside`
-    run one after the other next to those given to `run`, which leave part of two cores idle; they
-    write to `out`/logs/ instead of the terminal.
+    run next to those given to `run`, with a lower priority, in what these leave idle of two cores.
+    Those of one lane follow one another. They write to `out`/logs/ instead of the terminal.
     """
 
     def __init__(self, out: pathlib.Path):
@@ -48,7 +50,7 @@ class Steps:
             records = map(json.loads, self.journal.read_text().splitlines())
             self.done = {record["step"]: record for record in records}
         self._lock = threading.Lock()
-        self._side = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        self._lanes: dict[str, concurrent.futures.ThreadPoolExecutor] = {}
         self._waiting: list[concurrent.futures.Future] = []
 
     def run(self, step: str, module: str, *arguments: object) -> None:
@@ -56,12 +58,13 @@ class Steps:
         self._raise_failure()
         self._run(step, module, arguments, None)
 
-    def beside(self, step: str, module: str, *arguments: object) -> None:
-        """Queues a command that only later queued ones need. Raises an earlier StepFailed."""
+    def beside(self, step: str, module: str, *arguments: object, lane: str = "beside") -> None:
+        """Queues a command that only later ones of its lane need. Raises an earlier StepFailed."""
         self._raise_failure()
+        worker = self._lanes.setdefault(lane, concurrent.futures.ThreadPoolExecutor(1, lane))
         log = self.out / "logs" / f"{step.replace(' ', '_')}.log"
         log.parent.mkdir(exist_ok=True)
-        self._waiting.append(self._side.submit(self._run, step, module, arguments, log))
+        self._waiting.append(worker.submit(self._run, step, module, arguments, log))
 
     def wait(self) -> None:
         """Until all queued commands are done. Raises StepFailed of the first that failed."""
@@ -89,12 +92,15 @@ class Steps:
                 stdout=output,
                 stderr=output,
             )
-            # Of this command alone, with its own processes; two may be running.
+            if log:  # before it has started a thread: they inherit it
+                os.setpriority(os.PRIO_PROCESS, process.pid, BESIDE_PRIORITY)
+            # Of this command alone, with its own processes; several may be running.
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - begin
         if process.returncode:
-            self._side.shutdown(wait=False, cancel_futures=True)  # nothing starts after a failure
+            for worker in self._lanes.values():  # nothing starts after a failure
+                worker.shutdown(wait=False, cancel_futures=True)
             raise StepFailed(step, process.returncode, log)
         if log:
             print(f"\n[{step}] done in {seconds:.0f} s", flush=True)

@@ -69,6 +69,16 @@ def test_steps_beside_write_logs_and_are_waited_for(tmp_path):
     assert "hello" in (tmp_path / "logs" / "greet_1.log").read_text()
 
 
+def test_lanes_do_not_wait_for_each_other(tmp_path):
+    steps = Steps(tmp_path)
+    gate = tmp_path / "gate"
+    wait = f"import os\nwhile not os.path.exists({str(gate)!r}): pass"
+    steps.beside("wait", "timeit", "-n1", "-r1", wait, lane="one")
+    steps.beside("open", "timeit", "-n1", "-r1", f"open({str(gate)!r}, 'w').close()", lane="two")
+    steps.wait()
+    assert [record["step"] for record in journal(tmp_path)] == ["open", "wait"]
+
+
 def test_the_first_failure_beside_is_raised_and_nothing_runs_after_it(tmp_path):
     steps = Steps(tmp_path)
     steps.beside("break", *BROKEN)
