@@ -11,8 +11,6 @@ from tpo_jax.models.heads.cg_detr import published_weights
 from tpo_jax.models.presets import PRESETS
 from tpo_jax.training.config import default_config
 
-# Halves the time of compiling, which is most of a test's.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 # Adam divides by |gradient|; a larger eps keeps round-off in small gradients small in parameters.
 SMOOTH = {
     "name": "adamw", "warmup": 0.1, "weight_decay": 0.05, "clip": 1.0, "min_lr_ratio": 0.1,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_batches import FAST_COMPILE, micro, train_config
+from fake_batches import micro, train_config
 from fake_pairs import golden_pairs, random_pairs
 
 from tpo_jax.objectives.preference import (
@@ -66,7 +66,7 @@ def by_hand(name):
              + log_sigmoid(shift - BETA * ratio[:, 1])).mean()  # fmt: skip
 
 
-jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+jit = jax.jit
 
 
 def losses_of(pairs, names=COUPLED):

@@ -1,13 +1,11 @@
 """Preference losses against golden values, computed in float64 from the published formulas."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_batches import FAST_COMPILE
 from fake_pairs import golden_pairs, random_pairs
 
 from tpo_jax.objectives.preference import (
@@ -60,7 +58,7 @@ def loss_of(name, tokens, **options):
     return preference_losses(tokens, config(name, **options))[name].mean()
 
 
-jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+jit = jax.jit
 
 
 def every_loss(tokens):

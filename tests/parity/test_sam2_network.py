@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_batches import FAST_COMPILE
 from flax import nnx
 
 from tests.parity.towers import difference, randomise, run, tensors_of, with_weights
@@ -258,7 +257,7 @@ def tracked_by_us(ours, frames, tokens, starts, single, masks=None):
             sam, lambda frame: sam.features(frames[frame]), prompt, len(frames), len(frames)
         )
 
-    return jax.jit(call, compiler_options=FAST_COMPILE)(state, jnp.asarray(frames), prompt)
+    return jax.jit(call)(state, jnp.asarray(frames), prompt)
 
 
 def test_several_objects_through_a_video_from_boxes_and_points():

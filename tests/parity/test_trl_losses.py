@@ -13,7 +13,6 @@ import types
 import jax
 import numpy as np
 import pytest
-from fake_batches import FAST_COMPILE
 from fake_pairs import random_pairs
 
 from tpo_jax.objectives.preference import PreferenceConfig, preference_losses
@@ -92,7 +91,7 @@ def ours(loss, **options):
         tokens = dataclasses.replace(PAIRS, policy=policy)
         return preference_losses(tokens, config)[loss].mean()
 
-    run = jax.jit(jax.value_and_grad(value), compiler_options=FAST_COMPILE)
+    run = jax.jit(jax.value_and_grad(value))
     return run(PAIRS.policy)
 
 

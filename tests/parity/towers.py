@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fake_batches import FAST_COMPILE
 from flax import nnx
 
 from tpo_jax.interop.mapping import import_leaves
@@ -47,7 +46,7 @@ def run(module, *inputs, method=None, **options):
         bound = nnx.merge(structure, state)
         return (getattr(bound, method) if method else bound)(*inputs, **options)
 
-    return jax.jit(call, compiler_options=FAST_COMPILE)(state, *inputs)
+    return jax.jit(call)(state, *inputs)
 
 
 def difference(ours, theirs):

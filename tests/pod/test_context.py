@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_batches import (
-    FAST_COMPILE,
     SMOOTH,
     means,
     micro,
@@ -144,7 +143,7 @@ def gradient_program(sizes, batch, config=LANGUAGE):
         on_mesh(jax.value_and_grad(functools.partial(score, config=config)), mesh),
         in_shardings=places, out_shardings=(replicated(mesh), shardings),
     )  # fmt: skip
-    return run.lower(params, batch).compile(FAST_COMPILE), jax.device_put((params, batch), places)
+    return run.lower(params, batch).compile(), jax.device_put((params, batch), places)
 
 
 def pure(model):
@@ -208,7 +207,7 @@ def two_steps(sizes):
     options.preference.sft = 0.5
     program = make_program(options, config, mesh)
     local = random_batch(pair_bucket(4), config)
-    compiled = program.compile_train_step(local, FAST_COMPILE)
+    compiled = program.compile_train_step(local)
     batch, state, key = global_batch(local, mesh), program.init_state(params), program.base_key(0)
     history = []
     for _ in range(2):

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from fake_batches import FAST_COMPILE, bucket, micro, random_batch, train_config
+from fake_batches import bucket, micro, random_batch, train_config
 
 from tpo_jax.models.heads import HEADS
 from tpo_jax.models.video_language import FunctionalModel
@@ -22,7 +22,7 @@ def test_eight_devices_find_the_negatives_of_one():
         mesh = make_mesh(sizes, jax.devices()[:devices])
         program = make_program(train_config(("cg_detr",)), config, mesh)
         state, batch = program.init_state(params), global_batch(local, mesh)
-        step = program.eval_step.lower(state.params, batch).compile(FAST_COMPILE)
+        step = program.eval_step.lower(state.params, batch).compile()
         terms = jax.device_get(step(state.params, batch))
         found.append({n: (float(t.total), float(t.weight)) for n, t in terms.items()})
     for name in HEADS["cg_detr"].coupled:

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 from fake_batches import (
-    FAST_COMPILE,
     SMOOTH,
     bucket,
     means,
@@ -37,7 +36,7 @@ def two_steps(heads, sizes, devices, accumulation=1):
     options = train_config(heads, dropout=0.1, optimizer=SMOOTH, accumulation=accumulation)
     program = make_program(options, config, mesh)
     local = random_batch(bucket(8), config)
-    compiled = program.compile_train_step(local, FAST_COMPILE)
+    compiled = program.compile_train_step(local)
     batch, state, key = global_batch(local, mesh), program.init_state(params), program.base_key(0)
     history = []
     for _ in range(2):

@@ -1,12 +1,11 @@
 """The preference objective on the micro model: contrast frames, LoRA switched off, metrics."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
 import pytest
-from fake_batches import FAST_COMPILE, micro, pair_bucket, random_batch, train_config
+from fake_batches import micro, pair_bucket, random_batch, train_config
 
 from tpo_jax.data.rows import CLIP_FIELDS, kind_id
 from tpo_jax.models.config import LoraConfig
@@ -57,7 +56,7 @@ def batch():
 def compiled(objective, model):
     """Function of (params, batch) -> (terms and metrics as means, predictions)."""
 
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    @jax.jit
     def step(params, batch):
         predictions = objective.predict(model.bind(params), batch, None)
         sums = objective.terms(predictions, batch) | objective.metrics(predictions, batch)

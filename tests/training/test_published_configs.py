@@ -7,7 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from fake_batches import FAST_COMPILE, bucket, random_batch
+from fake_batches import bucket, random_batch
 
 from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
@@ -82,7 +82,7 @@ def test_a_tiny_model_trains_on_eight_devices(name, arg):
     program = make_program(config, model_config, mesh)
     before = small_params(program.abstract_state.params)
     batch = batch_of(config, model_config)
-    compiled = program.compile_train_step(batch, FAST_COMPILE)
+    compiled = program.compile_train_step(batch)
     state, key = program.init_state(before), program.base_key(0)
     losses = []
     for _ in range(3):
@@ -106,13 +106,13 @@ def test_images_and_videos_of_one_step_count_like_one_batch():
     first, second = parts_of(batch)
     evaluate = {}
     for name, part in (("video", first), ("image", second), ("joint", batch)):
-        compiled = program.eval_step.lower(params, part).compile(FAST_COMPILE)
+        compiled = program.eval_step.lower(params, part).compile()
         evaluate[name] = compiled(params, part)["language"]
     total = float(evaluate["video"].total + evaluate["image"].total)
     weight = float(evaluate["video"].weight + evaluate["image"].weight)
     assert float(evaluate["joint"].weight) == weight > float(evaluate["video"].weight)
     np.testing.assert_allclose(float(evaluate["joint"].total), total, rtol=1e-5)
-    step = program.compile_train_step(batch, FAST_COMPILE)
+    step = program.compile_train_step(batch)
     _, metrics = step(program.init_state(params), batch, program.base_key(0))
     np.testing.assert_allclose(float(metrics["loss"].mean()), total / weight, rtol=1e-5)
 

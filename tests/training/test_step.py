@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_batches import (
-    FAST_COMPILE,
     HEAD_TERMS,
     HEADS,
     SMOOTH,
@@ -62,7 +61,7 @@ def program_of(heads=(), **changes):
 @functools.cache
 def compile_step(program, shapes):
     leaves, structure = shapes
-    return program.compile_train_step(jax.tree.unflatten(structure, leaves), FAST_COMPILE)
+    return program.compile_train_step(jax.tree.unflatten(structure, leaves))
 
 
 def run(program, params, batch, steps=1):

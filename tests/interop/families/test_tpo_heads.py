@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import itertools
 import json
 import pathlib
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from fake_batches import FAST_COMPILE
 from flax import nnx
 from tokenizers import AddedToken
 
@@ -195,7 +193,7 @@ def test_the_mask_head_reads_the_published_dtype_as_float32(model):
     states = rng.normal(size=(1, 1, config.language.width)).astype(np.float32)
     frames = rng.integers(0, 256, (1, 2, *[config.vision.image_size] * 2, 3), np.uint8)
 
-    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    @jax.jit
     def answer(params):
         return net.bind(params).run_head("sam2", states, None, frames, np.ones((1, 2), bool))
 

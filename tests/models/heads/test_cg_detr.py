@@ -10,7 +10,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from fake_batches import FAST_COMPILE, bucket, micro, random_batch
+from fake_batches import bucket, micro, random_batch
 from flax import nnx
 
 from tpo_jax.models.heads import HEADS, ClipInfo, HeadInputs, cg_detr, heads_of
@@ -70,7 +70,7 @@ def _with_targets(inputs, **changes):
 
 @functools.cache
 def _start():
-    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(_head())), compiler_options=FAST_COMPILE)()
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(_head())))()
     return jax.tree.map(np.asarray, params)
 
 
@@ -88,7 +88,7 @@ def _program():
         return value, (terms, predictions)
 
     both = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
-    return jax.jit(both, compiler_options=FAST_COMPILE)
+    return jax.jit(both)
 
 
 def _terms(inputs, params=None, weights=None):
@@ -240,6 +240,6 @@ def test_weights_count_labels_only():
         terms = cg_detr.loss(predictions, inputs.targets, inputs.targets["valid"])
         return {name: term.weight for name, term in terms.items()}
 
-    compiled = jax.jit(weights).lower(_start(), _inputs()).compile(FAST_COMPILE)
+    compiled = jax.jit(weights).lower(_start(), _inputs()).compile()
     assert "dot(" not in compiled.as_text() and "while(" not in compiled.as_text()
     assert all(weight > 0 for weight in compiled(_start(), _inputs()).values())

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_batches import FAST_COMPILE
 
 from tpo_jax.models.heads import HEADS
 from tpo_jax.models.heads.cg_detr import losses
@@ -65,7 +64,7 @@ def program():
         terms = losses.loss(continuous | others, targets, targets["valid"])
         return sum(weights[name] * term.mean() for name, term in terms.items()), terms
 
-    return jax.jit(jax.grad(total, has_aux=True), compiler_options=FAST_COMPILE)
+    return jax.jit(jax.grad(total, has_aux=True))
 
 
 def run(weights):

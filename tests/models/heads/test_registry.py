@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from fake_batches import FAST_COMPILE, train_config
+from fake_batches import train_config
 from micro_model import MemoryDataset
 
 from tpo_jax.data.buckets import Bucket
@@ -75,7 +75,7 @@ def test_the_head_of_the_docs_trains(count_head, codec):
     program = make_program(
         train_config(("count",), losses={"language": 1.0, "count/nll": 1.0}), config, mesh
     )
-    step = program.compile_train_step(batch, FAST_COMPILE)
+    step = program.compile_train_step(batch)
     state = program.init_state(program.init_params(0))
     history = []
     for _ in range(20):

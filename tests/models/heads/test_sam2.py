@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fake_batches import FAST_COMPILE, micro
+from fake_batches import micro
 from flax import nnx
 
 from tpo_jax.data.moving_shapes import WorldConfig, render, simulate
@@ -41,7 +41,7 @@ STRUCTURE = nnx.graphdef(nnx.eval_shape(_head))
 
 @functools.cache
 def _start():
-    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(_head())), compiler_options=FAST_COMPILE)()
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(_head())))()
     params = jax.tree.map(np.array, params)  # copies, to be written
     # So that all objects are called present at first.
     params["network"]["mask_decoder"]["presence_mlp"]["proj_out"]["bias"] += 2.0
@@ -86,7 +86,7 @@ def _total(params, slot_states, inputs):
 @functools.cache
 def _gradient():
     return jax.jit(
-        jax.value_and_grad(_total, argnums=(0, 1), has_aux=True), compiler_options=FAST_COMPILE
+        jax.value_and_grad(_total, argnums=(0, 1), has_aux=True)
     )
 
 
@@ -95,7 +95,7 @@ def _predict():
     def predict(params, inputs):
         return nnx.merge(STRUCTURE, nnx.State(jax.tree.map(nnx.Param, params)))(inputs)
 
-    return jax.jit(predict, compiler_options=FAST_COMPILE)
+    return jax.jit(predict)
 
 
 @pytest.mark.long
@@ -164,7 +164,7 @@ def test_what_a_video_needs_does_not_grow_with_its_length():
             jax.ShapeDtypeStruct((1, 1, 3, config.width), jnp.float32),
             jax.ShapeDtypeStruct((1, 1), jnp.int32),
         )
-        compiled = jax.jit(call, compiler_options=FAST_COMPILE).lower(state, *shapes).compile()
+        compiled = jax.jit(call).lower(state, *shapes).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     short, long = working(16), working(64)

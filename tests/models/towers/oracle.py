@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fake_batches import FAST_COMPILE
 from flax import nnx
 from scipy.special import erf
 
@@ -41,7 +40,7 @@ def run(module, *inputs):
     def call(state, *inputs):
         return nnx.merge(structure, state)(*inputs)
 
-    return jax.jit(call, compiler_options=FAST_COMPILE)(state, *inputs)
+    return jax.jit(call)(state, *inputs)
 
 
 def layer(params, index):
