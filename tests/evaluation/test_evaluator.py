@@ -232,9 +232,8 @@ def test_what_the_words_can_say_at_best(dataset):
                     for name in found.keys() & scores.keys():
                         found[name].append(scores[name])
     best = {name: np.mean(values) for name, values in found.items()}
-    # Words name a window and not its best moment, so which of its frames comes first is luck.
-    assert best["temporal/miou"] > 0.99 and best["highlight/hit@1"] > 0.5
-    assert best["tracking/auc"] > 0.6 and best["mask/j"] > 0.4
+    assert best["temporal/miou"] > 0.99 and best["highlight/hit@1"] > 0.6
+    assert best["tracking/auc"] > 0.55 and best["mask/j"] > 0.4
 
 
 def test_samples_can_be_written_and_drawn(asked_heads):
