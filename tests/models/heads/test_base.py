@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from tpo_jax.models.attention import attention
@@ -66,6 +67,8 @@ def test_a_slot_reads_the_words_of_its_question_and_no_others():
                     read(prompt, embeds.at[0, :, 4].add(draw(3)))):  # fmt: skip
         np.testing.assert_allclose(changed[0], want[0], atol=1e-6)
         assert np.abs(changed[1] - want[1]).max() > 1e-3
+    with pytest.raises(ValueError, match="prompt_embeds is missing"):
+        read(prompt, None)
 
 
 def test_positions_are_centres_of_cells_and_of_valid_frames():

@@ -194,7 +194,12 @@ class SlotQuery(nnx.Module):
         self.reading = SlotAttention(width, config.head.heads, rngs=rngs)
 
     def __call__(self, inputs: HeadInputs) -> jax.Array:
-        """-> float32[B, S, C]"""
+        """-> float32[B, S, C]; ValueError without the words of the question."""
+        if inputs.prompt is None or inputs.prompt_embeds is None:
+            raise ValueError(
+                "HeadInputs.prompt or prompt_embeds is missing; region and mask head read the "
+                "question: pass what VideoLanguageModel.prompts gives"
+            )
         B, S, R, _ = inputs.prompt.shape
         words = self.word_proj(inputs.prompt + self.embed_norm(inputs.prompt_embeds))
         words = self.word_norm(words).reshape(B * S, R, -1)
