@@ -238,7 +238,7 @@ class DryRun:
         return f"{', '.join(source['path'] for source in sources)}\n{', '.join(counts)}"
 
     def _losses(self) -> str:
-        """Every loss of the model has a weight, and every weight a loss: the forward pass, traced."""
+        """Every loss of the model has a weight, every weight a loss: traces a forward pass."""
         bucket = self.buckets[0]
         params = self.program.abstract_state.params
         sums = jax.eval_shape(self.program.eval_step, params, self._spec(bucket))
