@@ -1,6 +1,7 @@
 """What a run starts from: the model that its config asks for, and weights at step 0."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,12 @@ def initial_params(
 
     draw = jax.jit(draw_missing, out_shardings={name: shardings[name] for name in loaded.missing})
     drawn = draw(jax.random.key(config.seed)) if loaded.missing else {}
-    for name in drawn:
-        say(f"  new: {name} {drawn[name].shape}")
+    for part, leaves in itertools.groupby(sorted(drawn), _part):
+        sizes = [drawn[name].size for name in leaves]
+        say(f"  new: {part}, {len(sizes)} leaves, {sum(sizes):,} parameters")
     return unflatten({name: (loaded.leaves | drawn)[name] for name in shardings})
+
+
+def _part(path: str) -> str:
+    """The part of the model that a parameter belongs to, such as heads/mask."""
+    return "/".join(path.split("/")[:2])
