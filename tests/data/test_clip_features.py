@@ -63,14 +63,28 @@ def test_what_is_written_is_read(store):
         read = FeatureStore(store.path).read(store.file(video), duration=8.0)
         np.testing.assert_array_equal(read, given)
         assert read.dtype == np.float32
-    assert not list(store.path.rglob("*.tmp"))
     assert FeatureStore.create(store.path, KIND).about == KIND  # begun before
     assert store.file_of(pathlib.Path("/x/a/b_60.0_210.0.webm")) == store.path / names[
         "a/b_60.0_210.0.webm"]  # fmt: skip
     assert store.file_of(pathlib.Path("/x/y/clip.mp4")) == store.path / "clip.npz"
     assert store.file_of(pathlib.Path("/x/y/other.mp4")) == store.path / "other.npz"
+    assert not list(store.path.rglob("*.tmp"))
     with pytest.raises(Invalid, match="leaves the media folder"):
         store.file("../clip.mp4")
+
+
+def test_what_is_stopped_while_it_is_written_is_not_there(store, monkeypatch):
+    def stopped(file, features):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            store.write("clip.mp4", numbers(4))
+    assert [file.name for file in store.path.iterdir()] == [ABOUT]
+    store.write("clip.mp4", numbers(4))
+    assert store.file("clip.mp4").exists()
 
 
 def test_half_precision_and_a_last_clip_more_or_less_are_taken(store):

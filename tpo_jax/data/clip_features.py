@@ -15,9 +15,10 @@ import dataclasses
 import json
 import os
 import pathlib
+import uuid
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -300,8 +301,12 @@ def _load(file: pathlib.Path) -> np.ndarray:
         raise Invalid("features", None, f"cannot be read ({error})", f"{_EXTRACT} again") from error
 
 
-def _write_whole(file: pathlib.Path, write) -> None:
+def _write_whole(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
     # A name of its own: several processes may write the same file.
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    write(temporary)
-    temporary.replace(file)
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
