@@ -13,7 +13,6 @@ from tpo_jax.models import presets
 from tpo_jax.models.config import ClipFeaturesConfig
 from tpo_jax.models.video_language import FunctionalModel
 
-
 GIVEN = ClipFeaturesConfig(24, 2.0, "by hand")
 
 

@@ -110,9 +110,7 @@ class FeatureStore:
         _write_whole(file, save)
 
 
-def differs(
-    have: ClipFeaturesConfig, want: ClipFeaturesConfig
-) -> tuple[str, Any, str] | None:
+def differs(have: ClipFeaturesConfig, want: ClipFeaturesConfig) -> tuple[str, Any, str] | None:
     """(field, value, reason) of the first difference of two kinds of features; None: the same."""
     for field in dataclasses.fields(ClipFeaturesConfig):
         ours, theirs = getattr(want, field.name), getattr(have, field.name)

@@ -49,9 +49,15 @@ class Extractor:
       ValueError: the encoder does not take so many frames, or a clip has no length.
     """
 
-    def __init__(self, config: ModelConfig, vision: Mapping[str, Any], *,
-                 clip_seconds: float = CLIP_SECONDS, frames: int = 0,
-                 batch_size: int = BATCH_SIZE):
+    def __init__(
+        self,
+        config: ModelConfig,
+        vision: Mapping[str, Any],
+        *,
+        clip_seconds: float = CLIP_SECONDS,
+        frames: int = 0,
+        batch_size: int = BATCH_SIZE,
+    ):
         given = config.vision.frames if isinstance(config.vision, TowerConfig) else 0
         most = config.vision.max_frames
         self.frames = frames or given or min(FRAMES, most)
@@ -63,7 +69,8 @@ class Extractor:
         name = encoder_name(config, vision, self.frames)
         self.about = ClipFeaturesConfig(config.vision.width, float(clip_seconds), name)
         self._model = FunctionalModel(
-            dataclasses.replace(config, heads=(), tokens={}, clip_features=None))
+            dataclasses.replace(config, heads=(), tokens={}, clip_features=None)
+        )
         self._vision = jax.tree.map(jnp.asarray, dict(vision))
         self._encode = jax.jit(self._encode_clips)
 
@@ -71,8 +78,11 @@ class Extractor:
     def from_folder(cls, model: epath.PathLike, **options: Any) -> Extractor:
         """The encoder of a model folder; the other parameters are not read."""
         config = load_config(model)
-        leaves = {path.removeprefix("vision/"): np.asarray(leaf)
-                  for path, leaf in open_leaves(model).items() if path.startswith("vision/")}
+        leaves = {
+            path.removeprefix("vision/"): np.asarray(leaf)
+            for path, leaf in open_leaves(model).items()
+            if path.startswith("vision/")
+        }
         return cls(config, unflatten(leaves), **options)
 
     def _encode_clips(self, vision: Any, frames: jax.Array, valid: jax.Array) -> jax.Array:
@@ -106,9 +116,7 @@ class Extractor:
             yield clip
 
 
-def on_screen(
-    decoder: Decoder, resize: Callable[[np.ndarray], np.ndarray]
-) -> Iterator[np.ndarray]:
+def on_screen(decoder: Decoder, resize: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
     """What is on screen at 0, 1 / fps, 2 / fps, ... of a video, whose own times may be uneven."""
     shown, tick = None, 0
     for time, frame in decoder:
@@ -125,8 +133,13 @@ def encoder_name(config: ModelConfig, vision: Mapping[str, Any], frames: int) ->
     """What tells these features from those of any other weights or settings."""
     running = ("remat", "unroll", "max_frames")  # change speed, or what is refused
     sizes = {k: v for k, v in dataclasses.asdict(config.vision).items() if k not in running}
-    described = {"vision": sizes, "resize": config.vision.resize, "dtype": config.dtype,
-                 "frames": frames, "pooling": "mean of frames and patches, of length 1"}
+    described = {
+        "vision": sizes,
+        "resize": config.vision.resize,
+        "dtype": config.dtype,
+        "frames": frames,
+        "pooling": "mean of frames and patches, of length 1",
+    }
     if any(path.endswith("/lora_a") for path in flatten(vision)):
         described["lora"] = config.lora.scale
     digest = hash_json(described | {"weights": hash_weights(vision)})
@@ -142,8 +155,14 @@ def extract(
     """
     todo = [item for item in items if not store.file(item.video_id).exists()]
     failed = []
-    for item in tqdm.tqdm(todo, desc="features", unit="video", total=len(items),
-                          initial=len(items) - len(todo), disable=not progress):
+    for item in tqdm.tqdm(
+        todo,
+        desc="features",
+        unit="video",
+        total=len(items),
+        initial=len(items) - len(todo),
+        disable=not progress,
+    ):
         try:
             store.write(item.video_id, extractor.features(item))
         except VideoError as error:
