@@ -177,7 +177,8 @@ def resample(
     out = np.empty((parts, features.shape[1]), np.float32)
     for part, share in zip(out, shared, strict=True):
         touched = np.flatnonzero(share)
-        part[:] = np.average(features[touched], axis=0, weights=share[touched])
+        weights = share[touched] / np.sum(share)
+        part[:] = weights.astype(np.float32) @ features[touched]
     return out
 
 
