@@ -76,6 +76,12 @@ def make_gradient(seconds: float) -> Callable[[], jax.Array]:
     return lambda: products(count, square)
 
 
+def time_gradient(gradient: Callable[[], jax.Array]) -> float:
+    begin = time.monotonic()
+    jax.block_until_ready(gradient())
+    return time.monotonic() - begin
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def update(state: State) -> State:
     return jax.tree.map(lambda x: 0.5 * x, state)
@@ -93,9 +99,7 @@ def time_save(
     checkpoints.save(step, Checkpoint(state, {}, {}, {}, {}, {}), Save((kind,)))
     blocked = time.monotonic() - begin
     if gradient is not None:
-        start = time.monotonic()
-        jax.block_until_ready(gradient())
-        took = time.monotonic() - start
+        took = time_gradient(gradient)
     start = time.monotonic()
     checkpoints.wait_for_copy()
     blocked += time.monotonic() - start
@@ -120,20 +124,19 @@ def measure(
         return Checkpoints(folder / "checkpoints", SavePolicy(every=1, keep=1), local)
 
     gradient = make_gradient(seconds)
-    start = time.monotonic()
-    jax.block_until_ready(gradient())
-    undisturbed = time.monotonic() - start
     checkpoints, kind = opened(), "local" if on_host else "step"
-    alone, in_loop = [], []
-    for step in range(1, 2 * saves + 1):
-        found, beside = (in_loop, gradient) if step % 2 == 0 else (alone, None)
-        found.append(time_save(checkpoints, step, make_state(step, megabytes), kind, beside))
+    alone, in_loop, undisturbed = [], [], []
+    for step in range(2, 2 * saves + 1, 2):
+        state = make_state(step - 1, megabytes)
+        alone.append(time_save(checkpoints, step - 1, state, kind, None))
+        undisturbed.append(time_gradient(gradient))
+        in_loop.append(time_save(checkpoints, step, make_state(step, megabytes), kind, gradient))
     files = [path for path in folder.rglob(f"{2 * saves}/**/*") if path.is_file()]
     return {
         "state_bytes": megabytes * 2**20,
         "file_bytes": sum(path.stat().st_size for path in files),
         **summary(alone, in_loop),
-        "gradient_seconds": {"undisturbed": undisturbed,
+        "gradient_seconds": {"undisturbed": statistics.median(undisturbed),
                              "beside_a_save": statistics.median(s.gradient for s in in_loop)},
         **time_restore(opened, want, make_state(2 * saves, megabytes)),
         "saves": saves, "cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg(),
