@@ -160,6 +160,7 @@ def test_command_exits_with_the_figure_when_it_does_not_fit(tmp_path):
 
 @needs_libtpu
 @pytest.mark.plan
+@pytest.mark.long
 def test_a_dry_run_checks_the_run_and_compiles_it(tmp_path):
     """The whole command; each of its two processes prints what it found."""
     tiny_run.write_data(tmp_path)
