@@ -4,14 +4,14 @@ import os
 import pathlib
 
 import hypothesis
+from processes import QUICK
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling costs most of a test's time: it is done quickly, and a second run reads programs back.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # Programs for one device run on the first of the eight; tests/pod uses them all.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = (os.environ.get("XLA_FLAGS", ""), QUICK, "--xla_force_host_platform_device_count=8")
     os.environ["XLA_FLAGS"] = " ".join(flags)
+# A second run reads compiled programs back.
 _CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

@@ -9,20 +9,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
+import gcs_server
 import jax
-import memory_bucket
 import numpy as np
 import pytest
 import tiny_run
 from etils import epath
 
 import tpo_jax.train
+from tpo_jax import evaluate
+from tpo_jax.evaluation import results
+from tpo_jax.interop.export import export_model, import_model
 from tpo_jax.interop.folder import ModelFolderError, load_model
 from tpo_jax.parallel.mesh import global_batch, make_mesh
 from tpo_jax.parallel.paths import flatten
-from tpo_jax.training import compiled
-from tpo_jax.training.checkpoint import CheckpointError, Checkpoints
+from tpo_jax.training import compiled, local_checkpoints
+from tpo_jax.training.checkpoint import CheckpointError
 from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.preemption import EXIT_STATUS, Preemption
 from tpo_jax.training.program import Program
@@ -148,24 +152,71 @@ def test_resuming_with_another_config_names_the_option(data, whole):
 
 
 def test_a_workdir_in_a_bucket_holds_what_a_local_one_does(data, whole, tmp_path, monkeypatch):
-    """Interrupted once. Checkpoints stay here; test_checkpoint_bucket.py has those in a bucket."""
-    memory_bucket.install(monkeypatch)
-    monkeypatch.setattr(
-        tpo_jax.train, "Checkpoints", lambda folder, *rest: Checkpoints(tmp_path, *rest)
-    )
+    """Checkpoints included; interrupted once. Then exported and imported in the bucket."""
+    asked = gcs_server.install(monkeypatch)
+    monkeypatch.chdir(tmp_path)  # where a gs:// path that is taken for a local one would end
     workdir = epath.Path("gs://bucket/run")
     config = tiny_run.get_config(f"data={data}")
     with monkeypatch.context() as patch:
         kill_at(patch, 3)
         assert run(config, workdir) == EXIT_STATUS
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]
     assert run(config, workdir) == 0
+    assert json.loads((workdir / "ledger.json").read_text())["restarts"] == 1
+    assert any(line.startswith("POST ") and "ocdbt" in line for line in asked)
     assert metrics(workdir) == metrics(whole)
     assert_same_model(workdir / "model", whole / "model")
     assert_same_model(workdir / "best_model", whole / "best_model")
-    names = {path.name for path in workdir.iterdir()}
-    assert names == {path.name for path in whole.iterdir()} - {"checkpoints"}
+    for folder in (".", "checkpoints"):
+        names = {path.name for path in (workdir / folder).iterdir()}
+        assert names == {path.name for path in (whole / folder).iterdir()}
     assert (workdir / "config.json").read_text() == (whole / "config.json").read_text()
     assert len(list((workdir / "tensorboard").iterdir())) == 2  # one file a process
+
+    names = export_model(workdir / "model", "gs://bucket/exported")
+    assert names == export_model(whole / "model", tmp_path / "exported")
+    for file in (path for path in (tmp_path / "exported").rglob("*") if path.is_file()):
+        there = epath.Path("gs://bucket/exported") / file.relative_to(tmp_path / "exported")
+        assert there.read_bytes() == file.read_bytes(), file.name
+    import_model("gs://bucket/exported", "gs://bucket/imported")
+    assert_same_model("gs://bucket/imported", whole / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"exported"}
+
+
+def test_a_model_in_a_bucket_is_evaluated_there(data, whole, tmp_path, monkeypatch):
+    gcs_server.install(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    for file in (whole / "model").iterdir():
+        (epath.Path("gs://bucket/model") / file.name).write_bytes(file.read_bytes())
+    for where, out in (("gs://bucket/model", "gs://bucket/eval.json"), (whole / "model", "e.json")):
+        assert evaluate.main([f"--model={where}", f"--data={data}/validation", f"--out={out}"]) == 0
+    there, here = results.read_json("gs://bucket/eval.json"), results.read_json("e.json")
+    assert there["metrics"] == here["metrics"] and there["metrics"]
+    samples = results.read_samples("gs://bucket/eval.json")
+    assert samples and samples == results.read_samples("e.json")
+
+
+def test_a_slow_copy_to_the_host_is_waited_for_before_the_update(
+    data, whole, tmp_path, monkeypatch, capsys
+):
+    """A local save every step; the copies of one take longer than a gradient."""
+    real = local_checkpoints._to_host
+
+    def slow(part):
+        time.sleep(0.001)
+        return real(part)
+
+    monkeypatch.setattr(local_checkpoints, "_to_host", slow)
+    config = tiny_run.get_config(f"data={data}")
+    config.checkpoint.update(local_dir=str(tmp_path / "local"), local_every=1)
+    (tmp_path / "run").mkdir()
+    with monkeypatch.context() as patch:
+        kill_at(patch, 6)
+        assert run(config, tmp_path / "run") == EXIT_STATUS
+    assert run(config, tmp_path / "run") == 0
+    assert "going on from the local checkpoint of step" in capsys.readouterr().err
+    assert metrics(tmp_path / "run") == metrics(whole)
+    assert_same_model(tmp_path / "run/model", whole / "model")
 
 
 def test_a_damaged_checkpoint_is_refused_and_an_older_one_gives_the_same(data, whole, tmp_path):

@@ -256,6 +256,13 @@ def train(
                 writers.write_scalars(at, scalars | measured)
             window = MetricWindow()
 
+    def finish_copy(gradients: Any) -> None:
+        """Waits until no save reads the state any more, which the update overwrites."""
+        if checkpoints.is_copying:
+            jax.block_until_ready(gradients)  # until then nothing is lost: the devices work
+            with ledger.measure_save(again=True):
+                checkpoints.wait_for_copy()
+
     while True:
         if failed is not None:
             with ledger.measure("checkpoint"):
@@ -322,7 +329,7 @@ def train(
             bucket, local = next(iterator)
         with ledger.measure("step"):
             batch = global_batch(local, mesh)
-            state, metrics = compiled[bucket].train(state, batch, base_key)
+            state, metrics = compiled[bucket].train(state, batch, base_key, finish_copy)
             if "padding" in metrics:
                 metrics[f"padding/{bucket}"] = metrics.pop("padding")
             tokens += compiled[bucket].tokens

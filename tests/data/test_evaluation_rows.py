@@ -18,24 +18,14 @@ from tpo_jax.data.evaluation_rows import (
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Turn
 from tpo_jax.data.rows import RowError
-from tpo_jax.data.text import TextCodec, add_task_tokens, texts_of, train_tokenizer
-from tpo_jax.models.presets import micro
 
-HEADS = ("region", "temporal", "mask")
 BUCKET = Bucket("video", "video", 4, frames=8, branches=8, branch_tokens=56, answers=40,
                 slots={"region": 3}, windows=2, mask_size=16)
 
 
 @pytest.fixture(scope="module")
-def codec() -> TextCodec:
-    tokenizer = train_tokenizer(texts_of(fake_dataset()))
-    add_task_tokens(tokenizer, HEADS)
-    return TextCodec(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def builder(codec):
-    return row_builder(codec, micro(HEADS, codec.task_tokens), BUCKET)
+def builder(codec, model):
+    return row_builder(codec, model, BUCKET)
 
 
 def questions(count: int) -> FakeDataset:
@@ -57,9 +47,9 @@ def test_every_option_of_every_question_is_a_branch(codec, builder):
     assert hidden[0].plan.branches[0].question == "Which 0?"
 
 
-def test_options_must_fit_and_hold_the_answer(builder):
+def test_options_must_fit_and_hold_the_answer(builder, model):
     small = dataclasses.replace(BUCKET, branches=2)
-    builder_small = row_builder(builder.codec, micro(HEADS, builder.codec.task_tokens), small)
+    builder_small = row_builder(builder.codec, model, small)
     with pytest.raises(RowError, match="d: example 'e', turn 0: 3 options.*branches = 2"):
         build_option_rows(questions(1), builder_small)
     wrong = FakeDataset("d", {"v": [example(

@@ -14,25 +14,16 @@ from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.evaluation_rows import build_pair_rows, build_question_rows
 from tpo_jax.data.inspect import Span
 from tpo_jax.data.pipeline import row_builder
-from tpo_jax.data.text import TextCodec, add_task_tokens, texts_of, train_tokenizer
-from tpo_jax.models.presets import micro
+from tpo_jax.data.text import TextCodec, train_tokenizer
 
-HEADS = ("region", "temporal", "mask")
 BUCKET = Bucket("video", "video", 1, frames=8, branches=8, branch_tokens=56, answers=40,
                 slots={"region": 3, "mask": 2}, windows=2, mask_size=16)
 
 
 @pytest.fixture(scope="module")
-def codec() -> TextCodec:
-    tokenizer = train_tokenizer(texts_of(fake_dataset()))
-    add_task_tokens(tokenizer, HEADS)
-    return TextCodec(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def built(codec):
+def built(codec, model):
     """The row of every task about one video, and its plan."""
-    builder = row_builder(codec, micro(HEADS, codec.task_tokens), BUCKET)
+    builder = row_builder(codec, model, BUCKET)
     tasks = ("conversation", "temporal", "region", "mask", "tracking")
     plan, = build_question_rows(fake_dataset(1, 0), builder, tasks, with_answers=True)
     return builder.build(plan, 0), plan
@@ -82,10 +73,10 @@ def test_frames_carry_their_slots(built):
     assert frames[0].collections and len(figure.axes) == 9  # masks; the timeline
 
 
-def test_a_preference_row_is_drawn(codec):
+def test_a_preference_row_is_drawn(codec, model):
     bucket = Bucket("pair", "video", 1, frames=8, branches=2, branch_tokens=40, answers=36,
                     question=16, windows=1, mask_size=16)
-    builder = row_builder(codec, micro(HEADS, codec.task_tokens), bucket)
+    builder = row_builder(codec, model, bucket)
     plan, = build_pair_rows(fake_dataset(1, 0))
     lines = inspect.describe_row(builder.build(plan, 0), codec, plan)
     assert "preference pair" in "".join(spans(lines, "note"))

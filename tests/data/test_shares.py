@@ -9,15 +9,14 @@ import pytest
 from fake_dataset import fake_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_pipeline import HEADS
 
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.mixture import Source
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.shares import Share, Shares, SourceTable, change
-from tpo_jax.data.text import TextCodec, add_task_tokens, texts_of, train_tokenizer
 from tpo_jax.models.presets import micro
 
-HEADS = ("region", "temporal", "mask")
 TASKS = {"conversation": 2.0, "temporal": 1.0, "region": 1.0, "preference": 1.0}
 SHAPE = {"frames": 8, "answers": 40, "windows": 2, "mask_size": 16}
 BUCKETS = (
@@ -58,13 +57,6 @@ def test_a_source_that_comes_back_goes_on_where_it_stopped():
     assert change(back, 12, ["y", "x", "z"], {"b": {1: 1.0, 0: 1.0, 2: 1.0}}, rows) is back
     again = SourceTable.from_json(json.loads(json.dumps(back.to_json())))
     assert again.to_json() == back.to_json()
-
-
-@pytest.fixture(scope="module")
-def codec():
-    tokenizer = train_tokenizer(texts_of(fake_dataset()))
-    add_task_tokens(tokenizer, HEADS)
-    return TextCodec(tokenizer)
 
 
 def make(codec, weights, **options):

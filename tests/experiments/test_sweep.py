@@ -3,17 +3,17 @@
 import contextlib
 import json
 import os
-import pathlib
 import signal
 import subprocess
-import sys
 
 import fake_sweep
 import memory_bucket
+import processes
 import pytest
 import swept
 import tiny_run
 from etils import epath
+from processes import QUICK, ROOT
 
 from experiments import sweep
 from experiments.launchers.local import Local
@@ -21,10 +21,6 @@ from experiments.sweeps import report
 from experiments.sweeps.runs import expand, found_in, progress
 from tpo_jax.training.config_flag import read_json
 from tpo_jax.training.writers import read_scalars
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Half the time of compiling.
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 class FakeTraining(Local):
@@ -68,13 +64,8 @@ def test_a_bad_launcher_option_writes_nothing(tmp_path):
 def command(*arguments):
     """python -m experiments.sweep on the real swept.py."""
     folders = (ROOT, ROOT / "tests", ROOT / "tests" / "experiments")  # for swept.py
-    path = os.pathsep.join(map(str, folders))
-    environment = os.environ | {"XLA_FLAGS": FAST, "PYTHONPATH": path}
-    line = [sys.executable, "-m", "experiments.sweep", *map(str, arguments)]
-    return subprocess.Popen(
-        line, cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    path = {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+    return processes.start("-m", "experiments.sweep", *arguments, flags=QUICK, environment=path)
 
 
 def test_a_sweep_trains_what_is_not_finished(tmp_path, monkeypatch):
@@ -82,7 +73,7 @@ def test_a_sweep_trains_what_is_not_finished(tmp_path, monkeypatch):
     tiny_run.write_data(tmp_path / "data")
     file = tmp_path / "one.py"
     file.write_text("from swept import get_config\ndef sweep(add): add(seed=5)\n")
-    monkeypatch.setenv("XLA_FLAGS", FAST)
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
     monkeypatch.chdir(ROOT)
     out = epath.Path(tmp_path / "out")
     (run,) = expand(f"{file}:{tmp_path / 'data'}", out)
@@ -114,13 +105,12 @@ def test_a_sweep_that_is_stopped_goes_on_as_if_nothing_had_been(tmp_path):
             process.wait(timeout=0.2)
             break  # it ended by itself: the status below tells
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 75, output
+    (stopped,) = processes.finish([process])
+    assert stopped.status == 75, stopped
     (run,) = found_in(tmp_path / "stopped")
     assert progress(run).state == "stopped" and 3 <= progress(run).step < 400
     for out in ("stopped", "whole"):
-        process = command(given, f"--out={tmp_path / out}")
-        output, _ = process.communicate(timeout=1200)
-        assert process.returncode == 0, output
+        (done,) = processes.finish([command(given, f"--out={tmp_path / out}")], timeout=1200)
+        assert done.status == 0, done
     assert records("stopped") == records("whole") and len(records("whole")) == 400
     assert progress(run).restarts == 1

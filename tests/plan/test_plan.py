@@ -2,11 +2,10 @@
 
 import dataclasses
 import importlib.util
-import subprocess
-import sys
 import types
 
 import jax
+import processes
 import pytest
 import tiny_run
 from fake_batches import bucket, micro, train_config
@@ -148,15 +147,33 @@ def test_a_chip_is_a_device(name, chips):
 def test_command_exits_with_the_figure_when_it_does_not_fit(tmp_path):
     """A batch that no chip holds; the figure and the fix are on stderr, the status is 1."""
     tiny_run.write_data(tmp_path)
-    command = [
-        sys.executable, "-m", "tpo_jax.plan", "--topology=v5e:1x1",
+    command = processes.start(
+        "-m", "tpo_jax.plan", "--topology=v5e:1x1",
         f"--config=tests/tiny_run.py:data={tmp_path},buckets=1",
         "--config.buckets.long.batch_size=400000",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "DOES NOT FIT" in done.stdout
-    assert "bucket long needs" in done.stderr and "v5e:1x1 has 16" in done.stderr
+    )  # fmt: skip
+    (done,) = processes.finish([command])
+    assert done.status == 1, done
+    assert "DOES NOT FIT" in done.out
+    assert "bucket long needs" in done.err and "v5e:1x1 has 16" in done.err
+
+
+@needs_libtpu
+@pytest.mark.plan
+@pytest.mark.long
+def test_a_dry_run_checks_the_run_and_compiles_it(tmp_path):
+    """The whole command; each of its two processes prints what it found."""
+    tiny_run.write_data(tmp_path)
+    command = processes.start(
+        "-m", "tpo_jax.train", f"--config=tests/tiny_run.py:data={tmp_path},buckets=1",
+        "--dry_run=compile", "--topology=v5e:2x2",
+    )  # fmt: skip
+    (done,) = processes.finish([command])
+    assert done.status == 0, done
+    checks, programs = done.out.split("1 x v5e:2x2, mesh ")
+    assert "WRONG" not in checks and "ok    data.validation" in checks
+    assert "bucket long: 4 rows, 4 frames, compiled in" in programs
+    assert programs.count("of 16 GiB: fits") == 2 and "2 programs compiled in" in programs
 
 
 @pytest.mark.parametrize(

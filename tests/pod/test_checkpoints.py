@@ -1,15 +1,12 @@
 """Two processes (gloo) write one checkpoint; each answers for the files that it wrote."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.training.checkpoint import Checkpoints
@@ -53,26 +50,10 @@ assert (got.data, got.state["w"].sharding) == ({"next_index": 2}, rows)
 
 
 def test_two_processes_write_a_checkpoint_that_one_reads(tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": ""}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(tmp_path), str(port), str(index)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=600) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], said
+    said = processes.run_two(PROGRAM, tmp_path)
     # Both refuse, though one of them has looked at the file.
-    assert all(f"{tmp_path / '3'}: damaged since it was written" in out for out, _ in said)
-    assert any(re.search(r"process_1/d/\w+: another checksum", out) for out, _ in said)
+    assert all(f"{tmp_path / '3'}: damaged since it was written" in out for out in said)
+    assert any(re.search(r"process_1/d/\w+: another checksum", out) for out in said)
     owners = [json.loads((tmp_path / f"2/checksums_{i}.json").read_text()) for i in range(2)]
     assert [sums["processes"] for sums in owners] == [2, 2]
     assert any("process_1/d/" in name for name in owners[1]["files"])

@@ -1,8 +1,6 @@
 """Two processes that would not run the same program stop before the first collective."""
 
-import socket
-import subprocess
-import sys
+import processes
 
 # Agrees, then disagrees, then is alone: process 1 leaves out the last call.
 PROGRAM = """
@@ -42,23 +40,8 @@ if index == 0:
 
 
 def test_two_processes_agree_disagree_and_miss_each_other():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(port), str(index)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=300) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], said
-    for out, _ in said:
+    said = processes.run_two(PROGRAM)
+    for out in said:
         assert out.startswith("agreed\nthe 2 processes would not run the same program:\n")
         assert "process 1: config.seed is 8, the others have 7\n" in out
-    assert "process 1 of 2 did not report within 0.2 s of process 0" in said[0][0]
+    assert "process 1 of 2 did not report within 0.2 s of process 0" in said[0]

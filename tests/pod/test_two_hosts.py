@@ -1,9 +1,6 @@
 """Two processes (gloo) keep checkpoints on their hosts, and lose them."""
 
-import os
-import socket
-import subprocess
-import sys
+import processes
 
 # Along data either process can give the other what it lost; along fsdp nobody can.
 PROGRAM = """
@@ -106,22 +103,5 @@ assert run.said[-1] == "no local checkpoint can be used that is as new as the wo
 
 
 def test_what_one_host_lost_comes_from_its_copy_or_the_workdir(tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(tmp_path), str(port), str(index)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"XLA_FLAGS": ""},
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=600) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], said
-    for out, _ in said:  # both are told the same, of whichever process
+    for out in processes.run_two(PROGRAM, tmp_path):  # told the same, of whichever process
         assert all(f"process {i}: damaged since it was written" in out for i in range(2)), out

@@ -1,21 +1,16 @@
 """Two processes (gloo) score one sidecar together: the numbers of one process."""
 
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import micro_model
 import numpy as np
+import processes
 import pytest
 
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.generation import sidecar
 from tpo_jax.interop.folder import save_model
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 # The score command on videos in memory.
 PROGRAM = """
 import sys
@@ -46,39 +41,27 @@ def folder(tmp_path_factory):
     return folder
 
 
-def score(folder, out, processes):
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        address = f"localhost:{listener.getsockname()[1]}"
+def score(folder, out, count):
+    address = f"localhost:{processes.free_port()}"
     running = []
-    for index in range(processes):
-        command = [
-            sys.executable, "-c", PROGRAM, "score", f"--model={folder / 'base'}", "--data=memory",
+    for index in range(count):
+        environment = {}
+        if count > 1:
+            environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count),
+                           "JAX_PROCESS_ID": str(index)}  # fmt: skip
+        running.append(processes.start(
+            "-c", PROGRAM, "score", f"--model={folder / 'base'}", "--data=memory",
             f"--pairs={folder / 'pairs.jsonl'}", f"--out={out}", "--batch_size=4",
-            "--data_parallel=-1",
-        ]  # fmt: skip
-        environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-        if processes > 1:
-            environment |= {
-                "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes),
-                "JAX_PROCESS_ID": str(index),
-            }  # fmt: skip
-        running.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        )
-    try:
-        for process in running:
-            print(process.communicate(timeout=900)[1])
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * processes
+            "--data_parallel=-1", flags=processes.QUICK, environment=environment,
+        ))  # fmt: skip
+    ended = processes.finish(running, timeout=900)
+    assert [process.status for process in ended] == [0] * count
 
 
 @pytest.mark.long
 def test_two_processes_write_the_sidecar_of_one(folder, tmp_path):
-    for processes in (1, 2):
-        score(folder, tmp_path / f"{processes}.npz", processes)
+    for count in (1, 2):
+        score(folder, tmp_path / f"{count}.npz", count)
     one, two = (sidecar.read(tmp_path / f"{n}.npz") for n in (1, 2))
     assert one.fingerprint == two.fingerprint and one.digests == two.digests
     assert len(one.logps) == 7 and sorted(p.name for p in tmp_path.iterdir()) == ["1.npz", "2.npz"]

@@ -1,16 +1,12 @@
 """Two processes (gloo) train as one does; SIGTERM to one of them stops both at the same step."""
 
 import json
-import os
-import pathlib
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 
 import numpy as np
+import processes
 import pytest
 import tiny_run
 
@@ -19,7 +15,6 @@ from tpo_jax.parallel.paths import flatten
 from tpo_jax.training.preemption import EXIT_STATUS
 from tpo_jax.training.writers import read_scalars
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 STEPS = 12
 
 # The train command, and a signal to oneself when the batch of a given step is at hand.
@@ -45,51 +40,31 @@ def data(tmp_path_factory):
 
 
 def start(
-    data, workdir, *, mesh=("data=2",), processes=1, signal_at=(-1, -1), signum=signal.SIGTERM,
+    data, workdir, *, mesh=("data=2",), count=1, signal_at=(-1, -1), signum=signal.SIGTERM,
     options=(),
 ):  # fmt: skip
     """Starts the run on two devices, in one process or in two; returns the processes."""
-    port = free_port()
+    port = processes.free_port()
     running = []
-    for index in range(processes):
-        command = [
-            sys.executable, "-c", PROGRAM, str(signal_at[index]), str(int(signum)),
+    for index in range(count):
+        several = [
+            f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={index}",
+        ]  # fmt: skip
+        running.append(processes.start(
+            "-c", PROGRAM, signal_at[index], int(signum),
             f"--config=tests/tiny_run.py:data={data},steps={STEPS},buckets=1",
             f"--workdir={workdir}", "--config.log_every=1", "--config.eval_every=0",
             *(f"--config.mesh.{axis}" for axis in mesh), *options,
-        ]  # fmt: skip
-        if processes > 1:
-            command += [
-                f"--coordinator=localhost:{port}", f"--num_processes={processes}",
-                f"--process_id={index}",
-            ]  # fmt: skip
-        # Only process 0 writes the compile cache, so process 1 compiles in every run: quickly.
-        devices = f"--xla_force_host_platform_device_count={2 // processes}"
-        flags = f"{devices} --xla_backend_optimization_level=0"
-        environment = os.environ | {"XLA_FLAGS": flags}
-        running.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-            )
-        )
+            *(several if count > 1 else []),
+            # Only process 0 writes the compile cache, so process 1 compiles in every run.
+            flags=f"--xla_force_host_platform_device_count={2 // count} {processes.QUICK}",
+        ))  # fmt: skip
     return running
 
 
 def finish(running) -> list[int]:
-    """Exit statuses; prints what the processes said, and leaves none behind."""
-    try:
-        for process in running:
-            print(process.communicate(timeout=600)[1])
-    finally:
-        for process in running:
-            process.kill()
-    return [process.returncode for process in running]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
+    """Exit statuses."""
+    return [process.status for process in processes.finish(running)]
 
 
 def metrics(workdir) -> list[dict]:
@@ -111,7 +86,7 @@ def assert_close(one: list[dict], two: list[dict]) -> None:
 def together(data, tmp_path_factory):
     """An uninterrupted run of two processes."""
     workdir = tmp_path_factory.mktemp("together")
-    assert finish(start(data, workdir, processes=2)) == [0, 0]
+    assert finish(start(data, workdir, count=2)) == [0, 0]
     return workdir
 
 
@@ -125,7 +100,7 @@ def test_two_processes_give_the_losses_of_one(data, together, tmp_path):
 
 def test_sigterm_to_one_stops_both_at_one_step_and_the_restart_continues(data, together, tmp_path):
     stopped, alone = tmp_path / "stopped", tmp_path / "alone"
-    first = finish(start(data, stopped, processes=2, signal_at=(-1, 3)))
+    first = finish(start(data, stopped, count=2, signal_at=(-1, 3)))
     assert first == [EXIT_STATUS, EXIT_STATUS]
     step = json.loads((stopped / "ledger.json").read_text())["step"]
     saved = sorted(int(path.name) for path in (stopped / "checkpoints").iterdir())
@@ -133,7 +108,7 @@ def test_sigterm_to_one_stops_both_at_one_step_and_the_restart_continues(data, t
     assert 4 <= step < STEPS and saved[-1] == step == metrics(stopped)[-1]["step"]
     shutil.copytree(stopped, alone)
 
-    assert finish(start(data, stopped, processes=2)) == [0, 0]
+    assert finish(start(data, stopped, count=2)) == [0, 0]
     assert metrics(stopped) == metrics(together)
     (_, a, _), (_, b, _) = load_model(stopped / "model"), load_model(together / "model")
     for path, leaf in flatten(a).items():
@@ -152,7 +127,7 @@ def test_killed_and_without_the_disk_of_one_host_it_goes_on_from_the_other(
     workdir, local = tmp_path / "run", tmp_path / "local"
     options = (f"--config.checkpoint.local_dir={local}", "--config.checkpoint.local_every=1")
     running = start(
-        data, workdir, processes=2, signal_at=(-1, 7), signum=signal.SIGKILL, options=options
+        data, workdir, count=2, signal_at=(-1, 7), signum=signal.SIGKILL, options=options
     )
     assert running[1].wait(timeout=600) == -signal.SIGKILL
     running[0].kill()
@@ -162,11 +137,11 @@ def test_killed_and_without_the_disk_of_one_host_it_goes_on_from_the_other(
     assert {path.name for path in lost.iterdir()} >= {"6"}
     shutil.rmtree(lost)
 
-    again = start(data, workdir, processes=2, options=options)
-    said, statuses = [process.communicate(timeout=600)[1] for process in again], finish(again)
-    assert statuses == [0, 0], said
-    assert "process 1: has no files; taken from process 0" in said[0]
-    assert re.search(r"going on from the local checkpoint of step [67]\n", said[0])
+    again = start(data, workdir, count=2, options=options)
+    ended = processes.finish(again)
+    assert [process.status for process in ended] == [0, 0]
+    assert "process 1: has no files; taken from process 0" in ended[0].err
+    assert re.search(r"going on from the local checkpoint of step [67]\n", ended[0].err)
     assert metrics(workdir) == metrics(together)
     (_, a, _), (_, b, _) = load_model(workdir / "model"), load_model(together / "model")
     for path, leaf in flatten(a).items():

@@ -1,4 +1,5 @@
 import resource
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 from etils import epath
 
 from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.training import local_checkpoints
 from tpo_jax.training.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from tpo_jax.training.local_checkpoints import LocalCheckpoints
 from tpo_jax.training.save_policy import Save, SavePolicy
@@ -154,3 +156,39 @@ def test_a_save_that_was_cut_off_is_none_and_a_failed_one_is_told(tmp_path, open
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert opened().latest() is None
+
+
+def test_a_save_copies_beside_the_loop_and_the_update_waits(opened, mesh, monkeypatch):
+    """`save` returns before the copy; what is donated after the wait has been copied."""
+    let, real = threading.Event(), local_checkpoints._to_host
+
+    def slow(part):
+        assert let.wait(60)
+        return real(part)
+
+    monkeypatch.setattr(local_checkpoints, "_to_host", slow)
+    donate = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    checkpoints, state = opened(), unit(1, mesh)
+    checkpoints.save(1, state, LOCAL)
+    assert checkpoints.is_copying
+    threading.Timer(0.2, let.set).start()
+    checkpoints.wait_for_copy()
+    assert let.is_set() and not checkpoints.is_copying
+    jax.block_until_ready(donate(state.state))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.state))
+    checkpoints.close()
+    again = opened()
+    assert again.latest() == 1
+    got, put = again.restore(1, abstract(make_state(0, mesh))).state, make_state(1, mesh)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(put), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+    # Without the wait: an error, and never the values of the next step.
+    let.clear()
+    state = unit(2, mesh)
+    again.save(2, state, LOCAL)
+    donate(state.state)
+    let.set()
+    with pytest.raises(CheckpointError, match="(?s)a save failed: .*deleted"):
+        again.close()
+    assert opened().latest() == 1

@@ -12,7 +12,6 @@ A language folder becomes the Hugging Face folder itself, and is imported from o
 
 import dataclasses
 import json
-import shutil
 from typing import Any
 
 import numpy as np
@@ -107,7 +106,7 @@ def _write_whole(model: epath.Path, out: epath.Path, keep_adapters: bool) -> Non
         },
     )
     runtime = epath.resource_path("tpo_jax") / "interop" / "torch_runtime" / _RUNTIME
-    shutil.copyfile(runtime, out / _RUNTIME)
+    (out / _RUNTIME).write_bytes(runtime.read_bytes())
 
 
 def _write_language(model: epath.Path, out: epath.Path) -> None:

@@ -148,7 +148,7 @@ class Checkpoints:
         return None if newest < 0 else newest
 
     def save(self, step: int, checkpoint: Checkpoint, save: Save) -> None:
-        """Starts a save. Returns when the state is copied to the host, so it may be donated.
+        """Starts a save. The state may be donated once `wait_for_copy` has returned, not before.
 
         A step that is saved already is left alone: (seed, step) determines its content.
         """
@@ -169,6 +169,16 @@ class Checkpoints:
                 path, {_STATE: flatten(checkpoint.state), _RUN: run}
             )
         self._pending = self._writer.submit(self._finish, written, path)
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether `wait_for_copy` would wait; `save` itself waits for the copy of the directory."""
+        return self._local is not None and self._local.is_copying
+
+    def wait_for_copy(self) -> None:
+        """Blocks until the state of the last save is copied to the host."""
+        if self._local is not None:
+            self._local.wait_for_copy()
 
     def _finish(self, written: ocp.AsyncResponse[None], path: epath.Path) -> None:
         written.result()

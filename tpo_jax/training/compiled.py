@@ -32,9 +32,11 @@ class CompiledBucket:
     train_step: TrainStep
     eval_program: Any
 
-    def train(self, state: Any, batch: Any, key: jax.Array) -> Any:
+    def train(
+        self, state: Any, batch: Any, key: jax.Array, before_update: Callable[[Any], None]
+    ) -> Any:
         self._check(batch)
-        return self.train_step(state, batch, key)
+        return self.train_step(state, batch, key, before_update)
 
     def evaluate(self, params: Any, batch: Any) -> Any:
         self._check(batch)

@@ -40,6 +40,7 @@ class Ledger:
         self._restarts = 0
         self._flops = 0.0
         self._saves = {"count": 0, "blocked": 0.0, "longest": 0.0}
+        self._last_save = 0.0
 
     @contextlib.contextmanager
     def measure(self, category: str) -> Iterator[None]:
@@ -77,15 +78,20 @@ class Ledger:
         self._flops += flops
 
     @contextlib.contextmanager
-    def measure_save(self) -> Iterator[None]:
-        """`measure("checkpoint")` of one save, which is counted by itself as well."""
+    def measure_save(self, again: bool = False) -> Iterator[None]:
+        """`measure("checkpoint")` of one save, which is counted by itself as well.
+
+        Args:
+          again: it is the last save that blocks once more.
+        """
         with self.measure("checkpoint"):
             before = self.seconds()["checkpoint"]
             yield
             blocked = self.seconds()["checkpoint"] - before
-        self._saves["count"] += 1
+        self._last_save = blocked + (self._last_save if again else 0.0)
+        self._saves["count"] += not again
         self._saves["blocked"] += blocked
-        self._saves["longest"] = max(self._saves["longest"], blocked)
+        self._saves["longest"] = max(self._saves["longest"], self._last_save)
 
     @property
     def saves(self) -> dict[str, float]:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -57,10 +58,12 @@ class LocalCheckpoints:
         self._layout, self._say = layout(abstract_state), say
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "local_checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
+        self._copied = threading.Event()  # the state of the last save
+        self._copied.set()
         self._valid: list[int] = []  # steps of this start, complete or being written
 
     def save(self, step: int, state: Any, run: Mapping[str, Any]) -> None:
-        """Starts a save. Returns when the state is copied, so it may be donated.
+        """Starts a save. `state` may be donated once `wait_for_copy` has returned, not before.
 
         Of the steps before, two stay. That the last one is here does not say that it is complete
         elsewhere, but the one before it is: its writers have waited for it before they began
@@ -74,16 +77,31 @@ class LocalCheckpoints:
                 parts.setdefault(_name(path, shard.index, leaf.shape), shard.data)
         for part in parts.values():
             part.copy_to_host_async()
-        copies = {name: np.array(part) for name, part in parts.items()}
         self._valid = [*[other for other in self._valid if other < step][-2:], step]
-        self._remove(lambda other: other not in self._valid[:-1])
-        self._pending = self._writer.submit(self._write, step, copies, text)
+        self._copied.clear()
+        self._pending = self._writer.submit(self._write, step, parts, text, self._valid[:-1])
 
-    def _write(self, step: int, copies: Mapping[str, np.ndarray], run: str) -> None:
+    def _write(
+        self, step: int, parts: Mapping[str, jax.Array], run: str, stay: list[int]
+    ) -> None:
+        try:
+            copies = {name: lazy(_to_host(part)) for name, part in parts.items()}
+        finally:
+            self._copied.set()
+        self._remove(lambda other: other not in stay)
         with _Whole(self.directory / str(step)) as folder:
-            write_file(folder / _STATE, {name: lazy(copy) for name, copy in copies.items()}, {})
+            write_file(folder / _STATE, copies, {})
             (folder / _RUN).write_text(run)
             checksums.write(folder, 0, 1)
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether the state of the last save is not yet copied."""
+        return not self._copied.is_set()
+
+    def wait_for_copy(self) -> None:
+        """Blocks until the state of the last save is copied. Raises nothing: `wait` does."""
+        self._copied.wait()
 
     def wait(self) -> None:
         """Blocks until the save under way is written; raises its error."""
@@ -247,6 +265,16 @@ def layout(state: Any) -> str:
         names = sorted({_name(path, index, leaf.shape) for index in indices})
         digest.update(f"{names} {leaf.dtype} {tuple(leaf.shape)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _to_host(part: jax.Array) -> np.ndarray:
+    """A copy that does not change when `part` is donated.
+
+    Of an array on a CPU, NumPy sees the very memory; of any other it has a copy of its own.
+    """
+    host = np.asarray(part)
+    (device,) = part.devices()
+    return host.copy() if device.platform == "cpu" else host
 
 
 def _name(path: str, index: tuple[slice, ...], shape: tuple[int, ...]) -> str:

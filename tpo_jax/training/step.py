@@ -35,15 +35,24 @@ UpdateStep = Callable[[TrainState, Any, WeightedSum], tuple[TrainState, Sums]]
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """(state, batch, base_key) -> (state, metrics): the two programs, one after the other."""
+    """(state, batch, base_key) -> (state, metrics): the two programs, one after the other.
+
+    `before_update` is called with the gradients, perhaps not yet computed, while the old state is
+    still there: the update takes over its memory.
+    """
 
     gradient: GradientStep
     update: UpdateStep
 
     def __call__(
-        self, state: TrainState, batch: Batch, base_key: jax.Array
+        self,
+        state: TrainState,
+        batch: Batch,
+        base_key: jax.Array,
+        before_update: Callable[[Any], None] = lambda gradients: None,
     ) -> tuple[TrainState, Sums]:
         gradients, sums = self.gradient(state, batch, base_key)
+        before_update(gradients)
         state, metrics = self.update(state, gradients, sums["loss"])
         return state, sums | metrics
 
