@@ -33,6 +33,7 @@ import runpy
 
 from ml_collections import ConfigDict
 
+from tpo_jax.interop.folder import load_config
 from tpo_jax.models.heads import cg_detr, heads_of, sam2
 from tpo_jax.training.config import ConfigError, parse_arg, source_config
 
@@ -47,7 +48,7 @@ _NEW = "heads/|task_tokens/|box_encoder/"
 _ADAPTER = "heads/sam2/adapter|task_tokens/|box_encoder/"
 _TRACKER = "heads/sam2/(?!adapter)"
 # In words: tokens of answers and of questions with them, of most places and windows, and of tracks.
-TEXT_SHORT = {"answers": 28, "branch_tokens": 44}
+TEXT_SHORT = {"answers": 24, "branch_tokens": 40}
 TEXT_LONG = {"answers": 76, "branch_tokens": 100}
 TEXT_LONG_BRANCHES = 7  # as many masks and tracks as `heads` asks, beside as much conversation
 
@@ -106,6 +107,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.evidence = arm.evidence
     config.steps = config.steps if arg.tiny else max(round(STEPS * arg.steps), 1)
     config.checkpoint.every = SAVE_EVERY
+    for bucket in config.buckets.values():  # with `tiny`, the base may be one of any size
+        bucket.mask_size = load_config(arg.init).mask_size
     _choose_heads(config, arm)
     _choose_questions(config, arm, asked)
     if arg.arm == "text":

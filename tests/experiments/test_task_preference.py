@@ -82,10 +82,10 @@ def test_the_committed_page_is_made_of_the_committed_records():
 
 @pytest.mark.parametrize("arm", list(CONFIG["ARMS"]))
 def test_every_arm_is_a_valid_config(arm):
-    config = CONFIG["get_config"](f"arm={arm},data=d,init=base,rate=0.5,steps=0.5")
+    config = CONFIG["get_config"](f"arm={arm},data=d,rate=0.5,steps=0.5")
     validate(config)
-    assert [s["path"] for s in config.data.train] == ["d/train"] and config.init_from == "base"
-    whole = CONFIG["get_config"](f"arm={arm},data=d,init=base")
+    assert [s["path"] for s in config.data.train] == ["d/train"]
+    whole = CONFIG["get_config"](f"arm={arm},data=d")
     assert config.steps == pytest.approx(whole.steps / 2, abs=1)
     halved = [[pattern, 0.5 * rate] for pattern, rate in whole.trainable]
     assert config.trainable == halved
