@@ -40,6 +40,7 @@ from tpo_jax.training.config import ConfigError, parse_arg, source_config
 _DEMO = runpy.run_path(str(pathlib.Path(__file__).with_name("demo.py")))
 STEPS = 120
 TRACKER_STEPS, TRACKER_RATE = 120, 2e-3
+SAM2_FRAMES = 16  # published: 8 in training; tests show all frames
 SAVE_EVERY = 40
 # The demo counts the language loss eight times; published weights are a twentieth beside once.
 _CG_DETR = cg_detr.published_weights(saliency=4.0, scale=8 * 0.05)
@@ -117,6 +118,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.trainable = [[_TRACKER, TRACKER_RATE]]
         config.steps = config.steps if arg.tiny else max(round(TRACKER_STEPS * arg.steps), 1)
     if "sam2" in arm.heads:
+        video = config.buckets.video
+        video.frames, video.slots.mask = min(video.frames, SAM2_FRAMES), video.branches
         config.sam2 = "micro" if arg.tiny else "demo"
     config.trainable = [[pattern, rate * arg.rate] for pattern, rate in config.trainable]
     return config

@@ -194,4 +194,4 @@ def test_a_study_runs_and_goes_on_where_it_stopped(base, study, tmp_path):
     text = (tmp_path / "results" / "README.md").read_text()
     assert "these figures mean nothing" in text and "one seed" in text or study == "mask_loss"
     again = run(module, *options)
-    assert "was done in" in again and "\n[train" not in again.replace("was done", "")
+    assert "was done in" in again and "] python -m" not in again
