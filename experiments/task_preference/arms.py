@@ -12,6 +12,7 @@ import dataclasses
 import json
 import pathlib
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -75,8 +76,8 @@ class Study:
             steps = Steps(self.options.out / f"seed{seed}")
             cache = self.options.out / "compiled"
             steps.environment["JAX_COMPILATION_CACHE_DIR"] = str(cache.absolute())
-            demo.make_data(steps, self.scale, seed)
             self._steps[seed] = steps
+            demo.make_data(steps, self.scale, seed)
         return self._steps[seed]
 
     def train(
@@ -175,6 +176,11 @@ class Study:
         for steps in self._steps.values():
             steps.wait()
 
+    def stop(self) -> None:
+        """Of all seeds; see Steps.stop."""
+        for steps in self._steps.values():
+            steps.stop()
+
 
 def run_name(arm: str, rate: float) -> str:
     return arm if rate == 1 else f"{arm}_rate{rate:g}"
@@ -201,7 +207,9 @@ def main(name: str, description: str, run: Callable[[Study], dict[str, Any]]) ->
     options = Options(**vars(flags))
     try:
         options.check()
-        record = run(Study(options))
+        study = Study(options)
+        signal.signal(signal.SIGTERM, lambda *_: study.stop())
+        record = run(study)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
