@@ -110,7 +110,7 @@ def _stage1(config: ConfigDict, runs: str) -> None:
     config.steps = 40
     config.losses.update(dict.fromkeys(HEAD_LOSSES, 0.0))
     del config.buckets["image"]  # the same task tokens as in videos
-    config.trainable = [["language/|task_tokens/|box_encoder/", 1e-3]]
+    config.trainable = [["task_tokens/|box_encoder/", 1e-2], ["language/", 4e-3]]
 
 
 def _stage2(config: ConfigDict, runs: str) -> None:

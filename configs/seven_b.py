@@ -36,7 +36,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.losses = {
         "language": 1.0, "region/l1": 1.0, "region/giou": 1.0, "region/cells": 1.0,
         "temporal/foreground": 1.0, "temporal/l1": 1.0, "temporal/giou": 1.0,
-        "temporal/saliency": 1.0, "mask/focal": 20.0, "mask/dice": 1.0, "mask/presence": 1.0,
+        "temporal/saliency": 1.0, "mask/focal": 20.0, "mask/dice": 1.0, "mask/cells": 1.0,
+        "mask/presence": 1.0,
     }  # fmt: skip
     config.trainable = [
         ["heads/|task_tokens/|box_encoder/", 1e-4],

@@ -59,11 +59,17 @@ def make_data(steps: Steps, scale: Scale, seed: int) -> None:
         "--videos", sum(splits.values()), "--images", scale.images, "--processes", 2,
         "--splits", ",".join(f"{name}:{count}" for name, count in splits.items()),
     )  # fmt: skip
-    for split in splits:
-        steps.run(
-            f"prepare {split}", "tpo_jax.prepare", "run", "--data", out / "world" / split,
-            "--out", out / "data" / split, "--processes", 2,
-        )  # fmt: skip
+    for split in ("validation", "test"):
+        steps.beside(*prepare_command(out, split, processes=1), lane="prepare")
+    steps.run(*prepare_command(out, "train", processes=2))
+    steps.wait()
+
+
+def prepare_command(out: pathlib.Path, split: str, processes: int) -> tuple[object, ...]:
+    return (
+        f"prepare {split}", "tpo_jax.prepare", "run", "--data", out / "world" / split,
+        "--out", out / "data" / split, "--processes", processes,
+    )  # fmt: skip
 
 
 def stage_command(

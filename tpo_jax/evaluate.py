@@ -37,6 +37,7 @@ from tpo_jax.evaluation import benchmarks, floors, results, submissions
 from tpo_jax.evaluation.evaluator import Evaluator, Settings, called_by_task, evaluable_tasks
 from tpo_jax.generation.task_text import TEXT_TASKS
 from tpo_jax.interop.folder import load_model
+from tpo_jax.models.config import ClipFeaturesConfig
 from tpo_jax.models.heads import heads_of
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 
@@ -82,6 +83,13 @@ class Part:
 
     def frames(self, video_id: str, indices: np.ndarray) -> np.ndarray:
         return self.dataset.frames(video_id, indices)
+
+    @property
+    def clip_features_config(self) -> ClipFeaturesConfig | None:
+        return self.dataset.clip_features_config
+
+    def clip_features(self, video_id: str) -> np.ndarray:
+        return self.dataset.clip_features(video_id)
 
 
 def evaluate(flags: argparse.Namespace, preemption: Preemption) -> None:

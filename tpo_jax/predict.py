@@ -31,6 +31,7 @@ import tqdm
 
 from tpo_jax.data import video
 from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.clip_features import FeatureError, FeatureStore
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.data.rows import BranchPlan, RowPlan, row_id, stack_rows
@@ -58,7 +59,8 @@ class Predictor:
     """One model, ready to answer requests in batches of fixed shapes."""
 
     def __init__(self, config: ModelConfig, params: Any, codec: TextCodec, *, prompt_tokens: int,
-                 batch_size: int, max_new: int):
+                 batch_size: int, max_new: int, features: FeatureStore | None = None):
+        self.features = features
         self.config, self.codec, self.batch_size = config, codec, batch_size
         self.params = jax.tree.map(jax.numpy.asarray, params)
         model = FunctionalModel(config)
@@ -171,7 +173,7 @@ def records_of(predictor: Predictor, requests: Sequence[Request],
 
     for request in requests:
         try:
-            clip = Clip.read(request, predictor.config.vision.max_frames)
+            clip = Clip.read(request, predictor.config.vision.max_frames, predictor.features)
         except (video.VideoError, ValueError) as error:
             yield {"id": request.id, "video": str(request.video), "prompt": request.prompt,
                    "error": str(error)}
@@ -227,6 +229,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompt", help="question about --video; <box> stands for --box")
     add("--box", help="normalised x1,y1,x2,y2 of a box that the question is about")
     add("--time", type=float, help="seconds of the frame that a box in the answer is for")
+    add("--features", default="",
+        help="folder with the clip features of the videos, for a model whose head reads them")
     add("--out", default="predictions", help="output folder (default: %(default)s)")
     add("--max_new", type=int, default=64, help="answer tokens at most (default: %(default)s)")
     add("--batch_size", type=int, default=8, help="questions at a time (default: %(default)s)")
@@ -256,6 +260,21 @@ def _number(text: str) -> float | str:
         return text  # `make_request` names it
 
 
+def open_features(folder: str, config: ModelConfig) -> FeatureStore | None:
+    """The features that the model reads; refused where they are missing, others, or not read."""
+    if config.clip_features is None:
+        if folder:
+            raise RequestError(f"--features={folder}: no head of the model reads any; leave it out")
+        return None
+    if not folder:
+        raise RequestError(
+            f"--features is missing: a head of the model reads {config.clip_features}; name the "
+            "folder that has them of these videos (`python -m tpo_jax.prepare features`)")
+    store = FeatureStore(folder)
+    store.require(config.clip_features, "give those that the model was trained with")
+    return store
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     flags = parse(arguments)
@@ -265,12 +284,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, params, codec = load_model(flags.model)
         predictor = Predictor(
             config, params, codec, prompt_tokens=prompt_length(codec, requests),
-            batch_size=min(flags.batch_size, len(requests)), max_new=flags.max_new)
+            batch_size=min(flags.batch_size, len(requests)), max_new=flags.max_new,
+            features=open_features(flags.features, config))
         out.mkdir(parents=True, exist_ok=True)
         if flags.video:
             return run_one(predictor, requests[0], out)
         failed = run_list(predictor, requests, out)
-    except RequestError as error:
+    except (RequestError, FeatureError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{out / 'results.jsonl'}: {len(requests) - failed} answered, {failed} failed")

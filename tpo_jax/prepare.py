@@ -3,6 +3,7 @@
 python -m tpo_jax.prepare run --data world/train --out prepared/train --size 64
 python -m tpo_jax.prepare run --config configs/prepare.py:world/train --out prepared/train
 python -m tpo_jax.prepare check --format qvhighlights --annotations highlight_train.jsonl
+python -m tpo_jax.prepare features --model runs/demo/stage1/model --data world/train --out features
 python -m tpo_jax.prepare tokenizer --data prepared/train --out prepared/tokenizer.json
 python -m tpo_jax.prepare inspect --help
 """
@@ -18,13 +19,23 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from tpo_jax.data import formats
+from tpo_jax.data.clip_features import FeatureError, FeatureStore
 from tpo_jax.data.ingest import statistics
-from tpo_jax.data.ingest.plan import PrepareError, Settings, Source, read_source
+from tpo_jax.data.ingest.plan import (
+    MediaItem,
+    PrepareError,
+    Settings,
+    Source,
+    check_names,
+    make_plan,
+    read_source,
+)
 from tpo_jax.data.ingest.run import prepare
 from tpo_jax.data.ingest.sources import check_config, from_config, from_manifest
 from tpo_jax.data.media import MediaFolder
 from tpo_jax.data.records import MEDIA, PreparedDataset, RecordError
 from tpo_jax.data.text import texts_of, train_tokenizer
+from tpo_jax.data.video import VideoError, media_kind
 
 RUN_EXAMPLES = """examples:
   # a data set that names its own annotations in dataset.json (as moving_shapes writes it)
@@ -36,6 +47,17 @@ RUN_EXAMPLES = """examples:
 
 A run that was stopped, even by kill -9, is continued by the same command.
 """
+FEATURES_EXAMPLES = """examples:
+  # of the videos that a data set is about; then keep them beside the frames, and train on them
+  python -m tpo_jax.prepare features --model runs/demo/stage1/model --data world/train \\
+      --out features/train
+  python -m tpo_jax.prepare run --data world/train --features features/train --out prepared/train
+  # of every video in a folder, for predict
+  python -m tpo_jax.prepare features --model MODEL --media videos --out features
+
+A run that was stopped is continued by the same command. The exit status is 1 when a video could not
+be read. docs/heads.md says how features of other encoders come in.
+"""
 CHECK_EXAMPLES = """examples:
   python -m tpo_jax.prepare check --format videochat2 --annotations conversations.json
   python -m tpo_jax.prepare check --format native --annotations my.jsonl --media videos
@@ -44,6 +66,7 @@ CHECK_EXAMPLES = """examples:
 
 The exit status is 1 when a record is invalid.
 """
+KNOWN = "one of the formats below"
 FORMATS = "\nformats (docs/formats.md):\n" + "".join(
     f"  {form.name:22s}{form.description}\n" for form in formats.FORMATS.values()
 )
@@ -59,15 +82,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, config_arguments = parser.parse_known_args(arguments)
     stray = [a for a in config_arguments if not a.startswith("--config.")]
-    if stray or (config_arguments and options.command != "run"):
+    if stray or (config_arguments and options.command not in ("run", "features")):
         parser.error(f"unrecognized arguments: {' '.join(stray or config_arguments)}")
     try:
         if options.command == "check":
             return _check(options)
         if options.command == "tokenizer":
             return _tokenizer(options)
+        if options.command == "features":
+            return _features(options, config_arguments)
         return _run(options, config_arguments)
-    except (PrepareError, RecordError) as error:
+    except (PrepareError, RecordError, FeatureError, VideoError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -79,9 +104,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{run,check,tokenizer,inspect}"
+        dest="command", required=True, metavar="{run,check,features,tokenizer,inspect}"
     )
-    known = "one of the formats below"
 
     run = commands.add_parser(
         "run",
@@ -91,17 +115,14 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     run.add_argument("--out", type=pathlib.Path, required=True, help="the folder to write")
-    run.add_argument("--data", type=pathlib.Path, help="a folder with a dataset.json")
-    run.add_argument("--config", help="a config file, configs/prepare.py:ARG")
-    run.add_argument("--media", type=pathlib.Path, help="the folder of the media files")
-    run.add_argument("--format", choices=formats.FORMATS, metavar="NAME", help=known)
-    run.add_argument("--annotations", type=pathlib.Path, help="the annotation file or folder")
-    _add_frame_rate(run)
+    _add_sources(run)
+    run.add_argument(
+        "--features", type=pathlib.Path, help="a folder of clip features to keep beside the frames"
+    )
     run.add_argument("--fps", type=float, default=2.0, help="frames a second to keep (2)")
     run.add_argument("--size", type=int, help="square frames of so many pixels (native size)")
     run.add_argument("--encoding", default="raw", help="raw or jpeg (raw)")
     run.add_argument("--processes", type=int, default=1, help="parallel processes (1)")
-    _add_ignore_keys(run)
 
     check = commands.add_parser(
         "check",
@@ -111,12 +132,27 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     check.add_argument(
-        "--format", required=True, choices=formats.FORMATS, metavar="NAME", help=known
+        "--format", required=True, choices=formats.FORMATS, metavar="NAME", help=KNOWN
     )
     check.add_argument("--annotations", type=pathlib.Path, required=True)
     check.add_argument("--media", type=pathlib.Path, help="also look the media up")
     _add_frame_rate(check)
     _add_ignore_keys(check)
+
+    features = commands.add_parser(
+        "features",
+        help="clip features of videos by the video encoder of a model",
+        epilog=FEATURES_EXAMPLES + FORMATS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    features.add_argument("--model", required=True, help="a model folder")
+    features.add_argument("--out", type=pathlib.Path, required=True, help="the folder to write")
+    _add_sources(features)
+    features.add_argument("--clip_seconds", type=float, default=2.0, help="of a clip (2)")
+    features.add_argument(
+        "--frames", type=int, default=0, help="of a clip (4, or those of the encoder)"
+    )
 
     tokenizer = commands.add_parser(
         "tokenizer",
@@ -128,6 +164,16 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--vocabulary", type=int, default=1000, help="most tokens (1000)")
     commands.add_parser("inspect", help="draw one training row (see inspect --help)")
     return parser
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=pathlib.Path, help="a folder with a dataset.json")
+    parser.add_argument("--config", help="a config file, configs/prepare.py:ARG")
+    parser.add_argument("--media", type=pathlib.Path, help="the folder of the media files")
+    parser.add_argument("--format", choices=formats.FORMATS, metavar="NAME", help=KNOWN)
+    parser.add_argument("--annotations", type=pathlib.Path, help="the annotation file or folder")
+    _add_frame_rate(parser)
+    _add_ignore_keys(parser)
 
 
 def _add_ignore_keys(parser: argparse.ArgumentParser) -> None:
@@ -167,36 +213,85 @@ def _tokenizer(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, config_arguments: Sequence[str]) -> int:
-    settings = Settings(options.fps, options.size, options.encoding)
-    processes = options.processes
+    sources, settings, processes = _sources(options, config_arguments)
+    if not options.config:
+        settings = Settings(options.fps, options.size, options.encoding)
+        processes = options.processes
+    features = FeatureStore(options.features) if options.features else None
+    found = prepare(sources, options.out, settings, processes, features=features)
+    print(f"prepared {options.out}")
+    print(statistics.table(found))
+    if found["quarantined"]:
+        print(f"{found['quarantined']} left out, see {options.out / 'quarantine.jsonl'}")
+    return 0
+
+
+def _sources(
+    options: argparse.Namespace, config_arguments: Sequence[str]
+) -> tuple[list[Source], Settings | None, int | None]:
+    """The sources that the options name, and settings and processes of a config."""
     ways = [name for name in ("data", "config", "media") if getattr(options, name) is not None]
     if len(ways) != 1:
         raise PrepareError("say where the data is: one of --data, --config, or --media")
     if options.config:
         config = _load_config(options.config, config_arguments)
         check_config(config)
-        sources, settings, processes = from_config(config)
-    elif options.data:
-        sources = from_manifest(options.data, options.ignore_keys)
-    elif options.format and options.annotations:
-        sources = [
-            Source(
-                options.media,
-                options.format,
-                options.annotations,
-                options.annotations.stem,
-                options.ignore_keys,
-                options.frame_rate,
-            )
-        ]
-    else:
+        return from_config(config)
+    if options.data:
+        return from_manifest(options.data, options.ignore_keys), None, None
+    if not options.format or not options.annotations:
         raise PrepareError("--media needs --format and --annotations")
-    found = prepare(sources, options.out, settings, processes)
-    print(f"prepared {options.out}")
-    print(statistics.table(found))
-    if found["quarantined"]:
-        print(f"{found['quarantined']} left out, see {options.out / 'quarantine.jsonl'}")
-    return 0
+    source = Source(
+        options.media,
+        options.format,
+        options.annotations,
+        options.annotations.stem,
+        options.ignore_keys,
+        options.frame_rate,
+    )
+    return [source], None, None
+
+
+def _features(options: argparse.Namespace, config_arguments: Sequence[str]) -> int:
+    from tpo_jax.generation import clip_features  # runs a model; the others do not need it
+
+    items = _videos(options, config_arguments)
+    try:
+        extractor = clip_features.Extractor.from_folder(
+            options.model, clip_seconds=options.clip_seconds, frames=options.frames
+        )
+    except ValueError as error:
+        raise PrepareError(str(error)) from error
+    store = FeatureStore.create(options.out, extractor.about)
+    check_names(store, (item.video_id for item in items))
+    failed = clip_features.extract(extractor, items, store)
+    for error in failed:
+        print(f"error: {error}", file=sys.stderr)
+    print(
+        f"{options.out}: {len(items) - len(failed)} videos, {extractor.about.width} numbers for "
+        f"every {extractor.about.clip_seconds:g} s, of {extractor.about.encoder}"
+    )
+    return 1 if failed else 0
+
+
+def _videos(options: argparse.Namespace, config_arguments: Sequence[str]) -> list[MediaItem]:
+    """The videos that annotations are about, or without any all in --media."""
+    if options.media and not options.format and not options.annotations:
+        folder = _open_media(options.media)
+        return [MediaItem(folder.path(name), name, ()) for name in folder.videos()]
+    sources, _, _ = _sources(options, config_arguments)
+    plan = make_plan(sources, Settings())
+    if plan.problems:
+        print(f"{len(plan.problems)} records are not valid, see `prepare check`", file=sys.stderr)
+    items = (item for piece in plan.pieces for item in piece.items)
+    return [item for item in items if media_kind(item.path) == "video"]
+
+
+def _open_media(path: pathlib.Path) -> MediaFolder:
+    try:
+        return MediaFolder(path)
+    except FileNotFoundError as error:
+        raise PrepareError(str(error)) from error
 
 
 def _load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
@@ -213,10 +308,7 @@ def _load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
 
 
 def _check(options: argparse.Namespace) -> int:
-    try:
-        media = MediaFolder(options.media) if options.media else None
-    except FileNotFoundError as error:
-        raise PrepareError(str(error)) from error
+    media = _open_media(options.media) if options.media else None
     source = Source(
         options.media,
         options.format,

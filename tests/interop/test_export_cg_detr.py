@@ -1,5 +1,7 @@
 """The CG-DETR head in PyTorch computes the same."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,11 +10,15 @@ from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
 from tpo_jax.interop import export
 from tpo_jax.interop.folder import save_model
 from tpo_jax.models import presets
+from tpo_jax.models.config import ClipFeaturesConfig
 from tpo_jax.models.video_language import FunctionalModel
+
+GIVEN = ClipFeaturesConfig(24, 2.0, "by hand")
 
 
 @pytest.mark.parity
-def test_pytorch_computes_the_same(tmp_path):
+@pytest.mark.parametrize("given", [None, pytest.param(GIVEN, marks=pytest.mark.long)])
+def test_pytorch_computes_the_same(tmp_path, given):
     pytest.importorskip("torch")
     from tpo_jax.interop import check
 
@@ -20,6 +26,7 @@ def test_pytorch_computes_the_same(tmp_path):
     add_task_tokens(tokenizer, ("cg_detr",))
     codec = TextCodec(tokenizer)
     config = presets.preset("micro", ("cg_detr",), codec.task_tokens)
+    config = dataclasses.replace(config, clip_features=given)
     params = jax.jit(FunctionalModel(config).init)(jax.random.key(0))
     # Perturbed, so that no norm or bias is the identity.
     rng = np.random.default_rng(0)

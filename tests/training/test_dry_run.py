@@ -61,7 +61,7 @@ def test_a_good_run_is_good_everywhere(config, tmp_path):
     allocated = sum(a.size for a in jax.live_arrays() if id(a) not in before)
     assert allocated < 1000  # no weights
     assert list(found) == ["config", "model", "sharding", "batches", "init_from", "references",
-                           "data.train", "data.validation", "workdir"]  # fmt: skip
+                           "losses", "data.train", "data.validation", "workdir"]  # fmt: skip
     assert "'data': 8" in found["sharding"][1] and "of 16 GiB a chip" in found["sharding"][1]
     assert "long: 6 clips, short: 6 clips" in found["data.train"][1]
     assert "a new run" in found["workdir"][1]
@@ -95,6 +95,12 @@ def test_a_large_model_must_divide_and_fit_into_its_chips(config):
         dry_run._sharding()
     lines = str(error.value).split("\n")
     assert len(lines) > 5 and all("does not divide over fsdp=3" in line for line in lines)
+
+
+def test_a_loss_without_a_weight_is_named(config):
+    config.losses = {}
+    name, text = the_wrong_one(config)
+    assert name == "losses" and "set losses['language']" in text
 
 
 def test_an_example_that_fits_no_bucket_is_named(config):

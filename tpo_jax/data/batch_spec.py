@@ -48,6 +48,8 @@ def batch_spec(
         "answer_weights": _spec(jnp.float32, B, K, A),
         "slots": _slots(bucket, model_config),
     }
+    if model_config.clip_features is not None:
+        spec["clip_features"] = _spec(jnp.float32, B, F, model_config.clip_features.width)
     if bucket.kind == "preference":
         spec["pair_valid"] = _spec(jnp.bool_, B)
         spec["pair_kind"] = _spec(jnp.uint32, B)

@@ -21,7 +21,8 @@ def apply_evidence(batch: dict[str, Any], mode: str) -> dict[str, Any]:
 
     Args:
       batch: nested dict of NumPy arrays with `frames` uint8[B, F, H, W, 3], `frame_valid`
-        bool[B, F], `prefix_tokens` and `prefix_segments` int32[B, P]; the rest passes through.
+        bool[B, F], `prefix_tokens` and `prefix_segments` int32[B, P], and if there are any
+        `clip_features` float32[B, F, D]; the rest passes through.
       mode: "full" leaves the batch alone; "blind" hides every frame; "middle_frame" keeps the
         middle one of the valid frames of each row.
     """
@@ -33,12 +34,14 @@ def apply_evidence(batch: dict[str, Any], mode: str) -> dict[str, Any]:
     kept = middle_frame(valid) if mode == "middle_frame" else np.zeros_like(valid)
     segments = np.asarray(batch["prefix_segments"])
     visible = visible_tokens(np.asarray(batch["prefix_tokens"]), kept)
-    return {
-        **batch,
+    hidden = {
         "frames": np.where(kept[:, :, None, None, None], batch["frames"], 0).astype(np.uint8),
         "frame_valid": kept,
         "prefix_segments": np.where(visible, segments, 0).astype(segments.dtype),
     }
+    if "clip_features" in batch:
+        hidden["clip_features"] = np.where(kept[:, :, None], batch["clip_features"], np.float32(0))
+    return batch | hidden
 
 
 def middle_frame(valid: np.ndarray) -> np.ndarray:

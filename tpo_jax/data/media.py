@@ -17,6 +17,7 @@ from tpo_jax.data.problems import Invalid
 # Looking for the closest of very many names takes longer than all else.
 MOST_HINTS = 20_000
 SUFFIXES = video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES
+STILL = (".jpg", ".jpeg", ".png", ".bmp")  # suffixes of what is never a video
 
 
 class MediaFolder:
@@ -91,6 +92,11 @@ class MediaFolder:
         files = os.scandir(path) if path.is_dir() else ()
         found = [path, *(pathlib.Path(file.path) for file in files if file.is_symlink())]
         return all(file.resolve().is_relative_to(self._real_root) for file in found)
+
+    def videos(self) -> list[str]:
+        """The names of its video files, those of animated pictures among them."""
+        files = (name for name in self._files if not name.lower().endswith(STILL))
+        return [name for name in files if video.media_kind(self.root / name) == "video"]
 
     def has(self, name: str) -> bool:
         """Whether `find` would look at any file for this name."""

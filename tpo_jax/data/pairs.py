@@ -12,6 +12,7 @@ import pathlib
 import numpy as np
 
 from tpo_jax.data.records import Example, PreparedDataset, RecordError, VideoInfo
+from tpo_jax.models.config import ClipFeaturesConfig
 
 
 class PairedDataset:
@@ -71,3 +72,11 @@ class PairedDataset:
     def frames(self, video_id: str, indices: np.ndarray) -> np.ndarray:
         """uint8[F, h, w, 3]; see PreparedDataset."""
         return self._dataset.frames(video_id, indices)
+
+    @property
+    def clip_features_config(self) -> ClipFeaturesConfig | None:
+        return self._dataset.clip_features_config
+
+    def clip_features(self, video_id: str) -> np.ndarray:
+        """float32[N, D]; see PreparedDataset."""
+        return self._dataset.clip_features(video_id)

@@ -20,6 +20,7 @@ from typing import Any
 import grain
 
 from tpo_jax.data.buckets import Bucket, BucketSchedule, fitted, scheduled
+from tpo_jax.data.clip_features import RowFeatures
 from tpo_jax.data.evidence import apply_evidence
 from tpo_jax.data.mixture import Mixture, Parts, Source, find_entries
 from tpo_jax.data.rows import Reference, RowBuilder, RowPlan, row_id, stack_rows
@@ -27,7 +28,7 @@ from tpo_jax.data.shares import SourceTable, change, number_sources
 from tpo_jax.data.task_text import TextDataset
 from tpo_jax.data.text import TextCodec
 from tpo_jax.models.config import ModelConfig
-from tpo_jax.models.heads import heads_of
+from tpo_jax.models.heads import HEADS, heads_of
 
 Batch = dict[str, Any]
 
@@ -65,9 +66,13 @@ def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
         raise ValueError(
             f"buckets.{bucket.name}.frames: {bucket.frames}, but the model has vision.max_frames "
             f"= {model_config.vision.max_frames}.")
+    features = None
+    if model_config.clip_features is not None:
+        readers = {task for task, name in tasks.items() if HEADS[name].reads_clip_features}
+        features = RowFeatures(model_config.clip_features, frozenset(readers))
     return RowBuilder(codec, bucket, tuple(tasks), model_config.vision.image_size,
                       model_config.visual_frames(bucket.frames), reference,
-                      model_config.vision.resize, contrast)
+                      model_config.vision.resize, contrast, features)
 
 
 def blank_batch(builder: RowBuilder, rows: int | None = None) -> Batch:

@@ -2,12 +2,13 @@
 
 A prepared folder holds one split:
 
-    clips/1.0.0/      TFDS table, one record per clip (at most 32 frames of one video)
-    examples/1.0.0/   TFDS table, one record per example, sorted by video
-    index.jsonl       one line per video: duration, frame times, its rows in both tables
-    prepared.json     format version and the settings the frames were stored with
-    statistics.json   counts by task, kind and source
-    quarantine.jsonl  every input that was left out, and why
+    clips/1.0.0/          TFDS table, one record per clip (at most 32 frames of one video)
+    examples/1.0.0/       TFDS table, one record per example, sorted by video
+    clip_features/1.0.0/  TFDS table, one record per video, where `prepare run` got --features
+    index.jsonl           one line per video: duration, frame times, its rows in the tables
+    prepared.json         format version and the settings the frames were stored with
+    statistics.json       counts by task, kind and source
+    quarantine.jsonl      every input that was left out, and why
 
 Times are seconds from the first frame of the video. Boxes are [x1, y1, x2, y2] in [0, 1].
 """
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from tpo_jax.data import tables
+from tpo_jax.models.config import ClipFeaturesConfig
 from tpo_jax.models.heads import task_tokens
 
 FORMAT_VERSION = 1
@@ -193,12 +195,14 @@ class VideoInfo:
 
 @dataclasses.dataclass(frozen=True)
 class IndexEntry:
-    """One line of index.jsonl: a video and its first row and row count in both tables."""
+    """One line of index.jsonl: a video, its first row and row count in both tables, and its row in
+    the table of clip features, if it has one."""
 
     video_id: str
     info: VideoInfo
     clips: tuple[int, int]
     examples: tuple[int, int]
+    clip_features: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -210,7 +214,9 @@ class IndexEntry:
             "timestamps": [round(float(t), 6) for t in self.info.timestamps],
             "clips": list(self.clips),
             "examples": list(self.examples),
-        }
+        } | (
+            {} if self.clip_features is None else {"clip_features": self.clip_features}
+        )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> IndexEntry:
@@ -223,7 +229,8 @@ class IndexEntry:
             data["height"],
             data["width"],
         )
-        return cls(data["video_id"], info, tuple(data["clips"]), tuple(data["examples"]))
+        rows = tuple(data["clips"]), tuple(data["examples"]), data.get("clip_features")
+        return cls(data["video_id"], info, *rows)
 
 
 class PreparedDataset:
@@ -240,7 +247,7 @@ class PreparedDataset:
     def __init__(self, path: str | os.PathLike[str], split: str | None = None):
         self._arguments = (os.fspath(path), split)
         self.path = pathlib.Path(path) / split if split else pathlib.Path(path)
-        self.settings = _read_settings(self.path)
+        self.settings = read_settings(self.path)
         entries = [
             IndexEntry.from_json(json.loads(line))
             for line in (self.path / "index.jsonl").read_text("utf-8").splitlines()
@@ -248,6 +255,9 @@ class PreparedDataset:
         self._entries = {entry.video_id: entry for entry in entries}
         self._clips = tables.open_table(self.path / "clips")
         self._examples = tables.open_table(self.path / "examples")
+        self.clip_features_config = prepared_clip_features(self.settings)
+        if self.clip_features_config is not None:
+            self._features = tables.open_table(self.path / "clip_features")
 
     def __reduce__(self):
         return PreparedDataset, self._arguments
@@ -300,6 +310,11 @@ class PreparedDataset:
             frames[here] = self._read(entry, chunk, indices[here])
         return frames
 
+    def clip_features(self, video_id: str) -> np.ndarray:
+        """float32[N, width] of a video, where the folder has `clip_features_config`."""
+        record = self._features[self.entry(video_id).clip_features]
+        return tables.Row(record).array("features", np.float32)
+
     def _read(self, entry: IndexEntry, chunk: int, indices: np.ndarray) -> np.ndarray:
         """uint8[F, h, w, 3] of indices that all lie in one chunk."""
         row = tables.Row(self._clips[entry.clips[0] + int(chunk)])
@@ -321,7 +336,8 @@ def _decode_frames(row: tables.Row, indices: np.ndarray) -> np.ndarray:
     return np.stack([decoded[i] for i in asked])
 
 
-def _read_settings(path: pathlib.Path) -> dict[str, Any]:
+def read_settings(path: pathlib.Path) -> dict[str, Any]:
+    """What prepared.json says; RecordError for a folder that is none, or of another version."""
     marker = path / "prepared.json"
     if not marker.exists():
         raise RecordError(
@@ -335,3 +351,9 @@ def _read_settings(path: pathlib.Path) -> dict[str, Any]:
             " prepare the data again with this version of tpo_jax"
         )
     return settings
+
+
+def prepared_clip_features(settings: Mapping[str, Any]) -> ClipFeaturesConfig | None:
+    """The kind of clip features that a folder has, of its settings; None: it has none."""
+    about = settings.get("clip_features")
+    return None if about is None else ClipFeaturesConfig(**about)

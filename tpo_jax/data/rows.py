@@ -17,7 +17,9 @@ import numpy as np
 
 from tpo_jax.data import sampling
 from tpo_jax.data.buckets import Bucket, fitted
+from tpo_jax.data.clip_features import RowFeatures
 from tpo_jax.data.preprocess import RESIZES
+from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.data.targets import TARGETS, TargetError, View
 from tpo_jax.data.text import LONGEST_SECONDS, Branch, TextCodec
@@ -150,12 +152,15 @@ class RowBuilder:
       resize: how frames of another size become image_size, of preprocess.RESIZES.
       reference: reference log-probabilities of pairs; None leaves them out (scoring).
       contrast: whether pairs bring their manipulated frames as well.
+      clip_features: what a head of the model reads of the videos; None: nothing.
     """
 
     def __init__(self, codec: TextCodec, bucket: Bucket, tasks: Sequence[str], image_size: int,
                  visual_frames: np.ndarray, reference: Reference | None = None,
-                 resize: str = "area", contrast: bool = False):
+                 resize: str = "area", contrast: bool = False,
+                 clip_features: RowFeatures | None = None):
         self.contrast = contrast and bucket.kind == "preference"
+        self.clip_features = clip_features
         if missing := set(tasks) - set(codec.heads):
             raise ValueError(
                 f"heads: {sorted(missing)} have no tokens in the tokenizer (it has "
@@ -275,6 +280,7 @@ class RowBuilder:
                     f"{self.where(plan, plan.branches[0])}: {count} <{head}> slots, but the "
                     f"bucket has {self.bucket.capacity(head)}. Raise "
                     f"buckets.{self.bucket.name}.slots.{head}.")
+        self._has_features(plan)
         if plan.question is not None and self.contrast:
             self.manipulated_indices(plan)
         if plan.question is not None and self.reference is not None:
@@ -289,6 +295,8 @@ class RowBuilder:
         prefix, branches = self.tokens(plan)
         view = self._view(plan, indices)
         self._fill_frames(row, plan, indices, view)
+        if self._has_features(plan):
+            row["clip_features"][: len(indices)] = self.clip_features.of_row(plan, len(indices))
         length = self._fill_prefix(row, prefix, len(indices))
         for k, branch in enumerate(branches):
             self._fill_branch(row, k, branch, length)
@@ -322,6 +330,8 @@ class RowBuilder:
             "answer_weights": np.zeros((b.branches, b.answers), np.float32),
             "slots": {head: self._blank_slots(head) for head in self.slot_heads},
         }
+        if self.clip_features is not None:
+            row["clip_features"] = np.zeros((f, self.clip_features.about.width), np.float32)
         if b.kind == "preference":
             row["pair_valid"] = np.zeros((), bool)
             row["pair_kind"] = np.zeros((), np.uint32)
@@ -362,6 +372,13 @@ class RowBuilder:
             frames = self.resize(frames, size)
         row["frames"][:n] = frames
         row["frame_valid"][:n] = True
+
+    def _has_features(self, plan: RowPlan) -> bool:
+        """Whether the row brings clip features; refused by name where they are missing."""
+        try:
+            return self.clip_features is not None and self.clip_features.check(plan)
+        except Invalid as invalid:
+            raise RowError(f"{self.where(plan, plan.branches[0])}: {invalid}") from invalid
 
     def _fill_prefix(self, row: dict[str, Any], prefix: np.ndarray, frames: int) -> int:
         """Fills the prefix and returns its length without padding and absent frames."""

@@ -1,4 +1,4 @@
-"""The two TFDS tables of a prepared folder, written and read without TensorFlow.
+"""The TFDS tables of a prepared folder, written and read without TensorFlow.
 
 Records are `tf.train.Example` protos in ArrayRecord files with group size 1, next to the metadata
 that `tfds.builder_from_directory(DIR/clips/1.0.0).as_data_source("all")` needs. Training reads the
@@ -39,8 +39,8 @@ def writer(path: pathlib.Path, table: str) -> array_record_module.ArrayRecordWri
 def serialize(columns: Mapping[str, Column]) -> bytes:
     """One `tf.train.Example`; an absent list is an empty column.
 
-    str and list[str] become bytes, int becomes int64, a float array becomes floats and a uint8
-    array its shape and raw bytes; list[bytes] holds encoded pictures.
+    str and list[str] become bytes, int becomes int64, a float array of one axis becomes floats, any
+    other array its shape and raw bytes; list[bytes] holds encoded pictures.
     """
     proto = tf_example_pb2.Example()
     feature = proto.features.feature
@@ -49,7 +49,7 @@ def serialize(columns: Mapping[str, Column]) -> bytes:
             feature[name].bytes_list.value.append(value.encode())
         elif isinstance(value, int):
             feature[name].int64_list.value.append(value)
-        elif isinstance(value, np.ndarray) and value.dtype == np.uint8:
+        elif isinstance(value, np.ndarray) and (value.dtype == np.uint8 or value.ndim > 1):
             feature[f"{name}/shape"].int64_list.value.extend(value.shape)
             feature[f"{name}/value"].bytes_list.value.append(value.tobytes())
         elif isinstance(value, np.ndarray):
@@ -80,11 +80,11 @@ class Row:
     def pictures(self, name: str) -> Sequence[bytes]:
         return self._feature[name].bytes_list.value
 
-    def array(self, name: str) -> np.ndarray:
-        """uint8, read-only, in the shape it was written with."""
+    def array(self, name: str, dtype: type = np.uint8) -> np.ndarray:
+        """Read-only, in the shape it was written with."""
         shape = tuple(self._feature[f"{name}/shape"].int64_list.value)
         data = self._feature[f"{name}/value"].bytes_list.value[0]
-        return np.frombuffer(data, np.uint8).reshape(shape)
+        return np.frombuffer(data, dtype).reshape(shape)
 
 
 def shard_name(table: str, index: int, count: int) -> str:
@@ -100,7 +100,7 @@ def write_metadata(folder: pathlib.Path, table: str, encoding: str, shards: Sequ
 
     Args:
       folder: DIR/<table>/1.0.0.
-      table: "clips" or "examples".
+      table: "clips", "examples" or "clip_features".
       encoding: "raw" or "jpeg", decides the type of the clips' `frames`.
       shards: the number of records in each shard, in order.
     """
@@ -156,6 +156,9 @@ def _features(table: str, encoding: str):
         columns |= {name: tf.Text() for name in ("source", "json")}
         columns |= {n: tf.Sequence(tf.Text()) for n in ("questions", "answers", "clip_ids")}
         return tf.FeaturesDict(columns)
+    if table == "clip_features":
+        floats = tf.Tensor(shape=(None, None), dtype=np.float32, encoding=tf.Encoding.BYTES)
+        return tf.FeaturesDict({"video_id": tf.Text(), "features": floats})
     columns = {name: tf.Text() for name in ("clip_id", "video_id", "media", "encoding")}
     columns["chunk"] = tf.Scalar(dtype=np.int64)
     columns["timestamps"] = tf.Tensor(shape=(None,), dtype=np.float32)

@@ -19,6 +19,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
+from tpo_jax.models.config import ClipFeaturesConfig
 
 # Steps of a box coordinate, as in MiniGPT-v2 (Chen et al. 2023, 2310.09478).
 BOX_STEPS = 100
@@ -133,3 +134,11 @@ class TextDataset:
     def frames(self, video_id: str, indices: np.ndarray) -> np.ndarray:
         """uint8[F, h, w, 3]; see PreparedDataset."""
         return self.labelled.frames(video_id, indices)
+
+    @property
+    def clip_features_config(self) -> ClipFeaturesConfig | None:
+        return self.labelled.clip_features_config
+
+    def clip_features(self, video_id: str) -> np.ndarray:
+        """float32[N, D]; see PreparedDataset."""
+        return self.labelled.clip_features(video_id)

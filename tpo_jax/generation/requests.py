@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from tpo_jax.data import video
+from tpo_jax.data.clip_features import FeatureStore
 from tpo_jax.data.records import VideoInfo
 from tpo_jax.data.text import TextCodec, TextError
+from tpo_jax.models.config import ClipFeaturesConfig
 
 LONG_SIDE = 512  # pixels; larger frames are read at this size
 OVERSAMPLING = 4  # frames read per frame shown, so that sampling finds the right times
@@ -53,10 +55,15 @@ class Clip:
     path: pathlib.Path
     probe: video.Probe
     frames_read: video.Video
+    features: tuple[ClipFeaturesConfig, np.ndarray] | None = None
 
     @classmethod
-    def read(cls, request: Request, frames: int) -> Clip:
-        """Reads about OVERSAMPLING * frames frames, at most LONG_SIDE pixels wide and high."""
+    def read(cls, request: Request, frames: int, features: FeatureStore | None = None) -> Clip:
+        """Reads about OVERSAMPLING * frames frames, at most LONG_SIDE pixels wide and high.
+
+        Args:
+          features: where the clip features of the file are; None: they are not read.
+        """
         probe = video.probe(request.video)
         scale = min(1.0, LONG_SIDE / max(probe.height, probe.width))
         size = (round(probe.height * scale), round(probe.width * scale))
@@ -64,7 +71,11 @@ class Clip:
         length = min(end, probe.duration) - request.start
         fps = OVERSAMPLING * frames / length if probe.duration and length > 0 else None
         read = video.read_video(request.video, fps, request.start, end, size)
-        return cls(request.video, probe, read)
+        clip = cls(request.video, probe, read)
+        if features is None or read.media == "image":
+            return clip
+        values = features.read(features.file_of(request.video), read.duration)
+        return dataclasses.replace(clip, features=(features.about, values))
 
     @property
     def media(self) -> str:
@@ -77,6 +88,13 @@ class Clip:
 
     def frames(self, video_id: str, indices: np.ndarray) -> np.ndarray:
         return self.frames_read.frames[indices]
+
+    @property
+    def clip_features_config(self) -> ClipFeaturesConfig | None:
+        return self.features and self.features[0]
+
+    def clip_features(self, video_id: str) -> np.ndarray:
+        return self.features[1]
 
 
 def read_list(path: pathlib.Path) -> list[Request]:

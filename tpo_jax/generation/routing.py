@@ -76,8 +76,10 @@ class Router:
     def _run_head(self, params: Any, features: Any, frames: jax.Array, frame_valid: jax.Array,
                   states: jax.Array, frame: jax.Array, prompts: Mapping[str, jax.Array],
                   branch: jax.Array, box: Mapping[str, jax.Array] | None,
-                  tokens: jax.Array | None, *, name: str) -> dict[str, jax.Array]:
-        model, more = self.model.bind(params), {"tokens": tokens}
+                  tokens: jax.Array | None, clip_features: jax.Array | None, *,
+                  name: str) -> dict[str, jax.Array]:
+        model = self.model.bind(params)
+        more = {"tokens": tokens, "clip_features": clip_features}
         if prompts:
             slots = {} if box is None else {"box": box}
             prompts = prompts | {"embeds": model.embed_branches(prompts["tokens"], slots)}
@@ -98,7 +100,7 @@ class Router:
         Args:
           context: of `Sampler.prefill`; its features are read by the heads.
           batch: frames uint8[B, F, H, W, 3], frame_valid bool[B, F], branch_tokens of the prompts
-            and slots are read.
+            and slots are read, and clip_features where it has them.
           generation: of `Sampler.generate`.
           clips: one a row (may be fewer than B: the rest is filling).
           frames_asked: int32[B, K], frame that a region call answers for; None is each row's
@@ -158,6 +160,7 @@ class Router:
                 jnp.asarray(batch["frame_valid"]), states, frame,
                 prompts if HEADS[name].reads_prompt else {}, branches,
                 batch["slots"].get("box"), tokens if HEADS[name].reads_tokens else None,
+                batch.get("clip_features") if HEADS[name].reads_clip_features else None,
                 name=name))
             yield [place for _, place in now], [
                 _of_slot(predictions, place[0], slot) for slot, place in now]

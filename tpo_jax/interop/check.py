@@ -12,6 +12,7 @@ from etils import epath
 from tpo_jax.data.text import TextCodec
 from tpo_jax.interop.check_language import compare_language
 from tpo_jax.interop.folder import load_model
+from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import HEADS
 from tpo_jax.models.video_language import FunctionalModel
 
@@ -30,15 +31,17 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
     size = config.vision.image_size
     shape = (1, min(4, config.vision.max_frames), size, size, 3)
     frames = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    given = _clip_features(config, shape[1], seed)
     times = SECONDS_APART * np.arange(shape[1], dtype=np.float32)[None]
     functional_model = FunctionalModel(config)
-    other = _runtime(exported).VideoLanguageModel.from_folder(exported)
+    runtime = _runtime(exported)
+    other = runtime.VideoLanguageModel.from_folder(exported)
     visual, features = other.encode(frames, times)
     layers = compare_language(model, epath.Path(exported) / "language_model")
     differences = {}
     for name in config.heads or ("",):
         answer = HEADS[name].marker if name else "nothing"
-        ours = _forward(functional_model, params, codec, frames, times, answer, name)
+        ours = _forward(functional_model, params, codec, frames, times, answer, name, given)
         differences["vision/patches"] = _difference(ours["patches"], features["patches"])
         differences["connector/visual"] = _difference(ours["visual"], visual)
         differences |= layers
@@ -50,6 +53,8 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
         differences[f"logits/{name or 'hidden'}"] = _difference(ours["logits"], logits)
         if head:
             more = {"box": BOX} if head.task == "mask" else {}
+            if head.reads_clip_features and given is not None:
+                more["clip_features"] = runtime.torch.from_numpy(given)
             if head.reads_prompt:
                 more["prompt"] = theirs[:, codec.after_visual : -2]
             if name in ("region", "mask"):
@@ -58,6 +63,14 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
             states = getattr(other, name)(theirs[:, -1:], features, **more)
             differences |= _head_differences(name, ours["head"], states)
     return differences
+
+
+def _clip_features(config: ModelConfig, frames: int, seed: int) -> np.ndarray | None:
+    """Random ones float32[1, F, D], for a model whose head reads them."""
+    if config.clip_features is None:
+        return None
+    shape = (1, frames, config.clip_features.width)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def _runtime(exported: epath.PathLike) -> Any:
@@ -77,6 +90,7 @@ def _forward(
     times: np.ndarray,
     answer: str,
     head: str,
+    given: np.ndarray | None,
 ) -> dict[str, Any]:
     """patches, visual, hidden float32[1, n, D] and logits of the text after the video (without the
     end token), and the head's predictions at the last token."""
@@ -105,6 +119,8 @@ def _forward(
                "logits": hidden @ module.language.table.T}  # fmt: skip
         if head:
             more = {"boxes": jnp.array([[BOX]]), "box_valid": jnp.ones((1, 1), bool)}
+            if HEADS[head].reads_clip_features:
+                more["clip_features"] = given
             if HEADS[head].reads_prompt:
                 # The question, between what closes the video and the routing token.
                 prompt = hidden[:, None, codec.after_visual : -2]

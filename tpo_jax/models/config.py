@@ -238,6 +238,26 @@ class HeadConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClipFeaturesConfig:
+    """Pre-extracted features of the pieces of a video, which a head reads instead of its frames.
+
+    Features of another encoder, or of pieces of another length, are other features: they have to
+    agree in all three.
+    """
+
+    # Numbers a piece.
+    width: int
+    # Length of a piece in seconds; the first begins with the video.
+    clip_seconds: float
+    # What computed them: a name, and whatever tells its versions apart.
+    encoder: str
+
+    def __post_init__(self):
+        _require_positive(self, "clip_features", "width", "clip_seconds")
+        _require(bool(self.encoder), "clip_features.encoder", self.encoder, "name the encoder")
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters on every kernel whose "/"-joined path matches `pattern` (re.search)."""
 
@@ -277,6 +297,8 @@ class ModelConfig:
     # What turns a box that the user draws into a token. "own": GELU, as wide as the language model.
     # "tpo": that of Task Preference Optimization, ReLU, half as wide.
     box_encoder: str = "own"
+    # What heads with `reads_clip_features` read; None: the model's own video encoder.
+    clip_features: ClipFeaturesConfig | None = None
 
     def __post_init__(self):
         _require("sam2" not in self.heads or self.sam2 is not None, "sam2", self.sam2,
@@ -332,6 +354,8 @@ class ModelConfig:
         out = dataclasses.asdict(self)
         if self.box_encoder == "own":  # older folders have no such key; their fingerprints stay
             del out["box_encoder"]
+        if self.clip_features is None:  # likewise
+            del out["clip_features"]
         out["tokens"] = dict(self.tokens)
         return {"format_version": FORMAT_VERSION} | _lists(out)
 
@@ -351,6 +375,7 @@ class ModelConfig:
 _NESTED = {
     "vision": VisionConfig, "connector": ConnectorConfig, "language": LanguageConfig,
     "head": HeadConfig, "lora": LoraConfig, "sam2": Sam2Config,
+    "clip_features": ClipFeaturesConfig,
 }  # fmt: skip
 
 

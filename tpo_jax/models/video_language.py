@@ -236,6 +236,8 @@ class VideoLanguageModel(nnx.Module):
                 more["tokens"] = tokens
             if head(name).reads_prompt:
                 more |= self.prompts(outputs, batch, slots)
+            if head(name).reads_clip_features:
+                more["clip_features"] = batch.get("clip_features")
             if "box" in batch["slots"]:
                 more["boxes"], more["box_valid"] = self.drawn_boxes(batch, slots)
             if for_losses:
@@ -265,6 +267,7 @@ class VideoLanguageModel(nnx.Module):
         prompt_valid: jax.Array | None = None,
         boxes: jax.Array | None = None,
         box_valid: jax.Array | None = None,
+        clip_features: jax.Array | None = None,
         targets: Mapping[str, jax.Array] | None = None,
         video_ids: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
@@ -276,8 +279,8 @@ class VideoLanguageModel(nnx.Module):
           frames: uint8[B, F, H, W, 3]; frame_valid: bool[B, F].
           frame: int32[B, S], frame asked about; None is the first.
           tokens: of `tokenise`; None computes them, where the head reads them.
-          prompt, prompt_embeds, prompt_valid, boxes, box_valid, targets, video_ids: see
-            `HeadInputs`.
+          prompt, prompt_embeds, prompt_valid, boxes, box_valid, clip_features, targets,
+            video_ids: see `HeadInputs`.
         """
         if frame is None:
             frame = jnp.zeros(slot_states.shape[:2], jnp.int32)
@@ -288,8 +291,8 @@ class VideoLanguageModel(nnx.Module):
             prompt_embeds = prompt_embeds.astype(jnp.float32)
         inputs = HeadInputs(
             slot_states.astype(jnp.float32), as_float32(features), normalise(frames), frame_valid,
-            frame, tokens, prompt, prompt_embeds, prompt_valid, boxes, box_valid, targets,
-            video_ids,
+            frame, tokens, prompt, prompt_embeds, prompt_valid, boxes, box_valid,
+            clip_features, targets, video_ids,
         )  # fmt: skip
         return self.heads[name](inputs)
 
@@ -320,6 +323,11 @@ class FunctionalModel:
 
     def __init__(self, config: ModelConfig):
         heads_of(config.heads)  # refuses two heads of one task
+        if config.clip_features and not any(head(n).reads_clip_features for n in config.heads):
+            raise ValueError(
+                f"model config: clip_features={config.clip_features}: none of heads={config.heads} "
+                "reads them; add the head cg_detr, or leave them out"
+            )
         missing = [token for token in tokens_of(config.heads) if token not in config.tokens]
         if missing:
             raise ValueError(

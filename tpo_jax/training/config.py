@@ -41,6 +41,7 @@ def default_config() -> ConfigDict:
         "heads": [],  # of models.heads.HEADS, at most one a task
     }
     config.sam2 = ""  # size of the head sam2, of models.sam2_config.SIZES; "": that of init_from
+    config.clip_features = False  # head cg_detr reads the clip features of data.train, not frames
     config.init_from = ""  # model folder to start from; "": random weights
     config.init_missing = []  # regexes of parameters that init_from may lack (new heads)
     config.tokenizer = ""  # tokenizer.json; "": the one in init_from
@@ -406,6 +407,9 @@ def _check_heads(config: ConfigDict) -> list[str]:
     except ValueError as error:
         return [_problem("model.heads", names, str(error), "correct the list")]
     problems = []
+    if config.clip_features and not any(HEADS[name].reads_clip_features for name in names):
+        fix = "add cg_detr to model.heads, or set it to False"
+        problems.append(_problem("clip_features", True, "no head of model.heads reads them", fix))
     for term, weight in config.losses.items():
         coupled = any(term in HEADS[name].coupled for name in names)
         if coupled and weight and config.accumulation > 1:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tpo_jax.training.config import from_dict, to_dict
+
 # Options that do not change what is learnt: a run may resume with other values.
 FREE_ON_RESUME = (
     "mesh", "checkpoint", "divergence", "log_every", "compile_cache", "data.threads", "profile",
@@ -15,6 +17,7 @@ def changed_since(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[
 
     Returns:
       "option: checkpoint has X, this command has Y" lines; options in FREE_ON_RESUME may differ.
+      An option that is younger than the checkpoint had its default.
     """
     lines = []
 
@@ -30,7 +33,7 @@ def changed_since(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[
         else:
             lines.append(f"{option}: checkpoint has {a!r}, this command has {b!r}")
 
-    compare(saved, current, "")
+    compare(to_dict(from_dict(saved)), current, "")
     return lines
 
 

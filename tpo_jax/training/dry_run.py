@@ -89,9 +89,11 @@ class DryRun:
         if not self._check("model", self._model):
             return False
         sharded = self._check("sharding", self._sharding)
-        self._check("batches", self._batches)
+        divided = self._check("batches", self._batches)
         self._check("init_from", self._init_from)
-        self._check("references", self._references)
+        referenced = self._check("references", self._references)
+        if sharded and divided and referenced:
+            self._check("losses", self._losses)
         for split in ("train", "validation"):
             if self.config.data[split]:
                 self._check(f"data.{split}", functools.partial(self._data, split))
@@ -235,18 +237,26 @@ class DryRun:
             counts.append(f"{bucket.name}: {entries} clips")
         return f"{', '.join(source['path'] for source in sources)}\n{', '.join(counts)}"
 
+    def _losses(self) -> str:
+        """Every loss of the model has a weight, every weight a loss: traces a forward pass."""
+        bucket = self.buckets[0]
+        params = self.program.abstract_state.params
+        sums = jax.eval_shape(self.program.eval_step, params, self._spec(bucket))
+        return f"bucket {bucket.name} gives {', '.join(sorted(sums))}"
+
+    def _spec(self, bucket: Bucket) -> Any:
+        return batch_spec(
+            bucket,
+            self.model_config,
+            reference=self.reference is not None,
+            contrast=needs_contrast(self.config),
+        )
+
     def _check_row(self, pipeline: Pipeline, bucket: Bucket) -> None:
         """The first row has the shapes that the program is compiled for."""
         plan = pipeline.mixtures[bucket.name](0)
         row = flatten(pipeline.row_builders[bucket.name].build(plan, row_id(bucket.name, 0)))
-        spec = flatten(
-            batch_spec(
-                bucket,
-                self.model_config,
-                reference=self.reference is not None,
-                contrast=needs_contrast(self.config),
-            )
-        )
+        spec = flatten(self._spec(bucket))
         wrong = [
             f"buckets.{bucket.name}: {path} is {_shape(row.get(path))} in the data and "
             f"{_shape(spec.get(path), 1)} in the program"

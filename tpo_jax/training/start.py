@@ -1,6 +1,7 @@
 """What a run starts from: the model that its config asks for, and weights at step 0."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import tokenizers
 from etils import epath
 from ml_collections import ConfigDict
 
+from tpo_jax.data.clip_features import config_of_folders
 from tpo_jax.data.text import ChatTemplate, TextCodec, add_task_tokens
 from tpo_jax.interop.folder import (
     added_tokens,
@@ -18,6 +20,7 @@ from tpo_jax.interop.folder import (
     load_into,
 )
 from tpo_jax.models.config import VOCABULARY_MULTIPLE, LoraConfig, ModelConfig
+from tpo_jax.models.heads import head
 from tpo_jax.models.presets import preset
 from tpo_jax.models.sam2_config import sam2_size
 from tpo_jax.parallel.paths import flatten, unflatten
@@ -46,8 +49,14 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     tokens = codec.task_tokens
     lora = LoraConfig(**config.lora.to_dict()) if config.lora.rank else base.lora
     sam2 = sam2_size(config.sam2) if config.sam2 else base.sam2
+    clip_features = base.clip_features
+    if config.clip_features:
+        clip_features = config_of_folders([source["path"] for source in config.data.train])
+    elif not any(head(name).reads_clip_features for name in heads):
+        clip_features = None  # init_from had a head that read them
     changes = {
-        "language": language, "heads": heads, "tokens": tokens, "lora": lora, "sam2": sam2
+        "language": language, "heads": heads, "tokens": tokens, "lora": lora, "sam2": sam2,
+        "clip_features": clip_features,
     }  # fmt: skip
     return dataclasses.replace(base, **changes), codec
 
@@ -80,6 +89,12 @@ def initial_params(
 
     draw = jax.jit(draw_missing, out_shardings={name: shardings[name] for name in loaded.missing})
     drawn = draw(jax.random.key(config.seed)) if loaded.missing else {}
-    for name in drawn:
-        say(f"  new: {name} {drawn[name].shape}")
+    for part, leaves in itertools.groupby(sorted(drawn), _part):
+        sizes = [drawn[name].size for name in leaves]
+        say(f"  new: {part}, {len(sizes)} leaves, {sum(sizes):,} parameters")
     return unflatten({name: (loaded.leaves | drawn)[name] for name in shardings})
+
+
+def _part(path: str) -> str:
+    """The part of the model that a parameter belongs to, such as heads/mask."""
+    return "/".join(path.split("/")[:2])

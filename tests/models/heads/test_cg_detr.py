@@ -13,6 +13,7 @@ import pytest
 from fake_batches import bucket, micro, random_batch
 from flax import nnx
 
+from tpo_jax.models.config import ClipFeaturesConfig
 from tpo_jax.models.heads import HEADS, ClipInfo, HeadInputs, cg_detr, heads_of
 from tpo_jax.models.heads.geometry import nms_1d
 from tpo_jax.models.layers import Rngs
@@ -243,3 +244,39 @@ def test_weights_count_labels_only():
     compiled = jax.jit(weights).lower(_start(), _inputs()).compile()
     assert "dot(" not in compiled.as_text() and "while(" not in compiled.as_text()
     assert all(weight > 0 for weight in compiled(_start(), _inputs()).values())
+
+
+GIVEN = dataclasses.replace(CONFIG, clip_features=ClipFeaturesConfig(24, 2.0, "by hand"))
+
+
+def test_given_features_stand_in_for_the_patches_as_published():
+    """[features; start, end] through the projections, in float64; no parameter of patches."""
+    head = cg_detr.CgDetrHead(GIVEN, rngs=Rngs(0))
+    assert not {"patch_proj", "patch_norm", "pool"} & set(nnx.to_pure_dict(nnx.state(head)))
+    assert head.clip_proj.linear1.kernel.shape == (24 + 2, CONFIG.head.width)
+    given = np.random.default_rng(1).normal(size=(B, F, 24)).astype(np.float32)
+    inputs = _inputs(clip_features=given, targets=None, features=None)
+    clips = head._clips(inputs, np.zeros((B, S, CONFIG.head.width), np.float32))
+    got = np.asarray(clips.states).reshape(B, S, F, -1)
+
+    def norm(x, layer):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return x * np.asarray(layer.scale[...]) + np.asarray(layer.bias[...])
+
+    def linear(x, layer):
+        return x @ np.asarray(layer.kernel[...], np.float64) + np.asarray(layer.bias[...])
+
+    part = head.clip_proj
+    for b, count in enumerate(inputs.frame_valid.sum(axis=1)):
+        ends = np.stack([np.arange(count), np.arange(1, count + 1)], axis=-1) / count
+        x = np.concatenate([given[b, :count].astype(np.float64), ends], axis=-1)
+        x = np.maximum(linear(norm(x, part.norm1), part.linear1), 0)
+        x = linear(norm(x, part.norm2), part.linear2) + np.asarray(head.embed["clip"][...])
+        for s in range(S):
+            np.testing.assert_allclose(got[b, s, :count], x, atol=2e-5)
+
+
+def test_given_features_must_be_given():
+    head = nnx.eval_shape(lambda: cg_detr.CgDetrHead(GIVEN, rngs=Rngs(0)))
+    with pytest.raises(ValueError, match="HeadInputs.clip_features is missing; this model reads"):
+        nnx.eval_shape(lambda head: head(_inputs(targets=None)), head)

@@ -31,20 +31,19 @@ def assemble(plan: Plan, parts: pathlib.Path, out: pathlib.Path) -> dict[str, An
         raise PrepareError(_nothing_left(quarantine, out))
     building = parts.parent / "assembling"
     shutil.rmtree(building, ignore_errors=True)
-    for table, column in (("clips", "clips"), ("examples", "examples")):
-        _build_table(building / table, table, plan.settings.encoding, column, used)
     entries = _join([index for _, index in used])
+    settings = dataclasses.asdict(plan.settings)
+    if any(entry.clip_features is not None for entry in entries):  # images have none
+        settings["clip_features"] = dataclasses.asdict(plan.features.about)
+    for table in ("clips", "examples", *settings.keys() & {"clip_features"}):
+        _build_table(building / table, table, plan.settings.encoding, used)
     write_lines(building / "index.jsonl", [entry.to_json() for entry in entries])
     write_lines(building / "quarantine.jsonl", quarantine)
     statistics = summarise(entries, _examples(building), quarantine)
     write_json(building / "statistics.json", statistics)
     write_json(
         building / "prepared.json",
-        {
-            "format_version": FORMAT_VERSION,
-            "fingerprint": plan.fingerprint,
-            **dataclasses.asdict(plan.settings),
-        },
+        {"format_version": FORMAT_VERSION, "fingerprint": plan.fingerprint, **settings},
     )
     if out.is_dir():
         out.rmdir()  # empty: checked before the work began
@@ -52,19 +51,27 @@ def assemble(plan: Plan, parts: pathlib.Path, out: pathlib.Path) -> dict[str, An
     return statistics
 
 
-def _build_table(folder: pathlib.Path, table: str, encoding: str, column: str, used) -> None:
+def _build_table(folder: pathlib.Path, table: str, encoding: str, used) -> None:
     folder = folder / tables.TABLE_VERSION
     folder.mkdir(parents=True)
-    for i, (part, _) in enumerate(used):
-        link(part / table, folder / tables.shard_name(table, i, len(used)))
-    lengths = [sum(getattr(entry, column)[1] for entry in index) for _, index in used]
-    tables.write_metadata(folder, table, encoding, lengths)
+    lengths = {part / table: sum(_rows(entry, table) for entry in index) for part, index in used}
+    lengths = {shard: length for shard, length in lengths.items() if length}
+    for i, shard in enumerate(lengths):
+        link(shard, folder / tables.shard_name(table, i, len(lengths)))
+    tables.write_metadata(folder, table, encoding, list(lengths.values()))
+
+
+def _rows(entry: IndexEntry, table: str) -> int:
+    """Records of a video in a table."""
+    if table == "clip_features":
+        return int(entry.clip_features is not None)
+    return getattr(entry, table)[1]
 
 
 def _join(indices: Sequence[Sequence[IndexEntry]]) -> list[IndexEntry]:
     """Row numbers within pieces to row numbers within tables."""
     joined: list[IndexEntry] = []
-    clips = examples = 0
+    clips = examples = features = 0
     for index in indices:
         for entry in index:
             joined.append(
@@ -72,10 +79,12 @@ def _join(indices: Sequence[Sequence[IndexEntry]]) -> list[IndexEntry]:
                     entry,
                     clips=(clips, entry.clips[1]),
                     examples=(examples, entry.examples[1]),
+                    clip_features=features if _rows(entry, "clip_features") else None,
                 )
             )
             clips += entry.clips[1]
             examples += entry.examples[1]
+            features += _rows(entry, "clip_features")
     return joined
 
 

@@ -1,7 +1,7 @@
 """A prepared folder with other examples about the videos of an existing one.
 
-Preference pairs that a model generates are such a folder: the clips are those of the source, by
-hard link, and only the examples table is new.
+Preference pairs that a model generates are such a folder: the clips, and features of them, are
+those of the source, by hard link, and only the examples table is new.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def derive(
         raise PrepareError(f"{out} is not written: there is no example")
     out.parent.mkdir(parents=True, exist_ok=True)
     building = pathlib.Path(tempfile.mkdtemp(prefix=f"{out.name}.writing-", dir=out.parent))
-    _link_clips(source.path / "clips" / tables.TABLE_VERSION, building / "clips")
+    shared = ("clips", *(("clip_features",) if source.clip_features_config else ()))
+    for table in shared:
+        _link_table(source.path / table / tables.TABLE_VERSION, building / table)
     entries = _write_examples(source, by_video, building / "examples" / tables.TABLE_VERSION)
     write_lines(building / "index.jsonl", [entry.to_json() for entry in entries])
     write_lines(building / "quarantine.jsonl", [])
@@ -53,7 +55,7 @@ def derive(
     return statistics
 
 
-def _link_clips(source: pathlib.Path, target: pathlib.Path) -> None:
+def _link_table(source: pathlib.Path, target: pathlib.Path) -> None:
     folder = target / tables.TABLE_VERSION
     folder.mkdir(parents=True)
     for file in source.iterdir():

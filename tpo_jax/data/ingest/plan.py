@@ -13,12 +13,13 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tpo_jax.data import formats, tables
+from tpo_jax.data.clip_features import FeatureStore
 from tpo_jax.data.formats.reading import Context, Draft
-from tpo_jax.data.media import MediaFolder
+from tpo_jax.data.media import STILL, MediaFolder
 from tpo_jax.data.problems import Invalid, Problem
 from tpo_jax.data.records import CLIP_FRAMES, FORMAT_VERSION
 
@@ -86,6 +87,7 @@ class Plan:
     settings: Settings
     pieces: tuple[Piece, ...]
     problems: tuple[Problem, ...]
+    features: FeatureStore | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -98,11 +100,17 @@ class Plan:
         return sum(len(piece.items) for piece in self.pieces)
 
 
-def make_plan(sources: Sequence[Source], settings: Settings) -> Plan:
+def make_plan(
+    sources: Sequence[Source], settings: Settings, features: FeatureStore | None = None
+) -> Plan:
     """Reads and checks all annotations and cuts the work into pieces, sorted by video.
 
+    Args:
+      features: clip features of the videos, to be kept beside their frames.
+
     Raises:
-      PrepareError: a media folder is missing, or nothing usable is left.
+      PrepareError: a media folder is missing, nothing usable is left, or two videos would have the
+        features of one file.
     """
     folders = _open_folders(sources)
     by_video: dict[tuple[str, pathlib.Path], list[Draft]] = collections.defaultdict(list)
@@ -132,8 +140,24 @@ def make_plan(sources: Sequence[Source], settings: Settings) -> Plan:
         MediaItem(path, video_id, tuple(drafts), rates[path])
         for (video_id, path), drafts in sorted(by_video.items())
     ]
-    pieces = tuple(Piece(_piece_key(group, settings), group) for group in _group(items))
-    return Plan(settings, pieces, tuple(problems))
+    if features is not None:
+        check_names(features, (item.video_id for item in items))
+    pieces = tuple(Piece(_piece_key(group, settings, features), group) for group in _group(items))
+    return Plan(settings, pieces, tuple(problems), features)
+
+
+def check_names(features: FeatureStore, video_ids: Iterable[str]) -> None:
+    """Raises PrepareError where two videos have one file of features."""
+    owners: dict[pathlib.Path, str] = {}
+    for video_id in video_ids:
+        if video_id.lower().endswith(STILL):
+            continue  # images have none
+        other = owners.setdefault(features.file(video_id), video_id)
+        if other != video_id:
+            raise PrepareError(
+                f"{features.file(video_id)} would be the features of {other} and of {video_id}; "
+                "rename one of the videos"
+            )
 
 
 def read_source(source: Source, folder: MediaFolder | None) -> tuple[list[Draft], list[Problem]]:
@@ -186,13 +210,18 @@ def _group(items: Sequence[MediaItem]) -> list[tuple[MediaItem, ...]]:
     return [tuple(group) for group in groups]
 
 
-def _piece_key(items: Sequence[MediaItem], settings: Settings) -> str:
+def _piece_key(
+    items: Sequence[MediaItem], settings: Settings, features: FeatureStore | None
+) -> str:
     described: list[Any] = [FORMAT_VERSION, CLIP_FRAMES, dataclasses.asdict(settings)]
     for item in items:
         examples = [[d.file, d.record, d.example.to_json()] for d in item.drafts]
         described.append([item.video_id, *_stat(item.path), examples])
         if item.frame_rate is not None:
             described.append(item.frame_rate)
+        if features is not None:
+            file = features.file(item.video_id)
+            described.append([dataclasses.asdict(features.about), file.exists() and _stat(file)])
     return _hash(described)
 
 

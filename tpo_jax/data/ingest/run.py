@@ -17,6 +17,7 @@ from typing import Any
 
 import tqdm
 
+from tpo_jax.data.clip_features import FeatureStore
 from tpo_jax.data.ingest.assemble import assemble
 from tpo_jax.data.ingest.plan import Piece, Plan, PrepareError, Settings, Source, make_plan
 from tpo_jax.data.ingest.work import do_piece
@@ -28,6 +29,7 @@ def prepare(
     settings: Settings,
     processes: int = 1,
     progress: bool = True,
+    features: FeatureStore | None = None,
 ) -> dict[str, Any]:
     """Makes the prepared folder `out` and returns its statistics.
 
@@ -37,7 +39,7 @@ def prepare(
     Raises:
       PrepareError: `out` holds something else, another process works on it, or nothing is usable.
     """
-    plan = make_plan(sources, settings)
+    plan = make_plan(sources, settings, features)
     if out.exists() and any(out.iterdir()):
         return _finished(plan, out)
     partial = out.with_name(out.name + ".partial")
@@ -92,25 +94,28 @@ def _work(plan: Plan, parts: pathlib.Path, processes: int, progress: bool) -> No
     )
     bad = len(plan.problems)
     with bar:
-        for piece, problems in _results(todo, plan.settings, parts, min(processes, len(todo))):
+        for piece, problems in _results(todo, plan, parts, min(processes, len(todo))):
             bad += problems
             bar.set_postfix(quarantined=bad, refresh=False)
             bar.update(len(piece.items))
 
 
 def _results(
-    todo: Sequence[Piece], settings: Settings, parts: pathlib.Path, processes: int
+    todo: Sequence[Piece], plan: Plan, parts: pathlib.Path, processes: int
 ) -> Iterator[tuple[Piece, int]]:
     """(piece, number of its problems) as they are finished."""
     if processes <= 1:
         for piece in todo:
-            yield piece, do_piece(piece, settings, parts)
+            yield piece, do_piece(piece, plan.settings, parts, plan.features)
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         processes, context, initializer=_end_with_parent
     ) as pool:
-        futures = {pool.submit(do_piece, piece, settings, parts): piece for piece in todo}
+        futures = {
+            pool.submit(do_piece, piece, plan.settings, parts, plan.features): piece
+            for piece in todo
+        }
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tpo_jax.data import tables, validation
+from tpo_jax.data.clip_features import FeatureError, FeatureStore
 from tpo_jax.data.ingest.files import publish, write_lines
 from tpo_jax.data.ingest.plan import MediaItem, Piece, Settings
 from tpo_jax.data.problems import Invalid, Problem
@@ -25,20 +26,31 @@ from tpo_jax.data.video import Decoder, VideoError
 SPOOL_BYTES = 64 * 2**20
 
 
-def do_piece(piece: Piece, settings: Settings, parts: pathlib.Path) -> int:
-    """Writes parts/<key>/ with clips, examples, index and quarantine; returns its problem count."""
+def do_piece(
+    piece: Piece, settings: Settings, parts: pathlib.Path, features: FeatureStore | None = None
+) -> int:
+    """Writes parts/<key>/ with clips, examples, index and quarantine, and clip features where they
+    are given; returns its problem count."""
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f"writing-{piece.key}-", dir=parts))
     clips = tables.writer(temporary / "clips", "clips")
     examples = tables.writer(temporary / "examples", "examples")
+    vectors = tables.writer(temporary / "clip_features", "clip_features") if features else None
     entries: list[IndexEntry] = []
     problems: list[Problem] = []
-    rows = [0, 0]
+    rows = [0, 0, 0]
     for item in piece.items:
         with tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=temporary) as spool:
             try:
                 info = _decode(item, settings, spool)
+                given = _features(item, info, features)
             except VideoError as error:
-                problems += _video_problems(item, error)
+                problems += _item_problems(item, "video", error.file, error.reason, error.fix)
+                continue
+            except FeatureError as error:
+                found = error.problem
+                named = (found.file, found.field, found.value)
+                value = " ".join(str(part) for part in named if part not in ("", None))
+                problems += _item_problems(item, "clip_features", value, found.reason, found.fix)
                 continue
             records, bad = _encode_examples(item, info)
             problems += bad
@@ -49,10 +61,17 @@ def do_piece(piece: Piece, settings: Settings, parts: pathlib.Path) -> int:
         for record in records:
             examples.write(record)
         count = -(-info.num_frames // CLIP_FRAMES)
-        entries.append(IndexEntry(item.video_id, info, (rows[0], count), (rows[1], len(records))))
-        rows = [rows[0] + count, rows[1] + len(records)]
-    clips.close()
-    examples.close()
+        if given is not None:
+            vectors.write(tables.serialize({"video_id": item.video_id, "features": given}))
+        entries.append(
+            IndexEntry(
+                item.video_id, info, (rows[0], count), (rows[1], len(records)),
+                None if given is None else rows[2],
+            )
+        )  # fmt: skip
+        rows = [rows[0] + count, rows[1] + len(records), rows[2] + (given is not None)]
+    for writer in filter(None, (clips, examples, vectors)):
+        writer.close()
     write_lines(temporary / "index.jsonl", [entry.to_json() for entry in entries])
     write_lines(temporary / "quarantine.jsonl", [problem.to_json() for problem in problems])
     publish(temporary, parts / piece.key)
@@ -121,9 +140,19 @@ def _encode_examples(item: MediaItem, info: VideoInfo) -> tuple[list[bytes], lis
     return records, problems
 
 
-def _video_problems(item: MediaItem, error: VideoError) -> list[Problem]:
+def _features(
+    item: MediaItem, info: VideoInfo, features: FeatureStore | None
+) -> np.ndarray | None:
+    """float32[N, D] of a video, checked; None of an image."""
+    if features is None or info.media == "image":
+        return None
+    return features.read(features.file(item.video_id), info.duration)
+
+
+def _item_problems(
+    item: MediaItem, field: str, value: str, reason: str, fix: str
+) -> list[Problem]:
     """One entry per record that a bad file takes with it."""
     return [
-        Problem(draft.file, draft.record, "video", error.file, error.reason, error.fix)
-        for draft in item.drafts
+        Problem(draft.file, draft.record, field, value, reason, fix) for draft in item.drafts
     ]

@@ -29,7 +29,7 @@ HEADS = {
 _REFUSED = {
     "temporal": "its temporal head is CG-DETR over features of InternVideo2",
     "cg_detr": "its temporal head reads features of InternVideo2 and of another text encoder, this "
-    "one patches of the model's own tower and the question's hidden states",
+    "one the hidden states of the question, with other norms and places",
     "region": "its region head is the MLP that is called region_mlp here",
     "mask": "its mask head is sam2",
 }

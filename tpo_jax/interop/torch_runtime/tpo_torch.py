@@ -355,9 +355,10 @@ class VideoLanguageModel:
             "saliency": linear(w.at("saliency"), x)[..., 0],
         }
 
-    def cg_detr(self, slot_states, features, prompt):
+    def cg_detr(self, slot_states, features, prompt, clip_features=None):
         """[1, S, D] at slots, [1, T, D] at the tokens of their question -> {"logits", "spans"
-        [1, S, layers, Q, 2] (centre, width), "saliency", "relevance" [1, S, F]}."""
+        [1, S, layers, Q, 2] (centre, width), "saliency", "relevance" [1, S, F]}. A model whose
+        config has clip_features reads those, [1, F, width], one for each frame."""
         w, heads = self.weights.at("heads").at("cg_detr"), self.head_heads
         embed, readers = w.at("embed"), w.at("readers")
         S, width = slot_states.shape[1], embed["word"].shape[0]
@@ -370,7 +371,8 @@ class VideoLanguageModel:
         keys = torch.cat([seen[:, :count], words], 1)
         spoken = torch.cat([torch.zeros_like(dummies), words], 1)
 
-        clips, position = self._cg_detr_clips(w, words[:, -1], features["patches"][0])
+        given = features["patches"] if clip_features is None else clip_features
+        clips, position = self._cg_detr_clips(w, words[:, -1], given[0])
         read, attention = clips, 0.0
         for i in range(readers.children("layer")):
             layer = readers.at(f"layer{i}")
@@ -398,16 +400,18 @@ class VideoLanguageModel:
                  "relevance": relevance}  # fmt: skip
         return {name: value[None] for name, value in found.items()}
 
-    def _cg_detr_clips(self, w, slots, patches):
-        """[S, C], patches [F, h, w, D] -> clips [S, F, C] and their positions [F, C]."""
-        frames = patches.shape[0]
-        tokens = layer_norm(w.at("patch_norm"), linear(w.at("patch_proj"), patches)).flatten(1, 2)
-        pooled = slot_attention(
-            w.at("pool"), slots.expand(frames, -1, -1), tokens, self.head_heads
-        ).transpose(0, 1)
-        centres = (torch.arange(frames) + 0.5) / frames
-        ends = torch.stack([centres - 0.5 / frames, centres + 0.5 / frames], -1)
-        clips = torch.cat([pooled, ends.expand(len(slots), -1, -1)], -1)
+    def _cg_detr_clips(self, w, slots, given):
+        """[S, C], patches [F, h, w, D] or features [F, D] -> clips [S, F, C], positions [F, C]."""
+        if given.ndim == 2:
+            seen = given.expand(len(slots), -1, -1)
+        else:
+            tokens = layer_norm(w.at("patch_norm"), linear(w.at("patch_proj"), given.flatten(1, 2)))
+            seen = slot_attention(
+                w.at("pool"), slots.expand(len(given), -1, -1), tokens, self.head_heads
+            ).transpose(0, 1)
+        centres = (torch.arange(len(given)) + 0.5) / len(given)
+        ends = torch.stack([centres - centres[0], centres + centres[0]], -1)
+        clips = torch.cat([seen, ends.expand(len(slots), -1, -1)], -1)
         clips = input_projection(w.at("clip_proj"), clips) + w.at("embed")["clip"]
         return clips, sine_waves(centres, slots.shape[-1])
 

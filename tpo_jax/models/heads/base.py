@@ -48,6 +48,9 @@ class HeadInputs:
     prompt_embeds: float32[B, S, R, D], what went into the language model there: words as such.
     prompt_valid: bool[B, S, R].
 
+    Only for heads with `reads_clip_features`, of a model whose config has clip_features:
+    clip_features: float32[B, F, D], of the part of the clip that frame f stands for.
+
     Only where the batch has boxes that the user draws on the first frame:
     boxes: float32[B, S, 4], normalised xyxy, of the slot's question; box_valid: bool[B, S].
 
@@ -67,6 +70,7 @@ class HeadInputs:
     prompt_valid: jax.Array | None = None
     boxes: jax.Array | None = None
     box_valid: jax.Array | None = None
+    clip_features: jax.Array | None = None
     targets: Mapping[str, jax.Array] | None = None
     video_ids: jax.Array | None = None
 
@@ -107,6 +111,8 @@ class Head:
     coupled: terms that compare rows of the whole batch; they refuse gradient accumulation.
     reads_tokens: whether it gets `HeadInputs.tokens`.
     reads_prompt: whether it gets `HeadInputs.prompt` and the two arrays that belong to it.
+    reads_clip_features: whether it takes `HeadInputs.clip_features` in place of frames where the
+      config of the model has them.
 
     A head with a task of its own says what the built-in tasks have in their rooms:
     target: data.targets.SlotTarget, from the targets of an example to arrays.
@@ -126,6 +132,7 @@ class Head:
     coupled: frozenset[str] = frozenset()
     reads_tokens: bool = False
     reads_prompt: bool = False
+    reads_clip_features: bool = False
     target: Any = None
     words: Callable[[Mapping[str, Any]], str] | None = None
     score: Callable[[Mapping[str, Any], int, Mapping | None], dict[str, float]] | None = None

@@ -18,6 +18,7 @@ HEAD = Head(
     decode=decode,
     coupled=COUPLED,
     reads_prompt=True,
+    reads_clip_features=True,
 )
 
 __all__ = ["HEAD", "CgDetrHead", "decode", "loss", "published_weights"]

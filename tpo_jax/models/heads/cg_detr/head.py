@@ -2,7 +2,8 @@
 Query-Dependency Calibration"), conditioned on the prompt and on the task token.
 
 Text is the language model's hidden states of the question, then the state at the slot. A clip is
-one frame of our video encoder: its patches, pooled by the slot, and its place in the video. Clips
+one frame of our video encoder, its patches pooled by the slot; or, where config.clip_features says
+so, the given features of the part that the frame stands for. Its place in the video is added. Clips
 read the text through adaptive cross-attention, a saliency token made for this moment joins them in
 an encoder, and a decoder answers with windows. With targets, `__call__` also returns what only the
 losses need: predictions for a negative query, moment and sentence tokens, what to distil.
@@ -70,10 +71,13 @@ class _Reading(NamedTuple):
 class CgDetrHead(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: Rngs):
         width, heads, depth = config.head.width, config.head.heads, config.head.layers
-        self.patch_proj = Linear(config.vision.width, width, rngs=rngs)
-        self.patch_norm = LayerNorm(width)
-        self.pool = SlotAttention(width, heads, rngs=rngs)
-        self.clip_proj = InputProjection(width + 2, width, rngs=rngs)
+        self.given = config.clip_features
+        if self.given is None:
+            self.patch_proj = Linear(config.vision.width, width, rngs=rngs)
+            self.patch_norm = LayerNorm(width)
+            self.pool = SlotAttention(width, heads, rngs=rngs)
+        clip_width = width if self.given is None else self.given.width
+        self.clip_proj = InputProjection(clip_width + 2, width, rngs=rngs)
         self.text_proj = InputProjection(config.language.width, width, rngs=rngs)
 
         def table(*shape):
@@ -147,19 +151,36 @@ class CgDetrHead(nnx.Module):
 
     def _clips(self, inputs: HeadInputs, slots: jax.Array) -> _Clips:
         """One clip a frame for each of `slots` float[B, S, C]."""
-        patches, frame_valid = inputs.features.patches, inputs.frame_valid
-        B, F, h, w, _ = patches.shape
+        frame_valid = inputs.frame_valid
+        B, F = frame_valid.shape
         S, C = slots.shape[1:]
-        tokens = self.patch_norm(self.patch_proj(patches)).reshape(B * F, h * w, C)
-        pooled = self.pool(jnp.repeat(slots, F, axis=0), tokens).reshape(B, F, S, C)
+        seen = self._pooled(inputs, slots) if self.given is None else self._given(inputs)
         centres = frame_centres(frame_valid)
         half = centres[:, :1]  # of a frame's length: its ends are the published extra features
         ends = jnp.stack([centres - half, centres + half], axis=-1)
-        ends = jnp.broadcast_to(ends[:, :, None], (B, F, S, 2))
-        states = self.clip_proj(jnp.concatenate([pooled, ends], axis=-1)) + self.embed["clip"][...]
+        ends = jnp.broadcast_to(ends[:, :, None], (*seen.shape[:3], 2))
+        states = self.clip_proj(jnp.concatenate([seen, ends], axis=-1)) + self.embed["clip"][...]
+        states = jnp.broadcast_to(states, (B, F, S, C))
         states = jnp.swapaxes(states, 1, 2).reshape(B * S, F, C)
         position = jnp.repeat(sine_waves(centres, C), S, axis=0)
         return _Clips(states, position, jnp.repeat(frame_valid, S, axis=0))
+
+    def _pooled(self, inputs: HeadInputs, slots: jax.Array) -> jax.Array:
+        """float[B, F, S, C]: of every frame, what each slot finds in its patches."""
+        B, F, h, w, _ = inputs.features.patches.shape
+        S, C = slots.shape[1:]
+        tokens = self.patch_norm(self.patch_proj(inputs.features.patches))
+        tokens = tokens.reshape(B * F, h * w, C)
+        return self.pool(jnp.repeat(slots, F, axis=0), tokens).reshape(B, F, S, C)
+
+    def _given(self, inputs: HeadInputs) -> jax.Array:
+        """float[B, F, 1, D]: the given features, the same for every slot."""
+        if inputs.clip_features is None:
+            raise ValueError(
+                f"cg_detr: HeadInputs.clip_features is missing; this model reads {self.given}, so "
+                "give batch['clip_features']"
+            )
+        return inputs.clip_features[:, :, None]
 
     def _read(self, text: _Text, clips: _Clips) -> _Reading:
         keys = jnp.concatenate([text.dummies, text.words], axis=1)

@@ -1,0 +1,311 @@
+"""Pre-extracted features of videos: one file a video, whoever computed them.
+
+    features.json   {"format_version": 1, "encoder": "...", "clip_seconds": 2.0, "width": 2818}
+    NAME.npz        "features" float[N, width]: row i is about the i-th clip_seconds of it
+
+NAME is the path of the video below its media folder, without the suffix. That is how features of
+QVHighlights and its relatives are published, so that a downloaded folder needs features.json alone.
+A head reads the numbers as they stand here. Whatever does not fit is a FeatureError, which names
+file, field, value, what was expected and the fix; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import uuid
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tpo_jax.data import validation
+from tpo_jax.data.media import SUFFIXES, safe_name
+from tpo_jax.data.problems import Invalid, Problem
+from tpo_jax.data.records import RecordError, prepared_clip_features, read_settings
+from tpo_jax.models.config import ClipFeaturesConfig
+
+if TYPE_CHECKING:
+    from tpo_jax.data.rows import RowPlan
+
+FORMAT_VERSION = 1
+ABOUT = "features.json"
+_KEYS = ("format_version", "encoder", "clip_seconds", "width")
+_EXTRACT = "extract them with `python -m tpo_jax.prepare features`"
+
+
+class FeatureError(ValueError):
+    """Features that cannot be used; `problem` says which and why."""
+
+    def __init__(self, problem: Problem):
+        super().__init__(str(problem))
+        self.problem = problem
+
+    def __reduce__(self):
+        return FeatureError, (self.problem,)
+
+
+class FeatureStore:
+    """The features of many videos.
+
+    Args:
+      path: a folder with a features.json.
+
+    Raises:
+      FeatureError: there is none, or it cannot be used.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+        self.about = _read_about(self.path / ABOUT)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], about: ClipFeaturesConfig) -> FeatureStore:
+        """A store to write into, new or begun before; one of other features is refused."""
+        file = pathlib.Path(path) / ABOUT
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"format_version": FORMAT_VERSION} | dataclasses.asdict(about))
+            _write_whole(file, lambda temporary: temporary.write_text(text + "\n", "utf-8"))
+        store = cls(path)
+        store.require(about, "choose another --out")
+        return store
+
+    def require(self, about: ClipFeaturesConfig, fix: str) -> None:
+        """Raises FeatureError unless these are features of that kind."""
+        if difference := differs(self.about, about):
+            raise FeatureError(Invalid(*difference, fix).at(str(self.path / ABOUT), ""))
+
+    def file(self, video_id: str) -> pathlib.Path:
+        """Where the features of a video are, or would be."""
+        return self.path / f"{_stem(safe_name(video_id, 'video'))}.npz"
+
+    def file_of(self, video: pathlib.Path) -> pathlib.Path:
+        """The same of a media file anywhere: the longest end of its path that is a name here."""
+        parts = video.absolute().parts[1:]
+        names = [_stem("/".join(parts[first:])) for first in range(len(parts))]
+        files = [self.path / f"{name}.npz" for name in names]
+        return next((file for file in files if file.exists()), files[-1])
+
+    def read(self, file: pathlib.Path, duration: float) -> np.ndarray:
+        """float32[N, width] of a file, checked against the duration of its video in seconds."""
+        try:
+            return check(_load(file), self.about, duration)
+        except Invalid as invalid:
+            raise FeatureError(invalid.at(str(file), "")) from invalid
+
+    def write(self, video_id: str, features: np.ndarray) -> None:
+        """float32[N, width], under a temporary name first."""
+        file = self.file(video_id)
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+        def save(temporary: pathlib.Path) -> None:
+            with temporary.open("wb") as opened:
+                np.savez(opened, features=np.asarray(features, np.float32))
+
+        _write_whole(file, save)
+
+
+def differs(have: ClipFeaturesConfig, want: ClipFeaturesConfig) -> tuple[str, Any, str] | None:
+    """(field, value, reason) of the first difference of two kinds of features; None: the same."""
+    for field in dataclasses.fields(ClipFeaturesConfig):
+        ours, theirs = getattr(want, field.name), getattr(have, field.name)
+        if ours != theirs:
+            return field.name, theirs, f"expected {ours!r}: these are other features"
+    return None
+
+
+def check(features: np.ndarray, about: ClipFeaturesConfig, duration: float) -> np.ndarray:
+    """float32[N, width] of what a file holds; raises Invalid where it does not fit.
+
+    The last clip may be cut off, left out, or padded to a whole one, so N is within one of
+    duration / clip_seconds.
+    """
+    shape = f"{features.dtype}{list(features.shape)}"
+    if features.ndim != 2 or not np.issubdtype(features.dtype, np.floating) or not len(features):
+        raise Invalid("features", shape, "expected float[N, width], one row a clip", "correct it")
+    if features.shape[1] != about.width:
+        raise Invalid(
+            "features", shape, f"expected {about.width} numbers a clip, as {ABOUT} says",
+            f"correct width there, or {_EXTRACT} again",
+        )  # fmt: skip
+    expected = duration / about.clip_seconds
+    if abs(len(features) - expected) > 1 + 1e-6:
+        raise Invalid(
+            "features", shape,
+            f"{len(features)} clips of {about.clip_seconds:g} s, expected {expected:.1f} in "
+            f"{duration:.3f} s of video",
+            f"correct clip_seconds in {ABOUT}, or {_EXTRACT} again",
+        )  # fmt: skip
+    with np.errstate(over="ignore"):  # what float32 cannot hold is found below
+        features = np.asarray(features, np.float32)
+    bad = np.argwhere(~np.isfinite(features))
+    if len(bad):
+        row, column = bad[0].tolist()
+        raise Invalid(
+            f"features[{row}, {column}]", float(features[row, column]),
+            f"not a finite number, like {len(bad)} of {features.size}", f"{_EXTRACT} again",
+        )  # fmt: skip
+    return features
+
+
+def resample(
+    features: np.ndarray, clip_seconds: float, start: float, end: float, parts: int
+) -> np.ndarray:
+    """What each of some equal parts of [start, end] is about.
+
+    A part within one clip gets its features as they are; one that touches several gets their mean,
+    each as heavy as the time that they share. What comes after the last clip belongs to it.
+
+    Args:
+      features: float32[N, D], clip i from i * clip_seconds on.
+      start, end: seconds, start < end.
+
+    Returns:
+      float32[parts, D].
+    """
+    edges = np.linspace(start, end, parts + 1)
+    begins = np.arange(len(features)) * clip_seconds
+    ends = begins + clip_seconds
+    ends[-1] = max(ends[-1], end)
+    shared = np.minimum(edges[1:, None], ends) - np.maximum(edges[:-1, None], begins)
+    shared = np.where(shared > 1e-6 * clip_seconds, shared, 0.0)  # edges are rounded
+    out = np.empty((parts, features.shape[1]), np.float32)
+    for part, share in zip(out, shared, strict=True):
+        touched = np.flatnonzero(share)
+        weights = share[touched] / np.sum(share)
+        part[:] = weights.astype(np.float32) @ features[touched]
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFeatures:
+    """The clip features of rows, for a model with a head that reads them.
+
+    Attributes:
+      about: what the head reads.
+      tasks: that such heads answer.
+    """
+
+    about: ClipFeaturesConfig
+    tasks: frozenset[str]
+
+    def check(self, plan: RowPlan) -> bool:
+        """Whether the row has features.
+
+        Images have none, and so may rows whose answers are given and call no head that reads them.
+
+        Raises:
+          Invalid: the folder has other features, or none where they are read.
+        """
+        have = plan.dataset.clip_features_config
+        again = "prepare it again with --features=FOLDER"
+        if plan.dataset.video_info(plan.video_id).media == "image":
+            return False
+        if have is None:
+            markers = [f"<{task}>" for task in sorted(self.tasks)]
+            if any(b.answer is None or any(m in b.answer for m in markers) for b in plan.branches):
+                reason = f"the folder has none, but a head of the model reads {self.about}"
+                raise Invalid("clip_features", None, reason, again)
+            return False
+        if difference := differs(have, self.about):
+            field, value, reason = difference
+            fix = f"{again} of that encoder, or train the head on these (config.clip_features=True)"
+            raise Invalid(f"clip_features.{field}", value, reason, fix)
+        return True
+
+    def of_row(self, plan: RowPlan, frames: int) -> np.ndarray:
+        """float32[frames, width]: frame i of n stands for the i-th n-th of the row's clip."""
+        features = plan.dataset.clip_features(plan.video_id)
+        return resample(features, self.about.clip_seconds, plan.start, plan.end, frames)
+
+
+def config_of_folders(paths: Iterable[str]) -> ClipFeaturesConfig:
+    """The kind of features that prepared folders have; those that have none do not count.
+
+    Raises:
+      RecordError: none has any, or two have different ones.
+    """
+    found: dict[str, ClipFeaturesConfig] = {}
+    paths = list(paths)
+    for path in paths:
+        about = prepared_clip_features(read_settings(pathlib.Path(path)))
+        if about is not None:
+            found[path] = about
+    if not found:
+        raise RecordError(
+            f"config.clip_features=True: none of {paths} has clip features; prepare the folder "
+            "with --features=FOLDER"
+        )
+    first, *others = found
+    for other in others:
+        if difference := differs(found[other], found[first]):
+            field, value, _ = difference
+            raise RecordError(
+                f"{other}/prepared.json: clip_features.{field}: {value!r}, but {first} has "
+                f"{getattr(found[first], field)!r}; prepare both with the same features"
+            )
+    return found[first]
+
+
+def _stem(name: str) -> str:
+    """The name of a video without its suffix; dots that belong to the name stay."""
+    suffix = next((s for s in SUFFIXES if name.lower().endswith(s)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def _read_about(file: pathlib.Path) -> ClipFeaturesConfig:
+    try:
+        if not file.is_file():
+            raise Invalid("", None, "the file does not exist, so this is no folder of features",
+                          f"correct the path, {_EXTRACT}, or write it (docs/heads.md)")  # fmt: skip
+        data = json.loads(file.read_text("utf-8"))
+        validation.check_keys(data, (), _KEYS)
+        if data["format_version"] != FORMAT_VERSION:
+            raise Invalid("format_version", data["format_version"], f"expected {FORMAT_VERSION}",
+                          f"{_EXTRACT} again")  # fmt: skip
+        if not isinstance(data["width"], int) or not data["width"] >= 1:
+            raise Invalid("width", data["width"], "expected the numbers a clip", "correct it")
+        return ClipFeaturesConfig(
+            data["width"],
+            validation.check_number("clip_seconds", data["clip_seconds"], 1e-3, 1e6, "seconds"),
+            validation.check_text("encoder", data["encoder"]),
+        )
+    except Invalid as invalid:
+        raise FeatureError(invalid.at(str(file), "")) from invalid
+    except ValueError as error:
+        problem = Invalid("", None, f"not JSON ({error})", "correct it").at(str(file), "")
+        raise FeatureError(problem) from error
+
+
+def _load(file: pathlib.Path) -> np.ndarray:
+    """The array "features" of an npz file; raises Invalid."""
+    if not file.is_file():
+        raise Invalid("", None, "there are no features of this video", _EXTRACT)
+    if not zipfile.is_zipfile(file):
+        raise Invalid("", None, "not an npz file", f"{_EXTRACT} again")
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            if "features" not in arrays:
+                raise Invalid("features", None, f"missing; the file has {arrays.files}",
+                              "name the array features")  # fmt: skip
+            return arrays["features"]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, Invalid):
+            raise
+        raise Invalid("features", None, f"cannot be read ({error})", f"{_EXTRACT} again") from error
+
+
+def _write_whole(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
+    # A name of its own: several processes may write the same file.
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
