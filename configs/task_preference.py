@@ -1,4 +1,4 @@
-"""The arms of the Task Preference Optimization studies: one joint stage each, from the shipped base.
+"""The arms of the studies of Task Preference Optimization: a joint stage each, from the base.
 
     python -m tpo_jax.train --config=configs/task_preference.py:arm=text,data=D --workdir=DIR
 

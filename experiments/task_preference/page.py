@@ -71,7 +71,8 @@ def page(folder: pathlib.Path) -> str:
 
 def section(name: str, title: str, record: Mapping[str, Any]) -> str:
     """Tables of one study."""
-    lines = [f"## {title}", "", f"`{record['command']}`, {len(record['seeds'])} seeds.", NOTES[name]]
+    seeds = f"`{record['command']}`, {len(record['seeds'])} seeds."
+    lines = [f"## {title}", "", seeds, NOTES[name]]
     if record["tiny"]:
         lines.append(
             "**A test of the command on a handful of videos: these figures mean nothing.**"
