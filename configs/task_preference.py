@@ -1,24 +1,30 @@
-"""The arms of the Task Preference Optimization studies: the demo's stages, other tasks or heads.
+"""The arms of the studies of Task Preference Optimization: a joint stage each, from the base.
 
-    python -m tpo_jax.train --config=configs/task_preference.py:arm=text,stage=1,runs=DIR,data=D \
-        --workdir=DIR/stage1
+    python -m tpo_jax.train --config=configs/task_preference.py:arm=text,data=D --workdir=DIR
 
-  heads         region, temporal and mask head beside conversation: the demo itself
+  heads         region, temporal and mask head beside conversation
   text          the same targets written into the answers, no head
   conversation  conversation alone
+  middle_frame  the same about the middle frame alone: a floor of questions
   TRM           as heads, without conversation
   T, R, M       one task alone: temporal; region; mask and tracking
   temporal, cg_detr, temporal_mlp   one temporal head each, beside conversation
-  sam2, first_frame_box   as M, with a SAM 2 head of the demo's size: trained by losses of its
-                masks, or by the prompt that the box on the first frame would be, all that is
-                published
+  tracker       a SAM 2 of the demo's size follows boxes that are drawn; nothing else learns
+  sam2, first_frame_box   masks by that SAM 2, frozen, which the slot state prompts: taught by the
+                losses of its masks, or by the prompt that the box on the first frame would be,
+                all that is published
 
-Every arm asks at least as many questions of each of its kinds a step as `heads` does: rows of an
-arm with fewer tasks are shorter. `text` has longer answers in longer branches, so it is given more
-tokens in as many steps. `data` holds train/ and validation/, `runs` the stages of this arm; `rate`
-multiplies all learning rates; `steps` the steps of every stage. Stage `track` of the SAM 2 arms
-comes between 1 and 2: SAM 2 itself learns to follow boxes that are drawn, and is frozen from there
-on, as the published head starts from a trained and frozen SAM 2.
+What is trained at which rates is the demo's stage 2, with everything in it from the start: routing,
+heads and language model. Published are three stages, of which arms differ in the later ones; one
+for all of them is a third of the time, and no claim here is about stages.
+
+A step asks an arm as many questions of each of its kinds as it asks `heads`: rows of an arm with
+fewer tasks are shorter, and arms without conversation have no steps of long questions, the other
+steps being as many. `text` has longer answers; what is too long for the rows of short ones stands
+beside them in every step, so that it reads more tokens than `heads` in as many steps.
+
+`data` holds train/; `init` is the model folder that an arm starts from, the base by default; `rate`
+multiplies all learning rates; `steps` the number of steps; `tiny` is a few steps on small shapes.
 """
 
 import dataclasses
@@ -27,140 +33,131 @@ import runpy
 
 from ml_collections import ConfigDict
 
+from tpo_jax.interop.folder import load_config
 from tpo_jax.models.heads import cg_detr, heads_of, sam2
-from tpo_jax.training.config import ConfigError, parse_arg
+from tpo_jax.training.config import ConfigError, parse_arg, source_config
 
 _DEMO = runpy.run_path(str(pathlib.Path(__file__).with_name("demo.py")))
+STEPS = 120
+TRACKER_STEPS, TRACKER_RATE = 120, 2e-3
+SAM2_FRAMES = 16  # published: 8 in training; tests show all frames
+SAVE_EVERY = 40
 # The demo counts the language loss eight times; published weights are a twentieth beside once.
 _CG_DETR = cg_detr.published_weights(saliency=4.0, scale=8 * 0.05)
-_SAM2 = sam2.published_weights()
 _PROMPT = "sam2/prompt"
-# Tokens of the longest answer in words, a track, and of it with its question.
-TEXT_ANSWER, TEXT_BRANCH = 76, 100
-TEXT_CONVERSATION = 2.0  # share of conversation where long questions have no bucket of their own
-# What buckets of the demo hold, where that is not everything.
-BUCKET_TASKS = {"image": ("conversation", "region"), "video_long": ("conversation",)}
-TRACK_STEPS, TRACK_RATE = 160, 2e-3
+_NEW = "heads/|task_tokens/|box_encoder/"
+_ADAPTER = "heads/sam2/adapter|task_tokens/|box_encoder/"
+_TRACKER = "heads/sam2/(?!adapter)"
+# In words: tokens of answers and of questions with them, of most places and windows, and of tracks.
+TEXT_SHORT = {"answers": 24, "branch_tokens": 40}
+TEXT_LONG = {"answers": 76, "branch_tokens": 100}
+TEXT_LONG_BRANCHES = 7  # as many masks and tracks as `heads` asks, beside as much conversation
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """tasks: that are asked. heads: that answer them. losses: beside those of the demo."""
+    """tasks: that are asked. heads: that answer them. losses: beside those of the demo. new: regex
+    of the parameters that learn at the rate of heads. evidence: as config.data.evidence."""
 
     tasks: tuple[str, ...]
     heads: tuple[str, ...] = ()
     losses: dict[str, float] = dataclasses.field(default_factory=dict)
+    new: str = _NEW
+    evidence: str = "full"
+
+
+def _sam2(prompt: bool) -> dict[str, float]:
+    """Weights of all terms: of the distance to a prompt, or of everything else."""
+    weights = sam2.published_weights()
+    return {term: w * float((term == _PROMPT) == prompt) for term, w in weights.items()}
 
 
 _MASKS = ("mask", "tracking")
 _TASKS = ("temporal", "region", *_MASKS)
 _TEMPORAL = ("conversation", "temporal")
+_MLP = {"temporal_mlp/l1": 5.0, "temporal_mlp/giou": 1.0}
 ARMS = {
     "heads": Arm(("conversation", *_TASKS), ("region", "temporal", "mask")),
     "text": Arm(("conversation", *_TASKS)),
     "conversation": Arm(("conversation",)),
+    "middle_frame": Arm(("conversation",), evidence="middle_frame"),
     "TRM": Arm(_TASKS, ("region", "temporal", "mask")),
     "T": Arm(("temporal",), ("temporal",)),
     "R": Arm(("region",), ("region",)),
     "M": Arm(_MASKS, ("mask",)),
     "temporal": Arm(_TEMPORAL, ("temporal",)),
     "cg_detr": Arm(_TEMPORAL, ("cg_detr",), _CG_DETR),
-    "temporal_mlp": Arm(
-        _TEMPORAL, ("temporal_mlp",), {"temporal_mlp/l1": 5.0, "temporal_mlp/giou": 1.0}
-    ),
-    "sam2": Arm(_MASKS, ("sam2",), {term: w for term, w in _SAM2.items() if term != _PROMPT}),
-    "first_frame_box": Arm(_MASKS, ("sam2",), {_PROMPT: _SAM2[_PROMPT]}),
+    "temporal_mlp": Arm(_TEMPORAL, ("temporal_mlp",), _MLP),
+    "tracker": Arm(("tracking",), ("sam2",), _sam2(prompt=False)),
+    "sam2": Arm(("mask",), ("sam2",), _sam2(prompt=False), _ADAPTER),
+    "first_frame_box": Arm(("mask",), ("sam2",), _sam2(prompt=True), _ADAPTER),
 }
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(
-        arg, arm="heads", stage="1", runs="runs/task_preference", data="runs/demo/data", init="",
-        rate=1.0, steps=1.0, tiny=False,
-    )  # fmt: skip
+        arg, arm="heads", data="runs/demo/data", init=_DEMO["BASE"], rate=1.0, steps=1.0, tiny=False
+    )
     if arg.arm not in ARMS:
         raise ConfigError(f"config argument arm={arg.arm}: expected one of {', '.join(ARMS)}")
-    arm, tracks = ARMS[arg.arm], arg.stage == "track"
-    stage = "2" if tracks else arg.stage
-    config = _DEMO["get_config"](f"stage={stage},runs={arg.runs},init={arg.init},tiny={arg.tiny}")
-    for split in ("train", "validation"):
-        for source in config.data[split]:
-            source["path"] = f"{arg.data}/{split}"
-    _choose_heads(config, arm, stage)
-    _choose_questions(config, arm)
+    arm = ARMS[arg.arm]
+    config = _DEMO["get_config"](f"stage=2,init={arg.init},tiny={arg.tiny}")
+    asked = {task: weight for task, weight in _DEMO["TASKS"].items() if task in arm.tasks}
+    config.data.train = [source_config(f"{arg.data}/train", tasks=asked)]
+    config.data.validation = []
+    config.data.evidence = arm.evidence
+    config.steps = config.steps if arg.tiny else max(round(STEPS * arg.steps), 1)
+    config.checkpoint.every = SAVE_EVERY
+    for bucket in config.buckets.values():  # with `tiny`, the base may be one of any size
+        bucket.mask_size = load_config(arg.init).mask_size
+    _choose_heads(config, arm)
+    _choose_questions(config, arm, asked)
     if arg.arm == "text":
-        _write_text(config)
+        _write_text(config, arg.tiny)
+    if arg.arm == "tracker":
+        config.trainable = [[_TRACKER, TRACKER_RATE]]
+        config.steps = config.steps if arg.tiny else max(round(TRACKER_STEPS * arg.steps), 1)
     if "sam2" in arm.heads:
+        video = config.buckets.video
+        video.frames, video.slots.mask = min(video.frames, SAM2_FRAMES), video.branches
         config.sam2 = "micro" if arg.tiny else "demo"
-    if tracks:
-        _track(config)
-    elif "sam2" in arm.heads and stage == "2":
-        config.init_from = arg.init or f"{arg.runs}/track/model"
-        learnt = "heads/sam2/adapter|task_tokens/|box_encoder/"
-        config.trainable = [[learnt, config.trainable[0][1]], *_without_heads(config.trainable)]
     config.trainable = [[pattern, rate * arg.rate] for pattern, rate in config.trainable]
-    if not arg.tiny:
-        config.steps = max(round(config.steps * arg.steps), 1)
     return config
 
 
-def _choose_heads(config: ConfigDict, arm: Arm, stage: str) -> None:
+def _choose_heads(config: ConfigDict, arm: Arm) -> None:
     config.model.heads = list(arm.heads)
-    kept = {
-        term: weight for term, weight in config.losses.items()
-        if term.split("/")[0] in ("language", *arm.heads)
-    }  # fmt: skip
-    asleep = 0.0 if stage == "1" else 1.0  # stage 1 of the demo reports the losses of heads only
-    config.losses = kept | {term: weight * asleep for term, weight in arm.losses.items()}
-    if not arm.heads:
-        config.init_missing = []
-        config.trainable = _without_heads(config.trainable)
+    kept = ("language", *arm.heads)
+    losses = {term: w for term, w in config.losses.items() if term.split("/")[0] in kept}
+    config.losses = losses | arm.losses
+    (_, new_rate), (language, language_rate) = config.trainable
+    config.trainable = [[language, language_rate]]
+    if arm.heads:
+        config.trainable.insert(0, [arm.new, new_rate])
+        config.init_missing = _NEW.split("|")
 
 
-def _without_heads(trainable: list) -> list:
-    """The entries of the language model and what it sees."""
-    new = ("heads/", "task_tokens/", "box_encoder/")
-    entries = []
-    for pattern, rate in trainable:
-        old = [part for part in pattern.split("|") if part not in new]
-        if old:
-            entries.append(["|".join(old), rate])
-    return entries
-
-
-def _choose_questions(config: ConfigDict, arm: Arm) -> None:
-    """Tasks of the arm alone, in rows as much shorter as the other tasks are questions."""
+def _choose_questions(config: ConfigDict, arm: Arm, asked: dict[str, float]) -> None:
+    """Rows as much shorter as the other tasks are questions."""
     every = _DEMO["TASKS"]
-    kept = {task: weight for task, weight in every.items() if task in arm.tasks}
-    for source in (*config.data.train, *config.data.validation):
-        source["tasks"] = dict(kept)
-    slots = {*heads_of(arm.heads), *(["box"] if "mask" in heads_of(arm.heads) else [])}
-    for name, bucket in list(config.buckets.items()):
-        asked = BUCKET_TASKS.get(name, tuple(every))
-        if not any(task in kept for task in asked):
-            del config.buckets[name]
-            continue
-        share = sum(kept.get(task, 0.0) for task in asked) / sum(every[task] for task in asked)
-        bucket.branches = max(round(bucket.branches * share), 1)
-        bucket.slots = {task: count for task, count in bucket.slots.items() if task in slots}
+    video, long = config.buckets.video, config.buckets.video_long
+    video.branches = max(round(video.branches * sum(asked.values()) / sum(every.values())), 1)
+    answered = heads_of(arm.heads)
+    slots = {*answered, "box"} if "mask" in answered else set(answered)
+    video.slots = {task: count for task, count in video.slots.items() if task in slots}
+    if "conversation" not in arm.tasks:
+        config.steps = max(round(config.steps * video.weight / (video.weight + long.weight)), 1)
+        del config.buckets.video_long
+    if arm.evidence != "full":
+        video.frames = long.frames = 1
 
 
-def _write_text(config: ConfigDict) -> None:
+def _write_text(config: ConfigDict, tiny: bool) -> None:
+    """Short answers, and beside them the masks, tracks and conversation that need long rows."""
     config.data.task_text = True
-    for source in (*config.data.train, *config.data.validation):
-        source["tasks"]["conversation"] = TEXT_CONVERSATION
-    video = config.buckets.video
-    video.branch_tokens, video.answers = TEXT_BRANCH, TEXT_ANSWER
-    # Every question is shorter than the longest answer in words.
-    video.weight = round(video.weight + config.buckets.video_long.weight)
-    del config.buckets["video_long"]
-
-
-def _track(config: ConfigDict) -> None:
-    """SAM 2 alone, prompted by drawn boxes."""
-    for source in (*config.data.train, *config.data.validation):
-        source["tasks"] = {"tracking": 1.0}
-    config.buckets = {"video": config.buckets.video}
-    config.losses = {"language": 1.0} | {t: w for t, w in _SAM2.items() if t != _PROMPT}
-    config.trainable = [["heads/sam2/(?!adapter)", TRACK_RATE]]
-    config.steps = min(config.steps, TRACK_STEPS)
+    video, long = config.buckets.video, config.buckets.video_long
+    every = _DEMO["TASKS"]
+    masks = sum(every[task] for task in _MASKS)
+    video.update(TEXT_SHORT, branches=round(video.branches * (1 - masks / sum(every.values()))))
+    long.update(TEXT_LONG, branches=2 if tiny else TEXT_LONG_BRANCHES)
+    video.beside = "video_long"

@@ -8,10 +8,13 @@ import json
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
+
+from tpo_jax.training.preemption import EXIT_STATUS
 
 BESIDE_PRIORITY = 10  # "nice": the main steps go first
 
@@ -52,6 +55,8 @@ class Steps:
         self._lock = threading.Lock()
         self._lanes: dict[str, concurrent.futures.ThreadPoolExecutor] = {}
         self._waiting: list[concurrent.futures.Future] = []
+        self._running: set[int] = set()  # process ids
+        self._stopped = False
 
     def run(self, step: str, module: str, *arguments: object) -> None:
         """Runs `python -m module arguments...`. Raises StepFailed, also of an earlier `beside`."""
@@ -71,6 +76,14 @@ class Steps:
         for future in self._waiting:
             future.result()
 
+    def stop(self) -> None:
+        """Tells running commands to stop; they and later ones fail. For a handler of SIGTERM:
+        commands that were left running would meet those of the next call."""
+        self._stopped = True
+        for pid in tuple(self._running):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
     def _raise_failure(self) -> None:
         for future in self._waiting:
             if future.done():
@@ -83,6 +96,8 @@ class Steps:
         if step in self.done:
             print(f"[{step}] was done in {self.done[step]['seconds']:.0f} s", flush=True)
             return
+        if self._stopped:
+            raise StepFailed(step, EXIT_STATUS, log)
         print(f"\n[{step}] {shlex.join(command)}" + (f" > {log} &" if log else ""), flush=True)
         started, begin = time.time(), time.monotonic()
         with open(log, "w") if log else contextlib.nullcontext() as output:
@@ -94,8 +109,10 @@ class Steps:
             )
             if log:  # before it has started a thread: they inherit it
                 os.setpriority(os.PRIO_PROCESS, process.pid, BESIDE_PRIORITY)
+            self._running.add(process.pid)
             # Of this command alone, with its own processes; several may be running.
             _, status, usage = os.wait4(process.pid, 0)
+            self._running.discard(process.pid)
             process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - begin
         if process.returncode:

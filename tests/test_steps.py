@@ -2,6 +2,9 @@
 
 import concurrent.futures
 import json
+import signal
+import threading
+import time
 
 import pytest
 
@@ -88,3 +91,16 @@ def test_the_first_failure_beside_is_raised_and_nothing_runs_after_it(tmp_path):
     with pytest.raises(StepFailed, match="break"):
         steps.run("greet too", *HELLO)
     assert not (tmp_path / "steps.jsonl").exists()
+
+
+def test_told_to_stop_it_waits_for_its_commands_and_starts_no_more(tmp_path):
+    steps = Steps(tmp_path)
+    sleep = ("timeit", "-n1", "-r1", "import time; time.sleep(60)")
+    threading.Timer(1, steps.stop).start()
+    begin = time.monotonic()
+    with pytest.raises(StepFailed) as failure:
+        steps.run("sleep", *sleep)
+    assert failure.value.status == -signal.SIGTERM and time.monotonic() - begin < 50
+    with pytest.raises(StepFailed, match="status 75"):
+        steps.run("greet", *HELLO)
+    assert not steps.done

@@ -1,4 +1,9 @@
-"""Trains and evaluates the arms of configs/task_preference.py with the commands of the demo."""
+"""Trains and evaluates the arms of configs/task_preference.py with the commands of the demo.
+
+A step keeps both cores busy, so seeds are runs of their own and not one program with an axis of
+seeds: that would compile once more and be no faster. Runs of one shape share compiled programs
+through OUT/compiled; studies share data, arms and floors.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,8 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import runpy
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,8 +24,11 @@ from tpo_jax.evaluation import results
 from tpo_jax.evaluation.summary import describe_device, versions
 
 RESULTS = pathlib.Path("experiments/results/task_preference")
-# Floors of tasks: the best constants of the training split, scored on the test split.
-FLOORS = "floors"
+CONFIG = pathlib.Path("configs/task_preference.py")
+ARMS = runpy.run_path(str(CONFIG))["ARMS"]
+# Fewer videos than the demo has, and no images: an evaluation is most of what a run costs.
+FULL = demo.Scale(train=480, validation=60, test=100, images=0)
+TINY = dataclasses.replace(demo.TINY, images=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Options:
         file = self.out / "options.json"
         if not file.exists():
             self.out.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(mine) + "\n")
+            page.write_file(file, json.dumps(mine) + "\n")
         elif (theirs := json.loads(file.read_text())) != mine:
             raise ValueError(
                 f"--out {self.out}: has runs of {theirs}, expected {mine}; use another"
@@ -49,11 +59,11 @@ class Options:
 
 
 class Study:
-    """The runs of one study, OUT/seed<n>/<arm>/<stage>; data and finished steps are shared."""
+    """The runs of one study, OUT/seed<n>/<arm>; data and finished steps are shared."""
 
     def __init__(self, options: Options):
         self.options = options
-        self.scale = demo.TINY if options.tiny else demo.FULL
+        self.scale = TINY if options.tiny else FULL
         self._steps: dict[int, Steps] = {}
 
     @property
@@ -66,88 +76,114 @@ class Study:
             steps = Steps(self.options.out / f"seed{seed}")
             cache = self.options.out / "compiled"
             steps.environment["JAX_COMPILATION_CACHE_DIR"] = str(cache.absolute())
-            demo.make_data(steps, self.scale, seed)
             self._steps[seed] = steps
+            demo.make_data(steps, self.scale, seed)
         return self._steps[seed]
 
-    def floors(self, seed: int) -> pathlib.Path:
-        """Of the tasks by constants, of questions by models that see nothing or one frame."""
-        demo.measure_floors(self.steps(seed), self.scale, self.options.base, seed)
-        return self.steps(seed).out / "eval" / "floors.json"
-
     def train(
-        self, seed: int, arm: str, stages: tuple[str, ...] = (), *, rate: float = 1.0,
-        start: pathlib.Path | None = None, data: str = "data",
+        self, seed: int, arm: str, *, rate: float = 1.0, init: pathlib.Path | None = None,
+        data: str = "data",
     ) -> pathlib.Path:  # fmt: skip
-        """Trains an arm stage by stage; returns the model folder of the last stage.
+        """Trains an arm; returns its model folder, OUT/seed<n>/<arm>/model.
 
         Args:
-          stages: of configs/task_preference.py; by default those of the demo, in a test its first.
-          rate: multiplies all learning rates.
-          start: model folder of the first stage; None for the base.
+          rate: multiplies all learning rates; another than 1 is part of the folder's name.
+          init: model folder to start from; None for the base.
           data: folder beside the arms.
         """
         steps = self.steps(seed)
-        name = self.name(arm, rate)
-        runs = steps.out / name
-        init = f",init={start or self.options.base}"
-        for stage in stages or demo.STAGES[: 1 if self.options.tiny else None]:
-            workdir = runs / (f"stage{stage}" if stage.isdigit() else stage)
-            steps.run(
-                f"train {name} {stage}", "tpo_jax.train",
-                f"--config=configs/task_preference.py:arm={arm},stage={stage},runs={runs}"
-                f",data={steps.out / data},rate={rate},steps={self.options.steps}"
-                f"{init}{self.scale.config}",
-                f"--workdir={workdir}", f"--config.seed={seed}",
-            )  # fmt: skip
-            init = ""
+        workdir = steps.out / run_name(arm, rate)
+        steps.run(f"train {workdir.name}", *self._training(steps, arm, workdir, rate, init, data),
+                  f"--config.seed={seed}")  # fmt: skip
         return workdir / "model"
 
-    def evaluate(self, seed: int, name: str, model: pathlib.Path, split: str = "test",
-                 *more: object) -> pathlib.Path:  # fmt: skip
-        """Evaluates beside the next training; returns the file of the metrics."""
-        steps = self.steps(seed)
+    def _training(
+        self, steps: Steps, arm: str, workdir: pathlib.Path, rate: float = 1.0,
+        init: pathlib.Path | None = None, data: str = "data",
+    ) -> tuple[object, ...]:  # fmt: skip
+        argument = f"arm={arm},data={steps.out / data},init={init or self.options.base}"
+        argument += f",rate={rate:g},steps={self.options.steps:g}{self.scale.config}"
+        return "tpo_jax.train", f"--config={CONFIG}:{argument}", f"--workdir={workdir}"
+
+    def evaluate(
+        self, seed: int, arm: str, model: pathlib.Path, split: str = "test", *, name: str = "",
+        lane: str = "evaluations",
+    ) -> pathlib.Path:  # fmt: skip
+        """Asks a model what its arm is asked, beside the next training; returns the metrics' file.
+
+        Args:
+          arm: whose tasks and evidence; `text` is read in its words.
+          name: of the file; by default the folder of the run.
+        """
+        steps, name = self.steps(seed), name or model.parent.name
         result = steps.out / "eval" / f"{name}_{split}.json"
+        asked = ["qa" if task == "conversation" else task for task in ARMS[arm].tasks]
         steps.beside(
             f"evaluate {name} on {split}", "tpo_jax.evaluate", "--model", model,
-            "--data", steps.out / "data" / split, "--out", result, *demo.PART, *more,
+            "--data", steps.out / "data" / split, "--out", result, *demo.PART,
+            "--tasks", ",".join(asked), "--evidence", ARMS[arm].evidence,
+            *(("--task_text",) if arm == "text" else ()), lane=lane,
         )  # fmt: skip
         return result
 
-    def name(self, arm: str, rate: float = 1.0) -> str:
-        return arm if rate == 1 else f"{arm}_rate{rate:g}"
-
-    def seconds(self, arm: str) -> dict[int, float]:
-        """Processor seconds that training of an arm took, by seed."""
-        return {
-            seed: sum(s for step, s in self.steps(seed).cpu_seconds.items()
-                      if step.split()[:2] == ["train", arm])
-            for seed in self.seeds
-        }  # fmt: skip
-
-    def wait(self) -> None:
-        for steps in self._steps.values():
-            steps.wait()
+    def floors(self, seed: int, questions: bool = True) -> pathlib.Path:
+        """What constants reach, and with `questions` a model that sees the middle frame alone."""
+        steps, given = self.steps(seed), ()
+        name = "floors" if questions else "floors_of_constants"
+        if questions:
+            arm = "middle_frame"
+            workdir = steps.out / arm
+            steps.beside(f"train {arm}", *self._training(steps, arm, workdir),
+                         f"--config.seed={seed}", lane="floors")  # fmt: skip
+            seen = self.evaluate(seed, arm, workdir / "model", lane="floors")
+            given = ("--middle_frame", seen)
+        data, result = steps.out / "data", steps.out / "eval" / f"{name}.json"
+        steps.beside(
+            name, "tpo_jax.evaluate", "--floors_from", data / "train", "--data", data / "test",
+            "--out", result, *demo.PART, *given, lane="floors",
+        )  # fmt: skip
+        return result
 
     def record(
         self, files: Mapping[str, Mapping[int, pathlib.Path]], floors: Mapping[int, pathlib.Path],
         **more: Any,
     ) -> dict[str, Any]:  # fmt: skip
-        """What the study found, once all evaluations are there: {arm: {metric: [of each seed]}}."""
+        """What the study found, once all evaluations are there.
+
+        "arms" is {arm: {metric: [of each seed]}}, "floors" {metric: [of each seed]};
+        "training_cpu_seconds" {arm: [of each seed]}, "cpu_seconds" of all steps in OUT until now.
+        """
         self.wait()
         arms: dict[str, dict[str, list[float]]] = {}
+        trained: dict[str, list[float]] = {}
         for arm, of_seeds in files.items():
             found = [results.read_json(of_seeds[seed])["metrics"] for seed in self.seeds]
             arms[arm] = {m: [f[m] for f in found] for m in found[0] if all(m in f for f in found)}
-        lowest = (
-            [results.read_json(floors[seed])["floors"] for seed in self.seeds] if floors else []
-        )
+            if arm in ARMS:
+                run = of_seeds[0].stem.removesuffix("_test")
+                trained[arm] = [self._steps[s].cpu_seconds[f"train {run}"] for s in self.seeds]
+        lowest = [results.read_json(floors[seed])["floors"] for seed in self.seeds]
         return {
             "device": describe_device(), "versions": versions(), "tiny": self.options.tiny,
             "seeds": list(self.seeds), "share_of_steps": self.options.steps,
             "videos": self.scale.train, "test_videos": self.scale.test, "arms": arms,
-            "floors": {m: [f[m] for f in lowest] for m in (lowest[0] if lowest else {})},
+            "floors": {m: [f[m] for f in lowest] for m in lowest[0]},
+            "training_cpu_seconds": trained,
+            "cpu_seconds": sum(sum(s.cpu_seconds.values()) for s in self._steps.values()),
         } | more  # fmt: skip
+
+    def wait(self) -> None:
+        for steps in self._steps.values():
+            steps.wait()
+
+    def stop(self) -> None:
+        """Of all seeds; see Steps.stop."""
+        for steps in self._steps.values():
+            steps.stop()
+
+
+def run_name(arm: str, rate: float) -> str:
+    return arm if rate == 1 else f"{arm}_rate{rate:g}"
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -159,7 +195,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("--base", type=pathlib.Path, default=demo.BASE, help="model folder")
     made.add_argument("--seeds", type=int, default=3, help="of rendering, splits and training")
-    made.add_argument("--steps", type=float, default=1.0, help="share of the steps of every stage")
+    made.add_argument("--steps", type=float, default=1.0, help="share of the steps of every arm")
     made.add_argument("--tiny", action="store_true", help="a few videos and steps, for tests")
     return made
 
@@ -171,7 +207,9 @@ def main(name: str, description: str, run: Callable[[Study], dict[str, Any]]) ->
     options = Options(**vars(flags))
     try:
         options.check()
-        record = run(Study(options))
+        study = Study(options)
+        signal.signal(signal.SIGTERM, lambda *_: study.stop())
+        record = run(study)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

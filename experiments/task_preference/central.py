@@ -23,8 +23,6 @@ ARMS = ("conversation", "text", "heads", "TRM", "T", "R", "M")
 SEARCHED = ("text", "heads")
 # The rates are chosen by the mean of these.
 CHOSEN_BY = ("qa/accuracy", "temporal/miou", "region/miou", "mask/j&f", "tracking/auc")
-# Answered in the words of a model without heads.
-IN_WORDS = ("--task_text",)
 
 
 def run(study: Study) -> dict[str, Any]:
@@ -33,31 +31,25 @@ def run(study: Study) -> dict[str, Any]:
     floors = {}
     for seed in study.seeds:
         floors[seed] = study.floors(seed)
-        files["base"][seed] = study.evaluate(seed, "base", study.options.base)
+        base = study.options.base
+        files["base"][seed] = study.evaluate(seed, "conversation", base, name="base")
         for arm in ARMS:
-            rate = rates.get(arm, rates["heads"])
-            model = study.train(seed, arm, rate=rate)
-            files[arm][seed] = study.evaluate(
-                seed, study.name(arm, rate), model, "test", *words(arm)
-            )
-    record = study.record(files, floors, rates=rates, search=search)
-    trained = {arm: study.name(arm, rates.get(arm, rates["heads"])) for arm in ARMS}
-    record["cpu_seconds"] = {arm: study.seconds(name) for arm, name in trained.items()}
-    return record
-
-
-def words(arm: str) -> tuple[str, ...]:
-    return IN_WORDS if arm == "text" else ()
+            model = study.train(seed, arm, rate=rates.get(arm, rates["heads"]))
+            files[arm][seed] = study.evaluate(seed, arm, model)
+    return study.record(files, floors, rates=rates, search=search)
 
 
 def choose_rates(study: Study) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """{arm: rate} of the searched arms, and {arm: {rate: mean on validation}}."""
+    """{arm: rate} of the searched arms, and {arm: {rate: mean on validation}}.
+
+    The runs of the chosen rates are those of seed 0 in the study itself.
+    """
     tried = RATES[1:2] if study.options.tiny else RATES
     files = {}
     for arm in SEARCHED:
         for rate in tried:
-            model, name = study.train(0, arm, rate=rate), study.name(arm, rate)
-            files[arm, rate] = study.evaluate(0, name, model, "validation", *words(arm))
+            model = study.train(0, arm, rate=rate)
+            files[arm, rate] = study.evaluate(0, arm, model, "validation")
     study.wait()
     found: dict[str, dict[str, float]] = {arm: {} for arm in SEARCHED}
     for (arm, rate), file in files.items():

@@ -44,7 +44,7 @@ CLAIMS = {
     ),
     "mask_loss": (
         Claim("mask/j&f", "first_frame_box", "sam2"),
-        Claim("tracking/auc", "first_frame_box", "sam2"),
+        Claim("mask/j", "first_frame_box", "sam2"),
     ),
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import pathlib
 from collections.abc import Iterator
 
@@ -39,13 +40,20 @@ def examples(dataset: PreparedDataset) -> Iterator[Example]:
                 yield changed
 
 
+def was_made(out: pathlib.Path, data: pathlib.Path) -> bool:
+    """Whether `out`, which is written in one rename, is there and of these videos."""
+    settings = out / "prepared.json"
+    return settings.exists() and json.loads(settings.read_text()).get("derived_from") == str(data)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=pathlib.Path, required=True, help="prepared folder")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="prepared folder to write")
     flags = parser.parse_args()
     dataset = PreparedDataset(flags.data)
-    derive(dataset, examples(dataset), flags.out)
+    if not was_made(flags.out, flags.data):
+        derive(dataset, examples(dataset), flags.out)
     print(flags.out)
 
 

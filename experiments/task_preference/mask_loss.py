@@ -2,13 +2,13 @@
 
     python -m experiments.task_preference.mask_loss --out runs/task_preference --seeds 3
 
-A SAM 2 of the demo's size first learns to follow boxes that are drawn, and is frozen, in the place
-of the published one that comes trained. Then the language model and the adapter, which turns the
-slot state into SAM 2's prompt, learn from either objective: `sam2`, the losses of the masks in all
-frames, or `first_frame_box`, the distance to the prompt of the object's box on the first frame.
-Objects that are absent there teach nothing in the latter. The published objective has a second
-network that reads the box out of the slot state; there is none here. The same command goes on where
-it stopped.
+A SAM 2 of the demo's size learns to follow boxes that are drawn in the videos of seed 0. It is then
+frozen and the same for all seeds, in the place of the published one that comes trained. The
+language model and the adapter, which turns the slot state into SAM 2's prompt, learn from either
+objective: `sam2`, the losses of the masks in all frames, or `first_frame_box`, the distance to the
+prompt of the object's box on the first frame. Objects that are absent there teach nothing in the
+latter. The published objective has a second network that reads the box out of the slot state; there
+is none here. The same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 from experiments.task_preference import arms
 from experiments.task_preference.arms import Study
+from tpo_jax.evaluation import results
 
-PREPARED = ("1", "track")
 ARMS = ("first_frame_box", "sam2")
 DATA = "first_frame"
 
@@ -27,22 +27,21 @@ DATA = "first_frame"
 def run(study: Study) -> dict[str, Any]:
     files: dict[str, dict[int, pathlib.Path]] = {arm: {} for arm in ARMS}
     floors = {}
+    tracker = study.train(0, "tracker")
+    followed = study.evaluate(0, "tracker", tracker)
     for seed in study.seeds:
-        floors[seed] = study.floors(seed)
+        floors[seed] = study.floors(seed, questions=False)
         steps = study.steps(seed)
-        for split in ("train", "validation"):
-            steps.run(
-                f"first frames of {split}", "experiments.task_preference.first_frame",
-                "--data", steps.out / "data" / split, "--out", steps.out / DATA / split,
-            )  # fmt: skip
-        tracker = study.train(seed, "sam2", PREPARED)
+        steps.run(
+            "first frames", "experiments.task_preference.first_frame",
+            "--data", steps.out / "data" / "train", "--out", steps.out / DATA / "train",
+        )  # fmt: skip
         for arm in ARMS:
             data = DATA if arm == "first_frame_box" else "data"
-            model = study.train(seed, arm, ("2",), start=tracker, data=data)
+            model = study.train(seed, arm, init=tracker, data=data)
             files[arm][seed] = study.evaluate(seed, arm, model)
     record = study.record(files, floors)
-    record["cpu_seconds"] = {arm: study.seconds(arm) for arm in ARMS}
-    return record
+    return record | {"tracker": results.read_json(followed)["metrics"]}
 
 
 if __name__ == "__main__":

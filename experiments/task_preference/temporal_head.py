@@ -25,9 +25,7 @@ def run(study: Study) -> dict[str, Any]:
         floors[seed] = study.floors(seed)
         for arm in ARMS:
             files[arm][seed] = study.evaluate(seed, arm, study.train(seed, arm))
-    record = study.record(files, floors)
-    record["cpu_seconds"] = {arm: study.seconds(arm) for arm in ARMS}
-    return record
+    return study.record(files, floors)
 
 
 if __name__ == "__main__":
