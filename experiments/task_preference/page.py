@@ -71,7 +71,7 @@ def page(folder: pathlib.Path) -> str:
 
 def section(name: str, title: str, record: Mapping[str, Any]) -> str:
     """Tables of one study."""
-    seeds = f"`{record['command']}`, {len(record['seeds'])} seeds."
+    seeds = f"`{record['command']}`; seeds: {len(record['seeds'])}."
     lines = [f"## {title}", "", seeds, NOTES[name]]
     if record["tiny"]:
         lines.append(
@@ -163,7 +163,7 @@ PARTS = ("vision", "language", "lm_head", "heads")
 def plot(record: Mapping[str, Any], claims: Sequence[Claim]) -> Figure:
     """One small axes a metric: a bar an arm with its standard error, a dot a seed, the floor."""
     metrics = list(dict.fromkeys(claim.metric for claim in claims))
-    figure = Figure(figsize=(3.6 * len(metrics), 3.4))
+    figure = Figure(figsize=(3.6 * len(metrics), 3.4), layout="constrained")
     for ax, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         arms = {arm: found[metric] for arm, found in record["arms"].items() if metric in found}
         for place, values in enumerate(arms.values()):
@@ -172,6 +172,9 @@ def plot(record: Mapping[str, Any], claims: Sequence[Claim]) -> Figure:
             ax.plot([place] * len(values), values, ".", color="#1d2733", markersize=4)
         if metric in record["floors"]:
             ax.axhline(Estimate.of(record["floors"][metric]).mean, color="#d55e00", linestyle=":")
+            ax.plot([], [], color="#d55e00", linestyle=":", label="floor")
+            ax.legend()
+        ax.set_ylim(0, max(0.1, ax.get_ylim()[1]))
         ax.set_xticks(range(len(arms)), list(arms), rotation=60, ha="right")
         ax.set_title(metric)
     return figure
