@@ -55,6 +55,11 @@ def test_video_gives_json_and_annotated_mp4_with_several_head_calls(folder, medi
     with av.open(str(tmp_path / "clip.mp4")) as container:
         assert len(list(container.decode(video=0))) == 8  # the frames that the model saw
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.json", "clip.mp4"]
+    # Another question about the same video takes the place of the first one.
+    assert run(folder, tmp_path, f"--video={media / 'clip.mp4'}", "--prompt=When at 1 s?") == 0
+    region = json.loads((tmp_path / "clip.json").read_text())["events"][1]["result"]
+    assert abs(region["time"] - 1.0) < 0.3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.json", "clip.mp4"]
 
 
 def write_list(path, *entries):

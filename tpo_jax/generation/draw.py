@@ -151,7 +151,7 @@ def write_png(path: epath.PathLike, page: np.ndarray) -> None:
     Image.fromarray(page).save(buffer, format="PNG")
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_bytes(buffer.getvalue())
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def write_mp4(path: epath.PathLike, pages: Sequence[np.ndarray], fps: float) -> None:
@@ -169,4 +169,4 @@ def write_mp4(path: epath.PathLike, pages: Sequence[np.ndarray], fps: float) -> 
         container.mux(stream.encode())
     temporary = path.parent / f"{path.name}.tmp"
     temporary.write_bytes(buffer.getvalue())
-    temporary.rename(path)
+    temporary.replace(path)
