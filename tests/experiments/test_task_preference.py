@@ -4,12 +4,11 @@ import dataclasses
 import json
 import pathlib
 import runpy
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from processes import QUICK, finish, start
 from pycocotools import mask as coco_mask
 
 from experiments.task_preference import page
@@ -172,10 +171,9 @@ def base(tmp_path_factory):
 
 
 def run(module, *arguments):
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout
+    (ended,) = finish([start("-m", module, *arguments, flags=QUICK)], timeout=1800)
+    assert ended.status == 0, ended.out
+    return ended.out
 
 
 @pytest.mark.long
