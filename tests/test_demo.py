@@ -1,16 +1,15 @@
 """The demo's steps, each the real command, on a handful of videos and a micro model."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from processes import QUICK, finish, start
 from promised_metrics import METRICS, PREFERENCE
 
 
 def run(module, *arguments):
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    (ended,) = finish([start("-m", module, *arguments, flags=QUICK)], timeout=1800)
+    return ended
 
 
 def run_demo(*arguments):
@@ -33,22 +32,22 @@ def base(tmp_path_factory):
          "--config.eval_every=0", "--config.checkpoint.every=300", f"--workdir={out}/run"),
     ]  # fmt: skip
     for command in commands:
-        finished = run(*command)
-        assert finished.returncode == 0, finished.stdout + finished.stderr
+        ended = run(*command)
+        assert ended.status == 0, ended.out
     return out / "run" / "model"
 
 
 def test_a_missing_base_is_named(tmp_path):
-    finished = run_demo("--base", tmp_path / "nothing", "--out", tmp_path / "run")
-    assert finished.returncode == 2
-    assert "nothing: no model folder" in finished.stderr
+    ended = run_demo("--base", tmp_path / "nothing", "--out", tmp_path / "run")
+    assert ended.status == 2
+    assert "nothing: no model folder" in ended.err
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.long
 def test_every_step_runs_and_the_summary_is_complete(base, tmp_path):
-    finished = run_demo("--tiny", "--base", base, "--out", tmp_path / "run")
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    ended = run_demo("--tiny", "--base", base, "--out", tmp_path / "run")
+    assert ended.status == 0, ended.out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert set(summary["eval"]) == {"base", "stage1", "stage2", "stage3", "dpo"}
     assert summary["export"]["max_abs_difference"] == 0.0

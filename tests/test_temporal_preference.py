@@ -1,11 +1,10 @@
 """The studies of temporal preferences: figures against sums by hand, needles, every command."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from processes import QUICK, finish, start
 
 from experiments.temporal_preference import needles, report, runs, studies
 from tpo_jax.data.moving_shapes import render, simulate
@@ -151,10 +150,10 @@ def test_a_part_of_the_pairs_is_the_first_ones(tmp_path):
 
 @pytest.mark.long
 def test_every_study_runs_from_end_to_end(tmp_path):
-    command = [sys.executable, "-m", "experiments.temporal_preference", "all", "--tiny"]
-    command += ["--seeds", "1", "--out", str(tmp_path)]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    command = ["-m", "experiments.temporal_preference", "all", "--tiny"]
+    command += ["--seeds", 1, "--out", tmp_path]
+    (ended,) = finish([start(*command, flags=QUICK)], timeout=3600)
+    assert ended.status == 0, ended.out
     page = (tmp_path / "results" / "README.md").read_text()
     for name, study in studies.STUDIES.items():
         assert f"## {study.title}" in page
@@ -162,5 +161,5 @@ def test_every_study_runs_from_end_to_end(tmp_path):
         assert {row["model"] for row in record["rows"]} == set(study.models)
         assert (tmp_path / "results" / f"{name}.png").exists()
     steps = (tmp_path / "steps.jsonl").read_text()
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0 and (tmp_path / "steps.jsonl").read_text() == steps
+    (again,) = finish([start(*command, flags=QUICK)])
+    assert again.status == 0 and (tmp_path / "steps.jsonl").read_text() == steps
