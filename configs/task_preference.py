@@ -18,7 +18,7 @@ What is trained at which rates is the demo's stage 2, with everything in it from
 heads and language model. Published are three stages, of which arms differ in the later ones; one
 for all of them is a third of the time, and no claim here is about stages.
 
-A step asks an arm as many questions of each of its kinds as it asks `heads`: rows of an arm with
+An arm is asked as many questions of each of its kinds as `heads`, within 7 %: rows of an arm with
 fewer tasks are shorter, and arms without conversation have no steps of long questions, the other
 steps being as many. `text` has longer answers; what is too long for the rows of short ones stands
 beside them in every step, so that it reads more tokens than `heads` in as many steps.

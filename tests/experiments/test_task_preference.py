@@ -123,7 +123,7 @@ def test_arms_ask_what_heads_asks():
         assert config.steps == (heads.steps if long else round(heads.steps * 6 / 7))
         assert ("video_long" in config.buckets) == long
         for task, count in rows.items():
-            assert count == pytest.approx(most[task], rel=0.13)
+            assert count == pytest.approx(most[task], rel=0.07)
     text = CONFIG["get_config"]("arm=text")
     assert text.steps == heads.steps and text.trainable == [["language/", heads.trainable[1][1]]]
     assert text.data.task_text and not text.model.heads
@@ -190,6 +190,7 @@ def test_a_study_runs_and_goes_on_where_it_stopped(base, study, tmp_path):
             assert 0 <= value <= 1
     assert found["tiny"] and found["floors"]
     text = (tmp_path / "results" / "README.md").read_text()
-    assert "these figures mean nothing" in text and "one seed" in text or study == "mask_loss"
+    assert "these figures mean nothing" in text
+    assert "one seed" in text or study == "mask_loss"
     again = run(module, *options)
     assert "was done in" in again and "] python -m" not in again
