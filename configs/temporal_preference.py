@@ -10,7 +10,8 @@ reference.npz and the manifest `manifest`, of `count` pairs, from which steps fo
   dpo  DPO + 0.5 SFT, beta 0.3, as published for LongVA-TPO (arXiv 2501.13919)
   sft  the chosen answers of the same pairs alone
 
-`frames` are those of a clip; `tiny` a few steps of small batches, for tests.
+`frames` are those of a clip, `rate` is the learning rate; `tiny` a few steps of small batches, for
+tests.
 """
 
 import importlib.resources
@@ -35,7 +36,7 @@ OBJECTIVES = {"dpo": ({"sigmoid": 1.0}, 0.5), "sft": ({"sigmoid": 0.0}, 1.0)}
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(
         arg, objective="dpo", data="", pairs="", manifest="pairs.jsonl", count=0, frames=32,
-        tiny=False,
+        rate=1e-4, tiny=False,
     )  # fmt: skip
     if arg.objective not in OBJECTIVES:
         expected = ", ".join(OBJECTIVES)
@@ -63,7 +64,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "name": "adamw", "warmup": 0.1, "weight_decay": 0.0, "clip": 1.0, "min_lr_ratio": 0.0,
     }  # fmt: skip
     # As published: the language model and the projector; the vision encoder is frozen.
-    config.trainable = [["language/|connector/", 1e-4]]
+    config.trainable = [["language/|connector/", arg.rate]]
     config.checkpoint.update(every=50, keep=1)
     config.log_every = 1 if arg.tiny else 10
     config.eval_every = 0

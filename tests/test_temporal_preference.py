@@ -18,6 +18,8 @@ ANSWERS = {
     "dpo": [(1, 1, 1, 1), (1, 1, 1, 0)],
 }
 
+SEARCH = {"sft": {1e-4: 0.5, 1e-3: 0.25}, "dpo": {1e-4: 0.5, 1e-3: 0.75}}
+
 
 def write_evaluation(file, values, *metrics):
     scores = ItemScores(("a", "b", "c", "d"), ("v0", "v0", "v1", "v1"), values)
@@ -42,7 +44,8 @@ def figures(tmp_path):
                 files.setdefault((model, condition), {})[seed] = write_evaluation(
                     file, values, *metrics
                 )
-    return report.figures("objectives", files, runs.FULL, {"sft": [9, 8], "dpo": [9, 8]})
+    trained = {"sft": [9, 8], "dpo": [9, 8]}
+    return report.figures("objectives", files, runs.FULL, trained, SEARCH)
 
 
 def test_figures_are_pooled_over_seeds_and_paired_by_item(figures):
@@ -86,16 +89,53 @@ def test_every_figure_of_the_page_stands_beside_its_hidden_one(figures, tmp_path
     assert "| test | sft | 0.375 [0.000, 0.750] | 0.500, 0.250 | " in page
     assert page.count("| 0.875 |\n") == 1
     assert "LongVideoBench 54.2 against 51.3" in page and "sft 9, 8; dpo 9, 8" in page
+    assert (
+        "sft 0.0001 (0.0001: 0.500, 0.001: 0.250); dpo 0.001 (0.0001: 0.500, 0.001: 0.750)" in page
+    )
 
 
 class NoSteps:
-    """Stands for `Steps`; what would be run is not."""
+    """Stands for `Steps`; what would be run is not, but written down."""
 
     def __init__(self, out):
-        self.out = out
+        self.out, self.commands = out, []
 
-    def run(self, *command):
+    def run(self, step, *command):
+        self.commands.append(" ".join(map(str, command)))
+
+    def beside(self, step, *command):
+        self.run(step, *command)
+
+    def wait(self):
         pass
+
+
+def test_an_objective_trains_at_the_rate_that_validation_chose(tmp_path):
+    steps = NoSteps(tmp_path)
+    study = runs.Runs(steps, runs.TINY)
+    for seed in (0, 1):
+        for pairs in ("pairs_mix0.5_frames8", "pairs_mix1_frames8"):
+            folder = tmp_path / f"seed{seed}" / pairs
+            folder.mkdir(parents=True)
+            (folder / "pairs.jsonl").write_text("{}\n" * 10)
+    accuracy = {"sft": {1e-4: 0.5, 1e-3: 0.5}, "dpo": {1e-4: 0.5, 1e-3: 0.75}}
+    for objective, found in accuracy.items():
+        for rate, value in found.items():
+            file = tmp_path / "eval" / f"validation_{objective}_rate{rate:g}.json"
+            file.parent.mkdir(exist_ok=True)
+            write_evaluation(
+                file, (1,) * round(4 * value) + (0,) * round(4 - 4 * value), studies.QA
+            )
+    assert study.choose_rates() == accuracy
+    asked = [command for command in steps.commands if "tpo_jax.evaluate" in command]
+    assert len(asked) == 4
+    assert all(f"--data {tmp_path}/data/validation" in command for command in asked)
+    steps.commands.clear()
+    model = study.train("localized", runs.Model(mix=1.0), seed=1)
+    assert model == tmp_path / "seed1" / "localized_rate0.001" / "model"
+    assert "objective=dpo" in steps.commands[-1] and ",rate=0.001," in steps.commands[-1]
+    study.train("sft", runs.Model("sft"), seed=1)  # of equal ones the lowest
+    assert ",rate=0.0001," in steps.commands[-1]
 
 
 @pytest.mark.parametrize("name", studies.STUDIES)
@@ -114,7 +154,7 @@ def test_every_study_is_judged_drawn_and_written(name, tmp_path):
             file = tmp_path / f"{model}{condition}.json"
             files[model, condition] = {0: write_evaluation(file, values, *metrics)}
     trained = {model: [8] for model in study.models[1:]}
-    found = report.figures(name, files, runs.FULL, trained)
+    found = report.figures(name, files, runs.FULL, trained, SEARCH)
     assert len(found["claims"]) == len(study.claims)
     page = report.write(tmp_path / "results", found).read_text()
     seen = sum("hidden" not in condition for condition in conditions)

@@ -28,6 +28,7 @@ def run(runs: Runs, name: str, seeds: Iterable[int]) -> dict:
     """All commands of one study; returns its figures."""
     study, seeds = STUDIES[name], tuple(seeds)
     runs.prepare()
+    search = runs.choose_rates()
     conditions = study.conditions(runs)
     files: dict[tuple[str, str], dict[int, pathlib.Path]] = {}
     pairs: dict[str, list[int]] = {}
@@ -43,7 +44,7 @@ def run(runs: Runs, name: str, seeds: Iterable[int]) -> dict:
                 result = runs.evaluate(file, model, evaluation.data, *evaluation.arguments)
                 files.setdefault((label, condition), {})[seed] = result
     runs.steps.wait()
-    return report.figures(name, files, runs.scale, pairs)
+    return report.figures(name, files, runs.scale, pairs, search)
 
 
 def main() -> None:

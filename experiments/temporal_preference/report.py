@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from experiments.temporal_preference.runs import best
 from experiments.temporal_preference.studies import BLIND, HIDDEN, PREFERENCE, QA, STUDIES, Claim
 from tpo_jax.evaluation import results
 from tpo_jax.evaluation.bootstrap import ItemScores, interval, paired_difference
@@ -44,12 +45,16 @@ def read(files: Files) -> dict[tuple[str, str, str], dict[int, ItemScores]]:
     return found
 
 
-def figures(name: str, files: Files, scale: Any, pairs: Mapping[str, list[int]]) -> dict[str, Any]:
+def figures(
+    name: str, files: Files, scale: Any, pairs: Mapping[str, list[int]],
+    search: Mapping[str, Mapping[float, float]],
+) -> dict[str, Any]:  # fmt: skip
     """Everything about one study, as JSON.
 
     Args:
       scale: of the runs; its fields are kept, and claims read what they need.
       pairs: model -> number of training pairs by seed.
+      search: objective -> rate -> accuracy on validation.
     """
     study, scores = STUDIES[name], read(files)
     first = study.models[0]
@@ -68,6 +73,10 @@ def figures(name: str, files: Files, scale: Any, pairs: Mapping[str, list[int]])
         "format_version": 1, "study": name, "scale": dataclasses.asdict(scale),
         "seeds": sorted({seed for by_seed in files.values() for seed in by_seed}),
         "pairs": dict(pairs), "rows": rows,
+        "search": {
+            objective: {"chosen": best(of), "accuracy": {f"{rate:g}": of[rate] for rate in of}}
+            for objective, of in search.items()
+        },
         "claims": [_judge(claim, scores, scale) for claim in study.claims],
     }  # fmt: skip
 
@@ -147,13 +156,23 @@ def _section(record: Mapping[str, Any]) -> list[str]:
         f"## {study.title}", "", f"![{record['study']}]({record['study']}.png)", "",
         f"{scale['train']} training and {scale['test']} test videos of {scale['seconds']} s, of "
         f"which {scale['frames']} frames are shown; seeds {', '.join(map(str, record['seeds']))}. "
-        f"Training pairs by seed: {pairs}.", "",
+        f"Training pairs by seed: {pairs}.", "", _search(record["search"]), "",
     ]  # fmt: skip
     rows = {(r["model"], r["condition"], r["metric"]): r for r in record["rows"]}
     lines += _table(rows, study.models, QA, "questions")
     if (study.models[0], "test", PREFERENCE) in rows:
         lines += ["", *_table(rows, study.models, PREFERENCE, "preferred answer likelier")]
     return lines
+
+
+def _search(search: Mapping[str, Any]) -> str:
+    found = "; ".join(
+        f"{objective} {of['chosen']:g} ("
+        + ", ".join(f"{rate}: {accuracy:.3f}" for rate, accuracy in of["accuracy"].items())
+        + ")"
+        for objective, of in search.items()
+    )
+    return f"Learning rates, by the accuracy of questions on validation with seed 0: {found}."
 
 
 def _table(rows: Mapping[Any, Any], models: tuple[str, ...], metric: str, title: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 Everything is a step of one `Steps`, so studies share what they have in common and an interrupted
 one goes on where it stopped. All seeds read the same videos; a seed decides what pairs are drawn
-and in which order they are trained on.
+and in which order they are trained on. Learning rates are chosen on the validation split.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 
 from experiments.steps import Steps
+from tpo_jax.evaluation import results
 
 BASE = pathlib.Path("tpo_jax/assets/tiny_base")
 WORLD_SEED = 4000  # far from those of the base and of the demo
 CONFIG = "configs/temporal_preference.py"
+SEARCHED = ("sft", "dpo")
+CHOSEN_BY = "qa/accuracy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +27,19 @@ class Scale:
     """How much of everything.
 
     Attributes:
-      train, test: videos of `seconds` with a mean of `density` events in 10 s, of which a model
-        sees 32 frames: most of a video says nothing about a question.
+      train, validation, test: videos of `seconds` with a mean of `density` events in 10 s, of
+        which a model sees 32 frames: most of a video says nothing about a question.
+      rates: that are tried for each objective.
       pairs: of one training run; test_pairs: to score.
       needles: a cell of the map has the questions about so many videos.
     """
 
     train: int = 500
+    validation: int = 120
     test: int = 120
     seconds: int = 32
     density: float = 1.0
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     pairs: int = 400
     test_pairs: int = 200
     frames: int = 32
@@ -47,8 +54,8 @@ class Scale:
 FULL = Scale()
 # Seconds instead of minutes, for the tests; its figures mean nothing.
 TINY = Scale(
-    train=6, test=3, seconds=16, density=1.5, pairs=10, test_pairs=4, frames=8, few_frames=4,
-    needles=1, lengths=(8, 16), judge="none", tiny=True,
+    train=6, validation=3, test=3, seconds=16, density=1.5, rates=(1e-4, 1e-3), pairs=10,
+    test_pairs=4, frames=8, few_frames=4, needles=1, lengths=(8, 16), judge="none", tiny=True,
 )  # fmt: skip
 
 
@@ -74,17 +81,19 @@ class Runs:
 
     def __init__(self, steps: Steps, scale: Scale):
         self.steps, self.scale, self.out = steps, scale, steps.out
+        self.rates: dict[str, float] = {}
 
     def prepare(self) -> None:
-        """Renders and prepares the training and the test videos, and pairs to test with."""
+        """Renders and prepares the videos of every split, and makes pairs to test with."""
         scale = self.scale
+        splits = {"train": scale.train, "validation": scale.validation, "test": scale.test}
         self.steps.run(
             "render", "tpo_jax.data.moving_shapes", "--out", self.out / "world",
-            "--seed", WORLD_SEED, "--videos", scale.train + scale.test,
-            "--splits", f"train:{scale.train},test:{scale.test}", "--seconds", scale.seconds,
-            "--density", scale.density, "--processes", 2,
+            "--seed", WORLD_SEED, "--videos", sum(splits.values()),
+            "--splits", ",".join(f"{split}:{count}" for split, count in splits.items()),
+            "--seconds", scale.seconds, "--density", scale.density, "--processes", 2,
         )  # fmt: skip
-        for split in ("train", "test"):
+        for split in splits:
             self.steps.run(
                 f"prepare {split}", "tpo_jax.prepare", "run", "--data", self.out / "world" / split,
                 "--out", self.data(split), "--processes", 2,
@@ -98,21 +107,44 @@ class Runs:
     def test_pairs(self) -> pathlib.Path:
         return self.out / "pairs_test" / "pairs.jsonl"
 
+    def choose_rates(self) -> dict[str, dict[float, float]]:
+        """{objective: {rate: accuracy of questions about validation videos}}, of seed 0.
+
+        From now on, `train` takes the best of an objective, whatever its pairs.
+        """
+        files = {
+            (objective, rate): self.evaluate(
+                f"validation_{objective}_rate{rate:g}",
+                self._train(objective, Model(objective), 0, rate), self.data("validation"),
+                "--tasks", "qa",
+            )
+            for objective in SEARCHED for rate in self.scale.rates
+        }  # fmt: skip
+        self.steps.wait()
+        found: dict[str, dict[float, float]] = {objective: {} for objective in SEARCHED}
+        for (objective, rate), file in files.items():
+            found[objective][rate] = results.read_json(file)["metrics"][CHOSEN_BY]
+        self.rates = {objective: best(of) for objective, of in found.items()}
+        return found
+
     def train(self, name: str, model: Model, seed: int) -> pathlib.Path:
-        """The model folder; the base's without training."""
+        """The model folder; the base's without training. After `choose_rates`."""
         if model.objective == "base":
             return BASE
+        return self._train(name, model, seed, self.rates[model.objective])
+
+    def _train(self, name: str, model: Model, seed: int, rate: float) -> pathlib.Path:
         scale = self.scale
         frames = scale.few_frames if model.few else scale.frames
         pairs = self._pairs(model.mix, frames, seed)
         manifest, count = first_pairs(pairs / "pairs.jsonl", round(model.share * scale.pairs))
         argument = (
             f"objective={model.objective},data={self.data('train')},pairs={pairs},"
-            f"manifest={manifest},count={count},frames={frames},tiny={scale.tiny}"
+            f"manifest={manifest},count={count},frames={frames},rate={rate:g},tiny={scale.tiny}"
         )
-        workdir = self.out / f"seed{seed}" / name
+        workdir = self.out / f"seed{seed}" / f"{name}_rate{rate:g}"
         self.steps.run(
-            f"seed{seed} train {name}", "tpo_jax.train", f"--config={CONFIG}:{argument}",
+            f"seed{seed} train {workdir.name}", "tpo_jax.train", f"--config={CONFIG}:{argument}",
             f"--workdir={workdir}", f"--config.seed={seed}",
         )  # fmt: skip
         return workdir / "model"
@@ -162,6 +194,11 @@ class Runs:
             "--processes", 2,
         )  # fmt: skip
         return prepared
+
+
+def best(found: Mapping[float, float]) -> float:
+    """The rate with the highest figure; of equal ones the lowest."""
+    return max(sorted(found), key=found.__getitem__)
 
 
 def pairs_trained_on(model: pathlib.Path) -> int:
