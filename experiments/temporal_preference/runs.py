@@ -39,7 +39,7 @@ class Scale:
     test: int = 120
     seconds: int = 32
     density: float = 1.0
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    rates: tuple[float, ...] = (1e-4, 3e-4)
     pairs: int = 400
     test_pairs: int = 200
     frames: int = 32
@@ -86,7 +86,7 @@ class Runs:
     def prepare(self) -> None:
         """Renders and prepares the videos of every split, and makes pairs to test with."""
         scale = self.scale
-        splits = {"train": scale.train, "validation": scale.validation, "test": scale.test}
+        splits = {"train": scale.train, "test": scale.test, "validation": scale.validation}
         self.steps.run(
             "render", "tpo_jax.data.moving_shapes", "--out", self.out / "world",
             "--seed", WORLD_SEED, "--videos", sum(splits.values()),
