@@ -37,6 +37,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from tpo_jax.data import files
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.interop.folder import (
     save_model,
@@ -406,9 +407,7 @@ def say(text: str) -> None:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    files.write(path, json.dumps(value, indent=2) + "\n")
 
 
 def dry_run(

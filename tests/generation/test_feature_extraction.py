@@ -103,7 +103,7 @@ def test_a_run_that_was_stopped_goes_on_and_what_cannot_be_read_is_named(
         duration = read_video(media / name).duration
         written = store.read(store.file(name), duration)
         np.testing.assert_array_equal(written, extractor.features(item(media, name)))
-    assert not list(store.path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_the_encoders_name_tells_what_changes_features(model, params):
