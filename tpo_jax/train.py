@@ -50,7 +50,7 @@ from tpo_jax.training import agreement
 from tpo_jax.training import config as training_config
 from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
 from tpo_jax.training.clock import Clock
-from tpo_jax.training.compiled import CompiledBucket, compile_buckets
+from tpo_jax.training.compiled import CompiledBucket, compile_buckets, keep_programs
 from tpo_jax.training.config_flag import define_config, define_dry_run
 from tpo_jax.training.divergence import Divergence, Guard, rolled_back, write_report
 from tpo_jax.training.dry_run import DryRun
@@ -449,8 +449,7 @@ def main(argv: list[str]) -> None:
             initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
             preemption.joined()
             if config.compile_cache:
-                jax.config.update("jax_compilation_cache_dir", config.compile_cache)
-                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+                keep_programs(config.compile_cache)
             workdir = epath.Path(_WORKDIR.value)
             workdir.mkdir(parents=True, exist_ok=True)
         status = train(

@@ -25,7 +25,7 @@ NOTES = {
     "central": (
         "Every arm is one joint stage of `configs/task_preference.py`, and asks as many questions "
         "of each of its kinds as `heads`. Words give a mask as three boxes: true ones reach about "
-        "0.6 of tracking AUC (`tests/evaluation/test_evaluator.py`)."
+        "0.7 of tracking AUC (`tests/evaluation/test_evaluator.py`)."
     ),
     "temporal_head": "Temporal questions beside conversation; published beside all other heads.",
     "mask_loss": (
