@@ -1,7 +1,7 @@
 """Clips a second from disk: our pipeline on prepared data against decoding videos in a DataLoader.
 
     python -m experiments.benchmarks.loader --work runs/loader --out experiments/results/benchmarks
-    python -m experiments.benchmarks.loader --work runs/loader     # how long steps wait, and no more
+    python -m experiments.benchmarks.loader --work runs/loader  # only how long steps wait
 
 A clip is 16 frames of 224 x 224, spread evenly over a 720p H.264 video of 30 s at 30 frames a
 second (x264 veryfast, crf 23, a key frame at least every 250 frames), from the same files:
@@ -329,7 +329,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--work", type=pathlib.Path, required=True, help="folder for videos, kept, and tables")
-    add("--out", type=pathlib.Path, help="folder for loader.json; without it only waits are printed")
+    add("--out", type=pathlib.Path, help="folder for loader.json; without it, waits are printed")
     add("--videos", type=int, default=4)
     add("--rounds", type=int, default=3)
     flags = parser.parse_args()
