@@ -201,7 +201,7 @@ def test_a_workdir_in_a_bucket_holds_what_a_local_one_does(data, whole, tmp_path
     written = (workdir / "config.json").read_text().replace("gs://bucket/data", str(data))
     assert written == (whole / "config.json").read_text()
     again = read_json(workdir / "config.json")
-    dry_run = DryRun(again, str(workdir), "", lambda finding: None)
+    dry_run = DryRun(again, str(workdir), "v5e:1x1", lambda finding: None)
     dry_run.run()
     assert [str(f) for f in dry_run.findings if not f.good] == []
     found = {finding.name: finding.text for finding in dry_run.findings}
