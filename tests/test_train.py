@@ -177,6 +177,14 @@ def test_resuming_with_another_config_names_the_option(data, whole):
     assert "log_every" not in str(error.value)
 
 
+def checked(config, workdir) -> dict[str, str]:
+    """{check: what it found} of a dry run with nothing wrong."""
+    dry_run = DryRun(config, str(workdir), "v5e:1x1", lambda finding: None)
+    dry_run.run()
+    assert [str(finding) for finding in dry_run.findings if not finding.good] == []
+    return {finding.name: finding.text for finding in dry_run.findings}
+
+
 def test_a_workdir_in_a_bucket_holds_what_a_local_one_does(data, whole, tmp_path, monkeypatch):
     """Checkpoints and data included; interrupted once. Then exported and imported there."""
     asked = gcs_server.install(monkeypatch)
@@ -200,12 +208,10 @@ def test_a_workdir_in_a_bucket_holds_what_a_local_one_does(data, whole, tmp_path
         assert names == {path.name for path in (whole / folder).iterdir()}
     written = (workdir / "config.json").read_text().replace("gs://bucket/data", str(data))
     assert written == (whole / "config.json").read_text()
-    again = read_json(workdir / "config.json")
-    dry_run = DryRun(again, str(workdir), "v5e:1x1", lambda finding: None)
-    dry_run.run()
-    assert [str(f) for f in dry_run.findings if not f.good] == []
-    found = {finding.name: finding.text for finding in dry_run.findings}
+    found = checked(read_json(workdir / "config.json"), workdir)
     assert "12" in found["workdir"] and "data.validation" in found
+    stage = f"data=gs://bucket/data,init_from={workdir}/model"
+    assert "leaves" in checked(tiny_run.get_config(stage), "")["init_from"]
     assert len(list((workdir / "tensorboard").iterdir())) == 2  # one file a process
 
     names = export_model(workdir / "model", "gs://bucket/exported")

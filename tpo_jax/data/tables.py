@@ -138,7 +138,7 @@ class _Shard:
 def open_table(folder: epath.Path) -> array_record_data_source.ArrayRecordDataSource:
     """Random access to the records (bytes) of DIR/<table>; files are opened on first use.
 
-    ArrayRecord reads gs:// by itself, with a client of its own: from version 0.8.6.
+    ArrayRecord reads gs:// by itself, with a client of its own (0.8.6 does).
     """
     folder = folder / TABLE_VERSION
     info = json.loads((folder / "dataset_info.json").read_text("utf-8"))

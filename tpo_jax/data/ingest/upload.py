@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 
 import tqdm
 from etils import epath
@@ -13,13 +14,13 @@ from tpo_jax.data.ingest.plan import PrepareError
 
 MARKER = "prepared.json"  # what readers look for: the last file to arrive
 UPLOADING = "uploading.json"
+BLOCK_BYTES = 2**24
 
 
 def upload(folder: pathlib.Path, out: epath.Path) -> None:
     """Copies a prepared folder; one that is there already is not copied again.
 
-    An upload that was cut off goes on with the same call: files of the right size are whole, since
-    a bucket shows no parts of them.
+    An upload that was cut off goes on with the same call: a file of the right size is whole.
 
     Raises:
       PrepareError: `out` holds something else.
@@ -33,9 +34,11 @@ def upload(folder: pathlib.Path, out: epath.Path) -> None:
         files.write(out / UPLOADING, json.dumps({"fingerprint": fingerprint}))
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     for name in tqdm.tqdm(sorted(set(names) - {MARKER}), desc="upload", unit="file"):
-        data, target = (folder / name).read_bytes(), out / name
-        if not target.exists() or target.stat().length != len(data):
-            target.write_bytes(data)
+        source, target = folder / name, out / name
+        if target.exists() and target.stat().length == source.stat().st_size:
+            continue
+        with source.open("rb") as read, target.open("wb") as written:
+            shutil.copyfileobj(read, written, BLOCK_BYTES)
     (out / MARKER).write_bytes((folder / MARKER).read_bytes())
     (out / UPLOADING).unlink()
 
