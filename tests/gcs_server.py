@@ -1,9 +1,12 @@
-"""A bucket over HTTP: the calls of Google Cloud Storage that tensorstore makes, on `MemoryBucket`.
+"""A bucket over HTTP: the calls of Google Cloud Storage that tensorstore and ArrayRecord make, on
+`MemoryBucket`.
 
 Orbax has its arrays written by tensorstore, which does not know Python's file systems; it asks the
-address in TENSORSTORE_GCS_HTTP_URL. With both, one bucket in memory holds all of a checkpoint.
+address in TENSORSTORE_GCS_HTTP_URL. ArrayRecord's reader asks that in
+CLOUD_STORAGE_EMULATOR_ENDPOINT. So one bucket in memory holds checkpoints and prepared data, too.
 """
 
+import contextlib
 import functools
 import http.server
 import json
@@ -13,6 +16,7 @@ import zlib
 from urllib import parse
 
 import memory_bucket
+from etils import epath
 from memory_bucket import MemoryBucket
 
 
@@ -24,6 +28,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def setup(self):
         super().setup()
         self.files = MemoryBucket()
+
+    def handle(self):
+        with contextlib.suppress(ConnectionResetError):  # ArrayRecord hangs up
+            super().handle()
 
     def do_GET(self):
         bucket, name, query = self._asked()
@@ -37,9 +45,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if query.get("alt") != "media":
             return self._answer(200, _metadata(name, content))
         headers = {"x-goog-generation": str(_generation(content))}
-        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            start, total = int(found[1]), len(content)
-            content = content[start : int(found[2]) + 1 if found[2] else None]
+        if found := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
+            total = len(content)
+            if found[1]:
+                start, end = int(found[1]), int(found[2] or total) + 1
+            else:  # the last bytes
+                start, end = max(total - int(found[2]), 0), total
+            content = content[start:end]
             headers["Content-Range"] = f"bytes {start}-{start + len(content) - 1}/{total}"
             return self._answer(206, content, headers)
         self._answer(200, content, headers)
@@ -121,13 +133,20 @@ def _server():
 
 
 def install(monkeypatch):
-    """For one test, gs:// is an empty bucket in memory, for Python and for tensorstore.
+    """For one test, gs:// is an empty bucket in memory, for Python, tensorstore and ArrayRecord.
 
     Returns the list of requests, which grows.
     """
     memory_bucket.install(monkeypatch)
     server = _server()
     server.asked.clear()
-    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://localhost:{server.server_port}")
+    for reader in ("TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT"):
+        monkeypatch.setenv(reader, f"http://localhost:{server.server_port}")
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
     return server.asked
+
+
+def put(folder, there):
+    """Copies a local folder to gs://."""
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        (epath.Path(there) / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())

@@ -1,12 +1,16 @@
 import json
 
 import av
+import gcs_server
+import memory_bucket
 import micro_model
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from tpo_jax import predict
+from tpo_jax.data import files
 from tpo_jax.generation import draw
 from tpo_jax.generation.requests import Clip, Request, RequestError, make_request, read_list
 from tpo_jax.interop.folder import save_model
@@ -107,6 +111,55 @@ def test_list_reports_failures_and_is_resumed(folder, media, tmp_path, monkeypat
     assert run(folder, out, f"--input={path}") == 1
 
 
+def test_a_bucket_has_what_a_folder_has_after_a_kill_at_any_batch(folder, media, tmp_path,
+                                                                 monkeypatch):
+    """Model, list and outputs under gs://. Killed after one batch, and while one is written."""
+    entries = [{"id": name, "video": str(media / "clip.mp4"), "prompt": f"What is {name}?"}
+               for name in "abcde"]
+    path = write_list(tmp_path / "list.jsonl", *entries)
+    assert run(folder, tmp_path / "out", f"--input={path}", "--batch_size=2") == 0
+    memory_bucket.install(monkeypatch)
+    monkeypatch.chdir(tmp_path)  # where a gs:// path that is taken for a local one would end
+    monkeypatch.setattr(files, "SECONDS_BETWEEN_REWRITES", 1e9)  # what batches write themselves
+    gcs_server.put(folder, "gs://bucket/model")
+    epath.Path("gs://bucket/list.jsonl").write_text(path.read_text())
+    asked, real = [], predict.Predictor.answer
+    left, draw_mp4 = [0], draw.write_mp4
+
+    def answer(self, requests, clips):
+        asked.append("".join(request.id for request in requests))
+        return real(self, requests, clips)
+
+    def write_mp4(path, *more):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        draw_mp4(path, *more)
+
+    monkeypatch.setattr(predict.Predictor, "answer", answer)
+    monkeypatch.setattr(draw, "write_mp4", write_mp4)
+    monkeypatch.setattr(files.Lines, "close", lambda self: None)  # as if by SIGKILL
+    command = ["gs://bucket/model", "gs://bucket/out", "--input=gs://bucket/list.jsonl",
+               "--batch_size=2"]
+    for drawn in (4, 2):  # the second of "cd", and again
+        left[0] = drawn
+        with pytest.raises(KeyboardInterrupt):
+            run(*command)
+    left[0] = -1
+    assert run(*command) == 0
+    assert asked == ["ab", "cd", "cd", "cd", "e"]
+    out = epath.Path("gs://bucket/out")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {file.name for file in out.iterdir()} == names and len(names) == 6
+    for name in names:
+        assert (out / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"list.jsonl", "out"}
+    one = [f"--video={media / 'still.png'}", "--prompt=What?"]
+    assert run("gs://bucket/model", "gs://bucket/one", *one) == 0
+    assert {file.name for file in epath.Path("gs://bucket/one").iterdir()} == {
+        "still.json", "still.png"}
+
+
 def test_frames_are_those_that_preparation_would_give(media):
     clip = Clip.read(Request("x", media / "clip.mp4", "?"), 4)
     np.testing.assert_allclose(clip.frames_read.timestamps, np.arange(16) / 4)
@@ -117,6 +170,7 @@ def test_frames_are_those_that_preparation_would_give(media):
 @pytest.mark.parametrize("change, message", [
     ({"prompt": ""}, "prompt: ''"),
     ({"video": 3}, "video: 3"),
+    ({"video": "gs://b/x.mp4"}, "video: 'gs://b/x.mp4', expected a local file"),
     ({"id": "../x"}, "id: '../x'"),
     ({"box": [0.5, 0.5, 0.2, 0.9]}, r"box: \[0.5"),
     ({"box": [0.1, 0.2, 0.3]}, r"box: \[0.1"),

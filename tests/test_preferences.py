@@ -4,10 +4,12 @@ import os
 import signal
 
 import jax
+import memory_bucket
 import micro_model
 import numpy as np
 import pytest
 from chat_server import serving
+from etils import epath
 
 from tpo_jax import preferences
 from tpo_jax.data import pairs as pair_data
@@ -237,6 +239,38 @@ def sigterm_in(monkeypatch, owner, name: str, call: int):
 
     monkeypatch.setattr(owner, name, wrapped)
     return calls
+
+
+def test_a_bucket_has_the_same_pairs_and_references_after_interruptions(
+        folder, generated, tmp_path, monkeypatch):
+    memory_bucket.install(monkeypatch)
+    monkeypatch.chdir(tmp_path)  # where a gs:// path that is taken for a local one would end
+    out = epath.Path("gs://bucket/pairs")
+    with monkeypatch.context() as patch:
+        calls = sigterm_in(patch, PairGenerator, "run", 2)
+        assert generate(folder, out) == EXIT_STATUS
+    assert calls["run"] == 2 and {path.name for path in out.iterdir()} == {
+        "chunks", "settings.json"}
+    assert generate(folder, out) == 0
+    pairs = out / "pairs.jsonl"
+    assert pairs.read_text() == (generated / "pairs.jsonl").read_text()
+    with monkeypatch.context() as patch:
+        sigterm_in(patch, RowBuilder, "build", 5)  # the first row of the second part
+        assert score(folder, pairs, out / "reference.npz") == EXIT_STATUS
+    parts = {path.name for path in (out / "reference.npz.parts").iterdir()}
+    assert parts == {"00000.npz"}
+    built = sigterm_in(monkeypatch, RowBuilder, "build", 0)
+    assert score(folder, pairs, out / "reference.npz") == 0
+    total = len(pairs.read_text().splitlines())
+    assert built["build"] == total - 4  # the first part is not scored twice
+    assert not (out / "reference.npz.parts").exists()
+    assert score(folder, generated / "pairs.jsonl", tmp_path / "reference.npz") == 0
+    there, here = (sidecar.read(where / "reference.npz") for where in (out, tmp_path))
+    assert there.digests == here.digests and there.fingerprint == here.fingerprint
+    for pair, logps in here.logps.items():
+        np.testing.assert_array_equal(there.logps[pair], logps)
+    assert len(PairedDataset("memory", pairs).videos) > 1
+    assert [path.name for path in tmp_path.iterdir()] == ["reference.npz"]
 
 
 def test_sigterm_stops_generation_at_the_next_batch(folder, generated, tmp_path, monkeypatch):

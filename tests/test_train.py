@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import gcs_server
@@ -26,7 +27,9 @@ from tpo_jax.interop.folder import ModelFolderError, load_model
 from tpo_jax.parallel.mesh import global_batch, make_mesh
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.training import compiled, local_checkpoints
-from tpo_jax.training.checkpoint import CheckpointError
+from tpo_jax.training.checkpoint import CheckpointError, Checkpoints
+from tpo_jax.training.config_flag import read_json
+from tpo_jax.training.dry_run import DryRun
 from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.preemption import EXIT_STATUS, Preemption
 from tpo_jax.training.program import Program
@@ -80,16 +83,18 @@ def assert_same_model(a, b):
         np.testing.assert_array_equal(leaf, flatten(params_b)[path], err_msg=path)
 
 
-def kill_at(monkeypatch, step: int) -> None:
-    """Sends this process a SIGTERM while it handles the batch of `step`."""
-    seen = iter(range(10**6))
+def kill_at(monkeypatch, step: int) -> list[int]:
+    """Sends this process a SIGTERM while it handles batch `step`; returns those it handled."""
+    seen = []
 
     def send(local, mesh):
-        if next(seen) == step:
+        seen.append(len(seen))
+        if seen[-1] == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return global_batch(local, mesh)
 
     monkeypatch.setattr(tpo_jax.train, "global_batch", send)
+    return seen
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +135,9 @@ def test_sigterm_saves_exits_with_75_and_continues_bit_identically(
     config = tiny_run.get_config(f"data={data}")
     for step in steps:
         with monkeypatch.context() as patch:
-            kill_at(patch, step)
+            handled = kill_at(patch, step)
             assert run(config, tmp_path) == EXIT_STATUS
+        assert handled[-1] == step  # the last one, of validation as of training
         assert not (tmp_path / "model").exists()
     assert run(config, tmp_path) == 0
     assert metrics(tmp_path) == metrics(whole)
@@ -139,6 +145,26 @@ def test_sigterm_saves_exits_with_75_and_continues_bit_identically(
     assert_same_model(tmp_path / "best_model", whole / "best_model")
     ledger = json.loads((tmp_path / "ledger.json").read_text())
     assert ledger["restarts"] == len(steps)
+
+
+def test_a_restart_reads_the_state_while_it_compiles(data, whole, tmp_path, monkeypatch):
+    """Both wait for each other, which only those can who run at the same time."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    both = threading.Barrier(2, timeout=60)
+    restore, compile_once = Checkpoints.restore, tpo_jax.train.compile_buckets
+
+    def meet(function):
+        def call(*args, **options):
+            both.wait()
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(Checkpoints, "restore", meet(restore))
+    monkeypatch.setattr(tpo_jax.train, "compile_buckets", meet(compile_once))
+    assert run(tiny_run.get_config(f"data={data}"), tmp_path, resume_from=10) == 0
+    assert not both.broken and both.n_waiting == 0
+    assert metrics(tmp_path) == metrics(whole)
 
 
 def test_resuming_with_another_config_names_the_option(data, whole):
@@ -151,12 +177,21 @@ def test_resuming_with_another_config_names_the_option(data, whole):
     assert "log_every" not in str(error.value)
 
 
+def checked(config, workdir) -> dict[str, str]:
+    """{check: what it found} of a dry run with nothing wrong."""
+    dry_run = DryRun(config, str(workdir), "v5e:1x1", lambda finding: None)
+    dry_run.run()
+    assert [str(finding) for finding in dry_run.findings if not finding.good] == []
+    return {finding.name: finding.text for finding in dry_run.findings}
+
+
 def test_a_workdir_in_a_bucket_holds_what_a_local_one_does(data, whole, tmp_path, monkeypatch):
-    """Checkpoints included; interrupted once. Then exported and imported in the bucket."""
+    """Checkpoints and data included; interrupted once. Then exported and imported there."""
     asked = gcs_server.install(monkeypatch)
     monkeypatch.chdir(tmp_path)  # where a gs:// path that is taken for a local one would end
+    gcs_server.put(data, "gs://bucket/data")
     workdir = epath.Path("gs://bucket/run")
-    config = tiny_run.get_config(f"data={data}")
+    config = tiny_run.get_config("data=gs://bucket/data")
     with monkeypatch.context() as patch:
         kill_at(patch, 3)
         assert run(config, workdir) == EXIT_STATUS
@@ -164,13 +199,19 @@ def test_a_workdir_in_a_bucket_holds_what_a_local_one_does(data, whole, tmp_path
     assert run(config, workdir) == 0
     assert json.loads((workdir / "ledger.json").read_text())["restarts"] == 1
     assert any(line.startswith("POST ") and "ocdbt" in line for line in asked)
+    assert any(line.startswith("GET ") and "array_record" in line for line in asked)
     assert metrics(workdir) == metrics(whole)
     assert_same_model(workdir / "model", whole / "model")
     assert_same_model(workdir / "best_model", whole / "best_model")
     for folder in (".", "checkpoints"):
         names = {path.name for path in (workdir / folder).iterdir()}
         assert names == {path.name for path in (whole / folder).iterdir()}
-    assert (workdir / "config.json").read_text() == (whole / "config.json").read_text()
+    written = (workdir / "config.json").read_text().replace("gs://bucket/data", str(data))
+    assert written == (whole / "config.json").read_text()
+    found = checked(read_json(workdir / "config.json"), workdir)
+    assert "12" in found["workdir"] and "data.validation" in found
+    stage = f"data=gs://bucket/data,init_from={workdir}/model"
+    assert "leaves" in checked(tiny_run.get_config(stage), "")["init_from"]
     assert len(list((workdir / "tensorboard").iterdir())) == 2  # one file a process
 
     names = export_model(workdir / "model", "gs://bucket/exported")
@@ -186,10 +227,12 @@ def test_a_workdir_in_a_bucket_holds_what_a_local_one_does(data, whole, tmp_path
 def test_a_model_in_a_bucket_is_evaluated_there(data, whole, tmp_path, monkeypatch):
     gcs_server.install(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    for file in (whole / "model").iterdir():
-        (epath.Path("gs://bucket/model") / file.name).write_bytes(file.read_bytes())
-    for where, out in (("gs://bucket/model", "gs://bucket/eval.json"), (whole / "model", "e.json")):
-        assert evaluate.main([f"--model={where}", f"--data={data}/validation", f"--out={out}"]) == 0
+    gcs_server.put(whole / "model", "gs://bucket/model")
+    gcs_server.put(data, "gs://bucket/data")
+    for where, videos, out in (("gs://bucket/model", "gs://bucket/data", "gs://bucket/eval.json"),
+                               (whole / "model", data, "e.json")):  # fmt: skip
+        command = [f"--model={where}", f"--data={videos}/validation", f"--out={out}"]
+        assert evaluate.main(command) == 0
     there, here = results.read_json("gs://bucket/eval.json"), results.read_json("e.json")
     assert there["metrics"] == here["metrics"] and there["metrics"]
     samples = results.read_samples("gs://bucket/eval.json")

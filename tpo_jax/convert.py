@@ -15,6 +15,7 @@ import sys
 
 from etils import epath
 
+from tpo_jax.data.files import local_path
 from tpo_jax.interop import export, folder, sam2
 from tpo_jax.interop.chat_template import ChatTemplateError
 from tpo_jax.interop.families import folder as families
@@ -106,7 +107,8 @@ def main() -> int:
     command = commands.add_parser("check", help="run both sides on the same inputs and compare")
     command.add_argument("--model", required=True, help="model folder")
     command.add_argument(
-        "--exported", required=True, help="what `export` wrote from it, or the published folder"
+        "--exported", required=True, type=local_path,
+        help="what `export` wrote from it, or the published folder; PyTorch reads local files",
     )
     command.add_argument("--tolerance", type=float, default=2e-4, help="largest difference")
     command.set_defaults(run=_check)

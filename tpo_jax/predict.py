@@ -10,8 +10,9 @@ A line of the list is {"video": FILE, "prompt": TEXT} and, if wanted, "id", "box
 y1, x2, y2; its place in the prompt is <box>), "time" (seconds: the frame that a box in the answer
 is for), "start" and "end" (seconds). Files are relative to the list. The folder then holds one
 annotated mp4 (video) or PNG (image) per question beside NAME.json, or results.jsonl for a list. A
-list that was stopped goes on where it was; lines that failed are tried again. The exit status is 1
-if a question failed.
+list that was stopped, even by kill -9, goes on after its last whole batch; lines that failed are
+tried again. The exit status is 1 if a question failed. Model, list and --out may be gs:// paths;
+videos are local files.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
+from etils import epath
 
-from tpo_jax.data import video
+from tpo_jax.data import files, video
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.clip_features import FeatureError, FeatureStore
 from tpo_jax.data.pipeline import row_builder
@@ -116,7 +118,7 @@ def _clip_info(request: Request, clip: Clip, plan: RowPlan, row: dict[str, Any])
                     clip.probe.height, clip.probe.width, frame)
 
 
-def write_prediction(out: pathlib.Path, request: Request, answer: RoutedAnswer,
+def write_prediction(out: epath.Path, request: Request, answer: RoutedAnswer,
                      frames: np.ndarray, times: np.ndarray, media: str) -> dict[str, Any]:
     """Draws the answer and returns its record."""
     events = [dataclasses.asdict(event) for event in answer.events]
@@ -131,7 +133,7 @@ def write_prediction(out: pathlib.Path, request: Request, answer: RoutedAnswer,
             "media": media, **answer.to_json(), "annotated": name}
 
 
-def read_results(path: pathlib.Path, requests: Sequence[Request]) -> dict[str, dict[str, Any]]:
+def read_results(path: epath.Path, requests: Sequence[Request]) -> dict[str, dict[str, Any]]:
     """Finished records by id. A last line that was cut off is not finished; failures neither."""
     if not path.exists():
         return {}
@@ -152,66 +154,60 @@ def read_results(path: pathlib.Path, requests: Sequence[Request]) -> dict[str, d
     return done
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes under a temporary name, then renames."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)
-
-
 def records_of(predictor: Predictor, requests: Sequence[Request],
-               out: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """One record per request, batch by batch; a file that cannot be read gives {"id", "error"}."""
+               out: epath.Path) -> Iterator[list[dict[str, Any]]]:
+    """The records of each batch; a file that cannot be read gives one {"id", "error"} by itself."""
     waiting: dict[str, list[tuple[Request, Clip]]] = {"video": [], "image": []}
 
-    def flush(media: str) -> Iterator[dict[str, Any]]:
+    def answer(media: str) -> list[dict[str, Any]]:
         asked, waiting[media] = waiting[media], []
-        if asked:
-            results = predictor.answer(*zip(*asked, strict=True))
-            for (request, _), result in zip(asked, results, strict=True):
-                yield write_prediction(out, request, *result, media)
+        results = predictor.answer(*zip(*asked, strict=True))
+        return [write_prediction(out, request, *result, media)
+                for (request, _), result in zip(asked, results, strict=True)]
 
     for request in requests:
         try:
             clip = Clip.read(request, predictor.config.vision.max_frames, predictor.features)
         except (video.VideoError, ValueError) as error:
-            yield {"id": request.id, "video": str(request.video), "prompt": request.prompt,
-                   "error": str(error)}
+            yield [{"id": request.id, "video": str(request.video), "prompt": request.prompt,
+                    "error": str(error)}]
             continue
         waiting[clip.media].append((request, clip))
         if len(waiting[clip.media]) == predictor.batch_size:
-            yield from flush(clip.media)
+            yield answer(clip.media)
     for media in waiting:
-        yield from flush(media)
+        if waiting[media]:
+            yield answer(media)
 
 
-def run_list(predictor: Predictor, requests: Sequence[Request], out: pathlib.Path) -> int:
+def run_list(predictor: Predictor, requests: Sequence[Request], out: epath.Path) -> int:
     """Answers into results.jsonl what is not there yet; returns the number of failed requests."""
     path = out / "results.jsonl"
     done = read_results(path, requests)
     # Without failures and a cut line.
-    write_text(path, "".join(json.dumps(record) + "\n" for record in done.values()))
+    lines = files.Lines(path, [json.dumps(record) for record in done.values()])
     todo = [request for request in requests if request.id not in done]
     failed = 0
-    with path.open("a", encoding="utf-8") as file, tqdm.tqdm(
-            total=len(requests), initial=len(requests) - len(todo), desc="predict",
-            unit="question") as bar:
-        for record in records_of(predictor, todo, out):
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            failed += "error" in record
-            bar.update()
-            bar.write(f"{record['id']}: {record.get('text', record.get('error'))}")
+    with tqdm.tqdm(total=len(requests), initial=len(requests) - len(todo), desc="predict",
+                   unit="question") as bar:
+        for records in records_of(predictor, todo, out):
+            for record in records:
+                lines.append(json.dumps(record))
+                failed += "error" in record
+                bar.write(f"{record['id']}: {record.get('text', record.get('error'))}")
+            lines.flush()
+            bar.update(len(records))
+    lines.close()
     return failed
 
 
-def run_one(predictor: Predictor, request: Request, out: pathlib.Path) -> int:
+def run_one(predictor: Predictor, request: Request, out: epath.Path) -> int:
     """Answers one request into NAME.json; returns the number of failed requests."""
-    record, = records_of(predictor, [request], out)
+    ((record,),) = records_of(predictor, [request], out)
     if "error" in record:
         print(f"error: {record['error']}", file=sys.stderr)
         return 1
-    write_text(out / f"{request.id}.json", json.dumps(record, indent=2) + "\n")
+    files.write(out / f"{request.id}.json", json.dumps(record, indent=2) + "\n")
     print(record["text"])
     print(out / record["annotated"])
     return 0
@@ -231,7 +227,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--time", type=float, help="seconds of the frame that a box in the answer is for")
     add("--features", default="",
         help="folder with the clip features of the videos, for a model whose head reads them")
-    add("--out", default="predictions", help="output folder (default: %(default)s)")
+    add("--out", default="predictions", help="output folder, local or gs:// (default: "
+        "%(default)s)")
     add("--max_new", type=int, default=64, help="answer tokens at most (default: %(default)s)")
     add("--batch_size", type=int, default=8, help="questions at a time (default: %(default)s)")
     flags = parser.parse_args(arguments)
@@ -245,7 +242,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def requests_of(flags: argparse.Namespace) -> list[Request]:
     """The list, or the one question of the command line."""
     if flags.input:
-        return read_list(pathlib.Path(flags.input))
+        return read_list(epath.Path(flags.input))
     box = flags.box and [_number(value) for value in flags.box.split(",")]
     stem = re.sub(r"[^\w.-]", "_", pathlib.Path(flags.video).stem)
     entry = {"id": stem, "video": flags.video, "prompt": flags.prompt, "box": box or None,
@@ -278,7 +275,7 @@ def open_features(folder: str, config: ModelConfig) -> FeatureStore | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     flags = parse(arguments)
-    out = pathlib.Path(flags.out)
+    out = epath.Path(flags.out)
     try:
         requests = requests_of(flags)
         config, params, codec = load_model(flags.model)

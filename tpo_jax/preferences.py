@@ -32,6 +32,7 @@ import jax
 import tqdm
 from etils import epath
 
+from tpo_jax.data import files
 from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.generation import pairs, scoring, sidecar
 from tpo_jax.generation.pair_generator import PairGenerator, Settings
@@ -72,10 +73,10 @@ def generate(flags: argparse.Namespace, preemption: Preemption) -> int:
              "seed": settings.evidence.seed, "weights": about["weights"]}
     kept, counts, videos = run_chunks(generator, out / "chunks", drawn, flags.pairs)
     lines = [json.dumps(example.to_json()) for example in kept[: flags.pairs]]
-    write_text(out / "pairs.jsonl", "".join(line + "\n" for line in lines))
+    files.write(out / "pairs.jsonl", "".join(line + "\n" for line in lines))
     report = report_of(counts, kept[: flags.pairs], videos) | {
         "wanted": flags.pairs, "seconds": round(time.monotonic() - started, 1)}
-    write_text(out / "counts.json", json.dumps(report, indent=2) + "\n")
+    files.write(out / "counts.json", json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
     if len(lines) < flags.pairs:
         print(f"{out}: {len(lines)} of {flags.pairs} pairs: all videos are used. Raise --samples, "
@@ -98,7 +99,7 @@ def run_chunks(generator: PairGenerator, folder: epath.Path, drawn: dict[str, An
             now = videos[first : first + CHUNK_VIDEOS]
             if not file.exists():
                 examples, chunk_counts = generator.run(now, drawn)
-                write_text(file, json.dumps({
+                files.write(file, json.dumps({
                     "counts": chunk_counts, "pairs": [e.to_json() for e in examples]}))
             chunk = json.loads(file.read_text())
             kept += [Example.from_json(pair) for pair in chunk["pairs"]]
@@ -141,7 +142,7 @@ def check_same_run(out: epath.Path, about: dict[str, Any]) -> None:
     """Writes settings.json, or compares with the one that is there."""
     file = out / "settings.json"
     if not file.exists():
-        write_text(file, json.dumps(about, indent=2) + "\n")
+        files.write(file, json.dumps(about, indent=2) + "\n")
         return
     stored = json.loads(file.read_text())
     different = [f"  {key}: there {stored.get(key)!r}, now {about.get(key)!r}"
@@ -151,14 +152,6 @@ def check_same_run(out: epath.Path, about: dict[str, Any]) -> None:
         raise ResumeError(
             f"{out}: holds pairs that were generated otherwise:\n" + "\n".join(different)
             + "\nGive another --out, or remove this folder.")
-
-
-def write_text(path: epath.Path, text: str) -> None:
-    """Writes under a temporary name, then renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

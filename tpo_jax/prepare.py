@@ -16,9 +16,10 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from tpo_jax.data import formats
+from tpo_jax.data import files, formats
 from tpo_jax.data.clip_features import FeatureError, FeatureStore
 from tpo_jax.data.ingest import statistics
 from tpo_jax.data.ingest.plan import (
@@ -32,6 +33,7 @@ from tpo_jax.data.ingest.plan import (
 )
 from tpo_jax.data.ingest.run import prepare
 from tpo_jax.data.ingest.sources import check_config, from_config, from_manifest
+from tpo_jax.data.ingest.upload import upload
 from tpo_jax.data.media import MediaFolder
 from tpo_jax.data.records import MEDIA, PreparedDataset, RecordError
 from tpo_jax.data.text import texts_of, train_tokenizer
@@ -42,6 +44,8 @@ RUN_EXAMPLES = """examples:
   python -m tpo_jax.prepare run --data world/train --out prepared/train --size 64 --processes 2
   # any folder of videos and one annotation file
   python -m tpo_jax.prepare run --media videos --format native --annotations a.jsonl --out prepared
+  # into a bucket, by way of a local folder
+  python -m tpo_jax.prepare run --data world/train --out gs://BUCKET/train --local prepared/train
   # several sources by config; any value can be changed on the command line
   python -m tpo_jax.prepare run --config configs/prepare.py:world --config.fps=4 --out prepared
 
@@ -114,10 +118,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    run.add_argument("--out", type=pathlib.Path, required=True, help="the folder to write")
+    run.add_argument(
+        "--out", type=epath.Path, required=True, help="the folder to write, local or gs://"
+    )
+    run.add_argument(
+        "--local", type=files.local_path, help="with --out=gs://: where it is made first, and stays"
+    )
     _add_sources(run)
     run.add_argument(
-        "--features", type=pathlib.Path, help="a folder of clip features to keep beside the frames"
+        "--features", type=epath.Path, help="a folder of clip features to keep beside the frames"
     )
     run.add_argument("--fps", type=float, default=2.0, help="frames a second to keep (2)")
     run.add_argument("--size", type=int, help="square frames of so many pixels (native size)")
@@ -134,8 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--format", required=True, choices=formats.FORMATS, metavar="NAME", help=KNOWN
     )
-    check.add_argument("--annotations", type=pathlib.Path, required=True)
-    check.add_argument("--media", type=pathlib.Path, help="also look the media up")
+    check.add_argument("--annotations", type=files.local_path, required=True)
+    check.add_argument("--media", type=files.local_path, help="also look the media up")
     _add_frame_rate(check)
     _add_ignore_keys(check)
 
@@ -147,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     features.add_argument("--model", required=True, help="a model folder")
-    features.add_argument("--out", type=pathlib.Path, required=True, help="the folder to write")
+    features.add_argument("--out", type=epath.Path, required=True, help="the folder to write")
     _add_sources(features)
     features.add_argument("--clip_seconds", type=float, default=2.0, help="of a clip (2)")
     features.add_argument(
@@ -159,19 +168,19 @@ def _parser() -> argparse.ArgumentParser:
         help="train a tokenizer on the questions and answers of a prepared folder",
         allow_abbrev=False,
     )
-    tokenizer.add_argument("--data", type=pathlib.Path, required=True, help="a prepared folder")
-    tokenizer.add_argument("--out", type=pathlib.Path, required=True, help="tokenizer.json")
+    tokenizer.add_argument("--data", type=epath.Path, required=True, help="a prepared folder")
+    tokenizer.add_argument("--out", type=epath.Path, required=True, help="tokenizer.json")
     tokenizer.add_argument("--vocabulary", type=int, default=1000, help="most tokens (1000)")
     commands.add_parser("inspect", help="draw one training row (see inspect --help)")
     return parser
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=pathlib.Path, help="a folder with a dataset.json")
+    parser.add_argument("--data", type=files.local_path, help="a folder with a dataset.json")
     parser.add_argument("--config", help="a config file, configs/prepare.py:ARG")
-    parser.add_argument("--media", type=pathlib.Path, help="the folder of the media files")
+    parser.add_argument("--media", type=files.local_path, help="the folder of the media files")
     parser.add_argument("--format", choices=formats.FORMATS, metavar="NAME", help=KNOWN)
-    parser.add_argument("--annotations", type=pathlib.Path, help="the annotation file or folder")
+    parser.add_argument("--annotations", type=files.local_path, help="annotation file or folder")
     _add_frame_rate(parser)
     _add_ignore_keys(parser)
 
@@ -204,26 +213,40 @@ def _frame_rate(text: str) -> float:
 
 def _tokenizer(options: argparse.Namespace) -> int:
     tokenizer = train_tokenizer(texts_of(PreparedDataset(options.data)), options.vocabulary)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = options.out.with_name(options.out.name + ".tmp")
-    temporary.write_text(tokenizer.to_str(pretty=True))
-    temporary.replace(options.out)
+    files.write(options.out, tokenizer.to_str(pretty=True))
     print(f"{options.out}: {tokenizer.get_vocab_size()} tokens")
     return 0
 
 
 def _run(options: argparse.Namespace, config_arguments: Sequence[str]) -> int:
+    folder = _local_folder(options)
     sources, settings, processes = _sources(options, config_arguments)
     if not options.config:
         settings = Settings(options.fps, options.size, options.encoding)
         processes = options.processes
     features = FeatureStore(options.features) if options.features else None
-    found = prepare(sources, options.out, settings, processes, features=features)
+    found = prepare(sources, folder, settings, processes, features=features)
+    if options.local:
+        upload(folder, options.out)
     print(f"prepared {options.out}")
     print(statistics.table(found))
     if found["quarantined"]:
         print(f"{found['quarantined']} left out, see {options.out / 'quarantine.jsonl'}")
     return 0
+
+
+def _local_folder(options: argparse.Namespace) -> pathlib.Path:
+    """Where the tables are written: --out, or --local where that is a bucket."""
+    if files.is_remote(options.out):
+        if not options.local:
+            raise PrepareError(
+                f"--out={options.out}: tables are written on a disk first; name a folder for them "
+                "with --local=DIR, where they stay"
+            )
+        return options.local
+    if options.local:
+        raise PrepareError(f"--local={options.local}: means nothing without --out=gs://...")
+    return pathlib.Path(options.out)
 
 
 def _sources(

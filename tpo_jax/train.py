@@ -37,6 +37,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from tpo_jax.data import files
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.interop.folder import (
     save_model,
@@ -49,7 +50,7 @@ from tpo_jax.training import agreement
 from tpo_jax.training import config as training_config
 from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
 from tpo_jax.training.clock import Clock
-from tpo_jax.training.compiled import CompiledBucket, compile_buckets
+from tpo_jax.training.compiled import CompiledBucket, compile_buckets, keep_programs
 from tpo_jax.training.config_flag import define_config, define_dry_run
 from tpo_jax.training.divergence import Divergence, Guard, rolled_back, write_report
 from tpo_jax.training.dry_run import DryRun
@@ -406,9 +407,7 @@ def say(text: str) -> None:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    files.write(path, json.dumps(value, indent=2) + "\n")
 
 
 def dry_run(
@@ -450,8 +449,7 @@ def main(argv: list[str]) -> None:
             initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
             preemption.joined()
             if config.compile_cache:
-                jax.config.update("jax_compilation_cache_dir", config.compile_cache)
-                jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+                keep_programs(config.compile_cache)
             workdir = epath.Path(_WORKDIR.value)
             workdir.mkdir(parents=True, exist_ok=True)
         status = train(

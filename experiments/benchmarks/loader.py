@@ -1,6 +1,7 @@
 """Clips a second from disk: our pipeline on prepared data against decoding videos in a DataLoader.
 
     python -m experiments.benchmarks.loader --work runs/loader --out experiments/results/benchmarks
+    python -m experiments.benchmarks.loader --work runs/loader  # only how long steps wait
 
 A clip is 16 frames of 224 x 224, spread evenly over a 720p H.264 video of 30 s at 30 frames a
 second (x264 veryfast, crf 23, a key frame at least every 250 frames), from the same files:
@@ -264,6 +265,11 @@ def data_wait(reader: str, work: pathlib.Path, cores: int, steps: int) -> dict[s
             "longest_wait": max(seconds)}  # fmt: skip
 
 
+def waits(work: pathlib.Path, cores: int) -> dict[str, list[dict[str, Any]]]:
+    """`data_wait` of twelve steps by table, on one core and more."""
+    return {name: [data_wait(name, work, n, 12) for n in range(1, cores + 1)] for name in TARGETS}
+
+
 def run(work: pathlib.Path, videos: int, rounds: int, clips: dict[str, int],
         say: Callable[..., None]) -> dict[str, Any]:  # fmt: skip
     """The whole benchmark; see the module."""
@@ -291,8 +297,7 @@ def run(work: pathlib.Path, videos: int, rounds: int, clips: dict[str, int],
         "loaders": {name: summary(settings[name], timings) for name, timings in found.items()},
         "settings_tried": tried,
         "scaling": {name: scaling(name, work, clips[name]) for name in TARGETS},
-        "data_wait": {name: [data_wait(name, work, n, 12) for n in range(1, cores + 1)]
-                      for name in TARGETS},
+        "data_wait": waits(work, cores),
         "prepare_cpu_seconds_a_video": prepared,
         "bytes_a_video": {name: sum(f.stat().st_size for f in (work / name).rglob("*")) / videos
                           for name in ("media", *TARGETS)},
@@ -324,10 +329,14 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--work", type=pathlib.Path, required=True, help="folder for videos, kept, and tables")
-    add("--out", type=pathlib.Path, required=True, help="folder for loader.json")
+    add("--out", type=pathlib.Path, help="folder for loader.json; without it, waits are printed")
     add("--videos", type=int, default=4)
     add("--rounds", type=int, default=3)
     flags = parser.parse_args()
+    if flags.out is None:
+        write_data(flags.work, flags.videos)
+        print(json.dumps(waits(flags.work, len(os.sched_getaffinity(0))), indent=2))
+        return
     clips = {"raw": 192, "jpeg": 96, "video": 4, "decord": 4, "pyav": 4}
     result = run(flags.work, flags.videos, flags.rounds, clips, lambda x: print(x, flush=True))
     flags.out.mkdir(parents=True, exist_ok=True)

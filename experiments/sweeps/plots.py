@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tpo_jax.evaluation.charts import FAINT, GRID, INK, number, ticks
+from tpo_jax.evaluation.charts import FAINT, INK, Axes, line, number, svg, ticks
 
 # Worst to best, apart for colour-blind readers (a part of cividis).
 _RAMP = ((0xC7, 0xB9, 0x6A), (0x7F, 0x7C, 0x75), (0x2A, 0x5F, 0x9E), (0x00, 0x32, 0x66))
@@ -43,17 +43,17 @@ def parallel_coordinates(
             return height - bottom - scale(value) * (height - top - bottom)
 
         places.append([None if v is None else (x, place(v)) for v in values])
-        parts.append(_line(x, top, x, height - bottom, FAINT))
+        parts.append(line(x, top, x, height - bottom, FAINT))
         parts.append(_text(x, 16, label, anchor="middle", weight=600))
         for value, text in marks:
-            parts.append(_line(x - 4, place(value), x, place(value), FAINT))
+            parts.append(line(x - 4, place(value), x, place(value), FAINT))
             parts.append(_text(x + 5, place(value) + 4, text, colour=FAINT))
     lines = []
     for index, points in enumerate(zip(*places, strict=True)):
         shown = [point for point in points if point is not None]
         if len(shown) > 1:
             lines.append(_polyline(shown, hues[index], index, 1.6))
-    return _svg(width, height, "parallel coordinates", [*lines, *parts])
+    return svg(width, height, "parallel coordinates", [*lines, *parts])
 
 
 def curves(
@@ -69,35 +69,17 @@ def curves(
     Args:
       series: [(step, value), ...] of each run, empty where it has none.
     """
-    points = [point for line in series for point in line]
+    points = [point for curve in series for point in curve]
     if not points:
         return ""
-    left, right, top, bottom = 52, 12, 28, 30
-    xs, ys = ([p[axis] for p in points] for axis in (0, 1))
-    x_ticks, y_ticks = ticks(min(xs), max(xs), 5), ticks(min(ys), max(ys), 5)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return (
-            left + across * (width - left - right),
-            height - bottom - up * (height - top - bottom),
-        )
-
-    parts = [_text(4, 15, title, weight=600, size=13)]
-    for tick in y_ticks:
-        _, y = place(x_ticks[0], tick)
-        parts.append(_line(left, y, width - right, y, GRID))
-        parts.append(_text(left - 6, y + 4, number(tick), anchor="end", colour=FAINT))
-    for tick in x_ticks:
-        x, _ = place(tick, y_ticks[0])
-        parts.append(_text(x, height - bottom + 15, number(tick), anchor="middle", colour=FAINT))
-    parts.append(_text(width - right, height - 2, "step", anchor="end", colour=FAINT))
+    axes = Axes(points, width, height, margins=(52, 12, 28, 30), count=5)
+    parts = [_text(4, 15, title, weight=600, size=13), *axes.grid("step")]
     lines = []
-    for index, line in enumerate(series):
-        if line:
-            lines.append(_polyline([place(*point) for point in line], hues[index], index, 1.5))
-    return _svg(width, height, title, [*parts, *lines])
+    for index, curve in enumerate(series):
+        if curve:
+            placed = [axes.place(*point) for point in curve]
+            lines.append(_polyline(placed, hues[index], index, 1.5))
+    return svg(width, height, title, [*parts, *lines])
 
 
 def _scale(values: Sequence[Any]) -> tuple[Any, list[tuple[Any, str]]]:
@@ -142,23 +124,12 @@ def _ramp(share: float) -> str:
     return "#" + "".join(f"{round(channel):02x}" for channel in mixed)
 
 
-def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '
-        f'aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
-    )
-
-
 def _polyline(points: Sequence[tuple[float, float]], hue: str, run: int, thickness: float) -> str:
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return (
         f'<polyline class="run" data-run="{run}" points="{path}" fill="none" stroke="{hue}" '
         f'stroke-width="{thickness}" stroke-linejoin="round"/>'
     )
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
 
 
 def _text(

@@ -10,6 +10,7 @@ from experiments.sweeps import plots, significance, table
 from experiments.sweeps.options import leaves
 from experiments.sweeps.runs import Run, short_labels
 from experiments.sweeps.table import Outcome
+from tpo_jax.data import files
 from tpo_jax.evaluation.charts import number
 from tpo_jax.evaluation.page import CSS
 
@@ -63,8 +64,8 @@ def write(out: epath.PathLike, runs: Sequence[Run], metric: str = "") -> epath.P
     out = epath.Path(out)
     outcomes = [table.read(run) for run in runs]
     page = out / "sweep.html"
-    _replace(out / "sweep.csv", table.to_csv(outcomes))
-    _replace(page, build(out.name, outcomes, table.main_metric(outcomes, metric)))
+    files.write(out / "sweep.csv", table.to_csv(outcomes))
+    files.write(page, build(out.name, outcomes, table.main_metric(outcomes, metric)))
     return page
 
 
@@ -257,9 +258,3 @@ def _p(value: float | None) -> str:
 
 def _escape(text: Any) -> str:
     return html.escape(str(text), quote=True)
-
-
-def _replace(path: epath.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -24,6 +24,7 @@ from typing import Any
 from etils import epath
 
 from experiments.sweeps import options
+from tpo_jax.data import files
 from tpo_jax.training import config as training_config
 from tpo_jax.training.config import ConfigError
 from tpo_jax.training.config_changes import changed_since
@@ -187,10 +188,7 @@ def exit_status(run: Run) -> int | None:
 
 def write_config(run: Run) -> None:
     """Puts config.json into the workdir; `train --config=.../config.json` runs exactly that."""
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    temporary = run.config_path.with_name("config.json.tmp")
-    temporary.write_text(json.dumps(run.config, indent=2) + "\n")
-    temporary.replace(run.config_path)
+    files.write(run.config_path, json.dumps(run.config, indent=2) + "\n")
 
 
 def _load(file: str) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 from experiments import demo
 from experiments.steps import StepFailed, Steps
 from experiments.task_preference import page
+from tpo_jax.data import files
 from tpo_jax.evaluation import results
 from tpo_jax.evaluation.summary import describe_device, versions
 
@@ -50,8 +51,7 @@ class Options:
         mine = {"base": str(self.base), "steps": self.steps, "tiny": self.tiny}
         file = self.out / "options.json"
         if not file.exists():
-            self.out.mkdir(parents=True, exist_ok=True)
-            page.write_file(file, json.dumps(mine) + "\n")
+            files.write(file, json.dumps(mine) + "\n")
         elif (theirs := json.loads(file.read_text())) != mine:
             raise ValueError(
                 f"--out {self.out}: has runs of {theirs}, expected {mine}; use another"

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.task_preference.claims import CLAIMS, Claim, Estimate, difference, verdict
+from tpo_jax.data import files
 
 METRICS = (
     "qa/accuracy", "temporal/r1@0.5", "temporal/miou", "highlight/hit@1", "region/acc@0.5",
@@ -24,7 +25,7 @@ NOTES = {
     "central": (
         "Every arm is one joint stage of `configs/task_preference.py`, and asks as many questions "
         "of each of its kinds as `heads`. Words give a mask as three boxes: true ones reach about "
-        "0.6 of tracking AUC (`tests/evaluation/test_evaluator.py`)."
+        "0.7 of tracking AUC (`tests/evaluation/test_evaluator.py`)."
     ),
     "temporal_head": "Temporal questions beside conversation; published beside all other heads.",
     "mask_loss": (
@@ -48,10 +49,10 @@ directions can be compared.
 def write(folder: pathlib.Path, name: str, record: Mapping[str, Any]) -> None:
     """Writes the record and plot of a study and the page anew."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    files.write(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
     if name in CLAIMS:
         plot(record, CLAIMS[name]).savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
-    write_file(folder / "README.md", page(folder))
+    files.write(folder / "README.md", page(folder))
 
 
 def page(folder: pathlib.Path) -> str:
@@ -178,9 +179,3 @@ def plot(record: Mapping[str, Any], claims: Sequence[Claim]) -> Figure:
         ax.set_xticks(range(len(arms)), list(arms), rotation=60, ha="right")
         ax.set_title(metric)
     return figure
-
-
-def write_file(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -7,6 +7,7 @@ import pickle
 import shutil
 
 import jax
+import memory_bucket
 import numpy as np
 import pytest
 from fake_batches import bucket
@@ -54,7 +55,7 @@ def store(tmp_path):
 # --- the store ---
 
 
-def test_what_is_written_is_read(store):
+def test_what_is_written_is_read(store, tmp_path):
     names = {"clip.mp4": "clip.npz", "a/b_60.0_210.0.webm": "a/b_60.0_210.0.npz", "s/p": "s/p.npz"}
     for number, (video, file) in enumerate(names.items()):
         given = numbers(4, seed=number)
@@ -68,7 +69,7 @@ def test_what_is_written_is_read(store):
         "a/b_60.0_210.0.webm"]  # fmt: skip
     assert store.file_of(pathlib.Path("/x/y/clip.mp4")) == store.path / "clip.npz"
     assert store.file_of(pathlib.Path("/x/y/other.mp4")) == store.path / "other.npz"
-    assert not list(store.path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.tmp"))
     with pytest.raises(Invalid, match="leaves the media folder"):
         store.file("../clip.mp4")
 
@@ -346,6 +347,25 @@ def test_prepare_keeps_the_features_beside_the_frames(store, tmp_path):
     assert {record["video_id"].decode() for record in table} == set(given)
     for record in table:
         np.testing.assert_array_equal(record["features"], given[record["video_id"].decode()])
+
+
+def test_features_in_a_bucket_are_those_of_a_folder(store, tmp_path, monkeypatch):
+    memory_bucket.install(monkeypatch)
+    there = FeatureStore.create("gs://bucket/features", KIND)
+    for number, video in enumerate(("clip_a.mp4", "clip_b.mp4")):
+        for one in (store, there):
+            one.write(video, numbers(2, seed=number))
+    names = {path.name for path in there.path.iterdir()}
+    assert names == {path.name for path in store.path.iterdir()} and len(names) == 3
+    found = [prepare_samples(tmp_path / str(number), FeatureStore(one.path))
+             for number, one in enumerate((store, there))]  # fmt: skip
+    assert found[0] == found[1] and found[0]["videos"] == 2
+    local, other = (PreparedDataset(tmp_path / str(number) / "out") for number in range(2))
+    for video in ("clip_a.mp4", "clip_b.mp4"):
+        np.testing.assert_array_equal(local.clip_features(video), other.clip_features(video))
+    there.file("clip_a.mp4").write_bytes(b"PK")
+    with pytest.raises(FeatureError, match="gs://bucket/features/clip_a.npz.*not an npz file"):
+        there.read(there.file("clip_a.mp4"), 4.0)
 
 
 def test_bad_features_take_the_records_of_their_video(store, tmp_path):

@@ -4,8 +4,12 @@ import json
 import pathlib
 import shutil
 
+import gcs_server
+import numpy as np
 import pytest
+from etils import epath
 from media_samples import write_media
+from memory_bucket import MemoryBucket
 from tokenizers import Tokenizer
 
 from tpo_jax import prepare
@@ -49,6 +53,83 @@ def test_tokenizer_of_a_prepared_folder(world, tmp_path, capsys):
 
     assert prepare.main(["tokenizer", "--data", str(tmp_path), "--out", str(out)]) == 1
     assert "is not a prepared folder" in capsys.readouterr().err
+
+
+def assert_same_data(a, b):
+    assert a.videos == b.videos and a.kinds == b.kinds and len(a) > 1
+    for video in a.videos:
+        assert a.examples(video) == b.examples(video)
+        frames = np.arange(a.video_info(video).num_frames)
+        np.testing.assert_array_equal(a.frames(video, frames), b.frames(video, frames))
+
+
+def test_run_into_a_bucket(world, tmp_path, monkeypatch, capsys):
+    """Made in a local folder, copied; cut off once; then read by ArrayRecord's own client."""
+    asked = gcs_server.install(monkeypatch)
+    monkeypatch.chdir(tmp_path)  # where a gs:// path that is taken for a local one would end
+    local, out = tmp_path / "local", epath.Path("gs://bucket/data")
+    run = ["run", "--data", str(world), "--out", str(out), "--size", "32"]
+    assert prepare.main(run) == 1
+    assert "--out=gs://bucket/data: tables are written on a disk first" in capsys.readouterr().err
+    run += ["--local", str(local)]
+    real, written = MemoryBucket._open, []
+
+    def cut(self, path, mode="rb", **options):
+        if "w" in mode:
+            written.append(path)
+            if len(written) == 4:
+                with real(self, path, mode) as file:
+                    file.write(b"part")
+                raise OSError("the network is down")
+        return real(self, path, mode, **options)
+
+    monkeypatch.setattr(MemoryBucket, "_open", cut)
+    with pytest.raises(OSError, match="network"):
+        prepare.main(run)
+    assert not (out / "prepared.json").exists() and (local / "prepared.json").exists()
+    assert prepare.main(run) == 0
+    names = {str(p.relative_to(local)) for p in local.rglob("*") if p.is_file()}
+    # The one that was being written twice, and the marker of an upload.
+    assert len(written) == len(names) + 2 and "uploading.json" in written[0]
+    assert written[3] in written[4:] and not set(written[:3]) & set(written[4:])
+    assert written[-1].endswith("/prepared.json") and not (out / "uploading.json").exists()
+    assert_same_data(PreparedDataset(out), PreparedDataset(local))
+    assert_same_data(PreparedDataset("gs://bucket", "data"), PreparedDataset(local))
+    assert any(line.startswith("GET /storage/v1/b/bucket/o/data%2Fclips") for line in asked)
+    assert prepare.main(run) == 0 and written[-1].endswith("/prepared.json")  # nothing to do
+
+    vocabulary = ["tokenizer", "--vocabulary", "300"]
+    for data, file in ((out, "gs://bucket/a/tokenizer.json"), (local, tmp_path / "tokenizer.json")):
+        assert prepare.main([*vocabulary, "--data", str(data), "--out", str(file)]) == 0
+    there = epath.Path("gs://bucket/a/tokenizer.json").read_text()
+    assert there == (tmp_path / "tokenizer.json").read_text()
+    row = ["inspect", "--data", str(out), "--out", "gs://bucket/row.html"]
+    assert prepare.main(row) == 0
+    assert "<html" in epath.Path("gs://bucket/row.html").read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {"world", "local", "tokenizer.json"}
+
+    (world / "native.jsonl").write_text("")
+    other = [*run[:-1], str(tmp_path / "other")]
+    assert prepare.main(other) == 1
+    assert "gs://bucket/data was prepared from other media" in capsys.readouterr().err
+    other[4] = "gs://bucket/a"
+    assert prepare.main(other) == 1
+    assert "gs://bucket/a exists and is not a prepared folder" in capsys.readouterr().err
+
+
+def test_what_has_to_be_local_says_so(world, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert prepare.main(["run", "--data", str(world), "--out", out, "--local", out + "2"]) == 1
+    assert "means nothing without --out=gs://" in capsys.readouterr().err
+    for option in ("--data", "--media", "--annotations"):
+        with pytest.raises(SystemExit):
+            prepare.main(["run", option, "gs://bucket/x", "--out", out])
+        error = f"argument {option}: gs://bucket/x: expected a path on this machine; copy it here"
+        assert error in capsys.readouterr().err
+    config = ["run", "--config", "configs/prepare.py:gs://bucket/x", "--out", out]
+    assert prepare.main(config) == 1
+    assert "config.manifest: gs://bucket/x: expected a path on this" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"world"}
 
 
 def test_run_on_a_folder_and_one_file(world, tmp_path, capsys):

@@ -216,11 +216,14 @@ def test_answers_in_words_are_read_and_scored(model, dataset, monkeypatch):
     json.dumps(scorer.results.samples)
 
 
-def test_what_the_words_can_say_at_best(dataset):
+def test_what_the_words_can_say_at_best(prepared):
     """The format's own limits: hundredths, three boxes a track, filled boxes for masks."""
     found = {"temporal/miou": [], "highlight/hit@1": [], "tracking/auc": [], "mask/j": []}
-    for video in dataset.videos:
+    splits = [PreparedDataset(prepared / split) for split in ("train", "test")]
+    for dataset, video in ((split, video) for split in splits for video in split.videos):
         info = dataset.video_info(video)
+        if info.media == "image":
+            continue
         shown = sampling.uniform(info.timestamps, 16)
         clip = ClipInfo(0.0, info.duration, info.timestamps[shown], np.ones(16, bool), 64, 64)
         for example in dataset.examples(video):
@@ -233,7 +236,8 @@ def test_what_the_words_can_say_at_best(dataset):
                         found[name].append(scores[name])
     best = {name: np.mean(values) for name, values in found.items()}
     assert best["temporal/miou"] > 0.99 and best["highlight/hit@1"] > 0.6
-    assert best["tracking/auc"] > 0.55 and best["mask/j"] > 0.4
+    assert len(found["tracking/auc"]) == 5  # a track more or less is of some weight
+    assert best["tracking/auc"] > 0.6 and best["mask/j"] > 0.4
 
 
 def test_samples_can_be_written_and_drawn(asked_heads):

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 
+import gcs_server
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from tpo_jax import prepare
@@ -103,7 +105,7 @@ def test_a_run_that_was_stopped_goes_on_and_what_cannot_be_read_is_named(
         duration = read_video(media / name).duration
         written = store.read(store.file(name), duration)
         np.testing.assert_array_equal(written, extractor.features(item(media, name)))
-    assert not list(store.path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_the_encoders_name_tells_what_changes_features(model, params):
@@ -135,7 +137,7 @@ def test_frames_are_those_that_the_encoder_takes(model, params):
 
 
 def test_the_command_reads_a_folder_or_what_annotations_are_about(
-    model, params, codec, media, tmp_path, capsys
+    model, params, codec, media, tmp_path, monkeypatch, capsys
 ):
     save_model(tmp_path / "model", model.config, params, codec)
     common = ["features", f"--model={tmp_path / 'model'}", "--frames=3"]
@@ -160,6 +162,12 @@ def test_the_command_reads_a_folder_or_what_annotations_are_about(
     assert prepare.main([*common, f"--data={world}", f"--out={out}"]) == 0
     assert (out / "part/short.npz").read_bytes() == (tmp_path / "all/part/short.npz").read_bytes()
     assert {p.name for p in out.rglob("*") if p.is_file()} == {ABOUT, "short.npz"}
+    gcs_server.install(monkeypatch)
+    gcs_server.put(tmp_path / "model", "gs://bucket/model")
+    bucket = ["features", "--model=gs://bucket/model", "--frames=3", "--out=gs://bucket/features"]
+    assert prepare.main([*bucket, f"--data={world}"]) == 0
+    for name in (ABOUT, "part/short.npz"):
+        assert (epath.Path("gs://bucket/features") / name).read_bytes() == (out / name).read_bytes()
 
     for change, message in (
         (["--clip_seconds=1"], "clip_seconds: 2.0: expected 1.0"),

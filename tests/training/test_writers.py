@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tpo_jax.data import files
 from tpo_jax.training.writers import (
     Jsonl,
     StdoutProgress,
@@ -88,14 +89,14 @@ def test_records_and_events_reach_a_bucket_with_every_flush(monkeypatch):
     memory_bucket.install(monkeypatch)
     run = epath.Path("gs://bucket/run")
     (run / "metrics.jsonl").write_text('{"step": 1, "x": 1}\n{"step": 2, "x": 2}\n')
-    monkeypatch.setattr("tpo_jax.training.writers.SECONDS_BETWEEN_REWRITES", 1e9)
+    monkeypatch.setattr(files, "SECONDS_BETWEEN_REWRITES", 1e9)
     metrics = Jsonl(run / "metrics.jsonl", resume_step=1, evaluated=1)
     writers = Writers([metrics, TensorBoard(run / "tensorboard", resume_step=1)])
     writers.write_scalars(2, {"x": 20})
     assert [r["x"] for r in read_scalars(run / "metrics.jsonl")] == [1]
     writers.flush()
     assert [r["x"] for r in read_scalars(run / "metrics.jsonl")] == [1, 20]
-    monkeypatch.setattr("tpo_jax.training.writers.SECONDS_BETWEEN_REWRITES", 0.0)
+    monkeypatch.setattr(files, "SECONDS_BETWEEN_REWRITES", 0.0)
     writers.write_scalars(3, {"x": 30})
     assert [r["x"] for r in read_scalars(run / "metrics.jsonl")] == [1, 20, 30]
     writers.close()

@@ -12,16 +12,17 @@ file, field, value, what was expected and the fix; nothing is unpickled.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-import os
 import pathlib
 import uuid
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from etils import epath
 
 from tpo_jax.data import validation
 from tpo_jax.data.media import SUFFIXES, safe_name
@@ -53,24 +54,23 @@ class FeatureStore:
     """The features of many videos.
 
     Args:
-      path: a folder with a features.json.
+      path: a folder with a features.json, local or gs://.
 
     Raises:
       FeatureError: there is none, or it cannot be used.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = pathlib.Path(path)
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
         self.about = _read_about(self.path / ABOUT)
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], about: ClipFeaturesConfig) -> FeatureStore:
+    def create(cls, path: epath.PathLike, about: ClipFeaturesConfig) -> FeatureStore:
         """A store to write into, new or begun before; one of other features is refused."""
-        file = pathlib.Path(path) / ABOUT
+        file = epath.Path(path) / ABOUT
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"format_version": FORMAT_VERSION} | dataclasses.asdict(about))
-            _write_whole(file, lambda temporary: temporary.write_text(text + "\n", "utf-8"))
+            _write_whole(file, text.encode() + b"\n")
         store = cls(path)
         store.require(about, "choose another --out")
         return store
@@ -80,18 +80,18 @@ class FeatureStore:
         if difference := differs(self.about, about):
             raise FeatureError(Invalid(*difference, fix).at(str(self.path / ABOUT), ""))
 
-    def file(self, video_id: str) -> pathlib.Path:
+    def file(self, video_id: str) -> epath.Path:
         """Where the features of a video are, or would be."""
         return self.path / f"{_stem(safe_name(video_id, 'video'))}.npz"
 
-    def file_of(self, video: pathlib.Path) -> pathlib.Path:
+    def file_of(self, video: pathlib.Path) -> epath.Path:
         """The same of a media file anywhere: the longest end of its path that is a name here."""
         parts = video.absolute().parts[1:]
         names = [_stem("/".join(parts[first:])) for first in range(len(parts))]
         files = [self.path / f"{name}.npz" for name in names]
         return next((file for file in files if file.exists()), files[-1])
 
-    def read(self, file: pathlib.Path, duration: float) -> np.ndarray:
+    def read(self, file: epath.Path, duration: float) -> np.ndarray:
         """float32[N, width] of a file, checked against the duration of its video in seconds."""
         try:
             return check(_load(file), self.about, duration)
@@ -100,14 +100,9 @@ class FeatureStore:
 
     def write(self, video_id: str, features: np.ndarray) -> None:
         """float32[N, width], under a temporary name first."""
-        file = self.file(video_id)
-        file.parent.mkdir(parents=True, exist_ok=True)
-
-        def save(temporary: pathlib.Path) -> None:
-            with temporary.open("wb") as opened:
-                np.savez(opened, features=np.asarray(features, np.float32))
-
-        _write_whole(file, save)
+        buffer = io.BytesIO()
+        np.savez(buffer, features=np.asarray(features, np.float32))
+        _write_whole(self.file(video_id), buffer.getvalue())
 
 
 def differs(have: ClipFeaturesConfig, want: ClipFeaturesConfig) -> tuple[str, Any, str] | None:
@@ -233,7 +228,7 @@ def config_of_folders(paths: Iterable[str]) -> ClipFeaturesConfig:
     found: dict[str, ClipFeaturesConfig] = {}
     paths = list(paths)
     for path in paths:
-        about = prepared_clip_features(read_settings(pathlib.Path(path)))
+        about = prepared_clip_features(read_settings(epath.Path(path)))
         if about is not None:
             found[path] = about
     if not found:
@@ -258,7 +253,7 @@ def _stem(name: str) -> str:
     return name[: len(name) - len(suffix)]
 
 
-def _read_about(file: pathlib.Path) -> ClipFeaturesConfig:
+def _read_about(file: epath.Path) -> ClipFeaturesConfig:
     try:
         if not file.is_file():
             raise Invalid("", None, "the file does not exist, so this is no folder of features",
@@ -282,14 +277,15 @@ def _read_about(file: pathlib.Path) -> ClipFeaturesConfig:
         raise FeatureError(problem) from error
 
 
-def _load(file: pathlib.Path) -> np.ndarray:
+def _load(file: epath.Path) -> np.ndarray:
     """The array "features" of an npz file; raises Invalid."""
     if not file.is_file():
         raise Invalid("", None, "there are no features of this video", _EXTRACT)
-    if not zipfile.is_zipfile(file):
+    data = io.BytesIO(file.read_bytes())
+    if not zipfile.is_zipfile(data):
         raise Invalid("", None, "not an npz file", f"{_EXTRACT} again")
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with np.load(data, allow_pickle=False) as arrays:
             if "features" not in arrays:
                 raise Invalid("features", None, f"missing; the file has {arrays.files}",
                               "name the array features")  # fmt: skip
@@ -300,11 +296,12 @@ def _load(file: pathlib.Path) -> np.ndarray:
         raise Invalid("features", None, f"cannot be read ({error})", f"{_EXTRACT} again") from error
 
 
-def _write_whole(file: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
+def _write_whole(file: epath.Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: several processes may write the same file.
     temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        write(temporary)
+        temporary.write_bytes(content)
         temporary.replace(file)
     except BaseException:
         temporary.unlink(missing_ok=True)

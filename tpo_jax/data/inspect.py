@@ -12,7 +12,6 @@ import dataclasses
 import html
 import io
 import json
-import pathlib
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from etils import epath
 from matplotlib.figure import Figure
 from ml_collections import config_flags
 
+from tpo_jax.data import files
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.mixture import Source, kind_of
 from tpo_jax.data.pipeline import Pipeline
@@ -321,7 +321,7 @@ def main(arguments: Sequence[str]) -> int:
                         "and template.json (default: trained on the folder's texts)")
     parser.add_argument("--step", type=int, default=0, help="which batch (0)")
     parser.add_argument("--row", type=int, default=0, help="which row of the batch (0)")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("row.html"),
+    parser.add_argument("--out", type=epath.Path, default=epath.Path("row.html"),
                         help="file to write, .html or .png (row.html)")
     options, overrides = parser.parse_known_args(arguments)
     if stray := [a for a in overrides if not (options.config and a.startswith("--config."))]:
@@ -334,10 +334,7 @@ def main(arguments: Sequence[str]) -> int:
     plan = plans[options.row]
     row = pipeline.builders[bucket].build(plan, numbers[options.row])
     page = render(row, codec, plan, options.out.suffix)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = options.out.with_name(options.out.name + ".tmp")
-    temporary.write_bytes(page)
-    temporary.replace(options.out)
+    files.write(options.out, page)
     for line in wrap(describe_row(row, codec, plan)):
         print("".join(span.text for span in line))
     print(f"step {options.step}, bucket {bucket}, row {options.row}: {options.out}")

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 
 import numpy as np
+from etils import epath
 
 from tpo_jax.data.records import Example, PreparedDataset, RecordError, VideoInfo
 from tpo_jax.models.config import ClipFeaturesConfig
@@ -29,7 +29,7 @@ class PairedDataset:
     def __init__(self, path: str | os.PathLike[str], pairs: str | os.PathLike[str]):
         self._arguments = (os.fspath(path), os.fspath(pairs))
         self._dataset = PreparedDataset(path)
-        self.path = pathlib.Path(pairs)
+        self.path = epath.Path(pairs)
         self._pairs: dict[str, list[Example]] = {}
         known, seen = set(self._dataset.videos), set()
         for number, line in enumerate(self.path.read_text("utf-8").splitlines(), start=1):

@@ -1,6 +1,6 @@
 """What prepared data is: clips of frames, examples about them, and random access to both.
 
-A prepared folder holds one split:
+A prepared folder, local or gs://, holds one split:
 
     clips/1.0.0/          TFDS table, one record per clip (at most 32 frames of one video)
     examples/1.0.0/       TFDS table, one record per example, sorted by video
@@ -18,11 +18,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from tpo_jax.data import tables
 from tpo_jax.models.config import ClipFeaturesConfig
@@ -246,7 +246,7 @@ class PreparedDataset:
 
     def __init__(self, path: str | os.PathLike[str], split: str | None = None):
         self._arguments = (os.fspath(path), split)
-        self.path = pathlib.Path(path) / split if split else pathlib.Path(path)
+        self.path = epath.Path(path) / split if split else epath.Path(path)
         self.settings = read_settings(self.path)
         entries = [
             IndexEntry.from_json(json.loads(line))
@@ -336,7 +336,7 @@ def _decode_frames(row: tables.Row, indices: np.ndarray) -> np.ndarray:
     return np.stack([decoded[i] for i in asked])
 
 
-def read_settings(path: pathlib.Path) -> dict[str, Any]:
+def read_settings(path: epath.Path) -> dict[str, Any]:
     """What prepared.json says; RecordError for a folder that is none, or of another version."""
     marker = path / "prepared.json"
     if not marker.exists():

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
+from etils import epath
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -134,8 +135,11 @@ class _Shard:
     examples_in_shard: int
 
 
-def open_table(folder: pathlib.Path) -> array_record_data_source.ArrayRecordDataSource:
-    """Random access to the records (bytes) of DIR/<table>; files are opened on first use."""
+def open_table(folder: epath.Path) -> array_record_data_source.ArrayRecordDataSource:
+    """Random access to the records (bytes) of DIR/<table>; files are opened on first use.
+
+    ArrayRecord reads gs:// by itself, with a client of its own (0.8.6 does).
+    """
     folder = folder / TABLE_VERSION
     info = json.loads((folder / "dataset_info.json").read_text("utf-8"))
     lengths = [int(n) for n in info["splits"][0]["shardLengths"]]

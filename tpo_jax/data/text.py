@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tpo_jax.data import files
 from tpo_jax.data.records import PreparedDataset
 from tpo_jax.data.sampling import SAMPLERS
 from tpo_jax.models.heads import BOX_TOKEN, HEADS, task_tokens
@@ -402,13 +403,9 @@ class TextCodec:
     def save(self, directory: epath.PathLike) -> None:
         """Writes tokenizer.json and template.json, each under a temporary name first."""
         directory = epath.Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        files = {"tokenizer.json": self.tokenizer.to_str(pretty=True),
-                 "template.json": json.dumps(self.template.to_json(), indent=2) + "\n"}
-        for name, text in files.items():
-            temporary = directory / f"{name}.tmp"
-            temporary.write_text(text)
-            temporary.replace(directory / name)
+        template = json.dumps(self.template.to_json(), indent=2) + "\n"
+        files.write(directory / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+        files.write(directory / "template.json", template)
 
     @classmethod
     def load(cls, directory: epath.PathLike) -> TextCodec:

@@ -34,39 +34,63 @@ def line_chart(
     clean = {name: points for name, points in clean.items() if points}
     if not clean:
         return ""
-    left, right, top, bottom = 44, 10, 44, 30
-    x_ticks = ticks(*_extent([x for points in clean.values() for x, _ in points]), 4)
-    y_ticks = ticks(*_extent([y for points in clean.values() for _, y in points]), 4)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return left + across * (width - left - right), height - bottom - up * (
-            height - top - bottom
-        )
-
-    parts = [_text(4, 14, title, weight=600, size=13)]
-    for tick in y_ticks:
-        _, y = place(x_ticks[0], tick)
-        parts.append(_line(left, y, width - right, y, GRID))
-        parts.append(_text(left - 6, y + 4, number(tick), anchor="end", colour=FAINT))
-    for tick in x_ticks:
-        x, _ = place(tick, y_ticks[0])
-        parts.append(_text(x, height - bottom + 15, number(tick), anchor="middle", colour=FAINT))
-    parts.append(_text(width - right, height - 2, x_label, anchor="end", colour=FAINT))
+    points = [point for curve in clean.values() for point in curve]
+    axes = Axes(points, width, height, margins=(44, 10, 44, 30), count=4)
+    parts = [text(4, 14, title, weight=600, size=13), *axes.grid(x_label)]
     offset = 4.0
     for (name, points), hue in zip(clean.items(), HUES * len(clean), strict=False):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (axes.place(*point) for point in points))
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{hue}" stroke-width="1.6" '
             'stroke-linejoin="round"/>'
         )
         if len(points) < 25:
-            parts += [_dot(*place(*point), hue) for point in points]
-        parts.append(_line(offset, 28, offset + 14, 28, hue, 3))
-        parts.append(_text(offset + 18, 32, name, colour=INK))
+            parts += [_dot(*axes.place(*point), hue) for point in points]
+        parts.append(line(offset, 28, offset + 14, 28, hue, 3))
+        parts.append(text(offset + 18, 32, name, colour=INK))
         offset += 30 + 6.2 * len(name)
-    return _svg(width, height, title, parts)
+    return svg(width, height, title, parts)
+
+
+class Axes:
+    """Two axes in round numbers around some points.
+
+    Args:
+      points: [(x, y), ...].
+      margins: pixels left, right, above and below.
+      count: of numbers on each axis, about.
+    """
+
+    def __init__(
+        self, points: Points, width: int, height: int, *, margins: tuple[int, ...], count: int
+    ):
+        xs, ys = ([point[axis] for point in points] for axis in (0, 1))
+        self._xs, self._ys = (ticks(min(v), max(v), count) for v in (xs, ys))
+        self._width, self._height, self._margins = width, height, margins
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Pixels of a point."""
+        left, right, top, bottom = self._margins
+        across = (x - self._xs[0]) / (self._xs[-1] - self._xs[0])
+        up = (y - self._ys[0]) / (self._ys[-1] - self._ys[0])
+        return (
+            left + across * (self._width - left - right),
+            self._height - bottom - up * (self._height - top - bottom),
+        )
+
+    def grid(self, x_label: str) -> list[str]:
+        """Horizontal lines, the numbers of both axes and the label of the lower one."""
+        left, right, _, bottom = self._margins
+        parts, end = [], self._width - right
+        for tick in self._ys:
+            _, y = self.place(self._xs[0], tick)
+            parts.append(line(left, y, end, y, GRID))
+            parts.append(text(left - 6, y + 4, number(tick), anchor="end", colour=FAINT))
+        low = self._height - bottom + 15
+        for tick in self._xs:
+            x, _ = self.place(tick, self._ys[0])
+            parts.append(text(x, low, number(tick), anchor="middle", colour=FAINT))
+        return [*parts, text(end, self._height - 2, x_label, anchor="end", colour=FAINT)]
 
 
 def timeline(
@@ -96,7 +120,7 @@ def timeline(
     rows = (("label", 8, labels, LABEL), ("predicted", 28, predictions[:3], PREDICTED))
     parts: list[str] = []
     for name, y, windows, hue in rows:
-        parts.append(_text(left - 8, y + 11, name, anchor="end", colour=INK))
+        parts.append(text(left - 8, y + 11, name, anchor="end", colour=INK))
         parts.append(_rect(left, y, width - left - right, 14, GRID))
         best = max((w[2] for w in windows if len(w) > 2), default=1.0) or 1.0
         for window in reversed(list(windows)):
@@ -104,7 +128,7 @@ def timeline(
             begin, finish = across(window[0]), across(window[1])
             parts.append(_rect(begin, y, max(finish - begin, 1.5), 14, hue, opacity))
     if curve or label_steps:
-        parts.append(_text(left - 8, middle + 20, "saliency", anchor="end", colour=INK))
+        parts.append(text(left - 8, middle + 20, "saliency", anchor="end", colour=INK))
         for points, hue in ((label_steps, LABEL), (curve, PREDICTED)):
             path = " ".join(f"{across(t):.1f},{middle + 36 - 36 * v:.1f}" for t, v in points)
             parts.append(
@@ -114,9 +138,9 @@ def timeline(
         if start <= tick <= end + 1e-6:
             anchor = "middle" if tick < end else "end"
             parts.append(
-                _text(across(tick), height - 6, f"{number(tick)} s", anchor=anchor, colour=FAINT)
+                text(across(tick), height - 6, f"{number(tick)} s", anchor=anchor, colour=FAINT)
             )
-    return _svg(width, height, "timeline", parts)
+    return svg(width, height, "timeline", parts)
 
 
 def bars(values: Mapping[str, float], *, unit: str, width: int = 560) -> str:
@@ -129,11 +153,11 @@ def bars(values: Mapping[str, float], *, unit: str, width: int = 560) -> str:
     for row, (name, value) in enumerate(values.items()):
         y = row * step
         length = max(value / longest * (width - label_width - 80), 1.0)
-        parts.append(_text(label_width - 8, y + 15, name, anchor="end", colour=INK))
+        parts.append(text(label_width - 8, y + 15, name, anchor="end", colour=INK))
         parts.append(_rect(label_width, y + 3, length, 15, HUES[0], 0.85))
         figure = f"{number(value)} {unit}".strip()
-        parts.append(_text(label_width + length + 6, y + 15, figure, colour=FAINT))
-    return _svg(width, step * len(values) + 4, "bars", parts)
+        parts.append(text(label_width + length + 6, y + 15, figure, colour=FAINT))
+    return svg(width, step * len(values) + 4, "bars", parts)
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
@@ -154,18 +178,14 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def _extent(values: Sequence[float]) -> tuple[float, float]:
-    return min(values), max(values)
-
-
-def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
+def svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '
         f'aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
     )
 
 
-def _text(x: float, y: float, text: Any, **style: Any) -> str:
+def text(x: float, y: float, text: Any, **style: Any) -> str:
     colour, anchor = style.get("colour", INK), style.get("anchor", "start")
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}" text-anchor="{anchor}" '
@@ -174,7 +194,7 @@ def _text(x: float, y: float, text: Any, **style: Any) -> str:
     )
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, thickness: float = 1) -> str:
+def line(x1: float, y1: float, x2: float, y2: float, colour: str, thickness: float = 1) -> str:
     return (
         f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" '
         f'stroke-width="{thickness}"/>'

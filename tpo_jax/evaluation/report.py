@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from tpo_jax.data import files
 from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.evaluation import benchmarks, charts, pictures, results
 from tpo_jax.evaluation.page import CSS
@@ -50,9 +51,7 @@ def build_report(run_dir: epath.PathLike) -> epath.Path:
         f"<body><main>{_header(summary)}{body}</main></body></html>\n"
     )
     path = run_dir / "report.html"
-    temporary = run_dir / "report.html.tmp"
-    temporary.write_text(page)
-    temporary.replace(path)
+    files.write(path, page)
     return path
 
 

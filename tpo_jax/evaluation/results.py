@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from tpo_jax.data import files
 from tpo_jax.evaluation import floors as floors_module
 from tpo_jax.evaluation.bootstrap import ItemScores, interval
 
@@ -65,7 +66,7 @@ def floors_record(found: floors_module.Floors, **about: str) -> dict[str, Any]:
 
 def write_json(path: epath.PathLike, record: Mapping[str, Any]) -> None:
     """Writes under a temporary name, then renames."""
-    _write(epath.Path(path), json.dumps(record, indent=1, allow_nan=False) + "\n")
+    files.write(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: epath.PathLike) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def samples_path(path: epath.PathLike) -> epath.Path:
 
 
 def write_samples(path: epath.PathLike, samples: Iterable[Mapping[str, Any]]) -> None:
-    _write(samples_path(path), "".join(json.dumps(sample) + "\n" for sample in samples))
+    files.write(samples_path(path), "".join(json.dumps(sample) + "\n" for sample in samples))
 
 
 def read_samples(path: epath.PathLike) -> list[dict[str, Any]]:
@@ -120,10 +121,3 @@ def format_floors(record: Mapping[str, Any]) -> str:
             train = "" if candidate["train"] is None else f"{candidate['train']:.3f}"
             lines.append(f"{metric:28s} {candidate['test']:7.3f} {train:>7s}  {candidate['name']}")
     return "\n".join(lines)
-
-
-def _write(path: epath.Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

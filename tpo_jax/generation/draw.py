@@ -17,6 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
+from tpo_jax.data import files
+
 # One colour per event, repeated; chosen to stay apart on light and on dark frames.
 COLOURS = ((255, 140, 0), (0, 170, 255), (230, 60, 180), (120, 200, 0), (250, 220, 0))
 MIN_WIDTH = 384  # pixels; smaller frames are enlarged so that the text can be read
@@ -146,17 +148,13 @@ def _paint(image: Image.Image, painted: Sequence[tuple[Mapping[str, Any], Any]],
 
 def write_png(path: epath.PathLike, page: np.ndarray) -> None:
     """Writes uint8[H, W, 3] (temporary name, then rename)."""
-    path = epath.Path(path)
     buffer = io.BytesIO()
     Image.fromarray(page).save(buffer, format="PNG")
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(path)
+    files.write(path, buffer.getvalue())
 
 
 def write_mp4(path: epath.PathLike, pages: Sequence[np.ndarray], fps: float) -> None:
     """Writes uint8[H, W, 3] pages of even size as H.264 (temporary name, then rename)."""
-    path = epath.Path(path)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         rate = Fraction(fps).limit_denominator(1000)
@@ -167,6 +165,4 @@ def write_mp4(path: epath.PathLike, pages: Sequence[np.ndarray], fps: float) -> 
         for page in pages:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(page, format="rgb24")))
         container.mux(stream.encode())
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(path)
+    files.write(path, buffer.getvalue())

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from tpo_jax.data import video
 from tpo_jax.data.clip_features import FeatureStore
+from tpo_jax.data.files import is_remote
 from tpo_jax.data.records import VideoInfo
 from tpo_jax.data.text import TextCodec, TextError
 from tpo_jax.models.config import ClipFeaturesConfig
@@ -97,7 +99,7 @@ class Clip:
         return self.features[1]
 
 
-def read_list(path: pathlib.Path) -> list[Request]:
+def read_list(path: epath.Path) -> list[Request]:
     """The requests of a JSONL file; RequestError names line and field."""
     requests: dict[str, Request] = {}
     for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
@@ -119,7 +121,7 @@ def read_list(path: pathlib.Path) -> list[Request]:
     return list(requests.values())
 
 
-def make_request(where: str, entry: dict[str, Any], folder: pathlib.Path) -> Request:
+def make_request(where: str, entry: dict[str, Any], folder: epath.PathLike) -> Request:
     """Checks the fields of one request."""
     for key in ("id", "video", "prompt"):
         if not isinstance(entry.get(key), str) or not entry[key].strip():
@@ -143,7 +145,11 @@ def make_request(where: str, entry: dict[str, Any], folder: pathlib.Path) -> Req
         raise RequestError(
             f"{where}: prompt: {marks} places <box> for {int(box is not None)} box; write <box> "
             "where the box belongs, as in 'Where does the circle at <box> go?'")
-    return Request(entry["id"], folder / entry["video"], entry["prompt"], box, entry.get("time"),
+    file = epath.Path(folder) / entry["video"]
+    if is_remote(file) or is_remote(entry["video"]):
+        raise RequestError(f"{where}: video: {entry['video']!r}, expected a local file; copy it "
+                           "here, or mount the bucket")
+    return Request(entry["id"], pathlib.Path(file), entry["prompt"], box, entry.get("time"),
                    float(entry.get("start") or 0.0), entry.get("end"))
 
 

@@ -17,6 +17,12 @@ from tpo_jax.training.program import Program
 from tpo_jax.training.step import TrainStep, parts_of
 
 
+def keep_programs(folder: str) -> None:
+    """Compiled programs are written to a folder, local or gs://, and read back by a restart."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class CompiledBucket:
     """The programs of one bucket; they cannot trace, so a wrong shape is an error, not a recompile.

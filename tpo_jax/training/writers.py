@@ -7,7 +7,6 @@ All writers have the method names of clu.metric_writers (which needs TensorFlow)
 import hashlib
 import json
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,9 +16,8 @@ import tensorboardX
 import tqdm
 from etils import epath
 
+from tpo_jax.data.files import Lines, is_remote
 from tpo_jax.parallel.weighted_sum import WeightedSum
-
-SECONDS_BETWEEN_REWRITES = 1.0  # what a bucket takes for one object
 
 
 class Writer(Protocol):
@@ -64,9 +62,6 @@ class Jsonl:
     A run that resumes at step n will write the steps after n again, and the validation of step n if
     the checkpoint was written before it. Opening drops both: the file of an interrupted run ends up
     equal to that of an uninterrupted one.
-
-    A bucket cannot append: there the whole file is written again, at most once a second and with
-    every flush.
     """
 
     def __init__(self, path: epath.PathLike, *, resume_step: int, evaluated: int) -> None:
@@ -75,40 +70,21 @@ class Jsonl:
         Args:
           evaluated: the last step whose validation the checkpoint knows of.
         """
-        self._path = epath.Path(path)
-        kept = [
+        self._lines = Lines(path, [
             line
-            for step, line in read_lines(self._path)
+            for step, line in read_lines(path)
             if step <= (evaluated if '"validation/' in line else resume_step)
-        ]
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(self._path)
-        self._rewritten = _is_remote(self._path)
-        self._lines = [line + "\n" for line in kept] if self._rewritten else []
-        self._written = (len(kept), time.monotonic())  # lines, and when
-        self._file = None if self._rewritten else self._path.open("a")
+        ])  # fmt: skip
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         record = {"step": step} | {name: _number(value) for name, value in scalars.items()}
-        line = json.dumps(record) + "\n"
-        if self._rewritten:
-            self._lines.append(line)
-            if time.monotonic() - self._written[1] >= SECONDS_BETWEEN_REWRITES:
-                self.flush()
-            return
-        self._file.write(line)
-        self._file.flush()  # a killed process loses no complete record
+        self._lines.append(json.dumps(record))
 
     def flush(self) -> None:
-        if self._rewritten and self._written[0] < len(self._lines):
-            self._path.write_text("".join(self._lines))
-            self._written = (len(self._lines), time.monotonic())
+        self._lines.flush()
 
     def close(self) -> None:
-        self.flush()
-        if self._file is not None:
-            self._file.close()
+        self._lines.close()
 
 
 def read_lines(path: epath.PathLike) -> list[tuple[int, str]]:
@@ -148,7 +124,7 @@ class TensorBoard:
 
     def __init__(self, directory: epath.PathLike, *, resume_step: int) -> None:
         self._directory = epath.Path(directory)
-        remote = _is_remote(self._directory)
+        remote = is_remote(self._directory)
         self._local = tempfile.TemporaryDirectory(prefix="tensorboard") if remote else None
         self._writer = tensorboardX.SummaryWriter(
             self._local.name if remote else str(directory),
@@ -232,11 +208,6 @@ class Writers:
     def close(self) -> None:
         for writer in self._writers:
             writer.close()
-
-
-def _is_remote(path: epath.Path) -> bool:
-    """Whether the path is in a bucket."""
-    return "://" in str(path)
 
 
 def _number(value: float) -> float | int | None:

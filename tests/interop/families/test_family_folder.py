@@ -2,13 +2,17 @@
 
 import json
 import runpy
+import sys
 
+import gcs_server
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 from tokenizers import AddedToken
 
 from tests.interop.families.configs import LLAVA_VIDEO, LONGVA
+from tpo_jax import convert
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pipeline import read_buckets, row_builder
@@ -73,6 +77,33 @@ def test_in_and_out_again(source, tmp_path):
         left, right = np.asarray(theirs[name]), np.asarray(ours[name])
         assert left.dtype == right.dtype and left.tobytes() == right.tobytes(), name
     assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_in_and_out_again_in_a_bucket(source, tmp_path, monkeypatch, capsys):
+    gcs_server.install(monkeypatch)
+    monkeypatch.chdir(tmp_path)  # where a gs:// path that is taken for a local one would end
+    bucket = epath.Path("gs://bucket")
+    gcs_server.put(source, bucket / "published")
+    published, model, out = (f"gs://bucket/{name}" for name in ("published", "model", "out"))
+    for command in (
+        ["import", f"--source={published}", f"--out={model}"],
+        ["export", f"--model={model}", f"--out={out}", f"--like={published}"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["convert", *command])
+        assert convert.main() == 0
+    names = {path.name for path in (bucket / "published").iterdir()}
+    assert names == {path.name for path in (bucket / "out").iterdir()}
+    for name in names - {"model.safetensors"}:
+        assert (bucket / "out" / name).read_bytes() == (source / name).read_bytes(), name
+    theirs, ours = read_tensors(source), read_tensors(bucket / "out")
+    assert theirs.keys() == ours.keys()
+    for name in theirs:
+        assert np.asarray(theirs[name]).tobytes() == np.asarray(ours[name]).tobytes(), name
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", ["convert", "check", f"--model={model}", f"--exported={out}"])
+    with pytest.raises(SystemExit):
+        convert.main()
+    assert "--exported: gs://bucket/out: expected a path on this mach" in capsys.readouterr().err
 
 
 def test_a_plan_has_the_prefix_of_the_rows_that_train_gets(source, tmp_path):

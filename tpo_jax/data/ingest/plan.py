@@ -16,8 +16,11 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from etils import epath
+
 from tpo_jax.data import formats, tables
 from tpo_jax.data.clip_features import FeatureStore
+from tpo_jax.data.files import is_remote
 from tpo_jax.data.formats.reading import Context, Draft
 from tpo_jax.data.media import STILL, MediaFolder
 from tpo_jax.data.problems import Invalid, Problem
@@ -148,7 +151,7 @@ def make_plan(
 
 def check_names(features: FeatureStore, video_ids: Iterable[str]) -> None:
     """Raises PrepareError where two videos have one file of features."""
-    owners: dict[pathlib.Path, str] = {}
+    owners: dict[epath.Path, str] = {}
     for video_id in video_ids:
         if video_id.lower().endswith(STILL):
             continue  # images have none
@@ -225,8 +228,12 @@ def _piece_key(
     return _hash(described)
 
 
-def _stat(path: pathlib.Path) -> tuple[int, int]:
+def _stat(path: epath.PathLike) -> tuple[int, int]:
     """(bytes, time of the last change in ns) of a file, or of all files right in a folder."""
+    if is_remote(path):
+        stat = epath.Path(path).stat()
+        return stat.length, stat.mtime * 10**9
+    path = pathlib.Path(path)  # an epath tells the time in seconds
     if path.is_file():
         return path.stat().st_size, path.stat().st_mtime_ns
     stats = [entry.stat() for entry in os.scandir(path) if entry.is_file()]

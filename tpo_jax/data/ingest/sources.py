@@ -10,6 +10,7 @@ pictures whose annotations do not say it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import pathlib
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpo_jax.data import formats, validation
+from tpo_jax.data.files import local_path
 from tpo_jax.data.ingest.plan import PrepareError, Settings, Source
 from tpo_jax.data.media import safe_name
 from tpo_jax.data.problems import Invalid
@@ -80,18 +82,25 @@ def from_config(config: ConfigDict) -> tuple[list[Source], Settings, int]:
     """(sources, settings, processes) of a checked config."""
     sources = [
         Source(
-            pathlib.Path(source["media"]),
+            _local(f"sources[{i}].media", source["media"]),
             source["format"],
-            pathlib.Path(source["annotations"]),
+            _local(f"sources[{i}].annotations", source["annotations"]),
             source["name"],
             frozenset(source["ignore_keys"]),
             source.get("frame_rate"),
         )
-        for source in config.to_dict().get("sources", ())
+        for i, source in enumerate(config.to_dict().get("sources", ()))
     ]
     if config.manifest:
-        sources += from_manifest(pathlib.Path(config.manifest))
+        sources += from_manifest(_local("manifest", config.manifest))
     return sources, Settings(config.fps, config.size or None, config.encoding), config.processes
+
+
+def _local(field: str, path: str) -> pathlib.Path:
+    try:
+        return local_path(path)
+    except argparse.ArgumentTypeError as error:
+        raise PrepareError(f"config.{field}: {error}") from error
 
 
 def _check_format(field: str, name: Any) -> None:

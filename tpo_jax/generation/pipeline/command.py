@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import pathlib
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import tqdm
+from etils import epath
 
+from tpo_jax.data import files
 from tpo_jax.generation import pairs
 from tpo_jax.generation.pair_generator import (
     SPARE_TOKENS,
@@ -152,7 +153,7 @@ def run(flags: argparse.Namespace, own: OwnModel, settings: Settings, endpoint: 
         result["endpoint"] = {"prompt_tokens": spent.prompt, "completion_tokens": spent.completion,
                               "cost": round(spent.cost, 6)}
     text = json.dumps(result, indent=2)
-    (pathlib.Path(flags.out) / "counts.json").write_text(text + "\n")
+    files.write(epath.Path(flags.out) / "counts.json", text + "\n")
     print(text)
     if isinstance(problem, EndpointError):
         raise problem

@@ -1,7 +1,9 @@
 """What a stage has done, on disk: one JSON object a line, and the options that it was done with.
 
 A record counts once its newline is written, so that a command that was killed at any byte leaves
-whole records and at most one cut line, which the next start removes. Every record carries a digest
+whole records and at most one cut line, which the next start removes. A bucket has the records of a
+second or so ago, and all of a stage that is done or of a command that was told to stop
+(`data.files.Lines`). Every record carries a digest
 of what it was made from: work that no longer fits its input is refused, not mixed in.
 """
 
@@ -11,9 +13,12 @@ import fcntl
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from etils import epath
+
+from tpo_jax.data import files
 
 FORMAT_VERSION = 1
 SETTINGS = "settings.json"
@@ -29,21 +34,20 @@ class Manifest:
     """The records of one stage by id, in the order in which they were written.
 
     Args:
-      path: a local file; it need not exist.
+      path: a file, which need not exist.
       key: field that names a record.
     """
 
-    def __init__(self, path: pathlib.Path, key: str = "id"):
-        self.path, self.key = path, key
+    def __init__(self, path: epath.PathLike, key: str = "id"):
+        self.path, self.key = epath.Path(path), key
         self.records: dict[str, Record] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._read()
+        self._lines = files.Lines(self.path, self._read())
 
-    def _read(self) -> None:
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:whole].splitlines(), start=1):
+    def _read(self) -> list[str]:
+        """The whole lines, each a record."""
+        data = self.path.read_bytes() if self.path.exists() else b""
+        lines = data.split(b"\n")[:-1]
+        for number, line in enumerate(lines, start=1):
             where = f"{self.path}:{number}"
             try:
                 record = json.loads(line)
@@ -56,25 +60,22 @@ class Manifest:
                 raise ManifestError(f"{where}: {self.key} {name!r} occurs twice. Remove the "
                                     "second line and the manifests of later stages.")
             self.records[name] = record
-        if whole < len(data):
-            os.ftruncate(self._file, whole)
+        return [line.decode() for line in lines]
 
     def append(self, record: Record) -> None:
         """Writes one record; it is there whole or not at all for whoever reads next."""
         name = record[self.key]
         if name in self.records:
             raise ValueError(f"{self.path}: {self.key} {name!r} is there already")
-        data = (json.dumps(record) + "\n").encode()
-        while data:  # a full disk or a signal may cut a write short
-            data = data[os.write(self._file, data):]
+        self._lines.append(json.dumps(record))
         self.records[name] = record
 
     def sync(self) -> None:
-        """Records are on the disk itself when this returns: later stages may build on them."""
-        os.fsync(self._file)
+        """Records outlive the machine when this returns: later stages may build on them."""
+        self._lines.sync()
 
     def close(self) -> None:
-        os.close(self._file)
+        self._lines.close()
 
 
 def digest(value: Any) -> str:
@@ -86,36 +87,27 @@ def digest(value: Any) -> str:
 class Folder:
     """The manifests of all stages and their options (a context manager that one command holds).
 
+    A second command into a local folder is refused; a bucket has no locks.
+
     Args:
-      path: local folder.
-      files: {stage: file name}, in the order of the stages.
+      path: the folder.
+      names: {stage: file name}, in the order of the stages.
       options: {stage: {option: JSON value}} of this command.
       keys: {stage: field that names its records} where that is not "id".
     """
 
-    def __init__(self, path: str | os.PathLike[str], files: Mapping[str, str],
+    def __init__(self, path: epath.PathLike, names: Mapping[str, str],
                  options: Mapping[str, Mapping[str, Any]], keys: Mapping[str, str]):
-        if "://" in os.fspath(path):
-            raise ManifestError(
-                f"--out={path}: records are appended, which object stores cannot do. Give a local "
-                "or mounted folder and copy it afterwards.")
-        self.path = pathlib.Path(path)
-        self._files, self._keys = files, keys
+        self.path = epath.Path(path)
+        self._names, self._keys = names, keys
         self._options = json.loads(json.dumps(options))
         self._manifests: dict[str, Manifest] = {}
 
     def __enter__(self) -> Folder:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise ManifestError(f"{self.path}: another command is writing here. Wait for it, or "
-                                "give another --out.") from error
+        self._lock = None if files.is_remote(self.path) else self._locked()
         try:
             self._check_options()
-            for stage, name in self._files.items():
+            for stage, name in self._names.items():
                 self._manifests[stage] = Manifest(self.path / name, self._keys.get(stage, "id"))
         except BaseException:
             self.__exit__()
@@ -125,7 +117,19 @@ class Folder:
     def __exit__(self, *exception: object) -> None:
         for manifest in self._manifests.values():
             manifest.close()
-        os.close(self._lock)  # which unlocks
+        if self._lock is not None:
+            os.close(self._lock)  # which unlocks
+
+    def _locked(self) -> int:
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise ManifestError(f"{self.path}: another command is writing here. Wait for it, or "
+                                "give another --out.") from error
+        return lock
 
     def __getitem__(self, stage: str) -> Manifest:
         return self._manifests[stage]
@@ -138,7 +142,7 @@ class Folder:
         """Refuses options that differ from those that records of this stage or a later one had."""
         file = self.path / SETTINGS
         stored = self._stored(file)
-        begun = _until_last(self._files, self.path)
+        begun = _until_last(self._names, self.path)
         lines, first = [], None
         for stage in begun:
             there, now = stored.get(stage, {}), self._options[stage]
@@ -148,17 +152,15 @@ class Folder:
                     lines.append(f"  {stage}: {name}: there {there.get(name)!r}, now "
                                  f"{now.get(name)!r}")
         if lines:
-            names = list(self._files)
-            later = ", ".join(self._files[stage] for stage in names[names.index(first):])
+            names = list(self._names)
+            later = ", ".join(self._names[stage] for stage in names[names.index(first):])
             raise ManifestError(
                 f"{self.path}: holds records that were made otherwise:\n" + "\n".join(lines)
                 + f"\nGive another --out, or remove {later} there to do these stages again.")
         text = json.dumps({"format_version": FORMAT_VERSION, "stages": self._options}, indent=2)
-        temporary = file.with_name(f"{file.name}.tmp")
-        temporary.write_text(text + "\n")
-        temporary.replace(file)
+        files.write(file, text + "\n")
 
-    def _stored(self, file: pathlib.Path) -> dict[str, Any]:
+    def _stored(self, file: epath.Path) -> dict[str, Any]:
         if not file.exists():
             return {}
         settings = json.loads(file.read_text())
@@ -171,9 +173,15 @@ class Folder:
         return settings["stages"]
 
 
-def _until_last(files: Mapping[str, str], folder: pathlib.Path) -> Sequence[str]:
+def _until_last(stages: Mapping[str, str], folder: epath.Path) -> Sequence[str]:
     """The stages up to the last one that has records."""
-    names = list(files)
-    has = [(folder / file).exists() and (folder / file).stat().st_size > 0
-           for file in files.values()]
+    names = list(stages)
+    has = [_has_bytes(folder / file) for file in stages.values()]
     return names[: max((i + 1 for i, there in enumerate(has) if there), default=0)]
+
+
+def _has_bytes(file: epath.Path) -> bool:
+    if not file.exists():
+        return False
+    with file.open("rb") as opened:
+        return bool(opened.read(1))
