@@ -57,6 +57,7 @@ def random_batch(bucket: Bucket, config: ModelConfig, seed: int = 0) -> dict:
         batch[f"{side}_tokens"][:] = rng.integers(9, 900, shape)
         batch[f"{side}_positions"][:] = np.arange(length) + (side == "branch") * 20
         batch[f"{side}_segments"][:] = 1
+    batch["branch_tasks"][:] = np.arange(B * K).reshape(B, K) % 4
     batch["answer_positions"][:] = np.arange(R - A - 1, R - 1)
     batch["answer_tokens"][:] = batch["branch_tokens"][:, :, R - A :]
     lengths = rng.integers(1, A + 1, (B, K, 1))
@@ -110,6 +111,6 @@ def train_config(heads: tuple[str, ...] = (), **changes):
 
 
 def means(metrics) -> dict[str, float]:
-    """The means of a train step's metrics, which also hold the gradient norms by leaf."""
-    named = {name: value for name, value in metrics.items() if name != "grad_norms"}
+    """The means of a train step's metrics, without its gradient norms by leaf and its counts."""
+    named = {n: value for n, value in metrics.items() if n not in ("grad_norms", "examples")}
     return {name: float(value.mean()) for name, value in named.items()}

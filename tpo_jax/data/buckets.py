@@ -154,6 +154,10 @@ class BucketSchedule:
         before = self.pattern[:phase].count(index)
         return self.buckets[index], periods * self.counts[index] + before
 
+    def share(self, bucket: Bucket) -> float:
+        """Share of steps that are of `bucket`."""
+        return self.counts[self.buckets.index(bucket)] / len(self.pattern)
+
     def occurrences(self, bucket: Bucket, step: int) -> int:
         """How often `bucket` comes before `step`."""
         index = self.buckets.index(bucket)

@@ -81,6 +81,7 @@ def default_config() -> ConfigDict:
         "weight_decay": 0.05,
         "clip": 1.0,  # largest global gradient norm; 0: no clipping
         "min_lr_ratio": 0.1,
+        "eps": 1e-8,  # of Adam
     }
     config.accumulation = 1  # micro-batches a step
     config.dropout = 0.0
@@ -99,6 +100,9 @@ def default_config() -> ConfigDict:
         "rollbacks": 0,  # times the run may go back to a checkpoint and skip such a batch
     }
     config.log_every = 10
+    # Steps between two measurements of how large the gradient of each task is; 0: none. One costs a
+    # forward and backward pass a task of one micro-batch.
+    config.task_gradients_every = 0
     config.eval_every = 500  # 0: no validation
     config.eval_batches = 8
     config.compile_cache = ""  # directory; compiled programs survive restarts
@@ -270,7 +274,7 @@ def _check_scalars(config: ConfigDict) -> list[str]:
     not_negative = (
         "eval_every", "eval_batches", "checkpoint.permanent", "checkpoint.minutes",
         "checkpoint.best", "checkpoint.local_every", "divergence.spike", "divergence.rollbacks",
-        "profile.start", "profile.steps",
+        "profile.start", "profile.steps", "task_gradients_every",
     )  # fmt: skip
     for option in (*positive, *not_negative):
         value, low = _get(config, option), 1 if option in positive else 0
