@@ -394,7 +394,7 @@ def evaluate(
         metrics = jax.device_get(
             compiled[bucket].evaluate(params, global_batch(local, program.mesh))
         )
-        sums = {name: value + sums.get(name, zero) for name, value in metrics.items()}
+        sums |= {name: value + sums.get(name, zero) for name, value in metrics.items()}
     means = {f"validation/{name}": float(value.mean()) for name, value in sums.items()}
     return means | {"validation/loss": float(weighted_total(program.objective, sums))}
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,13 @@ import numpy as np
 import pytest
 from fake_batches import bucket, means, micro, pair_bucket, random_batch, train_config
 
+from tpo_jax import train
+from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.paths import flatten, map_with_path
+from tpo_jax.parallel.weighted_sum import WeightedSum
+from tpo_jax.training.flops import forward_flops
 from tpo_jax.training.program import make_program
 from tpo_jax.training.state import merge, partition
 from tpo_jax.training.tasks import (
@@ -189,3 +194,44 @@ def test_preferences_are_one_task():
     found = jax.eval_shape(program.task_gradients, state.params, state.step, pairs, key)
     assert set(found) == {"gradient_norm/preference", "gradient_share/preference",
                           "shared_gradient_share/preference"}  # fmt: skip
+
+
+def test_an_idle_head_does_not_run(params):
+    """Its losses are not there; the other's are what they were; its part of the loss is 0."""
+    program, config = program_of(1), micro(HEADS)
+    shapes = bucket(2, slots={"region": 2}, idle=("temporal",))
+    spec = batch_spec(shapes, config)
+    assert spec["slots"]["temporal"]["valid"].shape == (2, 0)
+    key = jax.eval_shape(jax.random.key, 0)
+    _, sums = jax.eval_shape(program.train_step.gradient, program.abstract_state, spec, key)
+    assert {"region_mlp/l1", "objective/temporal", "objective/temporal_mlp/l1"} < set(sums)
+    assert not any(name.startswith("temporal_mlp/") for name in sums)
+    heads = {name: forward_flops(config, batch_spec(b, config))["heads"]
+             for name, b in {"all": bucket(2), "idle": shapes}.items()}  # fmt: skip
+    assert 0 < heads["idle"] < heads["all"]
+
+
+def test_validation_adds_up_what_not_every_bucket_has(monkeypatch):
+    """Losses 1 and 3 of two batches in the language, 4 of one in a head that the last lacks."""
+    one = jnp.float32(1.0)
+
+    def bucket_that_gives(**terms):
+        terms = {name.replace("_", "/"): WeightedSum(one * v, one) for name, v in terms.items()}
+        return types.SimpleNamespace(evaluate=lambda params, batch: terms)
+
+    compiled = {"both": bucket_that_gives(language=1, region_l1=4),
+                "words": bucket_that_gives(language=3)}  # fmt: skip
+    monkeypatch.setattr(train, "global_batch", lambda local, mesh: local)
+    found = train.evaluate(
+        types.SimpleNamespace(
+            eval_batches=2, data=types.SimpleNamespace(threads=1)),
+        types.SimpleNamespace(
+            mesh=None, objective=types.SimpleNamespace(
+                weights={"language": 1.0, "region/l1": 0.5, "mask/dice": 1.0})),
+        compiled,
+        types.SimpleNamespace(iterator=lambda threads: iter([("both", {}), ("words", {})])),
+        None,
+        types.SimpleNamespace(reached=lambda: False),
+    )  # fmt: skip
+    assert found == {"validation/language": 2.0, "validation/region/l1": 4.0,
+                     "validation/loss": 2.0 + 0.5 * 4.0}  # fmt: skip

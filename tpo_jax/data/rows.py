@@ -278,8 +278,10 @@ class RowBuilder:
             if count > self.bucket.capacity(head):
                 raise RowError(
                     f"{self.where(plan, plan.branches[0])}: {count} <{head}> slots, but the "
-                    f"bucket has {self.bucket.capacity(head)}. Raise "
-                    f"buckets.{self.bucket.name}.slots.{head}.")
+                    f"bucket has {self.bucket.capacity(head)}. "
+                    + (f"Take {head!r} out of buckets.{self.bucket.name}.idle."
+                       if head in self.bucket.idle
+                       else f"Raise buckets.{self.bucket.name}.slots.{head}."))
         self._has_features(plan)
         if plan.question is not None and self.contrast:
             self.manipulated_indices(plan)

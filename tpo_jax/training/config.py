@@ -143,6 +143,7 @@ def bucket_config(
     mask_size: int = 0,
     weight: float = 1.0,
     beside: str = "",
+    idle: Sequence[str] = (),
 ) -> dict[str, Any]:
     """One entry of buckets: fields as in data.pipeline.Bucket, sizes per row except batch_size."""
     return {
@@ -158,6 +159,7 @@ def bucket_config(
         "mask_size": mask_size,
         "weight": weight,
         "beside": beside,
+        "idle": list(idle),
     }
 
 
@@ -213,7 +215,9 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
                 filled[key] = fill(filled[key], default)
         return {key: filled[key] for key in [*values, *filled]}  # in the order of `values`
 
-    return ConfigDict(fill(values, to_dict(default_config())), sort_keys=False)
+    filled = fill(values, to_dict(default_config()))
+    buckets = {name: b | {"idle": b.get("idle", [])} for name, b in filled["buckets"].items()}
+    return ConfigDict(filled | {"buckets": buckets}, sort_keys=False)
 
 
 def validate(config: ConfigDict) -> None:
@@ -395,12 +399,11 @@ def _check_buckets(config: ConfigDict) -> list[str]:
             fix = f"give less than branch_tokens={bucket['branch_tokens']}"
             problems.append(_problem(at + "answers", bucket["answers"], reason, fix))
         answered = {HEADS[head].task for head in config.model.heads if head in HEADS}
-        for task in bucket["slots"]:
+        for task in {**bucket["slots"], **dict.fromkeys(bucket["idle"])}:
             if task != "box" and task not in answered:
                 fix = f"add a head for {task!r} to model.heads or drop the slot"
-                problems.append(
-                    _problem(f"{at}slots.{task}", bucket["slots"][task], "no such head", fix)
-                )
+                value = bucket["slots"].get(task, "idle")
+                problems.append(_problem(f"{at}slots.{task}", value, "no such head", fix))
     return problems
 
 
@@ -414,7 +417,12 @@ def _check_heads(config: ConfigDict) -> list[str]:
     if config.clip_features and not any(HEADS[name].reads_clip_features for name in names):
         fix = "add cg_detr to model.heads, or set it to False"
         problems.append(_problem("clip_features", True, "no head of model.heads reads them", fix))
+    idle = [{*bucket.get("idle", ())} for bucket in config.buckets.values()] or [set()]
     for term, weight in config.losses.items():
+        head = HEADS.get(term.split("/")[0])
+        if head and weight and head.task in set.intersection(*idle):
+            fix = "take its task out of the idle of one, or set the weight to 0"
+            problems.append(_problem(f"losses.{term}", weight, "runs in no bucket", fix))
         coupled = any(term in HEADS[name].coupled for name in names)
         if coupled and weight and config.accumulation > 1:
             reason = f"compares rows of the whole batch, but accumulation={config.accumulation}"

@@ -216,8 +216,9 @@ def added(trees: Sequence[Any]) -> Any:
 
 
 def weighted_total(objective: Objective, sums: Sums) -> jax.Array:
-    """float32[]: the objective's total from added-up terms."""
-    return sum(weight * sums[name].mean() for name, weight in objective.weights.items())
+    """float32[]: the objective's total from added-up terms; those that no batch had count 0."""
+    weights = objective.weights.items()
+    return sum(weight * sums[name].mean() for name, weight in weights if name in sums)
 
 
 def make_score_step(functional_model: Any) -> Callable[[Any, Batch], jax.Array]:
