@@ -43,7 +43,8 @@ ARGUMENTS = {
     "numbers": "table", "sets": "", "media": "", "samples": 0, "mask_loss": "masks",
     "random": False, "tiny": False,
 }  # fmt: skip
-HEADS = ["region_mlp", "cg_detr", "sam2"]
+TASK_OF = {"region_mlp": "region", "cg_detr": "temporal", "sam2": "mask"}
+HEADS = list(TASK_OF)
 FRAMES = 16
 # Media of each set, and the task that it is asked for.
 SETS = {
@@ -113,14 +114,16 @@ def make_config(family: str, arg: ConfigDict, frames: int) -> ConfigDict:
     if arg.init and stage.after == "base":
         config.init_missing = ["heads/region_mlp", "heads/cg_detr", ADAPTER, *TOKENS.split("|")]
     config.lora = dataclasses.asdict(VIDEOCHAT_LORA)
-    config.losses = losses_of(stage, arg.mask_loss)
-    config.trainable = stage.rates
     config.optimizer.update(weight_decay=0.02, warmup=stage.warmup, min_lr_ratio=0.05, eps=1e-5)
     _choose_data(config, stage, arg)
+    asked = {slot for bucket in config.buckets.values() for slot in bucket.slots}
+    _choose_trained(config, stage, asked, arg.mask_loss)
     sizes = preset(f"{family}_{'tiny' if arg.tiny else '7b'}")
     for bucket in config.buckets.values():
         bucket.update(windows=10, mask_size=sizes.mask_size)
     if not arg.tiny:
+        # SAM 2 is 288 wide in its second stage, which no larger power of two divides.
+        config.mesh.update(data=-1, fsdp=32)
         config.steps = -(-(arg.samples or stage.samples) * stage.epochs // stage.batch)
     return config
 
@@ -160,15 +163,27 @@ def stages_of(numbers: str) -> dict[str, Stage]:
     }
 
 
-def losses_of(stage: Stage, mask_loss: str) -> dict[str, float]:
-    """Published weights; 0 (only reported) for heads that the stage does not train."""
+def _choose_trained(
+    config: ConfigDict, stage: Stage, asked: set[str], mask_loss: str
+) -> None:
+    """What the stage trains, but for heads that the chosen sets do not ask: those would only decay.
+
+    Losses have the published weights, and 0 (only reported) for heads that are not trained.
+    """
     if mask_loss not in ("masks", "prompt"):
         raise ConfigError(f"config argument mask_loss={mask_loss}: expected masks or prompt")
+    trained = {name for name in stage.heads if TASK_OF[name] in asked}
+    left_out = [f"heads/{name}" for name in HEADS if name not in trained]
+    left_out += [] if "box" in asked else ["box_encoder/"]
+    for pattern, rate in stage.rates:
+        parts = [part for part in pattern.split("|") if not part.startswith(tuple(left_out))]
+        if parts:
+            config.trainable.append(["|".join(parts), rate])
     weights = region_mlp.published_weights() | cg_detr.published_weights(scale=0.05)
     for term, weight in sam2.published_weights().items():
         weights[term] = weight if mask_loss == "masks" or term == "sam2/prompt" else 0.0
-    trained = {t: w if t.split("/")[0] in stage.heads else 0.0 for t, w in weights.items()}
-    return {"language": 1.0} | trained
+    for term, weight in weights.items():
+        config.losses[term] = weight if term.split("/")[0] in trained else 0.0
 
 
 def _choose_data(config: ConfigDict, stage: Stage, arg: ConfigDict) -> None:

@@ -9,6 +9,7 @@ from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import BOX_TOKEN, task_tokens
 from tpo_jax.models.heads.cg_detr import published_weights
 from tpo_jax.models.presets import PRESETS
+from tpo_jax.parallel.paths import map_with_path
 from tpo_jax.training.config import default_config
 
 # Adam divides by |gradient|; a larger eps keeps round-off in small gradients small in parameters.
@@ -108,6 +109,18 @@ def train_config(heads: tuple[str, ...] = (), **changes):
     for key, value in changes.items():
         config[key] = value
     return config
+
+
+def small_params(abstract, size: float = 0.05):
+    """Small random numbers, norms of one; nothing is compiled or drawn on a device."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        if path.endswith("scale"):
+            return np.ones(leaf.shape, np.float32)
+        return (size * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    return map_with_path(draw, abstract)
 
 
 def means(metrics) -> dict[str, float]:

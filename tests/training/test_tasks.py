@@ -8,13 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_batches import bucket, means, micro, pair_bucket, random_batch, train_config
+from fake_batches import (
+    bucket,
+    means,
+    micro,
+    pair_bucket,
+    random_batch,
+    small_params,
+    train_config,
+)
 
 from tpo_jax import train
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import make_mesh
-from tpo_jax.parallel.paths import flatten, map_with_path
+from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.weighted_sum import WeightedSum
 from tpo_jax.training.flops import forward_flops
 from tpo_jax.training.program import make_program
@@ -68,15 +76,7 @@ def test_parts_by_hand():
 
 @pytest.fixture(scope="module")
 def params():
-    """Small random numbers, norms of one; drawing them on a device would take longer."""
-    rng = np.random.default_rng(1)
-
-    def draw(path, leaf):
-        if path.endswith("scale"):
-            return np.ones(leaf.shape, np.float32)
-        return (0.1 * rng.normal(size=leaf.shape)).astype(np.float32)
-
-    return map_with_path(draw, FunctionalModel(micro(HEADS)).abstract())
+    return small_params(FunctionalModel(micro(HEADS)).abstract(), size=0.1)
 
 
 @functools.cache
