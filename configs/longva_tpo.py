@@ -62,9 +62,9 @@ def make_config(arg: ConfigDict, *, beta: float, sft: float, rate: float) -> Con
     ]
     config.data.references = [f"{pairs}/reference.npz"]
     config.preference.kinds = KINDS
-    config.optimizer = {
-        "name": "adamw", "warmup": 0.1, "weight_decay": 0.0, "clip": 1.0, "min_lr_ratio": 0.0,
-    }  # fmt: skip
+    config.optimizer.update(
+        name="adamw", warmup=0.1, weight_decay=0.0, clip=1.0, min_lr_ratio=0.0
+    )
     config.preference.update(beta=beta, sft=sft)
     config.trainable = [["language/|connector/", rate]]
     batch_size, epochs = recipes[arg.recipe](config)

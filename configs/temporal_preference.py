@@ -60,9 +60,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
             branches=2, branch_tokens=64, answers=48, windows=1,
         )
     }  # fmt: skip
-    config.optimizer = {
-        "name": "adamw", "warmup": 0.1, "weight_decay": 0.0, "clip": 1.0, "min_lr_ratio": 0.0,
-    }  # fmt: skip
+    config.optimizer.update(
+        name="adamw", warmup=0.1, weight_decay=0.0, clip=1.0, min_lr_ratio=0.0
+    )
     # As published: the language model and the projector; the vision encoder is frozen.
     config.trainable = [["language/|connector/", arg.rate]]
     config.checkpoint.update(every=50, keep=1)

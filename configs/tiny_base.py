@@ -48,9 +48,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ConfigError(f"config argument stage={arg.stage}: expected one of {', '.join(stages)}")
     config = default_config()
     config.data.validation = [source_config(f"{arg.runs}/data/validation", tasks=TASKS)]
-    config.optimizer = {
-        "name": "muon", "warmup": 0.03, "weight_decay": 0.05, "clip": 1.0, "min_lr_ratio": 0.05,
-    }  # fmt: skip
+    config.optimizer.update(
+        name="muon", warmup=0.03, weight_decay=0.05, clip=1.0, min_lr_ratio=0.05
+    )
     config.trainable = [[".*", 2e-3]]
     config.checkpoint.update({"every": 250, "keep": 2})
     config.log_every = 20

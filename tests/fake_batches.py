@@ -9,6 +9,7 @@ from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import BOX_TOKEN, task_tokens
 from tpo_jax.models.heads.cg_detr import published_weights
 from tpo_jax.models.presets import PRESETS
+from tpo_jax.parallel.paths import map_with_path
 from tpo_jax.training.config import default_config
 
 # Adam divides by |gradient|; a larger eps keeps round-off in small gradients small in parameters.
@@ -57,6 +58,7 @@ def random_batch(bucket: Bucket, config: ModelConfig, seed: int = 0) -> dict:
         batch[f"{side}_tokens"][:] = rng.integers(9, 900, shape)
         batch[f"{side}_positions"][:] = np.arange(length) + (side == "branch") * 20
         batch[f"{side}_segments"][:] = 1
+    batch["branch_tasks"][:] = np.arange(B * K).reshape(B, K) % 4
     batch["answer_positions"][:] = np.arange(R - A - 1, R - 1)
     batch["answer_tokens"][:] = batch["branch_tokens"][:, :, R - A :]
     lengths = rng.integers(1, A + 1, (B, K, 1))
@@ -109,7 +111,19 @@ def train_config(heads: tuple[str, ...] = (), **changes):
     return config
 
 
+def small_params(abstract, size: float = 0.05):
+    """Small random numbers, norms of one; nothing is compiled or drawn on a device."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        if path.endswith("scale"):
+            return np.ones(leaf.shape, np.float32)
+        return (size * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    return map_with_path(draw, abstract)
+
+
 def means(metrics) -> dict[str, float]:
-    """The means of a train step's metrics, which also hold the gradient norms by leaf."""
-    named = {name: value for name, value in metrics.items() if name != "grad_norms"}
+    """The means of a train step's metrics, without its gradient norms by leaf and its counts."""
+    named = {n: value for n, value in metrics.items() if n not in ("grad_norms", "examples")}
     return {name: float(value.mean()) for name, value in named.items()}

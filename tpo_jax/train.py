@@ -65,6 +65,7 @@ from tpo_jax.training.resume import check_same_run, find_start, read_checkpoint
 from tpo_jax.training.save_policy import Due, SavePolicy
 from tpo_jax.training.start import initial_params, make_model_config
 from tpo_jax.training.step import weighted_total
+from tpo_jax.training.tasks import add_examples, example_scalars
 from tpo_jax.training.writers import (
     Jsonl,
     MetricWindow,
@@ -170,7 +171,9 @@ def train(
             # The arrays are read while the programs compile.
             reader = concurrent.futures.ThreadPoolExecutor(1, "restore")
             restoring = reader.submit(checkpoints.restore, start, program.abstract_state)
-            progress = saved.progress
+            progress = {"examples": {}} | saved.progress  # older checkpoints do not count them
+            if "examples" not in saved.progress:
+                say("the checkpoint does not say how many examples were seen: counted from here on")
             pipeline.skip(progress["skipped"])
             ledger.resume(saved.ledger)
             say(f"resuming from step {start} of {config.steps}")
@@ -179,8 +182,9 @@ def train(
             state = program.init_state(initial_params(config, program, model_config, say))
             progress = {
                 "evaluated": 0, "evaluated_loss": None, "best": None, "window": {}, "losses": {},
-                "best_saves": [], "skipped": [], "rollbacks": 0,
+                "best_saves": [], "skipped": [], "rollbacks": 0, "examples": {},
             }  # fmt: skip
+        say(pipeline.describe_mixture())
         iterator.start_prefetch()  # the first batch is read while the program compiles
         base_key = program.base_key(config.seed)
         if is_writer:
@@ -238,6 +242,7 @@ def train(
             return
         (at, tokens_then, bucket, metrics), pending = pending, None
         norms = np.asarray(metrics.pop("grad_norms"))
+        examples = np.asarray(metrics.pop("examples"))
         loss, finite = float(metrics["loss"].total), not float(metrics["nonfinite"].total)
         if found := guard.judge(at, bucket, loss, finite):
             _, rows = pipeline.describe_batch(at - 1)
@@ -248,10 +253,12 @@ def train(
                 failed = found
                 return
         ledger.count_step(compiled[bucket].flops)
+        progress["examples"] = add_examples(progress["examples"], examples)
         window.add(metrics)
         if at % config.log_every == 0 or at == config.steps:
             scalars = window.means("train/")
             check_finite(at, scalars)
+            scalars |= example_scalars(progress["examples"])
             with ledger.measure("other"):
                 measured = clock.record(at, tokens_then) | device_memory()
                 writers.write_scalars(at, scalars | measured)
@@ -330,7 +337,11 @@ def train(
             bucket, local = next(iterator)
         with ledger.measure("step"):
             batch = global_batch(local, mesh)
+            measured = {}
+            if config.task_gradients_every and (step + 1) % config.task_gradients_every == 0:
+                measured = compiled[bucket].measure_tasks(state, batch, base_key)
             state, metrics = compiled[bucket].train(state, batch, base_key, finish_copy)
+            metrics |= measured
             if "padding" in metrics:
                 metrics[f"padding/{bucket}"] = metrics.pop("padding")
             tokens += compiled[bucket].tokens
@@ -384,7 +395,7 @@ def evaluate(
         metrics = jax.device_get(
             compiled[bucket].evaluate(params, global_batch(local, program.mesh))
         )
-        sums = {name: value + sums.get(name, zero) for name, value in metrics.items()}
+        sums |= {name: value + sums.get(name, zero) for name, value in metrics.items()}
     means = {f"validation/{name}": float(value.mean()) for name, value in sums.items()}
     return means | {"validation/loss": float(weighted_total(program.objective, sums))}
 

@@ -30,8 +30,10 @@ def test_schedule_counts_occurrences_and_keeps_proportions(weights, steps):
 
 
 def test_buckets_are_spread_evenly():
-    schedule = BucketSchedule([bucket("a", weight=3.0), bucket("b", weight=1.0)])
+    a, b = bucket("a", weight=3.0), bucket("b", weight=1.0)
+    schedule = BucketSchedule([a, b])
     assert schedule.counts == (48, 16)
+    assert (schedule.share(a), schedule.share(b)) == (0.75, 0.25)
     names = [schedule(step)[0].name for step in range(200)]
     assert all(names[i : i + 4].count("b") == 1 for i in range(0, 200, 4))
 
@@ -44,6 +46,8 @@ def test_buckets_are_spread_evenly():
     ({"weight": 0.0}, "buckets.b.weight"),
     ({"slots": {"depth": 1}}, "buckets.b.slots: unknown.*depth"),
     ({"slots": {"mask": 0}}, "buckets.b.slots.mask: 0"),
+    ({"slots": {"mask": 1}, "idle": ("mask",)}, "buckets.b.idle: 'mask'.*slots does not name"),
+    ({"idle": ("depth",)}, "buckets.b.idle: 'depth'"),
 ])
 def test_wrong_buckets_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -67,6 +71,16 @@ def test_a_bucket_beside_another_has_no_steps_of_its_own():
     buckets = [bucket("video", beside="image"), bucket("image", media="image", frames=1)]
     assert [b.name for b in scheduled(buckets)] == ["video"]
     assert [b.name for b in scheduled([bucket("a"), bucket("b")])] == ["a", "b"]
+
+
+def test_what_is_idle_has_no_slot():
+    config = dict(media="image", batch_size=2, frames=1, branches=1, branch_tokens=9, answers=4,
+                  idle=["mask"], slots={"region": 3})
+    read = Bucket.from_config("still", config)
+    assert [read.capacity(task) for task in ("mask", "region", "temporal")] == [0, 3, 1]
+    joint = [bucket("video", beside="image"), bucket("image", idle=("mask",))]
+    with pytest.raises(ValueError, match="buckets.video.idle.*a step has the losses of both"):
+        scheduled(joint)
 
 
 @pytest.mark.parametrize("buckets", [

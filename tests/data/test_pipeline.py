@@ -9,9 +9,10 @@ import pytest
 from fake_dataset import FakeDataset, example, fake_dataset, video_info
 from small_pipeline import HEADS, IMAGE, PAIR, TASKS, VIDEO, make
 
+from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.mixture import Source
 from tpo_jax.data.pipeline import Pipeline, blank_batch, row_builder
-from tpo_jax.data.records import Turn
+from tpo_jax.data.records import RecordError, Turn, task_number
 from tpo_jax.data.rows import RowError, row_id
 from tpo_jax.models.presets import micro
 
@@ -123,6 +124,56 @@ def test_preference_data_needs_a_preference_bucket(codec, model):
     with pytest.raises(RowError, match="bucket 'pair': no video with a preference example"):
         Pipeline([Source(fake_dataset(), 1.0, {"conversation": 1.0})], codec, model, HEADS,
                  [VIDEO, PAIR], 0)
+
+
+# --- tasks: what a branch asks, what is idle, and the weights in words ---
+
+
+def test_every_branch_says_which_task_it_is_of(codec, model):
+    pipeline = make(codec, model)
+    seen = set()
+    for step in range(8):
+        name, batch = pipeline.batch(step)
+        _, _, plans = pipeline.plans(step)
+        for row, plan in zip(batch["branch_tasks"], plans, strict=True):
+            tasks = [branch.example.task for branch in plan.branches]
+            if name == "pair":
+                assert tasks == ["preference"] * 2
+                tasks = tasks[:1]  # one pair
+            assert row.tolist() == [task_number(t) for t in tasks] + [0] * (len(row) - len(tasks))
+            seen.update(tasks)
+    assert seen == set(TASKS)
+    assert task_number("conversation") == 1
+    with pytest.raises(RecordError, match="task 'depth' is unknown"):
+        task_number("depth")
+
+
+def test_an_idle_task_has_no_slots_and_is_not_asked(codec, model):
+    idle = dataclasses.replace(VIDEO, slots={"region": 3}, idle=("mask", "temporal"))
+    tasks = {"conversation": 1.0, "region": 1.0}
+    pipeline = Pipeline([Source(fake_dataset(), 1.0, tasks)], codec, model, HEADS, [idle], 0)
+    _, batch = pipeline.batch(0)
+    assert batch["slots"]["mask"]["masks"].shape == (4, 0, 8, 16, 16)
+    assert batch["slots"]["temporal"]["valid"].shape == (4, 0)
+    spec = batch_spec(pipeline.builders["video"].bucket, model)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), spec) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), batch)
+    with pytest.raises(RowError, match="1 <mask> slots, but the bucket has 0. Take 'mask' out of "
+                                       "buckets.video.idle"):
+        Pipeline([Source(fake_dataset(), 1.0, {"mask": 1.0})], codec, model, HEADS, [idle], 0)
+
+
+def test_the_mixture_in_words(codec, model):
+    sources = [Source(fake_dataset(), 1.0, {"region": 1.0, "mask": 0.0}),
+               Source(fake_dataset(), 3.0, {"conversation": 3.0, "temporal": 1.0})]
+    buckets = [VIDEO, dataclasses.replace(IMAGE, weight=1.0)]
+    text = Pipeline(sources, codec, model, HEADS, buckets, 0).describe_mixture().splitlines()
+    path = fake_dataset().path
+    image, video = text.index("  image: 25.0% of steps, 4 rows"), text.index(
+        "  video: 75.0% of steps, 4 rows")
+    shares = [f"    25.0% {path}: region 100.0%",
+              f"    75.0% {path}: conversation 75.0%, temporal 25.0%"]
+    assert text[video + 1 : video + 3] == shares and text[image + 1 : image + 3] == shares
 
 
 # --- errors name file, example, bucket and fix ---

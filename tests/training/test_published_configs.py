@@ -7,7 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from fake_batches import bucket, random_batch
+from fake_batches import bucket, random_batch, small_params
 
 from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
@@ -29,18 +29,6 @@ def config_of(name, arg):
     config = module.get_config(arg)
     validate(config)
     return config
-
-
-def small_params(abstract):
-    """Small random numbers, norms of one; nothing is drawn on a device."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        if path.endswith("scale"):
-            return np.ones(leaf.shape, np.float32)
-        return (0.05 * rng.normal(size=leaf.shape)).astype(np.float32)
-
-    return map_with_path(draw, abstract)
 
 
 def batch_of(config, model_config):

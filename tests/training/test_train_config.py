@@ -54,11 +54,12 @@ def test_a_config_comes_back_from_its_json_with_types_and_order():
 
 def test_an_option_younger_than_the_json_has_its_default_and_an_unknown_one_is_refused():
     values = to_dict(good())
-    del values["profile"], values["optimizer"]["clip"]
+    del values["profile"], values["optimizer"]["clip"], values["buckets"]["video"]["idle"]
     values["buckets"]["video"]["windows"] = 3  # names of the config's own choice stay as they are
     config = from_dict(values)
     assert config.profile.steps == 0 and config.optimizer.clip == 1.0
     assert list(config.buckets) == ["video"] and config.buckets.video.windows == 3
+    assert config.buckets.video.idle == []
     validate(config)
     with pytest.raises(ConfigError, match="stepz"):
         validate(from_dict(values | {"stepz": 1}))
@@ -92,6 +93,16 @@ def test_half_a_profiler_window_is_refused(profile):
             lambda c: c.buckets.video.update(slots={"region": 1}),
             ["buckets.video.slots.region", "model.heads"],
         ),
+        (
+            lambda c: c.buckets.video.update(idle=["region"]),
+            ["buckets.video.slots.region = 'idle'", "model.heads"],
+        ),
+        (
+            lambda c: c.update(_heads({"cg_detr/l1": 1.0, "cg_detr/giou": 0.0}))
+            or c.buckets.video.update(idle=["temporal"]),
+            ["losses.cg_detr/l1 = 1.0: runs in no bucket"],
+        ),
+        (lambda c: c.update(task_gradients_every=-1), ["task_gradients_every = -1", "at least 0"]),
         (lambda c: c.update(objective="ppo"), ["objective = 'ppo'", "sft, preference"]),
         (lambda c: c.losses.update({"region/l1": 1.0}), ["losses.region/l1", "missing head"]),
         (lambda c: c.update(trainable=[]), ["trainable", "everything is frozen"]),

@@ -43,6 +43,7 @@ def batch_spec(
         "branch_tokens": _spec(jnp.int32, B, K, R),
         "branch_positions": _spec(jnp.int32, B, K, R),
         "branch_segments": _spec(jnp.int32, B, K, R),
+        "branch_tasks": _spec(jnp.int32, B, K),
         "answer_positions": _spec(jnp.int32, B, K, A),
         "answer_tokens": _spec(jnp.int32, B, K, A),
         "answer_weights": _spec(jnp.float32, B, K, A),

@@ -26,6 +26,8 @@ class Bucket:
       question: tokens of the question in the prefix. Not 0 makes this a bucket of preference pairs,
         which holds nothing else.
       slots: task -> S. A task of the heads of the model that is not named here has one slot.
+      idle: tasks that this bucket does not ask, whose heads do not run in its steps: they have no
+        slot. A large head then costs nothing where nobody calls it.
       windows: W, windows per temporal slot; 0 if the model has no temporal head.
       mask_size: height and width of mask targets in cells; 0 if the model has no mask head.
       weight: share of steps.
@@ -48,6 +50,7 @@ class Bucket:
     mask_size: int = 0
     weight: float = 1.0
     beside: str = ""
+    idle: tuple[str, ...] = ()
     after_visual: int = 1
 
     def __post_init__(self) -> None:
@@ -73,6 +76,11 @@ class Bucket:
         if unknown := set(self.slots) - set(TASK_TOKENS):
             raise ValueError(
                 f"{where}.slots: unknown {sorted(unknown)}, expected {sorted(TASK_TOKENS)}.")
+        for task in self.idle:
+            if task not in TASK_TOKENS or task in self.slots:
+                raise ValueError(
+                    f"{where}.idle: {task!r}, expected tasks of heads, {sorted(TASK_TOKENS)}, that "
+                    "slots does not name.")
         for head, capacity in self.slots.items():
             if capacity < 1:
                 raise ValueError(
@@ -86,7 +94,7 @@ class Bucket:
 
     def capacity(self, head: str) -> int:
         """S of one head."""
-        return self.slots.get(head, 1)
+        return 0 if head in self.idle else self.slots.get(head, 1)
 
     @classmethod
     def from_config(cls, name: str, config: Mapping[str, Any]) -> Bucket:
@@ -97,6 +105,7 @@ class Bucket:
                 f"buckets.{name}: unknown keys {sorted(unknown)}, expected {sorted(fields)}.")
         values = dict(config)
         values["slots"] = dict(values.get("slots", {}))
+        values["idle"] = tuple(values.get("idle", ()))
         return cls(name=name, **values)
 
 
@@ -110,11 +119,12 @@ def scheduled(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
     """The buckets that have steps of their own.
 
     Raises:
-      ValueError: a bucket stands beside one that is not there, that stands beside another, or that
-        has one beside it already.
+      ValueError: a bucket stands beside one that is not there, that stands beside another, that
+        has one beside it already, or in which other heads run.
     """
     beside = [bucket.beside for bucket in buckets if bucket.beside]
     kinds = {bucket.name: bucket.kind for bucket in buckets}
+    idle = {bucket.name: set(bucket.idle) for bucket in buckets}
     for bucket in buckets:
         if bucket.beside and (
                 kinds.get(bucket.beside) != bucket.kind or bucket.name in beside
@@ -122,6 +132,11 @@ def scheduled(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
             raise ValueError(
                 f"buckets.{bucket.name}.beside: {bucket.beside!r}, expected another bucket of kind "
                 f"{bucket.kind!r} that has none beside it and stands beside no other.")
+        if bucket.beside and idle[bucket.name] != idle[bucket.beside]:
+            raise ValueError(
+                f"buckets.{bucket.name}.idle: {sorted(idle[bucket.name])}, but "
+                f"buckets.{bucket.beside} beside it has {sorted(idle[bucket.beside])}: a step has "
+                "the losses of both; give equal ones.")
     return tuple(bucket for bucket in buckets if bucket.name not in beside)
 
 
@@ -153,6 +168,10 @@ class BucketSchedule:
         index = self.pattern[phase]
         before = self.pattern[:phase].count(index)
         return self.buckets[index], periods * self.counts[index] + before
+
+    def share(self, bucket: Bucket) -> float:
+        """Share of steps that are of `bucket`."""
+        return self.counts[self.buckets.index(bucket)] / len(self.pattern)
 
     def occurrences(self, bucket: Bucket, step: int) -> int:
         """How often `bucket` comes before `step`."""

@@ -263,6 +263,11 @@ class Mixture:
         """What each source has for this bucket."""
         return [entries for _, entries in self._parts.values()]
 
+    def source_shares(self) -> list[tuple[Source, float]]:
+        """The sources that rows come from now, and each one's share of them."""
+        weights = {n: s.weight for n, s in self._shares.shares.items() if s.weight > 0}
+        return [(self._parts[n][0], w / sum(weights.values())) for n, w in weights.items()]
+
     def __call__(self, row: int) -> RowPlan:
         """The plan of a row of the global stream."""
         number, position = self._shares(row)

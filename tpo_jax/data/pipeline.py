@@ -240,6 +240,22 @@ class Pipeline:
         return bucket.name, [
             {"video": plan.video_id, "examples": sorted(_ids(plan))} for plan in plans]
 
+    def describe_mixture(self) -> str:
+        """The weights of the mixture as shares, for the log: steps of a bucket, rows of a source in
+        it, and what a draw of a source asks for as long as its video has all of its tasks."""
+        lines = ["mixture: share of steps; of rows by source; of draws by task"]
+        for bucket in self.schedule.buckets:
+            for part in self._parts(bucket):
+                steps = self.schedule.share(bucket)
+                beside = f" beside {bucket.name}" if part is not bucket else ""
+                lines.append(f"  {part.name}{beside}: {steps:.1%} of steps, {part.batch_size} rows")
+                for source, share in self.mixtures[part.name].source_shares():
+                    tasks = {task: weight for task, weight in source.tasks.items() if weight}
+                    whole = sum(tasks.values())
+                    drawn = ", ".join(f"{t} {w / whole:.1%}" for t, w in sorted(tasks.items()))
+                    lines.append(f"    {share:.1%} {source.dataset.path}: {drawn}")
+        return "\n".join(lines)
+
     def iterator(self, start_step: int = 0, threads: int = 2, prefetch: int = 4,
                  workers: int = 0) -> grain.DatasetIterator:
         """(bucket name, batch) from `start_step` on, read ahead.

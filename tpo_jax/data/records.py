@@ -44,6 +44,20 @@ def known_tasks() -> tuple[str, ...]:
     return tuple(dict.fromkeys((*TASKS, *task_tokens())))
 
 
+def task_number(task: str) -> int:
+    """1 + the task's place in `known_tasks`, what stands for it in a batch; 0 is no task.
+
+    Raises:
+      RecordError: no such task.
+    """
+    if task not in known_tasks():
+        raise RecordError(
+            f"task {task!r} is unknown, expected one of {', '.join(known_tasks())}; import the "
+            "head that brings it, or leave the example out"
+        )
+    return 1 + known_tasks().index(task)
+
+
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """At most 32 consecutive stored frames of one video (or the single frame of an image).

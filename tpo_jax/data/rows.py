@@ -20,7 +20,7 @@ from tpo_jax.data.buckets import Bucket, fitted
 from tpo_jax.data.clip_features import RowFeatures
 from tpo_jax.data.preprocess import RESIZES
 from tpo_jax.data.problems import Invalid
-from tpo_jax.data.records import Example, PreparedDataset
+from tpo_jax.data.records import Example, PreparedDataset, task_number
 from tpo_jax.data.targets import TARGETS, TargetError, View
 from tpo_jax.data.text import LONGEST_SECONDS, Branch, TextCodec
 
@@ -278,8 +278,10 @@ class RowBuilder:
             if count > self.bucket.capacity(head):
                 raise RowError(
                     f"{self.where(plan, plan.branches[0])}: {count} <{head}> slots, but the "
-                    f"bucket has {self.bucket.capacity(head)}. Raise "
-                    f"buckets.{self.bucket.name}.slots.{head}.")
+                    f"bucket has {self.bucket.capacity(head)}. "
+                    + (f"Take {head!r} out of buckets.{self.bucket.name}.idle."
+                       if head in self.bucket.idle
+                       else f"Raise buckets.{self.bucket.name}.slots.{head}."))
         self._has_features(plan)
         if plan.question is not None and self.contrast:
             self.manipulated_indices(plan)
@@ -300,6 +302,8 @@ class RowBuilder:
         length = self._fill_prefix(row, prefix, len(indices))
         for k, branch in enumerate(branches):
             self._fill_branch(row, k, branch, length)
+        asked = plan.branches if plan.question is None else plan.branches[:1]  # one pair
+        row["branch_tasks"][: len(asked)] = [task_number(b.example.task) for b in asked]
         self._fill_slots(row, plan, branches, view)
         if plan.question is not None:
             self._fill_pair(row, plan)
@@ -325,6 +329,7 @@ class RowBuilder:
             "branch_tokens": np.full((b.branches, b.branch_tokens), self.codec.pad_id, np.int32),
             "branch_positions": np.zeros((b.branches, b.branch_tokens), np.int32),
             "branch_segments": np.zeros((b.branches, b.branch_tokens), np.int32),
+            "branch_tasks": np.zeros(b.branches, np.int32),
             "answer_positions": np.zeros((b.branches, b.answers), np.int32),
             "answer_tokens": np.full((b.branches, b.answers), self.codec.pad_id, np.int32),
             "answer_weights": np.zeros((b.branches, b.answers), np.float32),

@@ -220,7 +220,8 @@ class VideoLanguageModel(nnx.Module):
     def run_heads(
         self, outputs: Outputs, batch: Mapping[str, Any], *, for_losses: bool = True
     ) -> dict[str, dict]:
-        """Predictions {head: {...}} of every head of the model that the batch has slots for.
+        """Predictions {head: {...}} of every head of the model that the batch has slots for; a head
+        with slot arrays of length 0 does not run.
 
         Args:
           for_losses: whether heads also compute what only their losses read.
@@ -230,6 +231,8 @@ class VideoLanguageModel(nnx.Module):
             if head(name).task not in batch["slots"]:
                 continue
             slots = batch["slots"][head(name).task]
+            if not slots["valid"].shape[1]:
+                continue  # idle in this bucket
             more = {}
             if head(name).reads_tokens:
                 tokens = self.tokenise(outputs.encoded.features) if tokens is None else tokens

@@ -29,6 +29,7 @@ class CompiledBucket:
 
     tokens: positions of the decoder in one batch, padding included.
     flops: model FLOPs of one train step (training.flops).
+    task_gradients: of the program, or None.
     """
 
     name: str
@@ -37,6 +38,7 @@ class CompiledBucket:
     flops: float
     train_step: TrainStep
     eval_program: Any
+    task_gradients: Any
 
     def train(
         self, state: Any, batch: Any, key: jax.Array, before_update: Callable[[Any], None]
@@ -47,6 +49,11 @@ class CompiledBucket:
     def evaluate(self, params: Any, batch: Any) -> Any:
         self._check(batch)
         return self.eval_program(params, batch)
+
+    def measure_tasks(self, state: Any, batch: Any, key: jax.Array) -> Any:
+        """Metrics of training.task_gradients, before the step that `batch` is for."""
+        self._check(batch)
+        return self.task_gradients(state.params, state.step, batch, key)
 
     def _check(self, batch: Any) -> None:
         shapes = {path: (x.shape, x.dtype) for path, x in flatten(batch).items()}
@@ -99,6 +106,10 @@ def compile_buckets(
         gradient = program.lower_gradient(batch).compile()
         preemption.check()
         lowered = program.eval_step.lower(params, batch) if evaluate else None
+        measuring = None
+        if program.task_gradients is not None:
+            measuring = program.lower_task_gradients(batch).compile()
+            preemption.check()
         compiled[name] = CompiledBucket(
             name=name,
             shapes={path: (x.shape, x.dtype) for path, x in leaves.items()},
@@ -106,6 +117,7 @@ def compile_buckets(
             flops=sum(train_flops(program.model.config, part) for part in parts_of(batch)),
             train_step=TrainStep(gradient, update),
             eval_program=lowered.compile() if lowered is not None else None,
+            task_gradients=measuring,
         )
         say(f"compiled bucket {name!r} ({rows} rows) in {time.monotonic() - begin:.1f} s")
     preemption.check()

@@ -81,6 +81,7 @@ def default_config() -> ConfigDict:
         "weight_decay": 0.05,
         "clip": 1.0,  # largest global gradient norm; 0: no clipping
         "min_lr_ratio": 0.1,
+        "eps": 1e-8,  # of Adam
     }
     config.accumulation = 1  # micro-batches a step
     config.dropout = 0.0
@@ -99,6 +100,9 @@ def default_config() -> ConfigDict:
         "rollbacks": 0,  # times the run may go back to a checkpoint and skip such a batch
     }
     config.log_every = 10
+    # Steps between two measurements of how large the gradient of each task is; 0: none. One costs a
+    # forward and backward pass a task of one micro-batch.
+    config.task_gradients_every = 0
     config.eval_every = 500  # 0: no validation
     config.eval_batches = 8
     config.compile_cache = ""  # directory; compiled programs survive restarts
@@ -139,6 +143,7 @@ def bucket_config(
     mask_size: int = 0,
     weight: float = 1.0,
     beside: str = "",
+    idle: Sequence[str] = (),
 ) -> dict[str, Any]:
     """One entry of buckets: fields as in data.pipeline.Bucket, sizes per row except batch_size."""
     return {
@@ -154,6 +159,7 @@ def bucket_config(
         "mask_size": mask_size,
         "weight": weight,
         "beside": beside,
+        "idle": list(idle),
     }
 
 
@@ -209,7 +215,9 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
                 filled[key] = fill(filled[key], default)
         return {key: filled[key] for key in [*values, *filled]}  # in the order of `values`
 
-    return ConfigDict(fill(values, to_dict(default_config())), sort_keys=False)
+    filled = fill(values, to_dict(default_config()))
+    buckets = {name: b | {"idle": b.get("idle", [])} for name, b in filled["buckets"].items()}
+    return ConfigDict(filled | {"buckets": buckets}, sort_keys=False)
 
 
 def validate(config: ConfigDict) -> None:
@@ -270,7 +278,7 @@ def _check_scalars(config: ConfigDict) -> list[str]:
     not_negative = (
         "eval_every", "eval_batches", "checkpoint.permanent", "checkpoint.minutes",
         "checkpoint.best", "checkpoint.local_every", "divergence.spike", "divergence.rollbacks",
-        "profile.start", "profile.steps",
+        "profile.start", "profile.steps", "task_gradients_every",
     )  # fmt: skip
     for option in (*positive, *not_negative):
         value, low = _get(config, option), 1 if option in positive else 0
@@ -391,12 +399,11 @@ def _check_buckets(config: ConfigDict) -> list[str]:
             fix = f"give less than branch_tokens={bucket['branch_tokens']}"
             problems.append(_problem(at + "answers", bucket["answers"], reason, fix))
         answered = {HEADS[head].task for head in config.model.heads if head in HEADS}
-        for task in bucket["slots"]:
+        for task in {**bucket["slots"], **dict.fromkeys(bucket["idle"])}:
             if task != "box" and task not in answered:
                 fix = f"add a head for {task!r} to model.heads or drop the slot"
-                problems.append(
-                    _problem(f"{at}slots.{task}", bucket["slots"][task], "no such head", fix)
-                )
+                value = bucket["slots"].get(task, "idle")
+                problems.append(_problem(f"{at}slots.{task}", value, "no such head", fix))
     return problems
 
 
@@ -410,7 +417,12 @@ def _check_heads(config: ConfigDict) -> list[str]:
     if config.clip_features and not any(HEADS[name].reads_clip_features for name in names):
         fix = "add cg_detr to model.heads, or set it to False"
         problems.append(_problem("clip_features", True, "no head of model.heads reads them", fix))
+    idle = [{*bucket.get("idle", ())} for bucket in config.buckets.values()] or [set()]
     for term, weight in config.losses.items():
+        head = HEADS.get(term.split("/")[0])
+        if head and weight and head.task in set.intersection(*idle):
+            fix = "take its task out of the idle of one, or set the weight to 0"
+            problems.append(_problem(f"losses.{term}", weight, "runs in no bucket", fix))
         coupled = any(term in HEADS[name].coupled for name in names)
         if coupled and weight and config.accumulation > 1:
             reason = f"compares rows of the whole batch, but accumulation={config.accumulation}"

@@ -238,11 +238,14 @@ class DryRun:
         return f"{', '.join(source['path'] for source in sources)}\n{', '.join(counts)}"
 
     def _losses(self) -> str:
-        """Every loss of the model has a weight, every weight a loss: traces a forward pass."""
-        bucket = self.buckets[0]
+        """Every loss of the model has a weight, every weight a loss: traces a forward pass of each
+        bucket in which other heads run."""
         params = self.program.abstract_state.params
-        sums = jax.eval_shape(self.program.eval_step, params, self._spec(bucket))
-        return f"bucket {bucket.name} gives {', '.join(sorted(sums))}"
+        lines = []
+        for bucket in {frozenset(b.idle): b for b in self.buckets[::-1]}.values():
+            sums = jax.eval_shape(self.program.eval_step, params, self._spec(bucket))
+            lines.append(f"bucket {bucket.name} gives {', '.join(sorted(sums))}")
+        return "\n".join(lines)
 
     def _spec(self, bucket: Bucket) -> Any:
         return batch_spec(

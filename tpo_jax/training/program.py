@@ -34,6 +34,7 @@ from tpo_jax.training.step import (
     make_update_step,
     on_mesh,
 )
+from tpo_jax.training.task_gradients import make_task_gradients
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +47,8 @@ class Program:
       train_step: jitted (state, batch, base_key) -> (state, metrics); donates state. Two programs.
       eval_step: jitted (params, batch) -> terms and metrics, see `weighted_total`.
       score_step: jitted (params, batch) -> float32[B, K, A] token log-probabilities, replicated.
+      task_gradients: jitted (params, step, batch, base_key) -> metrics; None where
+        config.task_gradients_every is 0.
     """
 
     model: FunctionalModel
@@ -57,6 +60,7 @@ class Program:
     train_step: TrainStep
     eval_step: Any
     score_step: Any
+    task_gradients: Any
 
     @property
     def param_shardings(self) -> Any:
@@ -97,6 +101,12 @@ class Program:
         key = jax.eval_shape(jax.random.key, jnp.uint32(0))
         return self.train_step.gradient.lower(self.abstract_state, batch, key)
 
+    def lower_task_gradients(self, batch: Any) -> jax.stages.Lowered:
+        """Lowers the sizes of the tasks' gradients for a batch."""
+        key = jax.eval_shape(jax.random.key, jnp.uint32(0))
+        state = self.abstract_state
+        return self.task_gradients.lower(state.params, state.step, batch, key)
+
     def lower_update(self) -> jax.stages.Lowered:
         """Lowers the update, which all batches share."""
         trainable, _ = partition(self.abstract_state.params, self.trainable)
@@ -136,7 +146,7 @@ def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> P
 
     Args:
       config: training config; reads objective, losses, preference, trainable, optimizer, steps,
-        accumulation and dropout.
+        accumulation, dropout and task_gradients_every.
       model_config: of the preset or of the model folder in init_from.
       mesh: from parallel.mesh.make_mesh, of real devices or of a topology.
     """
@@ -151,18 +161,20 @@ def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> P
         check_adapters_off(model_config, optimizer.learning_rates)
     abstract_state = _abstract_state(model, optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
-    gradient_step = make_gradient_step(
-        model,
-        objective,
-        optimizer,
-        accumulation=config.accumulation,
-        dropout=config.dropout > 0,
-    )
+    how = {"accumulation": config.accumulation, "dropout": config.dropout > 0}
+    gradient_step = make_gradient_step(model, objective, optimizer, **how)
     gradients, _ = partition(shardings.params, frozenset(optimizer.learning_rates))
     rows, whole = batch_sharding(mesh), replicated(mesh)
     jit = functools.partial(
         jax.jit, in_shardings=(shardings.params, rows), out_shardings=whole
     )
+    task_gradients = None
+    if config.task_gradients_every:
+        task_gradients = jax.jit(
+            on_mesh(make_task_gradients(model, objective, optimizer, **how), mesh),
+            in_shardings=(shardings.params, whole, rows, whole),
+            out_shardings=whole,
+        )
     return Program(
         model=model,
         objective=objective,
@@ -175,6 +187,7 @@ def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> P
         ),
         eval_step=jit(on_mesh(make_eval_step(model, objective), mesh)),
         score_step=jit(on_mesh(make_score_step(model), mesh)),
+        task_gradients=task_gradients,
     )
 
 

@@ -14,7 +14,7 @@ sums run over the whole global batch: micro-batches, packing and devices do not 
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from tpo_jax.parallel.weighted_sum import WeightedSum
 from tpo_jax.training.objective import Batch, Objective, Sums, answer_scores, denominators
 from tpo_jax.training.optimizer import Optimizer, learning_rate
 from tpo_jax.training.state import TrainState, merge, partition
+from tpo_jax.training.tasks import count_examples, objective_parts
 
 GradientStep = Callable[[TrainState, Batch, jax.Array], tuple[Any, Sums]]
 UpdateStep = Callable[[TrainState, Any, WeightedSum], tuple[TrainState, Sums]]
@@ -85,8 +86,9 @@ def make_gradient_step(
 
     Returns:
       (state, batch, base_key) -> (float32 gradients of the trainable parameters, sums). Sums are
-      WeightedSums that add up over steps: every term by name, the objective's metrics, and loss
-      (the weighted total).
+      WeightedSums that add up over steps: every term by name, the objective's metrics, loss (the
+      weighted total) and its parts (`tasks.objective_parts`). Beside them, examples is what
+      `tasks.count_examples` gives.
     """
     trainable_paths = frozenset(optimizer.learning_rates)
     # Asked by getattr: an objective without coupled terms need not say so.
@@ -103,13 +105,7 @@ def make_gradient_step(
         model = functional_model.bind(merge(trainable, frozen))
         predictions = objective.predict(model, batch, keys)
         terms = objective.terms(predictions, batch)
-        if weights is None:  # this is the whole batch
-            weights = {name: term.weight for name, term in terms.items()}
-        total = sum(
-            objective.weights[name] * WeightedSum(term.total, weights[name]).mean()
-            for name, term in terms.items()
-            if objective.weights[name]  # a term that is only reported has no backward pass
-        )
+        total = sum(weighted_terms(objective, terms, weights).values())
         return total, terms | objective.metrics(predictions, batch)
 
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
@@ -123,7 +119,7 @@ def make_gradient_step(
         weights = None
         # Every micro-batch and every part divides by the weight of the whole batch.
         if accumulation > 1 or len(parts) > 1:
-            weights = _added([
+            weights = added([
                 denominators(objective, functional_model, state.params, *part) for part in parts
             ])
 
@@ -131,10 +127,30 @@ def make_gradient_step(
             value, grads = gradient(trainable, frozen, *micro, weights)
             return value, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
-        (loss, sums), grads = _added([accumulate(one, part, accumulation) for part in parts])
-        return grads, sums | {"loss": _once(loss)}
+        (loss, sums), grads = added([accumulate(one, part, accumulation) for part in parts])
+        weighted = weighted_terms(objective, {n: sums[n] for n in objective.weights if n in sums})
+        counts = added([count_examples(part) for part, _ in parts])
+        more = {"loss": _once(loss), "examples": counts}
+        return grads, sums | objective_parts(objective.weights, weighted) | more
 
     return gradient_step
+
+
+def weighted_terms(
+    objective: Objective, terms: Sums, weights: Mapping[str, jax.Array] | None = None
+) -> dict[str, jax.Array]:
+    """{term: float32[]}, which add up to the loss; a term that is only reported is not there, and
+    so has no backward pass.
+
+    Args:
+      weights: {term: float32[]} that the terms are divided by; None: their own, of a whole batch.
+    """
+    return {
+        name: objective.weights[name]
+        * (term if weights is None else WeightedSum(term.total, weights[name])).mean()
+        for name, term in terms.items()
+        if objective.weights[name]
+    }
 
 
 def make_update_step(optimizer: Optimizer) -> UpdateStep:
@@ -183,7 +199,7 @@ def make_eval_step(functional_model: Any, objective: Objective) -> Callable[[Any
         return objective.terms(predictions, batch) | objective.metrics(predictions, batch)
 
     def eval_step(params: Any, batch: Batch) -> Sums:
-        return _added([eval_part(params, part) for part in parts_of(batch)])
+        return added([eval_part(params, part) for part in parts_of(batch)])
 
     return eval_step
 
@@ -194,13 +210,15 @@ def parts_of(batch: Batch) -> list[Batch]:
     return [first, batch["beside"]] if "beside" in batch else [first]
 
 
-def _added(trees: list[Any]) -> Any:
+def added(trees: Sequence[Any]) -> Any:
+    """The sum of pytrees of one structure."""
     return functools.reduce(functools.partial(jax.tree.map, jnp.add), trees)
 
 
 def weighted_total(objective: Objective, sums: Sums) -> jax.Array:
-    """float32[]: the objective's total from added-up terms."""
-    return sum(weight * sums[name].mean() for name, weight in objective.weights.items())
+    """float32[]: the objective's total from added-up terms; those that no batch had count 0."""
+    weights = objective.weights.items()
+    return sum(weight * sums[name].mean() for name, weight in weights if name in sums)
 
 
 def make_score_step(functional_model: Any) -> Callable[[Any, Batch], jax.Array]:
