@@ -341,10 +341,9 @@ class FunctionalModel:
 
     def __init__(self, config: ModelConfig):
         heads_of(config.heads)  # refuses two heads of one task
-        for kind, reads in (("clip_features", "reads_clip_features"),
-                            ("text_features", "reads_text_features")):  # fmt: skip
+        for kind in ("clip_features", "text_features"):
             given = getattr(config, kind)
-            if given and not any(getattr(head(name), reads) for name in config.heads):
+            if given and not any(getattr(head(name), f"reads_{kind}") for name in config.heads):
                 raise ValueError(
                     f"model config: {kind}={given}: none of heads={config.heads} reads them; add "
                     "the head cg_detr, or leave them out"
