@@ -317,11 +317,12 @@ def _read_text_about(data: Any) -> TextFeaturesConfig:
 
 def _load(file: epath.Path, name: str = "features") -> np.ndarray:
     """One array of an npz file; raises Invalid."""
+    again = f"{_EXTRACT} again" if name == "features" else "write it again (docs/heads.md)"
     if not file.is_file():
         raise Invalid("", None, "there are no features of this video", _EXTRACT)
     data = io.BytesIO(file.read_bytes())
     if not zipfile.is_zipfile(data):
-        raise Invalid("", None, "not an npz file", f"{_EXTRACT} again")
+        raise Invalid("", None, "not an npz file", again)
     try:
         with np.load(data, allow_pickle=False) as arrays:
             if name not in arrays:
@@ -331,7 +332,7 @@ def _load(file: epath.Path, name: str = "features") -> np.ndarray:
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, Invalid):
             raise
-        raise Invalid(name, None, f"cannot be read ({error})", f"{_EXTRACT} again") from error
+        raise Invalid(name, None, f"cannot be read ({error})", again) from error
 
 
 def _save(file: epath.Path, **arrays: np.ndarray) -> None:
