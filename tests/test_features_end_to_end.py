@@ -1,4 +1,5 @@
-"""From videos to a head that reads their features: extract, prepare, batch, train, evaluate."""
+"""From videos to a head that reads their features, and those of the questions: extract, prepare,
+batch, train, evaluate."""
 
 import dataclasses
 import functools
@@ -14,11 +15,13 @@ from flax import nnx
 
 import tpo_jax.train
 from tpo_jax import evaluate, predict, prepare
+from tpo_jax.data.clip_features import FeatureStore
 from tpo_jax.data.mixture import Source
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.records import PreparedDataset
 from tpo_jax.generation import draw
 from tpo_jax.interop.folder import load_config, load_model, save_model
+from tpo_jax.models.config import TextFeaturesConfig
 from tpo_jax.models.heads import HeadInputs, cg_detr
 from tpo_jax.models.layers import Rngs
 from tpo_jax.models.video_language import FunctionalModel
@@ -32,6 +35,7 @@ from tpo_jax.training.start import make_model_config
 
 HEADS = ("cg_detr",)
 VIDEOS = 3  # of 24 frames, 4 a second
+QUESTION = "What does the red circle do?"
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def world(tmp_path_factory):
         frames = rng.integers(100, 255, (24, 48, 64, 3), np.uint8)
         frames[4 * i + 4 : 4 * i + 12] //= 8
         draw.write_mp4(path / f"media/v{i}.mp4", list(frames), 4.0)
-        turn = {"question": "What does the red circle do?", "answer": "it <temporal>"}
+        turn = {"question": QUESTION, "answer": "it <temporal>"}
         lines.append({
             "video": f"v{i}.mp4", "task": "temporal", "turns": [turn],
             "targets": {"windows": [[i + 1.0, i + 3.0]]},
@@ -61,13 +65,19 @@ def world(tmp_path_factory):
     save_model(path / "base", blind.config, params, codec)
     media, out = [f"--media={path / 'media'}"], [f"--out={path / 'features'}"]
     assert prepare.main(["features", f"--model={path / 'base'}", *media, *out]) == 0
+    store = FeatureStore(path / "features")
+    store = FeatureStore.create(store.path, store.about, TextFeaturesConfig(
+        blind.config.language.width, 6, "by hand"))  # fmt: skip
+    store.write_text(QUESTION, rng.normal(size=(4, blind.config.language.width)))
     native = ["--format=native", f"--annotations={path / 'a.jsonl'}", "--size=32"]
     features, out = f"--features={path / 'features'}", f"--out={path / 'prepared'}"
     assert prepare.main(["run", *media, *native, features, out]) == 0
 
-    about = PreparedDataset(path / "prepared").clip_features_config
+    dataset = PreparedDataset(path / "prepared")
     model = micro_model.make_model(codec, HEADS)
-    model = FunctionalModel(dataclasses.replace(model.config, clip_features=about))
+    model = FunctionalModel(dataclasses.replace(
+        model.config, clip_features=dataset.clip_features_config, text_features=dataset.texts.about
+    ))  # fmt: skip
     params = micro_model.make_params(model) | {"vision": params["vision"]}
     said = [codec.encode("it")[0], *(codec.special_ids[t] for t in ("<time_begin>", "<temp>"))]
     params = micro_model.that_says(params, codec, *said, codec.eos_id)
@@ -103,6 +113,10 @@ def test_a_batch_has_what_was_extracted_and_the_head_learns_from_it(world):
     assert all(features.shape == (3, config.vision.width) for features in stored)  # of 2 s
     for row in given:  # of 1 s
         assert any(np.array_equal(row, np.repeat(features, 2, axis=0)) for features in stored)
+    (text,) = (world / "features/text").iterdir()
+    for row, valid in zip(batch["text_features"][:, 0], batch["text_valid"][:, 0], strict=True):
+        np.testing.assert_array_equal(row[:4], np.load(text)["txt"])
+        assert valid.tolist() == [True] * 4 + [False] * 2
 
     def head():
         return cg_detr.CgDetrHead(config, rngs=Rngs(0))
@@ -133,20 +147,29 @@ def test_a_batch_has_what_was_extracted_and_the_head_learns_from_it(world):
 
 
 def test_a_config_asks_for_the_features_of_its_data(world):
-    about = PreparedDataset(world / "prepared").clip_features_config
+    dataset = PreparedDataset(world / "prepared")
+    about = dataset.clip_features_config
     start = {"init_from": str(world / "base"), "init_missing": ["heads/", "task_tokens/"]}
     config = make_config(world, clip_features=True, **start)
     training_config.validate(config)
-    assert make_model_config(config)[0].clip_features == about
+    made = make_model_config(config)[0]
+    assert made.clip_features == about and made.text_features is None
+    config = make_config(world, text_features=True, **start)
+    training_config.validate(config)
+    made = make_model_config(config)[0]
+    assert made.clip_features is None and made.text_features == dataset.texts.about
     # Of the model that it starts from, unless no head is left to read them.
     config = make_config(world)
-    assert make_model_config(config)[0].clip_features == about
+    made = make_model_config(config)[0]
+    assert made.clip_features == about and made.text_features == dataset.texts.about
     config.model.heads = []
-    assert make_model_config(config)[0].clip_features is None
-    config = make_config(world, clip_features=True)
-    config.model.heads, config.losses = ["temporal"], {"language": 1.0}
-    with pytest.raises(training_config.ConfigError, match="clip_features = True: no head of mode"):
-        training_config.validate(config)
+    made = make_model_config(config)[0]
+    assert made.clip_features is None and made.text_features is None
+    for kind in ("clip_features", "text_features"):
+        config = make_config(world, **{kind: True})
+        config.model.heads, config.losses = ["temporal"], {"language": 1.0}
+        with pytest.raises(training_config.ConfigError, match=f"{kind} = True: no head of model"):
+            training_config.validate(config)
 
 
 @pytest.mark.long
@@ -159,9 +182,10 @@ def test_train_evaluate_and_predict_with_them(world, tmp_path, monkeypatch, caps
         assert tpo_jax.train.train(make_config(world), workdir, preemption, Ledger()) == 0
     (_, before, _), (config, after, _) = load_model(world / "model"), load_model(workdir / "model")
     assert config.clip_features == load_config(world / "model").clip_features
-    path = "clip_proj/linear1/kernel"
-    changed = flatten(before["heads"]["cg_detr"])[path] != flatten(after["heads"]["cg_detr"])[path]
-    assert changed.all()
+    assert config.text_features == load_config(world / "model").text_features is not None
+    for path in ("clip_proj/linear1/kernel", "text_proj/linear1/kernel"):
+        one, other = (flatten(params["heads"]["cg_detr"])[path] for params in (before, after))
+        assert (one != other).all()
 
     model = f"--model={workdir / 'model'}"
     command = [model, f"--data={world / 'prepared'}", "--tasks=temporal", "--batch_size=2"]
@@ -177,12 +201,15 @@ def test_train_evaluate_and_predict_with_them(world, tmp_path, monkeypatch, caps
     assert evaluate.main([*command, f"--out={tmp_path / 'none.json'}"]) == 2
     assert "the folder has none, but a head of the model reads" in capsys.readouterr().err
 
-    asked = [model, f"--video={world / 'media/v1.mp4'}", "--prompt=What does the red circle do?",
-             "--max_new=8", f"--out={tmp_path / 'predictions'}"]  # fmt: skip
+    asked = [model, f"--video={world / 'media/v1.mp4'}", f"--prompt={QUESTION}", "--max_new=8",
+             f"--out={tmp_path / 'predictions'}"]  # fmt: skip
     assert predict.main([*asked, f"--features={world / 'features'}"]) == 0
     record = json.loads((tmp_path / "predictions/v1.json").read_text())
     assert record["marked"] == "it<temporal>" and record["events"][0]["result"]["windows"]
     capsys.readouterr()
+    unknown = [*asked, "--prompt=What does the green circle do?"]
+    assert predict.main([*unknown, f"--features={world / 'features'}"]) == 1
+    assert "no text features of 'What does the green circle do?'" in capsys.readouterr().err
     assert predict.main(asked) == 1
     assert "--features is missing: a head of the model reads" in capsys.readouterr().err
     other = tmp_path / "other"

@@ -33,6 +33,7 @@ import numpy as np
 from tpo_jax.data import evidence
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
+from tpo_jax.data.text_features import Texts
 from tpo_jax.evaluation import benchmarks, floors, results, submissions
 from tpo_jax.evaluation.evaluator import Evaluator, Settings, called_by_task, evaluable_tasks
 from tpo_jax.generation.task_text import TEXT_TASKS
@@ -90,6 +91,10 @@ class Part:
 
     def clip_features(self, video_id: str) -> np.ndarray:
         return self.dataset.clip_features(video_id)
+
+    @property
+    def texts(self) -> Texts | None:
+        return self.dataset.texts
 
 
 def evaluate(flags: argparse.Namespace, preemption: Preemption) -> None:

@@ -63,6 +63,7 @@ class Predictor:
     def __init__(self, config: ModelConfig, params: Any, codec: TextCodec, *, prompt_tokens: int,
                  batch_size: int, max_new: int, features: FeatureStore | None = None):
         self.features = features
+        self.kinds = [kind for kind in ("clip_features", "text_features") if getattr(config, kind)]
         self.config, self.codec, self.batch_size = config, codec, batch_size
         self.params = jax.tree.map(jax.numpy.asarray, params)
         model = FunctionalModel(config)
@@ -167,7 +168,8 @@ def records_of(predictor: Predictor, requests: Sequence[Request],
 
     for request in requests:
         try:
-            clip = Clip.read(request, predictor.config.vision.max_frames, predictor.features)
+            clip = Clip.read(request, predictor.config.vision.max_frames, predictor.features,
+                             predictor.kinds)
         except (video.VideoError, ValueError) as error:
             yield [{"id": request.id, "video": str(request.video), "prompt": request.prompt,
                     "error": str(error)}]
@@ -226,7 +228,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--box", help="normalised x1,y1,x2,y2 of a box that the question is about")
     add("--time", type=float, help="seconds of the frame that a box in the answer is for")
     add("--features", default="",
-        help="folder with the clip features of the videos, for a model whose head reads them")
+        help="folder with the clip features of the videos, and the text features of the questions, "
+             "for a model whose head reads them")
     add("--out", default="predictions", help="output folder, local or gs:// (default: "
         "%(default)s)")
     add("--max_new", type=int, default=64, help="answer tokens at most (default: %(default)s)")
@@ -259,16 +262,18 @@ def _number(text: str) -> float | str:
 
 def open_features(folder: str, config: ModelConfig) -> FeatureStore | None:
     """The features that the model reads; refused where they are missing, others, or not read."""
-    if config.clip_features is None:
+    read = config.clip_features or config.text_features
+    if read is None:
         if folder:
             raise RequestError(f"--features={folder}: no head of the model reads any; leave it out")
         return None
     if not folder:
         raise RequestError(
-            f"--features is missing: a head of the model reads {config.clip_features}; name the "
+            f"--features is missing: a head of the model reads {read}; name the "
             "folder that has them of these videos (`python -m tpo_jax.prepare features`)")
     store = FeatureStore(folder)
-    store.require(config.clip_features, "give those that the model was trained with")
+    fix = "give those that the model was trained with"
+    store.require(config.clip_features, config.text_features, fix)
     return store
 
 

@@ -426,7 +426,7 @@ def test_folders_of_a_run_have_the_same_features(store, tmp_path):
 def test_the_documented_way_from_published_files(tmp_path, monkeypatch):
     """docs/heads.md: one npz a video of each of two encoders, as QVHighlights publishes them."""
     text = (pathlib.Path(__file__).parents[2] / "docs" / "heads.md").read_text()
-    (code,) = (part for part in text.split("```")[1::2] if "FeatureStore.create" in part)
+    (code,) = (part for part in text.split("```")[1::2] if "slowfast_features" in part)
     monkeypatch.chdir(tmp_path)
     given = {"slowfast": numbers(75, 2304), "clip": numbers(76, 512).astype(np.float16)}
     for name, features in given.items():

@@ -13,6 +13,7 @@ from tpo_jax.data.records import Example, Turn
 from tpo_jax.data.rows import BranchPlan, RowPlan, stack_rows
 from tpo_jax.generation.routing import Router
 from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys
+from tpo_jax.models.config import TextFeaturesConfig
 from tpo_jax.models.heads import HEADS, ClipInfo
 from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
@@ -34,17 +35,36 @@ def _rows(builder, dataset, answer):
     return stack_rows(rows)
 
 
+class Texts:
+    """Text features of every question, another one of each."""
+
+    def __init__(self, width):
+        self.about = TextFeaturesConfig(width, 5, "by hand")
+
+    def has(self, video_id, question):
+        return True
+
+    def read(self, video_id, question):
+        tokens = 3 + QUESTIONS.index(question)
+        rng = np.random.default_rng(tokens)
+        return rng.normal(size=(tokens, self.about.width)).astype(np.float32)
+
+
 @pytest.mark.long
-def test_generated_calls_equal_labelled_ones_and_losses_change_no_prediction():
+@pytest.mark.parametrize("given", [False, True])
+def test_generated_calls_equal_labelled_ones_and_losses_change_no_prediction(given):
     codec = make_codec(NAMES)
     config = preset("micro", NAMES, codec.task_tokens)
+    texts = Texts(config.language.width) if given else None
     language = dataclasses.replace(config.language, num_tokens=codec.vocab_size)
-    model = FunctionalModel(dataclasses.replace(config, language=language))
+    about = texts and texts.about
+    model = FunctionalModel(dataclasses.replace(config, language=language, text_features=about))
     ids = codec.special_ids
     params = that_says(make_params(model), codec, ids["<time_begin>"], ids["<temp>"], codec.eos_id)
     bucket = Bucket("calls", "video", batch_size=2, frames=4, branches=2, branch_tokens=40,
                     answers=8, slots={"temporal": 2}, windows=1, mask_size=16)  # fmt: skip
     builder, dataset = row_builder(codec, model.config, bucket), MemoryDataset()
+    dataset.texts = texts
     prompts, labelled = (_rows(builder, dataset, answer) for answer in (None, "<temporal>"))
     assert prompts["video_ids"][0] != prompts["video_ids"][1]
 

@@ -10,7 +10,7 @@ from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
 from tpo_jax.interop import export
 from tpo_jax.interop.folder import save_model
 from tpo_jax.models import presets
-from tpo_jax.models.config import ClipFeaturesConfig
+from tpo_jax.models.config import ClipFeaturesConfig, TextFeaturesConfig
 from tpo_jax.models.video_language import FunctionalModel
 
 GIVEN = ClipFeaturesConfig(24, 2.0, "by hand")
@@ -19,6 +19,7 @@ GIVEN = ClipFeaturesConfig(24, 2.0, "by hand")
 @pytest.mark.parity
 @pytest.mark.parametrize("given", [None, pytest.param(GIVEN, marks=pytest.mark.long)])
 def test_pytorch_computes_the_same(tmp_path, given):
+    """On frames and the model's states of the question, and on given features of both."""
     pytest.importorskip("torch")
     from tpo_jax.interop import check
 
@@ -26,7 +27,8 @@ def test_pytorch_computes_the_same(tmp_path, given):
     add_task_tokens(tokenizer, ("cg_detr",))
     codec = TextCodec(tokenizer)
     config = presets.preset("micro", ("cg_detr",), codec.task_tokens)
-    config = dataclasses.replace(config, clip_features=given)
+    texts = given and TextFeaturesConfig(config.language.width, 7, "by hand")
+    config = dataclasses.replace(config, clip_features=given, text_features=texts)
     params = jax.jit(FunctionalModel(config).init)(jax.random.key(0))
     # Perturbed, so that no norm or bias is the identity.
     rng = np.random.default_rng(0)

@@ -51,6 +51,9 @@ def batch_spec(
     }
     if model_config.clip_features is not None:
         spec["clip_features"] = _spec(jnp.float32, B, F, model_config.clip_features.width)
+    if (texts := model_config.text_features) is not None:
+        spec["text_features"] = _spec(jnp.float32, B, K, texts.tokens, texts.width)
+        spec["text_valid"] = _spec(jnp.bool_, B, K, texts.tokens)
     if bucket.kind == "preference":
         spec["pair_valid"] = _spec(jnp.bool_, B)
         spec["pair_kind"] = _spec(jnp.uint32, B)

@@ -3,6 +3,7 @@
     features.json   {"format_version": 1, "encoder": "...", "clip_seconds": 2.0, "width": 2818}
     NAME.npz        "features" float[N, width]: row i is about the i-th clip_seconds of it
 
+(and of questions, if there is "text": data/text_features.py)
 NAME is the path of the video below its media folder, without the suffix. That is how features of
 QVHighlights and its relatives are published, so that a downloaded folder needs features.json alone.
 A head reads the numbers as they stand here. Whatever does not fit is a FeatureError, which names
@@ -24,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
-from tpo_jax.data import validation
+from tpo_jax.data import text_features, validation
 from tpo_jax.data.media import SUFFIXES, safe_name
-from tpo_jax.data.problems import Invalid, Problem
-from tpo_jax.data.records import RecordError, prepared_clip_features, read_settings
-from tpo_jax.models.config import ClipFeaturesConfig
+from tpo_jax.data.problems import Invalid, Problem, differs
+from tpo_jax.data.records import RecordError, prepared_features, read_settings
+from tpo_jax.models.config import ClipFeaturesConfig, TextFeaturesConfig
 
 if TYPE_CHECKING:
     from tpo_jax.data.rows import RowPlan
@@ -51,7 +52,7 @@ class FeatureError(ValueError):
 
 
 class FeatureStore:
-    """The features of many videos.
+    """The features of many videos, and of questions about them where `text` is not None.
 
     Args:
       path: a folder with a features.json, local or gs://.
@@ -62,22 +63,39 @@ class FeatureStore:
 
     def __init__(self, path: epath.PathLike):
         self.path = epath.Path(path)
-        self.about = _read_about(self.path / ABOUT)
+        self.about, self.text = _read_about(self.path / ABOUT)
 
     @classmethod
-    def create(cls, path: epath.PathLike, about: ClipFeaturesConfig) -> FeatureStore:
-        """A store to write into, new or begun before; one of other features is refused."""
+    def create(
+        cls, path: epath.PathLike, about: ClipFeaturesConfig,
+        text: TextFeaturesConfig | None = None,
+    ) -> FeatureStore:
+        """A store to write into, new or begun before; one of other features is refused.
+
+        Text features may join clip features that were there before.
+        """
         file = epath.Path(path) / ABOUT
-        if not file.exists():
-            text = json.dumps({"format_version": FORMAT_VERSION} | dataclasses.asdict(about))
-            _write_whole(file, text.encode() + b"\n")
+        if file.exists():
+            cls(path).require(about, None, "choose another --out")
+        if not file.exists() or (text is not None and cls(path).text is None):
+            data = {"format_version": FORMAT_VERSION} | dataclasses.asdict(about)
+            data |= {"text": dataclasses.asdict(text)} if text else {}
+            _write_whole(file, json.dumps(data).encode() + b"\n")
         store = cls(path)
-        store.require(about, "choose another --out")
+        store.require(about, text, "choose another --out")
         return store
 
-    def require(self, about: ClipFeaturesConfig, fix: str) -> None:
-        """Raises FeatureError unless these are features of that kind."""
-        if difference := differs(self.about, about):
+    def require(
+        self, about: ClipFeaturesConfig | None, text: TextFeaturesConfig | None, fix: str
+    ) -> None:
+        """Raises FeatureError unless these are features of that kind; None: of any, or none."""
+        difference = None if about is None else differs(self.about, about)
+        if difference is None and text is not None:
+            if self.text is None:
+                difference = ("text", None, "the folder has no text features")
+            elif found := differs(self.text, text):
+                difference = (f"text.{found[0]}", *found[1:])
+        if difference is not None:
             raise FeatureError(Invalid(*difference, fix).at(str(self.path / ABOUT), ""))
 
     def file(self, video_id: str) -> epath.Path:
@@ -100,18 +118,26 @@ class FeatureStore:
 
     def write(self, video_id: str, features: np.ndarray) -> None:
         """float32[N, width], under a temporary name first."""
-        buffer = io.BytesIO()
-        np.savez(buffer, features=np.asarray(features, np.float32))
-        _write_whole(self.file(video_id), buffer.getvalue())
+        _save(self.file(video_id), features=np.asarray(features, np.float32))
 
+    def text_file(self, question: str) -> epath.Path:
+        """Where the features of a question are, or would be."""
+        return self.path / "text" / f"{text_features.question_name(question)}.npz"
 
-def differs(have: ClipFeaturesConfig, want: ClipFeaturesConfig) -> tuple[str, Any, str] | None:
-    """(field, value, reason) of the first difference of two kinds of features; None: the same."""
-    for field in dataclasses.fields(ClipFeaturesConfig):
-        ours, theirs = getattr(want, field.name), getattr(have, field.name)
-        if ours != theirs:
-            return field.name, theirs, f"expected {ours!r}: these are other features"
-    return None
+    def read_text(self, question: str) -> np.ndarray:
+        """float32[n, width] of a question."""
+        file = self.text_file(question)
+        try:
+            if not file.is_file():
+                raise Invalid("", None, f"there are no text features of {question!r}",
+                              "extract them (docs/heads.md)")  # fmt: skip
+            return text_features.check(_load(file, text_features.ARRAY), self.text)
+        except Invalid as invalid:
+            raise FeatureError(invalid.at(str(file), "")) from invalid
+
+    def write_text(self, question: str, states: np.ndarray) -> None:
+        """float32[n, width], likewise."""
+        _save(self.text_file(question), txt=np.asarray(states, np.float32))
 
 
 def check(features: np.ndarray, about: ClipFeaturesConfig, duration: float) -> np.ndarray:
@@ -219,21 +245,21 @@ class RowFeatures:
         return resample(features, self.about.clip_seconds, plan.start, plan.end, frames)
 
 
-def config_of_folders(paths: Iterable[str]) -> ClipFeaturesConfig:
-    """The kind of features that prepared folders have; those that have none do not count.
+def config_of_folders(paths: Iterable[str], kind: str = "clip_features") -> Any:
+    """What prepared folders have of "clip_features" or "text_features"; those without do not count.
 
     Raises:
       RecordError: none has any, or two have different ones.
     """
-    found: dict[str, ClipFeaturesConfig] = {}
+    found: dict[str, Any] = {}
     paths = list(paths)
     for path in paths:
-        about = prepared_clip_features(read_settings(epath.Path(path)))
+        about = prepared_features(read_settings(epath.Path(path)), kind)
         if about is not None:
             found[path] = about
     if not found:
         raise RecordError(
-            f"config.clip_features=True: none of {paths} has clip features; prepare the folder "
+            f"config.{kind}=True: none of {paths} has {kind.replace('_', ' ')}; prepare the folder "
             "with --features=FOLDER"
         )
     first, *others = found
@@ -241,7 +267,7 @@ def config_of_folders(paths: Iterable[str]) -> ClipFeaturesConfig:
         if difference := differs(found[other], found[first]):
             field, value, _ = difference
             raise RecordError(
-                f"{other}/prepared.json: clip_features.{field}: {value!r}, but {first} has "
+                f"{other}/prepared.json: {kind}.{field}: {value!r}, but {first} has "
                 f"{getattr(found[first], field)!r}; prepare both with the same features"
             )
     return found[first]
@@ -253,23 +279,24 @@ def _stem(name: str) -> str:
     return name[: len(name) - len(suffix)]
 
 
-def _read_about(file: epath.Path) -> ClipFeaturesConfig:
+def _read_about(file: epath.Path) -> tuple[ClipFeaturesConfig, TextFeaturesConfig | None]:
     try:
         if not file.is_file():
             raise Invalid("", None, "the file does not exist, so this is no folder of features",
                           f"correct the path, {_EXTRACT}, or write it (docs/heads.md)")  # fmt: skip
         data = json.loads(file.read_text("utf-8"))
-        validation.check_keys(data, (), _KEYS)
+        validation.check_keys(data, ("text",), _KEYS)
         if data["format_version"] != FORMAT_VERSION:
             raise Invalid("format_version", data["format_version"], f"expected {FORMAT_VERSION}",
                           f"{_EXTRACT} again")  # fmt: skip
         if not isinstance(data["width"], int) or not data["width"] >= 1:
             raise Invalid("width", data["width"], "expected the numbers a clip", "correct it")
-        return ClipFeaturesConfig(
+        about = ClipFeaturesConfig(
             data["width"],
             validation.check_number("clip_seconds", data["clip_seconds"], 1e-3, 1e6, "seconds"),
             validation.check_text("encoder", data["encoder"]),
         )
+        return about, _read_text_about(data["text"]) if "text" in data else None
     except Invalid as invalid:
         raise FeatureError(invalid.at(str(file), "")) from invalid
     except ValueError as error:
@@ -277,23 +304,41 @@ def _read_about(file: epath.Path) -> ClipFeaturesConfig:
         raise FeatureError(problem) from error
 
 
-def _load(file: epath.Path) -> np.ndarray:
-    """The array "features" of an npz file; raises Invalid."""
+def _read_text_about(data: Any) -> TextFeaturesConfig:
+    """Raises Invalid, which names a field of "text"."""
+    if not isinstance(data, dict) or data.keys() != {"encoder", "width", "tokens"}:
+        raise Invalid("text", data, "expected encoder, width and tokens", "correct it")
+    for name in ("width", "tokens"):
+        if not isinstance(data[name], int) or not data[name] >= 1:
+            raise Invalid(f"text.{name}", data[name], "expected 1 or more", "correct it")
+    encoder = validation.check_text("text.encoder", data["encoder"])
+    return TextFeaturesConfig(data["width"], data["tokens"], encoder)
+
+
+def _load(file: epath.Path, name: str = "features") -> np.ndarray:
+    """One array of an npz file; raises Invalid."""
+    again = f"{_EXTRACT} again" if name == "features" else "write it again (docs/heads.md)"
     if not file.is_file():
         raise Invalid("", None, "there are no features of this video", _EXTRACT)
     data = io.BytesIO(file.read_bytes())
     if not zipfile.is_zipfile(data):
-        raise Invalid("", None, "not an npz file", f"{_EXTRACT} again")
+        raise Invalid("", None, "not an npz file", again)
     try:
         with np.load(data, allow_pickle=False) as arrays:
-            if "features" not in arrays:
-                raise Invalid("features", None, f"missing; the file has {arrays.files}",
-                              "name the array features")  # fmt: skip
-            return arrays["features"]
+            if name not in arrays:
+                raise Invalid(name, None, f"missing; the file has {arrays.files}",
+                              f"name the array {name}")  # fmt: skip
+            return arrays[name]
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, Invalid):
             raise
-        raise Invalid("features", None, f"cannot be read ({error})", f"{_EXTRACT} again") from error
+        raise Invalid(name, None, f"cannot be read ({error})", again) from error
+
+
+def _save(file: epath.Path, **arrays: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    _write_whole(file, buffer.getvalue())
 
 
 def _write_whole(file: epath.Path, content: bytes) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from tpo_jax.data.records import Example, PreparedDataset, RecordError, VideoInfo
+from tpo_jax.data.text_features import Texts
 from tpo_jax.models.config import ClipFeaturesConfig
 
 
@@ -80,3 +81,7 @@ class PairedDataset:
     def clip_features(self, video_id: str) -> np.ndarray:
         """float32[N, D]; see PreparedDataset."""
         return self._dataset.clip_features(video_id)
+
+    @property
+    def texts(self) -> Texts | None:
+        return self._dataset.texts

@@ -27,6 +27,7 @@ from tpo_jax.data.rows import Reference, RowBuilder, RowPlan, row_id, stack_rows
 from tpo_jax.data.shares import SourceTable, change, number_sources
 from tpo_jax.data.task_text import TextDataset
 from tpo_jax.data.text import TextCodec
+from tpo_jax.data.text_features import RowTexts
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import HEADS, heads_of
 
@@ -66,13 +67,16 @@ def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
         raise ValueError(
             f"buckets.{bucket.name}.frames: {bucket.frames}, but the model has vision.max_frames "
             f"= {model_config.vision.max_frames}.")
-    features = None
+    features = texts = None
     if model_config.clip_features is not None:
         readers = {task for task, name in tasks.items() if HEADS[name].reads_clip_features}
         features = RowFeatures(model_config.clip_features, frozenset(readers))
+    if model_config.text_features is not None:
+        readers = {task for task, name in tasks.items() if HEADS[name].reads_text_features}
+        texts = RowTexts(model_config.text_features, frozenset(readers))
     return RowBuilder(codec, bucket, tuple(tasks), model_config.vision.image_size,
                       model_config.visual_frames(bucket.frames), reference,
-                      model_config.vision.resize, contrast, features)
+                      model_config.vision.resize, contrast, features, texts)
 
 
 def blank_batch(builder: RowBuilder, rows: int | None = None) -> Batch:

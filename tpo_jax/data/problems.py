@@ -40,6 +40,16 @@ class Invalid(ValueError):
         return Problem(file, record, self.field, self.value, self.reason, self.fix)
 
 
+def differs(have: Any, want: Any) -> tuple[str, Any, str] | None:
+    """(field, value, reason) of the first difference of two kinds of features, dataclasses of one
+    class; None: the same."""
+    for field in dataclasses.fields(want):
+        ours, theirs = getattr(want, field.name), getattr(have, field.name)
+        if ours != theirs:
+            return field.name, theirs, f"expected {ours!r}: these are other features"
+    return None
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 200 else text[:197] + "..."

@@ -5,6 +5,7 @@ A prepared folder, local or gs://, holds one split:
     clips/1.0.0/          TFDS table, one record per clip (at most 32 frames of one video)
     examples/1.0.0/       TFDS table, one record per example, sorted by video
     clip_features/1.0.0/  TFDS table, one record per video, where `prepare run` got --features
+    text_features/1.0.0/  TFDS table, one record per question, where those have text features
     index.jsonl           one line per video: duration, frame times, its rows in the tables
     prepared.json         format version and the settings the frames were stored with
     statistics.json       counts by task, kind and source
@@ -25,7 +26,8 @@ import numpy as np
 from etils import epath
 
 from tpo_jax.data import tables
-from tpo_jax.models.config import ClipFeaturesConfig
+from tpo_jax.data.text_features import Texts
+from tpo_jax.models.config import ClipFeaturesConfig, TextFeaturesConfig
 from tpo_jax.models.heads import task_tokens
 
 FORMAT_VERSION = 1
@@ -209,16 +211,23 @@ class VideoInfo:
 
 @dataclasses.dataclass(frozen=True)
 class IndexEntry:
-    """One line of index.jsonl: a video, its first row and row count in both tables, and its row in
-    the table of clip features, if it has one."""
+    """One line of index.jsonl: a video, its first row and row count in both tables, its row in the
+    table of clip features, and its first row and the names of its questions in that of text
+    features, if it has any."""
 
     video_id: str
     info: VideoInfo
     clips: tuple[int, int]
     examples: tuple[int, int]
     clip_features: int | None = None
+    text_features: tuple[int, tuple[str, ...]] | None = None
 
     def to_json(self) -> dict[str, Any]:
+        given = {
+            "clip_features": self.clip_features,
+            "text_features": self.text_features and [self.text_features[0],
+                                                     list(self.text_features[1])],
+        }  # fmt: skip
         return {
             "video_id": self.video_id,
             "media": self.info.media,
@@ -228,9 +237,7 @@ class IndexEntry:
             "timestamps": [round(float(t), 6) for t in self.info.timestamps],
             "clips": list(self.clips),
             "examples": list(self.examples),
-        } | (
-            {} if self.clip_features is None else {"clip_features": self.clip_features}
-        )
+        } | {kind: value for kind, value in given.items() if value is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> IndexEntry:
@@ -243,8 +250,9 @@ class IndexEntry:
             data["height"],
             data["width"],
         )
+        texts = data.get("text_features")
         rows = tuple(data["clips"]), tuple(data["examples"]), data.get("clip_features")
-        return cls(data["video_id"], info, *rows)
+        return cls(data["video_id"], info, *rows, texts and (texts[0], tuple(texts[1])))
 
 
 class PreparedDataset:
@@ -269,12 +277,22 @@ class PreparedDataset:
         self._entries = {entry.video_id: entry for entry in entries}
         self._clips = tables.open_table(self.path / "clips")
         self._examples = tables.open_table(self.path / "examples")
-        self.clip_features_config = prepared_clip_features(self.settings)
+        self.clip_features_config = prepared_features(self.settings, "clip_features")
         if self.clip_features_config is not None:
             self._features = tables.open_table(self.path / "clip_features")
+        self.texts = self._open_texts()
 
     def __reduce__(self):
         return PreparedDataset, self._arguments
+
+    def _open_texts(self) -> Texts | None:
+        """The text features of its questions, if it has any."""
+        about = prepared_features(self.settings, "text_features")
+        if about is None:
+            return None
+        entries = self._entries.values()
+        places = {e.video_id: e.text_features for e in entries if e.text_features is not None}
+        return Texts(about, tables.open_table(self.path / "text_features"), places)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -367,7 +385,8 @@ def read_settings(path: epath.Path) -> dict[str, Any]:
     return settings
 
 
-def prepared_clip_features(settings: Mapping[str, Any]) -> ClipFeaturesConfig | None:
-    """The kind of clip features that a folder has, of its settings; None: it has none."""
-    about = settings.get("clip_features")
-    return None if about is None else ClipFeaturesConfig(**about)
+def prepared_features(settings: Mapping[str, Any], kind: str) -> Any:
+    """What a folder has of "clip_features" or "text_features", of its settings; None: none."""
+    about = settings.get(kind)
+    made = {"clip_features": ClipFeaturesConfig, "text_features": TextFeaturesConfig}[kind]
+    return None if about is None else made(**about)

@@ -23,6 +23,7 @@ from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example, PreparedDataset, task_number
 from tpo_jax.data.targets import TARGETS, TargetError, View
 from tpo_jax.data.text import LONGEST_SECONDS, Branch, TextCodec
+from tpo_jax.data.text_features import RowTexts
 
 # (pair id, shown frames, prefix tokens int32[P], branch tokens int32[2, R]) -> float32[2, A]. The
 # frames (`RowBuilder.shown_frames`) and tokens let the sidecar refuse a pair that changed. With
@@ -152,15 +153,17 @@ class RowBuilder:
       resize: how frames of another size become image_size, of preprocess.RESIZES.
       reference: reference log-probabilities of pairs; None leaves them out (scoring).
       contrast: whether pairs bring their manipulated frames as well.
-      clip_features: what a head of the model reads of the videos; None: nothing.
+      clip_features, text_features: what a head of the model reads of the videos, and of the
+        questions; None: nothing.
     """
 
     def __init__(self, codec: TextCodec, bucket: Bucket, tasks: Sequence[str], image_size: int,
                  visual_frames: np.ndarray, reference: Reference | None = None,
                  resize: str = "area", contrast: bool = False,
-                 clip_features: RowFeatures | None = None):
+                 clip_features: RowFeatures | None = None,
+                 text_features: RowTexts | None = None):
         self.contrast = contrast and bucket.kind == "preference"
-        self.clip_features = clip_features
+        self.clip_features, self.text_features = clip_features, text_features
         if missing := set(tasks) - set(codec.heads):
             raise ValueError(
                 f"heads: {sorted(missing)} have no tokens in the tokenizer (it has "
@@ -299,6 +302,8 @@ class RowBuilder:
         self._fill_frames(row, plan, indices, view)
         if self._has_features(plan):
             row["clip_features"][: len(indices)] = self.clip_features.of_row(plan, len(indices))
+        if self.text_features is not None:
+            self.text_features.fill(row, plan)
         length = self._fill_prefix(row, prefix, len(indices))
         for k, branch in enumerate(branches):
             self._fill_branch(row, k, branch, length)
@@ -337,6 +342,8 @@ class RowBuilder:
         }
         if self.clip_features is not None:
             row["clip_features"] = np.zeros((f, self.clip_features.about.width), np.float32)
+        if self.text_features is not None:
+            row |= self.text_features.blank(b.branches)
         if b.kind == "preference":
             row["pair_valid"] = np.zeros((), bool)
             row["pair_kind"] = np.zeros((), np.uint32)
@@ -379,9 +386,13 @@ class RowBuilder:
         row["frame_valid"][:n] = True
 
     def _has_features(self, plan: RowPlan) -> bool:
-        """Whether the row brings clip features; refused by name where they are missing."""
+        """Whether the row brings clip features; they, and text features, are refused by name where
+        they are missing."""
         try:
-            return self.clip_features is not None and self.clip_features.check(plan)
+            given = self.clip_features is not None and self.clip_features.check(plan)
+            if self.text_features is not None:
+                self.text_features.check(plan)
+            return given
         except Invalid as invalid:
             raise RowError(f"{self.where(plan, plan.branches[0])}: {invalid}") from invalid
 

@@ -101,7 +101,7 @@ def write_metadata(folder: pathlib.Path, table: str, encoding: str, shards: Sequ
 
     Args:
       folder: DIR/<table>/1.0.0.
-      table: "clips", "examples" or "clip_features".
+      table: "clips", "examples", "clip_features" or "text_features".
       encoding: "raw" or "jpeg", decides the type of the clips' `frames`.
       shards: the number of records in each shard, in order.
     """
@@ -155,14 +155,16 @@ def _features(table: str, encoding: str):
     """The TFDS feature spec of a table; only metadata, never used to encode a record."""
     from tensorflow_datasets import features as tf
 
+    floats = tf.Tensor(shape=(None, None), dtype=np.float32, encoding=tf.Encoding.BYTES)
     if table == "examples":
         columns = {name: tf.Text() for name in ("example_id", "video_id", "media", "task")}
         columns |= {name: tf.Text() for name in ("source", "json")}
         columns |= {n: tf.Sequence(tf.Text()) for n in ("questions", "answers", "clip_ids")}
         return tf.FeaturesDict(columns)
     if table == "clip_features":
-        floats = tf.Tensor(shape=(None, None), dtype=np.float32, encoding=tf.Encoding.BYTES)
         return tf.FeaturesDict({"video_id": tf.Text(), "features": floats})
+    if table == "text_features":
+        return tf.FeaturesDict({"video_id": tf.Text(), "question": tf.Text(), "txt": floats})
     columns = {name: tf.Text() for name in ("clip_id", "video_id", "media", "encoding")}
     columns["chunk"] = tf.Scalar(dtype=np.int64)
     columns["timestamps"] = tf.Tensor(shape=(None,), dtype=np.float32)

@@ -19,6 +19,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
+from tpo_jax.data.text_features import Texts
 from tpo_jax.models.config import ClipFeaturesConfig
 
 # Steps of a box coordinate, as in MiniGPT-v2 (Chen et al. 2023, 2310.09478).
@@ -142,3 +143,7 @@ class TextDataset:
     def clip_features(self, video_id: str) -> np.ndarray:
         """float32[N, D]; see PreparedDataset."""
         return self.labelled.clip_features(video_id)
+
+    @property
+    def texts(self) -> Texts | None:
+        return self.labelled.texts

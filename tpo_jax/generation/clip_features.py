@@ -69,7 +69,9 @@ class Extractor:
         name = encoder_name(config, vision, self.frames)
         self.about = ClipFeaturesConfig(config.vision.width, float(clip_seconds), name)
         self._model = FunctionalModel(
-            dataclasses.replace(config, heads=(), tokens={}, clip_features=None)
+            dataclasses.replace(
+                config, heads=(), tokens={}, clip_features=None, text_features=None
+            )
         )
         self._vision = jax.tree.map(jnp.asarray, dict(vision))
         self._encode = jax.jit(self._encode_clips)

@@ -97,7 +97,8 @@ class PairGenerator:
         max_new = settings.max_new or answer + SPARE_TOKENS
         self.sampler = Sampler(model, codec, Sampling(
             max_new, 1, settings.temperature, settings.top_p))
-        config = dataclasses.replace(model.config, clip_features=None)  # no head is called
+        config = dataclasses.replace(  # no head is called
+            model.config, clip_features=None, text_features=None)
         self._builder: RowBuilder = row_builder(codec, config, Bucket(
             name="pairs", media="video", batch_size=settings.batch_size,
             frames=settings.evidence.frames, branches=settings.branches,

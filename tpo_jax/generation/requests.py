@@ -6,7 +6,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from tpo_jax.data.clip_features import FeatureStore
 from tpo_jax.data.files import is_remote
 from tpo_jax.data.records import VideoInfo
 from tpo_jax.data.text import TextCodec, TextError
+from tpo_jax.data.text_features import Asked
 from tpo_jax.models.config import ClipFeaturesConfig
 
 LONG_SIDE = 512  # pixels; larger frames are read at this size
@@ -58,13 +59,18 @@ class Clip:
     probe: video.Probe
     frames_read: video.Video
     features: tuple[ClipFeaturesConfig, np.ndarray] | None = None
+    texts: Asked | None = None
 
     @classmethod
-    def read(cls, request: Request, frames: int, features: FeatureStore | None = None) -> Clip:
+    def read(
+        cls, request: Request, frames: int, features: FeatureStore | None = None,
+        kinds: Collection[str] = ("clip_features",),
+    ) -> Clip:
         """Reads about OVERSAMPLING * frames frames, at most LONG_SIDE pixels wide and high.
 
         Args:
-          features: where the clip features of the file are; None: they are not read.
+          features: where the features of the file and of the prompt are; None: they are not read.
+          kinds: which of them are, "clip_features" and "text_features".
         """
         probe = video.probe(request.video)
         scale = min(1.0, LONG_SIDE / max(probe.height, probe.width))
@@ -76,8 +82,14 @@ class Clip:
         clip = cls(request.video, probe, read)
         if features is None or read.media == "image":
             return clip
-        values = features.read(features.file_of(request.video), read.duration)
-        return dataclasses.replace(clip, features=(features.about, values))
+        given: dict[str, Any] = {}
+        if "clip_features" in kinds:
+            values = features.read(features.file_of(request.video), read.duration)
+            given["features"] = (features.about, values)
+        if "text_features" in kinds:
+            states = features.read_text(request.prompt)
+            given["texts"] = Asked(features.text, request.prompt, states)
+        return dataclasses.replace(clip, **given)
 
     @property
     def media(self) -> str:

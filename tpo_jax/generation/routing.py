@@ -76,8 +76,8 @@ class Router:
     def _run_head(self, params: Any, features: Any, frames: jax.Array, frame_valid: jax.Array,
                   states: jax.Array, frame: jax.Array, prompts: Mapping[str, jax.Array],
                   branch: jax.Array, box: Mapping[str, jax.Array] | None,
-                  tokens: jax.Array | None, clip_features: jax.Array | None, *,
-                  name: str) -> dict[str, jax.Array]:
+                  tokens: jax.Array | None, clip_features: jax.Array | None,
+                  texts: Mapping[str, jax.Array], *, name: str) -> dict[str, jax.Array]:
         model = self.model.bind(params)
         more = {"tokens": tokens, "clip_features": clip_features}
         if prompts:
@@ -87,6 +87,8 @@ class Router:
             for key, entry in (("prompt", "states"), ("prompt_embeds", "embeds"),
                                ("prompt_valid", "valid")):
                 more[key] = prompts[entry][rows, branch]
+        if texts:
+            more |= model.texts(texts, {"branch": branch})
         if box is not None:
             drawn = model.drawn_boxes({"slots": {"box": box}}, {"branch": branch})
             more |= dict(zip(("boxes", "box_valid"), drawn, strict=True))
@@ -100,7 +102,7 @@ class Router:
         Args:
           context: of `Sampler.prefill`; its features are read by the heads.
           batch: frames uint8[B, F, H, W, 3], frame_valid bool[B, F], branch_tokens of the prompts
-            and slots are read, and clip_features where it has them.
+            and slots are read, and clip_features and text features where it has them.
           generation: of `Sampler.generate`.
           clips: one a row (may be fewer than B: the rest is filling).
           frames_asked: int32[B, K], frame that a region call answers for; None is each row's
@@ -143,6 +145,9 @@ class Router:
         The mask head's memory is that of so many clips, however many calls an answer makes.
         """
         rows, of_row = host.lengths.shape[0], defaultdict(list)
+        texts = {}
+        if HEADS[name].reads_text_features and "text_features" in batch:
+            texts = {key: batch[key] for key in ("text_features", "text_valid")}
         for place in places:
             of_row[place[0]].append(place)
         most = max(map(len, of_row.values()), default=0)
@@ -158,10 +163,10 @@ class Router:
             predictions = jax.device_get(self._run(
                 params, context.encoded.features, jnp.asarray(batch["frames"]),
                 jnp.asarray(batch["frame_valid"]), states, frame,
-                prompts if HEADS[name].reads_prompt else {}, branches,
+                {} if texts or not HEADS[name].reads_prompt else prompts, branches,
                 batch["slots"].get("box"), tokens if HEADS[name].reads_tokens else None,
                 batch.get("clip_features") if HEADS[name].reads_clip_features else None,
-                name=name))
+                texts, name=name))
             yield [place for _, place in now], [
                 _of_slot(predictions, place[0], slot) for slot, place in now]
 

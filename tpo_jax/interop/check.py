@@ -31,7 +31,7 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
     size = config.vision.image_size
     shape = (1, min(4, config.vision.max_frames), size, size, 3)
     frames = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-    given = _clip_features(config, shape[1], seed)
+    given = _features(config, shape[1], seed)
     times = SECONDS_APART * np.arange(shape[1], dtype=np.float32)[None]
     functional_model = FunctionalModel(config)
     runtime = _runtime(exported)
@@ -53,10 +53,12 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
         differences[f"logits/{name or 'hidden'}"] = _difference(ours["logits"], logits)
         if head:
             more = {"box": BOX} if head.task == "mask" else {}
-            if head.reads_clip_features and given is not None:
-                more["clip_features"] = runtime.torch.from_numpy(given)
+            if head.reads_clip_features and "clip_features" in given:
+                more["clip_features"] = runtime.torch.from_numpy(given["clip_features"])
             if head.reads_prompt:
                 more["prompt"] = theirs[:, codec.after_visual : -2]
+            if head.reads_text_features and "prompt" in given:
+                more["prompt"] = runtime.torch.from_numpy(given["prompt"])
             if name in ("region", "mask"):
                 after = other.prompt_ids(QUESTION, written)[1]
                 more["embeds"] = other.embed(after[codec.after_visual : -2])
@@ -65,12 +67,15 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
     return differences
 
 
-def _clip_features(config: ModelConfig, frames: int, seed: int) -> np.ndarray | None:
-    """Random ones float32[1, F, D], for a model whose head reads them."""
-    if config.clip_features is None:
-        return None
-    shape = (1, frames, config.clip_features.width)
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+def _features(config: ModelConfig, frames: int, seed: int) -> dict[str, np.ndarray]:
+    """Random "clip_features" float32[1, F, D] and text features "prompt" float32[1, T, D], for a
+    model whose head reads them."""
+    rng, shapes = np.random.default_rng(seed), {}
+    if config.clip_features is not None:
+        shapes["clip_features"] = (1, frames, config.clip_features.width)
+    if config.text_features is not None:
+        shapes["prompt"] = (1, config.text_features.tokens, config.text_features.width)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def _runtime(exported: epath.PathLike) -> Any:
@@ -90,7 +95,7 @@ def _forward(
     times: np.ndarray,
     answer: str,
     head: str,
-    given: np.ndarray | None,
+    given: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     """patches, visual, hidden float32[1, n, D] and logits of the text after the video (without the
     end token), and the head's predictions at the last token."""
@@ -120,13 +125,17 @@ def _forward(
         if head:
             more = {"boxes": jnp.array([[BOX]]), "box_valid": jnp.ones((1, 1), bool)}
             if HEADS[head].reads_clip_features:
-                more["clip_features"] = given
+                more["clip_features"] = given.get("clip_features")
             if HEADS[head].reads_prompt:
                 # The question, between what closes the video and the routing token.
                 prompt = hidden[:, None, codec.after_visual : -2]
                 more |= {"prompt": prompt, "prompt_valid": jnp.ones(prompt.shape[:3], bool)}
                 asked = jnp.asarray(branch)[None, None, :-2]
                 more["prompt_embeds"] = module.embed_branches(asked, {})
+            if HEADS[head].reads_text_features and "prompt" in given:
+                states = given["prompt"][:, None]
+                more |= {"prompt": states, "prompt_valid": np.ones(states.shape[:3], bool),
+                         "prompt_embeds": None}  # fmt: skip
             states = hidden[:, -1:]
             out["head"] = module.run_head(head, states, encoded.features, frames, valid, **more)
         return out

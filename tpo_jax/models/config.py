@@ -258,6 +258,23 @@ class ClipFeaturesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TextFeaturesConfig:
+    """Pre-extracted states of the tokens of a question, which a head reads instead of the language
+    model's own; they have to agree in all three, too."""
+
+    # Numbers a token: those of the language model, for the state at the slot joins the tokens.
+    width: int
+    # Most tokens of a question.
+    tokens: int
+    # What computed them: a name, and whatever tells its versions and prompts apart.
+    encoder: str
+
+    def __post_init__(self):
+        _require_positive(self, "text_features", "width", "tokens")
+        _require(bool(self.encoder), "text_features.encoder", self.encoder, "name the encoder")
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters on every kernel whose "/"-joined path matches `pattern` (re.search)."""
 
@@ -299,8 +316,15 @@ class ModelConfig:
     box_encoder: str = "own"
     # What heads with `reads_clip_features` read; None: the model's own video encoder.
     clip_features: ClipFeaturesConfig | None = None
+    # What heads with `reads_text_features` read; None: the states of the language model.
+    text_features: TextFeaturesConfig | None = None
 
     def __post_init__(self):
+        _require(
+            self.text_features is None or self.text_features.width == self.language.width,
+            "text_features.width", self.text_features and self.text_features.width,
+            f"must be language.width={self.language.width}: the state at the slot joins the tokens",
+        )
         _require("sam2" not in self.heads or self.sam2 is not None, "sam2", self.sam2,
                  "the head sam2 needs its sizes, see models/sam2_config.py")  # fmt: skip
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"use one of {DTYPES}")
@@ -354,8 +378,9 @@ class ModelConfig:
         out = dataclasses.asdict(self)
         if self.box_encoder == "own":  # older folders have no such key; their fingerprints stay
             del out["box_encoder"]
-        if self.clip_features is None:  # likewise
-            del out["clip_features"]
+        for name in ("clip_features", "text_features"):  # likewise
+            if out[name] is None:
+                del out[name]
         out["tokens"] = dict(self.tokens)
         return {"format_version": FORMAT_VERSION} | _lists(out)
 
@@ -375,7 +400,7 @@ class ModelConfig:
 _NESTED = {
     "vision": VisionConfig, "connector": ConnectorConfig, "language": LanguageConfig,
     "head": HeadConfig, "lora": LoraConfig, "sam2": Sam2Config,
-    "clip_features": ClipFeaturesConfig,
+    "clip_features": ClipFeaturesConfig, "text_features": TextFeaturesConfig,
 }  # fmt: skip
 
 

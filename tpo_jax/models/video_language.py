@@ -207,6 +207,18 @@ class VideoLanguageModel(nnx.Module):
             "prompt_valid": used & (jnp.arange(used.shape[-1]) <= last),
         }
 
+    def reads_texts(self, name: str) -> bool:
+        """Whether a head gets text features as its prompt."""
+        return self.config.text_features is not None and head(name).reads_text_features
+
+    def texts(
+        self, batch: Mapping[str, Any], slots: Mapping[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """`prompts` of text features: those of the question of each slot."""
+        rows = jnp.arange(batch["text_features"].shape[0])[:, None]
+        names = {"prompt": "text_features", "prompt_valid": "text_valid"}
+        return {entry: batch[name][rows, slots["branch"]] for entry, name in names.items()}
+
     def drawn_boxes(
         self, batch: Mapping[str, Any], slots: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
@@ -237,7 +249,9 @@ class VideoLanguageModel(nnx.Module):
             if head(name).reads_tokens:
                 tokens = self.tokenise(outputs.encoded.features) if tokens is None else tokens
                 more["tokens"] = tokens
-            if head(name).reads_prompt:
+            if self.reads_texts(name):
+                more |= self.texts(batch, slots)
+            elif head(name).reads_prompt:
                 more |= self.prompts(outputs, batch, slots)
             if head(name).reads_clip_features:
                 more["clip_features"] = batch.get("clip_features")
@@ -291,6 +305,7 @@ class VideoLanguageModel(nnx.Module):
             tokens = self.tokenise(features)
         if prompt is not None:
             prompt = prompt.astype(jnp.float32)
+        if prompt_embeds is not None:
             prompt_embeds = prompt_embeds.astype(jnp.float32)
         inputs = HeadInputs(
             slot_states.astype(jnp.float32), as_float32(features), normalise(frames), frame_valid,
@@ -326,11 +341,13 @@ class FunctionalModel:
 
     def __init__(self, config: ModelConfig):
         heads_of(config.heads)  # refuses two heads of one task
-        if config.clip_features and not any(head(n).reads_clip_features for n in config.heads):
-            raise ValueError(
-                f"model config: clip_features={config.clip_features}: none of heads={config.heads} "
-                "reads them; add the head cg_detr, or leave them out"
-            )
+        for kind in ("clip_features", "text_features"):
+            given = getattr(config, kind)
+            if given and not any(getattr(head(name), f"reads_{kind}") for name in config.heads):
+                raise ValueError(
+                    f"model config: {kind}={given}: none of heads={config.heads} reads them; add "
+                    "the head cg_detr, or leave them out"
+                )
         missing = [token for token in tokens_of(config.heads) if token not in config.tokens]
         if missing:
             raise ValueError(

@@ -41,7 +41,7 @@ def default_config() -> ConfigDict:
         "heads": [],  # of models.heads.HEADS, at most one a task
     }
     config.sam2 = ""  # size of the head sam2, of models.sam2_config.SIZES; "": that of init_from
-    config.clip_features = False  # head cg_detr reads the clip features of data.train, not frames
+    config.clip_features = config.text_features = False  # head cg_detr reads those of data.train
     config.init_from = ""  # model folder to start from; "": random weights
     config.init_missing = []  # regexes of parameters that init_from may lack (new heads)
     config.tokenizer = ""  # tokenizer.json; "": the one in init_from
@@ -414,9 +414,10 @@ def _check_heads(config: ConfigDict) -> list[str]:
     except ValueError as error:
         return [_problem("model.heads", names, str(error), "correct the list")]
     problems = []
-    if config.clip_features and not any(HEADS[name].reads_clip_features for name in names):
-        fix = "add cg_detr to model.heads, or set it to False"
-        problems.append(_problem("clip_features", True, "no head of model.heads reads them", fix))
+    for kind in ("clip_features", "text_features"):
+        if config[kind] and not any(getattr(HEADS[name], f"reads_{kind}") for name in names):
+            reason, fix = "no head of model.heads reads them", "add cg_detr, or set it to False"
+            problems.append(_problem(kind, True, reason, fix))
     idle = [{*bucket.get("idle", ())} for bucket in config.buckets.values()] or [set()]
     for term, weight in config.losses.items():
         head = HEADS.get(term.split("/")[0])

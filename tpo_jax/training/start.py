@@ -49,15 +49,14 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     tokens = codec.task_tokens
     lora = LoraConfig(**config.lora.to_dict()) if config.lora.rank else base.lora
     sam2 = sam2_size(config.sam2) if config.sam2 else base.sam2
-    clip_features = base.clip_features
-    if config.clip_features:
-        clip_features = config_of_folders([source["path"] for source in config.data.train])
-    elif not any(head(name).reads_clip_features for name in heads):
-        clip_features = None  # init_from had a head that read them
     changes = {
         "language": language, "heads": heads, "tokens": tokens, "lora": lora, "sam2": sam2,
-        "clip_features": clip_features,
     }  # fmt: skip
+    for kind in ("clip_features", "text_features"):
+        if config[kind]:
+            changes[kind] = config_of_folders([s["path"] for s in config.data.train], kind)
+        elif not any(getattr(head(name), f"reads_{kind}") for name in heads):
+            changes[kind] = None  # init_from had a head that read them
     return dataclasses.replace(base, **changes), codec
 
 

@@ -79,7 +79,7 @@ def test_names_and_sizes_of_sam2_are_the_published_ones():
 def config_of(data=DATA, heads=None):
     family = family_of(data)
     keys = {"loc_decoder.0.weight", "track_embed.layers.0.weight"}
-    config = family.with_heads(family.model_config(data, {}), keys, heads, data["sam2_config"])
+    config = family.with_heads(family.model_config(data, {}), keys, heads, data)
     names = tokens_of(config.heads)
     return dataclasses.replace(config, tokens={t: 300 + i for i, t in enumerate(names)})
 
@@ -211,8 +211,8 @@ def test_frequencies_that_differ_are_refused(published):
 
 
 @pytest.mark.parametrize("name, reason", [
-    ("cg_detr", "reads features of InternVideo2"), ("temporal", "is CG-DETR"),
-    ("region", "region_mlp"), ("count", r"heads that do: \['region_mlp', 'sam2'\]"),
+    ("temporal", "is CG-DETR, which is called cg_detr"), ("region", "region_mlp"),
+    ("count", r"heads that do: \['region_mlp', 'sam2', 'cg_detr'\]"),
 ])  # fmt: skip
 def test_a_head_of_another_function_is_refused_by_name(source, tmp_path, name, reason):
     with pytest.raises(FamilyError, match=f"heads: '{name}' does not load .*{reason}"):

@@ -33,9 +33,11 @@ def assemble(plan: Plan, parts: pathlib.Path, out: pathlib.Path) -> dict[str, An
     shutil.rmtree(building, ignore_errors=True)
     entries = _join([index for _, index in used])
     settings = dataclasses.asdict(plan.settings)
-    if any(entry.clip_features is not None for entry in entries):  # images have none
+    if any(_rows(entry, "clip_features") for entry in entries):  # images have none
         settings["clip_features"] = dataclasses.asdict(plan.features.about)
-    for table in ("clips", "examples", *settings.keys() & {"clip_features"}):
+    if any(_rows(entry, "text_features") for entry in entries):
+        settings["text_features"] = dataclasses.asdict(plan.features.text)
+    for table in ("clips", "examples", *settings.keys() & {"clip_features", "text_features"}):
         _build_table(building / table, table, plan.settings.encoding, used)
     write_lines(building / "index.jsonl", [entry.to_json() for entry in entries])
     write_lines(building / "quarantine.jsonl", quarantine)
@@ -65,13 +67,15 @@ def _rows(entry: IndexEntry, table: str) -> int:
     """Records of a video in a table."""
     if table == "clip_features":
         return int(entry.clip_features is not None)
+    if table == "text_features":
+        return 0 if entry.text_features is None else len(entry.text_features[1])
     return getattr(entry, table)[1]
 
 
 def _join(indices: Sequence[Sequence[IndexEntry]]) -> list[IndexEntry]:
     """Row numbers within pieces to row numbers within tables."""
     joined: list[IndexEntry] = []
-    clips = examples = features = 0
+    clips = examples = features = texts = 0
     for index in indices:
         for entry in index:
             joined.append(
@@ -80,11 +84,13 @@ def _join(indices: Sequence[Sequence[IndexEntry]]) -> list[IndexEntry]:
                     clips=(clips, entry.clips[1]),
                     examples=(examples, entry.examples[1]),
                     clip_features=features if _rows(entry, "clip_features") else None,
+                    text_features=entry.text_features and (texts, entry.text_features[1]),
                 )
             )
             clips += entry.clips[1]
             examples += entry.examples[1]
             features += _rows(entry, "clip_features")
+            texts += _rows(entry, "text_features")
     return joined
 
 

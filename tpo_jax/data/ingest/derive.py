@@ -41,7 +41,8 @@ def derive(
         raise PrepareError(f"{out} is not written: there is no example")
     out.parent.mkdir(parents=True, exist_ok=True)
     building = pathlib.Path(tempfile.mkdtemp(prefix=f"{out.name}.writing-", dir=out.parent))
-    shared = ("clips", *(("clip_features",) if source.clip_features_config else ()))
+    shared = ("clips", *(("clip_features",) if source.clip_features_config else ()),
+              *(("text_features",) if source.texts else ()))  # fmt: skip
     for table in shared:
         _link_table(source.path / table / tables.TABLE_VERSION, building / table)
     entries = _write_examples(source, by_video, building / "examples" / tables.TABLE_VERSION)

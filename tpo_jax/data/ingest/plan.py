@@ -109,7 +109,8 @@ def make_plan(
     """Reads and checks all annotations and cuts the work into pieces, sorted by video.
 
     Args:
-      features: clip features of the videos, to be kept beside their frames.
+      features: clip features of the videos, to be kept beside their frames, and text features of
+        their questions if it has any.
 
     Raises:
       PrepareError: a media folder is missing, nothing usable is left, or two videos would have the
@@ -225,6 +226,11 @@ def _piece_key(
         if features is not None:
             file = features.file(item.video_id)
             described.append([dataclasses.asdict(features.about), file.exists() and _stat(file)])
+        if features is not None and features.text is not None:
+            asked = {turn.question for draft in item.drafts for turn in draft.example.turns}
+            files = [features.text_file(question) for question in sorted(asked)]
+            described.append([dataclasses.asdict(features.text),
+                              [file.exists() and _stat(file) for file in files]])  # fmt: skip
     return _hash(described)
 
 

@@ -42,7 +42,7 @@ class Family:
       template: texts around video, question and answer.
       sampling: of config.json.
       with_heads: ModelConfig with the heads that a checkpoint has, of (ModelConfig, its tensor
-        names, names of heads or None for all that load, config.json's `sam2_config`); None: no
+        names, names of heads or None for all that read nothing else, config.json); None: no
         checkpoint of the family has heads.
       carried: regular expressions of tensors that this program has no use for. They are kept
         beside the model and go back out as they came.

@@ -116,10 +116,16 @@ def export_family(
     _same_sizes(model, config, like, published, parts)
     tensors = huggingface.read_tensors(source)
     published = _headed(family, published, data, tensors, config.heads)
-    parts = ("box_encoder", "sam2") if "sam2" in config.heads else ("box_encoder",)
-    _same_sizes(model, config, like, published, parts if config.heads else ())
+    parts = ["box_encoder"] if config.heads else []
+    sized = {"sam2": "sam2", "cg_detr": "head"}
+    parts += [part for name, part in sized.items() if name in config.heads]
+    _same_sizes(model, config, like, published, parts)
     _, carried = to_leaves(family, published, tensors)
     theirs = from_leaves(family, config, folder.open_leaves(model), carried, tensors.keys())
+    for name in theirs.keys() & tensors.keys():
+        if tuple(theirs[name].shape) != tuple(tensors[name].shape):
+            raise FamilyError(f"{model}: {name} would be {list(theirs[name].shape)}, but in {like} "
+                              f"it is {list(tensors[name].shape)}")  # fmt: skip
     temporary = final.with_name(final.name + ".tmp")
     if temporary.exists():
         temporary.rmtree()
@@ -149,12 +155,12 @@ def _headed(
     family: Family, config: ModelConfig, data: Mapping[str, Any], keys: Collection[str],
     chosen: Collection[str] | None,
 ) -> ModelConfig:
-    """The configuration with the chosen heads of a checkpoint; None: all that load."""
+    """The configuration with the chosen heads of a checkpoint; None: those that read its input."""
     if family.with_heads is None:
         if chosen:
             raise FamilyError(f"heads {list(chosen)} have no place in {family.name}")
         return config
-    return family.with_heads(config, keys, chosen, data.get("sam2_config"))
+    return family.with_heads(config, keys, chosen, data)
 
 
 def _same_sizes(

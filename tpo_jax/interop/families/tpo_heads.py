@@ -1,8 +1,9 @@
-"""The heads of VideoChat-TPO (2412.19326): its region MLP, its box encoder and SAM 2 with adapter.
+"""The heads of VideoChat-TPO (2412.19326): region MLP, box encoder, CG-DETR, SAM 2 with adapter.
 
 Names are those of OpenGVLab/TPO's model.safetensors.index.json; SAM 2's are those of its own
-release (facebookresearch/sam2), where `interop.sam2` has the names of `transformers`. The temporal
-head is of another function than the head cg_detr here (docs/families.md) and stays carried.
+release (facebookresearch/sam2), where `interop.sam2` has the names of `transformers`; CG-DETR's are
+in cg_detr_rows.py. That head reads features of a clip encoder and of a text encoder, which the
+checkpoint does not hold, so it is loaded where it is asked for and carried otherwise.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from tpo_jax.interop.families.base import FamilyError
+from tpo_jax.interop.families.cg_detr_rows import cg_detr_rows
 from tpo_jax.interop.families.towers import linear
 from tpo_jax.interop.mapping import Row
 from tpo_jax.interop.sam2 import PREFIX, sam2_rows
-from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.config import ClipFeaturesConfig, ModelConfig, TextFeaturesConfig
 from tpo_jax.models.heads import head
 from tpo_jax.models.sam2_config import PUBLISHED, Sam2Config
 
@@ -24,17 +26,20 @@ from tpo_jax.models.sam2_config import PUBLISHED, Sam2Config
 HEADS = {
     "region_mlp": ("box_token", "loc_decoder.0.weight"),
     "sam2": ("track_token", "track_embed.layers.0.weight"),
+    "cg_detr": ("temporal_token", "cg_model.query_embed.weight"),
 }
 # Why a head for a task of the checkpoint does not load from it.
 _REFUSED = {
-    "temporal": "its temporal head is CG-DETR over features of InternVideo2",
-    "cg_detr": "its temporal head reads features of InternVideo2 and of another text encoder, this "
-    "one the hidden states of the question, with other norms and places",
+    "temporal": "its temporal head is CG-DETR, which is called cg_detr here",
     "region": "its region head is the MLP that is called region_mlp here",
     "mask": "its mask head is sam2",
 }
 # The first release of SAM 2, which VideoChat-TPO has: config.json says no sizes.
 SAM2 = dataclasses.replace(PUBLISHED["large"], pointer_times=False, occlusion_embedding=False)
+# What its CG-DETR reads, as its app.py does it: 8 frames of every second; at most 80 tokens of
+# "summarize:" and the question, last states. Neither is scaled to length 1.
+CLIP_FEATURES = ClipFeaturesConfig(768, 1.0, "InternVideo2-CLIP-1B")
+TEXT_FEATURES = TextFeaturesConfig(4096, 80, "InternVL-C LLaMA-7B, summarize:")
 
 # Names of `transformers` -> those of SAM 2's release, in the order in which they are applied.
 _RENAMED = (
@@ -83,14 +88,16 @@ def with_heads(
     config: ModelConfig,
     keys: Collection[str],
     chosen: Collection[str] | None,
-    sizes: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any],
 ) -> ModelConfig:
     """The configuration with heads of the checkpoint, without the ids of their tokens.
 
     Args:
       keys: its tensor names.
-      chosen: names of heads; None are all that load.
-      sizes: fields of Sam2Config, where SAM 2 is not the published one.
+      chosen: names of heads; None are all that read nothing but the video.
+      options: config.json; "sam2_config" are the fields of Sam2Config, where SAM 2 is not the
+        published one; "cg_config" fields of HeadConfig, "clip_features" and "text_features", where
+        CG-DETR has other sizes or is to read features of other encoders.
 
     Raises:
       FamilyError: a chosen head is not in the checkpoint, or is of another function there.
@@ -104,14 +111,37 @@ def with_heads(
                 + (f": {reason} (docs/families.md)" if reason else "")
                 + f"; heads that do: {list(there)}"
             )
-    heads = there if chosen is None else tuple(name for name in there if name in chosen)
+    if chosen is None:
+        chosen = [name for name in there if not head(name).reads_clip_features]
+    heads = tuple(name for name in there if name in chosen)
     if not heads:
         return config
-    sam2 = None
+    changes: dict[str, Any] = {"heads": heads, "box_encoder": "tpo"}
     if "sam2" in heads:
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in (sizes or {}).items()}
-        sam2 = Sam2Config(**values) if sizes else SAM2
-    return dataclasses.replace(config, heads=heads, sam2=sam2, box_encoder="tpo")
+        sizes = options.get("sam2_config") or {}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()}
+        changes["sam2"] = Sam2Config(**values) if sizes else SAM2
+    if "cg_detr" in heads:
+        changes |= _cg_detr_config(config, options.get("cg_config") or {})
+    return dataclasses.replace(config, **changes)
+
+
+def _cg_detr_config(config: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of the head and what it reads; FamilyError for a field that does not exist."""
+    given = dict(given)
+    parts = {
+        "clip_features": (CLIP_FEATURES, given.pop("clip_features", {})),
+        "text_features": (TEXT_FEATURES, given.pop("text_features", {})),
+        "head": (config.head, given),
+    }
+    for part, (default, changes) in parts.items():
+        known = [field.name for field in dataclasses.fields(default)]
+        if unknown := sorted(set(changes) - set(known)):
+            more = ["clip_features", "text_features"] if part == "head" else []
+            raise FamilyError(
+                f"config.json: cg_config: {unknown} is no field of {part}; use {known + more}"
+            )
+    return {part: dataclasses.replace(default, **new) for part, (default, new) in parts.items()}
 
 
 def head_rows(config: ModelConfig) -> list[Row]:
@@ -131,6 +161,14 @@ def head_rows(config: ModelConfig) -> list[Row]:
     if "sam2" in config.heads:
         rows += two_layers("heads/sam2/adapter", "track_embed.layers.{}", 1)
         rows += release_rows(config.sam2, PREFIX, "sam.")
+    if "cg_detr" in config.heads:
+        for part in ("clip_features", "text_features"):
+            if getattr(config, part) is None:
+                raise FamilyError(
+                    f"heads: 'cg_detr' has no place in this layout: there it reads {part}, and the "
+                    f"model's config has {part}: null; train it on such features (docs/heads.md)"
+                )
+        rows += cg_detr_rows(config.head.layers, "heads/cg_detr/", "cg_model.")
     return rows
 
 

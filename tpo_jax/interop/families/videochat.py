@@ -1,7 +1,7 @@
 """VideoChat2 and VideoChat-TPO (2311.17005, 2412.19326): UMT-L, Q-Former, Mistral with LoRA.
 
-The heads of a TPO checkpoint are in tpo_heads.py; of its temporal head and of what its own code
-does not use either (the Q-Former's text half, older heads) the tensors are carried.
+The heads of a TPO checkpoint are in tpo_heads.py; of heads that are not asked for and of what its
+own code does not use either (the Q-Former's text half, older heads) the tensors are carried.
 """
 
 from __future__ import annotations

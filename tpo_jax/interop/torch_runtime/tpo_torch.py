@@ -11,6 +11,7 @@ Needs torch, transformers, safetensors and numpy; it reads only the folder that 
 Weights keep the names and the [in, out] layout of tpo_jax; a stacked leaf has one entry a layer.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -85,8 +86,11 @@ def position_waves(positions):
     return torch.cat([torch.sin(angles), torch.cos(angles)], -1).flatten(-2)
 
 
-def layer_norm(w, x):
-    return F.layer_norm(x, x.shape[-1:], w["scale"], w["bias"], eps=1e-6)
+def layer_norm(w, x, eps=1e-6):
+    return F.layer_norm(x, x.shape[-1:], w["scale"], w["bias"], eps=eps)
+
+
+norm = functools.partial(layer_norm, eps=1e-5)  # those of the CG-DETR head
 
 
 def mlp(w, x):
@@ -136,8 +140,8 @@ def inverse_sigmoid(x):
 
 
 def input_projection(w, x):
-    x = F.relu(linear(w.at("linear1"), layer_norm(w.at("norm1"), x)))
-    return linear(w.at("linear2"), layer_norm(w.at("norm2"), x))
+    x = F.relu(linear(w.at("linear1"), norm(w.at("norm1"), x)))
+    return linear(w.at("linear2"), norm(w.at("norm2"), x))
 
 
 def relu_mlp(w, x):
@@ -148,9 +152,13 @@ def relu_mlp(w, x):
 
 
 def feed_forward(w, x):
-    hidden = linear(w.at("fc1"), layer_norm(w.at("norm1"), x))
-    hidden = torch.where(hidden > 0, hidden, w["slope"] * hidden)
-    return layer_norm(w.at("norm2"), x + linear(w.at("fc2"), hidden))
+    hidden = linear(w.at("fc1"), x)
+    return linear(w.at("fc2"), torch.where(hidden > 0, hidden, w["slope"] * hidden))
+
+
+def after_reading(w, x, mixed):
+    x = x + linear(w.at("o_proj"), mixed)
+    return norm(w.at("norm2"), x + feed_forward(w.at("feed_forward"), norm(w.at("norm1"), x)))
 
 
 def encoder(w, x, position, heads):
@@ -158,9 +166,10 @@ def encoder(w, x, position, heads):
     layers = w.at("layers")
     for i in range(layers.children("layer")):
         layer = layers.at(f"layer{i}")
-        q, k = (linear(layer.at(name), x + position) for name in ("q_proj", "k_proj"))
-        mixed = attend(q, k, linear(layer.at("v_proj"), x), heads)
-        x = feed_forward(layer.at("feed_forward"), x + linear(layer.at("o_proj"), mixed))
+        q, k, _ = linear(layer.at("qkv"), x + position).chunk(3, -1)
+        mixed = attend(q, k, linear(layer.at("qkv"), x).chunk(3, -1)[2], heads)
+        x = norm(layer.at("norm1"), x + linear(layer.at("o_proj"), mixed))
+        x = norm(layer.at("norm2"), x + feed_forward(layer.at("feed_forward"), x))
     return x
 
 
@@ -336,8 +345,7 @@ class VideoLanguageModel:
         """[1, S, D] -> {"foreground" [1, S, F], "spans" [1, S, F, 2], "saliency" [1, S, F]}."""
         w = self.weights.at("heads").at("temporal")
         patches = features["patches"]
-        B, frames = patches.shape[:2]
-        S = slot_states.shape[1]
+        (B, frames), S = patches.shape[:2], slot_states.shape[1]
         tokens = layer_norm(w.at("patch_norm"), linear(w.at("patch_proj"), patches))
         tokens = tokens.reshape(B * frames, -1, tokens.shape[-1])
         slots = mlp(w.at("slot_mlp"), slot_states).repeat_interleave(frames, 0)
@@ -356,48 +364,41 @@ class VideoLanguageModel:
         }
 
     def cg_detr(self, slot_states, features, prompt, clip_features=None):
-        """[1, S, D] at slots, [1, T, D] at the tokens of their question -> {"logits", "spans"
-        [1, S, layers, Q, 2] (centre, width), "saliency", "relevance" [1, S, F]}. A model whose
-        config has clip_features reads those, [1, F, width], one for each frame."""
+        """[1, S, D] at slots, [1, T, D] at the tokens of their question (or its text features, if
+        the config has some), clip features [1, F, width] likewise -> {"logits", "spans" [1, S,
+        layers, Q, 2] (centre, width), "saliency", "relevance" [1, S, F]}."""
         w, heads = self.weights.at("heads").at("cg_detr"), self.head_heads
         embed, readers = w.at("embed"), w.at("readers")
-        S, width = slot_states.shape[1], embed["word"].shape[0]
+        S, width = slot_states.shape[1], embed["kinds"].shape[1]
         states = torch.cat([prompt.expand(S, -1, -1), slot_states.transpose(0, 1)], 1)
-        words = input_projection(w.at("text_proj"), states) + embed["word"]
-        dummies = embed["dummies"].expand(S, -1, -1)
-        count = dummies.shape[1]
+        words = input_projection(w.at("text_proj"), states) + embed["kinds"][0]
+        dummies, count = embed["dummies"].expand(S, -1, -1), len(embed["dummies"])
         places = F.pad(embed["dummy_places"], (0, 0, 0, words.shape[1]))
         seen = encoder(w.at("dummy_encoder"), torch.cat([dummies, words], 1), places, heads)
         keys = torch.cat([seen[:, :count], words], 1)
         spoken = torch.cat([torch.zeros_like(dummies), words], 1)
-
         given = features["patches"] if clip_features is None else clip_features
         clips, position = self._cg_detr_clips(w, words[:, -1], given[0])
-        read, attention = clips, 0.0
-        for i in range(readers.children("layer")):
-            layer = readers.at(f"layer{i}")
+        read, attention, layers = clips, 0.0, range(readers.children("layer"))
+        for i in layers:
             mixed, weights = attend_weighted(read + position, keys + places, spoken, heads)
-            read = feed_forward(layer.at("feed_forward"), read + linear(layer.at("o_proj"), mixed))
-            attention = attention + weights / readers.children("layer")
+            read = after_reading(readers.at(f"layer{i}"), read, mixed)
+            attention = attention + weights / len(layers)
         relevance = attention[:, :, count:].sum(-1).clamp(0, 1)
-
         mean, prompts = clips.mean(1), embed["prompts"]
         likeness = F.normalize(clips - mean[:, None], dim=-1) @ F.normalize(prompts, dim=-1).T
         shares = relevance / relevance.sum(-1, keepdim=True).clamp(min=1e-6)
         share, index = torch.einsum("nf,nfp->np", shares, likeness.softmax(-1)).max(-1)
         token, place = (mean + share[:, None] * prompts[index])[:, None], embed["prompt_place"]
-        for i in range(readers.children("layer")):
-            layer = readers.at(f"layer{i}")
-            mixed = attend(token + place, words, words, heads)
-            token = token + linear(layer.at("o_proj"), mixed)
-            token = feed_forward(layer.at("feed_forward"), token)
+        for i in layers:
+            token = after_reading(readers.at(f"layer{i}"), token, torch.zeros_like(token))
         placed = torch.cat([place.expand(S, 1, width), position.expand(S, -1, width)], 1)
         memory = encoder(w.at("encoder"), torch.cat([token, read], 1), placed, heads)
         whole, memory = memory[:, :1], memory[:, 1:] + memory[:, :1]
         saliency = linear(w.at("saliency_clip"), memory) * linear(w.at("saliency_token"), whole)
         logits, spans = self._cg_detr_decode(w.at("decoder"), memory, position)
-        found = {"logits": logits, "spans": spans, "saliency": saliency.sum(-1) * width**-0.5,
-                 "relevance": relevance}  # fmt: skip
+        found = {"logits": logits, "spans": spans, "relevance": relevance}
+        found["saliency"] = saliency.sum(-1) * width**-0.5
         return {name: value[None] for name, value in found.items()}
 
     def _cg_detr_clips(self, w, slots, given):
@@ -405,15 +406,15 @@ class VideoLanguageModel:
         if given.ndim == 2:
             seen = given.expand(len(slots), -1, -1)
         else:
-            tokens = layer_norm(w.at("patch_norm"), linear(w.at("patch_proj"), given.flatten(1, 2)))
+            tokens = norm(w.at("patch_norm"), linear(w.at("patch_proj"), given.flatten(1, 2)))
             seen = slot_attention(
                 w.at("pool"), slots.expand(len(given), -1, -1), tokens, self.head_heads
             ).transpose(0, 1)
         centres = (torch.arange(len(given)) + 0.5) / len(given)
         ends = torch.stack([centres - centres[0], centres + centres[0]], -1)
         clips = torch.cat([seen, ends.expand(len(slots), -1, -1)], -1)
-        clips = input_projection(w.at("clip_proj"), clips) + w.at("embed")["clip"]
-        return clips, sine_waves(centres, slots.shape[-1])
+        clips = input_projection(w.at("clip_proj"), clips) + w.at("embed")["kinds"][1]
+        return clips, sine_waves(ends[:, 1], slots.shape[-1])
 
     def _cg_detr_decode(self, w, memory, position):
         """[S, F, C], [F, C] -> logits and spans [S, layers, Q, 2]."""
@@ -431,13 +432,13 @@ class VideoLanguageModel:
             waves = sine_waves(anchors, width // 2).flatten(2)
             place = relu_mlp(w.at("place"), waves)
             scale = torch.sigmoid(relu_mlp(w.at("width_scale"), x))
-            waves = waves * scale / anchors[..., 1:].clamp(min=1e-3)
+            waves = waves * scale / anchors[..., 1:].clamp(min=1e-6)
             waves = waves * relu_mlp(w.at("wave_scale"), x) if i else waves
             p = layer.at("self_proj")
             q = linear(p.at("q"), x) + linear(p.at("q_place"), place)
             k = linear(p.at("k"), x) + linear(p.at("k_place"), place)
             x = x + linear(p.at("o"), attend(q, k, linear(p.at("v"), x), heads))
-            x = layer_norm(layer.at("self_norm"), x)
+            x = norm(layer.at("self_norm"), x)
             p = layer.at("cross_proj")
             q, k = linear(p.at("q"), x), linear(p.at("k"), memory)
             k_place = linear(p.at("k_place"), position).expand_as(k)
@@ -445,9 +446,9 @@ class VideoLanguageModel:
                 q, k = q + linear(layer.at("q_place"), place), k + k_place
             q, k = beside(q, linear(p.at("q_wave"), waves)), beside(k, k_place)
             mixed, _ = attend_weighted(q, k, linear(p.at("v"), memory), heads)
-            x = layer_norm(layer.at("cross_norm"), x + linear(p.at("o"), mixed))
-            x = feed_forward(layer.at("feed_forward"), x)
-            state = layer_norm(w.at("norm"), x)
+            x = norm(layer.at("cross_norm"), x + linear(p.at("o"), mixed))
+            x = norm(layer.at("final_norm"), x + feed_forward(layer.at("feed_forward"), x))
+            state = norm(w.at("norm"), x)
             logits.append(linear(w.at("foreground"), state))
             start = inverse_sigmoid(anchors)
             spans.append(torch.sigmoid(relu_mlp(w.at("span"), state) + start))
@@ -459,8 +460,7 @@ class VideoLanguageModel:
         {"masks" [1, S, F, m, m], "cells" [1, S, F, h, h], "presence" [1, S, F]}."""
         w = self.weights.at("heads").at("mask")
         pixels, tokens = features["pixels"], self._frame_tokens(features)
-        B, frames = tokens.shape[:2]
-        S = slot_states.shape[1]
+        (B, frames), S = tokens.shape[:2], slot_states.shape[1]
         x = self._slot_query(w.at("slot_query"), slot_states, prompt, embeds)
         if box is not None:
             shares = cells_inside(torch.tensor(box), math.isqrt(tokens.shape[2]))

@@ -47,6 +47,8 @@ class HeadInputs:
     prompt: float32[B, S, R, D], hidden states of the slot's question, its video behind them.
     prompt_embeds: float32[B, S, R, D], what went into the language model there: words as such.
     prompt_valid: bool[B, S, R].
+    A head with `reads_text_features` of a model whose config has text_features gets those of the
+    question as prompt and prompt_valid, with R of the features, and no prompt_embeds.
 
     Only for heads with `reads_clip_features`, of a model whose config has clip_features:
     clip_features: float32[B, F, D], of the part of the clip that frame f stands for.
@@ -113,6 +115,8 @@ class Head:
     reads_prompt: whether it gets `HeadInputs.prompt` and the two arrays that belong to it.
     reads_clip_features: whether it takes `HeadInputs.clip_features` in place of frames where the
       config of the model has them.
+    reads_text_features: whether its `HeadInputs.prompt` are text features where the config of the
+      model has them.
 
     A head with a task of its own says what the built-in tasks have in their rooms:
     target: data.targets.SlotTarget, from the targets of an example to arrays.
@@ -133,6 +137,7 @@ class Head:
     reads_tokens: bool = False
     reads_prompt: bool = False
     reads_clip_features: bool = False
+    reads_text_features: bool = False
     target: Any = None
     words: Callable[[Mapping[str, Any]], str] | None = None
     score: Callable[[Mapping[str, Any], int, Mapping | None], dict[str, float]] | None = None

@@ -19,6 +19,7 @@ HEAD = Head(
     coupled=COUPLED,
     reads_prompt=True,
     reads_clip_features=True,
+    reads_text_features=True,
 )
 
 __all__ = ["HEAD", "CgDetrHead", "decode", "loss", "published_weights"]

@@ -14,12 +14,14 @@ from tpo_jax.models.heads.cg_detr.layers import (
     ReluMlp,
     attend,
     inverse_sigmoid,
+    norm,
     sine_waves,
 )
-from tpo_jax.models.layers import LayerNorm, Linear, Rngs
+from tpo_jax.models.layers import Linear, Rngs
 
-# Attention is divided by an anchor's width, which this keeps away from 0.
-_MIN_WIDTH = 1e-3
+# Attention is divided by an anchor's width, which this keeps from 0. The release has no bound;
+# this one is a thousandth of the smallest width from which anchors are refined (inverse_sigmoid).
+_MIN_WIDTH = 1e-6
 
 
 class DecoderLayer(nnx.Module):
@@ -37,7 +39,7 @@ class DecoderLayer(nnx.Module):
         )
         # Only the first layer, whose contents are still empty, adds places to contents.
         self.q_place = linear() if first else None
-        self.self_norm, self.cross_norm = LayerNorm(width), LayerNorm(width)
+        self.self_norm, self.cross_norm, self.final_norm = (norm(width) for _ in range(3))
         self.feed_forward = FeedForward(width, rngs=rngs)
         self.heads = heads
 
@@ -65,7 +67,8 @@ class DecoderLayer(nnx.Module):
             self._beside(q, p["q_wave"](waves)), self._beside(k, k_place), p["v"](memory),
             self.heads, valid,
         )  # fmt: skip
-        return self.feed_forward(self.cross_norm(x + p["o"](mixed)))
+        x = self.cross_norm(x + p["o"](mixed))
+        return self.final_norm(x + self.feed_forward(x))
 
     def _beside(self, content: jax.Array, place: jax.Array) -> jax.Array:
         """Content and place of each attention head side by side: float[n, T, 2 * C]."""
@@ -87,7 +90,7 @@ class Decoder(nnx.Module):
         self.width_scale = ReluMlp((width, width, 1), rngs=rngs)
         # Anchors do not move at first.
         self.refine = ReluMlp((width, width, width, 2), rngs=rngs, last_scale=0.0)
-        self.norm = LayerNorm(width)
+        self.norm = norm(width)
         self.span = ReluMlp((width, width, width, 2), rngs=rngs)
         self.foreground = Linear(width, 2, rngs=rngs)
 
@@ -103,7 +106,7 @@ class Decoder(nnx.Module):
           float[n, layers, Q, 2], centre and width in [0, 1].
         """
         n, _, C = memory.shape
-        anchors = jax.nn.sigmoid(self.embed["anchors"][...])
+        anchors = jax.nn.sigmoid(self.embed["anchors"][...].astype(memory.dtype))
         anchors = jnp.broadcast_to(anchors, (n, *anchors.shape))
         x = jnp.zeros((*anchors.shape[:2], C), memory.dtype)
         reached, logits, spans = anchors, [], []

@@ -1,12 +1,16 @@
 """The network of the CG-DETR head (Moon et al. 2023, 2311.08835, "Correlation-Guided
 Query-Dependency Calibration"), conditioned on the prompt and on the task token.
 
-Text is the language model's hidden states of the question, then the state at the slot. A clip is
-one frame of our video encoder, its patches pooled by the slot; or, where config.clip_features says
-so, the given features of the part that the frame stands for. Its place in the video is added. Clips
-read the text through adaptive cross-attention, a saliency token made for this moment joins them in
-an encoder, and a decoder answers with windows. With targets, `__call__` also returns what only the
+Text is the language model's hidden states of the question, or, where config.text_features says so,
+given states of its tokens by a text encoder; then comes the state at the slot. A clip is one frame
+of our video encoder, its patches pooled by the slot; or, where config.clip_features says so, the
+given features of the part that the frame stands for. Its place in the video is added. Clips read
+the text through adaptive cross-attention, a saliency token made for this moment joins them in an
+encoder, and a decoder answers with windows. With targets, `__call__` also returns what only the
 losses need: predictions for a negative query, moment and sentence tokens, what to distil.
+
+With both kinds of features this is the function of the published tensors (`cg_model` of
+OpenGVLab/TPO); interop/families/cg_detr_rows.py names them.
 """
 
 from __future__ import annotations
@@ -26,9 +30,10 @@ from tpo_jax.models.heads.cg_detr.layers import (
     AdaptiveLayer,
     Encoder,
     InputProjection,
+    norm,
     sine_waves,
 )
-from tpo_jax.models.layers import LayerNorm, Linear, Rngs
+from tpo_jax.models.layers import Linear, Rngs
 
 QUERIES = 10
 DUMMIES = 45
@@ -74,7 +79,7 @@ class CgDetrHead(nnx.Module):
         self.given = config.clip_features
         if self.given is None:
             self.patch_proj = Linear(config.vision.width, width, rngs=rngs)
-            self.patch_norm = LayerNorm(width)
+            self.patch_norm = norm(width)
             self.pool = SlotAttention(width, heads, rngs=rngs)
         clip_width = width if self.given is None else self.given.width
         self.clip_proj = InputProjection(clip_width + 2, width, rngs=rngs)
@@ -83,10 +88,10 @@ class CgDetrHead(nnx.Module):
         def table(*shape):
             return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32))
 
-        # One row each: the kind of a token, and learned tokens with their positions.
+        # The kind of a token (word, clip), and learned tokens with their positions.
         self.embed = nnx.Dict(
             {
-                "clip": table(width), "word": table(width),
+                "kinds": table(2, width),
                 "dummies": table(DUMMIES, width), "dummy_places": table(DUMMIES, width),
                 "sentence": table(width), "sentence_place": table(width),
                 "moment": table(width), "moment_place": table(width),
@@ -116,7 +121,7 @@ class CgDetrHead(nnx.Module):
         if inputs.prompt is None:
             raise ValueError(
                 "cg_detr: HeadInputs.prompt is missing; this head reads the hidden states of the "
-                "question, so give prompt and prompt_valid"
+                "question, or its text features, so give prompt and prompt_valid"
             )
         B, S, _ = inputs.slot_states.shape
         text = self._text(inputs)
@@ -137,7 +142,7 @@ class CgDetrHead(nnx.Module):
         states = jnp.concatenate([inputs.prompt, inputs.slot_states[:, :, None]], axis=2)
         valid = jnp.concatenate([inputs.prompt_valid, jnp.ones((B, S, 1), bool)], axis=2)
         states, valid = states.reshape(B * S, *states.shape[2:]), valid.reshape(B * S, -1)
-        words = self.text_proj(states) + self.embed["word"][...]
+        words = self.text_proj(states) + self.embed["kinds"][0]
         dummies = jnp.broadcast_to(self.embed["dummies"][...], (B * S, DUMMIES, words.shape[-1]))
         # Dummies see the words, so that they can be what these words are not about.
         seen = self.dummy_encoder(
@@ -159,10 +164,11 @@ class CgDetrHead(nnx.Module):
         half = centres[:, :1]  # of a frame's length: its ends are the published extra features
         ends = jnp.stack([centres - half, centres + half], axis=-1)
         ends = jnp.broadcast_to(ends[:, :, None], (*seen.shape[:3], 2))
-        states = self.clip_proj(jnp.concatenate([seen, ends], axis=-1)) + self.embed["clip"][...]
+        states = self.clip_proj(jnp.concatenate([seen, ends], axis=-1)) + self.embed["kinds"][1]
         states = jnp.broadcast_to(states, (B, F, S, C))
         states = jnp.swapaxes(states, 1, 2).reshape(B * S, F, C)
-        position = jnp.repeat(sine_waves(centres, C), S, axis=0)
+        # Clip i of n stands where it ends, at (i + 1) / n.
+        position = jnp.repeat(sine_waves(centres + half, C), S, axis=0)
         return _Clips(states, position, jnp.repeat(frame_valid, S, axis=0))
 
     def _pooled(self, inputs: HeadInputs, slots: jax.Array) -> jax.Array:
@@ -193,9 +199,9 @@ class CgDetrHead(nnx.Module):
         relevance = jnp.clip(jnp.sum(attention * (is_word & valid)[:, None], axis=-1), 0.0, 1.0)
 
         token = self._saliency_token(clips, relevance)[:, None]
+        for layer in self.readers.values():  # which, as published, gives it nothing to read
+            token = layer.after(token, jnp.zeros_like(token))
         place = self.embed["prompt_place"][...]
-        for layer in self.readers.values():  # without dummies
-            token, _ = layer(token, place, keys, places, valid & is_word, is_word)
         position = jnp.broadcast_to(place, (*token.shape[:2], place.size))
         memory = self.encoder(
             jnp.concatenate([token, states], axis=1),
@@ -285,7 +291,8 @@ class CgDetrHead(nnx.Module):
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Vectors of length 1 along the last axis; its gradient is finite at 0."""
+    """float32 vectors of length 1 along the last axis; its gradient is finite at 0."""
+    x = x.astype(jnp.float32)  # a table may be bfloat16
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
 
 

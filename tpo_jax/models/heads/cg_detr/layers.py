@@ -1,7 +1,8 @@
 """Parts of the CG-DETR head: positions, projections, transformer layers, adaptive attention.
 
-Layers are those of the release: a position is added to queries and keys and not to values, the
-feed-forward net reads the normalised sum, and the sum of both is normalised again.
+Layers are those of the release (cg_detr/{transformer,crossattention,position_encoding}.py of
+wjun0830/CGDETR, which OpenGVLab/TPO has with casts and a prompt token only; read, not copied): a
+position is added to queries and keys and not to values, norms stand behind the sums.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tpo_jax.models.layers import LayerNorm, Linear, Rngs
+from tpo_jax.models.layers import LayerNorm, Linear, Rngs, matmul
 
 MASKED = -1e9
 _TEMPERATURE = 10000.0
 _FEED_FORWARD = 4  # hidden units of a feed-forward net, in widths
 _FIRST_SLOPE = 0.25  # of the learned rectifier, for negative inputs
+_EPSILON = 1e-5  # of norms, PyTorch's
+
+
+def norm(width: int) -> LayerNorm:
+    return LayerNorm(width, epsilon=_EPSILON)
 
 
 def sine_waves(positions: jax.Array, width: int) -> jax.Array:
@@ -51,8 +57,8 @@ class InputProjection(nnx.Module):
     """Norm, linear, rectifier, norm, linear."""
 
     def __init__(self, features: int, width: int, *, rngs: Rngs):
-        self.norm1, self.linear1 = LayerNorm(features), Linear(features, width, rngs=rngs)
-        self.norm2, self.linear2 = LayerNorm(width), Linear(width, width, rngs=rngs)
+        self.norm1, self.linear1 = norm(features), Linear(features, width, rngs=rngs)
+        self.norm2, self.linear2 = norm(width), Linear(width, width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear2(self.norm2(jax.nn.relu(self.linear1(self.norm1(x)))))
@@ -79,40 +85,41 @@ class ReluMlp(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """The second half of a layer: x + net(norm(x)), normalised; the rectifier's slope is learned.
+    """Linear, rectifier, linear; the rectifier's slope is learned.
 
     Parametric ReLU of He et al. 2015 (1502.01852).
     """
 
     def __init__(self, width: int, *, rngs: Rngs):
-        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
         self.fc1 = Linear(width, _FEED_FORWARD * width, rngs=rngs)
         self.fc2 = Linear(_FEED_FORWARD * width, width, rngs=rngs)
         self.slope = nnx.Param(jnp.full((), _FIRST_SLOPE, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = self.fc1(self.norm1(x))
-        hidden = jnp.where(hidden > 0, hidden, self.slope[...] * hidden)
-        return self.norm2(x + self.fc2(hidden))
+        hidden = self.fc1(x)
+        return self.fc2(jnp.where(hidden > 0, hidden, self.slope[...] * hidden))
 
 
 class EncoderLayer(nnx.Module):
-    """Self-attention with positions, then the feed-forward net."""
+    """Self-attention with positions, then the feed-forward net; a norm behind each sum."""
 
     def __init__(self, width: int, heads: int, *, rngs: Rngs):
-        self.q_proj = Linear(width, width, rngs=rngs)
-        self.k_proj = Linear(width, width, rngs=rngs)
-        self.v_proj = Linear(width, width, rngs=rngs)
+        # Queries, keys and values side by side, as published.
+        self.qkv = Linear(width, 3 * width, rngs=rngs)
         self.o_proj = Linear(width, width, rngs=rngs)
+        self.norm1, self.norm2 = norm(width), norm(width)
         self.feed_forward = FeedForward(width, rngs=rngs)
         self.heads = heads
 
     def __call__(self, x: jax.Array, position: jax.Array, valid: jax.Array) -> jax.Array:
         """float[n, T, C], float[..., T, C], bool[n, T] of keys -> float[n, T, C]."""
-        placed = x + position
-        q, k, v = self.q_proj(placed), self.k_proj(placed), self.v_proj(x)
-        mixed, _ = attend(q, k, v, self.heads, valid)
-        return self.feed_forward(x + self.o_proj(mixed))
+        C = x.shape[-1]
+        kernel, bias = (p.astype(x.dtype) for p in (self.qkv.merged_kernel, self.qkv.bias[...]))
+        placed = matmul(x + position, kernel[:, : 2 * C]) + bias[: 2 * C]
+        values = matmul(x, kernel[:, 2 * C :]) + bias[2 * C :]
+        mixed, _ = attend(placed[..., :C], placed[..., C:], values, self.heads, valid)
+        x = self.norm1(x + self.o_proj(mixed))
+        return self.norm2(x + self.feed_forward(x))
 
 
 class Encoder(nnx.Module):
@@ -133,11 +140,13 @@ class AdaptiveLayer(nnx.Module):
     """Clips read the text through one softmax over dummies and words, of which only words speak.
 
     What a clip gives to the dummies is lost, so a clip that the text is not about gets little of
-    it. Queries, keys and values are not projected.
+    it. Queries, keys and values are not projected. The feed-forward net reads the normalised sum,
+    but is added to the sum itself.
     """
 
     def __init__(self, width: int, heads: int, *, rngs: Rngs):
         self.o_proj = Linear(width, width, rngs=rngs)
+        self.norm1, self.norm2 = norm(width), norm(width)
         self.feed_forward = FeedForward(width, rngs=rngs)
         self.heads = heads
 
@@ -164,4 +173,9 @@ class AdaptiveLayer(nnx.Module):
         mixed, weights = attend(
             clips + clip_position, keys + key_position, spoken, self.heads, valid
         )
-        return self.feed_forward(clips + self.o_proj(mixed)), weights
+        return self.after(clips, mixed), weights
+
+    def after(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        """float[n, T, C], and what it read -> float[n, T, C]."""
+        x = x + self.o_proj(mixed)
+        return self.norm2(x + self.feed_forward(self.norm1(x)))
