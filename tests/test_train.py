@@ -21,6 +21,7 @@ from etils import epath
 
 import tpo_jax.train
 from tpo_jax import evaluate
+from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.evaluation import results
 from tpo_jax.interop.export import export_model, import_model
 from tpo_jax.interop.folder import ModelFolderError, load_model
@@ -28,11 +29,13 @@ from tpo_jax.parallel.mesh import global_batch, make_mesh
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.training import compiled, local_checkpoints
 from tpo_jax.training.checkpoint import CheckpointError, Checkpoints
+from tpo_jax.training.config import to_dict
 from tpo_jax.training.config_flag import read_json
 from tpo_jax.training.dry_run import DryRun
 from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.preemption import EXIT_STATUS, Preemption
 from tpo_jax.training.program import Program
+from tpo_jax.training.start import make_model_config
 from tpo_jax.training.writers import read_scalars
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -50,7 +53,8 @@ def one_device_and_one_compilation():
 
     def compile_once(program, builders, evaluate, say, preemption):
         shapes = str((program.abstract_state, [b.bucket for b in builders.values()]))
-        key = (shapes, str(program.objective), program.optimizer.report, evaluate)
+        measured = program.task_gradients is not None
+        key = (shapes, str(program.objective), program.optimizer.report, evaluate, measured)
         if key not in shared:
             shared[key] = compile_buckets(program, builders, evaluate, say, preemption)
         return shared[key]
@@ -124,6 +128,39 @@ def test_a_run_learns_and_leaves_everything_behind(whole):
     if best["step"] == 12:
         assert_same_model(whole / "best_model", whole / "model")
     assert [int(p.name) for p in (whole / "checkpoints").iterdir()] in ([10, 12], [12, 10])
+
+
+def test_examples_seen_are_those_of_the_plans(data, whole):
+    """Counted on the device and here; the runs below are stopped, and still count the same."""
+    config = tiny_run.get_config(f"data={data}")
+    model_config, codec = make_model_config(config)
+    plain = to_dict(config)
+    pipeline = Pipeline(
+        plain["data"]["train"], codec, model_config, (), plain["buckets"], config.seed
+    )
+    seen, expected = 0, {}
+    for step in range(12):
+        seen += sum(len(plan.branches) for plan in pipeline.plans(step)[2])
+        expected[step + 1] = seen
+    records = [record for record in metrics(whole) if "train/loss" in record]
+    found = {record["step"]: record["train/examples/conversation"] for record in records}
+    assert found == {step: expected[step] for step in (2, 4, 6, 8, 10, 12)}
+    assert seen >= 4 * 12  # a row has one question at least
+    for record in records:
+        assert record["train/objective/language"] == pytest.approx(record["train/loss"], rel=1e-6)
+
+
+def test_sizes_of_gradients_are_measured_when_they_are_due(data, tmp_path, capsys):
+    config = tiny_run.get_config(f"data={data},steps=4,buckets=1")
+    config.eval_every, config.log_every, config.task_gradients_every = 0, 1, 2
+    assert run(config, tmp_path) == 0
+    records = {record["step"]: record for record in metrics(tmp_path)}
+    shares = {step: r.get("train/gradient_share/language") for step, r in records.items()}
+    assert shares == {1: None, 2: 1.0, 3: None, 4: 1.0}
+    for step in (2, 4):  # of one task, with the dropout of the step
+        norm = records[step]["train/gradient_norm/language"]
+        assert norm == pytest.approx(records[step]["train/grad_norm"], rel=1e-5)
+    assert f"100.0% {data}/train: conversation 100.0%" in capsys.readouterr().err
 
 
 # The counter runs over the two validation batches at step 6 as well: 6 is the first of them, 3 is
