@@ -31,6 +31,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tpo_jax.models.splash_mask import CausalMask
 from tpo_jax.parallel.context import AXIS, ContextLayout, context_devices, per_device, split_tokens
 from tpo_jax.parallel.mesh import BATCH_AXES
 
@@ -411,7 +412,7 @@ def _splash_kernel(
     elif window is not None:
         mask = masks.LocalMask((T, S), window_size=(window - 1, 0), offset=causal_offset)
     else:
-        mask = masks.CausalMask((T, S), offset=causal_offset)
+        mask = CausalMask((T, S), causal_offset)
     if order is not None:
         mask.q_sequence = order
     return splash_attention_kernel.make_splash_mha(
