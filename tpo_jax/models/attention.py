@@ -38,7 +38,7 @@ from tpo_jax.parallel.mesh import BATCH_AXES
 BACKENDS = ("xla", "cudnn", "splash", "splash_interpret")
 # Finite, so that a row without any visible key gives a uniform average instead of NaN.
 MASKED = -1e9
-_SPLASH_BLOCK = 128
+SPLASH_BLOCK = 128
 # Queries of a split prefix that are taken at a time: the logits of one block exist at once.
 _CONTEXT_BLOCK = 256
 
@@ -321,7 +321,7 @@ def _splash(
     """The Pallas kernel, per example and vmapped; lengths padded to whole blocks."""
     B, T, N, H = q.shape
     S = k.shape[1]
-    padded_t, padded_s = (-(-size // _SPLASH_BLOCK) * _SPLASH_BLOCK for size in (T, S))
+    padded_t, padded_s = (-(-size // SPLASH_BLOCK) * SPLASH_BLOCK for size in (T, S))
     if q_segments is None:
         q_segments, kv_segments = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
 
@@ -352,7 +352,7 @@ def _context_splash(
     """`_splash` of a placed prefix: each device's queries against all keys."""
     mesh = jax.sharding.get_abstract_mesh()
     T, S = layout.length // layout.devices, layout.length
-    more_t, more_s = -T % _SPLASH_BLOCK, -S % _SPLASH_BLOCK
+    more_t, more_s = -T % SPLASH_BLOCK, -S % SPLASH_BLOCK
     # A query that fills up a block repeats the last one, so that it sees something.
     order = np.pad(layout.order.reshape(-1, T), ((0, 0), (0, more_t)), mode="edge").ravel()
     rows, heads = P(BATCH_AXES, AXIS), _head_axis(mesh, k.shape[2])
