@@ -16,6 +16,8 @@ No TPU was used. Memory and collectives of a row marked `compiled` are those of 
 traced program (`tpo_jax/training/estimate.py`). Everything else is arithmetic:
 
 - **compiled in**: seconds that libtpu's compiler took for the gradient where this was made.
+- **mesh**: in TPO configs the fewest chips that let a row fit share it (`context`, see
+  docs/preferences.md); where `context` is not named, a chip has its rows for itself.
 - **rows a step** are those of the config; `x n` micro-batches, as few as the estimate lets fit.
 - **largest**: rows of one micro-batch over all chips that fit; 0 where one row a chip is too much.
 - **sent**: bytes that one chip sends in a step, times in the program text in brackets if compiled.

@@ -43,6 +43,8 @@ CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 LORA_RANK, LORA_ALPHA, LORA_RATE = 128, 256.0, 2e-4
 # Widths of the towers are multiples of 128; 1152 is none of 256.
 MOST_FSDP = 128
+# Chips that share a row, at most.
+MOST_CONTEXT = 16
 # What a preference config, which starts from a folder, starts from.
 BASES = {"longva_tpo": "longva", "llava_video_tpo": "llava_video"}
 PODS = ("v5e:8x8", "v5e:16x16", "v4:2x4x4", "v5p:2x4x4")
@@ -125,32 +127,65 @@ class Planner:
 
     def __init__(self, tiny: bool = False) -> None:
         self.tiny = tiny
+        self._traced: tuple = ()  # what the traces are of
         self._traces: dict[tuple, Traced] = {}
 
     def plan(self, cell: Cell) -> Planned:
-        config = cell_config(cell, self.tiny)
+        """On the mesh with the fewest chips to a row that fits; where none does, which needs least.
+
+        Chips share rows in preference configs alone, whose rows are whole clips of any length.
+        """
         chip, sizes = parse_topology(cell.topology)
+        config = cell_config(cell, self.tiny)
+        bucket, beside = step_buckets(config, make_model_config(config)[1])
+        rows = math.gcd(bucket.batch_size, beside.batch_size if beside else 0)
+        chips = math.prod(sizes)
+        if cell.config not in BASES:
+            return self._plan(cell, mesh_of(chips, rows))
+        spare = chips // math.gcd(chips, rows)
+        best = self._plan(cell, mesh_of(chips, rows, spare))
+        for context in contexts(spare, bucket.frames):
+            if best.estimate.memory <= chip.hbm:
+                break
+            if least_memory(best, context) <= chip.hbm:
+                found = self._plan(cell, mesh_of(chips, rows, context))
+                best = min(best, found, key=lambda planned: planned.estimate.memory)
+        return best
+
+    def _plan(self, cell: Cell, sizes: dict[str, int]) -> Planned:
+        """On one mesh."""
+        chip, _ = parse_topology(cell.topology)
+        config = cell_config(cell, self.tiny)
         model_config, codec = make_model_config(config)
         bucket, beside = step_buckets(config, codec)
-        rows = math.gcd(bucket.batch_size, beside.batch_size if beside else 0)
-        config.mesh = mesh_of(math.prod(sizes), rows)
-        mesh = make_mesh(config.mesh.to_dict(), topology_devices(cell.topology))
-        row_chips = mesh.shape["data"] * mesh.shape["fsdp"]
-        # As many micro-batches as can be: one row of a chip at a time, or what divides.
-        config.accumulation = most = rows // row_chips
-        program = make_program(config, model_config, mesh)
         buckets = [b for b in (bucket, beside) if b]
+        rows = math.gcd(*(b.batch_size for b in buckets))
+        config.mesh = sizes
+        mesh = make_mesh(sizes, topology_devices(cell.topology))
+        # As many micro-batches as can be: one row of a chip at a time, or what divides.
+        config.accumulation = most = rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+        program = make_program(config, model_config, mesh)
         contrast = needs_contrast(config)
-        micro = tuple(b.batch_size // (row_chips * most) for b in buckets)
-        key = (cell.config, cell.arg, cell.lora, cell.frames, micro, min(most, 2))
-        if key not in self._traces:
-            self._traces = {key: trace_step(program, model_config, buckets, contrast)}
-        estimate = estimate_step(program, model_config, bucket, contrast, beside, self._traces[key])
+        traced = self._trace(cell, program, model_config, buckets, contrast)
+        estimate = estimate_step(program, model_config, bucket, contrast, beside, traced)
         counts = [n for n in range(1, most + 1) if most % n == 0]
         fewest = [dataclasses.replace(estimate, accumulation=n) for n in counts]
         return Planned(
             mesh, next((e for e in fewest if e.memory <= chip.hbm), estimate), config.steps
         )
+
+    def _trace(self, cell: Cell, program: Any, model_config: Any, buckets: list, contrast: bool):
+        mesh, count = program.mesh, program.accumulation
+        row_chips = mesh.shape["data"] * mesh.shape["fsdp"]
+        micro = tuple(b.batch_size // (row_chips * count) for b in buckets)
+        of = (cell.config, cell.arg, cell.lora, cell.frames, micro)
+        if self._traced != of:
+            self._traced, self._traces = of, {}
+        key = (min(count, 2), mesh.shape["context"])
+        if key not in self._traces:
+            like = next(iter(self._traces.values()), None)
+            self._traces[key] = trace_step(program, model_config, buckets, contrast, like)
+        return self._traces[key]
 
     def compile(self, cell: Cell, estimate: dict[str, Any]) -> plan.ProgramPlan:
         """The gradient of a cell by the compiler for its chips, on the mesh of its estimate."""
@@ -171,13 +206,30 @@ def step_buckets(config: Any, codec: TextCodec) -> tuple[Any, Any]:
     return first, buckets.get(first.beside)
 
 
-def mesh_of(chips: int, rows: int) -> dict[str, int]:
-    """Parameters over as many chips as have rows; what is left splits heads and hidden units."""
-    row_chips = math.gcd(chips, rows)
+def mesh_of(chips: int, rows: int, context: int = 1) -> dict[str, int]:
+    """Parameters over as many chips as have rows; what is left splits heads and hidden units.
+
+    context: chips that share a row.
+    """
+    row_chips = math.gcd(chips // context, rows)
     fsdp = math.gcd(row_chips, MOST_FSDP)
     return {
-        "data": row_chips // fsdp, "fsdp": fsdp, "context": 1, "tensor": chips // row_chips
+        "data": row_chips // fsdp, "fsdp": fsdp, "context": context,
+        "tensor": chips // (context * row_chips),
     }  # fmt: skip
+
+
+def contexts(spare: int, frames: int) -> list[int]:
+    """How many chips may share a row of `frames` frames, beyond the `spare` that do anyway."""
+    found = [spare * 2**n for n in range(1, MOST_CONTEXT.bit_length())]
+    return [n for n in found if n <= MOST_CONTEXT and frames % n == 0]
+
+
+def least_memory(planned: Planned, context: int) -> float:
+    """Bytes that a chip needs at the least if `context` chips share a row: activations are split
+    further, and the state over fewer."""
+    estimate, times = planned.estimate, context / planned.mesh.shape["context"]
+    return estimate.state * times + estimate.temporaries.base / times
 
 
 def estimated(planned: Planned, cell: Cell) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """Chunked log-probabilities against the plain softmax."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from tpo_jax.objectives.logps import gather_positions, token_logps, token_scores
+from tpo_jax.parallel.mesh import AXES
 
 V, D = 24, 8
 
@@ -81,6 +85,20 @@ def test_nothing_of_the_size_of_all_logits_is_made():
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, table, targets).jaxpr
     assert max(sizes(jaxpr)) <= 32 * vocab < rows * answers * vocab
+
+
+@pytest.mark.parametrize(("sizes", "chunks"), [({}, 8), ({"data": 2, "fsdp": 4}, 1)])
+def test_chunks_are_as_few_as_one_device_allows(sizes, chunks):
+    """On a mesh 32 positions are those of a device, which has two of the rows."""
+    rows, answers = 16, 16
+    hidden, table, targets = draw((rows, answers))
+    mesh = AbstractMesh(
+        tuple(sizes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * 4
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        trace = jax.make_jaxpr(functools.partial(token_logps, chunk=32))(hidden, table, targets)
+    (scan,) = [equation for equation in trace.eqns if equation.primitive.name == "scan"]
+    assert scan.params["length"] == chunks
 
 
 def test_low_precision_inputs_accumulate_in_float32():

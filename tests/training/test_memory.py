@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from tpo_jax.training.memory import peak_bytes, product_bytes
+from tpo_jax.training.memory import Split, peak_bytes, product_bytes
 
 KIB = 1024
 
@@ -52,4 +52,4 @@ def test_a_loop_stacks_what_the_backward_pass_needs_and_remat_does_not():
 def test_what_is_shaped_like_a_parameter_is_split_like_it():
     ks = spec(10, 64, 64)
     gradient = trace(jax.grad(lambda ks: jnp.square(ks).sum()), ks)
-    assert peak_bytes(gradient, {(10, 64, 64): 4}) == peak_bytes(gradient) / 4
+    assert peak_bytes(gradient, Split({(10, 64, 64): 4})) == peak_bytes(gradient) / 4

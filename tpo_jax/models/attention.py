@@ -31,13 +31,14 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tpo_jax.models.splash_mask import CausalMask
 from tpo_jax.parallel.context import AXIS, ContextLayout, context_devices, per_device, split_tokens
 from tpo_jax.parallel.mesh import BATCH_AXES
 
 BACKENDS = ("xla", "cudnn", "splash", "splash_interpret")
 # Finite, so that a row without any visible key gives a uniform average instead of NaN.
 MASKED = -1e9
-_SPLASH_BLOCK = 128
+SPLASH_BLOCK = 128
 # Queries of a split prefix that are taken at a time: the logits of one block exist at once.
 _CONTEXT_BLOCK = 256
 
@@ -320,7 +321,7 @@ def _splash(
     """The Pallas kernel, per example and vmapped; lengths padded to whole blocks."""
     B, T, N, H = q.shape
     S = k.shape[1]
-    padded_t, padded_s = (-(-size // _SPLASH_BLOCK) * _SPLASH_BLOCK for size in (T, S))
+    padded_t, padded_s = (-(-size // SPLASH_BLOCK) * SPLASH_BLOCK for size in (T, S))
     if q_segments is None:
         q_segments, kv_segments = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
 
@@ -351,7 +352,7 @@ def _context_splash(
     """`_splash` of a placed prefix: each device's queries against all keys."""
     mesh = jax.sharding.get_abstract_mesh()
     T, S = layout.length // layout.devices, layout.length
-    more_t, more_s = -T % _SPLASH_BLOCK, -S % _SPLASH_BLOCK
+    more_t, more_s = -T % SPLASH_BLOCK, -S % SPLASH_BLOCK
     # A query that fills up a block repeats the last one, so that it sees something.
     order = np.pad(layout.order.reshape(-1, T), ((0, 0), (0, more_t)), mode="edge").ravel()
     rows, heads = P(BATCH_AXES, AXIS), _head_axis(mesh, k.shape[2])
@@ -411,7 +412,7 @@ def _splash_kernel(
     elif window is not None:
         mask = masks.LocalMask((T, S), window_size=(window - 1, 0), offset=causal_offset)
     else:
-        mask = masks.CausalMask((T, S), offset=causal_offset)
+        mask = CausalMask((T, S), causal_offset)
     if order is not None:
         mask.q_sequence = order
     return splash_attention_kernel.make_splash_mha(

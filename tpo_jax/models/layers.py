@@ -105,7 +105,9 @@ class Linear(nnx.Module):
             y = y + self.lora_scale * matmul(low, self.lora_b[...].astype(x.dtype))
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
-        return y
+        # Kernels are split over `fsdp` as rows are. Left to itself the compiler may keep the kernel
+        # where it lies and gather the rows of all devices instead.
+        return constrain_rows(y) if y.ndim > 2 else y
 
 
 class LayerNorm(nnx.Module):

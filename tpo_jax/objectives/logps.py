@@ -6,6 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tpo_jax.parallel.mesh import row_devices
+from tpo_jax.parallel.rules import constrain_rows
+
 MASKED_LOGIT = -1e30  # finite, so that 0 * logit stays 0 in gradients
 
 
@@ -43,18 +46,21 @@ def token_scores(
     chunk: int = 512,
     collision: bool = False,
 ) -> TokenScores:
-    """log softmax(hidden @ table.T)[target], `chunk` positions at a time.
+    """log softmax(hidden @ table.T)[target], `chunk` positions of a device at a time.
 
     Peak memory is chunk x V float32 (forward and backward: the chunk is recomputed), whatever the
     number of positions. Products take the dtype of `hidden` and accumulate in float32. Rows stay
     the leading, sharded dimension: chunks are cut along the positions of each row.
+
+    Chunks are as few as that allows: each of them reads the table, and adds to a gradient of its
+    size. Several devices hold a chunk each at a time.
 
     Args:
       hidden: float[B, ..., D] final hidden states that predict `targets`.
       table: float[V, D] output embedding, rows beyond `vocab_size` are padding.
       targets: int32[B, ...]; every value must be below `vocab_size` (not checked under jit).
       vocab_size: number of real tokens; the padded rows get probability 0. Default: all V rows.
-      chunk: positions a chunk, over the whole batch; at least one per row.
+      chunk: positions a chunk, over the rows of one device; at least one per row.
       collision: whether `log_collision` is computed.
 
     Returns:
@@ -64,7 +70,8 @@ def token_scores(
     if not 0 < vocab_size <= table.shape[0]:
         raise ValueError(f"vocab_size {vocab_size} is outside 1..{table.shape[0]} (table rows)")
     rows, positions = targets.shape[0], targets[0].size
-    length = min(max(chunk // rows, 1), positions)
+    rows_here = -(-rows // row_devices())
+    length = min(max(chunk // rows_here, 1), positions)
     count = -(-positions // length)
     pad = count * length - positions
 
@@ -103,9 +110,11 @@ def _score_chunk(
     hidden: jax.Array, table: jax.Array, targets: jax.Array, *, vocab_size: int, collision: bool
 ) -> TokenScores:
     """float[B, T, D], float[V, D], int32[B, T] -> TokenScores of float32[B, T]."""
-    logits = jnp.einsum(
-        "btd,vd->btv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    # Rows stay where they are and the table comes to them; the compiler may want it otherwise.
+    logits = constrain_rows(jnp.einsum(
+        "btd,vd->btv", constrain_rows(hidden), table.astype(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    ))  # fmt: skip
     if vocab_size < table.shape[0]:
         logits = jnp.where(jnp.arange(table.shape[0]) < vocab_size, logits, MASKED_LOGIT)
     # A masked sum instead of a gather: it splits over a sharded vocabulary without moving logits.

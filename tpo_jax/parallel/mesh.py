@@ -10,6 +10,7 @@ Several TPU slices are joined by the data centre network, which is slow: they ho
 model, so data is a multiple of their number and every other axis lies within a slice.
 """
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -100,6 +101,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows (dimension 0) over data and fsdp, everything else whole. Serves every batch leaf."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def row_devices() -> int:
+    """Devices that rows are split over in the mesh around the call, 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch_divides(batch: Any, mesh: Mesh, accumulation: int = 1) -> None:

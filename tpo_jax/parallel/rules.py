@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tpo_jax.parallel.mesh import BATCH_AXES
+from tpo_jax.parallel.mesh import BATCH_AXES, row_devices
 from tpo_jax.parallel.paths import first_match, flatten, map_with_path
 
 Rules = Sequence[tuple[str, P]]
@@ -131,8 +131,9 @@ def describe(params: Any, shardings: Any) -> str:
 
 def constrain_rows(x: jax.Array) -> jax.Array:
     """Tells the compiler that dimension 0 of an activation holds batch rows, split over (data,
-    fsdp), and that the rest is not split by it. Nothing happens outside a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
+    fsdp), and that the rest is not split by it. Nothing happens outside a mesh, or to rows that do
+    not divide."""
+    if jax.sharding.get_abstract_mesh().empty or x.shape[0] % row_devices():
         return x
     open_rest = (P.UNCONSTRAINED,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *open_rest))

@@ -4,8 +4,9 @@
     estimate.memory               # bytes of one chip
     estimate.roofline(chip).seconds
 
-The gradient is traced for the rows of one chip in one micro-batch, and for one row more: memory and
-work are linear in rows. Figures that only a compiler knows come from `tpo_jax.plan`.
+The gradient is traced for the rows of one chip in one micro-batch, and for one row more: memory
+and work are linear in rows. Where chips share a row (the axis `context`), what has an axis of its
+tokens or frames is divided by them. Figures that only a compiler knows come from `tpo_jax.plan`.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
 
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
+from tpo_jax.models.attention import SPLASH_BLOCK
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
-from tpo_jax.parallel.mesh import BATCH_AXES, check_batch_divides
+from tpo_jax.parallel.context import AXIS, ContextLayout
+from tpo_jax.parallel.mesh import AXES, BATCH_AXES, check_batch_divides
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.topologies import Chip
 from tpo_jax.training import memory
 from tpo_jax.training.flops import TRAIN_OVER_FORWARD, forward_flops, traced_flops
 from tpo_jax.training.program import Program
-from tpo_jax.training.step import make_gradient_step
+from tpo_jax.training.step import make_gradient_step, on_mesh
 
 COMPUTE_BYTES = 2  # bfloat16, in which kernels are gathered
 
@@ -137,21 +141,26 @@ def estimate_step(
     for each in buckets:
         check_batch_divides(batch_spec(each, model_config), mesh, count)
     traced = traced or trace_step(program, model_config, buckets, contrast)
-    shares, tensor = _shares(program), mesh.shape["tensor"]
+    layouts = [_layout(each, model_config, mesh.shape[AXIS]) for each in buckets]
+    tokens = _row_split(buckets, layouts, model_config)
+    split = dataclasses.replace(tokens, shapes=_shares(program))
+    tensor = mesh.shape["tensor"]
     rows = bucket.batch_size // (row_chips * count)
 
     def linear(figure: Callable[[Any], float], traces: tuple[Any, Any], share: float) -> Linear:
         base, more = (figure(trace) / share for trace in traces)
         return Linear(base, more - base, rows)
 
-    flops = traced_flops(traced.plain) / tensor
+    flops = traced_flops(traced.plain) / (tensor * mesh.shape[AXIS])
     return Estimate(
         state=_chip_bytes(program.abstract_state),
         batch=traced.batch_bytes // row_chips,
-        temporaries=linear(lambda t: memory.peak_bytes(t, shares), traced.gradient, 1),
+        temporaries=linear(lambda t: memory.peak_bytes(t, split), traced.gradient, 1),
         flops=Linear(flops, flops / rows, rows),
-        products=linear(memory.product_bytes, traced.gradient, tensor * traced.micros),
-        sent=_sent(program),
+        products=linear(
+            lambda t: memory.product_bytes(t, tokens), traced.gradient, tensor * traced.micros
+        ),
+        sent=_sent(program, rows * sum(layout.length for layout in layouts)),
         model_flops=traced.model_flops,
         chips=mesh.size,
         row_chips=row_chips,
@@ -176,8 +185,13 @@ class Traced(NamedTuple):
 
 
 def trace_step(
-    program: Program, model_config: ModelConfig, buckets: Sequence[Bucket], contrast: bool
+    program: Program,
+    model_config: ModelConfig,
+    buckets: Sequence[Bucket],
+    contrast: bool,
+    like: Traced | None = None,
 ) -> Traced:
+    """`like`: of the same rows a micro-batch on another mesh, whose products are the same."""
     mesh, count = program.mesh, program.accumulation
     row_chips = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -191,10 +205,13 @@ def trace_step(
         return _trace(program, micros, batch, plain)
 
     micros = min(count, 2)
+    gradient = (trace(0, micros, False), trace(1, micros, False))
+    if like is not None:
+        return like._replace(gradient=gradient, micros=micros)
     whole = [spec(bucket, bucket.batch_size) for bucket in buckets]
     forward = sum(sum(forward_flops(model_config, part).values()) for part in whole)
     return Traced(
-        gradient=(trace(0, micros, False), trace(1, micros, False)),
+        gradient=gradient,
         plain=trace(0, 1, True),
         micros=micros,
         model_flops=TRAIN_OVER_FORWARD * forward,
@@ -203,14 +220,20 @@ def trace_step(
 
 
 def _trace(program: Program, accumulation: int, batch: Any, plain: bool) -> Any:
-    """The gradient on one chip. `plain` attention has products that can be counted."""
-    model = program.model
+    """The gradient on one chip, or on those that share its rows.
+
+    `plain` attention has products that can be counted, on a chip that has the rows for itself.
+    """
+    model, context = program.model, program.mesh.shape[AXIS]
     if plain:
         language = dataclasses.replace(model.config.language, attention="xla")
         model = FunctionalModel(dataclasses.replace(model.config, language=language))
     step = make_gradient_step(
         model, program.objective, program.optimizer, accumulation=accumulation
     )
+    if context > 1 and not plain:
+        sizes = tuple(context if axis == AXIS else 1 for axis in AXES)
+        step = on_mesh(step, AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
     key = jax.eval_shape(jax.random.key, jnp.uint32(0))
     return jax.make_jaxpr(step)(program.abstract_state, batch, key)
 
@@ -237,19 +260,45 @@ def _shares(program: Program) -> dict[tuple[int, ...], int]:
     }
 
 
+def _layout(bucket: Bucket, model_config: ModelConfig, context: int) -> ContextLayout:
+    return ContextLayout(batch_spec(bucket, model_config)["prefix_tokens"].shape[1], context)
+
+
+def _row_split(
+    buckets: Sequence[Bucket], layouts: Sequence[ContextLayout], model_config: ModelConfig
+) -> memory.Split:
+    """What of a row the chips of `context` split. Branches are left whole."""
+    lengths, clips = {}, {}
+    for bucket, layout in zip(buckets, layouts, strict=True):
+        devices, frames, vision = layout.devices, bucket.frames, model_config.vision
+        if devices == 1:
+            continue
+        # The splash kernel fills up the queries of a chip, and all keys, to whole blocks.
+        blocks = [-(-n // SPLASH_BLOCK) * SPLASH_BLOCK
+                  for n in (layout.length // devices, layout.length)]  # fmt: skip
+        lengths |= dict.fromkeys((layout.tokens, layout.length, *blocks), devices)
+        if vision.per_frame and frames % devices == 0:
+            clips[frames] = devices
+            sizes = (frames * vision.grid**2, model_config.num_visual_tokens(frames))
+            lengths |= dict.fromkeys(sizes, devices)
+    return memory.Split(lengths=lengths, clips=clips)
+
+
 def _depth(path: str) -> int:
     """Place of a parameter's part between pixels and losses; what does not see, enters midway."""
     return {"vision": 0, "language": 2, "heads": 3}.get(path.split("/")[0], 1)
 
 
-def _sent(program: Program) -> dict[str, float]:
+def _sent(program: Program, tokens: int) -> dict[str, float]:
     """Least bytes that one chip sends for a micro-batch, by kind.
 
     A split parameter is gathered for the forward pass and, where a gradient goes through it, again
-    for the backward pass; a gradient is summed over all rows.
+    for the backward pass; a gradient is summed over all rows, and over the parts of each. So are
+    keys and values of the `tokens` of a chip's prefixes, where it shares them.
     """
     mesh = program.mesh
-    fsdp, data, tensor = (mesh.shape[axis] for axis in ("fsdp", "data", "tensor"))
+    fsdp, tensor, context = (mesh.shape[axis] for axis in ("fsdp", "tensor", AXIS))
+    copies = mesh.shape["data"] * context
     rates = program.optimizer.learning_rates
     first = min(_depth(path) for path in rates)
     sent: collections.Counter = collections.Counter()
@@ -263,8 +312,14 @@ def _sent(program: Program) -> dict[str, float]:
             sent["all-gather"] += passes * size * (fsdp - 1) / fsdp
         if path in rates:
             kind = "reduce-scatter" if split else "all-reduce"
-            chips = fsdp if split else fsdp * data
+            chips = fsdp if split else fsdp * copies
             sent[kind] += size * (chips - 1) / chips * (1 if split else 2)
-            if split and data > 1:
-                sent["all-reduce"] += 2 * size / fsdp * (data - 1) / data
+            if split and copies > 1:
+                sent["all-reduce"] += 2 * size / fsdp * (copies - 1) / copies
+    if context > 1:
+        language = program.model.config.language
+        heads = 2 * language.kv_heads * language.head_dim
+        size = language.depth * tokens * heads * COMPUTE_BYTES * (context - 1) / context
+        sent["all-gather"] += size * (2 if language.remat else 1)
+        sent["reduce-scatter"] += size
     return dict(sent)

@@ -4,11 +4,13 @@ A value lives from the equation that makes it to the last one that reads it; the
 that lives at one time. What the compiler does is followed in its effect, not in its detail: an
 elementwise result takes the place of an operand that ends there, broadcasts and views cost
 nothing, a scan holds one iteration beside what it stacks. A value that has the shape of a
-parameter (a gradient, a cast) is split over the mesh as the parameter is.
+parameter (a gradient, a cast) is split over the mesh as the parameter is, one with the tokens of a
+long row as they are.
 
 experiments/results/plans/ holds what the estimates were against compiled programs.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +19,30 @@ from jax.extend.core import Literal
 
 from tpo_jax.training.flops import needed_equations, sub_programs
 
-Shares = Mapping[tuple[int, ...], int]  # shape of a parameter -> devices that it is split over
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Over how many devices values are split that a trace shows whole.
+
+    shapes: {shape of a parameter: devices}. lengths: {size of an axis: devices}, wherever it is.
+    clips: {size of the second axis: devices}, of values with four axes or more. Inside a shard_map
+    a trace shows what one device has, but for parameters.
+    """
+
+    shapes: Mapping[tuple[int, ...], int] = dataclasses.field(default_factory=dict)
+    lengths: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    clips: Mapping[int, int] = dataclasses.field(default_factory=dict)
+
+    def devices(self, shape: tuple[int, ...]) -> int:
+        if shape in self.shapes:
+            return self.shapes[shape]
+        clip = self.clips.get(shape[1], 1) if len(shape) >= 4 else 1
+        return max([clip, *(self.lengths.get(size, 1) for size in shape)])
+
+    def inside(self, equation: Any) -> "Split":
+        """What holds in the programs of an equation."""
+        return Split(self.shapes) if equation.primitive.name == "shard_map" else self
+
 
 # Nothing is stored for these: who reads them reads their operand.
 _VIEWS = frozenset({
@@ -31,30 +56,29 @@ _MOVING = frozenset({
 })  # fmt: skip
 
 
-def peak_bytes(trace: Any, shares: Shares | None = None) -> int:
+def peak_bytes(trace: Any, split: Split = Split()) -> int:
     """Bytes of the values that a program makes, results included and arguments not.
 
     Args:
-      trace: of jax.make_jaxpr, of arguments as one device holds them.
-      shares: how parameters, which are whole in the trace, are split.
+      trace: of jax.make_jaxpr, of arguments as one device holds them but for what `split` says.
     """
-    return _peak(trace.jaxpr, shares or {})
+    return _peak(trace.jaxpr, split)
 
 
-def product_bytes(trace: Any) -> float:
+def product_bytes(trace: Any, split: Split = Split()) -> float:
     """Bytes that matrix products and kernels read and write: each operand and result once."""
-    return _traffic(trace.jaxpr)
+    return _traffic(trace.jaxpr, split)
 
 
-def _size(var: Any, shares: Shares) -> int:
+def _size(var: Any, split: Split) -> int:
     aval = var.aval
     if isinstance(var, Literal) or not hasattr(aval, "dtype"):
         return 0
     itemsize = getattr(aval.dtype, "itemsize", 8)  # a random key has none
-    return math.prod(aval.shape) * itemsize // shares.get(tuple(aval.shape), 1)
+    return math.prod(aval.shape) * itemsize // split.devices(tuple(aval.shape))
 
 
-def _peak(jaxpr: Any, shares: Shares) -> int:
+def _peak(jaxpr: Any, split: Split) -> int:
     """Peak of what the equations of `jaxpr` make, outputs included."""
     equations = needed_equations(jaxpr)
     roots, last = _lifetimes(equations, jaxpr.outvars)
@@ -63,8 +87,8 @@ def _peak(jaxpr: Any, shares: Shares) -> int:
     for index, equation in enumerate(equations):
         if equation.primitive.name in _VIEWS:
             continue
-        made = {var: _size(var, shares) for var in equation.outvars if var in last}
-        inside = _inside(equation, shares)
+        made = {var: _size(var, split) for var in equation.outvars if var in last}
+        inside = _inside(equation, split)
         if equation.primitive.name in _MOVING or inside:
             peak = max(peak, now + max(inside, sum(made.values())))
         ending = {roots.get(var, var) for var in equation.invars if not isinstance(var, Literal)}
@@ -93,25 +117,25 @@ def _lifetimes(equations: list[Any], outputs: list[Any]) -> tuple[dict, dict]:
     return roots, last
 
 
-def _inside(equation: Any, shares: Shares) -> int:
+def _inside(equation: Any, split: Split) -> int:
     """Peak while an equation runs, its results included; 0 for one without a program in it."""
     bodies = sub_programs(equation)
     if not bodies or equation.primitive.name == "pallas_call":
         return 0
-    most = max(_peak(body, shares) for body in bodies)
+    most = max(_peak(body, split.inside(equation)) for body in bodies)
     if equation.primitive.name == "scan":  # what it carries and stacks is there all the time
-        most += sum(_size(var, shares) for var in equation.outvars)
+        most += sum(_size(var, split) for var in equation.outvars)
     return most
 
 
-def _traffic(jaxpr: Any) -> float:
+def _traffic(jaxpr: Any, split: Split) -> float:
     total = 0.0
     for equation in needed_equations(jaxpr):
         name = equation.primitive.name
         if name in ("dot_general", "conv_general_dilated", "pallas_call"):
-            total += sum(_size(var, {}) for var in (*equation.invars, *equation.outvars))
+            total += sum(_size(var, split) for var in (*equation.invars, *equation.outvars))
             continue
-        inner = [_traffic(body) for body in sub_programs(equation)]
+        inner = [_traffic(body, split.inside(equation)) for body in sub_programs(equation)]
         if name == "scan":
             total += equation.params["length"] * sum(inner)
         else:
