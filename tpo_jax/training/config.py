@@ -100,8 +100,7 @@ def default_config() -> ConfigDict:
         "rollbacks": 0,  # times the run may go back to a checkpoint and skip such a batch
     }
     config.log_every = 10
-    # Steps between two measurements of how large the gradient of each task is; 0: none. One costs a
-    # forward and backward pass a task of one micro-batch.
+    # Steps between measurements of each task's gradient, a backward pass a task each; 0: none.
     config.task_gradients_every = 0
     config.eval_every = 500  # 0: no validation
     config.eval_batches = 8
