@@ -3,11 +3,13 @@
 import dataclasses
 import importlib.util
 import json
+import types
 
 import pytest
 
 from experiments import plan_table, plans
 from tpo_jax.parallel.topologies import GIB, parse_topology
+from tpo_jax.training import estimate
 
 pytestmark = [
     pytest.mark.plan,
@@ -28,6 +30,38 @@ def test_every_cell_has_a_config_a_mesh_and_a_name_of_its_own():
         assert plans.cell_config(cell).buckets
     assert plans.mesh_of(256, 256) == {"data": 2, "fsdp": 128, "context": 1, "tensor": 1}
     assert plans.mesh_of(256, 64) == {"data": 1, "fsdp": 64, "context": 1, "tensor": 4}
+    assert plans.mesh_of(256, 64, 4) == {"data": 1, "fsdp": 64, "context": 4, "tensor": 1}
+    assert plans.mesh_of(64, 64, 4) == {"data": 1, "fsdp": 16, "context": 4, "tensor": 1}
+    assert plans.contexts(1, 32) == [2, 4, 8, 16] and plans.contexts(4, 24) == [8]
+
+
+@pytest.mark.parametrize(
+    ("state", "activations", "chosen", "tried"),
+    [
+        (2, 10, 1, [1]),
+        (2, 20, 2, [1, 2]),
+        # Two chips need at least 2 + 20 of 16, four 4 + 10.
+        (1, 40, 4, [1, 4]),
+        # The state grows as fast as activations shrink: nothing else can fit.
+        (12, 12, 1, [1]),
+    ],
+)
+def test_as_few_chips_share_a_row_as_let_it_fit(monkeypatch, state, activations, chosen, tried):
+    seen = []
+
+    def fake(self, cell, sizes):
+        seen.append(context := sizes["context"])
+        linear = estimate.Linear(activations / context * GIB, 0, 1)
+        one = types.SimpleNamespace(
+            state=state * context * GIB, temporaries=linear,
+            memory=(state * context + activations / context) * GIB,
+        )  # fmt: skip
+        return types.SimpleNamespace(estimate=one, mesh=types.SimpleNamespace(shape=sizes))
+
+    monkeypatch.setattr(plans.Planner, "_plan", fake)
+    cell = plans.Cell("longva_tpo", "", "v5e:8x8", frames=64)
+    assert plans.Planner().plan(cell).mesh.shape["context"] == chosen
+    assert seen == tried
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +95,18 @@ def test_more_chips_hold_more_rows_in_less_time(found):
     assert one["state"] > 2 * four["state"] and one["flops"] == four["flops"]
     assert one["roofline"]["compute"] == pytest.approx(4 * four["roofline"]["compute"], rel=0.01)
     assert not one["sent"].get("all-gather") and four["sent"]["all-gather"] > 0
+
+
+def test_chips_that_share_a_row_hold_less_of_it():
+    """Keys and values come from all of them; the state lies on fewer."""
+    planner = plans.Planner(tiny=True)
+    one, two = (planner._plan(CELLS[1], plans.mesh_of(4, 4, c)).estimate for c in (1, 2))
+    assert one.row_chips == 4 and two.row_chips == 2 and two.rows == 2 * one.rows
+    assert two.state > 1.5 * one.state and two.model_flops == one.model_flops
+    # Of one row; weights and branches are not split.
+    assert 0.5 * one.temporaries.slope < two.temporaries.slope < 0.9 * one.temporaries.slope
+    assert two.flops.slope == pytest.approx(one.flops.slope / 2)
+    assert two.sent["all-gather"] != one.sent["all-gather"]
 
 
 def result(memory: float, compiled: float | None = None) -> dict:

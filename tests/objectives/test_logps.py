@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from tpo_jax.objectives.logps import gather_positions, token_logps, token_scores
 from tpo_jax.parallel.mesh import AXES
+from tpo_jax.training.flops import sub_programs
 
 V, D = 24, 8
 
@@ -89,7 +90,7 @@ def test_nothing_of_the_size_of_all_logits_is_made():
 
 @pytest.mark.parametrize(("sizes", "chunks"), [({}, 8), ({"data": 2, "fsdp": 4}, 1)])
 def test_chunks_are_as_few_as_one_device_allows(sizes, chunks):
-    """On a mesh 32 positions are those of a device, which has two of the rows."""
+    """On a mesh 32 positions are those of a device, which has two of the rows and keeps them."""
     rows, answers = 16, 16
     hidden, table, targets = draw((rows, answers))
     mesh = AbstractMesh(
@@ -99,6 +100,19 @@ def test_chunks_are_as_few_as_one_device_allows(sizes, chunks):
         trace = jax.make_jaxpr(functools.partial(token_logps, chunk=32))(hidden, table, targets)
     (scan,) = [equation for equation in trace.eqns if equation.primitive.name == "scan"]
     assert scan.params["length"] == chunks
+    (logits,) = [
+        equation.params["sharding"].spec for equation in equations_of(scan)
+        if equation.primitive.name == "sharding_constraint"
+        and equation.outvars[0].aval.shape == (rows, answers // chunks, V)
+    ]  # fmt: skip
+    assert logits[0] == ("data", "fsdp")
+
+
+def equations_of(equation):
+    for inner in sub_programs(equation):
+        for each in inner.eqns:
+            yield each
+            yield from equations_of(each)
 
 
 def test_low_precision_inputs_accumulate_in_float32():
