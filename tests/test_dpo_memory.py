@@ -54,6 +54,7 @@ def test_both_layouts_are_the_same_step():
     assert cache not in text
 
 
+@pytest.mark.long
 @pytest.mark.plan
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 def test_compiles_both_and_goes_on_where_it_stopped(tmp_path, monkeypatch):

@@ -99,7 +99,8 @@ def test_only_gradients_cross_between_slices():
     assert {transfer.kind for transfer in found.transfers} == {"ALL_REDUCE"}
     assert sum(transfer.bytes for transfer in found.transfers) >= found.gradients > 1e5
     assert found.beside_gradients < plan.MOST_BESIDE_GRADIENTS
-    assert "in 50 ALL_REDUCE MB a chip, gradients are" in plan.report(found, "v5e:2x2", 2)
+    # One of them sums the examples of each task, which are integers.
+    assert "in 51 ALL_REDUCE MB a chip, gradients are" in plan.report(found, "v5e:2x2", 2)
 
 
 @needs_libtpu
