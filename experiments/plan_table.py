@@ -25,7 +25,8 @@ traced program (`tpo_jax/training/estimate.py`). Everything else is arithmetic:
 - **at least**: seconds a step, the largest of three: matrix products (recomputed ones too) at the
   chip's peak, their operands and the optimizer's state through HBM once, bytes sent over all links
   at once. It is a bound and no prediction; the word says which of the three.
-- **MFU at most**: FLOPs / (peak x that time).
+- **MFU at most**: FLOPs / (peak x that time); above 100 % where much is frozen, whose gradients the
+  FLOPs count and no step computes.
 - **chip-hours** at that time, for the steps of the config in brackets. {steps}
 
 `lora`: rank 128 on every matrix of the language model, all else frozen (VideoChat2: rank 16, its

@@ -131,9 +131,10 @@ class Planner:
         self._traces: dict[tuple, Traced] = {}
 
     def plan(self, cell: Cell) -> Planned:
-        """On the mesh with the fewest chips to a row that fits; where none does, which needs least.
+        """On the mesh with the fewest chips to a row that fits; else of those tried, the least.
 
-        Chips share rows in preference configs alone, whose rows are whole clips of any length.
+        Chips share rows in preference configs alone, whose rows are whole clips of any length. A
+        mesh is not tried that cannot fit by what the one before it showed.
         """
         chip, sizes = parse_topology(cell.topology)
         config = cell_config(cell, self.tiny)

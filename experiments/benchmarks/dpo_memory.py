@@ -15,7 +15,7 @@ from a sidecar:
 Where the naive program does not fit, the compiler says how much all of it would take. Both programs
 have the same arguments (state, batch) and outputs (gradients), so what is left is temporary. The
 estimates of both (training/estimate.py) stand beside. A layout that OUT has is not compiled again.
-Needs libtpu, no TPU; minutes and some 10 GB of memory for each of the two.
+Needs libtpu, no TPU; about ten CPU minutes for a layout that fits, seconds for one that does not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tpo_jax import plan
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.rows import CLIP_FIELDS
 from tpo_jax.models.config import ModelConfig
-from tpo_jax.objectives.logps import TokenScores
+from tpo_jax.objectives.logps import MASKED_LOGIT, TokenScores
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.rules import constrain_rows
 from tpo_jax.parallel.topologies import (
@@ -77,10 +77,13 @@ def naive_scores(model: Any, batch: Batch) -> TokenScores:
     clip = (constrain_rows(jnp.repeat(batch[name], K, axis=0)) for name in CLIP_FIELDS)
     embeds = model.embed_prefix(tokens := row("tokens"), model.encode(*clip).visual)
     hidden, _ = model.language.prefill(embeds, row("positions"), row("segments"))
-    table = model.language.table[: model.language.config.num_tokens]
+    table = model.language.table
     logits = constrain_rows(jnp.einsum(
         "btd,vd->btv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
     ))  # fmt: skip
+    # All rows of the table count, those without a token too: a tokenizer of tests has few.
+    used = jnp.arange(table.shape[0]) < model.language.config.num_tokens
+    logits = jnp.where(used, logits, MASKED_LOGIT)
     following = jnp.roll(tokens, -1, axis=1)[..., None]
     logps = jnp.take_along_axis(jax.nn.log_softmax(logits), following, axis=-1)
     best = jnp.max(logits, axis=-1, keepdims=True)
