@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import gcs_server
+import memory_bucket
 import numpy as np
 import pytest
 
@@ -26,7 +28,7 @@ def _logits(model, tokens):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_of_peft_merges_to_the_same_model(tmp_path, rslora):
+def test_an_adapter_of_peft_merges_to_the_same_model(tmp_path, rslora, monkeypatch):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     their_peft = pytest.importorskip("peft")
@@ -52,6 +54,12 @@ def test_an_adapter_of_peft_merges_to_the_same_model(tmp_path, rslora):
     write_folder(tmp_path / "other", "llama", seed=1)
     with pytest.raises(peft.AdapterError, match="another lm_head.weight"):
         import_model(tmp_path / "other", tmp_path / "back", adapter=tmp_path / "adapter")
+
+    memory_bucket.install(monkeypatch)
+    for name in ("source", "adapter"):
+        gcs_server.put(tmp_path / name, f"gs://bucket/{name}")
+    import_model("gs://bucket/source", "gs://bucket/model", adapter="gs://bucket/adapter")
+    assert largest_difference(tmp_path / "model", "gs://bucket/model") == 0.0
 
 
 def test_an_adapter_of_ours_is_read_by_peft_and_comes_back_bit_for_bit(tmp_path):

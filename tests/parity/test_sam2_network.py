@@ -5,14 +5,17 @@ import dataclasses
 import functools
 import json
 
+import gcs_server
 import jax
 import jax.numpy as jnp
+import memory_bucket
 import numpy as np
 import pytest
 from flax import nnx
 
 from tests.parity.towers import difference, randomise, run, tensors_of, with_weights
 from tpo_jax.data.text import TextCodec, train_tokenizer
+from tpo_jax.interop.export import largest_difference
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.folder import load_config, open_leaves, save_model
 from tpo_jax.interop.mapping import MappingError, export_leaves, import_leaves
@@ -311,7 +314,7 @@ def test_weights_go_in_and_out_bit_for_bit():
         import_leaves(rows, tensors, IGNORED)
 
 
-def test_a_folder_of_transformers_is_imported_and_exported(tmp_path):
+def test_a_folder_of_transformers_is_imported_and_exported(tmp_path, monkeypatch):
     from transformers import Sam2VideoModel
 
     theirs, ours = pair()
@@ -331,6 +334,11 @@ def test_a_folder_of_transformers_is_imported_and_exported(tmp_path):
     assert load_config(tmp_path / "both") == dataclasses.replace(preset("micro"), sam2=config)
     have = open_leaves(tmp_path / "both")
     assert have.keys() == {"scale", *(f"heads/sam2/network/{name}" for name in leaves)}
+    memory_bucket.install(monkeypatch)
+    for name in ("published", "model"):
+        gcs_server.put(tmp_path / name, f"gs://bucket/{name}")
+    add_to_model("gs://bucket/published", "gs://bucket/model", "gs://bucket/both")
+    assert largest_difference(tmp_path / "both", "gs://bucket/both") == 0.0
     file = tmp_path / "published" / "config.json"
     about = json.loads(file.read_text())
     about["mask_decoder_config"]["num_multimask_outputs"] = 4

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import types
 
+import gcs_server
 import jax
 import processes
 import pytest
@@ -70,6 +71,19 @@ def test_a_step_of_two_buckets_is_planned_as_one(lowered):
         plan.plan_bucket(program, micro(), bucket(8), beside=bucket(4))
     ((_, shapes),) = lowered
     assert shapes["frames"][0][0] == 8 and shapes["beside"]["frames"][0][0] == 4
+
+
+def test_a_config_in_a_bucket_is_planned(tmp_path, lowered, monkeypatch, capsys):
+    """The rows have the room that the tokenizer and the model there ask for."""
+    gcs_server.install(monkeypatch)
+    gcs_server.put(tiny_run.write_data(tmp_path / "data"), "gs://bucket/data")
+    monkeypatch.setattr(plan, "topology_devices", lambda name, num_slices: jax.devices()[:1])
+    monkeypatch.setattr(plan, "plan_update", lambda program: plan.ProgramPlan(None, 0, None, 0, {}))
+    for data in (tmp_path / "data", "gs://bucket/data"):
+        with pytest.raises(Lowered):
+            plan.plan(tiny_run.get_config(f"data={data},buckets=1"), "v5e:1x1")
+    (_, local), (_, remote) = lowered
+    assert remote == local
 
 
 @needs_libtpu

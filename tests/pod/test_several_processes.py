@@ -1,5 +1,6 @@
-"""Two processes (gloo) train as one does; SIGTERM to one of them stops both at the same step."""
+"""Several processes (gloo) train as one does; SIGTERM to one stops all of them at the same step."""
 
+import functools
 import json
 import re
 import shutil
@@ -40,10 +41,13 @@ def data(tmp_path_factory):
 
 
 def start(
-    data, workdir, *, mesh=("data=2",), count=1, signal_at=(-1, -1), signum=signal.SIGTERM,
+    data, workdir, *, devices=2, count=1, signal_at=None, signum=signal.SIGTERM, buckets=1,
     options=(),
 ):  # fmt: skip
-    """Starts the run on two devices, in one process or in two; returns the processes."""
+    """Starts the run on devices that `count` processes share; returns the processes.
+
+    With `signal_at`, the last process sends itself the signal at that batch, counted from 0.
+    """
     port = processes.free_port()
     running = []
     for index in range(count):
@@ -51,13 +55,13 @@ def start(
             f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={index}",
         ]  # fmt: skip
         running.append(processes.start(
-            "-c", PROGRAM, signal_at[index], int(signum),
-            f"--config=tests/tiny_run.py:data={data},steps={STEPS},buckets=1",
+            "-c", PROGRAM, -1 if signal_at is None or index < count - 1 else signal_at, int(signum),
+            f"--config=tests/tiny_run.py:data={data},steps={STEPS},buckets={buckets}",
             f"--workdir={workdir}", "--config.log_every=1", "--config.eval_every=0",
-            *(f"--config.mesh.{axis}" for axis in mesh), *options,
+            f"--config.mesh.data={devices}", *options,
             *(several if count > 1 else []),
             # Only process 0 writes the compile cache, so process 1 compiles in every run.
-            flags=f"--xla_force_host_platform_device_count={2 // count} {processes.QUICK}",
+            flags=f"--xla_force_host_platform_device_count={devices // count} {processes.QUICK}",
         ))  # fmt: skip
     return running
 
@@ -100,7 +104,7 @@ def test_two_processes_give_the_losses_of_one(data, together, tmp_path):
 
 def test_sigterm_to_one_stops_both_at_one_step_and_the_restart_continues(data, together, tmp_path):
     stopped, alone = tmp_path / "stopped", tmp_path / "alone"
-    first = finish(start(data, stopped, count=2, signal_at=(-1, 3)))
+    first = finish(start(data, stopped, count=2, signal_at=3))
     assert first == [EXIT_STATUS, EXIT_STATUS]
     step = json.loads((stopped / "ledger.json").read_text())["step"]
     saved = sorted(int(path.name) for path in (stopped / "checkpoints").iterdir())
@@ -120,6 +124,24 @@ def test_sigterm_to_one_stops_both_at_one_step_and_the_restart_continues(data, t
 
 
 @pytest.mark.long
+def test_four_processes_then_two_then_eight_give_the_losses_of_one(data, tmp_path):
+    """On eight devices each time; two buckets, a row of each on every device."""
+    eight_rows = ("--config.buckets.long.batch_size=8", "--config.buckets.short.batch_size=8")
+    run = functools.partial(start, data, devices=8, buckets=2, options=eight_rows)
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    assert finish(run(whole)) == [0]
+    stopped_at = []
+    for count, signal_at in ((4, 2), (2, 2), (8, None)):
+        ended = finish(run(moved, count=count, signal_at=signal_at))
+        assert ended == [0 if signal_at is None else EXIT_STATUS] * count
+        stopped_at.append(metrics(moved)[-1]["step"])
+    assert 3 <= stopped_at[0] < stopped_at[1] < stopped_at[2] == STEPS
+    one, several = metrics(whole), metrics(moved)
+    assert_close(one, several)
+    np.testing.assert_allclose(one[0]["train/loss"], several[0]["train/loss"], rtol=1e-6)
+
+
+@pytest.mark.long
 def test_killed_and_without_the_disk_of_one_host_it_goes_on_from_the_other(
     data, together, tmp_path
 ):
@@ -127,7 +149,7 @@ def test_killed_and_without_the_disk_of_one_host_it_goes_on_from_the_other(
     workdir, local = tmp_path / "run", tmp_path / "local"
     options = (f"--config.checkpoint.local_dir={local}", "--config.checkpoint.local_every=1")
     running = start(
-        data, workdir, count=2, signal_at=(-1, 7), signum=signal.SIGKILL, options=options
+        data, workdir, count=2, signal_at=7, signum=signal.SIGKILL, options=options
     )
     assert running[1].wait(timeout=600) == -signal.SIGKILL
     running[0].kill()
