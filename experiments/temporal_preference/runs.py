@@ -39,7 +39,7 @@ class Scale:
     test: int = 120
     seconds: int = 32
     density: float = 1.0
-    rates: tuple[float, ...] = (1e-4, 3e-4)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     pairs: int = 400
     test_pairs: int = 200
     frames: int = 32
