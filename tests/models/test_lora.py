@@ -1,14 +1,17 @@
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.models.batches import model_batch
 from tpo_jax.models import lora
 from tpo_jax.models.config import LoraConfig
+from tpo_jax.models.layers import Linear, Rngs
 from tpo_jax.models.presets import micro
 from tpo_jax.models.video_language import FunctionalModel
 
@@ -32,9 +35,9 @@ def _set(tree, value):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(model, params, batch):
+def _logits(model, params, batch, keys=None):
     bound = model.bind(params)
-    return bound(batch).branch_hidden @ bound.language.table.T
+    return bound(batch, keys).branch_hidden @ bound.language.table.T
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,45 @@ def test_gradient_reaches_every_adapter(adapted):
     for path, leaf in _paths(gradient).items():
         if "lora" in path:
             assert np.abs(leaf).max() > 0, path
+
+
+def test_dropout_hides_inputs_from_adapters_alone_row_by_row(adapted):
+    _, params = adapted
+    dropping = dataclasses.replace(BASE, lora=dataclasses.replace(LORA, dropout=0.4))
+    model = FunctionalModel(dropping)
+    batch = model_batch(BASE, B=2, F=2, K=2, R=6)
+    keys = jax.random.split(jax.random.key(3), 2)
+    # An adapter that adds nothing has nothing to lose.
+    plain = _logits(model, params, batch)
+    np.testing.assert_array_equal(_logits(model, params, batch, keys), plain)
+    trained = _set(params, 0.1)
+    dropped = _logits(model, trained, batch, keys)
+    assert np.abs(dropped - _logits(model, trained, batch)).max() > 1e-2
+    np.testing.assert_array_equal(_logits(adapted[0], trained, batch, keys),
+                                  _logits(model, trained, batch))  # fmt: skip
+    other = _logits(model, trained, batch, keys.at[1].set(jax.random.key(4)))
+    np.testing.assert_array_equal(other[0], dropped[0])
+    assert np.abs(other[1] - dropped[1]).max() > 1e-2
+
+
+def test_dropout_of_an_adapter_reads_what_is_left_as_peft_does():
+    """y = x W + scale drop(x) A B: over many masks the mean is that without dropout."""
+    rows, draw = 4000, np.random.default_rng(0).normal
+    layer = Linear(5, 3, rngs=Rngs(0), bias=False)
+    a, b = (jnp.asarray(draw(size=shape), jnp.float32) for shape in [(5, 2), (2, 3)])
+    layer.lora_a, layer.lora_b = nnx.data(nnx.Param(a)), nnx.data(nnx.Param(b))
+    layer.lora_scale, layer.lora_dropout = 2.0, 0.25
+    x = jnp.broadcast_to(jnp.asarray(draw(size=5), jnp.float32), (rows, 1, 5))
+    found = np.asarray(layer(x, jax.random.split(jax.random.key(1), rows)))[:, 0]
+    # One entry of x hidden or not, each in a share of 0.25: 32 outputs.
+    added = np.asarray(2.0 * a @ b)
+    masks = np.array(list(itertools.product([0, 1], repeat=5)))
+    wanted = x[0] @ layer.kernel[...] + (masks / 0.75 * np.asarray(x[0])) @ added
+    distance = np.abs(found[:, None] - np.asarray(wanted)).max(-1)
+    assert distance.min(-1).max() < 1e-4
+    often = np.bincount(distance.argmin(-1), minlength=32) / rows
+    share = 0.75 ** masks.sum(-1) * 0.25 ** (5 - masks.sum(-1))
+    np.testing.assert_allclose(often, share, atol=0.02)
 
 
 def test_a_pattern_that_matches_nothing_is_an_error():

@@ -68,7 +68,7 @@ def test_an_adapter_of_ours_is_read_by_peft_and_comes_back_bit_for_bit(tmp_path)
     their_peft = pytest.importorskip("peft")
     codec = TextCodec(train_tokenizer(["a red circle"], 300))
     pattern = r"^language/(layers/.*(q_proj|down_proj)|lm_head)/kernel$"
-    config = dataclasses.replace(preset("micro"), lora=LoraConfig(pattern, rank=3, alpha=7.0))
+    config = dataclasses.replace(preset("micro"), lora=LoraConfig(pattern, 3, 7.0, 0.05))
     random = np.random.default_rng(0)
     params = {
         path: (0.2 * random.normal(size=leaf.shape) + path.endswith("scale")).astype(np.float32)

@@ -1,5 +1,6 @@
 """The train step on the real micro model, on one device."""
 
+import dataclasses
 import functools
 
 import jax
@@ -15,9 +16,11 @@ from fake_batches import (
     micro,
     pair_bucket,
     random_batch,
+    small_params,
     train_config,
 )
 
+from tpo_jax.models.config import LoraConfig
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.paths import flatten, unflatten
@@ -98,6 +101,18 @@ def test_micro_batches_equal_one_batch_with_dropout_and_every_head(host_params):
     # Dropout was on: without it the loss is another one.
     without = program_of(HEADS).eval_step(whole_state.params, batch)
     assert abs(float(without["language"].mean()) - whole[1]["language"]) > 1e-3
+
+
+def test_what_adapters_read_is_dropped_in_training_alone():
+    lora = LoraConfig("language/layers/.*kernel", rank=2, alpha=4.0, dropout=0.5)
+    config = dataclasses.replace(micro(), lora=lora)
+    options = train_config(trainable=[[".*lora_", 1e-3]])
+    program = make_program(options, config, make_mesh({}, jax.devices()[:1]))
+    params = small_params(program.abstract_state.params, 0.3)
+    batch = random_batch(bucket(B), config)
+    _, (trained,) = run(program, params, batch)
+    evaluated = program.eval_step(program.init_state(params).params, batch)
+    assert abs(trained["language"] - float(evaluated["language"].mean())) > 1e-2
 
 
 def test_denominators_do_not_run_the_model(host_params):

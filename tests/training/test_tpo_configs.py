@@ -58,7 +58,7 @@ def test_numbers_of_the_table(name, stage, steps, rows, trainable):
         "name": "adamw", "warmup": 0.2, "weight_decay": 0.02, "clip": 1.0, "min_lr_ratio": 0.05,
         "eps": 1e-5,
     }  # fmt: skip
-    assert (config.lora.rank, config.lora.alpha) == (16, 32.0)
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (16, 32.0, 0.1)
     frames = {medium: bucket.frames for medium, bucket in config.buckets.items()}
     assert frames == {m: f for m, f in {"video": 16, "image": 1}.items() if m in frames}
 

@@ -101,8 +101,9 @@ class Fingerprint:
         sizes = sorted({frames} if isinstance(frames, int) else set(frames))
         # What changes speed and memory only, or training only, is no difference.
         language = dataclasses.replace(config.language, dropout=0.0, remat=False)
+        lora = config.lora and dataclasses.replace(config.lora, dropout=0.0)
         same = dataclasses.replace(
-            config, language=language, vision=dataclasses.replace(vision, remat=False))
+            config, language=language, vision=dataclasses.replace(vision, remat=False), lora=lora)
         return cls(
             weights=hash_weights(params),
             model=hash_json(same.to_dict()),

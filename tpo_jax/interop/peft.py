@@ -60,7 +60,7 @@ def write_adapter(
         "base_model_name_or_path": None,
         "r": config.rank,
         "lora_alpha": config.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": config.dropout,
         "bias": "none",
         "target_modules": sorted({_module(row) for row in chosen}),
         "inference_mode": True,
@@ -108,7 +108,8 @@ def read_adapter(
         raise AdapterError(f"{path}: {wrong[0]} has not the rank r={rank} of adapter_config.json")
     alpha = about["lora_alpha"] * (rank**0.5 if about.get("use_rslora") else 1)
     names = "|".join(sorted({re.escape(row.ours) for row in chosen}))
-    return adapters, LoraConfig(pattern=f"^({names})$", rank=rank, alpha=float(alpha))
+    dropout = float(about.get("lora_dropout", 0.0))
+    return adapters, LoraConfig(f"^({names})$", rank, float(alpha), dropout)
 
 
 def _without_copies(

@@ -276,14 +276,20 @@ class TextFeaturesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters on every kernel whose "/"-joined path matches `pattern` (re.search)."""
+    """Low-rank adapters on every kernel whose "/"-joined path matches `pattern` (re.search).
+
+    dropout: share of what an adapter reads that is set to zero in training. Only adapters in the
+      layers of the language model have it.
+    """
 
     pattern: str
     rank: int
     alpha: float
+    dropout: float = 0.0
 
     def __post_init__(self):
         _require_positive(self, "lora", "rank", "alpha")
+        _require(0.0 <= self.dropout < 1.0, "lora.dropout", self.dropout, "must be in [0, 1)")
 
     @property
     def scale(self) -> float:

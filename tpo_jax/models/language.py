@@ -41,6 +41,18 @@ class KVCache:
     positions: jax.Array | None = None
 
 
+# Where a layer drops something, in the order of the numbers that tell the masks apart: what goes
+# into the residual stream, and what adapters read.
+_DROPS = (
+    "attention", "mlp", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
+
+
+def _keys_of(name: str, keys: jax.Array | None) -> jax.Array | None:
+    """Of the keys of a layer [*rows], those of one place in it."""
+    return fold_rows(keys, _DROPS.index(name))
+
+
 class DecoderAttention(nnx.Module):
     def __init__(self, config: LanguageConfig, *, rngs: Rngs):
         self.config = config
@@ -57,20 +69,21 @@ class DecoderAttention(nnx.Module):
             self.q_norm = RMSNorm(config.head_dim, epsilon=config.norm_epsilon)
             self.k_norm = RMSNorm(config.head_dim, epsilon=config.norm_epsilon)
 
-    def project(self, x: jax.Array, tables) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, tables, keys) -> tuple[jax.Array, jax.Array, jax.Array]:
         """float[..., T, D] -> q float[..., T, N, H], k and v float[..., T, G, H]; q, k rotated."""
-        H = self.config.head_dim
         q, k, v = (
-            proj(x).reshape(*x.shape[:-1], -1, H)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            getattr(self, name)(x, _keys_of(name, keys)).reshape(
+                *x.shape[:-1], -1, self.config.head_dim
+            )
+            for name in ("q_proj", "k_proj", "v_proj")
         )
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, tables), rotate(k, tables), v
 
-    def output(self, x: jax.Array) -> jax.Array:
+    def output(self, x: jax.Array, keys) -> jax.Array:
         """float[..., T, N, H] -> float[..., T, D]."""
-        return self.o_proj(x.reshape(*x.shape[:-2], -1))
+        return self.o_proj(x.reshape(*x.shape[:-2], -1), _keys_of("o_proj", keys))
 
 
 class GatedMlp(nnx.Module):
@@ -83,8 +96,10 @@ class GatedMlp(nnx.Module):
         scale = (2.0 * config.depth) ** -0.5
         self.down_proj = Linear(hidden, width, bias=False, rngs=rngs, scale=scale)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: jax.Array, keys) -> jax.Array:
+        gate = jax.nn.silu(self.gate_proj(x, _keys_of("gate_proj", keys)))
+        hidden = gate * self.up_proj(x, _keys_of("up_proj", keys))
+        return self.down_proj(hidden, _keys_of("down_proj", keys))
 
 
 class DecoderBlock(nnx.Module):
@@ -108,11 +123,11 @@ class DecoderBlock(nnx.Module):
 
         Returns: x, (k, v) of these tokens.
         """
-        q, k, v = self.self_attn.project(self.input_layernorm(x), tables)
-        mixed = self.self_attn.output(attend(q, k, v))
-        x = x + dropout(mixed, fold_rows(keys, 0), self.dropout)
-        hidden = self.mlp(self.post_attention_layernorm(x))
-        return x + dropout(hidden, fold_rows(keys, 1), self.dropout), (k, v)
+        q, k, v = self.self_attn.project(self.input_layernorm(x), tables, keys)
+        mixed = self.self_attn.output(attend(q, k, v), keys)
+        x = x + dropout(mixed, _keys_of("attention", keys), self.dropout)
+        hidden = self.mlp(self.post_attention_layernorm(x), keys)
+        return x + dropout(hidden, _keys_of("mlp", keys), self.dropout), (k, v)
 
 
 class LanguageModel(nnx.Module):

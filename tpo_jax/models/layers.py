@@ -76,7 +76,7 @@ class Linear(nnx.Module):
     """y = x @ kernel (+ bias), kernel [in, out]; drawn from N(0, scale^2 / in).
 
     `lora_a` [in, rank] and `lora_b` [rank, out] exist only after `lora.attach`; then
-    y += lora_scale * (x @ lora_a) @ lora_b.
+    y += lora_scale * (x @ lora_a) @ lora_b, which reads x with dropout where it gets keys.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Linear(nnx.Module):
         self.lora_a = None
         self.lora_b = None
         self.lora_scale = 0.0
+        self.lora_dropout = 0.0
 
     @property
     def merged_kernel(self) -> jax.Array:
@@ -98,10 +99,12 @@ class Linear(nnx.Module):
             return self.kernel[...]
         return self.kernel[...] + self.lora_scale * (self.lora_a[...] @ self.lora_b[...])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """float[*rows, ..., in] -> float[*rows, ..., out]; keys [*rows] for dropout, or None."""
         y = matmul(x, self.kernel[...].astype(x.dtype))
         if self.lora_a is not None:
-            low = matmul(x, self.lora_a[...].astype(x.dtype))
+            kept = dropout(x, keys, self.lora_dropout)
+            low = matmul(kept, self.lora_a[...].astype(x.dtype))
             y = y + self.lora_scale * matmul(low, self.lora_b[...].astype(x.dtype))
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)

@@ -44,7 +44,7 @@ def attach(model: nnx.Module, config: LoraConfig, rngs: Rngs) -> None:
         # The attributes were None until now; nnx.data says that they become parameters.
         module.lora_a = nnx.data(nnx.Param(draw * features_in**-0.5))
         module.lora_b = nnx.data(nnx.Param(zeros))
-        module.lora_scale = config.scale
+        module.lora_scale, module.lora_dropout = config.scale, config.dropout
 
 
 def merge(params: dict[str, Any], config: LoraConfig) -> dict[str, Any]:

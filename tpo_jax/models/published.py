@@ -55,10 +55,11 @@ ANYRES = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns i
 ONEVISION_CONNECTOR = MlpConnectorConfig(
     pool="bilinear", newline="one_token", image="newline", resolutions=ANYRES, max_tiles=9
 )
-# Rank and targets of the published checkpoint.
+# Rank, targets and dropout of the published checkpoint.
 VIDEOCHAT_LORA = LoraConfig(
-    r"language/.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|lm_head)/kernel", 16, 32.0
-)
+    r"language/.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|lm_head)/kernel",
+    rank=16, alpha=32.0, dropout=0.1,
+)  # fmt: skip
 
 # Vision, connector, language and what else differs.
 _FULL: dict[str, tuple[Any, Any, LanguageConfig, dict[str, Any]]] = {

@@ -73,7 +73,7 @@ def default_config() -> ConfigDict:
         "reference": "sidecar",
     }
     # New low-rank adapters on the kernels whose path matches; rank 0: those of init_from, if any.
-    config.lora = {"pattern": "language/layers/.*kernel", "rank": 0, "alpha": 0.0}
+    config.lora = {"pattern": "language/layers/.*kernel", "rank": 0, "alpha": 0.0, "dropout": 0.0}
     config.trainable = []  # [regex, peak learning rate]; first match wins, the rest is frozen
     config.optimizer = {
         "name": "adamw",  # or "muon", for models that start from random weights

@@ -161,7 +161,8 @@ def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> P
         check_adapters_off(model_config, optimizer.learning_rates)
     abstract_state = _abstract_state(model, optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
-    how = {"accumulation": config.accumulation, "dropout": config.dropout > 0}
+    drops = config.dropout > 0 or bool(model_config.lora and model_config.lora.dropout)
+    how = {"accumulation": config.accumulation, "dropout": drops}
     gradient_step = make_gradient_step(model, objective, optimizer, **how)
     gradients, _ = partition(shardings.params, frozenset(optimizer.learning_rates))
     rows, whole = batch_sharding(mesh), replicated(mesh)

@@ -6,6 +6,7 @@ own code does not use either (the Q-Former's text half, older heads) the tensors
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -22,9 +23,9 @@ from tpo_jax.interop.families.base import (
 from tpo_jax.interop.families.towers import linear, norm, umt_rows
 from tpo_jax.interop.families.tpo_heads import head_rows, with_heads
 from tpo_jax.interop.mapping import Row
-from tpo_jax.models.config import LoraConfig, ModelConfig
+from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.connectors.config import QFormerConfig
-from tpo_jax.models.published import IMAGENET_MEAN, IMAGENET_STD
+from tpo_jax.models.published import IMAGENET_MEAN, IMAGENET_STD, VIDEOCHAT_LORA
 from tpo_jax.models.towers.config import TowerConfig
 
 # Positions of the published tower were trained with four frames.
@@ -36,7 +37,6 @@ MISTRAL_7B = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
     "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None,
 }  # fmt: skip
-LORA = r"language/.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|lm_head)/kernel"
 
 
 def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
@@ -64,7 +64,8 @@ def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> 
         width=bert["hidden_size"], depth=bert["num_hidden_layers"],
         heads=bert["num_attention_heads"], mlp_width=bert["intermediate_size"],
     )  # fmt: skip
-    lora = LoraConfig(LORA, llm["lora_r"], float(llm["lora_alpha"])) if llm["use_lora"] else None
+    size = {"rank": llm["lora_r"], "alpha": float(llm["lora_alpha"])} if llm["use_lora"] else None
+    lora = size and dataclasses.replace(VIDEOCHAT_LORA, **size)
     return assemble(tower, connector, config.get("llm_config") or MISTRAL_7B, lora=lora)
 
 
@@ -79,7 +80,7 @@ def rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
         *umt_rows("vision/", "vision_encoder.encoder.", "vision_layernorm"),
         *qformer_rows("connector/"),
         *(part for row in table for part in (
-            with_lora(row) if lora and re.search(LORA, row.ours) else [row])),
+            with_lora(row) if lora and re.search(VIDEOCHAT_LORA.pattern, row.ours) else [row])),
         *head_rows(config),
     ]  # fmt: skip
 
