@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jaxlib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# A quarter of the time of compiling, which is most of a test's time.
+# Less than half the time of compiling, which is most of a test's time.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):  # an unknown flag ends a process
     QUICK += " --xla_cpu_use_fusion_emitters=false"

@@ -103,7 +103,7 @@ def test_dropout_hides_inputs_from_adapters_alone_row_by_row(adapted):
 
 
 def test_dropout_of_an_adapter_reads_what_is_left_as_peft_does():
-    """y = x W + scale drop(x) A B: over many masks the mean is that without dropout."""
+    """y = x W + scale drop(x) A B; each of the 32 masks in its share of the rows."""
     rows, draw = 4000, np.random.default_rng(0).normal
     layer = Linear(5, 3, rngs=Rngs(0), bias=False)
     a, b = (jnp.asarray(draw(size=shape), jnp.float32) for shape in [(5, 2), (2, 3)])
