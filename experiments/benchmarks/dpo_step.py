@@ -144,6 +144,10 @@ class Ours:
         chosen = self.shared_logps(params, batch | {"branches": batch["branches"][:, :1]})
         return language_loss(chosen, jnp.ones_like(chosen)).mean()
 
+    def losses(self) -> dict[str, Callable[..., jax.Array]]:
+        return {"shared": self.dpo(self.shared_logps), "two_rows": self.dpo(self.row_logps),
+                "sft": self.sft}  # fmt: skip
+
     def step(self, loss: Callable[..., jax.Array]) -> Callable[..., Any]:
         def step(params: Any, state: Any, batch: Any) -> Any:
             value, gradient = jax.value_and_grad(loss)(params, batch)
@@ -225,25 +229,45 @@ def llama_weights(ours: Ours) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(x) for name, x in weights.items()}
 
 
-def compiled_steps(ours: Ours, batch: Any) -> tuple[dict[str, Any], dict[str, float]]:
-    """{name: compiled step}, {name: FLOPs of its matrix products}."""
-    losses = {
-        "shared": ours.dpo(ours.shared_logps), "two_rows": ours.dpo(ours.row_logps),
-        "sft": ours.sft,
-    }  # fmt: skip
+def compiled_steps(ours: Ours, batch: Any) -> dict[str, Any]:
+    """{name: compiled step}."""
+    losses = ours.losses()
     state = ours.optimizer.init(ours.params)
-    steps, flops = {}, {}
-    for name, loss in losses.items():
-        step = ours.step(loss)
-        # Not donated: every round starts from the same weights.
-        steps[name] = jax.jit(step).lower(ours.params, state, batch).compile()
-        flops[name] = matmul_flops(step, ours.params, state, batch)
+    steps = {
+        name: jax.jit(ours.step(loss), donate_argnums=(0, 1))
+        .lower(ours.params, state, batch)
+        .compile()
+        for name, loss in losses.items()
+    }
     steps["score"] = jax.jit(ours.shared_logps).lower(ours.params, batch).compile()
+    return steps
+
+
+def products(config: LanguageConfig, batch: Any) -> dict[str, float]:
+    """{name: FLOPs of the matrix products of a step}, attention counted dense."""
+    ours = Ours(dataclasses.replace(config, attention="dense"))
+    state = ours.optimizer.init(ours.params)
+    flops = {
+        name: matmul_flops(ours.step(loss), ours.params, state, batch)
+        for name, loss in ours.losses().items()
+    }
     flops["score"] = matmul_flops(ours.shared_logps, ours.params, batch)
     flops["torch_cached"] = flops["two_rows"]
-    forward = matmul_flops(ours.row_logps, ours.params, batch)
-    flops["torch"] = flops["two_rows"] + forward
-    return steps, flops
+    flops["torch"] = flops["two_rows"] + matmul_flops(ours.row_logps, ours.params, batch)
+    return flops
+
+
+def trainer(step: Any, ours: Ours, batch: Any) -> Callable[[], float]:
+    """A function that trains its own copy of the weights, whose memory every step uses again, by
+    one step and returns the loss."""
+    params = jax.tree.map(jnp.copy, ours.params)
+    held = [params, ours.optimizer.init(params)]
+
+    def run() -> float:
+        *held[:], value = step(*held, batch)
+        return float(jax.block_until_ready((held, value))[1])
+
+    return run
 
 
 def temp_bytes(compiled: Any) -> int:
@@ -305,19 +329,12 @@ def run(sizes: Sizes, config: LanguageConfig, rounds: int, threads: int,
     ours = Ours(config)
     batch = jax.tree.map(jnp.asarray, make_pairs(sizes, config))
     batch["reference"] = jnp.zeros((sizes.pairs, 2, sizes.answer))
-    steps, flops = compiled_steps(ours, batch)
-    state = ours.optimizer.init(ours.params)
+    steps, flops = compiled_steps(ours, batch), products(config, batch)
     shared = batch["reference"] = steps["score"](ours.params, batch)
+    runs = {name: trainer(steps[name], ours, batch) for name in ("shared", "two_rows", "sft")}
+    runs["score"] = lambda: jax.block_until_ready(steps["score"](ours.params, batch))
     # The policy is the reference: any difference between the layouts moves the loss from log 2.
-    first = {name: float(steps[name](ours.params, state, batch)[2])
-             for name in ("shared", "two_rows")}  # fmt: skip
-    differences = {name: abs(value - math.log(2)) for name, value in first.items()}
-
-    def ready(step: Any, *arguments: Any) -> Callable[[], Any]:
-        return lambda: jax.block_until_ready(step(*arguments))
-
-    runs = {n: ready(steps[n], ours.params, state, batch) for n in ("shared", "two_rows", "sft")}
-    runs["score"] = ready(steps["score"], ours.params, batch)
+    differences = {name: abs(runs[name]() - math.log(2)) for name in ("shared", "two_rows")}
     if torch:
         theirs = Torch(ours, threads)
         tensors = {name: theirs.torch.tensor(np.asarray(x)) for name, x in batch.items()}

@@ -9,8 +9,10 @@ A sliding window w hides keys that lie w or more tokens back. `attention` counts
 index. Branches count it by position, because padding may stand between a prefix and its branches;
 the kernels count by index in prefixes whose padding is moved to the front.
 
-Backends: "xla" (everywhere), "cudnn" (NVIDIA, 16-bit), "splash" (TPU Pallas kernel, which never
-materialises logits), "splash_interpret" (the same kernel, slowly, on any device).
+Backends: "xla" (everywhere, models.xla_attention), "dense" (the same without blocks or a backward
+pass of its own: to compare, and to count products), "cudnn" (NVIDIA, 16-bit), "splash" (TPU Pallas
+kernel, which never materialises logits), "splash_interpret" (the same kernel, slowly, on any
+device).
 
 On a mesh whose axis `context` is larger than 1, a prefix is split over it (parallel.context). Its
 queries stay where they are and its keys and values are gathered, layer by layer: with few key/value
@@ -31,13 +33,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tpo_jax.models.config import ATTENTION_BACKENDS
 from tpo_jax.models.splash_mask import CausalMask
+from tpo_jax.models.xla_attention import Rule, attend, in_blocks, merge_heads, plain_attend
 from tpo_jax.parallel.context import AXIS, ContextLayout, context_devices, per_device, split_tokens
 from tpo_jax.parallel.mesh import BATCH_AXES
 
-BACKENDS = ("xla", "cudnn", "splash", "splash_interpret")
-# Finite, so that a row without any visible key gives a uniform average instead of NaN.
-MASKED = -1e9
+_PLAIN = ("xla", "dense")
 SPLASH_BLOCK = 128
 # Queries of a split prefix that are taken at a time: the logits of one block exist at once.
 _CONTEXT_BLOCK = 256
@@ -62,7 +64,7 @@ def attention(
       q_segments, kv_segments: int32[B, T], int32[B, S], both or neither.
       causal_offset: static offset of the causal rule; None lets every query see every key.
       window: key j is visible to query i only if j > i + causal_offset - window; static.
-      backend: one of BACKENDS.
+      backend: one of ATTENTION_BACKENDS.
 
     Returns: float[B, T, N, H] in the dtype of q.
     """
@@ -73,19 +75,30 @@ def attention(
     if q_segments is None and causal_offset is not None:
         q_segments, kv_segments = (jnp.ones(x.shape[:2], jnp.int32) for x in (q, k))
     if backend == "xla":
-        logits = _logits(q, k)
-        mask = _mask(q.shape[1], causal_offset, q_segments, kv_segments, window)
-        if mask is not None:
-            logits = jnp.where(mask, logits, MASKED)
-        return _combine(jax.nn.softmax(logits, axis=-1).astype(q.dtype), v)
+        rule = _rule(q, k, q_segments, kv_segments, causal_offset, window)
+        if causal_offset is None:
+            return attend(q, k, v, rule, window)[0].astype(q.dtype)
+        return in_blocks(q, k, v, rule, causal_offset, window).astype(q.dtype)
+    if backend == "dense":
+        rule = _rule(q, k, q_segments, kv_segments, causal_offset, window)
+        return plain_attend(q, k, v, rule, window)[0].astype(q.dtype)
     if backend == "cudnn":
-        mask = _mask(q.shape[1], causal_offset, q_segments, kv_segments, window)
+        mask = _rule(q, k, q_segments, kv_segments, causal_offset, window).visible(window)
         mask = None if mask is None else mask[:, :, :, 0]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     if backend in ("splash", "splash_interpret"):
         interpret = backend == "splash_interpret"
         return _splash(q, k, v, q_segments, kv_segments, causal_offset, window, interpret)
-    raise ValueError(f"attention: backend {backend!r} is unknown; use one of {BACKENDS}")
+    raise ValueError(f"attention: backend {backend!r} is unknown; use one of {ATTENTION_BACKENDS}")
+
+
+def _rule(q, k, q_segments, kv_segments, causal_offset: int | None, window: int | None) -> Rule:
+    """The rule of `attention`, whose window counts by index."""
+    segments = None if q_segments is None else (q_segments, kv_segments)
+    if causal_offset is None:
+        return Rule(segments)
+    order = jnp.arange(q.shape[1]) + causal_offset, jnp.arange(k.shape[1])
+    return Rule(segments, order, (order[0][None], order[1][None]))
 
 
 def prefix_attention(
@@ -114,12 +127,12 @@ def prefix_attention(
             q, k, v, q_segments=segments, kv_segments=segments, causal_offset=0, window=window,
             backend=backend,
         )  # fmt: skip
-    if backend == "xla":
+    if backend in _PLAIN:
         place = P(None, AXIS)
 
         def local(q, k, v, segments, order):
             k, v, kv_segments = (layout.gather(x) for x in (k, v, segments))
-            return _in_blocks(q, k, v, segments, kv_segments, order, window)
+            return _in_context_blocks(q, k, v, segments, kv_segments, order, window)
 
         args = (q, k, v, segments, jnp.asarray(layout.order))
         return per_device(local, args, (place,) * 4 + (P(AXIS),), place)
@@ -163,9 +176,10 @@ def branch_attention(
     """
     if (window is None) != (positions is None):
         raise ValueError("branch_attention: window and positions must be given together")
-    if backend == "xla" or not isinstance(own_offset, int) or context_devices() > 1:
+    if backend in _PLAIN or not isinstance(own_offset, int) or context_devices() > 1:
+        part = plain_attend if backend == "dense" else attend
         return _two_part_attention(
-            q, prefix_k, prefix_v, own_k, own_v, q_segments, prefix_segments, own_segments,
+            part, q, prefix_k, prefix_v, own_k, own_v, q_segments, prefix_segments, own_segments,
             own_offset, window, positions,
         )  # fmt: skip
     B, K, T = q.shape[:3]
@@ -198,10 +212,13 @@ def _padding_first(k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple[jax
 
 
 def _two_part_attention(
-    q, prefix_k, prefix_v, own_k, own_v, q_segments, prefix_segments, own_segments, own_offset,
-    window, positions,
+    part, q, prefix_k, prefix_v, own_k, own_v, q_segments, prefix_segments, own_segments,
+    own_offset, window, positions,
 ):  # fmt: skip
-    """One softmax over prefix and own logits; the prefix is never repeated K times."""
+    """One softmax over prefix and own keys; the prefix is never repeated K times.
+
+    part: `attend` or `plain_attend`.
+    """
     B, K, T, N, H = q.shape
     # Logits are split as these are; the compiler reduces over `context` where it sums over tokens.
     prefix_k, prefix_v, prefix_segments = (
@@ -212,71 +229,27 @@ def _two_part_attention(
         return x.reshape(B * K, *x.shape[2:])
 
     # All K * T queries of a row are one long query axis against its prefix.
-    rows_mask = _mask(K * T, None, q_segments.reshape(B, K * T), prefix_segments)
-    own_mask = _mask(T, own_offset, fold(q_segments), fold(own_segments))
+    rows = Rule((q_segments.reshape(B, K * T), prefix_segments))
+    own_order = jnp.arange(T) + own_offset, jnp.arange(own_k.shape[2])
+    own = Rule((fold(q_segments), fold(own_segments)), own_order)
     if window is not None:
         q_positions, prefix_positions, own_positions = positions
-        rows_mask &= _near(q_positions.reshape(B, K * T), prefix_positions, window)
-        own_mask &= _near(fold(q_positions), fold(own_positions), window)
-    to_prefix = jnp.where(rows_mask, _logits(q.reshape(B, K * T, N, H), prefix_k), MASKED)
-    to_own = jnp.where(own_mask, _logits(fold(q), fold(own_k)), MASKED)
-
-    def per_query(x):
-        """[B, G, K*T, n, 1] <- [B*K, G, T, n, 1], the order of the prefix part."""
-        x = x.reshape(B, K, *x.shape[1:])
-        return jnp.swapaxes(x, 1, 2).reshape(B, x.shape[2], K * T, *x.shape[4:])
-
-    def per_branch(x):
-        """The inverse of per_query."""
-        x = x.reshape(B, x.shape[1], K, T, *x.shape[3:])
-        return fold(jnp.swapaxes(x, 1, 2))
-
-    # The shift cancels in the quotient, so no gradient goes through it.
-    peak = jnp.maximum(
-        jnp.max(to_prefix, axis=-1, keepdims=True),
-        per_query(jnp.max(to_own, axis=-1, keepdims=True)),
+        rows = rows._replace(positions=(q_positions.reshape(B, K * T), prefix_positions))
+        own = own._replace(positions=(fold(q_positions), fold(own_positions)))
+    parts = (
+        part(q.reshape(B, K * T, N, H), prefix_k, prefix_v, rows, window),
+        part(fold(q), fold(own_k), fold(own_v), own, window),
     )
-    peak = jax.lax.stop_gradient(peak)
-    to_prefix, to_own = jnp.exp(to_prefix - peak), jnp.exp(to_own - per_branch(peak))
-    mass = jnp.sum(to_prefix, -1, keepdims=True) + per_query(jnp.sum(to_own, -1, keepdims=True))
-    from_prefix = _combine(to_prefix.astype(q.dtype), prefix_v).reshape(q.shape)
-    from_own = _combine(to_own.astype(q.dtype), fold(own_v)).reshape(q.shape)
-    # [B, G, K*T, n, 1] -> [B, K, T, N, 1]
-    mass = jnp.swapaxes(mass, 1, 2).reshape(B, K, T, N, 1)
-    total = from_prefix.astype(jnp.float32) + from_own.astype(jnp.float32)
-    return (total / mass).astype(q.dtype)
+    outs = [out.reshape(q.shape) for out, _ in parts]
+    log_sums = [merge_heads(log_sum).reshape(B, K, T, N, 1) for _, log_sum in parts]
+    whole = jnp.logaddexp(*log_sums)
+    shares = [jnp.exp(log_sum - whole) for log_sum in log_sums]
+    return (outs[0] * shares[0] + outs[1] * shares[1]).astype(q.dtype)
 
 
-def _logits(q: jax.Array, k: jax.Array) -> jax.Array:
-    """float[B, T, N, H], float[B, S, G, H] -> scaled float32[B, G, T, N/G, S].
-
-    The axes stay in the order in which a matrix product leaves them: no transpose of the logits.
-    """
-    B, T, N, H = q.shape
-    G = k.shape[2]
-    # A Python float keeps bfloat16 queries bfloat16.
-    q = (q * float(H) ** -0.5).reshape(B, T, G, N // G, H)
-    return jax.lax.dot_general(
-        q, k, (((4,), (3,)), ((0, 2), (0, 2))), preferred_element_type=jnp.float32
-    )
-
-
-def _combine(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """float[B, G, T, N/G, S], float[B, S, G, H] -> float[B, T, N, H]."""
-    B, G, T, n, _ = weights.shape
-    out = jax.lax.dot_general(weights, v, (((4,), (1,)), ((0, 1), (0, 2))))
-    return jnp.swapaxes(out, 1, 2).reshape(B, T, G * n, -1)
-
-
-def _near(q_positions: jax.Array, kv_positions: jax.Array, window: int) -> jax.Array:
-    """int32[B, T], int32[B, S] -> bool[B, 1, T, 1, S], by position."""
-    distance = q_positions[:, :, None] - kv_positions[:, None, :]
-    return (distance < window)[:, None, :, None, :]
-
-
-def _in_blocks(q, k, v, q_segments, kv_segments, order, window) -> jax.Array:
+def _in_context_blocks(q, k, v, q_segments, kv_segments, order, window) -> jax.Array:
     """The xla path for queries that are tokens `order` int32[T] of the keys' sequence; the logits
-    of a block of queries exist at a time, in the backward pass too."""
+    of a block of queries exist at a time."""
     T, size = q.shape[1], min(_CONTEXT_BLOCK, q.shape[1])
     count = -(-T // size)
 
@@ -287,32 +260,15 @@ def _in_blocks(q, k, v, q_segments, kv_segments, order, window) -> jax.Array:
         x = jnp.pad(x, padding).reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    @jax.checkpoint
     def one(block):
         q, segments, order = block
-        # What stands in for arange(T) + causal_offset of the rule.
-        mask = _mask(size, order - jnp.arange(size), segments, kv_segments, window)
-        logits = jnp.where(mask, _logits(q, k), MASKED)
-        return _combine(jax.nn.softmax(logits, axis=-1).astype(q.dtype), v)
+        places = order, jnp.arange(k.shape[1])
+        rule = Rule((segments, kv_segments), places, (places[0][None], places[1][None]))
+        return attend(q, k, v, rule, window)[0]
 
     blocks = jax.lax.map(one, (cut(q, 1), cut(q_segments, 1), cut(order, 0)))
-    return jnp.moveaxis(blocks, 0, 1).reshape(q.shape[0], count * size, *q.shape[2:])[:, :T]
-
-
-def _mask(T: int, causal_offset, q_segments, kv_segments, window=None) -> jax.Array | None:
-    """bool broadcastable to [B, 1, T, 1, S]; None where everything is visible.
-
-    causal_offset: int, int32[] or, where every query has its own, int32[T].
-    """
-    if q_segments is None:
-        return None
-    mask = q_segments[:, None, :, None, None] == kv_segments[:, None, None, None, :]
-    if causal_offset is None:
-        return mask
-    keys = jnp.arange(kv_segments.shape[1])
-    last = (jnp.arange(T) + causal_offset)[:, None, None]
-    mask &= keys <= last
-    return mask if window is None else mask & (keys > last - window)
+    out = jnp.moveaxis(blocks, 0, 1).reshape(q.shape[0], count * size, *q.shape[2:])[:, :T]
+    return out.astype(q.dtype)
 
 
 def _splash(

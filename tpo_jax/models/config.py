@@ -24,6 +24,7 @@ from tpo_jax.models.towers.config import TowerConfig
 FORMAT_VERSION = 1
 VOCABULARY_MULTIPLE = 128
 DTYPES = ("float32", "bfloat16")
+ATTENTION_BACKENDS = ("xla", "dense", "cudnn", "splash", "splash_interpret")
 BOX_ENCODERS = ("own", "tpo")
 
 
@@ -203,10 +204,9 @@ class LanguageConfig:
         _require(
             0.0 <= self.dropout < 1.0, "language.dropout", self.dropout, "must be in [0, 1)"
         )
-        backends = ("xla", "cudnn", "splash", "splash_interpret")
         _require(
-            self.attention in backends, "language.attention", self.attention,
-            f"use one of {backends}",
+            self.attention in ATTENTION_BACKENDS, "language.attention", self.attention,
+            f"use one of {ATTENTION_BACKENDS}",
         )
 
     @property

@@ -226,7 +226,7 @@ def _trace(program: Program, accumulation: int, batch: Any, plain: bool) -> Any:
     """
     model, context = program.model, program.mesh.shape[AXIS]
     if plain:
-        language = dataclasses.replace(model.config.language, attention="xla")
+        language = dataclasses.replace(model.config.language, attention="dense")
         model = FunctionalModel(dataclasses.replace(model.config, language=language))
     step = make_gradient_step(
         model, program.objective, program.optimizer, accumulation=accumulation

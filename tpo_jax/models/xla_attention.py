@@ -1,0 +1,153 @@
+"""Attention in plain operations: what the backends "xla" and "dense" run, on any device.
+
+`attend` has its own backward pass (after FlashAttention, 2205.14135): it keeps the logarithm of
+each query's sum instead of the weights, computes them again, and takes the gradient of the softmax
+from the outputs (the sum of weight * gradient over keys is output . gradient). So the logits of one
+call exist at a time, and a row that is cut into calls holds those of one block. `plain_attend` is
+the same function, differentiated by JAX: slower and larger, with products as textbooks count them.
+
+Axes: B batch, T queries, S keys, G key/value heads, N = G * n query heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Finite, so that a row without any visible key gives a uniform average instead of NaN.
+MASKED = -1e9
+# A causal row is cut so that a block has at least this many queries, and into at most so many
+# blocks: more save little and take their time to compile.
+_BLOCK_QUERIES, _BLOCKS = 128, 4
+
+_product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+
+
+class Rule(NamedTuple):
+    """Key j is visible to query i iff everything that is given says so. Each is (of q, of kv).
+
+    segments: int32[B, T], int32[B, S], equal. order: int32[T], int32[S], j's at most i's.
+    positions: int32[B or 1, T], int32[B or 1, S], j's less than a window behind i's.
+    """
+
+    segments: tuple[jax.Array, jax.Array] | None = None
+    order: tuple[jax.Array, jax.Array] | None = None
+    positions: tuple[jax.Array, jax.Array] | None = None
+
+    def visible(self, window: int | None) -> jax.Array | None:
+        """bool broadcastable to [B, 1, T, 1, S]; None where everything is visible."""
+        parts = []
+        if self.segments is not None:
+            q, kv = self.segments
+            parts.append(q[:, :, None] == kv[:, None, :])
+        if self.order is not None:
+            q, kv = self.order
+            parts.append((kv <= q[:, None])[None])
+        if window is not None:
+            q, kv = self.positions
+            parts.append(q[:, :, None] - kv[:, None, :] < window)
+        if not parts:
+            return None
+        return functools.reduce(jnp.logical_and, parts)[:, None, :, None, :]
+
+    def block(self, queries: slice, keys: slice) -> Rule:
+        """The rule of some queries and some keys."""
+        return Rule(*(
+            None if pair is None else (pair[0][..., queries], pair[1][..., keys]) for pair in self
+        ))  # fmt: skip
+
+
+def plain_attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, rule: Rule, window: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention in float32, with what joins it to attention over other keys.
+
+    Args:
+      q: float[B, T, N, H], not scaled; k, v: float[B, S, G, H].
+
+    Returns: (float32[B, T, N, H], log of the sum of exponentiated logits float32[B, G, T, n, 1]).
+    """
+    logits = _logits(q, k, rule.visible(window))
+    # The shift cancels in the quotient, so no gradient goes through it.
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - peak)
+    mass = jnp.sum(weights, axis=-1, keepdims=True)
+    out = _product(weights.astype(q.dtype), v, (((4,), (1,)), ((0, 1), (0, 2))))
+    return merge_heads(out / mass), peak + jnp.log(mass)
+
+
+attend = jax.custom_vjp(plain_attend, nondiff_argnums=(4,))
+
+
+def _forward(q, k, v, rule, window):
+    out, log_sum = plain_attend(q, k, v, rule, window)
+    return (out, log_sum), (q, k, v, rule, out, log_sum)
+
+
+def _backward(window, kept, gradients):
+    q, k, v, rule, out, log_sum = kept
+    to_out, to_log_sum = gradients
+    G, scale = k.shape[2], float(q.shape[-1]) ** -0.5
+    mask = rule.visible(window)
+    weights = jnp.exp(_logits(q, k, mask) - log_sum)
+    # The gradient of logit j is weight j * (that of weight j - this).
+    shift = _split_heads(jnp.sum(out * to_out, axis=-1, keepdims=True), G) - to_log_sum
+    to_out = _split_heads(to_out.astype(q.dtype), G)
+    to_logits = weights * (_product(to_out, v, (((4,), (3,)), ((0, 1), (0, 2)))) - shift)
+    if mask is not None:  # Where a query sees nothing, hidden keys have weights that do not move.
+        to_logits = jnp.where(mask, to_logits, 0.0)
+    to_logits = to_logits.astype(q.dtype)
+    to_q = _product(to_logits, k, (((4,), (1,)), ((0, 1), (0, 2)))) * scale
+    # Features before keys: the order in which the large arrays need no transpose.
+    over_queries = (((2, 3), (2, 3)), ((0, 1), (0, 1)))
+    to_k = _product(_split_heads(q * scale, G), to_logits, over_queries)
+    to_v = _product(to_out, weights.astype(q.dtype), over_queries)
+    to_k, to_v = (jnp.transpose(x, (0, 3, 1, 2)).astype(k.dtype) for x in (to_k, to_v))
+    return merge_heads(to_q).astype(q.dtype), to_k, to_v, None
+
+
+attend.defvjp(_forward, _backward)
+
+
+def in_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, rule: Rule, causal_offset: int, window: int | None
+) -> jax.Array:
+    """`attend` of causal queries, i to keys 0 to i + causal_offset: a block of queries at a time
+    against the keys up to its end. float32[B, T, N, H]."""
+    T, S = q.shape[1], k.shape[1]
+    size = -(-T // max(1, min(_BLOCKS, T // _BLOCK_QUERIES)))
+    outs = []
+    for start in range(0, T, size):
+        queries = slice(start, min(start + size, T))
+        keys = slice(0, min(max(queries.stop + causal_offset, 1), S))
+        block = q[:, queries], k[:, keys], v[:, keys], rule.block(queries, keys)
+        outs.append(attend(*block, window)[0])
+    return jnp.concatenate(outs, axis=1)
+
+
+def _logits(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Scaled and masked, float32[B, G, T, n, S].
+
+    The axes stay in the order in which a matrix product leaves them: no transpose of the logits.
+    """
+    B, T, N, H = q.shape
+    G = k.shape[2]
+    # A Python float keeps bfloat16 queries bfloat16.
+    q = (q * float(H) ** -0.5).reshape(B, T, G, N // G, H)
+    logits = _product(q, k, (((4,), (3,)), ((0, 2), (0, 2))))
+    return logits if mask is None else jnp.where(mask, logits, MASKED)
+
+
+def _split_heads(x: jax.Array, G: int) -> jax.Array:
+    """[B, T, N, H] -> [B, G, T, n, H]."""
+    B, T, N, H = x.shape
+    return jnp.swapaxes(x.reshape(B, T, G, N // G, H), 1, 2)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[B, G, T, n, H] -> [B, T, N, H]."""
+    B, G, T, n, H = x.shape
+    return jnp.swapaxes(x, 1, 2).reshape(B, T, G * n, H)
