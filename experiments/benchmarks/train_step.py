@@ -10,7 +10,8 @@ any measurement the losses of three steps have to agree.
 
   step      rounds time both one after the other, in turning order; a ratio is taken within a
             round, and the median of rounds is reported, in wall and in CPU time of the process
-  memory    peak resident set of a process that does one side, over what it held before its steps
+  memory    peak resident set of a process that does one side, over what it holds between steps
+            (parameters and state of the optimizer on both sides)
   dispatch  from the call of a compiled step to its return, with a body that does nothing on the
             same pytrees (state and batch of the step), the state donated
   compile   seconds to lower and compile both programs of a config's tiny variant, on one device
@@ -19,11 +20,13 @@ any measurement the losses of three steps have to agree.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
+import gc
 import json
 import os
 import pathlib
-import resource
+import re
 import runpy
 import statistics
 import subprocess
@@ -227,33 +230,39 @@ def step_times(sizes: Sizes, rounds: int, threads: int) -> dict[str, Any]:
     return rows
 
 
-def memory_of(side: str, sizes: Sizes, threads: int) -> float:
-    """MiB that the peak of this process rises over what it held before three steps."""
-    ours = Ours(sizes)
-    batch, arrays = make_batches(ours, sizes)
+def memory_of(side: str, sizes: Sizes, threads: int, inputs: pathlib.Path) -> float:
+    """MiB that this process needs in a step beyond what it holds between steps: gradients, what
+    the backward pass reads, and everything temporary. Our side leaves the rows in `inputs`."""
     if side == "torch":
-        del ours
         theirs = Torch(sizes, threads)
-        tensors = {name: theirs.torch.from_numpy(x) for name, x in arrays.items()}
+        with np.load(inputs) as arrays:
+            tensors = {name: theirs.torch.from_numpy(x) for name, x in arrays.items()}
 
         def step() -> float:
             return theirs.step(tensors)
     else:
+        ours = Ours(sizes)
+        batch, arrays = make_batches(ours, sizes)
+        np.savez(inputs, **arrays)
         ours.compile(batch)
 
         def step() -> float:
             return ours.step(batch)
 
-    before = _resident_kib()
+    for _ in range(2):  # the first makes the state of PyTorch's optimizer
+        step()
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status_kib("VmRSS")
     for _ in range(3):
         step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (peak - before) / 1024
+    return (_status_kib("VmHWM") - before) / 1024
 
 
-def _resident_kib() -> int:
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() // 1024
+def _status_kib(name: str) -> int:
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
 
 
 def dispatch_milliseconds(program: Program, state: Any, batch: Any, calls: int = 200) -> dict:
@@ -298,7 +307,8 @@ def compile_seconds(name: str, preset: str) -> dict[str, float]:
 
 
 def memory_of_both(sizes: Sizes, threads: int) -> dict[str, float]:
-    """`memory_of` each side in a process of its own."""
+    """`memory_of` each side in a process of its own, which gives back what it frees."""
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     sides = {}
     with tempfile.TemporaryDirectory() as folder:
         for side in ("ours", "torch"):
@@ -307,7 +317,7 @@ def memory_of_both(sizes: Sizes, threads: int) -> dict[str, float]:
             options |= {"side": side, "out": out, "threads": threads}
             command = [sys.executable, "-m", "experiments.benchmarks.train_step"]
             command += [f"--{name}={value}" for name, value in options.items()]
-            subprocess.run(command, check=True)
+            subprocess.run(command, check=True, env=environment)
             sides[side] = json.loads(out.read_text())["MiB"]
     return sides | {"ours / torch": sides["ours"] / sides["torch"]}
 
@@ -354,7 +364,8 @@ def main() -> None:
     flags = parser.parse_args()
     sizes = Sizes(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Sizes)})
     if flags.side:
-        result = {"MiB": memory_of(flags.side, sizes, flags.threads)}
+        inputs = flags.out.with_name("inputs.npz")
+        result = {"MiB": memory_of(flags.side, sizes, flags.threads, inputs)}
     else:
         old = json.loads(flags.out.read_text()) if flags.out.exists() else {}
         result = old | run(sizes, flags.rounds, flags.threads, flags.parts.split(","))

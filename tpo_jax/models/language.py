@@ -18,7 +18,16 @@ from flax import nnx
 
 from tpo_jax.models.attention import branch_attention, prefix_attention
 from tpo_jax.models.config import LanguageConfig
-from tpo_jax.models.layers import Linear, RMSNorm, Rngs, dropout, fold_rows, run_layers, stack
+from tpo_jax.models.layers import (
+    Linear,
+    RMSNorm,
+    Rngs,
+    dropout,
+    fold_rows,
+    recomputed,
+    run_layers,
+    stack,
+)
 from tpo_jax.models.rope import rotary_tables, rotate
 from tpo_jax.parallel.context import ContextLayout, split_tokens
 from tpo_jax.parallel.rules import constrain_lookup
@@ -97,9 +106,14 @@ class GatedMlp(nnx.Module):
         self.down_proj = Linear(hidden, width, bias=False, rngs=rngs, scale=scale)
 
     def __call__(self, x: jax.Array, keys) -> jax.Array:
-        gate = jax.nn.silu(self.gate_proj(x, _keys_of("gate_proj", keys)))
-        hidden = gate * self.up_proj(x, _keys_of("up_proj", keys))
+        gate = self.gate_proj(x, _keys_of("gate_proj", keys))
+        hidden = _gated(gate, self.up_proj(x, _keys_of("up_proj", keys)))
         return self.down_proj(hidden, _keys_of("down_proj", keys))
+
+
+@recomputed
+def _gated(gate: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * x
 
 
 class DecoderBlock(nnx.Module):

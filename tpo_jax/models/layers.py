@@ -12,6 +12,7 @@ Parameters are float32 (or what the checkpoint holds) and are cast to the dtype 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -113,6 +114,32 @@ class Linear(nnx.Module):
         return constrain_rows(y) if y.ndim > 2 else y
 
 
+# For elementwise functions and norms: in a loop over layers the backward pass keeps their arguments
+# alone and computes what lies between again, which costs less than to store and load it. Where
+# layers are unrolled, the compiler may share the two computations.
+recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+gelu = recomputed(functools.partial(jax.nn.gelu, approximate=True))
+exact_gelu = recomputed(functools.partial(jax.nn.gelu, approximate=False))
+
+
+@recomputed
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    normal = centred * jax.lax.rsqrt(variance + epsilon)
+    return (normal * scale + bias).astype(x.dtype)
+
+
+@recomputed
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    normal = (x32 * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype)
+    return normal * scale.astype(x.dtype)
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, computed in float32."""
 
@@ -122,11 +149,7 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        normal = centred * jax.lax.rsqrt(variance + self.epsilon)
-        return (normal * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
 
 
 class RMSNorm(nnx.Module):
@@ -137,10 +160,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        normal = (x32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
-        return normal * self.scale[...].astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.epsilon)
 
 
 class Mlp(nnx.Module):
@@ -148,7 +168,7 @@ class Mlp(nnx.Module):
 
     def __init__(
         self, features: int, hidden: int, features_out: int, *, rngs: Rngs, scale: float = 1.0,
-        activation: Callable[[jax.Array], jax.Array] = jax.nn.gelu,
+        activation: Callable[[jax.Array], jax.Array] = gelu,
     ):
         self.fc1 = Linear(features, hidden, rngs=rngs)
         self.fc2 = Linear(hidden, features_out, rngs=rngs, scale=scale)

@@ -21,7 +21,7 @@ from tpo_jax.models.connectors.registry import make_connector
 from tpo_jax.models.heads import BOX_TOKEN, HeadInputs, head, heads_of, tokens_of
 from tpo_jax.models.heads.base import FRAME_TOKENS, FrameTokens
 from tpo_jax.models.language import KVCache, LanguageModel
-from tpo_jax.models.layers import Mlp, Rngs, fold_rows
+from tpo_jax.models.layers import Mlp, Rngs, fold_rows, gelu
 from tpo_jax.models.towers.config import TowerConfig
 from tpo_jax.models.towers.registry import make_tower, normalise_pixels
 from tpo_jax.models.vision import VisionEncoder, VisionFeatures
@@ -70,7 +70,7 @@ class VideoLanguageModel(nnx.Module):
             published = config.box_encoder == "tpo"
             self.box_encoder = Mlp(
                 4, width // 2 if published else width, width, rngs=rngs, scale=width**-0.5,
-                activation=jax.nn.relu if published else jax.nn.gelu,
+                activation=jax.nn.relu if published else gelu,
             )  # fmt: skip
             self.heads = nnx.Dict(
                 {name: head(name).module(config, rngs=rngs) for name in config.heads}

@@ -12,7 +12,7 @@ from flax import nnx
 
 from tpo_jax.models.attention import attention
 from tpo_jax.models.connectors.config import QFormerConfig
-from tpo_jax.models.layers import LayerNorm, Linear, Rngs, run_layers, stack
+from tpo_jax.models.layers import LayerNorm, Linear, Rngs, exact_gelu, run_layers, stack
 from tpo_jax.models.vision import VisionFeatures
 
 EPSILON = 1e-12
@@ -52,7 +52,7 @@ class BertMlp(nnx.Module):
         self.norm = LayerNorm(config.width, epsilon=EPSILON)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.norm(x + self.fc2(jax.nn.gelu(self.fc1(x), approximate=False)))
+        return self.norm(x + self.fc2(exact_gelu(self.fc1(x))))
 
 
 class QFormerLayer(nnx.Module):

@@ -11,14 +11,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tpo_jax.models.layers import LayerNorm, Linear, Rngs, run_layers
+from tpo_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    Rngs,
+    exact_gelu,
+    gelu,
+    recomputed,
+    run_layers,
+)
 from tpo_jax.models.towers.config import TowerConfig
 from tpo_jax.models.vision import SelfAttention, VisionFeatures, to_patches
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": exact_gelu,
+    "gelu_pytorch_tanh": gelu,
+    "quick_gelu": recomputed(lambda x: x * jax.nn.sigmoid(1.702 * x)),
 }
 
 
