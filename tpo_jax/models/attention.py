@@ -72,8 +72,6 @@ def attention(
         raise ValueError("attention: q_segments and kv_segments must be given together")
     if window is not None and causal_offset is None:
         raise ValueError(f"attention: window={window} needs a causal_offset")
-    if q_segments is None and causal_offset is not None:
-        q_segments, kv_segments = (jnp.ones(x.shape[:2], jnp.int32) for x in (q, k))
     if backend == "xla":
         rule = _rule(q, k, q_segments, kv_segments, causal_offset, window)
         if causal_offset is None:
