@@ -115,7 +115,7 @@ class Linear(nnx.Module):
 
 
 # For elementwise functions and norms: in a loop over layers the backward pass keeps their arguments
-# alone and computes what lies between again. Storing all of it was nearly half of the memory of a step.
+# alone and computes what lies between again. Storing all of it was nearly half of a step's memory.
 # Where layers are unrolled, the compiler may share the two computations.
 recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
