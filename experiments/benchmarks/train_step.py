@@ -360,7 +360,8 @@ def main() -> None:
     )
     add("--parts", default=",".join(PARTS), help="measured again, the others stay in the file "
         "(default: %(default)s)")
-    add("--side", choices=("ours", "torch"), help="only the memory of this side")
+    add("--side", choices=("ours", "torch"), help="only the memory of this side; torch reads "
+        "the inputs.npz that ours left beside --out")
     flags = parser.parse_args()
     sizes = Sizes(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Sizes)})
     if flags.side:
