@@ -146,6 +146,35 @@ def test_a_row_that_sees_nothing_is_finite_with_finite_gradient():
 
 
 @pytest.mark.parametrize("window", [None, 100])
+def test_blocks_are_the_rule_in_words_and_so_is_their_gradient(window):
+    """530 tokens are four blocks, the last one shorter. The gradient is compared along one random
+    direction, with a difference quotient in float64."""
+    arrays = _arrays(5, (1, 530, N, H), (1, 530, G, H), (1, 530, G, H))
+    direction = _arrays(6, *(x.shape for x in arrays))
+    segments = np.repeat([[1, 2, 0]], (300, 170, 60), axis=1)
+    mask = visible(segments[0], segments[0], 0, window)
+
+    def total(arrays):
+        out = attention(*arrays, q_segments=segments, kv_segments=segments, causal_offset=0,
+                        window=window, backend="xla")  # fmt: skip
+        return jnp.sum(jnp.sin(3 * out)), out
+
+    (_, out), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(arrays)
+    np.testing.assert_allclose(
+        out[0], dense_attention(*(x[0] for x in arrays), mask), atol=2e-5
+    )  # fmt: skip
+
+    def moved(step):
+        pairs = zip(arrays, direction, strict=True)
+        steps = (np.float64(x[0]) + step * np.float64(d[0]) for x, d in pairs)
+        return np.sin(3 * dense_attention(*steps, mask)).sum()
+
+    want = (moved(1e-4) - moved(-1e-4)) / 2e-4
+    got = sum(np.vdot(np.float64(g), d) for g, d in zip(gradient, direction, strict=True))
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_blocks_equal_one_product_in_value_and_gradient(window, dtype):
     """300 tokens are two blocks; two packed segments and padding."""
