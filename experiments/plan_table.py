@@ -21,12 +21,12 @@ traced program (`tpo_jax/training/estimate.py`). Everything else is arithmetic:
 - **rows a step** are those of the config; `x n` micro-batches, as few as the estimate lets fit.
 - **largest**: rows of one micro-batch over all chips that fit; 0 where one row a chip is too much.
 - **sent**: bytes that one chip sends in a step, times in the program text in brackets if compiled.
-- **FLOPs** of the model a step (`tpo_jax/training/flops.py`: 3 x forward, no recomputation).
+- **FLOPs** that a step needs (`tpo_jax/training/flops.py`: forward, and the gradients of what is
+  trained and of what lies behind it, 3 x forward where that is all; no recomputation).
 - **at least**: seconds a step, the largest of three: matrix products (recomputed ones too) at the
   chip's peak, their operands and the optimizer's state through HBM once, bytes sent over all links
   at once. It is a bound and no prediction; the word says which of the three.
-- **MFU at most**: FLOPs / (peak x that time); above 100 % where much is frozen, whose gradients the
-  FLOPs count and no step computes.
+- **MFU at most**: FLOPs / (peak x that time).
 - **chip-hours** at that time, for the steps of the config in brackets. {steps}
 
 `lora`: rank 128 on every matrix of the language model, all else frozen (VideoChat2: rank 16, its

@@ -1,13 +1,22 @@
 """Counted FLOPs against closed formulas."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
-from fake_batches import HEADS, bucket, micro
+from fake_batches import HEADS, bucket, micro, train_config
 
 from tpo_jax.data.batch_spec import batch_spec
+from tpo_jax.models.config import LoraConfig
 from tpo_jax.models.connector import TIME_WAVES
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.parallel.paths import flatten
 from tpo_jax.training.flops import forward_flops, matmul_flops, train_flops
+from tpo_jax.training.program import make_program
+from tpo_jax.training.step import make_gradient_step
 
 
 def spec(*shape):
@@ -89,7 +98,53 @@ def test_heads_count(counted):
     assert counted[3]["heads"] > 0
 
 
-def test_a_train_step_is_three_forward_passes(monkeypatch, counted):
+@pytest.mark.parametrize(("trained", "vision", "language", "lm_head", "heads"), [
+    (".*", 3, 3, 3, 3),
+    ("connector/", 1, 2, 2, 2),  # and the connector's weights, which are part of "vision"
+    ("vision/", 2, 2, 2, 2),  # likewise the tower's
+    ("language/", 1, 3, 3, 2),
+    ("task_tokens/", 1, 2, 2, 2),
+    ("heads/", 1, 1, 1, 3),
+    ("language/lm_head", 1, 1, 2, 1),
+    ("language/.*lora_[ab]", 1, 2, 2, 2),  # and the weights of adapters
+])  # fmt: skip
+def test_a_train_step_leaves_out_what_frozen_weights_do_not_need(
+    monkeypatch, counted, trained, vision, language, lm_head, heads
+):
     config, _, batch, flops = counted
+    config = dataclasses.replace(config, lora=LoraConfig("language/.*kernel", 2, 4.0))
     monkeypatch.setattr("tpo_jax.training.flops.forward_flops", lambda *_: flops)
-    assert train_flops(config, batch) == 3 * sum(flops.values())
+    sizes = {path: leaf.size for path, leaf in flatten(FunctionalModel(config).abstract()).items()}
+    paths = [path for path in sizes if re.match(trained, path)]
+
+    def share(*tops):
+        """Of the weights of these paths, how many are trained."""
+        here = [path for path in sizes if path.startswith(tops)]
+        return sum(sizes[p] for p in here if p in paths) / sum(sizes[p] for p in here)
+
+    more = 0.0
+    if trained in ("connector/", "vision/"):
+        more = share("vision/", "connector/") * flops["vision"]
+    if "lora" in trained:
+        layers, head = ("language/layers/", "language/final_norm/"), ("language/lm_head/",)
+        more = share(*layers) * flops["language"] + share(*head) * flops["lm_head"]
+    times = {"vision": vision, "language": language, "lm_head": lm_head, "heads": heads}
+    want = sum(times[part] * flops[part] for part in flops) + more
+    assert train_flops(config, batch, paths) == pytest.approx(want, rel=1e-6)
+
+
+def test_a_step_computes_what_it_is_said_to_need():
+    """The products of the traced gradient of a model without heads. It computes the logits of
+    answers twice, and no gradient of pixels; beside frozen weights the gradient of attention costs
+    twice, not once."""
+    config = dataclasses.replace(micro(), lora=LoraConfig("language/.*kernel", 2, 4.0))
+    batch = batch_spec(bucket(8), config)
+    language = dataclasses.replace(config.language, attention="dense")
+    dense, mesh = dataclasses.replace(config, language=language), make_mesh({}, jax.devices()[:1])
+    for trained in (".*", "language/", "connector/", "language/.*lora_[ab]"):
+        program = make_program(train_config(trainable=[[trained, 1e-3]]), dense, mesh)
+        step = make_gradient_step(program.model, program.objective, program.optimizer)
+        key = jax.eval_shape(jax.random.key, jnp.uint32(0))
+        computed = matmul_flops(step, program.abstract_state, batch, key)
+        needed = train_flops(config, batch, program.optimizer.learning_rates)
+        assert 0.8 < needed / computed < 1.01, trained

@@ -92,9 +92,7 @@ def compile_buckets(
     compiled = {}
     for name, builder in builders.items():
         begin = time.monotonic()
-        batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), blank_batch(builder)
-        )
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), blank_batch(builder))
         leaves = flatten(batch)
         rows, tokens = 0, 0
         for part in parts_of(batch):
@@ -114,7 +112,10 @@ def compile_buckets(
             name=name,
             shapes={path: (x.shape, x.dtype) for path, x in leaves.items()},
             tokens=tokens,
-            flops=sum(train_flops(program.model.config, part) for part in parts_of(batch)),
+            flops=sum(
+                train_flops(program.model.config, part, program.optimizer.learning_rates)
+                for part in parts_of(batch)
+            ),
             train_step=TrainStep(gradient, update),
             eval_program=lowered.compile() if lowered is not None else None,
             task_gradients=measuring,

@@ -31,7 +31,7 @@ from tpo_jax.parallel.mesh import AXES, BATCH_AXES, check_batch_divides
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.topologies import Chip
 from tpo_jax.training import memory
-from tpo_jax.training.flops import TRAIN_OVER_FORWARD, forward_flops, traced_flops
+from tpo_jax.training.flops import traced_flops, train_flops
 from tpo_jax.training.program import Program
 from tpo_jax.training.step import make_gradient_step, on_mesh
 
@@ -209,12 +209,12 @@ def trace_step(
     if like is not None:
         return like._replace(gradient=gradient, micros=micros)
     whole = [spec(bucket, bucket.batch_size) for bucket in buckets]
-    forward = sum(sum(forward_flops(model_config, part).values()) for part in whole)
+    trained = program.optimizer.learning_rates
     return Traced(
         gradient=gradient,
         plain=trace(0, 1, True),
         micros=micros,
-        model_flops=TRAIN_OVER_FORWARD * forward,
+        model_flops=sum(train_flops(model_config, part, trained) for part in whole),
         batch_bytes=sum(_bytes(part) for part in whole),
     )
 

@@ -5,13 +5,13 @@ count matrix products: 2 * b * m * n * k for every dot_general of shape [b, m, k
 traced program, times the length of every scan around it. Elementwise work is left out.
 
 Conventions (as in PaLM, arXiv 2204.02311, appendix B): attention is counted dense, without the
-discount of a causal mask; a train step is 3 x forward (backward costs 2 x forward), without
-rematerialisation and without a discount for frozen parameters.
+discount of a causal mask; where everything is trained a step is 3 x forward (backward costs 2 x
+forward), without rematerialisation. What a step does not compute for frozen weights is left out.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +19,10 @@ from jax.extend.core import Literal
 
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.topologies import CHIPS
 from tpo_jax.training.objective import answer_scores
 
-TRAIN_OVER_FORWARD = 3
 # What JAX calls a device -> generation.
 _DEVICE_KINDS = {
     "TPU v4": "v4", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v5 lite": "v5e", "TPU v5e": "v5e",
@@ -69,9 +69,48 @@ def forward_flops(model_config: ModelConfig, batch: Any) -> dict[str, float]:
     }  # fmt: skip
 
 
-def train_flops(model_config: ModelConfig, batch: Any) -> float:
-    """Model FLOPs of one train step over a global batch, the numerator of MFU."""
-    return TRAIN_OVER_FORWARD * sum(forward_flops(model_config, batch).values())
+def train_flops(model_config: ModelConfig, batch: Any, trained: Collection[str]) -> float:
+    """FLOPs that one train step over a global batch needs, the numerator of MFU.
+
+    A part runs forward once. Where something in it or before it is trained, the gradient of its
+    activations costs as much again; the gradient of its weights, the share of them that is trained.
+    Attention between frozen weights is counted like them, so a little low.
+
+    Args:
+      trained: paths of the leaves that are trained.
+    """
+    sizes = {
+        path: leaf.size for path, leaf in flatten(FunctionalModel(model_config).abstract()).items()
+    }
+    parts = {path: _part(path, model_config) for path in sizes}
+    found = {parts[path] for path in trained}
+    passed = {
+        "vision": any(path.startswith("vision/") for path in trained),
+        "language": bool(found - {"lm_head", "heads"}),
+        "lm_head": bool(found - {"lm_head", "heads"}),
+        "heads": bool(found - {"lm_head"}),
+    }
+    total = 0.0
+    for part, flops in forward_flops(model_config, batch).items():
+        here = [path for path in sizes if parts[path] == part]
+        weights = sum(sizes[path] for path in here)
+        share = sum(sizes[path] for path in here if path in trained) / max(weights, 1)
+        total += flops * (1 + passed[part] + share)
+    return total
+
+
+def _part(path: str, model_config: ModelConfig) -> str:
+    """Of `forward_flops`, or "tokens": rows that are looked up, with no product of their own."""
+    top, *rest = path.split("/")
+    if top in ("vision", "connector"):
+        return "vision"
+    if top == "heads":
+        return top
+    if path == "language/embed/table":
+        return "lm_head" if model_config.language.tied_head else "tokens"
+    if top == "language":
+        return "lm_head" if rest[0] == "lm_head" else "language"
+    return "tokens"
 
 
 def matmul_flops(function: Callable[..., Any], *args: Any) -> float:
