@@ -30,7 +30,8 @@ traced program (`tpo_jax/training/estimate.py`). Everything else is arithmetic:
 - **chip-hours** at that time, for the steps of the config in brackets. {steps}
 
 `lora`: rank 128 on every matrix of the language model, all else frozen (VideoChat2: rank 16, its
-own). `published`: what the config trains. Frozen parameters are float32, as all are.
+own). `published`: what the config trains. `full`: every leaf. Frozen parameters are float32, as all
+are.
 """
 _STEPS = (
     "LLaVA-OneVision, LongVA and VideoChat2 name no number of samples that the sources agree on: "

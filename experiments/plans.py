@@ -40,7 +40,7 @@ from tpo_jax.training.program import make_program, needs_contrast
 from tpo_jax.training.start import make_model_config
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
-LORA_RANK, LORA_ALPHA, LORA_RATE = 128, 256.0, 2e-4
+LORA_RANK, LORA_ALPHA, LORA_RATE, FULL_RATE = 128, 256.0, 2e-4, 2e-5
 # Widths of the towers are multiples of 128; 1152 is none of 256.
 MOST_FSDP = 128
 # Chips that share a row, at most.
@@ -54,27 +54,27 @@ PODS = ("v5e:8x8", "v5e:16x16", "v4:2x4x4", "v5p:2x4x4")
 class Cell:
     """One config on one topology.
 
-    config: file in configs/ and `arg` its argument. lora: adapters on the language model alone,
-    instead of what the config trains. frames: 0 for the config's own.
+    config: file in configs/ and `arg` its argument. trained: what the config trains ("published"),
+    adapters on the language model alone ("lora"), or every leaf ("full"). frames: 0 for the
+    config's own.
     """
 
     config: str
     arg: str
     topology: str
-    lora: bool = False
+    trained: str = "published"
     frames: int = 0
 
     @property
     def name(self) -> str:
         frames = f"frames={self.frames}" if self.frames else ""
         arg = ",".join(filter(None, (self.arg, frames)))
-        trained = "lora" if self.lora else "published"
-        return f"{self.config}{':' if arg else ''}{arg} {trained} {self.topology}"
+        return f"{self.config}{':' if arg else ''}{arg} {self.trained} {self.topology}"
 
     @property
     def group(self) -> tuple:
         """Cells that differ in frames alone."""
-        return self.config, self.arg, self.topology, self.lora
+        return self.config, self.arg, self.topology, self.trained
 
 
 def cells() -> list[Cell]:
@@ -88,12 +88,15 @@ def cells() -> list[Cell]:
     for config, frames in itertools.product(("llava_video", "longva"), (32, 64, 128)):
         found += [Cell(config, "", pod, frames=frames) for pod in ("v5e:16x16", "v5p:4x4x4")]
     for config in ("llava_onevision", "llava_video", "longva", "video_llava", "videochat2"):
-        found.append(Cell(config, "", "v5e:4x4", lora=True))
+        found.append(Cell(config, "", "v5e:4x4", "lora"))
+    # Published, their towers are frozen, and of VideoChat2's language model all but adapters.
+    for config, arg in (("video_llava", "stage=2"), ("videochat2", "")):
+        found += [Cell(config, arg, topology, "full") for topology in ("v4:2x2x4", "v5e:8x8")]
     for config, frames in itertools.product(BASES, (32, 64, 128, 256, 512)):
         smaller = ["v4:2x2x4"] if frames == 32 else []
         found += [Cell(config, "", pod, frames=frames) for pod in [*smaller, *PODS]]
         smaller = ["v5e:4x4"] if frames == 32 else []
-        found += [Cell(config, "", pod, True, frames) for pod in [*smaller, *PODS]]
+        found += [Cell(config, "", pod, "lora", frames) for pod in [*smaller, *PODS]]
     return found
 
 
@@ -106,9 +109,11 @@ def cell_config(cell: Cell, tiny: bool = False) -> Any:
         config.model.preset = f"{BASES[cell.config]}_{'tiny' if tiny else '7b'}"
         config.init_from, config.tokenizer = "", TOKENIZER
         config.time_instruction = BASES[cell.config] == "llava_video"
-    if cell.lora and cell.config != "videochat2":  # which has its own
-        config.lora.update(rank=LORA_RANK, alpha=LORA_ALPHA)
-    if cell.lora:
+    if cell.trained == "full":
+        config.trainable = [[".*", FULL_RATE]]
+    if cell.trained == "lora":
+        if cell.config != "videochat2":  # which has its own
+            config.lora.update(rank=LORA_RANK, alpha=LORA_ALPHA)
         config.trainable = [["language/.*lora_[ab]$", LORA_RATE]]
     return config
 
@@ -179,7 +184,7 @@ class Planner:
         mesh, count = program.mesh, program.accumulation
         row_chips = mesh.shape["data"] * mesh.shape["fsdp"]
         micro = tuple(b.batch_size // (row_chips * count) for b in buckets)
-        of = (cell.config, cell.arg, cell.lora, cell.frames, micro)
+        of = (cell.config, cell.arg, cell.trained, cell.frames, micro)
         if self._traced != of:
             self._traced, self._traces = of, {}
         key = (min(count, 2), mesh.shape["context"])

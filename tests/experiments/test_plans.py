@@ -18,8 +18,8 @@ pytestmark = [
     ),
 ]
 CELLS = [
-    plans.Cell("longva_tpo", "", "v5e:1x1", lora=True),
-    plans.Cell("longva_tpo", "", "v5e:2x2", lora=True),
+    plans.Cell("longva_tpo", "", "v5e:1x1", trained="lora"),
+    plans.Cell("longva_tpo", "", "v5e:2x2", trained="lora"),
 ]
 
 
@@ -93,6 +93,9 @@ def test_the_estimate_is_near_the_compiler(found):
 def test_more_chips_hold_more_rows_in_less_time(found):
     one, four = (found[1][cell.name]["estimate"] for cell in CELLS)
     assert one["state"] > 2 * four["state"] and one["flops"] == four["flops"]
+    # Recomputation apart, the products are those that a step needs.
+    chip, _ = parse_topology("v5e:1x1")
+    assert 0.5 < one["flops"] / (one["roofline"]["compute"] * chip.peak) <= 1
     assert one["roofline"]["compute"] == pytest.approx(4 * four["roofline"]["compute"], rel=0.01)
     assert not one["sent"].get("all-gather") and four["sent"]["all-gather"] > 0
 
@@ -137,3 +140,13 @@ def test_the_largest_batch_is_where_memory_ends():
         return estimate.state + estimate.batch + estimate.temporaries.at(rows)
 
     assert memory(rows) <= chip.hbm < memory(rows + 1)
+
+
+@pytest.mark.long
+def test_a_full_size_config_fits_its_pod_and_its_estimate():
+    """LongVA as published, all of it trained, by the compiler for 64 chips."""
+    cell, planner = plans.Cell("longva", "", "v5e:8x8"), plans.Planner()
+    estimated = plans.estimated(planner.plan(cell), cell)
+    found = planner.compile(cell, estimated)
+    assert found.fits(16 * GIB)
+    assert 0.7 < found.needed / estimated["memory"] < 1.1
