@@ -1,9 +1,11 @@
+import importlib.util
 import json
 import sys
 import types
 
 import memory_bucket
 import numpy as np
+import processes
 import pytest
 from etils import epath
 
@@ -143,3 +145,17 @@ def test_wandb_is_asked_for_only_by_the_config(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(ModuleNotFoundError, match="wandb='p': the package is not installed"):
         WeightsAndBiases("p", tmp_path, {})
+
+
+def test_commands_load_neither_pytorch_nor_tensorflow():
+    """Also where they are installed; what asks for them later gets them."""
+    program = (
+        "import importlib.util, sys\n"
+        "import tpo_jax.convert, tpo_jax.evaluate, tpo_jax.predict, tpo_jax.preferences\n"
+        "import tpo_jax.prepare, tpo_jax.train\n"
+        "print([name for name in ('torch', 'tensorflow') if name in sys.modules])\n"
+        "print(importlib.util.find_spec('torch') is None)"
+    )
+    (ended,) = processes.finish([processes.start("-c", program)])
+    installed = importlib.util.find_spec("torch") is not None
+    assert ended.out.splitlines() == ["[]", str(not installed)]

@@ -5,19 +5,36 @@ All writers have the method names of clu.metric_writers (which needs TensorFlow)
 """
 
 import hashlib
+import importlib
 import json
+import sys
 import tempfile
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
 from etils import epath
 
 from tpo_jax.data.files import Lines, is_remote
 from tpo_jax.parallel.weighted_sum import WeightedSum
+
+
+def _tensorboard() -> types.ModuleType:
+    """tensorboardX without PyTorch, which it loads where it finds it: half of a program's start."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # whose import then fails, as where it is not installed
+    try:
+        return importlib.import_module("tensorboardX")
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+
+
+tensorboardX = _tensorboard()
 
 
 class Writer(Protocol):
