@@ -118,6 +118,7 @@ def make_config(family: str, arg: ConfigDict, frames: int) -> ConfigDict:
     _choose_data(config, stage, arg)
     asked = {slot for bucket in config.buckets.values() for slot in bucket.slots}
     _choose_trained(config, stage, asked, arg.mask_loss)
+    config.task_gradients_every = 1 if arg.tiny else 500
     sizes = preset(f"{family}_{'tiny' if arg.tiny else '7b'}")
     for bucket in config.buckets.values():
         bucket.update(windows=10, mask_size=sizes.mask_size)

@@ -53,6 +53,7 @@ def config_of(name, arg):
 def test_numbers_of_the_table(name, stage, steps, rows, trainable):
     config = config_of(name, f"stage={stage}")
     assert config.steps == steps and config.trainable == trainable
+    assert config.task_gradients_every == 500
     assert {bucket.batch_size for bucket in config.buckets.values()} == {rows}
     assert config.optimizer.to_dict() == {
         "name": "adamw", "warmup": 0.2, "weight_decay": 0.02, "clip": 1.0, "min_lr_ratio": 0.05,
@@ -236,6 +237,8 @@ def test_a_tiny_stage_trains_on_moving_shapes(data, tmp_path, monkeypatch, capsy
     assert records[-1]["train/objective/region"] > 0
     parts = [records[-1][f"train/objective/{task}"] for task in ("language", "region")]
     assert sum(parts) == pytest.approx(records[-1]["train/loss"], rel=1e-5)
+    shares = [records[-1][f"train/gradient_share/{task}"] for task in ("language", "region")]
+    assert 0 < shares[1] < 1 and sum(shares) == pytest.approx(1.0, rel=1e-5)
     assert not any("cg_detr/" in name or "sam2/" in name for name in records[-1])
     assert f"100.0% {data}/shapes: region 100.0%" in capsys.readouterr().err
 
