@@ -13,7 +13,7 @@ from tpo_jax import predict
 from tpo_jax.data import files
 from tpo_jax.generation import draw
 from tpo_jax.generation.requests import Clip, Request, RequestError, make_request, read_list
-from tpo_jax.interop.folder import save_model
+from tpo_jax.interop.folder import load_model, save_model
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_list_reports_failures_and_is_resumed(folder, media, tmp_path, monkeypat
         {"id": "bad", "video": "cut.mp4", "prompt": "What happens?"},
         {"id": "b", "video": "still.png", "prompt": "Where is it?"},
         {"id": "c", "video": "clip.mp4", "prompt": "Where does <box> go?",
-         "box": [0.1, 0.1, 0.5, 0.5], "start": 1.0, "end": 3.0},
+         "box": [0.1, 0.1, 0.5, 0.5], "box_time": 2.5, "start": 1.0, "end": 3.0},
     ]
     path = write_list(media / "list.jsonl", *entries)
     out = tmp_path / "out"
@@ -167,6 +167,22 @@ def test_frames_are_those_that_preparation_would_give(media):
     assert part.frames_read.timestamps[0] == 1.0 and part.frames_read.timestamps[-1] < 2.0
 
 
+def test_a_box_is_drawn_on_the_frame_of_its_time(folder, media):
+    entry = {"id": "x", "video": "clip.mp4", "prompt": "Where does <box> go?",
+             "box": [0.1, 0.1, 0.5, 0.5], "start": 1.0, "end": 3.0}
+    config, params, codec = load_model(folder)
+    predictor = predict.Predictor(config, params, codec, prompt_tokens=48, batch_size=1, max_new=8)
+    for time, frame in ((None, 0), (1.0, 0), (2.1, 4), (3.0, 7)):
+        request = make_request("line", entry | {"box_time": time}, media)
+        clip = Clip.read(request, 8)
+        row = predictor.builders["video"].build(predict._plan(request, clip), 0)
+        assert row["slots"]["box"]["frame"][0] == frame, (time, row["frame_times"])
+    for time in (0.5, 3.5):
+        request = make_request("line", entry | {"box_time": time}, media)
+        with pytest.raises(RequestError, match=f"box_time: {time}, expected .* from 1 to 3"):
+            Clip.read(request, 8)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"prompt": ""}, "prompt: ''"),
     ({"video": 3}, "video: 3"),
@@ -178,6 +194,8 @@ def test_frames_are_those_that_preparation_would_give(media):
     ({"box": [0.1, 0.2, 0.3, 0.4]}, "prompt: 0 places <box> for 1 box"),
     ({"prompt": "Where is <box>?"}, "prompt: 1 places <box> for 0 box"),
     ({"time": -1}, "time: -1"),
+    ({"box_time": "x"}, "box_time: 'x'"),
+    ({"box_time": 1.0}, "box_time: 1.0 without a box"),
     ({"end": "late"}, "end: 'late'"),
 ])
 def test_bad_requests_name_the_field(media, change, message):

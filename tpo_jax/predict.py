@@ -3,12 +3,14 @@
     python -m tpo_jax.predict --model=runs/demo/stage3/model --video=clip.mp4 \\
         --prompt='When does this happen: "the red circle blinks"?' --out=predictions
     python -m tpo_jax.predict --model=runs/demo/stage3/model --video=clip.mp4 \\
-        --prompt='Where does the red circle at <box> go?' --box=0.1,0.2,0.3,0.4
+        --prompt='Where does the red circle at <box> go?' --box=0.1,0.2,0.3,0.4 \\
+        --box_time=2.5
     python -m tpo_jax.predict --model=runs/demo/stage3/model --input=list.jsonl --out=predictions
 
 A line of the list is {"video": FILE, "prompt": TEXT} and, if wanted, "id", "box" (normalised x1,
-y1, x2, y2; its place in the prompt is <box>), "time" (seconds: the frame that a box in the answer
-is for), "start" and "end" (seconds). Files are relative to the list. The folder then holds one
+y1, x2, y2; its place in the prompt is <box>), "box_time" (seconds: the frame that this box is drawn
+on; by default the first that is shown), "time" (seconds: the frame that a box in the answer is
+for), "start" and "end" (seconds). Files are relative to the list. The folder then holds one
 annotated mp4 (video) or PNG (image) per question beside NAME.json, or results.jsonl for a list. A
 list that was stopped, even by kill -9, goes on after its last whole batch; lines that failed are
 tried again. The exit status is 1 if a question failed. Model, list and --out may be gs:// paths;
@@ -100,7 +102,9 @@ class Predictor:
 
 def _plan(request: Request, clip: Clip) -> RowPlan:
     end = request.end if request.end is not None else clip.frames_read.duration
-    targets = {"input_box": list(request.box)} if request.box else {}
+    targets = {}
+    if request.box:
+        targets = {"input_box": list(request.box), "input_time": request.box_time}
     example = Example(request.id, request.id, clip.media, "conversation", "predict",
                       request.start, end, (Turn(request.prompt, ""),), targets)
     branch = BranchPlan(example, 0, request.prompt, None)
@@ -226,6 +230,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--input", help="JSONL list of questions")
     add("--prompt", help="question about --video; <box> stands for --box")
     add("--box", help="normalised x1,y1,x2,y2 of a box that the question is about")
+    add("--box_time", type=float,
+        help="seconds of the frame that --box is drawn on (default: the first that is shown)")
     add("--time", type=float, help="seconds of the frame that a box in the answer is for")
     add("--features", default="",
         help="folder with the clip features of the videos, and the text features of the questions, "
@@ -237,8 +243,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if flags.video and not flags.prompt:
         parser.error("--video needs --prompt")
-    if flags.input and (flags.prompt or flags.box or flags.time is not None):
-        parser.error("--prompt, --box and --time belong to --video; a list has its own")
+    times = (flags.box_time, flags.time)
+    if flags.input and (flags.prompt or flags.box or times != (None, None)):
+        parser.error(
+            "--prompt, --box, --box_time and --time belong to --video; a list has its own")
     return flags
 
 
@@ -249,7 +257,7 @@ def requests_of(flags: argparse.Namespace) -> list[Request]:
     box = flags.box and [_number(value) for value in flags.box.split(",")]
     stem = re.sub(r"[^\w.-]", "_", pathlib.Path(flags.video).stem)
     entry = {"id": stem, "video": flags.video, "prompt": flags.prompt, "box": box or None,
-             "time": flags.time}
+             "box_time": flags.box_time, "time": flags.time}
     return [make_request("command line", entry, pathlib.Path())]
 
 

@@ -1,6 +1,7 @@
 """Every reader: the sample as it should be read, and what it says of each kind of bad record."""
 
 import copy
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -209,6 +210,8 @@ BAD_LINES = [
     ("native", 2, ("targets", "boxes", 0), [0.5, 0.2, 0.5, 0.9], "targets.boxes[0]", "empty"),
     ("native", 2, ("targets", "times"), [0, 1], "targets", "as many"),
     ("native", 3, ("targets", "input_box"), [0, 0, 2, 1], "targets.input_box", "outside"),
+    ("native", 3, ("targets", "input_time"), -1.0, "targets.input_time", "at least 0"),
+    ("native", 0, ("targets",), {"input_time": 1.0}, "targets.input_time", "no targets.input_box"),
     ("native", 3, ("turns", 0, "question"), "Follow it.", "turns[0].question", "<box> once"),
     ("native", 3, ("start",), 2.5, "start, end", "start < end"),
     ("native", 4, ("targets", "labels"), [""], "targets.labels[0]", "not empty"),
@@ -241,6 +244,8 @@ def test_any_question_may_be_about_a_box():
         example = Example("a", "v", "video", task, "train", 0.0, 4.0, (turn,), targets)
         checked = validation.check_example(example, 4.0)
         assert checked.targets == targets | {"input_box": [0.1, 0.1, 0.5, 1.0]}
+        timed = dataclasses.replace(example, targets=targets | {"input_time": 4.3})
+        assert validation.check_example(timed, 4.0).targets["input_time"] == 4.0
 
 
 def damaged(tmp_path, folder):

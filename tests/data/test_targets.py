@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from tpo_jax.data.buckets import Bucket
-from tpo_jax.data.targets import TARGETS, TargetError, View, area_resize
+from tpo_jax.data.targets import TARGETS, TargetError, View, area_resize, slot_target
 from tpo_jax.data.text import TASK_TOKENS
 
 BUCKET = Bucket("b", "video", 1, frames=8, branches=1, branch_tokens=8, answers=4, windows=2,
@@ -105,6 +105,37 @@ def test_tracking_without_masks_is_labelled_by_its_boxes():
     assert fill["labelled"].tolist() == [True, True] + [False] * 6
     tiny = targets | {"boxes": [[0.51, 0.51, 0.512, 0.512], None]}
     assert TARGETS["mask"].fill(tiny, 0, VIEW, BUCKET)["masks"].sum() == 1
+
+
+BOXES = [None, None, [0.25, 0.5, 0.75, 1.0], [0.5, 0.5, 1.0, 1.0], None]
+LATE = {"times": [0.5, 1.5, 2.5, 3.5, 4.5], "boxes": BOXES, "input_box": BOXES[2]}
+
+
+@pytest.mark.parametrize("changes, shown, box, frame", [
+    ({"boxes": BOXES[2:] + [None] * 2}, [0.5, 1.5], BOXES[2], 0),  # there from the start
+    ({}, np.arange(8) + 0.5, BOXES[2], 2),  # the object comes late
+    ({"input_box": [0.2, 0.5, 0.7, 1.0]}, np.arange(8) + 0.5, [0.2, 0.5, 0.7, 1.0], 2),  # by hand
+    ({"input_time": 3.5}, np.arange(8) + 0.5, BOXES[2], 3),
+    ({}, [0.5, 3.5, 6.5], BOXES[3], 1),  # its own frame is not shown: the label of another
+    ({"input_time": 3.5}, [0.5, 2.5, 4.5], BOXES[2], 1),
+    ({}, [2.3, 2.4, 2.6], BOXES[2], 1),  # the frame nearest to the label
+    ({}, [0.5, 4.5], BOXES[2], 0),  # no frame shows it
+])
+def test_a_followed_box_is_on_a_frame_that_shows_the_object(changes, shown, box, frame):
+    view = View(0.0, 8.0, np.asarray(shown))
+    fill = slot_target("box", "tracking").fill(LATE | changes, 0, view, BUCKET)
+    np.testing.assert_array_equal(fill["boxes"], np.asarray(box, np.float32))
+    assert fill["frame"] == frame and fill["frame"].dtype == np.int32
+
+
+def test_another_box_is_on_the_frame_nearest_to_its_time():
+    """Boxes of a region answer are no labels of the box in the question."""
+    targets = {"boxes": [BOXES[3]], "times": [6.5], "input_box": BOXES[2]}
+    for time, frame in ((None, 0), (0.0, 0), (3.4, 3), (99.0, 7)):
+        fill = slot_target("box", "region").fill(targets | {"input_time": time}, 0, VIEW, BUCKET)
+        assert fill["frame"] == frame
+        np.testing.assert_array_equal(fill["boxes"], np.asarray(BOXES[2], np.float32))
+    assert slot_target("box", "region").fill(targets, 0, VIEW, BUCKET)["frame"] == 0
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))

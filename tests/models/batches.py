@@ -57,5 +57,6 @@ def model_batch(config, *, B, F, K, R, S=1, W=2, seed=0, heads=None):
         },
     }
     if heads:
-        batch["slots"]["box"] = slots(0) | {"boxes": boxes()}
+        drawn = {"boxes": boxes(), "frame": np.zeros((B, S), np.int32)}
+        batch["slots"]["box"] = slots(0) | drawn
     return batch

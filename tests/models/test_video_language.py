@@ -104,6 +104,18 @@ def test_the_answer_depends_on_the_video_and_on_the_users_box(params, forward):
     np.testing.assert_array_equal(got[:, 1], want[:, 1])
 
 
+def test_the_mask_head_reads_the_box_on_the_frame_that_it_is_drawn_on(params, forward):
+    batch = _batch()
+    want, first = forward(params, batch)
+    slots = batch["slots"]
+    later = slots["box"] | {"frame": np.array([[0, 0], [2, 0]], np.int32)}
+    got, late = forward(params, batch | {"slots": slots | {"box": later}})
+    np.testing.assert_array_equal(got.branch_hidden, want.branch_hidden)
+    for name in ("masks", "presence"):
+        np.testing.assert_array_equal(late["mask"][name][0], first["mask"][name][0])
+        assert np.abs(late["mask"][name][1] - first["mask"][name][1]).max() > 1e-5
+
+
 def test_slot_tokens_are_task_vectors_and_invalid_boxes_are_dropped(model, params):
     bound = model.bind(params)
     tokens = np.full((1, 2, 4), 7, np.int32)

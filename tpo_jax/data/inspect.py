@@ -181,8 +181,7 @@ def _draw_frame(axes: Any, row: Mapping[str, Any], f: int) -> None:
     axes.set_yticks([])
     for number, (head, _, slot) in enumerate(_valid_slots(row)):
         colour = SLOT_COLOURS[number % len(SLOT_COLOURS)]
-        # A user's box is drawn on the first frame: it has no time of its own.
-        if "boxes" in slot and f == int(slot.get("frame", 0)):
+        if "boxes" in slot and f == int(slot["frame"]):
             x1, y1, x2, y2 = slot["boxes"] * (width, height, width, height)
             axes.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color=colour, linewidth=1.5,
                       linestyle="--" if head == "box" else "-")

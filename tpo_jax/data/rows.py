@@ -21,7 +21,7 @@ from tpo_jax.data.clip_features import RowFeatures
 from tpo_jax.data.preprocess import RESIZES
 from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example, PreparedDataset, task_number
-from tpo_jax.data.targets import TARGETS, TargetError, View
+from tpo_jax.data.targets import TARGETS, TargetError, View, slot_target
 from tpo_jax.data.text import LONGEST_SECONDS, Branch, TextCodec
 from tpo_jax.data.text_features import RowTexts
 
@@ -29,7 +29,6 @@ from tpo_jax.data.text_features import RowTexts
 # frames (`RowBuilder.shown_frames`) and tokens let the sidecar refuse a pair that changed. With
 # contrast [3, A]: last is the chosen answer under the manipulated frames.
 Reference = Callable[[str, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-
 
 CLIP_FIELDS = ("frames", "frame_valid", "frame_times")
 _PART_OF_VIDEO = re.compile(r"_\d+(\.\d+)?_\d+(\.\d+)?$")  # QVHighlights and its relatives
@@ -274,7 +273,8 @@ class RowBuilder:
                 used[slot.head] += 1
                 count = marker_count(planned.example, slot.head)
                 try:
-                    TARGETS[slot.head].check(planned.example.targets, count, view, self.bucket)
+                    target = slot_target(slot.head, planned.example.task)
+                    target.check(planned.example.targets, count, view, self.bucket)
                 except TargetError as error:
                     raise RowError(f"{where}: {error}") from error
         for head, count in used.items():
@@ -427,7 +427,7 @@ class RowBuilder:
                 arrays["branch"][s], arrays["index"][s] = k, slot.index
                 arrays["valid"][s] = True
                 occurrence = marker_count(planned.example, slot.head, planned.turn)
-                target = TARGETS[slot.head].fill(
+                target = slot_target(slot.head, planned.example.task).fill(
                     planned.example.targets, occurrence + here[slot.head], view, self.bucket)
                 for name, value in target.items():
                     arrays[name][s] = value

@@ -1,8 +1,9 @@
 """Slot targets: what a head is trained towards, built from the targets of an example.
 
-One entry of TARGETS per task (and one for the box that a user draws): `blank` gives the arrays of
-an unused slot, `check` refuses an example whose targets do not fit its markers, `fill` computes the
-arrays of one slot. Boxes are [x1, y1, x2, y2] in [0, 1], times are seconds of the video.
+One entry of TARGETS per task (and one for the box that a user draws, which `slot_target` refines
+for examples whose labels follow that box): `blank` gives the arrays of an unused slot, `check`
+refuses an example whose targets do not fit its markers, `fill` computes the arrays of one slot.
+Boxes are [x1, y1, x2, y2] in [0, 1], times are seconds of the video.
 """
 
 from __future__ import annotations
@@ -208,11 +209,7 @@ def _mask_fill(targets: Mapping[str, Any], occurrence: int, view: View, bucket: 
     annotation of null says that the object is absent there: labelled, empty.
     """
     arrays = _mask_blank(bucket)
-    times = np.asarray(targets["times"], np.float64)
-    distance = np.abs(view.times[:, None] - times[None])
-    nearest = distance.argmin(1)
-    spacing = max(_spacing(np.sort(times)), _spacing(view.times))
-    close = np.flatnonzero(distance.min(1) <= spacing / 2 + 1e-3)
+    nearest, close = _nearest_labels(targets["times"], view)
     arrays["labelled"][close] = True
     annotations = targets["rles"] if targets.get("rles") is not None else targets["boxes"]
     decode = _decode_rles if targets.get("rles") is not None else _fill_boxes
@@ -222,6 +219,14 @@ def _mask_fill(targets: Mapping[str, Any], occurrence: int, view: View, bucket: 
         for i, mask in zip(wanted, masks, strict=True):
             arrays["masks"][close[nearest[close] == i]] = mask
     return arrays
+
+
+def _nearest_labels(times: Sequence[float], view: View) -> tuple[np.ndarray, np.ndarray]:
+    """int64[n], the annotation nearest to each frame, and the numbers of the frames near enough."""
+    labels = np.asarray(times, np.float64)
+    distance = np.abs(view.times[:, None] - labels[None])
+    spacing = max(_spacing(np.sort(labels)), _spacing(view.times))
+    return distance.argmin(1), np.flatnonzero(distance.min(1) <= spacing / 2 + 1e-3)
 
 
 def _spacing(times: np.ndarray) -> float:
@@ -251,11 +256,11 @@ def _fill_boxes(boxes: Sequence[Sequence[float]], size: int) -> np.ndarray:
     return (inside_y[:, :, None] & inside_x[:, None, :]).astype(np.uint8)
 
 
-# Box: the box that a user drew, an input.
+# Box: the box that a user drew, an input, and the frame that it was drawn on.
 
 
 def _box_blank(bucket: Bucket) -> Arrays:
-    return {"boxes": np.zeros(4, np.float32)}
+    return {"boxes": np.zeros(4, np.float32), "frame": np.zeros((), np.int32)}
 
 
 def _box_check(targets: Mapping[str, Any], markers: int, view: View, bucket: Bucket) -> None:
@@ -265,7 +270,35 @@ def _box_check(targets: Mapping[str, Any], markers: int, view: View, bucket: Buc
 
 
 def _box_fill(targets: Mapping[str, Any], occurrence: int, view: View, bucket: Bucket) -> Arrays:
-    return {"boxes": np.asarray(targets["input_box"], np.float32)}
+    """The box on the shown frame nearest to its time; on the first where it has none."""
+    time = targets.get("input_time")
+    frame = 0 if time is None else int(np.abs(view.times - time).argmin())
+    return _drawn(targets["input_box"], frame)
+
+
+def _drawn(box: Sequence[float], frame: int) -> Arrays:
+    return {"boxes": np.asarray(box, np.float32), "frame": np.asarray(frame, np.int32)}
+
+
+def _followed_fill(targets: Mapping[str, Any], occurrence: int, view: View,
+                   bucket: Bucket) -> Arrays:
+    """A box whose object is labelled over time, on a frame that shows the object.
+
+    As it was drawn, where that frame is shown (without a time, it is that of the first label);
+    else the label of the first shown frame that has one. Where no shown frame has any, the nearest.
+    """
+    times, boxes = np.asarray(targets["times"], np.float64), targets["boxes"]
+    time = targets.get("input_time")
+    if time is None:
+        time = next((t for t, box in zip(times, boxes, strict=True) if box is not None), times[0])
+    own = int(np.abs(times - time).argmin())
+    nearest, close = _nearest_labels(times, view)
+    shown = [int(nearest[f]) for f in close if boxes[nearest[f]] is not None]
+    if not shown:
+        return _box_fill(dict(targets) | {"input_time": time}, occurrence, view, bucket)
+    label = own if own in shown else shown[0]
+    frame = int(np.abs(view.times - times[label]).argmin())
+    return _drawn(targets["input_box"] if label == own else boxes[label], frame)
 
 
 _BUILT_IN: dict[str, SlotTarget] = {
@@ -274,6 +307,8 @@ _BUILT_IN: dict[str, SlotTarget] = {
     "mask": SlotTarget(_mask_blank, _mask_check, _mask_fill),
     "box": SlotTarget(_box_blank, _box_check, _box_fill),
 }
+# The box of a tracking example: its labels are of what is in the box.
+_FOLLOWED_BOX = SlotTarget(_box_blank, _box_check, _followed_fill)
 
 
 class _Targets(Mapping):
@@ -293,3 +328,8 @@ class _Targets(Mapping):
 
 
 TARGETS: Mapping[str, SlotTarget] = _Targets()
+
+
+def slot_target(slot: str, task: str) -> SlotTarget:
+    """The entry of TARGETS for a slot of an example of some task."""
+    return _FOLLOWED_BOX if (slot, task) == ("box", "tracking") else TARGETS[slot]

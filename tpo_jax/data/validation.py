@@ -29,17 +29,18 @@ ANSWER_MARKERS = {
     "mask": "<mask>",
     "tracking": "<mask>",
 }
-# Tasks whose questions may say <box>, a box that the user draws: targets.input_box.
+# Tasks whose questions may say <box>, a box that the user draws: targets.input_box, on the frame at
+# targets.input_time.
 BOX_TASKS = ("conversation", "temporal", "region", "mask", "tracking")
+DRAWN = ("input_box", "input_time")
 TARGET_KEYS = {
-    "conversation": frozenset({"input_box"}),
+    "conversation": frozenset(DRAWN),
     "temporal": frozenset(
-        {"windows", "saliency", "saliency_interval", "saliency_scores", "relevant_clip_ids",
-         "input_box"}
-    ),  # fmt: skip
-    "region": frozenset({"boxes", "times", "input_box"}),
-    "mask": frozenset({"times", "rles", "input_box"}),
-    "tracking": frozenset({"times", "boxes", "input_box", "rles"}),
+        {"windows", "saliency", "saliency_interval", "saliency_scores", "relevant_clip_ids", *DRAWN}
+    ),
+    "region": frozenset({"boxes", "times", *DRAWN}),
+    "mask": frozenset({"times", "rles", *DRAWN}),
+    "tracking": frozenset({"times", "boxes", "rles", *DRAWN}),
     "action": frozenset({"segments", "labels"}),
     "preference": None,  # evidence and provenance fields are the pair maker's
 }
@@ -61,7 +62,7 @@ def check_example(example: Example, duration: float = math.inf) -> Example:
     if known is not None:
         check_keys(example.targets, known, required=(), field="targets")
     targets = _CHECKS.get(example.task, _conversation)(example, example.targets, duration)
-    targets |= _input_box(example)
+    targets |= _input_box(example, duration)
     return dataclasses.replace(example, targets=targets)
 
 
@@ -302,8 +303,9 @@ def _need_one_marker(example: Example) -> None:
         )
 
 
-def _input_box(example: Example) -> dict[str, Any]:
-    """{"input_box": checked} where a question says <box>, else {}."""
+def _input_box(example: Example, duration: float) -> dict[str, Any]:
+    """{"input_box": checked}, with its "input_time" if it has one, where a question says <box>;
+    else {}."""
     marks, given = _count(example, "<box>", "question"), "input_box" in example.targets
     if marks != given:
         raise Invalid(
@@ -312,9 +314,20 @@ def _input_box(example: Example) -> dict[str, Any]:
             f"<box> stands {marks} times in the questions for {int(given)} targets.input_box",
             "write <box> once where a question means targets.input_box",
         )
+    time = example.targets.get("input_time")
+    if not given and time is not None:
+        raise Invalid(
+            "targets.input_time", time, "there is no targets.input_box that it belongs to",
+            "add the box, or remove the time",
+        )  # fmt: skip
     if not given:
         return {}
-    return {"input_box": check_box("targets.input_box", example.targets["input_box"])}
+    drawn: dict[str, Any] = {
+        "input_box": check_box("targets.input_box", example.targets["input_box"])
+    }
+    if time is not None:
+        drawn["input_time"] = check_time("targets.input_time", time, duration)
+    return drawn
 
 
 def _same_length(targets: Mapping[str, Any], *keys: str) -> None:
@@ -360,7 +373,7 @@ def _temporal(example: Example, targets: Mapping[str, Any], duration: float):
 
 
 def _region(example: Example, targets: Mapping[str, Any], duration: float):
-    check_keys(targets, ("input_box",), ("boxes", "times"), "targets")
+    check_keys(targets, DRAWN, ("boxes", "times"), "targets")
     _same_length(targets, "boxes", "times")
     markers = _count(example, "<region>")
     if markers != len(targets["boxes"]):
@@ -389,12 +402,12 @@ def _check_masks(example: Example, targets: Mapping[str, Any], duration: float):
 
 
 def _mask(example: Example, targets: Mapping[str, Any], duration: float):
-    check_keys(targets, ("input_box",), ("times", "rles"), "targets")
+    check_keys(targets, DRAWN, ("times", "rles"), "targets")
     return _check_masks(example, targets, duration)
 
 
 def _tracking(example: Example, targets: Mapping[str, Any], duration: float):
-    check_keys(targets, ("rles",), ("times", "boxes", "input_box"), "targets")
+    check_keys(targets, ("rles", *DRAWN), ("times", "boxes", "input_box"), "targets")
     _need_one_marker(example)
     _same_length(targets, "times", "boxes")
     if _count(example, "<box>", "question") != 1:

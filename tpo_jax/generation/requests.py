@@ -22,7 +22,7 @@ from tpo_jax.models.config import ClipFeaturesConfig
 
 LONG_SIDE = 512  # pixels; larger frames are read at this size
 OVERSAMPLING = 4  # frames read per frame shown, so that sampling finds the right times
-KEYS = ("video", "prompt", "id", "box", "time", "start", "end")
+KEYS = ("video", "prompt", "id", "box", "box_time", "time", "start", "end")
 
 
 class RequestError(ValueError):
@@ -38,6 +38,7 @@ class Request:
       video: video or image file.
       prompt: question; "<box>" in it stands for `box`.
       box: normalised [x1, y1, x2, y2], or None.
+      box_time: seconds of the frame that `box` is drawn on; None: the first that is shown.
       time: seconds of the frame that a box in the answer is for, or None.
       start, end: part of the video in seconds; end None is its end.
     """
@@ -46,6 +47,7 @@ class Request:
     video: pathlib.Path
     prompt: str
     box: tuple[float, ...] | None = None
+    box_time: float | None = None
     time: float | None = None
     start: float = 0.0
     end: float | None = None
@@ -76,7 +78,12 @@ class Clip:
         scale = min(1.0, LONG_SIDE / max(probe.height, probe.width))
         size = (round(probe.height * scale), round(probe.width * scale))
         end = request.end if request.end is not None else float("inf")
-        length = min(end, probe.duration) - request.start
+        last = min(end, probe.duration)
+        if probe.duration and not request.start <= (request.box_time or request.start) <= last:
+            raise RequestError(
+                f"box_time: {request.box_time}, expected seconds of the clip, from "
+                f"{request.start:g} to {last:g}: the frame that the box is drawn on")
+        length = last - request.start
         fps = OVERSAMPLING * frames / length if probe.duration and length > 0 else None
         read = video.read_video(request.video, fps, request.start, end, size)
         clip = cls(request.video, probe, read)
@@ -141,7 +148,7 @@ def make_request(where: str, entry: dict[str, Any], folder: epath.PathLike) -> R
     if not re.fullmatch(r"[\w.-]+", entry["id"]):
         raise RequestError(f"{where}: id: {entry['id']!r}, expected letters, digits and '_.-': it "
                            "names a file")
-    for key in ("time", "start", "end"):
+    for key in ("time", "box_time", "start", "end"):
         value = entry.get(key)
         if value is not None and (not isinstance(value, int | float) or not 0 <= value < 1e9):
             raise RequestError(f"{where}: {key}: {value!r}, expected seconds, 0 or more")
@@ -152,6 +159,9 @@ def make_request(where: str, entry: dict[str, Any], folder: epath.PathLike) -> R
         if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
             raise RequestError(f"{where}: box: {entry['box']!r}, expected normalised x1, y1, x2, "
                                "y2 with 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1")
+    if box is None and entry.get("box_time") is not None:
+        raise RequestError(f"{where}: box_time: {entry['box_time']!r} without a box; give the box "
+                           "that is drawn then, or remove it")
     marks = entry["prompt"].count("<box>")
     if marks != (box is not None):
         raise RequestError(
@@ -161,8 +171,8 @@ def make_request(where: str, entry: dict[str, Any], folder: epath.PathLike) -> R
     if is_remote(file) or is_remote(entry["video"]):
         raise RequestError(f"{where}: video: {entry['video']!r}, expected a local file; copy it "
                            "here, or mount the bucket")
-    return Request(entry["id"], pathlib.Path(file), entry["prompt"], box, entry.get("time"),
-                   float(entry.get("start") or 0.0), entry.get("end"))
+    return Request(entry["id"], pathlib.Path(file), entry["prompt"], box, entry.get("box_time"),
+                   entry.get("time"), float(entry.get("start") or 0.0), entry.get("end"))
 
 
 def prompt_length(codec: TextCodec, requests: Sequence[Request]) -> int:

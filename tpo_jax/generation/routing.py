@@ -90,8 +90,7 @@ class Router:
         if texts:
             more |= model.texts(texts, {"branch": branch})
         if box is not None:
-            drawn = model.drawn_boxes({"slots": {"box": box}}, {"branch": branch})
-            more |= dict(zip(("boxes", "box_valid"), drawn, strict=True))
+            more |= model.drawn_boxes({"slots": {"box": box}}, {"branch": branch})
         return model.run_head(name, states, features, frames, frame_valid, frame, **more)
 
     def route(self, params: Any, context: Context, batch: Arrays, generation: Generation,

@@ -18,7 +18,7 @@ from tpo_jax.models.video_language import FunctionalModel
 
 QUESTION = "what happens here?"
 SECONDS_APART = 0.7
-BOX = (0.2, 0.3, 0.6, 0.7)  # that the user draws for a head that tracks
+BOX = (0.2, 0.3, 0.6, 0.7)  # that the user draws for a head that tracks, on the last frame
 
 
 def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> dict[str, float]:
@@ -52,7 +52,7 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
         logits = other.language.lm_head(theirs)
         differences[f"logits/{name or 'hidden'}"] = _difference(ours["logits"], logits)
         if head:
-            more = {"box": BOX} if head.task == "mask" else {}
+            more = {"box": BOX, "box_frame": shape[1] - 1} if head.task == "mask" else {}
             if head.reads_clip_features and "clip_features" in given:
                 more["clip_features"] = runtime.torch.from_numpy(given["clip_features"])
             if head.reads_prompt:
@@ -123,7 +123,8 @@ def _forward(
         out = {"patches": encoded.features.patches, "visual": encoded.visual, "hidden": hidden,
                "logits": hidden @ module.language.table.T}  # fmt: skip
         if head:
-            more = {"boxes": jnp.array([[BOX]]), "box_valid": jnp.ones((1, 1), bool)}
+            more = {"boxes": jnp.array([[BOX]]), "box_valid": jnp.ones((1, 1), bool),
+                    "box_frame": jnp.full((1, 1), frames.shape[1] - 1)}  # fmt: skip
             if HEADS[head].reads_clip_features:
                 more["clip_features"] = given.get("clip_features")
             if HEADS[head].reads_prompt:

@@ -221,13 +221,16 @@ class VideoLanguageModel(nnx.Module):
 
     def drawn_boxes(
         self, batch: Mapping[str, Any], slots: Mapping[str, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        """The user's box in each slot's branch: float32[B, S, 4] and whether there is one."""
+    ) -> dict[str, jax.Array]:
+        """Entries of `HeadInputs` about the user's box in the branch of each slot."""
         box = batch["slots"]["box"]
         same = box["valid"][:, None] & (box["branch"][:, None] == slots["branch"][..., None])
         first = jnp.argmax(same, axis=-1)
-        boxes = jnp.take_along_axis(box["boxes"], first[..., None], axis=1)
-        return boxes, jnp.any(same, axis=-1)
+        return {
+            "boxes": jnp.take_along_axis(box["boxes"], first[..., None], axis=1),
+            "box_valid": jnp.any(same, axis=-1),
+            "box_frame": jnp.take_along_axis(box["frame"], first, axis=1),
+        }
 
     def run_heads(
         self, outputs: Outputs, batch: Mapping[str, Any], *, for_losses: bool = True
@@ -256,7 +259,7 @@ class VideoLanguageModel(nnx.Module):
             if head(name).reads_clip_features:
                 more["clip_features"] = batch.get("clip_features")
             if "box" in batch["slots"]:
-                more["boxes"], more["box_valid"] = self.drawn_boxes(batch, slots)
+                more |= self.drawn_boxes(batch, slots)
             if for_losses:
                 more |= {"targets": slots, "video_ids": batch.get("video_ids")}
             predictions[name] = self.run_head(
@@ -284,6 +287,7 @@ class VideoLanguageModel(nnx.Module):
         prompt_valid: jax.Array | None = None,
         boxes: jax.Array | None = None,
         box_valid: jax.Array | None = None,
+        box_frame: jax.Array | None = None,
         clip_features: jax.Array | None = None,
         targets: Mapping[str, jax.Array] | None = None,
         video_ids: jax.Array | None = None,
@@ -296,8 +300,8 @@ class VideoLanguageModel(nnx.Module):
           frames: uint8[B, F, H, W, 3]; frame_valid: bool[B, F].
           frame: int32[B, S], frame asked about; None is the first.
           tokens: of `tokenise`; None computes them, where the head reads them.
-          prompt, prompt_embeds, prompt_valid, boxes, box_valid, clip_features, targets,
-            video_ids: see `HeadInputs`.
+          prompt, prompt_embeds, prompt_valid, boxes, box_valid, box_frame, clip_features,
+            targets, video_ids: see `HeadInputs`.
         """
         if frame is None:
             frame = jnp.zeros(slot_states.shape[:2], jnp.int32)
@@ -310,7 +314,7 @@ class VideoLanguageModel(nnx.Module):
         inputs = HeadInputs(
             slot_states.astype(jnp.float32), as_float32(features), normalise(frames), frame_valid,
             frame, tokens, prompt, prompt_embeds, prompt_valid, boxes, box_valid,
-            clip_features, targets, video_ids,
+            box_frame, clip_features, targets, video_ids,
         )  # fmt: skip
         return self.heads[name](inputs)
 

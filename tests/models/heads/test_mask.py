@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpo_jax.models.heads import ClipInfo
+from tpo_jax.models.heads import ClipInfo, HeadInputs
 from tpo_jax.models.heads.mask import (
+    MaskHead,
     area_weights,
     bilinear_weights,
     decode,
@@ -11,6 +12,8 @@ from tpo_jax.models.heads.mask import (
     mask_extent,
     resize_grid,
 )
+from tpo_jax.models.layers import Rngs
+from tpo_jax.models.presets import micro
 
 
 def _targets():
@@ -85,3 +88,20 @@ def test_area_weights_are_the_share_that_a_cell_covers():
     np.testing.assert_allclose(area_weights(4, 2), [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
     np.testing.assert_allclose(area_weights(3, 2), [[2 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3]])
     np.testing.assert_allclose(area_weights(2, 4), [[1, 0], [1, 0], [0, 1], [0, 1]])
+
+
+def test_an_object_that_comes_late_is_looked_up_on_the_frame_of_its_box():
+    """The tokens in the box on that frame, and no others; nothing where there is no box."""
+    head = MaskHead(micro(("mask",)), rngs=Rngs(0))
+    grid, width = head.stem_grid, head.box_proj.kernel[...].shape[0]
+    tokens = np.random.default_rng(0).normal(size=(1, 4, grid * grid, width)).astype(np.float32)
+    box = np.array([0.0, 0.0, 1.0 / grid, 2.0 / grid], np.float32)  # two cells of the first column
+    inputs = HeadInputs(
+        None, None, None, None, None, tokens=tokens, boxes=np.broadcast_to(box, (1, 3, 4)),
+        box_valid=np.array([[True, True, False]]), box_frame=np.array([[2, 0, 2]]),
+    )  # fmt: skip
+    found = np.asarray(head._drawn(inputs))[0]
+    for slot, frame in ((0, 2), (1, 0)):
+        seen = tokens[0, frame, [0, grid]].mean(0)
+        np.testing.assert_allclose(found[slot], head.box_proj(seen), atol=1e-5)
+    assert not found[2].any()

@@ -129,7 +129,7 @@ def test_trains_on_moving_shapes():
 def test_a_drawn_box_takes_the_place_of_the_slot_and_fillings_are_not_read():
     whole = dataclasses.replace(
         _inputs(), targets=None, boxes=np.full((B, S, 4), [0.2, 0.1, 0.7, 0.6], np.float32),
-        box_valid=np.array([[True, False], [True, True]]),
+        box_valid=np.array([[True, False], [True, True]]), box_frame=np.zeros((B, S), np.int32),
     )  # fmt: skip
     found = _predict()(_start(), whole)
     assert found["masks"].shape == (B, S, F, CONFIG.mask_size, CONFIG.mask_size)
@@ -144,6 +144,23 @@ def test_a_drawn_box_takes_the_place_of_the_slot_and_fillings_are_not_read():
     shown = np.broadcast_to(whole.frame_valid[:, None], (B, S, F))
     for name in ("masks", "presence"):
         np.testing.assert_allclose(padded[name][shown], found[name][shown], atol=1e-4)
+
+
+@pytest.mark.long
+def test_a_box_prompts_the_frame_that_it_is_drawn_on():
+    """That frame is read without a memory, so what came before, without the object, is nothing to
+    it; drawn on the first frame, the box leaves its mark on all that follow."""
+    inputs = dataclasses.replace(
+        _inputs(), targets=None, boxes=np.full((B, S, 4), [0.2, 0.1, 0.7, 0.6], np.float32),
+        box_valid=np.ones((B, S), bool), box_frame=np.array([[2, 0], [2, 0]], np.int32),
+    )  # fmt: skip
+    found = _predict()(_start(), inputs)["masks"]
+    frames = np.array(inputs.frames)
+    frames[:, 0] = -0.5
+    changed = _predict()(_start(), dataclasses.replace(inputs, frames=frames))["masks"]
+    np.testing.assert_allclose(changed[:, 0, 2], found[:, 0, 2], atol=1e-5)
+    assert np.abs(changed[:, 0, 0] - found[:, 0, 0]).max() > 1e-3
+    assert np.abs(changed[:, 1, 2] - found[:, 1, 2]).max() > 1e-3
 
 
 @pytest.mark.long

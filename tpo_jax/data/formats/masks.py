@@ -67,7 +67,8 @@ def box(rle: RLE | None) -> list[float] | None:
 
 
 def tracking_targets(times: Sequence[float], rles: Sequence[RLE | None]) -> dict[str, Any]:
-    """Targets of a tracking example; the user's box is that of the first frame with the object."""
+    """Targets of a tracking example; the user's box is that of the first frame with the object,
+    which `data.targets` looks up among the boxes."""
     boxes = [box(rle) for rle in rles]
     if not any(boxes):
         raise Invalid("masks", None, "the object is in no frame", "remove it")

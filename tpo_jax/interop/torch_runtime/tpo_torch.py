@@ -455,8 +455,8 @@ class VideoLanguageModel:
             anchors = torch.sigmoid(relu_mlp(w.at("refine"), x) + start)
         return torch.stack(logits, 1), torch.stack(spans, 1)
 
-    def mask(self, slot_states, features, prompt, embeds, box=None):
-        """As `region`, and a box (x1, y1, x2, y2) that the user drew on the first frame -> logits
+    def mask(self, slot_states, features, prompt, embeds, box=None, box_frame=0):
+        """As `region`, and a box (x1, y1, x2, y2) that the user drew on one frame -> logits
         {"masks" [1, S, F, m, m], "cells" [1, S, F, h, h], "presence" [1, S, F]}."""
         w = self.weights.at("heads").at("mask")
         pixels, tokens = features["pixels"], self._frame_tokens(features)
@@ -464,7 +464,7 @@ class VideoLanguageModel:
         x = self._slot_query(w.at("slot_query"), slot_states, prompt, embeds)
         if box is not None:
             shares = cells_inside(torch.tensor(box), math.isqrt(tokens.shape[2]))
-            x = x + linear(w.at("box_proj"), shares @ tokens[:, 0])
+            x = x + linear(w.at("box_proj"), shares @ tokens[:, box_frame])
         tokens = tokens.flatten(0, 1)
         x = x[:, :, None] + self._time(w, frames)
         searches, mixers = w.at("searches"), w.at("mixers")

@@ -53,8 +53,9 @@ class HeadInputs:
     Only for heads with `reads_clip_features`, of a model whose config has clip_features:
     clip_features: float32[B, F, D], of the part of the clip that frame f stands for.
 
-    Only where the batch has boxes that the user draws on the first frame:
-    boxes: float32[B, S, 4], normalised xyxy, of the slot's question; box_valid: bool[B, S].
+    Only where the batch has boxes that the user draws:
+    boxes: float32[B, S, 4], normalised xyxy, of the slot's question; box_valid: bool[B, S];
+    box_frame: int32[B, S], the frame that each is drawn on.
 
     Only when a loss follows, so that a head can compute what nothing but its loss needs:
     targets: the slots' arrays of the batch, "valid" bool[B, S] among them.
@@ -72,6 +73,7 @@ class HeadInputs:
     prompt_valid: jax.Array | None = None
     boxes: jax.Array | None = None
     box_valid: jax.Array | None = None
+    box_frame: jax.Array | None = None
     clip_features: jax.Array | None = None
     targets: Mapping[str, jax.Array] | None = None
     video_ids: jax.Array | None = None

@@ -5,8 +5,8 @@ what it found and looks again, and becomes one query a frame. Mask logits are th
 every cell of the frame, up-sampled, plus its dot products with finer pixel embeddings (as in
 MaskFormer, Cheng et al. 2021, 2107.06278). The matches are also labelled as a distribution over
 cells, as in the region head: that says *which* thing is meant long before its outline is any good.
-Tracking is the same head with a box as the question: the tokens in the box on the first frame say
-what to look for. Boxes are the extents of the masks.
+Tracking is the same head with a box as the question: the tokens in the box, on the frame that it is
+drawn on, say what to look for. Boxes are the extents of the masks.
 """
 
 from __future__ import annotations
@@ -98,9 +98,13 @@ class MaskHead(nnx.Module):
         }
 
     def _drawn(self, inputs: HeadInputs) -> jax.Array:
-        """float32[B, S, C]: what stands in the user's box on the first frame, 0 without a box."""
+        """float32[B, S, C]: what stands in the user's box on its frame, 0 without a box."""
         shares = cells_inside(inputs.boxes, self.stem_grid, self.stem_grid)
-        found = jnp.einsum("bst,btc->bsc", shares, inputs.tokens[:, 0])
+        # All frames, the others with shares of zero: a gather would copy a frame per slot, and sum
+        # its gradient in another order.
+        there = jax.nn.one_hot(inputs.box_frame, inputs.tokens.shape[1])
+        shares = there[..., None] * shares[:, :, None]
+        found = jnp.einsum("bsft,bftc->bsc", shares, inputs.tokens)
         return jnp.where(inputs.box_valid[..., None], self.box_proj(found), 0.0)
 
     def _pixels(self, frames: jax.Array, tokens: jax.Array) -> jax.Array:

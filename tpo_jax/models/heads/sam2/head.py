@@ -3,7 +3,8 @@
 The adapter is that of Task Preference Optimization (2412.19326): two linear layers turn the slot
 state into the three tokens that a box would be. It is tried on every frame by itself; the frame
 where SAM 2 is surest that the object is there, and of its mask, becomes the prompted one, and the
-object is tracked from it in both directions. So it need not be there when the clip starts.
+object is tracked from it in both directions. So it need not be there when the clip starts. A drawn
+box prompts the frame that it is drawn on.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class Sam2Head(nnx.Module):
         start = best_frame(alone, inputs.frame_valid)
         if training:
             start = best_labelled_frame(inputs.targets, inputs.frame_valid, start)
-        if inputs.boxes is not None:  # drawn on the first frame
-            start = jnp.where(inputs.box_valid, 0, start)
+        if inputs.boxes is not None:
+            start = jnp.where(inputs.box_valid, inputs.box_frame, start)
         prompt = Prompt(prompted, start, jnp.ones(start.shape, bool))
         count = jnp.sum(inputs.frame_valid, axis=-1)
         tracked = track(self.network, read, prompt, F, count, keep=training)
