@@ -24,6 +24,7 @@ from tpo_jax.interop.huggingface import HuggingFaceError
 from tpo_jax.interop.mapping import MappingError
 from tpo_jax.interop.peft import AdapterError
 from tpo_jax.interop.tensors import TensorFileError
+from tpo_jax.models.heads.listed import load_listed
 
 _ERRORS = (
     export.ExportFolderError, folder.ModelFolderError, MappingError, HuggingFaceError,
@@ -75,6 +76,7 @@ def _check(flags: argparse.Namespace) -> int:
 
 
 def main() -> int:
+    load_listed()
     parser = argparse.ArgumentParser(
         prog="python -m tpo_jax.convert",
         description=__doc__,

@@ -40,6 +40,7 @@ from tpo_jax.generation.task_text import TEXT_TASKS
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ClipFeaturesConfig
 from tpo_jax.models.heads import heads_of
+from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 
 FLOOR_FRAMES = 32
@@ -252,6 +253,7 @@ def _count(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    load_listed()
     flags = parse(arguments)
     try:
         if flags.predictions:

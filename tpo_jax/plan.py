@@ -31,6 +31,7 @@ from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket, scheduled
 from tpo_jax.data.pipeline import read_buckets
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.parallel.collectives import Collective, read_collectives
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.topologies import GIB, parse_topology, prepare_environment, topology_devices
@@ -249,5 +250,6 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     prepare_environment()
+    load_listed()  # before the config file is read
     flags.mark_flag_as_required("config")
     app.run(main)

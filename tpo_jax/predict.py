@@ -54,6 +54,7 @@ from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import ClipInfo
+from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.models.video_language import FunctionalModel
 
 _TIME_IN_PROMPT = re.compile(r"\bat (\d+(?:\.\d+)?) s\b")
@@ -287,6 +288,7 @@ def open_features(folder: str, config: ModelConfig) -> FeatureStore | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
+    load_listed()
     flags = parse(arguments)
     out = epath.Path(flags.out)
     try:

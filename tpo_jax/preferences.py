@@ -40,6 +40,7 @@ from tpo_jax.generation.pipeline import command as pipeline
 from tpo_jax.generation.pipeline.model import OwnModel
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 
@@ -205,6 +206,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
+    load_listed()
     flags = parse(arguments)
     with Preemption() as preemption:
         try:

@@ -38,6 +38,7 @@ from tpo_jax.data.media import MediaFolder
 from tpo_jax.data.records import MEDIA, PreparedDataset, RecordError
 from tpo_jax.data.text import texts_of, train_tokenizer
 from tpo_jax.data.video import VideoError, media_kind
+from tpo_jax.models.heads.listed import load_listed
 
 RUN_EXAMPLES = """examples:
   # a data set that names its own annotations in dataset.json (as moving_shapes writes it)
@@ -78,6 +79,7 @@ FORMATS = "\nformats (docs/formats.md):\n" + "".join(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
+    load_listed()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["inspect"]:
         from tpo_jax.data import inspect  # draws with matplotlib; the others do not need it

@@ -42,6 +42,7 @@ from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.interop.folder import (
     save_model,
 )
+from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.parallel.distributed import initialize_distributed
 from tpo_jax.parallel.mesh import global_batch, make_mesh, reader_shard
 from tpo_jax.parallel.paths import flatten
@@ -471,6 +472,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    load_listed()  # before the config file is read
     flags.mark_flag_as_required("config")
     flags.register_multi_flags_validator(
         ["workdir", "dry_run"],

@@ -30,6 +30,7 @@ from tpo_jax.data.text import TextCodec
 from tpo_jax.data.text_features import RowTexts
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import HEADS, heads_of
+from tpo_jax.models.heads.listed import load_listed
 
 Batch = dict[str, Any]
 
@@ -315,6 +316,7 @@ _installed: list[Pipeline] = []  # the pipeline of a worker process
 
 
 def _install(pipeline: Pipeline) -> None:
+    load_listed()
     _installed[:] = [pipeline]
 
 

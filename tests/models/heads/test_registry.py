@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import pathlib
 import re
 import sys
@@ -12,6 +13,7 @@ import pytest
 from fake_batches import train_config
 from micro_model import MemoryDataset
 
+from tpo_jax import prepare
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pipeline import Pipeline, Source
 from tpo_jax.data.records import Example, Turn
@@ -102,6 +104,35 @@ def test_every_room_knows_it(count_head, codec):
                           "pairs": ""}]  # fmt: skip
     config.buckets = {"video": bucket_config(**SHAPES)}
     validate(config)
+
+
+def test_the_environment_lists_it_for_commands_that_import_no_config(
+    count_head, tmp_path, monkeypatch, capsys
+):
+    turn = {"question": "How often does it blink?", "answer": "It blinks <count> times."}
+    lines = tmp_path / "counts.jsonl"
+    lines.write_text(json.dumps(
+        {"video": "a.mp4", "task": "count", "turns": [turn], "targets": {"count": 3}}))  # fmt: skip
+    command = ["check", "--format=native", f"--annotations={lines}"]
+    (tmp_path / "empty_module.py").write_text("")
+    (tmp_path / "broken_module.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(str(pathlib.Path(count_head.__file__).parent))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(HEADS, "count")
+    monkeypatch.delitem(sys.modules, "count_head")
+    assert prepare.main(command) == 1
+    assert "task: 'count': expected one of conversation" in capsys.readouterr().out
+    monkeypatch.setenv("TPO_JAX_HEADS", " count_head, ")
+    assert prepare.main(command) == 0 and prepare.main(command) == 0
+    assert "1 valid examples, 0 problems" in capsys.readouterr().out
+    for name, reason in (
+        ("count_hed", "'count_hed': there is no such module; .*PYTHONPATH"),
+        ("empty_module", "'empty_module': it registers no head; call .*register"),
+        ("broken_module", "'broken_module': it imports 'no_such_package'"),
+    ):
+        monkeypatch.setenv("TPO_JAX_HEADS", f"count_head,{name}")
+        with pytest.raises(SystemExit, match=f"^error: TPO_JAX_HEADS: {reason}"):
+            prepare.main(command)
 
 
 def test_what_is_taken_or_missing_is_refused(count_head):

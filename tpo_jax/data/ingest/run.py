@@ -21,6 +21,7 @@ from tpo_jax.data.clip_features import FeatureStore
 from tpo_jax.data.ingest.assemble import assemble
 from tpo_jax.data.ingest.plan import Piece, Plan, PrepareError, Settings, Source, make_plan
 from tpo_jax.data.ingest.work import do_piece
+from tpo_jax.models.heads.listed import load_listed
 
 
 def prepare(
@@ -110,7 +111,7 @@ def _results(
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
-        processes, context, initializer=_end_with_parent
+        processes, context, initializer=_start_worker
     ) as pool:
         futures = {
             pool.submit(do_piece, piece, plan.settings, parts, plan.features): piece
@@ -129,8 +130,9 @@ def _results(
             raise
 
 
-def _end_with_parent() -> None:
+def _start_worker() -> None:
     """A worker of a killed run would wait for work for ever; it ends as soon as its parent does."""
+    load_listed()
     parent = multiprocessing.parent_process()
 
     def watch():
