@@ -1,12 +1,15 @@
 """What every reader does with damaged files: a problem that names the field, never a crash."""
 
+import configparser
 import copy
+import csv
 import json
 import pathlib
 import re
 import shutil
 
 import pytest
+import yaml
 from format_samples import FILES, SAMPLES, read
 from media_samples import write_published_media
 
@@ -193,9 +196,25 @@ def test_any_value_anywhere_is_read_or_reported(name, file, values, folder, tmp_
             assert problems_of(data), f"an unknown key at {where} is not reported"
 
 
+def documents(path):
+    """What a sample says, as JSON would: rows of a CSV and sections of an INI file are objects."""
+    text = path.read_text("utf-8")
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines()]
+    if path.suffix == ".csv":
+        return list(csv.DictReader(text.splitlines()))
+    if path.suffix == ".ini":
+        parser = configparser.ConfigParser()
+        parser.read_string(text)
+        return [dict(parser[section]) for section in parser.sections()]
+    return [yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)]
+
+
 def test_every_key_of_every_sample_is_documented():
-    """docs/formats.md names each format, and in backticks each key of its sample."""
+    """docs/formats.md names each format, and in backticks each key of its samples; those of the
+    native one are in docs/own_data.md."""
     page = (DOCS / "formats.md").read_text("utf-8")
+    assert "from memory" not in page
     rows = {}
     for line in page.splitlines():
         if match := re.match(r"\| `(\w+)` \|", line):
@@ -203,18 +222,24 @@ def test_every_key_of_every_sample_is_documented():
     assert set(rows) == set(formats.FORMATS) == set(FILES)
     # Of each sample, keys that are names (of videos, of queries, ...) are not fields.
     maps = {"clip_a", "clip_b", "clip_a.avi", "clip_a.mp4", "clip_b.mp4", "fifth", "Tie a bow"}
-    for name, file in [*JSON_SAMPLES, ("refcoco_shikra", "refcoco_shikra.jsonl")]:
-        text = (SAMPLES / file).read_text()
-        documents = map(json.loads, text.splitlines() if file.endswith("l") else [text])
+    rows["native"] += (DOCS / "own_data.md").read_text("utf-8").replace('"', "`")
+    kinds = (".json", ".jsonl", ".yaml", ".csv", ".ini")
+    read = set()
+    for path in (path for path in SAMPLES.rglob("*") if path.suffix in kinds):
+        top = path.relative_to(SAMPLES).parts[0].split(".")[0]
+        name = max((name for name in formats.FORMATS if top.startswith(name)), key=len)
         keys = {
             key
-            for data in documents
-            for where, _ in [((), data), *nodes(data)]
+            for where, _ in nodes(documents(path))
             for key in where
             if isinstance(key, str) and not key.isdigit() and key not in maps
         }
-        missing = {key for key in keys if f"`{key}`" not in rows[name.replace("_release", "")]}
+        missing = {key for key in keys if f"`{key}`" not in rows[name]}
         assert not missing, f"docs/formats.md: the row of {name} lacks {sorted(missing)}"
+        read |= {(name, path.suffix)} if keys else set()
+    assert {suffix for _, suffix in read} == set(kinds)
+    without = {"charades_sta", "davis", "lasot"}  # lines of text, and masks
+    assert {name for name, _ in read} == set(formats.FORMATS) - without
 
 
 def test_the_page_shows_a_reader_that_works(folder, tmp_path, monkeypatch):

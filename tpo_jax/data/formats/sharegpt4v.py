@@ -1,6 +1,6 @@
 """ShareGPT4V: LLaVA's JSON list about images only, `id` and `image` always there.
 
-[{"id", "image", "conversations": [{"from", "value"}], "model"?}]. The mixture for instruction
+[{"id", "image", "conversations": [{"from", "value"}]}]. The mixture for instruction
 tuning (sharegpt4v_mix665k_...) also holds text alone, which is reported.
 """
 
@@ -19,7 +19,7 @@ def records(context: Context) -> Iterator[Record]:
 
 
 def parse(record: Any, label: str, context: Context) -> list[Example]:
-    context.keys(record, ("id", "conversations"), ("image", "model"))
+    context.keys(record, ("id", "conversations"), ("image",))
     name, media = llava.find_media(record, context)
     rounds = llava.rounds(record["conversations"], context)
     # One round that asks for a description is a caption; with more it is a conversation.
