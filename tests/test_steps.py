@@ -31,6 +31,23 @@ def test_a_step_is_journalled_and_not_run_twice(tmp_path, capfd):
     assert again.seconds == {"greet": round(record["seconds"], 1)}
 
 
+@pytest.mark.parametrize("ask", ["run", "beside"])
+def test_a_step_that_another_command_finished_is_refused(tmp_path, ask):
+    """As with `make demo` in the folder of another seed: its figures would pass for this one's."""
+    Steps(tmp_path).run("greet", *HELLO)
+    again = Steps(tmp_path)
+    with pytest.raises(StepFailed) as failure:
+        getattr(again, ask)("greet", "timeit", "-n1", "-r1", "print('moin')")
+    assert failure.value.status == 2
+    assert str(failure.value) == (
+        f"[greet] was done in {tmp_path} by another command\n"
+        """  done:      python -m timeit -n1 -r1 'print('"'"'hello'"'"')'\n"""
+        """  asked for: python -m timeit -n1 -r1 'print('"'"'moin'"'"')'\n"""
+        f"Give another --out, or remove the folder {tmp_path}"
+    )
+    assert len(journal(tmp_path)) == 1
+
+
 def test_what_ran_side_by_side_counts_once(tmp_path):
     steps = Steps(tmp_path)
     times = {"a": (100.0, 10.0), "beside": (102.0, 20.0), "inside": (103.0, 2.0), "b": (200.0, 5.0)}
