@@ -94,9 +94,13 @@ class Steps:
         for future in self._waiting:
             future.result()
 
+    def stop_on_sigterm(self) -> None:
+        """SIGTERM to this process reaches its commands: left running, they would meet those of the
+        next call. For the main thread."""
+        signal.signal(signal.SIGTERM, lambda *_: self.stop())
+
     def stop(self) -> None:
-        """Tells running commands to stop; they and later ones fail. For a handler of SIGTERM:
-        commands that were left running would meet those of the next call."""
+        """Tells running commands to stop; they and later ones fail."""
         self._stopped = True
         for pid in tuple(self._running):
             with contextlib.suppress(ProcessLookupError):
@@ -138,6 +142,8 @@ class Steps:
             if log:  # before it has started a thread: they inherit it
                 os.setpriority(os.PRIO_PROCESS, process.pid, BESIDE_PRIORITY)
             self._running.add(process.pid)
+            if self._stopped:  # while it was started
+                os.kill(process.pid, signal.SIGTERM)
             # Of this command alone, with its own processes; several may be running.
             _, status, usage = os.wait4(process.pid, 0)
             self._running.discard(process.pid)

@@ -3,12 +3,16 @@
 import concurrent.futures
 import json
 import signal
+import sys
 import threading
 import time
 
 import pytest
 
+from experiments import base, demo
 from experiments.steps import StepFailed, Steps
+from experiments.temporal_preference import __main__ as studies
+from experiments.temporal_preference import runs
 
 # A module of the standard library whose command line writes what it is told to.
 HELLO = ("timeit", "-n1", "-r1", "print('hello')")
@@ -121,3 +125,31 @@ def test_told_to_stop_it_waits_for_its_commands_and_starts_no_more(tmp_path):
     with pytest.raises(StepFailed, match="status 75"):
         steps.run("greet", *HELLO)
     assert not steps.done
+
+
+@pytest.mark.parametrize(
+    ("command", "first", "arguments"),
+    [(demo, "run", ()), (base, "render", ()), (studies, "run", ("size",))],
+)
+def test_sigterm_to_a_command_reaches_its_step(tmp_path, monkeypatch, command, first, arguments):
+    # It tells its parent to stop, then waits to be told so itself; if nobody does, for 20 s.
+    step = (
+        "import os, signal; signal.alarm(20); os.kill(os.getppid(), signal.SIGTERM); signal.pause()"
+    )
+    told = []
+    before = signal.signal(signal.SIGTERM, lambda *_: told.append("nobody stops the steps"))
+
+    def run(steps, *_):
+        steps = steps.steps if isinstance(steps, runs.Runs) else steps
+        steps.run("greet", *HELLO)
+        steps.run("pause", "timeit", "-n1", "-r1", step)
+
+    monkeypatch.setattr(command, first, run)
+    monkeypatch.setattr(sys, "argv", ["command", *arguments, "--out", str(tmp_path)])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not told and ended.value.code == -signal.SIGTERM
+    assert [record["step"] for record in journal(tmp_path)] == ["greet"]
