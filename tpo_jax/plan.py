@@ -1,7 +1,10 @@
 """Compiles a run for a TPU topology without a TPU: does it fit, and what does it cost?
 
-    python -m tpo_jax.plan --config=configs/demo.py:stage=3 --topology=v5e:2x4
-    python -m tpo_jax.plan --config=configs/demo.py:stage=3 --topology=v4:2x2x2 --config.mesh.fsdp=8
+    python -m tpo_jax.plan --config=configs/demo.py:stage=1 --topology=v5e:2x4
+    python -m tpo_jax.plan --config=configs/demo.py:stage=1 --topology=v4:2x2x2 --config.mesh.fsdp=8
+    python -m tpo_jax.plan --config=runs/stage2/config.json --topology=v5e:2x4
+
+The folder in init_from must be there: stages 2 and 3 are planned after the one before has run.
 
 What is compiled is what `python -m tpo_jax.train` runs: the update, and the gradient of every
 bucket of the config. Prints for each: memory of one chip against its HBM, and collectives in the
