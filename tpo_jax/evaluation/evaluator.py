@@ -113,7 +113,7 @@ class Evaluator:
         self._router = Router(self.model, codec)
 
     def questions(self, dataset: PreparedDataset) -> None:
-        """Multiple choice by option likelihood: qa/accuracy and qa/accuracy/<kind>."""
+        """Multiple choice by option likelihood: see `qa.scores`."""
         for media in _media(dataset):
             turns = [
                 (turn, render_options(turn.question, turn.options), option)
@@ -231,11 +231,10 @@ class Evaluator:
             logps = np.array([value for _, value in group])
             correct = next(i for i, (option, _) in enumerate(group) if option.correct)
             value = qa.option_correct(logps, correct)
-            kind = group[0][0].kind
             item = f"{example_id}/{turn}"
-            scores = {"qa/accuracy": value, f"qa/accuracy/{kind}": value}
-            self.results.table.add(item, plan.video_id, scores)
             example = next(b.example for b in plan.branches if b.example.example_id == example_id)
+            scores = qa.scores(value, group[0][0].kind, example.media)
+            self.results.table.add(item, plan.video_id, scores)
             self.results.samples.append(
                 _sample("qa", item, plan, example, turn, scores)
                 | {"option_logps": logps.round(4).tolist(), "chosen": int(np.argmax(logps))}
