@@ -5,7 +5,7 @@ python -m tpo_jax.prepare run --config configs/prepare.py:world/train --out prep
 python -m tpo_jax.prepare check --format qvhighlights --annotations highlight_train.jsonl
 python -m tpo_jax.prepare features --model runs/demo/stage1/model --data world/train --out features
 python -m tpo_jax.prepare tokenizer --data prepared/train --out prepared/tokenizer.json
-python -m tpo_jax.prepare inspect --help
+python -m tpo_jax.prepare inspect --config configs/demo.py:stage=1 --step 7 --out row.png
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 from etils import epath
@@ -36,8 +37,11 @@ from tpo_jax.data.ingest.sources import check_config, from_config, from_manifest
 from tpo_jax.data.ingest.upload import upload
 from tpo_jax.data.media import MediaFolder
 from tpo_jax.data.records import MEDIA, PreparedDataset, RecordError
-from tpo_jax.data.text import texts_of, train_tokenizer
+from tpo_jax.data.text import TextCodec, texts_of, train_tokenizer
 from tpo_jax.data.video import VideoError, media_kind
+
+if TYPE_CHECKING:  # needs a second to import
+    from tpo_jax.data.pipeline import Pipeline
 
 RUN_EXAMPLES = """examples:
   # a data set that names its own annotations in dataset.json (as moving_shapes writes it)
@@ -70,7 +74,17 @@ CHECK_EXAMPLES = """examples:
 
 The exit status is 1 when a record is invalid.
 """
+INSPECT_EXAMPLES = """examples:
+  # rows of a prepared folder, before there is a model: a tokenizer is trained on its texts
+  python -m tpo_jax.prepare inspect --data prepared/train --out row.html
+  # a row of the batch that `train` is given at step 7; the last rows are those of a bucket beside
+  python -m tpo_jax.prepare inspect --config configs/demo.py:stage=1 --step 7 --row 2 --out row.png
+  # as it was changed on the command line, and of a run that is there
+  python -m tpo_jax.prepare inspect --config configs/demo.py:stage=1 --config.data.evidence=blind
+  python -m tpo_jax.prepare inspect --config runs/demo/dpo/config.json
+"""
 KNOWN = "one of the formats below"
+CONFIGURED = ("run", "features", "inspect")  # commands that read --config.KEY=VALUE
 FORMATS = "\nformats (docs/formats.md):\n" + "".join(
     f"  {form.name:22s}{form.description}\n" for form in formats.FORMATS.values()
 )
@@ -78,15 +92,10 @@ FORMATS = "\nformats (docs/formats.md):\n" + "".join(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["inspect"]:
-        from tpo_jax.data import inspect  # draws with matplotlib; the others do not need it
-
-        return inspect.main(arguments[1:]) or 0
     parser = _parser()
     options, config_arguments = parser.parse_known_args(arguments)
     stray = [a for a in config_arguments if not a.startswith("--config.")]
-    if stray or (config_arguments and options.command not in ("run", "features")):
+    if stray or (config_arguments and options.command not in CONFIGURED):
         parser.error(f"unrecognized arguments: {' '.join(stray or config_arguments)}")
     try:
         if options.command == "check":
@@ -95,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _tokenizer(options)
         if options.command == "features":
             return _features(options, config_arguments)
+        if options.command == "inspect":
+            return _inspect(options, config_arguments)
         return _run(options, config_arguments)
     except (PrepareError, RecordError, FeatureError, VideoError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -171,7 +182,33 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--data", type=epath.Path, required=True, help="a prepared folder")
     tokenizer.add_argument("--out", type=epath.Path, required=True, help="tokenizer.json")
     tokenizer.add_argument("--vocabulary", type=int, default=1000, help="most tokens (1000)")
-    commands.add_parser("inspect", help="draw one training row (see inspect --help)")
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="draw one training row",
+        epilog=INSPECT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    where = inspect.add_mutually_exclusive_group(required=True)
+    where.add_argument("--data", metavar="DIR", help="a prepared folder")
+    where.add_argument(
+        "--config", metavar="FILE", help="of training; --config.key=value changes it"
+    )
+    inspect.add_argument(
+        "--model",
+        metavar="DIR",
+        help="with --data: folder with tokenizer.json and template.json (default: trained on the "
+        "folder's texts)",
+    )
+    inspect.add_argument("--step", type=int, default=0, help="which batch (0)")
+    inspect.add_argument("--row", type=int, default=0, help="which row of the batch (0)")
+    inspect.add_argument(
+        "--out",
+        type=epath.Path,
+        default=epath.Path("row.html"),
+        help="file to write, .html or .png (row.html)",
+    )
     return parser
 
 
@@ -317,14 +354,55 @@ def _open_media(path: pathlib.Path) -> MediaFolder:
         raise PrepareError(str(error)) from error
 
 
-def _load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
-    file = pathlib.Path(path.split(":", 1)[0])
-    if not file.is_file():
+def _inspect(options: argparse.Namespace, config_arguments: Sequence[str]) -> int:
+    from tpo_jax.data import inspect  # draws with matplotlib; the others do not need it
+
+    if options.config:
+        if options.model:
+            raise PrepareError("--model: belongs to --data; a config names its own; leave it out")
+        pipeline, codec = _training_pipeline(options.config, config_arguments)
+    else:
+        pipeline, codec = inspect.pipeline_of_folder(options.data, options.model)
+    rows = pipeline.rows(options.step)
+    if not 0 <= options.row < len(rows):
+        raise PrepareError(
+            f"--row {options.row}: the batch of step {options.step} has {len(rows)} rows"
+        )
+    bucket, plan, row = rows[options.row]
+    files.write(options.out, inspect.render(row, codec, plan, options.out.suffix))
+    for line in inspect.wrap(inspect.describe_row(row, codec, plan)):
+        print("".join(span.text for span in line))
+    print(f"step {options.step}, bucket {bucket}, row {options.row}: {options.out}")
+    return 0
+
+
+def _training_pipeline(path: str, overrides: Sequence[str]) -> tuple[Pipeline, TextCodec]:
+    """What `train` would read at the start of a run with this config, on one host."""
+    from tpo_jax.data.pipeline import Pipeline  # and what follows: the others do not need it
+    from tpo_jax.training import config as training_config
+    from tpo_jax.training.config_flag import define_config
+    from tpo_jax.training.start import make_model_config, pipeline_options
+
+    config = _load_config(path, overrides, define_config)
+    training_config.validate(config)
+    model_config, codec = make_model_config(config)
+    sources = training_config.to_dict(config)["data"]["train"]
+    return Pipeline(sources, **pipeline_options(config, model_config, codec)), codec
+
+
+def _load_config(
+    path: str,
+    overrides: Sequence[str],
+    define: Callable[..., flags.FlagHolder] = config_flags.DEFINE_config_file,
+) -> ConfigDict:
+    file = epath.Path(path if path.endswith(".json") else path.split(":", 1)[0])
+    if not file.exists():
         raise PrepareError(f"--config: {file} does not exist; correct the path")
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    arguments = ["prepare", f"--config={path}", *overrides]
+    holder = define("config", flag_values=values, sys_argv=arguments)
     try:
-        values(["prepare", f"--config={path}", *overrides])
+        values(arguments)
     except (flags.Error, AttributeError) as error:  # an unknown or mistyped --config.KEY
         raise PrepareError(f"--config: {error}") from error
     return holder.value

@@ -59,11 +59,11 @@ from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.local_checkpoints import LocalCheckpoints
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 from tpo_jax.training.profiling import Profiler, device_memory
-from tpo_jax.training.program import Program, make_program, needs_contrast
-from tpo_jax.training.references import read_references, verify_references
+from tpo_jax.training.program import Program, make_program
+from tpo_jax.training.references import verify_references
 from tpo_jax.training.resume import check_same_run, find_start, read_checkpoint
 from tpo_jax.training.save_policy import Due, SavePolicy
-from tpo_jax.training.start import initial_params, make_model_config
+from tpo_jax.training.start import initial_params, make_model_config, pipeline_options
 from tpo_jax.training.step import weighted_total
 from tpo_jax.training.tasks import add_examples, example_scalars
 from tpo_jax.training.writers import (
@@ -75,7 +75,7 @@ from tpo_jax.training.writers import (
     Writers,
 )
 
-_CONFIG = define_config("config", "Config file, FILE.py[:ARG] or WORKDIR/config.json.")
+_CONFIG = define_config("config")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; local or gs://.")
 _DRY_RUN = define_dry_run("dry_run", "Only check; =compile adds the memory plan.")
 TOPOLOGY = flags.DEFINE_string("topology", "", "Of --dry_run, such as v5e:4x4; '': devices here.")
@@ -145,15 +145,7 @@ def train(
         ####################################################################### Data
         make_pipeline = functools.partial(
             Pipeline,
-            codec=codec,
-            model_config=model_config,
-            heads=model_config.heads,
-            buckets=plain_config["buckets"],
-            seed=config.seed,
-            reference=read_references(config),
-            evidence=config.data.evidence,
-            task_text=config.data.task_text,
-            contrast=needs_contrast(config),
+            **pipeline_options(config, model_config, codec),
             **dict(zip(("process_index", "process_count"), reader_shard(mesh), strict=True)),
         )
         table = saved.data["sources"] if saved else None

@@ -227,6 +227,16 @@ class Pipeline:
             for row, plan in zip(rows, plans, strict=True)])
         return apply_evidence(batch, self.evidence)
 
+    def rows(self, step: int) -> list[tuple[str, RowPlan, Batch]]:
+        """(bucket name, plan, arrays) of every row of `batch(step)`, those beside last."""
+        bucket, occurrence = self.schedule(step)
+        _, batch = self.batch(step)
+        parts = {bucket.name: batch, bucket.beside: batch.pop("beside", {})}
+        return [
+            (part.name, plan, _row(parts[part.name], i))
+            for part in self._parts(bucket)
+            for i, plan in enumerate(self._plans(part, occurrence)[1])]
+
     def skip(self, example_ids: Iterable[str]) -> None:
         """Rows that hold one of these examples count for nothing from now on.
 
@@ -277,6 +287,12 @@ class Pipeline:
         iterator = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
         iterator.set_state({"next_index": start_step})
         return iterator
+
+
+def _row(batch: Batch, i: int) -> Batch:
+    """The arrays of row i, without the leading B."""
+    return {name: _row(value, i) if isinstance(value, Mapping) else value[i]
+            for name, value in batch.items()}
 
 
 def _ids(plan: RowPlan) -> frozenset[str]:

@@ -10,10 +10,20 @@ from ml_collections import ConfigDict, config_flags
 from tpo_jax.training import config as training_config
 
 
-def define_config(name: str, help: str) -> flags.FlagHolder:
-    """Defines --NAME and --NAME.a.b=VALUE."""
-    holder = config_flags.DEFINE_config_file(name, None, help)
-    flag = flags.FLAGS[name]
+def define_config(
+    name: str,
+    help: str = "Config file, FILE.py[:ARG] or WORKDIR/config.json.",
+    flag_values: flags.FlagValues = flags.FLAGS,
+    sys_argv: list[str] | None = None,
+) -> flags.FlagHolder:
+    """Defines --NAME and --NAME.a.b=VALUE.
+
+    Args:
+      flag_values: where.
+      sys_argv: the command line that changes values; None: of this process.
+    """
+    holder = config_flags.DEFINE_config_file(name, None, help, flag_values, sys_argv=sys_argv)
+    flag = flag_values[name]
     flag.parser = _Parser(flag.parser)
     return holder
 
