@@ -14,7 +14,7 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from etils import epath
@@ -66,6 +66,11 @@ FEATURES_EXAMPLES = """examples:
 A run that was stopped is continued by the same command. The exit status is 1 when a video could not
 be read. docs/heads.md says how features of other encoders come in.
 """
+TOKENIZER_EXAMPLES = """examples:
+  python -m tpo_jax.prepare tokenizer --data prepared/train --out prepared/tokenizer.json
+  python -m tpo_jax.prepare tokenizer --data gs://BUCKET/train --out gs://BUCKET/tokenizer.json \\
+      --vocabulary 4000
+"""
 CHECK_EXAMPLES = """examples:
   python -m tpo_jax.prepare check --format videochat2 --annotations conversations.json
   python -m tpo_jax.prepare check --format native --annotations my.jsonl --media videos
@@ -84,7 +89,14 @@ INSPECT_EXAMPLES = """examples:
   python -m tpo_jax.prepare inspect --config runs/demo/dpo/config.json
 """
 KNOWN = "one of the formats below"
-CONFIGURED = ("run", "features", "inspect")  # commands that read --config.KEY=VALUE
+SETTINGS = ("fps", "size", "encoding")
+_OF_SOURCE = ("format", "annotations", "frame_rate")
+# What says where the data is, and the options that it leaves no room for.
+NOT_READ = {
+    "config": (*SETTINGS, "processes", *_OF_SOURCE, "ignore_keys"),
+    "data": _OF_SOURCE,
+    "media": (),
+}
 FORMATS = "\nformats (docs/formats.md):\n" + "".join(
     f"  {form.name:22s}{form.description}\n" for form in formats.FORMATS.values()
 )
@@ -95,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, config_arguments = parser.parse_known_args(arguments)
     stray = [a for a in config_arguments if not a.startswith("--config.")]
-    if stray or (config_arguments and options.command not in CONFIGURED):
+    if stray or (config_arguments and not getattr(options, "config", None)):
         parser.error(f"unrecognized arguments: {' '.join(stray or config_arguments)}")
     try:
         if options.command == "check":
@@ -139,10 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--features", type=epath.Path, help="a folder of clip features to keep beside the frames"
     )
-    run.add_argument("--fps", type=float, default=2.0, help="frames a second to keep (2)")
+    # Without defaults: what is given beside a config, which has its own, is refused.
+    run.add_argument("--fps", type=float, help="frames a second to keep (2)")
     run.add_argument("--size", type=int, help="square frames of so many pixels (native size)")
-    run.add_argument("--encoding", default="raw", help="raw or jpeg (raw)")
-    run.add_argument("--processes", type=int, default=1, help="parallel processes (1)")
+    run.add_argument("--encoding", help="raw or jpeg (raw)")
+    run.add_argument("--processes", type=int, help="parallel processes (1)")
 
     check = commands.add_parser(
         "check",
@@ -177,6 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer = commands.add_parser(
         "tokenizer",
         help="train a tokenizer on the questions and answers of a prepared folder",
+        epilog=TOKENIZER_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     tokenizer.add_argument("--data", type=epath.Path, required=True, help="a prepared folder")
@@ -226,7 +241,6 @@ def _add_ignore_keys(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore_keys",
         type=lambda text: frozenset(text.split(",")),
-        default=frozenset(),
         metavar="A,B",
         help="keys of records that are known to mean nothing here",
     )
@@ -259,8 +273,8 @@ def _run(options: argparse.Namespace, config_arguments: Sequence[str]) -> int:
     folder = _local_folder(options)
     sources, settings, processes = _sources(options, config_arguments)
     if not options.config:
-        settings = Settings(options.fps, options.size, options.encoding)
-        processes = options.processes
+        settings = Settings(**_given(options, SETTINGS))
+        processes = 1 if options.processes is None else options.processes
     features = FeatureStore(options.features) if options.features else None
     found = prepare(sources, folder, settings, processes, features=features)
     if options.local:
@@ -293,12 +307,20 @@ def _sources(
     ways = [name for name in ("data", "config", "media") if getattr(options, name) is not None]
     if len(ways) != 1:
         raise PrepareError("say where the data is: one of --data, --config, or --media")
+    for name, value in _given(options, NOT_READ[ways[0]]).items():
+        value = ",".join(sorted(value)) if isinstance(value, frozenset) else value
+        fix = "say it in dataset.json"
+        if ways[0] == "config":
+            of_config = name in (*SETTINGS, "processes")
+            fix = f"give --config.{name}={value}" if of_config else "say it in config.sources"
+        raise PrepareError(f"--{name}={value}: is not read beside --{ways[0]}; {fix}")
     if options.config:
         config = _load_config(options.config, config_arguments)
         check_config(config)
         return from_config(config)
+    ignore_keys = options.ignore_keys or frozenset()
     if options.data:
-        return from_manifest(options.data, options.ignore_keys), None, None
+        return from_manifest(options.data, ignore_keys), None, None
     if not options.format or not options.annotations:
         raise PrepareError("--media needs --format and --annotations")
     source = Source(
@@ -306,10 +328,16 @@ def _sources(
         options.format,
         options.annotations,
         options.annotations.stem,
-        options.ignore_keys,
+        ignore_keys,
         options.frame_rate,
     )
     return [source], None, None
+
+
+def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the options that are on the command line."""
+    found = {name: getattr(options, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _features(options: argparse.Namespace, config_arguments: Sequence[str]) -> int:
@@ -415,7 +443,7 @@ def _check(options: argparse.Namespace) -> int:
         options.format,
         options.annotations,
         "check",
-        options.ignore_keys,
+        options.ignore_keys or frozenset(),
         options.frame_rate,
     )
     drafts, problems = read_source(source, media)

@@ -213,6 +213,36 @@ def test_says_which_options_are_missing(world, tmp_path, capsys):
     assert "--szie" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "fix"),
+    [
+        ("size", "32", "give --config.size=32"),
+        ("fps", "4.0", "give --config.fps=4.0"),
+        ("encoding", "jpeg", "give --config.encoding=jpeg"),
+        ("processes", "2", "give --config.processes=2"),
+        ("ignore_keys", "a,b", "say it in config.sources"),
+        ("frame_rate", "6.0", "say it in config.sources"),
+    ],
+)
+def test_options_that_a_config_has_are_refused_beside_it(option, value, fix, tmp_path, capsys):
+    command = ["run", "--config", "configs/prepare.py:world", "--out", str(tmp_path / "out")]
+    assert prepare.main([*command, f"--{option}", value]) == 1
+    assert capsys.readouterr().err == (
+        f"error: --{option}={value}: is not read beside --config; {fix}\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_would_change_nothing_are_refused(world, tmp_path, capsys):
+    command = ["run", "--data", str(world), "--out", str(tmp_path / "out")]
+    assert prepare.main([*command, "--format", "native"]) == 1
+    error = "error: --format=native: is not read beside --data; say it in dataset.json\n"
+    assert capsys.readouterr().err == error
+    with pytest.raises(SystemExit):
+        prepare.main([*command, "--config.fps=4"])
+    assert "unrecognized arguments: --config.fps=4" in capsys.readouterr().err
+
+
 def test_check_prints_every_invalid_record(tmp_path, capsys):
     file = tmp_path / "a.jsonl"
     lines = (SAMPLES / "qvhighlights.jsonl").read_text().splitlines()
