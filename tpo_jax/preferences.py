@@ -43,6 +43,24 @@ from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 
+GENERATE_EXAMPLES = """examples:
+  python -m tpo_jax.preferences generate --model=runs/demo/stage3/model \\
+      --data=runs/demo/data/train --out=runs/demo/pairs/train --pairs=500 --seed=0
+  # comprehensive manipulations alone, one answer a side, any pair of different answers
+  python -m tpo_jax.preferences generate --model=MODEL --data=prepared/train --out=pairs \\
+      --mix=0 --samples=1 --judge=none
+  # videos without questions: the model writes those too (docs/preferences.md)
+  python -m tpo_jax.preferences generate --model=MODEL --data=prepared/train --out=pairs \\
+      --writer=model
+"""
+SCORE_EXAMPLES = """examples:
+  python -m tpo_jax.preferences score --model=runs/demo/stage3/model \\
+      --data=runs/demo/data/train --pairs=runs/demo/pairs/train/pairs.jsonl \\
+      --out=runs/demo/pairs/train/reference.npz
+  # the second of four commands that divide the work and share --out
+  python -m tpo_jax.preferences score --model=MODEL --data=prepared/train \\
+      --pairs=pairs/pairs.jsonl --out=pairs/reference.npz --shards=4 --shard=1
+"""
 CHUNK_VIDEOS = 32  # videos between two saves of `generate`
 
 
@@ -159,9 +177,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m tpo_jax.preferences", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    add_generate(commands.add_parser("generate", help="answer with right and manipulated frames"))
-    scoring.add_arguments(
-        commands.add_parser("score", help="reference log-probabilities of pairs"))
+    add_generate(commands.add_parser(
+        "generate", help="answer with right and manipulated frames", epilog=GENERATE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter))
+    scoring.add_arguments(commands.add_parser(
+        "score", help="reference log-probabilities of pairs", epilog=SCORE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter))
     return parser.parse_args(arguments)
 
 

@@ -267,9 +267,10 @@ def test_check_with_and_without_media(tmp_path, capsys):
     assert "unknown video" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("command", ["run", "check", "features", "tokenizer", "inspect"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as caught:
         prepare.main([command, "--help"])
     assert caught.value.code == 0
-    assert f"python -m tpo_jax.prepare {command}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "examples:" in printed and f"python -m tpo_jax.prepare {command} --" in printed
