@@ -132,7 +132,7 @@ def test_sigterm_to_one_stops_both_at_one_step_and_the_restart_continues(data, t
     assert first == [EXIT_STATUS, EXIT_STATUS]
     step = json.loads((stopped / "ledger.json").read_text())["step"]
     saved = sorted(int(path.name) for path in (stopped / "checkpoints").iterdir())
-    # Heard while that batch was trained on; the service agrees on a poll that no process has passed.
+    # Heard while that batch was trained on; the service agrees on a poll that nobody has passed.
     assert batch < step < STEPS and saved[-1] == step == metrics(stopped)[-1]["step"]
     shutil.copytree(stopped, alone)
 
