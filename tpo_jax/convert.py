@@ -15,17 +15,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from etils import epath
-
-from tpo_jax.data.files import local_path
+from tpo_jax.data.files import local_path, read_text
+from tpo_jax.errors import UserError, report
 from tpo_jax.interop import export, folder, sam2
-from tpo_jax.interop.chat_template import ChatTemplateError
 from tpo_jax.interop.families import folder as families
-from tpo_jax.interop.families.base import FamilyError
-from tpo_jax.interop.huggingface import HuggingFaceError
-from tpo_jax.interop.mapping import MappingError
-from tpo_jax.interop.peft import AdapterError
-from tpo_jax.interop.tensors import TensorFileError
 
 EXPORT_EXAMPLES = """examples:
   python -m tpo_jax.convert export --model=runs/demo/dpo/model --out=exported
@@ -50,11 +43,6 @@ CHECK_EXAMPLES = """examples:
 Needs torch and transformers. The exit status is 1 where a part differs by more.
 """
 
-_ERRORS = (
-    export.ExportFolderError, folder.ModelFolderError, MappingError, HuggingFaceError,
-    ChatTemplateError, TensorFileError, AdapterError, FamilyError,
-)  # fmt: skip
-
 
 def _export(flags: argparse.Namespace) -> int:
     if flags.like:
@@ -74,7 +62,7 @@ def _import(flags: argparse.Namespace) -> int:
         for line in families.import_family(flags.source, flags.out, dict(flags.set)):
             print(line)
         return 0
-    template = epath.Path(flags.chat_template).read_text() if flags.chat_template else None
+    template = read_text(flags.chat_template, "--chat_template") if flags.chat_template else None
     about = export.import_model(flags.source, flags.out, template, flags.adapter)
     print(f"{flags.out}: {about['kind']}, heads {', '.join(about['heads']) or 'none'}")
     for name in about["ignored"]:
@@ -160,9 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(arguments)
     try:
         return flags.run(flags)
-    except _ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return report(error)
 
 
 if __name__ == "__main__":

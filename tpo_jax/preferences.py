@@ -34,6 +34,7 @@ from etils import epath
 
 from tpo_jax.data import files
 from tpo_jax.data.records import Example, PreparedDataset
+from tpo_jax.errors import UserError, report
 from tpo_jax.generation import pairs, scoring, sidecar
 from tpo_jax.generation.pair_generator import PairGenerator, Settings
 from tpo_jax.generation.pipeline import command as pipeline
@@ -64,7 +65,7 @@ SCORE_EXAMPLES = """examples:
 CHUNK_VIDEOS = 32  # videos between two saves of `generate`
 
 
-class ResumeError(ValueError):
+class ResumeError(UserError):
     """The output folder holds the work of another command."""
 
 
@@ -145,7 +146,7 @@ def settings_of(flags: argparse.Namespace, config: ModelConfig) -> Settings:
     """The settings that the flags ask for."""
     *fewer, frames = sorted(set(flags.frames)) or [config.vision.max_frames]
     if fewer and flags.writer:
-        raise ValueError(f"--frames={flags.frames}: with --writer, expected one number of frames")
+        raise UserError(f"--frames={flags.frames}: with --writer, expected one number of frames")
     judge = "none" if flags.judge in pipeline.JUDGES else flags.judge  # else asked by a plug-in
     return Settings(
         evidence=pairs.EvidenceSettings(
@@ -234,6 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Preempted:
             print(f"{flags.out}: stopped; the same command goes on", file=sys.stderr)
             return EXIT_STATUS
+        except UserError as error:
+            return report(error)
     return status or 0
 
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from tpo_jax.data import files, formats
-from tpo_jax.data.clip_features import FeatureError, FeatureStore
+from tpo_jax.data.clip_features import FeatureStore
 from tpo_jax.data.ingest import statistics
 from tpo_jax.data.ingest.plan import (
     MediaItem,
@@ -36,9 +36,10 @@ from tpo_jax.data.ingest.run import prepare
 from tpo_jax.data.ingest.sources import check_config, from_config, from_manifest
 from tpo_jax.data.ingest.upload import upload
 from tpo_jax.data.media import MediaFolder
-from tpo_jax.data.records import MEDIA, PreparedDataset, RecordError
+from tpo_jax.data.records import MEDIA, PreparedDataset
 from tpo_jax.data.text import TextCodec, texts_of, train_tokenizer
-from tpo_jax.data.video import VideoError, media_kind
+from tpo_jax.data.video import media_kind
+from tpo_jax.errors import UserError, report
 
 if TYPE_CHECKING:  # needs a second to import
     from tpo_jax.data.pipeline import Pipeline
@@ -119,9 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "inspect":
             return _inspect(options, config_arguments)
         return _run(options, config_arguments)
-    except (PrepareError, RecordError, FeatureError, VideoError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except UserError as error:
+        return report(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -344,12 +344,9 @@ def _features(options: argparse.Namespace, config_arguments: Sequence[str]) -> i
     from tpo_jax.generation import clip_features  # runs a model; the others do not need it
 
     items = _videos(options, config_arguments)
-    try:
-        extractor = clip_features.Extractor.from_folder(
-            options.model, clip_seconds=options.clip_seconds, frames=options.frames
-        )
-    except ValueError as error:
-        raise PrepareError(str(error)) from error
+    extractor = clip_features.Extractor.from_folder(
+        options.model, clip_seconds=options.clip_seconds, frames=options.frames
+    )
     store = FeatureStore.create(options.out, extractor.about)
     check_names(store, (item.video_id for item in items))
     failed = clip_features.extract(extractor, items, store)
@@ -365,7 +362,7 @@ def _features(options: argparse.Namespace, config_arguments: Sequence[str]) -> i
 def _videos(options: argparse.Namespace, config_arguments: Sequence[str]) -> list[MediaItem]:
     """The videos that annotations are about, or without any all in --media."""
     if options.media and not options.format and not options.annotations:
-        folder = _open_media(options.media)
+        folder = MediaFolder(options.media)
         return [MediaItem(folder.path(name), name, ()) for name in folder.videos()]
     sources, _, _ = _sources(options, config_arguments)
     plan = make_plan(sources, Settings())
@@ -373,13 +370,6 @@ def _videos(options: argparse.Namespace, config_arguments: Sequence[str]) -> lis
         print(f"{len(plan.problems)} records are not valid, see `prepare check`", file=sys.stderr)
     items = (item for piece in plan.pieces for item in piece.items)
     return [item for item in items if media_kind(item.path) == "video"]
-
-
-def _open_media(path: pathlib.Path) -> MediaFolder:
-    try:
-        return MediaFolder(path)
-    except FileNotFoundError as error:
-        raise PrepareError(str(error)) from error
 
 
 def _inspect(options: argparse.Namespace, config_arguments: Sequence[str]) -> int:
@@ -408,36 +398,30 @@ def _training_pipeline(path: str, overrides: Sequence[str]) -> tuple[Pipeline, T
     """What `train` would read at the start of a run with this config, on one host."""
     from tpo_jax.data.pipeline import Pipeline  # and what follows: the others do not need it
     from tpo_jax.training import config as training_config
-    from tpo_jax.training.config_flag import define_config
     from tpo_jax.training.start import make_model_config, pipeline_options
 
-    config = _load_config(path, overrides, define_config)
+    config = _load_config(path, overrides)
     training_config.validate(config)
     model_config, codec = make_model_config(config)
     sources = training_config.to_dict(config)["data"]["train"]
     return Pipeline(sources, **pipeline_options(config, model_config, codec)), codec
 
 
-def _load_config(
-    path: str,
-    overrides: Sequence[str],
-    define: Callable[..., flags.FlagHolder] = config_flags.DEFINE_config_file,
-) -> ConfigDict:
-    file = epath.Path(path if path.endswith(".json") else path.split(":", 1)[0])
-    if not file.exists():
-        raise PrepareError(f"--config: {file} does not exist; correct the path")
+def _load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
+    from tpo_jax.training.config_flag import define_config, mistake  # few commands have one
+
     values = flags.FlagValues()
     arguments = ["prepare", f"--config={path}", *overrides]
-    holder = define("config", flag_values=values, sys_argv=arguments)
+    holder = define_config("config", flag_values=values, sys_argv=arguments)
     try:
         values(arguments)
-    except (flags.Error, AttributeError) as error:  # an unknown or mistyped --config.KEY
-        raise PrepareError(f"--config: {error}") from error
+    except flags.Error as error:  # a mistyped --config.KEY=VALUE
+        raise mistake(error) from error
     return holder.value
 
 
 def _check(options: argparse.Namespace) -> int:
-    media = _open_media(options.media) if options.media else None
+    media = MediaFolder(options.media) if options.media else None
     source = Source(
         options.media,
         options.format,

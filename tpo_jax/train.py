@@ -39,6 +39,7 @@ from ml_collections import ConfigDict
 
 from tpo_jax.data import files
 from tpo_jax.data.pipeline import Pipeline
+from tpo_jax.errors import UserError, report
 from tpo_jax.interop.folder import (
     save_model,
 )
@@ -51,7 +52,7 @@ from tpo_jax.training import config as training_config
 from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
 from tpo_jax.training.clock import Clock
 from tpo_jax.training.compiled import CompiledBucket, compile_buckets, keep_programs
-from tpo_jax.training.config_flag import define_config, define_dry_run
+from tpo_jax.training.config_flag import define_config, define_dry_run, parse_flags
 from tpo_jax.training.divergence import Divergence, Guard, rolled_back, write_report
 from tpo_jax.training.dry_run import DryRun
 from tpo_jax.training.flops import peak_flops
@@ -435,12 +436,20 @@ def dry_run(
 
 
 def main(argv: list[str]) -> None:
+    try:
+        sys.exit(run(argv))
+    except UserError as error:
+        sys.exit(report(error))
+
+
+def run(argv: list[str]) -> int:
+    """The command; returns its exit status."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
     if _DRY_RUN.value:
         where = _WORKDIR.value or ""
         on = TOPOLOGY.value, NUM_SLICES.value
-        sys.exit(dry_run(_CONFIG.value, where, _DRY_RUN.value, *on))
+        return dry_run(_CONFIG.value, where, _DRY_RUN.value, *on)
     ledger = Ledger()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the loop listens
     if not flags.FLAGS["verbosity"].present:
@@ -455,11 +464,10 @@ def main(argv: list[str]) -> None:
                 keep_programs(config.compile_cache)
             workdir = epath.Path(_WORKDIR.value)
             workdir.mkdir(parents=True, exist_ok=True)
-        status = train(
+        return train(
             config, workdir, preemption, ledger,
             resume_from=_RESUME_FROM.value, new_mixture=_NEW_MIXTURE.value,
         )  # fmt: skip
-    sys.exit(status)
 
 
 if __name__ == "__main__":
@@ -469,4 +477,4 @@ if __name__ == "__main__":
         lambda given: given["workdir"] or given["dry_run"],
         message="--workdir is needed, unless --dry_run",
     )
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -153,7 +153,7 @@ def test_command_on_a_prepared_folder(tmp_path, capsys):
     assert prepare.main([*arguments, "--config.data.evidence=blind"]) == 0
     printed = capsys.readouterr().out
     assert "0 of 1 frames" in printed and "[0 visual tokens]" in printed
-    assert prepare.main([*arguments, "--config.data.evidence=deaf"]) == 1
+    assert prepare.main([*arguments, "--config.data.evidence=deaf"]) == 2
     assert "data.evidence='deaf'" in capsys.readouterr().err
-    assert prepare.main(["inspect", "--data", str(tmp_path / "prepared"), "--row", "5"]) == 1
+    assert prepare.main(["inspect", "--data", str(tmp_path / "prepared"), "--row", "5"]) == 2
     assert "--row 5: the batch of step 0 has 1 rows" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.records import PreparedDataset, known_tasks
 from tpo_jax.data.rows import RowPlan
 from tpo_jax.data.text import TASK_TOKENS, TextCodec, add_task_tokens, texts_of, train_tokenizer
+from tpo_jax.errors import UserError
 from tpo_jax.models.heads import HEADS
 from tpo_jax.models.presets import PRESETS
 
@@ -243,7 +244,7 @@ def render(row: Mapping[str, Any], codec: TextCodec, plan: RowPlan, suffix: str)
     if suffix == ".png":
         return _png(draw_frames(row, wrap(lines)))
     if suffix != ".html":
-        raise ValueError(f"--out: suffix {suffix!r}, expected .html or .png.")
+        raise UserError(f"--out: suffix {suffix!r}, expected .html or .png.")
     picture = base64.b64encode(_png(draw_frames(row))).decode()
     styles = "\n".join(f".{name} {{ color: {colour} }}" for name, colour in COLOURS.items())
     body = "\n".join(

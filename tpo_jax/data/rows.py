@@ -24,18 +24,18 @@ from tpo_jax.data.records import Example, PreparedDataset, task_number
 from tpo_jax.data.targets import TARGETS, TargetError, View
 from tpo_jax.data.text import LONGEST_SECONDS, Branch, TextCodec
 from tpo_jax.data.text_features import RowTexts
+from tpo_jax.errors import UserError
 
 # (pair id, shown frames, prefix tokens int32[P], branch tokens int32[2, R]) -> float32[2, A]. The
 # frames (`RowBuilder.shown_frames`) and tokens let the sidecar refuse a pair that changed. With
 # contrast [3, A]: last is the chosen answer under the manipulated frames.
 Reference = Callable[[str, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
-
 CLIP_FIELDS = ("frames", "frame_valid", "frame_times")
 _PART_OF_VIDEO = re.compile(r"_\d+(\.\d+)?_\d+(\.\d+)?$")  # QVHighlights and its relatives
 
 
-class RowError(ValueError):
+class RowError(UserError):
     """An example that does not fit its bucket; names folder, example, bucket, value and fix."""
 
 

@@ -24,6 +24,7 @@ from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.data.rows import RowBuilder, RowPlan
 from tpo_jax.data.task_text import TextDataset
 from tpo_jax.data.text import Branch, TextCodec, render_options
+from tpo_jax.errors import UserError
 from tpo_jax.evaluation import benchmarks
 from tpo_jax.evaluation.benchmarks import Call, Table
 from tpo_jax.evaluation.metrics import preference, qa
@@ -160,7 +161,7 @@ class Evaluator:
         """preference/accuracy with the video, preference/accuracy_blind without it."""
         rows = evaluation_rows.build_pair_rows(dataset)
         if not rows:
-            raise ValueError(f"{dataset.path}: no preference pairs; give the folder of pairs")
+            raise UserError(f"{dataset.path}: no preference pairs; give the folder of pairs")
         answers = [
             self.codec.build_branch(None, branch.answer) for row in rows for branch in row.branches
         ]

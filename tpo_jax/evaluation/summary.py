@@ -26,7 +26,7 @@ from tpo_jax.evaluation.bootstrap import ItemScores, paired_difference
 from tpo_jax.evaluation.targets import check_targets
 
 STAGES = ("base", "stage1", "stage2", "stage3", "dpo")
-# Metrics of the table, in its order, the kinds of question after QUESTIONS; the rest is in the file.
+# Of the table, in its order, kinds of question after QUESTIONS; the rest is in the file.
 QUESTIONS = ("qa/accuracy", "qa/accuracy_videos")
 SHOWN = (
     *QUESTIONS, "temporal/r1@0.3", "temporal/r1@0.5", "temporal/r1@0.7", "temporal/miou",

@@ -19,6 +19,7 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from tpo_jax.data.text import ChatTemplate, TextCodec
+from tpo_jax.errors import UserError
 from tpo_jax.interop import folder, huggingface, peft
 from tpo_jax.interop.folder import SIDE_FILES, preprocessor
 from tpo_jax.interop.mapping import Row, export_leaves, import_leaves
@@ -31,7 +32,7 @@ RUNTIME_HEADS = ("region", "temporal", "cg_detr", "mask")  # that the PyTorch fi
 _ADAPTER = "adapter"
 
 
-class ExportFolderError(ValueError):
+class ExportFolderError(UserError):
     """An exported folder that is incomplete or was written by another version."""
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import tokenizers
-from etils import epath
 from ml_collections import ConfigDict
 
+from tpo_jax.data import files
 from tpo_jax.data.clip_features import config_of_folders
 from tpo_jax.data.text import ChatTemplate, TextCodec, add_task_tokens
 from tpo_jax.interop.folder import (
@@ -34,7 +34,7 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     if config.init_from:
         codec = load_codec(config.init_from)
     else:
-        text = epath.Path(config.tokenizer).read_text()
+        text = files.read_text(config.tokenizer, "config.tokenizer")
         template = ChatTemplate(time_instruction=config.time_instruction)
         codec = TextCodec(tokenizers.Tokenizer.from_str(text), template)
     heads = tuple(config.model.heads)
