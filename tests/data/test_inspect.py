@@ -117,7 +117,7 @@ def test_hidden_frames_are_not_drawn(built):
     batch = apply_evidence({name: row[name][None] for name in HIDDEN}, "middle_frame")
     seen = row | {name: batch[name][0] for name in HIDDEN}
     frame, timeline = inspect.draw_frames(seen).axes
-    assert frame.get_title() == "4: 4.00 s" and timeline.lines[0].get_xdata().max() < 1
+    assert frame.get_title() == "4: 4.50 s" and timeline.lines[0].get_xdata().max() < 1
     blind = {name: row[name][None] for name in HIDDEN}
     blind = row | {k: v[0] for k, v in apply_evidence(blind, "blind").items()}
     (timeline,) = inspect.draw_frames(blind).axes
