@@ -154,6 +154,6 @@ def test_command_on_a_prepared_folder(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "0 of 1 frames" in printed and "[0 visual tokens]" in printed
     assert prepare.main([*arguments, "--config.data.evidence=deaf"]) == 2
-    assert "data.evidence='deaf'" in capsys.readouterr().err
+    assert "data.evidence = 'deaf': unknown" in capsys.readouterr().err
     assert prepare.main(["inspect", "--data", str(tmp_path / "prepared"), "--row", "5"]) == 2
     assert "--row 5: the batch of step 0 has 1 rows" in capsys.readouterr().err

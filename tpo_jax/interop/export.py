@@ -52,10 +52,14 @@ def export_model(
     if temporary.exists():
         temporary.rmtree()
     temporary.mkdir(parents=True)
-    if folder.holds_language_only(model):
-        _write_language(epath.Path(model), temporary)
-    else:
-        _write_whole(epath.Path(model), temporary, keep_adapters)
+    try:
+        if folder.holds_language_only(model):
+            _write_language(epath.Path(model), temporary)
+        else:
+            _write_whole(epath.Path(model), temporary, keep_adapters)
+    except UserError:  # nothing is left; what a kill leaves, the next call removes
+        temporary.rmtree()
+        raise
     if final.exists():
         final.rmtree()
     temporary.rename(final)
