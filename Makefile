@@ -1,6 +1,8 @@
 # Every target sets up .venv by itself. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 SEED ?= 0
+# Each seed has a folder of its own: runs/demo, runs/demo-1, ...
+DEMO := runs/demo$(addprefix -,$(filter-out 0,$(SEED)))
 VENV := .venv
 BIN := $(VENV)/bin
 # The demo and the tests are meant for a CPU; unset or override for an accelerator.
@@ -34,7 +36,7 @@ $(VENV)/.test: setup.cfg | $(BIN)/python
 	@touch $@
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m experiments.demo --out runs/demo --seed $(SEED)
+	$(BIN)/python -m experiments.demo --out $(DEMO) --seed $(SEED)
 
 base: $(VENV)/.demo
 	$(BIN)/python -m experiments.base --out runs/base

@@ -87,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/base"))
     steps = Steps(parser.parse_args().out)
+    steps.stop_on_sigterm()
     try:
         render(steps)
         prepare(steps)

@@ -166,6 +166,7 @@ def main() -> None:
             "or name another one with --base"
         )
     steps, scale = Steps(flags.out), TINY if flags.tiny else FULL
+    steps.stop_on_sigterm()
     try:
         difference = run(steps, scale, flags.base, flags.seed)
     except StepFailed as failure:

@@ -29,7 +29,7 @@ from tpo_jax.training.config_flag import define_config
 from tpo_jax.training.program import make_program
 from tpo_jax.training.start import make_model_config
 
-define_config("config", "Config file, FILE.py[:ARG] or WORKDIR/config.json.")
+define_config("config")
 _BUCKET = flags.DEFINE_string("bucket", None, "Name in config.buckets, or update.")
 _STEPS = flags.DEFINE_integer("steps", 3, "Runs to time, after one that is not timed.")
 _TOP = flags.DEFINE_integer("top", 25, "Lines of each table.")

@@ -28,15 +28,32 @@ class StepFailed(Exception):
         self.status = status
 
 
+class StepChanged(StepFailed):
+    """A finished step is asked for with another command: its result would be taken for this one's.
+
+    The status is that of a mistake on the command line.
+    """
+
+    def __init__(self, step: str, out: pathlib.Path, finished: str, asked: str):
+        Exception.__init__(
+            self,
+            f"[{step}] was done in {out} by another command\n"
+            f"  done:      {finished}\n  asked for: {asked}\n"
+            f"Give another --out, or remove the folder {out}",
+        )
+        self.status = 2
+
+
 class Steps:
     """Runs commands; `out`/steps.jsonl has when each started and how many seconds it took.
 
     Beside the seconds on the clock, those of processor time tell what a command costs on a machine
     that does other things as well.
 
-    A step that finished in an earlier, interrupted run is not run again. Steps given to `beside`
-    run next to those given to `run`, with a lower priority, in what these leave idle of two cores.
-    Those of one lane follow one another. They write to `out`/logs/ instead of the terminal.
+    A step that finished in an earlier, interrupted run is not run again; one that finished with
+    another command is refused (StepChanged). Steps given to `beside` run next to those given to
+    `run`, with a lower priority, in what these leave idle of two cores. Those of one lane follow
+    one another. They write to `out`/logs/ instead of the terminal.
     """
 
     def __init__(self, out: pathlib.Path):
@@ -61,24 +78,29 @@ class Steps:
     def run(self, step: str, module: str, *arguments: object) -> None:
         """Runs `python -m module arguments...`. Raises StepFailed, also of an earlier `beside`."""
         self._raise_failure()
-        self._run(step, module, arguments, None)
+        self._run(step, self._command(step, module, arguments), None)
 
     def beside(self, step: str, module: str, *arguments: object, lane: str = "beside") -> None:
         """Queues a command that only later ones of its lane need. Raises an earlier StepFailed."""
         self._raise_failure()
+        command = self._command(step, module, arguments)
         worker = self._lanes.setdefault(lane, concurrent.futures.ThreadPoolExecutor(1, lane))
         log = self.out / "logs" / f"{step.replace(' ', '_')}.log"
         log.parent.mkdir(exist_ok=True)
-        self._waiting.append(worker.submit(self._run, step, module, arguments, log))
+        self._waiting.append(worker.submit(self._run, step, command, log))
 
     def wait(self) -> None:
         """Until all queued commands are done. Raises StepFailed of the first that failed."""
         for future in self._waiting:
             future.result()
 
+    def stop_on_sigterm(self) -> None:
+        """SIGTERM to this process reaches its commands: left running, they would meet those of the
+        next call. For the main thread."""
+        signal.signal(signal.SIGTERM, lambda *_: self.stop())
+
     def stop(self) -> None:
-        """Tells running commands to stop; they and later ones fail. For a handler of SIGTERM:
-        commands that were left running would meet those of the next call."""
+        """Tells running commands to stop; they and later ones fail."""
         self._stopped = True
         for pid in tuple(self._running):
             with contextlib.suppress(ProcessLookupError):
@@ -89,10 +111,20 @@ class Steps:
             if future.done():
                 future.result()
 
-    def _run(
-        self, step: str, module: str, arguments: tuple[object, ...], log: pathlib.Path | None
-    ) -> None:
+    def _command(self, step: str, module: str, arguments: tuple[object, ...]) -> list[str]:
+        """As it is printed and journalled: without the interpreter. Raises StepChanged."""
         command = ["python", "-m", module, *map(str, arguments)]
+        if step in self.done and self.done[step]["command"] != shlex.join(command):
+            self._cancel()
+            raise StepChanged(step, self.out, self.done[step]["command"], shlex.join(command))
+        return command
+
+    def _cancel(self) -> None:
+        """Nothing that waits starts any more."""
+        for worker in self._lanes.values():
+            worker.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self, step: str, command: list[str], log: pathlib.Path | None) -> None:
         if step in self.done:
             print(f"[{step}] was done in {self.done[step]['seconds']:.0f} s", flush=True)
             return
@@ -110,14 +142,15 @@ class Steps:
             if log:  # before it has started a thread: they inherit it
                 os.setpriority(os.PRIO_PROCESS, process.pid, BESIDE_PRIORITY)
             self._running.add(process.pid)
+            if self._stopped:  # while it was started
+                os.kill(process.pid, signal.SIGTERM)
             # Of this command alone, with its own processes; several may be running.
             _, status, usage = os.wait4(process.pid, 0)
             self._running.discard(process.pid)
             process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - begin
         if process.returncode:
-            for worker in self._lanes.values():  # nothing starts after a failure
-                worker.shutdown(wait=False, cancel_futures=True)
+            self._cancel()
             raise StepFailed(step, process.returncode, log)
         if log:
             print(f"\n[{step}] done in {seconds:.0f} s", flush=True)

@@ -210,9 +210,9 @@ def test_train_evaluate_and_predict_with_them(world, tmp_path, monkeypatch, caps
     unknown = [*asked, "--prompt=What does the green circle do?"]
     assert predict.main([*unknown, f"--features={world / 'features'}"]) == 1
     assert "no text features of 'What does the green circle do?'" in capsys.readouterr().err
-    assert predict.main(asked) == 1
+    assert predict.main(asked) == 2
     assert "--features is missing: a head of the model reads" in capsys.readouterr().err
     other = tmp_path / "other"
     assert prepare.main(["features", model, media, f"--out={other}", "--frames=2"]) == 0
-    assert predict.main([*asked, f"--features={other}"]) == 1
+    assert predict.main([*asked, f"--features={other}"]) == 2
     assert "encoder: 'tpo_jax vision" in capsys.readouterr().err

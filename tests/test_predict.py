@@ -108,7 +108,7 @@ def test_list_reports_failures_and_is_resumed(folder, media, tmp_path, monkeypat
         i: r for i, r in records.items() if i != "bad"}
     # The same id for another question is refused.
     write_list(media / "list.jsonl", entries[0] | {"prompt": "Something else?"})
-    assert run(folder, out, f"--input={path}") == 1
+    assert run(folder, out, f"--input={path}") == 2
 
 
 def test_a_bucket_has_what_a_folder_has_after_a_kill_at_any_batch(folder, media, tmp_path,

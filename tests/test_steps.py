@@ -3,12 +3,16 @@
 import concurrent.futures
 import json
 import signal
+import sys
 import threading
 import time
 
 import pytest
 
+from experiments import base, demo
 from experiments.steps import StepFailed, Steps
+from experiments.temporal_preference import __main__ as studies
+from experiments.temporal_preference import runs
 
 # A module of the standard library whose command line writes what it is told to.
 HELLO = ("timeit", "-n1", "-r1", "print('hello')")
@@ -29,6 +33,23 @@ def test_a_step_is_journalled_and_not_run_twice(tmp_path, capfd):
     again.run("greet", *HELLO)
     assert "hello\n" not in capfd.readouterr().out
     assert again.seconds == {"greet": round(record["seconds"], 1)}
+
+
+@pytest.mark.parametrize("ask", ["run", "beside"])
+def test_a_step_that_another_command_finished_is_refused(tmp_path, ask):
+    """As with `make demo` in the folder of another seed: its figures would pass for this one's."""
+    Steps(tmp_path).run("greet", *HELLO)
+    again = Steps(tmp_path)
+    with pytest.raises(StepFailed) as failure:
+        getattr(again, ask)("greet", "timeit", "-n1", "-r1", "print('moin')")
+    assert failure.value.status == 2
+    assert str(failure.value) == (
+        f"[greet] was done in {tmp_path} by another command\n"
+        """  done:      python -m timeit -n1 -r1 'print('"'"'hello'"'"')'\n"""
+        """  asked for: python -m timeit -n1 -r1 'print('"'"'moin'"'"')'\n"""
+        f"Give another --out, or remove the folder {tmp_path}"
+    )
+    assert len(journal(tmp_path)) == 1
 
 
 def test_what_ran_side_by_side_counts_once(tmp_path):
@@ -104,3 +125,31 @@ def test_told_to_stop_it_waits_for_its_commands_and_starts_no_more(tmp_path):
     with pytest.raises(StepFailed, match="status 75"):
         steps.run("greet", *HELLO)
     assert not steps.done
+
+
+@pytest.mark.parametrize(
+    ("command", "first", "arguments"),
+    [(demo, "run", ()), (base, "render", ()), (studies, "run", ("size",))],
+)
+def test_sigterm_to_a_command_reaches_its_step(tmp_path, monkeypatch, command, first, arguments):
+    # It tells its parent to stop, then waits to be told so itself; if nobody does, for 20 s.
+    step = (
+        "import os, signal; signal.alarm(20); os.kill(os.getppid(), signal.SIGTERM); signal.pause()"
+    )
+    told = []
+    before = signal.signal(signal.SIGTERM, lambda *_: told.append("nobody stops the steps"))
+
+    def run(steps, *_):
+        steps = steps.steps if isinstance(steps, runs.Runs) else steps
+        steps.run("greet", *HELLO)
+        steps.run("pause", "timeit", "-n1", "-r1", step)
+
+    monkeypatch.setattr(command, first, run)
+    monkeypatch.setattr(sys, "argv", ["command", *arguments, "--out", str(tmp_path)])
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not told and ended.value.code == -signal.SIGTERM
+    assert [record["step"] for record in journal(tmp_path)] == ["greet"]

@@ -12,24 +12,37 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
+from typing import Any
 
-from etils import epath
-
-from tpo_jax.data.files import local_path
+from tpo_jax.data.files import local_path, read_text
+from tpo_jax.errors import UserError, report
 from tpo_jax.interop import export, folder, sam2
-from tpo_jax.interop.chat_template import ChatTemplateError
 from tpo_jax.interop.families import folder as families
-from tpo_jax.interop.families.base import FamilyError
-from tpo_jax.interop.huggingface import HuggingFaceError
-from tpo_jax.interop.mapping import MappingError
-from tpo_jax.interop.peft import AdapterError
-from tpo_jax.interop.tensors import TensorFileError
 from tpo_jax.models.heads.listed import load_listed
 
-_ERRORS = (
-    export.ExportFolderError, folder.ModelFolderError, MappingError, HuggingFaceError,
-    ChatTemplateError, TensorFileError, AdapterError, FamilyError,
-)  # fmt: skip
+EXPORT_EXAMPLES = """examples:
+  python -m tpo_jax.convert export --model=runs/demo/dpo/model --out=exported
+  # adapters apart, in PEFT's layout
+  python -m tpo_jax.convert export --model=tuned --out=exported --keep_adapters
+  # back into the layout of a multimodal family that was imported
+  python -m tpo_jax.convert export --model=longva --out=exported --like=LongVA-7B
+"""
+IMPORT_EXAMPLES = """examples:
+  # what `export` wrote, a Hugging Face language model, a multimodal family (docs/families.md)
+  python -m tpo_jax.convert import --source=exported --out=model
+  python -m tpo_jax.convert import --source=Qwen2-7B --out=qwen2
+  python -m tpo_jax.convert import --source=LongVA-7B --out=longva
+  # with a PEFT adapter merged; the mask network of SAM 2 into a model that has one
+  python -m tpo_jax.convert import --source=Qwen2-7B --adapter=tuned --out=qwen2
+  python -m tpo_jax.convert import --source=sam2.1-hiera-large --into=model --out=model2
+"""
+CHECK_EXAMPLES = """examples:
+  python -m tpo_jax.convert check --model=model --exported=exported
+  python -m tpo_jax.convert check --model=longva --exported=LongVA-7B --tolerance=1e-3
+
+Needs torch and transformers. The exit status is 1 where a part differs by more.
+"""
 
 
 def _export(flags: argparse.Namespace) -> int:
@@ -50,7 +63,7 @@ def _import(flags: argparse.Namespace) -> int:
         for line in families.import_family(flags.source, flags.out, dict(flags.set)):
             print(line)
         return 0
-    template = epath.Path(flags.chat_template).read_text() if flags.chat_template else None
+    template = read_text(flags.chat_template, "--chat_template") if flags.chat_template else None
     about = export.import_model(flags.source, flags.out, template, flags.adapter)
     print(f"{flags.out}: {about['kind']}, heads {', '.join(about['heads']) or 'none'}")
     for name in about["ignored"]:
@@ -75,15 +88,16 @@ def _check(flags: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def main() -> int:
-    load_listed()
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tpo_jax.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("export", help="model folder -> Hugging Face and PyTorch files")
+    command = _add(
+        commands, "export", EXPORT_EXAMPLES, "model folder -> Hugging Face and PyTorch files"
+    )
     command.add_argument("--model", required=True, help="model folder")
     command.add_argument("--out", required=True, help="folder to write")
     command.add_argument(
@@ -93,7 +107,9 @@ def main() -> int:
         "--like", help="published folder that the model was imported from; writes its layout"
     )
     command.set_defaults(run=_export)
-    command = commands.add_parser("import", help="exported or Hugging Face folder -> model folder")
+    command = _add(
+        commands, "import", IMPORT_EXAMPLES, "exported or Hugging Face folder -> model folder"
+    )
     command.add_argument(
         "--source", required=True, help="folder that `export` wrote, or a Hugging Face folder"
     )
@@ -106,7 +122,9 @@ def main() -> int:
         help="what config.json of a multimodal checkpoint does not say",
     )
     command.set_defaults(run=_import)
-    command = commands.add_parser("check", help="run both sides on the same inputs and compare")
+    command = _add(
+        commands, "check", CHECK_EXAMPLES, "run both sides on the same inputs and compare"
+    )
     command.add_argument("--model", required=True, help="model folder")
     command.add_argument(
         "--exported", required=True, type=local_path,
@@ -114,12 +132,26 @@ def main() -> int:
     )
     command.add_argument("--tolerance", type=float, default=2e-4, help="largest difference")
     command.set_defaults(run=_check)
-    flags = parser.parse_args()
+    return parser
+
+
+def _add(commands: Any, name: str, examples: str, what: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    load_listed()
+    flags = _parser().parse_args(arguments)
     try:
         return flags.run(flags)
-    except _ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return report(error)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from tpo_jax.data import evidence
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
 from tpo_jax.data.text_features import Texts
+from tpo_jax.errors import UserError, report
 from tpo_jax.evaluation import benchmarks, floors, results, submissions
 from tpo_jax.evaluation.evaluator import Evaluator, Settings, called_by_task, evaluable_tasks
 from tpo_jax.generation.task_text import TEXT_TASKS
@@ -110,7 +111,7 @@ def evaluate(flags: argparse.Namespace, preemption: Preemption) -> None:
     tasks = choose_tasks(flags.tasks, flags.evidence, answered, flags.pairs)
     frames = flags.frames or config.vision.max_frames
     if frames > config.vision.max_frames:
-        raise ValueError(f"--frames={frames}: the model takes at most {config.vision.max_frames}")
+        raise UserError(f"--frames={frames}: the model takes at most {config.vision.max_frames}")
     settings = Settings(batch_size=flags.batch_size, evidence=flags.evidence, frames=frames)
     evaluator = Evaluator(config, params, codec, settings, preemption.check)
     dataset = Part(PreparedDataset(flags.data), flags.limit, flags.calls_per_video)
@@ -182,9 +183,9 @@ def choose_tasks(asked: str, shown: str, answered: Sequence[str], pairs: str) ->
         return [task for task in evaluable_tasks() if task not in refused]
     for task in asked.split(","):
         if task not in (known := evaluable_tasks()):
-            raise ValueError(f"--tasks: {task!r} is not a task; known: {', '.join(known)}")
+            raise UserError(f"--tasks: {task!r} is not a task; known: {', '.join(known)}")
         if task in refused:
-            raise ValueError(f"--tasks: {task!r} cannot be scored: {refused[task]}")
+            raise UserError(f"--tasks: {task!r} cannot be scored: {refused[task]}")
     return asked.split(",")
 
 
@@ -266,9 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Preempted:
         print("stopped; the same command starts over", file=sys.stderr)
         return EXIT_STATUS
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return report(error)
     return 0
 
 

@@ -1,7 +1,10 @@
 """Compiles a run for a TPU topology without a TPU: does it fit, and what does it cost?
 
-    python -m tpo_jax.plan --config=configs/demo.py:stage=3 --topology=v5e:2x4
-    python -m tpo_jax.plan --config=configs/demo.py:stage=3 --topology=v4:2x2x2 --config.mesh.fsdp=8
+    python -m tpo_jax.plan --config=configs/demo.py:stage=1 --topology=v5e:2x4
+    python -m tpo_jax.plan --config=configs/demo.py:stage=1 --topology=v4:2x2x2 --config.mesh.fsdp=8
+    python -m tpo_jax.plan --config=runs/stage2/config.json --topology=v5e:2x4
+
+The folder in init_from must be there: stages 2 and 3 are planned after the one before has run.
 
 What is compiled is what `python -m tpo_jax.train` runs: the update, and the gradient of every
 bucket of the config. Prints for each: memory of one chip against its HBM, and collectives in the
@@ -30,6 +33,8 @@ from ml_collections import ConfigDict
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket, scheduled
 from tpo_jax.data.pipeline import read_buckets
+from tpo_jax.errors import UserError
+from tpo_jax.errors import report as report_mistake
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.parallel.collectives import Collective, read_collectives
@@ -38,6 +43,7 @@ from tpo_jax.parallel.topologies import GIB, parse_topology, prepare_environment
 from tpo_jax.parallel.transfers import Transfer, find_transfers
 from tpo_jax.train import NUM_SLICES, TOPOLOGY  # brings train's flags, --config among them
 from tpo_jax.training import config as training_config
+from tpo_jax.training.config_flag import parse_flags
 from tpo_jax.training.estimate import Estimate, estimate_step
 from tpo_jax.training.program import Program, make_program, needs_contrast
 from tpo_jax.training.start import make_model_config
@@ -222,6 +228,14 @@ def plan(config: ConfigDict, topology: str, num_slices: int = 1) -> list[Program
 
 
 def main(argv: list[str]) -> None:
+    try:
+        sys.exit(run(argv))
+    except UserError as error:
+        sys.exit(report_mistake(error))
+
+
+def run(argv: list[str]) -> int:
+    """The command; returns its exit status: 1 where a program does not fit."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
     config, topology = flags.FLAGS.config, TOPOLOGY.value
@@ -245,11 +259,11 @@ def main(argv: list[str]) -> None:
             f"{chip.hbm / GIB:.0f}; {fix}",
             file=sys.stderr,
         )
-    sys.exit(1 if over or chatty else 0)
+    return 1 if over or chatty else 0
 
 
 if __name__ == "__main__":
     prepare_environment()
     load_listed()  # before the config file is read
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

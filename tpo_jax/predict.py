@@ -35,11 +35,12 @@ from etils import epath
 
 from tpo_jax.data import files, video
 from tpo_jax.data.buckets import Bucket
-from tpo_jax.data.clip_features import FeatureError, FeatureStore
+from tpo_jax.data.clip_features import FeatureStore
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.data.rows import BranchPlan, RowPlan, row_id, stack_rows
 from tpo_jax.data.text import TextCodec
+from tpo_jax.errors import UserError, report
 from tpo_jax.generation import draw
 from tpo_jax.generation.requests import (
     Clip,
@@ -302,9 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.video:
             return run_one(predictor, requests[0], out)
         failed = run_list(predictor, requests, out)
-    except (RequestError, FeatureError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except UserError as error:
+        return report(error)
     print(f"{out / 'results.jsonl'}: {len(requests) - failed} answered, {failed} failed")
     return 1 if failed else 0
 

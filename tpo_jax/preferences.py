@@ -34,6 +34,7 @@ from etils import epath
 
 from tpo_jax.data import files
 from tpo_jax.data.records import Example, PreparedDataset
+from tpo_jax.errors import UserError, report
 from tpo_jax.generation import pairs, scoring, sidecar
 from tpo_jax.generation.pair_generator import PairGenerator, Settings
 from tpo_jax.generation.pipeline import command as pipeline
@@ -44,10 +45,28 @@ from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 
+GENERATE_EXAMPLES = """examples:
+  python -m tpo_jax.preferences generate --model=runs/demo/stage3/model \\
+      --data=runs/demo/data/train --out=runs/demo/pairs/train --pairs=500 --seed=0
+  # comprehensive manipulations alone, one answer a side, any pair of different answers
+  python -m tpo_jax.preferences generate --model=MODEL --data=prepared/train --out=pairs \\
+      --mix=0 --samples=1 --judge=none
+  # videos without questions: the model writes those too (docs/preferences.md)
+  python -m tpo_jax.preferences generate --model=MODEL --data=prepared/train --out=pairs \\
+      --writer=model
+"""
+SCORE_EXAMPLES = """examples:
+  python -m tpo_jax.preferences score --model=runs/demo/stage3/model \\
+      --data=runs/demo/data/train --pairs=runs/demo/pairs/train/pairs.jsonl \\
+      --out=runs/demo/pairs/train/reference.npz
+  # the second of four commands that divide the work and share --out
+  python -m tpo_jax.preferences score --model=MODEL --data=prepared/train \\
+      --pairs=pairs/pairs.jsonl --out=pairs/reference.npz --shards=4 --shard=1
+"""
 CHUNK_VIDEOS = 32  # videos between two saves of `generate`
 
 
-class ResumeError(ValueError):
+class ResumeError(UserError):
     """The output folder holds the work of another command."""
 
 
@@ -128,7 +147,7 @@ def settings_of(flags: argparse.Namespace, config: ModelConfig) -> Settings:
     """The settings that the flags ask for."""
     *fewer, frames = sorted(set(flags.frames)) or [config.vision.max_frames]
     if fewer and flags.writer:
-        raise ValueError(f"--frames={flags.frames}: with --writer, expected one number of frames")
+        raise UserError(f"--frames={flags.frames}: with --writer, expected one number of frames")
     judge = "none" if flags.judge in pipeline.JUDGES else flags.judge  # else asked by a plug-in
     return Settings(
         evidence=pairs.EvidenceSettings(
@@ -160,9 +179,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m tpo_jax.preferences", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    add_generate(commands.add_parser("generate", help="answer with right and manipulated frames"))
-    scoring.add_arguments(
-        commands.add_parser("score", help="reference log-probabilities of pairs"))
+    add_generate(commands.add_parser(
+        "generate", help="answer with right and manipulated frames", epilog=GENERATE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter))
+    scoring.add_arguments(commands.add_parser(
+        "score", help="reference log-probabilities of pairs", epilog=SCORE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter))
     return parser.parse_args(arguments)
 
 
@@ -215,6 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Preempted:
             print(f"{flags.out}: stopped; the same command goes on", file=sys.stderr)
             return EXIT_STATUS
+        except UserError as error:
+            return report(error)
     return status or 0
 
 

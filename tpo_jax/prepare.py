@@ -5,7 +5,7 @@ python -m tpo_jax.prepare run --config configs/prepare.py:world/train --out prep
 python -m tpo_jax.prepare check --format qvhighlights --annotations highlight_train.jsonl
 python -m tpo_jax.prepare features --model runs/demo/stage1/model --data world/train --out features
 python -m tpo_jax.prepare tokenizer --data prepared/train --out prepared/tokenizer.json
-python -m tpo_jax.prepare inspect --help
+python -m tpo_jax.prepare inspect --config configs/demo.py:stage=1 --step 7 --out row.png
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from tpo_jax.data import files, formats
-from tpo_jax.data.clip_features import FeatureError, FeatureStore
+from tpo_jax.data.clip_features import FeatureStore
 from tpo_jax.data.ingest import statistics
 from tpo_jax.data.ingest.plan import (
     MediaItem,
@@ -35,10 +36,14 @@ from tpo_jax.data.ingest.run import prepare
 from tpo_jax.data.ingest.sources import check_config, from_config, from_manifest
 from tpo_jax.data.ingest.upload import upload
 from tpo_jax.data.media import MediaFolder
-from tpo_jax.data.records import MEDIA, PreparedDataset, RecordError
-from tpo_jax.data.text import texts_of, train_tokenizer
-from tpo_jax.data.video import VideoError, media_kind
+from tpo_jax.data.records import MEDIA, PreparedDataset
+from tpo_jax.data.text import TextCodec, texts_of, train_tokenizer
+from tpo_jax.data.video import media_kind
+from tpo_jax.errors import UserError, report
 from tpo_jax.models.heads.listed import load_listed
+
+if TYPE_CHECKING:  # needs a second to import
+    from tpo_jax.data.pipeline import Pipeline
 
 RUN_EXAMPLES = """examples:
   # a data set that names its own annotations in dataset.json (as moving_shapes writes it)
@@ -63,6 +68,11 @@ FEATURES_EXAMPLES = """examples:
 A run that was stopped is continued by the same command. The exit status is 1 when a video could not
 be read. docs/heads.md says how features of other encoders come in.
 """
+TOKENIZER_EXAMPLES = """examples:
+  python -m tpo_jax.prepare tokenizer --data prepared/train --out prepared/tokenizer.json
+  python -m tpo_jax.prepare tokenizer --data gs://BUCKET/train --out gs://BUCKET/tokenizer.json \\
+      --vocabulary 4000
+"""
 CHECK_EXAMPLES = """examples:
   python -m tpo_jax.prepare check --format videochat2 --annotations conversations.json
   python -m tpo_jax.prepare check --format native --annotations my.jsonl --media videos
@@ -71,7 +81,24 @@ CHECK_EXAMPLES = """examples:
 
 The exit status is 1 when a record is invalid.
 """
+INSPECT_EXAMPLES = """examples:
+  # rows of a prepared folder, before there is a model: a tokenizer is trained on its texts
+  python -m tpo_jax.prepare inspect --data prepared/train --out row.html
+  # a row of the batch that `train` is given at step 7; the last rows are those of a bucket beside
+  python -m tpo_jax.prepare inspect --config configs/demo.py:stage=1 --step 7 --row 2 --out row.png
+  # as it was changed on the command line, and of a run that is there
+  python -m tpo_jax.prepare inspect --config configs/demo.py:stage=1 --config.data.evidence=blind
+  python -m tpo_jax.prepare inspect --config runs/demo/dpo/config.json
+"""
 KNOWN = "one of the formats below"
+SETTINGS = ("fps", "size", "encoding")
+_OF_SOURCE = ("format", "annotations", "frame_rate")
+# What says where the data is, and the options that it leaves no room for.
+NOT_READ = {
+    "config": (*SETTINGS, "processes", *_OF_SOURCE, "ignore_keys"),
+    "data": _OF_SOURCE,
+    "media": (),
+}
 FORMATS = "\nformats (docs/formats.md):\n" + "".join(
     f"  {form.name:22s}{form.description}\n" for form in formats.FORMATS.values()
 )
@@ -80,15 +107,10 @@ FORMATS = "\nformats (docs/formats.md):\n" + "".join(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     load_listed()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["inspect"]:
-        from tpo_jax.data import inspect  # draws with matplotlib; the others do not need it
-
-        return inspect.main(arguments[1:]) or 0
     parser = _parser()
     options, config_arguments = parser.parse_known_args(arguments)
     stray = [a for a in config_arguments if not a.startswith("--config.")]
-    if stray or (config_arguments and options.command not in ("run", "features")):
+    if stray or (config_arguments and not getattr(options, "config", None)):
         parser.error(f"unrecognized arguments: {' '.join(stray or config_arguments)}")
     try:
         if options.command == "check":
@@ -97,10 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _tokenizer(options)
         if options.command == "features":
             return _features(options, config_arguments)
+        if options.command == "inspect":
+            return _inspect(options, config_arguments)
         return _run(options, config_arguments)
-    except (PrepareError, RecordError, FeatureError, VideoError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except UserError as error:
+        return report(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,10 +153,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--features", type=epath.Path, help="a folder of clip features to keep beside the frames"
     )
-    run.add_argument("--fps", type=float, default=2.0, help="frames a second to keep (2)")
+    # Without defaults: what is given beside a config, which has its own, is refused.
+    run.add_argument("--fps", type=float, help="frames a second to keep (2)")
     run.add_argument("--size", type=int, help="square frames of so many pixels (native size)")
-    run.add_argument("--encoding", default="raw", help="raw or jpeg (raw)")
-    run.add_argument("--processes", type=int, default=1, help="parallel processes (1)")
+    run.add_argument("--encoding", help="raw or jpeg (raw)")
+    run.add_argument("--processes", type=int, help="parallel processes (1)")
 
     check = commands.add_parser(
         "check",
@@ -168,12 +192,40 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer = commands.add_parser(
         "tokenizer",
         help="train a tokenizer on the questions and answers of a prepared folder",
+        epilog=TOKENIZER_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     tokenizer.add_argument("--data", type=epath.Path, required=True, help="a prepared folder")
     tokenizer.add_argument("--out", type=epath.Path, required=True, help="tokenizer.json")
     tokenizer.add_argument("--vocabulary", type=int, default=1000, help="most tokens (1000)")
-    commands.add_parser("inspect", help="draw one training row (see inspect --help)")
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="draw one training row",
+        epilog=INSPECT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    where = inspect.add_mutually_exclusive_group(required=True)
+    where.add_argument("--data", metavar="DIR", help="a prepared folder")
+    where.add_argument(
+        "--config", metavar="FILE", help="of training; --config.key=value changes it"
+    )
+    inspect.add_argument(
+        "--model",
+        metavar="DIR",
+        help="with --data: folder with tokenizer.json and template.json (default: trained on the "
+        "folder's texts)",
+    )
+    inspect.add_argument("--step", type=int, default=0, help="which batch (0)")
+    inspect.add_argument("--row", type=int, default=0, help="which row of the batch (0)")
+    inspect.add_argument(
+        "--out",
+        type=epath.Path,
+        default=epath.Path("row.html"),
+        help="file to write, .html or .png (row.html)",
+    )
     return parser
 
 
@@ -191,7 +243,6 @@ def _add_ignore_keys(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore_keys",
         type=lambda text: frozenset(text.split(",")),
-        default=frozenset(),
         metavar="A,B",
         help="keys of records that are known to mean nothing here",
     )
@@ -224,8 +275,8 @@ def _run(options: argparse.Namespace, config_arguments: Sequence[str]) -> int:
     folder = _local_folder(options)
     sources, settings, processes = _sources(options, config_arguments)
     if not options.config:
-        settings = Settings(options.fps, options.size, options.encoding)
-        processes = options.processes
+        settings = Settings(**_given(options, SETTINGS))
+        processes = 1 if options.processes is None else options.processes
     features = FeatureStore(options.features) if options.features else None
     found = prepare(sources, folder, settings, processes, features=features)
     if options.local:
@@ -258,12 +309,20 @@ def _sources(
     ways = [name for name in ("data", "config", "media") if getattr(options, name) is not None]
     if len(ways) != 1:
         raise PrepareError("say where the data is: one of --data, --config, or --media")
+    for name, value in _given(options, NOT_READ[ways[0]]).items():
+        value = ",".join(sorted(value)) if isinstance(value, frozenset) else value
+        fix = "say it in dataset.json"
+        if ways[0] == "config":
+            of_config = name in (*SETTINGS, "processes")
+            fix = f"give --config.{name}={value}" if of_config else "say it in config.sources"
+        raise PrepareError(f"--{name}={value}: is not read beside --{ways[0]}; {fix}")
     if options.config:
         config = _load_config(options.config, config_arguments)
         check_config(config)
         return from_config(config)
+    ignore_keys = options.ignore_keys or frozenset()
     if options.data:
-        return from_manifest(options.data, options.ignore_keys), None, None
+        return from_manifest(options.data, ignore_keys), None, None
     if not options.format or not options.annotations:
         raise PrepareError("--media needs --format and --annotations")
     source = Source(
@@ -271,22 +330,25 @@ def _sources(
         options.format,
         options.annotations,
         options.annotations.stem,
-        options.ignore_keys,
+        ignore_keys,
         options.frame_rate,
     )
     return [source], None, None
+
+
+def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the options that are on the command line."""
+    found = {name: getattr(options, name, None) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _features(options: argparse.Namespace, config_arguments: Sequence[str]) -> int:
     from tpo_jax.generation import clip_features  # runs a model; the others do not need it
 
     items = _videos(options, config_arguments)
-    try:
-        extractor = clip_features.Extractor.from_folder(
-            options.model, clip_seconds=options.clip_seconds, frames=options.frames
-        )
-    except ValueError as error:
-        raise PrepareError(str(error)) from error
+    extractor = clip_features.Extractor.from_folder(
+        options.model, clip_seconds=options.clip_seconds, frames=options.frames
+    )
     store = FeatureStore.create(options.out, extractor.about)
     check_names(store, (item.video_id for item in items))
     failed = clip_features.extract(extractor, items, store)
@@ -302,7 +364,7 @@ def _features(options: argparse.Namespace, config_arguments: Sequence[str]) -> i
 def _videos(options: argparse.Namespace, config_arguments: Sequence[str]) -> list[MediaItem]:
     """The videos that annotations are about, or without any all in --media."""
     if options.media and not options.format and not options.annotations:
-        folder = _open_media(options.media)
+        folder = MediaFolder(options.media)
         return [MediaItem(folder.path(name), name, ()) for name in folder.videos()]
     sources, _, _ = _sources(options, config_arguments)
     plan = make_plan(sources, Settings())
@@ -312,34 +374,62 @@ def _videos(options: argparse.Namespace, config_arguments: Sequence[str]) -> lis
     return [item for item in items if media_kind(item.path) == "video"]
 
 
-def _open_media(path: pathlib.Path) -> MediaFolder:
-    try:
-        return MediaFolder(path)
-    except FileNotFoundError as error:
-        raise PrepareError(str(error)) from error
+def _inspect(options: argparse.Namespace, config_arguments: Sequence[str]) -> int:
+    from tpo_jax.data import inspect  # draws with matplotlib; the others do not need it
+
+    if options.config:
+        if options.model:
+            raise PrepareError("--model: belongs to --data; a config names its own; leave it out")
+        pipeline, codec = _training_pipeline(options.config, config_arguments)
+    else:
+        pipeline, codec = inspect.pipeline_of_folder(options.data, options.model)
+    rows = pipeline.rows(options.step)
+    if not 0 <= options.row < len(rows):
+        raise PrepareError(
+            f"--row {options.row}: the batch of step {options.step} has {len(rows)} rows"
+        )
+    bucket, plan, row = rows[options.row]
+    files.write(options.out, inspect.render(row, codec, plan, options.out.suffix))
+    for line in inspect.wrap(inspect.describe_row(row, codec, plan)):
+        print("".join(span.text for span in line))
+    print(f"step {options.step}, bucket {bucket}, row {options.row}: {options.out}")
+    return 0
+
+
+def _training_pipeline(path: str, overrides: Sequence[str]) -> tuple[Pipeline, TextCodec]:
+    """What `train` would read at the start of a run with this config, on one host."""
+    from tpo_jax.data.pipeline import Pipeline  # and what follows: the others do not need it
+    from tpo_jax.training import config as training_config
+    from tpo_jax.training.start import make_model_config, pipeline_options
+
+    config = _load_config(path, overrides)
+    training_config.validate(config)
+    model_config, codec = make_model_config(config)
+    sources = training_config.to_dict(config)["data"]["train"]
+    return Pipeline(sources, **pipeline_options(config, model_config, codec)), codec
 
 
 def _load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
-    file = pathlib.Path(path.split(":", 1)[0])
-    if not file.is_file():
-        raise PrepareError(f"--config: {file} does not exist; correct the path")
+    from tpo_jax.training.config_flag import define_config, mistake  # few commands have one
+
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    arguments = ["prepare", f"--config={path}", *overrides]
+    holder = define_config("config", flag_values=values, sys_argv=arguments)
     try:
-        values(["prepare", f"--config={path}", *overrides])
-    except (flags.Error, AttributeError) as error:  # an unknown or mistyped --config.KEY
-        raise PrepareError(f"--config: {error}") from error
+        values(arguments)
+    except flags.Error as error:  # a mistyped --config.KEY=VALUE
+        raise mistake(error) from error
     return holder.value
 
 
 def _check(options: argparse.Namespace) -> int:
-    media = _open_media(options.media) if options.media else None
+    media = MediaFolder(options.media) if options.media else None
     source = Source(
         options.media,
         options.format,
         options.annotations,
         "check",
-        options.ignore_keys,
+        options.ignore_keys or frozenset(),
         options.frame_rate,
     )
     drafts, problems = read_source(source, media)

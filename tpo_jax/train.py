@@ -39,6 +39,7 @@ from ml_collections import ConfigDict
 
 from tpo_jax.data import files
 from tpo_jax.data.pipeline import Pipeline
+from tpo_jax.errors import UserError, report
 from tpo_jax.interop.folder import (
     save_model,
 )
@@ -52,7 +53,7 @@ from tpo_jax.training import config as training_config
 from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
 from tpo_jax.training.clock import Clock
 from tpo_jax.training.compiled import CompiledBucket, compile_buckets, keep_programs
-from tpo_jax.training.config_flag import define_config, define_dry_run
+from tpo_jax.training.config_flag import define_config, define_dry_run, parse_flags
 from tpo_jax.training.divergence import Divergence, Guard, rolled_back, write_report
 from tpo_jax.training.dry_run import DryRun
 from tpo_jax.training.flops import peak_flops
@@ -60,11 +61,11 @@ from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.local_checkpoints import LocalCheckpoints
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 from tpo_jax.training.profiling import Profiler, device_memory
-from tpo_jax.training.program import Program, make_program, needs_contrast
-from tpo_jax.training.references import read_references, verify_references
+from tpo_jax.training.program import Program, make_program
+from tpo_jax.training.references import verify_references
 from tpo_jax.training.resume import check_same_run, find_start, read_checkpoint
 from tpo_jax.training.save_policy import Due, SavePolicy
-from tpo_jax.training.start import initial_params, make_model_config
+from tpo_jax.training.start import initial_params, make_model_config, pipeline_options
 from tpo_jax.training.step import weighted_total
 from tpo_jax.training.tasks import add_examples, example_scalars
 from tpo_jax.training.writers import (
@@ -76,7 +77,7 @@ from tpo_jax.training.writers import (
     Writers,
 )
 
-_CONFIG = define_config("config", "Config file, FILE.py[:ARG] or WORKDIR/config.json.")
+_CONFIG = define_config("config")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; local or gs://.")
 _DRY_RUN = define_dry_run("dry_run", "Only check; =compile adds the memory plan.")
 TOPOLOGY = flags.DEFINE_string("topology", "", "Of --dry_run, such as v5e:4x4; '': devices here.")
@@ -146,15 +147,7 @@ def train(
         ####################################################################### Data
         make_pipeline = functools.partial(
             Pipeline,
-            codec=codec,
-            model_config=model_config,
-            heads=model_config.heads,
-            buckets=plain_config["buckets"],
-            seed=config.seed,
-            reference=read_references(config),
-            evidence=config.data.evidence,
-            task_text=config.data.task_text,
-            contrast=needs_contrast(config),
+            **pipeline_options(config, model_config, codec),
             **dict(zip(("process_index", "process_count"), reader_shard(mesh), strict=True)),
         )
         table = saved.data["sources"] if saved else None
@@ -444,12 +437,20 @@ def dry_run(
 
 
 def main(argv: list[str]) -> None:
+    try:
+        sys.exit(run(argv))
+    except UserError as error:
+        sys.exit(report(error))
+
+
+def run(argv: list[str]) -> int:
+    """The command; returns its exit status."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
     if _DRY_RUN.value:
         where = _WORKDIR.value or ""
         on = TOPOLOGY.value, NUM_SLICES.value
-        sys.exit(dry_run(_CONFIG.value, where, _DRY_RUN.value, *on))
+        return dry_run(_CONFIG.value, where, _DRY_RUN.value, *on)
     ledger = Ledger()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until the loop listens
     if not flags.FLAGS["verbosity"].present:
@@ -464,11 +465,10 @@ def main(argv: list[str]) -> None:
                 keep_programs(config.compile_cache)
             workdir = epath.Path(_WORKDIR.value)
             workdir.mkdir(parents=True, exist_ok=True)
-        status = train(
+        return train(
             config, workdir, preemption, ledger,
             resume_from=_RESUME_FROM.value, new_mixture=_NEW_MIXTURE.value,
         )  # fmt: skip
-    sys.exit(status)
 
 
 if __name__ == "__main__":
@@ -479,4 +479,4 @@ if __name__ == "__main__":
         lambda given: given["workdir"] or given["dry_run"],
         message="--workdir is needed, unless --dry_run",
     )
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -63,6 +63,7 @@ def main() -> None:
     names = list(STUDIES) if "all" in flags.studies else list(dict.fromkeys(flags.studies))
     runs = Runs(Steps(flags.out), TINY if flags.tiny else FULL)
     folder = flags.results or (flags.out / "results" if flags.tiny else RESULTS)
+    runs.steps.stop_on_sigterm()
     try:
         for name in names:
             page = report.write(folder, run(runs, name, range(flags.seeds)))

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import pytest
 from fake_dataset import fake_dataset
@@ -12,12 +11,16 @@ from tpo_jax import prepare
 from tpo_jax.data import inspect
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.evaluation_rows import build_pair_rows, build_question_rows
+from tpo_jax.data.evidence import apply_evidence
 from tpo_jax.data.inspect import Span
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.text import TextCodec, train_tokenizer
 
 BUCKET = Bucket("video", "video", 1, frames=8, branches=8, branch_tokens=56, answers=40,
                 slots={"region": 3, "mask": 2}, windows=2, mask_size=16)
+
+
+HIDDEN = ("frames", "frame_valid", "prefix_tokens", "prefix_segments")  # by data.evidence
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,9 @@ from tpo_jax.training.config import bucket_config, default_config, source_config
 
 def get_config(data):
     config = default_config()
+    config.steps, config.eval_every = 8, 0
+    config.losses = {"language": 1.0, "region/l1": 1.0}
+    config.trainable = [[".*", 1e-3]]
     config.model = {"preset": "micro", "heads": ["region"]}
     config.tokenizer = f"{data}/tokenizer.json"
     config.data.train = [source_config(f"{data}/prepared", tasks={"region": 1.0})]
@@ -105,7 +111,19 @@ def get_config(data):
 """
 
 
-def test_command_on_a_prepared_folder(tmp_path, capsys, monkeypatch):
+def test_hidden_frames_are_not_drawn(built):
+    """The middle one of eight is left, with the region that is asked for at another one."""
+    row, plan = built
+    batch = apply_evidence({name: row[name][None] for name in HIDDEN}, "middle_frame")
+    seen = row | {name: batch[name][0] for name in HIDDEN}
+    frame, timeline = inspect.draw_frames(seen).axes
+    assert frame.get_title() == "4: 4.50 s" and timeline.lines[0].get_xdata().max() < 1
+    blind = {name: row[name][None] for name in HIDDEN}
+    blind = row | {k: v[0] for k, v in apply_evidence(blind, "blind").items()}
+    (timeline,) = inspect.draw_frames(blind).axes
+
+
+def test_command_on_a_prepared_folder(tmp_path, capsys):
     media = tmp_path / "media"
     media.mkdir()
     lines = []
@@ -127,9 +145,15 @@ def test_command_on_a_prepared_folder(tmp_path, capsys, monkeypatch):
     (tmp_path / "config.py").write_text(CONFIG)
     arguments = ["inspect", f"--config={tmp_path / 'config.py'}:{tmp_path}", "--row", "2",
                  "--config.seed=3", "--step", "4", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["prepare", *arguments])  # where config_flags looks
-    assert prepare.main() == 0
-    assert "step 4, bucket still, row 2" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        prepare.main(["inspect", "--data", str(tmp_path / "prepared"), "--row", "5"])
+    assert prepare.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "step 4, bucket still, row 2" in printed
+    assert "1 of 1 frames" in printed and "[1 visual tokens]" in printed
+    # What `train` would be given, whatever the config says.
+    assert prepare.main([*arguments, "--config.data.evidence=blind"]) == 0
+    printed = capsys.readouterr().out
+    assert "0 of 1 frames" in printed and "[0 visual tokens]" in printed
+    assert prepare.main([*arguments, "--config.data.evidence=deaf"]) == 2
+    assert "data.evidence = 'deaf': unknown" in capsys.readouterr().err
+    assert prepare.main(["inspect", "--data", str(tmp_path / "prepared"), "--row", "5"]) == 2
     assert "--row 5: the batch of step 0 has 1 rows" in capsys.readouterr().err

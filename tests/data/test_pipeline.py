@@ -13,7 +13,7 @@ from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.mixture import Source
 from tpo_jax.data.pipeline import Pipeline, blank_batch, row_builder
 from tpo_jax.data.records import RecordError, Turn, task_number
-from tpo_jax.data.rows import RowError, row_id
+from tpo_jax.data.rows import RowError, row_id, stack_rows, video_number
 from tpo_jax.models.presets import micro
 
 
@@ -40,7 +40,8 @@ def test_a_bucket_beside_another_is_part_of_its_batch(codec, model):
     pipeline = make(codec, model, buckets=(joint, IMAGE, PAIR))
     assert set(pipeline.builders) == {"video", "pair"}
     steps = (step for step in range(64) if pipeline.batch(step)[0] == "video")
-    _, first = pipeline.batch(next(steps))
+    rows = pipeline.rows(at := next(steps))
+    _, first = pipeline.batch(at)
     _, second = pipeline.batch(next(steps))
     assert first["beside"]["frames"].shape[1] == 1 and first["frames"].shape[1] == 8
     assert first["beside"]["branch_segments"].any()
@@ -50,6 +51,11 @@ def test_a_bucket_beside_another_is_part_of_its_batch(codec, model):
     alone = make(codec, model, buckets=(VIDEO, IMAGE, PAIR))
     step = next(step for step in range(64) if alone.batch(step)[0] == "image")
     assert_same(first["beside"], alone.batch(step)[1])
+    # Its rows follow the others.
+    assert [name for name, _, _ in rows] == ["video"] * 4 + ["image"] * 4
+    for _, plan, row in rows:
+        assert row["video_ids"] == video_number(plan.video_id)
+    assert_same(stack_rows([row for _, _, row in rows[4:]]), first["beside"])
 
 
 def test_batches_are_a_function_of_seed_and_step(codec, model):

@@ -51,7 +51,7 @@ def test_tokenizer_of_a_prepared_folder(world, tmp_path, capsys):
     assert f"{tokenizer.get_vocab_size()} tokens" in capsys.readouterr().out
     assert [path.name for path in out.parent.iterdir()] == ["tokenizer.json"]
 
-    assert prepare.main(["tokenizer", "--data", str(tmp_path), "--out", str(out)]) == 1
+    assert prepare.main(["tokenizer", "--data", str(tmp_path), "--out", str(out)]) == 2
     assert "is not a prepared folder" in capsys.readouterr().err
 
 
@@ -69,7 +69,7 @@ def test_run_into_a_bucket(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where a gs:// path that is taken for a local one would end
     local, out = tmp_path / "local", epath.Path("gs://bucket/data")
     run = ["run", "--data", str(world), "--out", str(out), "--size", "32"]
-    assert prepare.main(run) == 1
+    assert prepare.main(run) == 2
     assert "--out=gs://bucket/data: tables are written on a disk first" in capsys.readouterr().err
     run += ["--local", str(local)]
     real, written = MemoryBucket._open, []
@@ -110,16 +110,16 @@ def test_run_into_a_bucket(world, tmp_path, monkeypatch, capsys):
 
     (world / "native.jsonl").write_text("")
     other = [*run[:-1], str(tmp_path / "other")]
-    assert prepare.main(other) == 1
+    assert prepare.main(other) == 2
     assert "gs://bucket/data was prepared from other media" in capsys.readouterr().err
     other[4] = "gs://bucket/a"
-    assert prepare.main(other) == 1
+    assert prepare.main(other) == 2
     assert "gs://bucket/a exists and is not a prepared folder" in capsys.readouterr().err
 
 
 def test_what_has_to_be_local_says_so(world, tmp_path, capsys):
     out = str(tmp_path / "out")
-    assert prepare.main(["run", "--data", str(world), "--out", out, "--local", out + "2"]) == 1
+    assert prepare.main(["run", "--data", str(world), "--out", out, "--local", out + "2"]) == 2
     assert "means nothing without --out=gs://" in capsys.readouterr().err
     for option in ("--data", "--media", "--annotations"):
         with pytest.raises(SystemExit):
@@ -127,7 +127,7 @@ def test_what_has_to_be_local_says_so(world, tmp_path, capsys):
         error = f"argument {option}: gs://bucket/x: expected a path on this machine; copy it here"
         assert error in capsys.readouterr().err
     config = ["run", "--config", "configs/prepare.py:gs://bucket/x", "--out", out]
-    assert prepare.main(config) == 1
+    assert prepare.main(config) == 2
     assert "config.manifest: gs://bucket/x: expected a path on this" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"world"}
 
@@ -153,7 +153,7 @@ def test_run_on_a_config(world, tmp_path, monkeypatch, capsys):
     info = PreparedDataset(out).video_info("clip_a.mp4")
     assert (info.height, info.width, info.num_frames) == (16, 16, 8)
     monkeypatch.setattr("sys.argv", [*command, "--config.szie=3"])
-    assert prepare.main() == 1
+    assert prepare.main() == 2
     assert "szie" in capsys.readouterr().err
 
 
@@ -177,7 +177,7 @@ def test_bad_config(body, message, world, tmp_path, capsys):
     text = original.read_text().replace("    return config", f"    {body}\n    return config")
     config.write_text(text)
     options = [f"--config={config}:{world}", "--out", str(tmp_path / "out")]
-    assert prepare.main(["run", *options]) == 1
+    assert prepare.main(["run", *options]) == 2
     import re
 
     assert re.search(message, capsys.readouterr().err)
@@ -197,20 +197,50 @@ def test_bad_config(body, message, world, tmp_path, capsys):
 def test_bad_manifest(change, message, world, tmp_path, capsys):
     manifest = json.loads((world / "dataset.json").read_text()) | change
     (world / "dataset.json").write_text(json.dumps(manifest))
-    assert prepare.main(["run", "--data", str(world), "--out", str(tmp_path / "out")]) == 1
+    assert prepare.main(["run", "--data", str(world), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_says_which_options_are_missing(world, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
-    assert prepare.main(["run", *out]) == 1
+    assert prepare.main(["run", *out]) == 2
     assert "--data, --config, or --media" in capsys.readouterr().err
-    assert prepare.main(["run", "--media", str(world), *out]) == 1
+    assert prepare.main(["run", "--media", str(world), *out]) == 2
     assert "--format and --annotations" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         prepare.main(["run", "--data", str(world), *out, "--szie", "3"])
     assert "--szie" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "fix"),
+    [
+        ("size", "32", "give --config.size=32"),
+        ("fps", "4.0", "give --config.fps=4.0"),
+        ("encoding", "jpeg", "give --config.encoding=jpeg"),
+        ("processes", "2", "give --config.processes=2"),
+        ("ignore_keys", "a,b", "say it in config.sources"),
+        ("frame_rate", "6.0", "say it in config.sources"),
+    ],
+)
+def test_options_that_a_config_has_are_refused_beside_it(option, value, fix, tmp_path, capsys):
+    command = ["run", "--config", "configs/prepare.py:world", "--out", str(tmp_path / "out")]
+    assert prepare.main([*command, f"--{option}", value]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --{option}={value}: is not read beside --config; {fix}\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_would_change_nothing_are_refused(world, tmp_path, capsys):
+    command = ["run", "--data", str(world), "--out", str(tmp_path / "out")]
+    assert prepare.main([*command, "--format", "native"]) == 2
+    error = "error: --format=native: is not read beside --data; say it in dataset.json\n"
+    assert capsys.readouterr().err == error
+    with pytest.raises(SystemExit):
+        prepare.main([*command, "--config.fps=4"])
+    assert "unrecognized arguments: --config.fps=4" in capsys.readouterr().err
 
 
 def test_check_prints_every_invalid_record(tmp_path, capsys):
@@ -237,9 +267,10 @@ def test_check_with_and_without_media(tmp_path, capsys):
     assert "unknown video" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize("command", ["run", "check", "features", "tokenizer", "inspect"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as caught:
         prepare.main([command, "--help"])
     assert caught.value.code == 0
-    assert f"python -m tpo_jax.prepare {command}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "examples:" in printed and f"python -m tpo_jax.prepare {command} --" in printed

@@ -9,6 +9,7 @@ from pycocotools import mask as coco_mask
 from tpo_jax.data import sampling
 from tpo_jax.data.records import PreparedDataset
 from tpo_jax.evaluation import benchmarks, floors, results
+from tpo_jax.evaluation.metrics import qa
 
 # How far predictions are off (share of the frame or clip), and how often the head is called.
 STAGES = {
@@ -67,7 +68,7 @@ def answer(dataset, example, turn, noise, accuracy, rng, table, samples, frames)
         right = asked.options.index(asked.answer)
         logps[right] = logps.max() + 0.5 if rng.random() < accuracy else logps.min() - 0.5
         value = float(np.argmax(logps) == right)
-        scores = {"qa/accuracy": value, f"qa/accuracy/{asked.kind}": value}
+        scores = qa.scores(value, asked.kind, example.media)
         item = f"{example.example_id}/{turn}"
         table.add(item, example.video_id, scores)
         samples.append(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 
 import fake_run
 import pytest
@@ -45,6 +46,22 @@ def test_summary_has_the_promised_keys(found):
     assert found["seconds"]["render"] == 61.5
     assert found["counts"]["pairs"]["train"]["written"] == 500
     assert found["counts"]["data"]["test"]["videos"] == 3
+    test = found["counts"]["test"]
+    assert (test["videos"], test["images"]) == (3, 1)
+
+
+def test_the_accuracy_of_videos_stands_beside_that_of_all(run_dir, found, page):
+    items = json.loads((run_dir / "eval" / "dpo.json").read_text())["items"]
+    every, videos = items["qa/accuracy"], items["qa/accuracy_videos"]
+    asked = zip(every["videos"], every["values"], strict=True)
+    of_videos = [value for video, value in asked if video in set(videos["videos"])]
+    assert 0 < len(of_videos) < len(every["values"])
+    metrics = found["eval"]["dpo"]
+    assert metrics["qa/accuracy_videos"] == pytest.approx(statistics.fmean(of_videos), abs=1e-6)
+    lines = summary.format_table(found).splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["qa/accuracy", "qa/accuracy_videos"]
+    assert f"{found['floors']['qa/accuracy_videos']:.3f}" in lines[2]
+    assert "on 3 held-out videos and 1 images" in page
 
 
 def test_changes_are_paired(found):

@@ -174,7 +174,7 @@ def test_the_command_reads_a_folder_or_what_annotations_are_about(
         (["--frames=9"], "--frames=9: expected 1 to 8"),
         (["--model=nowhere"], "nowhere is not a complete model folder"),
     ):
-        assert prepare.main([*common, f"--data={world}", f"--out={out}", *change]) == 1
+        assert prepare.main([*common, f"--data={world}", f"--out={out}", *change]) == 2
         assert message in capsys.readouterr().err
-    assert prepare.main([*common, f"--media={tmp_path / 'no'}", f"--out={out}"]) == 1
+    assert prepare.main([*common, f"--media={tmp_path / 'no'}", f"--out={out}"]) == 2
     assert "does not exist" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import random
 import re
 import shutil
 import signal
@@ -17,6 +19,7 @@ from tpo_jax.training.preemption import EXIT_STATUS
 from tpo_jax.training.writers import read_scalars
 
 STEPS = 12
+SEED = "TPO_SIGNAL_SEED"  # of which process is told to stop, and when; drawn anew in every run
 
 # The train command, and a signal to oneself when the batch of a given step is at hand.
 PROGRAM = """
@@ -41,12 +44,13 @@ def data(tmp_path_factory):
 
 
 def start(
-    data, workdir, *, devices=2, count=1, signal_at=None, signum=signal.SIGTERM, buckets=1,
-    options=(),
+    data, workdir, *, devices=2, count=1, signal_at=None, signal_to=-1, signum=signal.SIGTERM,
+    buckets=1, options=(),
 ):  # fmt: skip
     """Starts the run on devices that `count` processes share; returns the processes.
 
-    With `signal_at`, the last process sends itself the signal at that batch, counted from 0.
+    With `signal_at`, process `signal_to` (-1: the last) sends itself the signal at that batch,
+    counted from 0.
     """
     port = processes.free_port()
     running = []
@@ -55,7 +59,8 @@ def start(
             f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={index}",
         ]  # fmt: skip
         running.append(processes.start(
-            "-c", PROGRAM, -1 if signal_at is None or index < count - 1 else signal_at, int(signum),
+            "-c", PROGRAM, -1 if signal_at is None or index != signal_to % count else signal_at,
+            int(signum),
             f"--config=tests/tiny_run.py:data={data},steps={STEPS},buckets={buckets}",
             f"--workdir={workdir}", "--config.log_every=1", "--config.eval_every=0",
             f"--config.mesh.data={devices}", *options,
@@ -102,14 +107,33 @@ def test_two_processes_give_the_losses_of_one(data, together, tmp_path):
     np.testing.assert_allclose(one[0]["train/loss"], two[0]["train/loss"], rtol=1e-6)
 
 
+def draw_signal() -> tuple[int, int]:
+    """(process, batch) of this run; those of another run with its seed, which pytest shows."""
+    seed = int(os.environ.get(SEED) or random.SystemRandom().randrange(10**6))
+    drawn = random.Random(seed)
+    process, batch = drawn.randrange(2), drawn.randrange(8)  # of 12: it is heard before the end
+    print(f"{SEED}={seed}: SIGTERM to process {process} at batch {batch}")
+    return process, batch
+
+
+def test_both_processes_and_all_batches_are_drawn(monkeypatch):
+    drawn = set()
+    for seed in range(100):
+        monkeypatch.setenv(SEED, str(seed))
+        drawn.add(draw_signal())
+        assert draw_signal() in drawn
+    assert drawn == {(process, batch) for process in range(2) for batch in range(8)}
+
+
 def test_sigterm_to_one_stops_both_at_one_step_and_the_restart_continues(data, together, tmp_path):
     stopped, alone = tmp_path / "stopped", tmp_path / "alone"
-    first = finish(start(data, stopped, count=2, signal_at=3))
+    process, batch = draw_signal()
+    first = finish(start(data, stopped, count=2, signal_at=batch, signal_to=process))
     assert first == [EXIT_STATUS, EXIT_STATUS]
     step = json.loads((stopped / "ledger.json").read_text())["step"]
     saved = sorted(int(path.name) for path in (stopped / "checkpoints").iterdir())
-    # Heard while step 4 ran; the service agrees on a poll that no process has passed.
-    assert 4 <= step < STEPS and saved[-1] == step == metrics(stopped)[-1]["step"]
+    # Heard while that batch was trained on; the service agrees on a poll that nobody has passed.
+    assert batch < step < STEPS and saved[-1] == step == metrics(stopped)[-1]["step"]
     shutil.copytree(stopped, alone)
 
     assert finish(start(data, stopped, count=2)) == [0, 0]

@@ -21,7 +21,7 @@ from tpo_jax.data import pairs
 from tpo_jax.generation import scoring
 pairs.PreparedDataset = lambda path: micro_model.MemoryDataset(3)
 scoring.PART_BATCHES = 1
-preferences.main(sys.argv[1:])
+sys.exit(preferences.main(sys.argv[1:]))
 """
 
 

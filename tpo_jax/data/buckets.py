@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpo_jax.data.text import TASK_TOKENS, TextCodec
+from tpo_jax.errors import UserError
 
 PERIOD = 64  # steps after which the pattern of buckets repeats, unless there is one bucket
 
@@ -56,34 +57,34 @@ class Bucket:
     def __post_init__(self) -> None:
         where = f"buckets.{self.name}"
         if self.media not in ("video", "image"):
-            raise ValueError(f"{where}.media: {self.media!r}, expected 'video' or 'image'.")
+            raise UserError(f"{where}.media: {self.media!r}, expected 'video' or 'image'.")
         least = {"batch_size": 1, "frames": 1, "branches": 1, "branch_tokens": 1, "answers": 1,
                  "windows": 0, "mask_size": 0}
         for field, bound in least.items():
             if getattr(self, field) < bound:
-                raise ValueError(
+                raise UserError(
                     f"{where}.{field}: {getattr(self, field)}, expected at least {bound}.")
         if self.answers >= self.branch_tokens:
-            raise ValueError(
+            raise UserError(
                 f"{where}.answers: {self.answers}, expected less than branch_tokens "
                 f"{self.branch_tokens}: at least one token comes before an answer.")
         if self.question < 0 or (self.question and self.branches != 2):
-            raise ValueError(
+            raise UserError(
                 f"{where}: question {self.question} and branches {self.branches}, expected "
                 "question 0, or branches 2 (chosen, rejected) with question > 0.")
         if not self.weight > 0:
-            raise ValueError(f"{where}.weight: {self.weight}, expected > 0. Remove the bucket.")
+            raise UserError(f"{where}.weight: {self.weight}, expected > 0. Remove the bucket.")
         if unknown := set(self.slots) - set(TASK_TOKENS):
-            raise ValueError(
+            raise UserError(
                 f"{where}.slots: unknown {sorted(unknown)}, expected {sorted(TASK_TOKENS)}.")
         for task in self.idle:
             if task not in TASK_TOKENS or task in self.slots:
-                raise ValueError(
+                raise UserError(
                     f"{where}.idle: {task!r}, expected tasks of heads, {sorted(TASK_TOKENS)}, that "
                     "slots does not name.")
         for head, capacity in self.slots.items():
             if capacity < 1:
-                raise ValueError(
+                raise UserError(
                     f"{where}.slots.{head}: {capacity}, expected at least 1 (every slot array is "
                     "always present, so that one program serves any mixture).")
 
@@ -101,7 +102,7 @@ class Bucket:
         """Reads `buckets.<name>` of a training config; an unknown key is an error."""
         fields = {field.name for field in dataclasses.fields(cls)} - {"name", "after_visual"}
         if unknown := set(config) - fields:
-            raise ValueError(
+            raise UserError(
                 f"buckets.{name}: unknown keys {sorted(unknown)}, expected {sorted(fields)}.")
         values = dict(config)
         values["slots"] = dict(values.get("slots", {}))
@@ -129,11 +130,11 @@ def scheduled(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
         if bucket.beside and (
                 kinds.get(bucket.beside) != bucket.kind or bucket.name in beside
                 or beside.count(bucket.beside) > 1):
-            raise ValueError(
+            raise UserError(
                 f"buckets.{bucket.name}.beside: {bucket.beside!r}, expected another bucket of kind "
                 f"{bucket.kind!r} that has none beside it and stands beside no other.")
         if bucket.beside and idle[bucket.name] != idle[bucket.beside]:
-            raise ValueError(
+            raise UserError(
                 f"buckets.{bucket.name}.idle: {sorted(idle[bucket.name])}, but "
                 f"buckets.{bucket.beside} beside it has {sorted(idle[bucket.beside])}: a step has "
                 "the losses of both; give equal ones.")
@@ -149,9 +150,9 @@ class BucketSchedule:
 
     def __init__(self, buckets: Sequence[Bucket]):
         if not buckets:
-            raise ValueError("buckets: none, expected at least one.")
+            raise UserError("buckets: none, expected at least one.")
         if len(buckets) > PERIOD:
-            raise ValueError(f"buckets: {len(buckets)}, expected at most {PERIOD}.")
+            raise UserError(f"buckets: {len(buckets)}, expected at most {PERIOD}.")
         self.buckets = tuple(buckets)
         period = 1 if len(buckets) == 1 else PERIOD
         counts = _apportion([bucket.weight for bucket in buckets], period)
@@ -163,7 +164,7 @@ class BucketSchedule:
 
     def __call__(self, step: int) -> tuple[Bucket, int]:
         if step < 0:
-            raise ValueError(f"step: {step}, expected >= 0.")
+            raise UserError(f"step: {step}, expected >= 0.")
         periods, phase = divmod(step, len(self.pattern))
         index = self.pattern[phase]
         before = self.pattern[:phase].count(index)

@@ -29,6 +29,7 @@ from tpo_jax.data import text_features, validation
 from tpo_jax.data.media import SUFFIXES, safe_name
 from tpo_jax.data.problems import Invalid, Problem, differs
 from tpo_jax.data.records import RecordError, prepared_features, read_settings
+from tpo_jax.errors import UserError
 from tpo_jax.models.config import ClipFeaturesConfig, TextFeaturesConfig
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _KEYS = ("format_version", "encoder", "clip_seconds", "width")
 _EXTRACT = "extract them with `python -m tpo_jax.prepare features`"
 
 
-class FeatureError(ValueError):
+class FeatureError(UserError):
     """Features that cannot be used; `problem` says which and why."""
 
     def __init__(self, problem: Problem):

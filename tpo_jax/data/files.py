@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 from etils import epath
 
+from tpo_jax.errors import MissingFile
+
 SECONDS_BETWEEN_REWRITES = 1.0  # what a bucket takes for one object
 
 
@@ -25,6 +27,14 @@ def local_path(text: str) -> pathlib.Path:
             f"{text}: expected a path on this machine; copy it here, or mount the bucket"
         )
     return pathlib.Path(text)
+
+
+def read_text(path: epath.PathLike, what: str) -> str:
+    """The text of the file that a flag or an option, `what`, names. Raises MissingFile."""
+    path = epath.Path(path)
+    if not path.exists():
+        raise MissingFile(f"{what}: {path} does not exist; correct the path")
+    return path.read_text("utf-8")
 
 
 def write(path: epath.PathLike, content: str | bytes) -> None:

@@ -6,39 +6,26 @@ timeline, and every token of the prefix and the branches: given, trained on, or 
 
 from __future__ import annotations
 
-import argparse
 import base64
-import dataclasses
 import html
 import io
-import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags
-from etils import epath
 from matplotlib.figure import Figure
-from ml_collections import config_flags
 
-from tpo_jax.data import files
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.mixture import Source, kind_of
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.records import PreparedDataset, known_tasks
 from tpo_jax.data.rows import RowPlan
 from tpo_jax.data.text import TASK_TOKENS, TextCodec, add_task_tokens, texts_of, train_tokenizer
-from tpo_jax.models.config import ModelConfig
+from tpo_jax.errors import UserError
 from tpo_jax.models.heads import HEADS
 from tpo_jax.models.presets import PRESETS
 
-EXAMPLES = """examples:
-  # rows of a prepared folder, before there is a model: a tokenizer is trained on its texts
-  python -m tpo_jax.prepare inspect --data prepared/train --out row.html
-  # the rows that a training config draws at step 7
-  python -m tpo_jax.prepare inspect --config configs/x.py:arg --step 7 --row 2 --out row.png
-"""
 COLOURS = {"given": "#777777", "trained": "#00794c", "slot": "#c0392b", "note": "#2c3e8f"}
 SLOT_COLOURS = ("#e6194b", "#f58231", "#4363d8", "#911eb4", "#008080")
 COLUMNS = 140  # characters per line of text
@@ -83,6 +70,7 @@ def describe_row(row: Mapping[str, Any], codec: TextCodec, plan: RowPlan) -> lis
             Span(name, "slot" if name in slots else "trained" if weight else "given")
             for name, weight in zip(names, weights, strict=False)])
     lines += [[Span(text, "slot")] for text in _slot_texts(row)]
+    lines += [[Span(text, "note")] for text in _extra_texts(row)]
     return lines
 
 
@@ -130,6 +118,24 @@ def _slot_texts(row: Mapping[str, Any]) -> Iterator[str]:
         yield text
 
 
+def _extra_texts(row: Mapping[str, Any]) -> Iterator[str]:
+    """What only some configs bring: features, manipulated frames, reference log-probabilities."""
+    if "clip_features" in row:
+        given = int(row["clip_features"].any(1).sum())
+        yield f"clip features: {given} frames, {row['clip_features'].shape[1]} numbers each"
+    if "text_features" in row:
+        tokens = row["text_valid"].sum(1).tolist()
+        yield f"text features: tokens by branch {tokens}, {row['text_features'].shape[2]} numbers"
+    if "contrast_frames" in row:
+        times = row["contrast_frame_times"][row["contrast_frame_valid"]]
+        yield f"manipulated frames: at {_numbers(times)} s"
+    if "reference_logps" in row:
+        yield f"reference log-probabilities: {_numbers(row['reference_logps'].sum(1))}"
+    if "reference_contrast_logps" in row:
+        summed = _numbers(row["reference_contrast_logps"].sum())
+        yield f"reference log-probability, manipulated frames: {summed}"
+
+
 def _numbers(array: np.ndarray) -> str:
     return str(np.round(array.astype(np.float64), 3).tolist())
 
@@ -156,15 +162,17 @@ def wrap(lines: Sequence[Line], columns: int = COLUMNS) -> list[Line]:
 
 
 def draw_frames(row: Mapping[str, Any], lines: Sequence[Line] = ()) -> Figure:
-    """The frames with boxes and masks, the timeline, and `lines` of text under them."""
-    shown = int(row["frame_valid"].sum())
-    tall = -(-shown // FRAMES_PER_LINE)
+    """The frames that the model sees with boxes and masks, the timeline, and `lines` under them."""
+    frames = np.flatnonzero(row["frame_valid"])
+    tall = -(-len(frames) // FRAMES_PER_LINE)
     temporal = [slot for head, _, slot in _valid_slots(row) if head == "temporal"]
     heights = [1.35] * tall + [1.2] * bool(temporal) + [0.17 * len(lines)] * bool(lines)
+    heights = heights or [0.1]  # nothing is seen and nothing is asked of a head
     figure = Figure(figsize=(11, sum(heights) + 0.4), dpi=100, layout="constrained")
     grid = figure.add_gridspec(len(heights), FRAMES_PER_LINE, height_ratios=heights)
-    for f in range(shown):
-        _draw_frame(figure.add_subplot(grid[f // FRAMES_PER_LINE, f % FRAMES_PER_LINE]), row, f)
+    for place, f in enumerate(frames):
+        axes = figure.add_subplot(grid[place // FRAMES_PER_LINE, place % FRAMES_PER_LINE])
+        _draw_frame(axes, row, int(f))
     if temporal:
         _draw_timeline(figure.add_subplot(grid[tall, :]), row, temporal)
     if lines:
@@ -202,8 +210,9 @@ def _draw_timeline(axes: Any, row: Mapping[str, Any], slots: Sequence[Mapping[st
         for start, end in slot["windows"][slot["window_valid"]]:
             axes.axvspan(start, end, color=colour, alpha=0.25)
         labelled = np.flatnonzero(slot["saliency"] >= 0)
-        axes.step(labelled / max(int(row["frame_valid"].sum()), 1), slot["saliency"][labelled],
-                  where="post", color=colour)
+        # Labels are there for frames that evidence hides as well.
+        frames = max([0, *np.flatnonzero(row["frame_valid"]), *labelled]) + 1
+        axes.step(labelled / frames, slot["saliency"][labelled], where="post", color=colour)
     axes.set_xlim(0, 1)
     axes.set_ylim(-0.05, 1.05)
     axes.set_xlabel("share of the clip; bars: windows, line: saliency", fontsize=7)
@@ -234,7 +243,7 @@ def render(row: Mapping[str, Any], codec: TextCodec, plan: RowPlan, suffix: str)
     if suffix == ".png":
         return _png(draw_frames(row, wrap(lines)))
     if suffix != ".html":
-        raise ValueError(f"--out: suffix {suffix!r}, expected .html or .png.")
+        raise UserError(f"--out: suffix {suffix!r}, expected .html or .png.")
     picture = base64.b64encode(_png(draw_frames(row))).decode()
     styles = "\n".join(f".{name} {{ color: {colour} }}" for name, colour in COLOURS.items())
     body = "\n".join(
@@ -255,7 +264,7 @@ span.trained, span.slot {{ border-bottom: 1px solid; margin-right: 1px }}
 """.encode()
 
 
-# --- the command ---
+# --- a folder without a config ---
 
 
 def pipeline_of_folder(path: str, model: str | None) -> tuple[Pipeline, TextCodec]:
@@ -283,58 +292,3 @@ def pipeline_of_folder(path: str, model: str | None) -> tuple[Pipeline, TextCode
                mask_size=config.mask_size)
         for media, kind in sorted(found)]
     return Pipeline([Source(dataset, 1.0, tasks)], codec, config, config.heads, buckets, 0), codec
-
-
-def pipeline_of_config(path: str, overrides: Sequence[str]) -> tuple[Pipeline, TextCodec]:
-    """The pipeline of a training config."""
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values)
-    values(["inspect", f"--config={path}", *overrides])
-    config = holder.value
-    folder = config.tokenizer or config.init_from
-    codec = TextCodec.load(folder)
-    heads = tuple(config.model.heads)
-    add_task_tokens(codec.tokenizer, heads)
-    codec = TextCodec(codec.tokenizer, codec.template)
-    if config.model.preset:
-        model = PRESETS[config.model.preset]()
-    else:
-        model = ModelConfig.from_dict(
-            json.loads((epath.Path(config.init_from) / "config.json").read_text()))
-    model = dataclasses.replace(model, heads=heads, tokens=codec.task_tokens)
-    plain = json.loads(config.to_json())
-    pipeline = Pipeline(plain["data"]["train"], codec, model, heads, plain["buckets"], config.seed)
-    return pipeline, codec
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Runs `prepare inspect`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m tpo_jax.prepare inspect", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--data", metavar="DIR", help="a prepared folder")
-    where.add_argument("--config", metavar="FILE", help="a training config; --config.key=value "
-                       "changes it")
-    parser.add_argument("--model", metavar="DIR", help="with --data: folder with tokenizer.json "
-                        "and template.json (default: trained on the folder's texts)")
-    parser.add_argument("--step", type=int, default=0, help="which batch (0)")
-    parser.add_argument("--row", type=int, default=0, help="which row of the batch (0)")
-    parser.add_argument("--out", type=epath.Path, default=epath.Path("row.html"),
-                        help="file to write, .html or .png (row.html)")
-    options, overrides = parser.parse_known_args(arguments)
-    if stray := [a for a in overrides if not (options.config and a.startswith("--config."))]:
-        parser.error(f"unrecognized arguments: {' '.join(stray)}")
-    pipeline, codec = (pipeline_of_config(options.config, overrides) if options.config
-                       else pipeline_of_folder(options.data, options.model))
-    bucket, numbers, plans = pipeline.plans(options.step)
-    if not 0 <= options.row < len(plans):
-        parser.error(f"--row {options.row}: the batch of step {options.step} has {len(plans)} rows")
-    plan = plans[options.row]
-    row = pipeline.builders[bucket].build(plan, numbers[options.row])
-    page = render(row, codec, plan, options.out.suffix)
-    files.write(options.out, page)
-    for line in wrap(describe_row(row, codec, plan)):
-        print("".join(span.text for span in line))
-    print(f"step {options.step}, bucket {bucket}, row {options.row}: {options.out}")
-    return 0

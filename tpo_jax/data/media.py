@@ -13,6 +13,7 @@ import pathlib
 
 from tpo_jax.data import video
 from tpo_jax.data.problems import Invalid
+from tpo_jax.errors import MissingFile
 
 # Looking for the closest of very many names takes longer than all else.
 MOST_HINTS = 20_000
@@ -30,7 +31,7 @@ class MediaFolder:
     def __init__(self, root: str | os.PathLike[str]):
         self.root = pathlib.Path(root)
         if not self.root.is_dir():
-            raise FileNotFoundError(f"the media folder {self.root} does not exist")
+            raise MissingFile(f"the media folder {self.root} does not exist")
         self._real_root = self.root.resolve()
         self._probes: dict[str, video.Probe] = {}
         self._files = sorted(_media_below(self.root))

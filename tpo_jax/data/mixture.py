@@ -29,6 +29,7 @@ from tpo_jax.data.rows import (
 )
 from tpo_jax.data.shares import Shares, describe
 from tpo_jax.data.text import TASK_TOKENS, TextError, render_options
+from tpo_jax.errors import UserError
 
 MAX_REPORTED = 20
 
@@ -52,12 +53,12 @@ class Source:
     def __post_init__(self) -> None:
         where = f"data source {self.dataset.path}"
         if not self.weight > 0:
-            raise ValueError(f"{where}: weight {self.weight}, expected > 0. Remove the source.")
+            raise UserError(f"{where}: weight {self.weight}, expected > 0. Remove the source.")
         if unknown := set(self.tasks) - set(known_tasks()):
-            raise ValueError(f"{where}: tasks {sorted(unknown)} unknown, expected {known_tasks()}.")
+            raise UserError(f"{where}: tasks {sorted(unknown)} unknown, expected {known_tasks()}.")
         if any(weight < 0 for weight in self.tasks.values()) or not any(self.tasks.values()):
-            raise ValueError(f"{where}: task weights {dict(self.tasks)}, expected at least one > 0 "
-                             "and none < 0.")
+            raise UserError(f"{where}: task weights {dict(self.tasks)}, expected at least one > 0 "
+                            "and none < 0.")
 
     @property
     def described(self) -> str:
@@ -80,13 +81,13 @@ class Source:
         config = {"pairs": "", "kinds": (), **config}
         expected = {"path", "weight", "tasks", "kinds", "pairs"}
         if wrong := expected ^ set(config):
-            raise ValueError(f"data source {config.get('path')!r}: missing or unknown keys "
-                             f"{sorted(wrong)}, expected {sorted(expected)}.")
+            raise UserError(f"data source {config.get('path')!r}: missing or unknown keys "
+                            f"{sorted(wrong)}, expected {sorted(expected)}.")
         path, pairs, kinds = config["path"], config["pairs"], config["kinds"]
         dataset = PairedDataset(path, pairs) if pairs else PreparedDataset(path)
         if kinds and (unknown := set(kinds) - set(dataset.kinds)):
-            raise ValueError(f"data source {path!r}: kinds {sorted(unknown)} do not occur there, "
-                             f"expected some of {dataset.kinds}.")
+            raise UserError(f"data source {path!r}: kinds {sorted(unknown)} do not occur there, "
+                            f"expected some of {dataset.kinds}.")
         return cls(dataset, config["weight"], dict(config["tasks"]), tuple(kinds))
 
 

@@ -11,6 +11,7 @@ import os
 import numpy as np
 from etils import epath
 
+from tpo_jax.data import files
 from tpo_jax.data.records import Example, PreparedDataset, RecordError, VideoInfo
 from tpo_jax.data.text_features import Texts
 from tpo_jax.models.config import ClipFeaturesConfig
@@ -33,7 +34,7 @@ class PairedDataset:
         self.path = epath.Path(pairs)
         self._pairs: dict[str, list[Example]] = {}
         known, seen = set(self._dataset.videos), set()
-        for number, line in enumerate(self.path.read_text("utf-8").splitlines(), start=1):
+        for number, line in enumerate(files.read_text(self.path, "pairs").splitlines(), start=1):
             pair = self._parse(line, number, known)
             if pair.example_id in seen:
                 raise RecordError(f"{self.path}:{number}: pair {pair.example_id!r} occurs twice; "

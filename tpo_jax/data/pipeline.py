@@ -28,6 +28,7 @@ from tpo_jax.data.shares import SourceTable, change, number_sources
 from tpo_jax.data.task_text import TextDataset
 from tpo_jax.data.text import TextCodec
 from tpo_jax.data.text_features import RowTexts
+from tpo_jax.errors import UserError
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import HEADS, heads_of
 from tpo_jax.models.heads.listed import load_listed
@@ -44,28 +45,28 @@ def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
                 reference: Reference | None = None, contrast: bool = False) -> RowBuilder:
     """The builder of a bucket for a model; refuses a tokenizer or bucket of another model."""
     if codec.template.visual_offset != model_config.visual_offset:
-        raise ValueError(
+        raise UserError(
             f"template.visual_offset: {codec.template.visual_offset}, but the model has "
             f"{model_config.visual_offset}.")
     if codec.vocab_size > model_config.language.num_tokens:
-        raise ValueError(
+        raise UserError(
             f"tokenizer: {codec.vocab_size} ids, but the model has language.num_tokens = "
             f"{model_config.language.num_tokens}.")
     for token, index in model_config.tokens.items():
         if codec.task_tokens.get(token) != index:
-            raise ValueError(
+            raise UserError(
                 f"tokenizer: {token!r} is {codec.task_tokens.get(token)}, but the model has "
                 f"tokens[{token!r}] = {index}. Use the tokenizer of the model folder.")
     tasks = heads_of(model_config.heads)
     if "mask" in tasks and bucket.mask_size != model_config.mask_size:
-        raise ValueError(
+        raise UserError(
             f"buckets.{bucket.name}.mask_size: {bucket.mask_size}, but the mask head answers at "
             f"{model_config.mask_size}.")
     if "temporal" in tasks and not bucket.windows:
-        raise ValueError(
+        raise UserError(
             f"buckets.{bucket.name}.windows: 0, but the model has a temporal head; set at least 1.")
     if bucket.frames > model_config.vision.max_frames:
-        raise ValueError(
+        raise UserError(
             f"buckets.{bucket.name}.frames: {bucket.frames}, but the model has vision.max_frames "
             f"= {model_config.vision.max_frames}.")
     features = texts = None
@@ -119,13 +120,13 @@ class Pipeline:
                  task_text: bool = False, contrast: bool = False,
                  table: Mapping[str, Any] | None = None, start_step: int = 0):
         if set(heads) != set(model_config.heads):
-            raise ValueError(f"heads: {list(heads)}, but the model has {list(model_config.heads)}.")
+            raise UserError(f"heads: {list(heads)}, but the model has {list(model_config.heads)}.")
         if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index: {process_index}, expected 0..{process_count - 1}.")
+            raise UserError(f"process_index: {process_index}, expected 0..{process_count - 1}.")
         buckets = read_buckets(buckets, codec) if isinstance(buckets, Mapping) else tuple(buckets)
         for bucket in buckets:
             if bucket.batch_size % process_count:
-                raise ValueError(
+                raise UserError(
                     f"buckets.{bucket.name}.batch_size: {bucket.batch_size} rows do not divide "
                     f"over {process_count} hosts; use a multiple of {process_count}.")
         sources = [entry if isinstance(entry, Source) else Source.from_config(entry)
@@ -135,8 +136,8 @@ class Pipeline:
                        for source in sources]
         if any(source.tasks.get("preference") for source in sources) and not any(
                 bucket.kind == "preference" for bucket in buckets):
-            raise ValueError("data: task 'preference' has a weight, but no bucket "
-                             "has question > 0.")
+            raise UserError("data: task 'preference' has a weight, but no bucket "
+                            "has question > 0.")
         self.schedule = BucketSchedule(scheduled(buckets))
         self.process_index, self.process_count = process_index, process_count
         self.evidence = evidence
@@ -179,7 +180,7 @@ class Pipeline:
             key=lambda builder: getattr(builder.bucket, field))
         for one, other in itertools.pairwise(builder.bucket for builder in group):
             if getattr(one, field) == getattr(other, field):
-                raise ValueError(
+                raise UserError(
                     f"buckets.{one.name} and buckets.{other.name}: both {one.media} with "
                     f"{field} {getattr(one, field)}; a {what} goes to the smallest that it "
                     "fits, so give them different ones or merge them.")
@@ -227,6 +228,16 @@ class Pipeline:
             builder.blank() if self.skipped & _ids(plan) else builder.build(plan, row_id(name, row))
             for row, plan in zip(rows, plans, strict=True)])
         return apply_evidence(batch, self.evidence)
+
+    def rows(self, step: int) -> list[tuple[str, RowPlan, Batch]]:
+        """(bucket name, plan, arrays) of every row of `batch(step)`, those beside last."""
+        bucket, occurrence = self.schedule(step)
+        _, batch = self.batch(step)
+        parts = {bucket.name: batch, bucket.beside: batch.pop("beside", {})}
+        return [
+            (part.name, plan, _row(parts[part.name], i))
+            for part in self._parts(bucket)
+            for i, plan in enumerate(self._plans(part, occurrence)[1])]
 
     def skip(self, example_ids: Iterable[str]) -> None:
         """Rows that hold one of these examples count for nothing from now on.
@@ -278,6 +289,12 @@ class Pipeline:
         iterator = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
         iterator.set_state({"next_index": start_step})
         return iterator
+
+
+def _row(batch: Batch, i: int) -> Batch:
+    """The arrays of row i, without the leading B."""
+    return {name: _row(value, i) if isinstance(value, Mapping) else value[i]
+            for name, value in batch.items()}
 
 
 def _ids(plan: RowPlan) -> frozenset[str]:

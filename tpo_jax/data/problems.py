@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from tpo_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -26,7 +28,7 @@ class Problem:
         return dataclasses.asdict(self) | {"value": _short(self.value)}
 
 
-class Invalid(ValueError):
+class Invalid(UserError):
     """A field that cannot be used; whoever knows the file and the record makes it a Problem."""
 
     def __init__(self, field: str, value: Any, reason: str, fix: str):

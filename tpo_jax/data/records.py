@@ -27,6 +27,7 @@ from etils import epath
 
 from tpo_jax.data import tables
 from tpo_jax.data.text_features import Texts
+from tpo_jax.errors import UserError
 from tpo_jax.models.config import ClipFeaturesConfig, TextFeaturesConfig
 from tpo_jax.models.heads import task_tokens
 
@@ -37,7 +38,7 @@ TASKS = ("conversation", "temporal", "region", "mask", "tracking", "action", "pr
 MARKERS = ("<region>", "<temporal>", "<mask>", "<box>")
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """A record or a prepared folder that cannot be used; the message says what and how to fix."""
 
 

@@ -24,6 +24,7 @@ from tpo_jax.data.records import Example, PreparedDataset, task_number
 from tpo_jax.data.targets import TARGETS, TargetError, View, slot_target
 from tpo_jax.data.text import LONGEST_SECONDS, Branch, TextCodec
 from tpo_jax.data.text_features import RowTexts
+from tpo_jax.errors import UserError
 
 # (pair id, shown frames, prefix tokens int32[P], branch tokens int32[2, R]) -> float32[2, A]. The
 # frames (`RowBuilder.shown_frames`) and tokens let the sidecar refuse a pair that changed. With
@@ -34,7 +35,7 @@ CLIP_FIELDS = ("frames", "frame_valid", "frame_times")
 _PART_OF_VIDEO = re.compile(r"_\d+(\.\d+)?_\d+(\.\d+)?$")  # QVHighlights and its relatives
 
 
-class RowError(ValueError):
+class RowError(UserError):
     """An example that does not fit its bucket; names folder, example, bucket, value and fix."""
 
 

@@ -16,12 +16,13 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from tpo_jax.data.buckets import Bucket
+from tpo_jax.errors import UserError
 from tpo_jax.models.heads import HEADS
 
 Arrays = dict[str, np.ndarray]
 
 
-class TargetError(ValueError):
+class TargetError(UserError):
     """The targets of an example do not fit its text; the message says which field and why."""
 
 

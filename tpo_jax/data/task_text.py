@@ -20,6 +20,7 @@ from pycocotools import mask as coco_mask
 
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
 from tpo_jax.data.text_features import Texts
+from tpo_jax.errors import UserError
 from tpo_jax.models.config import ClipFeaturesConfig
 
 # Steps of a box coordinate, as in MiniGPT-v2 (Chen et al. 2023, 2310.09478).
@@ -93,12 +94,12 @@ def with_text(example: Example, where: str = "example") -> Example:
         try:
             text = _WRITERS[name](example.targets, seen[name], example)
         except (KeyError, IndexError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {example.example_id!r}: the text has {marker[0]}, but targets, which "
                 f"has {sorted(example.targets)}, lacks what it stands for ({error}); add it or "
                 "remove the example") from error
         if not text:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {example.example_id!r}: no target of {marker[0]} lies in the clip "
                 f"[{example.start}, {example.end}] s; remove the example")
         seen[name] += 1

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tpo_jax.data import files
 from tpo_jax.data.records import PreparedDataset
 from tpo_jax.data.sampling import SAMPLERS
+from tpo_jax.errors import MissingFile, UserError
 from tpo_jax.models.heads import BOX_TOKEN, HEADS, task_tokens
 
 FORMAT_VERSION = 1
@@ -52,7 +53,7 @@ TASK_TOKENS: Mapping[str, tuple[str | None, str]] = _TaskTokens()
 _MARKER = re.compile(r"<(/?[A-Za-z_]+)>")
 
 
-class TextError(ValueError):
+class TextError(UserError):
     """A text that cannot become a training row; the message names the text and the fix."""
 
 
@@ -65,7 +66,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> Tokenizer:
       vocab_size: upper bound; 9 special tokens and 256 bytes are always in it.
     """
     if vocab_size < len(SPECIAL_TOKENS) + 256:
-        raise ValueError(
+        raise UserError(
             f"vocab_size: {vocab_size}, expected at least {len(SPECIAL_TOKENS) + 256} "
             "(special tokens and bytes).")
     tokenizer = Tokenizer(models.BPE())
@@ -98,7 +99,7 @@ def add_task_tokens(tokenizer: Tokenizer, heads: Sequence[str]) -> None:
     Tokens that are there keep their ids, so a stage may add heads to the model of the one before.
     """
     if unknown := set(heads) - set(HEADS):
-        raise ValueError(f"heads: unknown {sorted(unknown)}, expected some of {list(HEADS)}.")
+        raise UserError(f"heads: unknown {sorted(unknown)}, expected some of {list(HEADS)}.")
     tasks = {HEADS[head].task for head in heads}
     for task, tokens in TASK_TOKENS.items():
         if task in tasks or (task == "box" and tasks):
@@ -131,7 +132,7 @@ class ChatTemplate:
 
     def __post_init__(self):
         if self.sampling not in SAMPLERS:
-            raise ValueError(
+            raise UserError(
                 f"template.sampling: {self.sampling!r}, expected one of {sorted(SAMPLERS)}.")
 
     def to_json(self) -> dict:
@@ -145,11 +146,11 @@ class ChatTemplate:
     def from_json(cls, value: dict, where: str = "template") -> ChatTemplate:
         value = dict(value)
         if (version := value.pop("format_version", None)) != FORMAT_VERSION:
-            raise ValueError(f"{where}: format_version {version!r}, expected {FORMAT_VERSION}.")
+            raise UserError(f"{where}: format_version {version!r}, expected {FORMAT_VERSION}.")
         value = _YOUNGER | value
         names = {field.name for field in dataclasses.fields(cls)}
         if wrong := names ^ value.keys():
-            raise ValueError(f"{where}: missing or unknown keys {sorted(wrong)}.")
+            raise UserError(f"{where}: missing or unknown keys {sorted(wrong)}.")
         return cls(**value)
 
 
@@ -222,11 +223,11 @@ class TextCodec:
             self._template_ids(name) for name in ("user", "assistant", "end"))
         for media, ids in self._before.items():
             if len(ids) != t.visual_offset:
-                raise ValueError(
+                raise UserError(
                     f"template.before_{media}: {len(ids)} tokens, but visual_offset is "
                     f"{t.visual_offset}; the visual tokens must start at one fixed position.")
         if len(self._after["video"]) != len(self._after["image"]):
-            raise ValueError("template: after_video and after_image differ in number of tokens.")
+            raise UserError("template: after_video and after_image differ in number of tokens.")
         self._names = {id: name for name, id in self.special_ids.items()}
         self._markers = {}  # (routing id, slot id) -> marker; the box has no routing id
         for head, (routing, slot) in TASK_TOKENS.items():
@@ -246,7 +247,7 @@ class TextCodec:
             if piece in self.special_ids:
                 ids.append(self.special_ids[piece])
             elif _MARKER.fullmatch(piece) and piece.islower():  # VideoChat2's <Video> is text
-                raise ValueError(
+                raise UserError(
                     f"template.{field}: {piece!r} is not in the tokenizer, which has "
                     f"{sorted(self.special_ids)}.")
             elif piece:
@@ -421,11 +422,11 @@ class TextCodec:
             directory = directory.parent
         path = directory / "template.json"
         if not (directory / "tokenizer.json").exists():
-            raise FileNotFoundError(f"{directory / 'tokenizer.json'}: missing.")
+            raise MissingFile(f"{directory / 'tokenizer.json'}: missing.")
         if path.exists():
             template = ChatTemplate.from_json(json.loads(path.read_text()), str(path))
         elif alone:
             template = ChatTemplate()
         else:
-            raise FileNotFoundError(f"{path}: missing; the codec of a model is both files.")
+            raise MissingFile(f"{path}: missing; the codec of a model is both files.")
         return cls(Tokenizer.from_str((directory / "tokenizer.json").read_text()), template)

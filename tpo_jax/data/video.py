@@ -24,6 +24,8 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from tpo_jax.errors import UserError
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"),
@@ -35,7 +37,7 @@ TICK_TOLERANCE = 1e-3
 DURATION_TOLERANCE = 0.5
 
 
-class VideoError(ValueError):
+class VideoError(UserError):
     """A media file that cannot be used: which one, why, and what to do about it."""
 
     def __init__(self, file: str | os.PathLike[str], reason: str, fix: str):

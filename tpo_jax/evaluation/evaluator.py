@@ -24,6 +24,7 @@ from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.data.rows import RowBuilder, RowPlan
 from tpo_jax.data.task_text import TextDataset
 from tpo_jax.data.text import Branch, TextCodec, render_options
+from tpo_jax.errors import UserError
 from tpo_jax.evaluation import benchmarks
 from tpo_jax.evaluation.benchmarks import Call, Table
 from tpo_jax.evaluation.metrics import preference, qa
@@ -113,7 +114,7 @@ class Evaluator:
         self._router = Router(self.model, codec)
 
     def questions(self, dataset: PreparedDataset) -> None:
-        """Multiple choice by option likelihood: qa/accuracy and qa/accuracy/<kind>."""
+        """Multiple choice by option likelihood: see `qa.scores`."""
         for media in _media(dataset):
             turns = [
                 (turn, render_options(turn.question, turn.options), option)
@@ -160,7 +161,7 @@ class Evaluator:
         """preference/accuracy with the video, preference/accuracy_blind without it."""
         rows = evaluation_rows.build_pair_rows(dataset)
         if not rows:
-            raise ValueError(f"{dataset.path}: no preference pairs; give the folder of pairs")
+            raise UserError(f"{dataset.path}: no preference pairs; give the folder of pairs")
         answers = [
             self.codec.build_branch(None, branch.answer) for row in rows for branch in row.branches
         ]
@@ -231,11 +232,10 @@ class Evaluator:
             logps = np.array([value for _, value in group])
             correct = next(i for i, (option, _) in enumerate(group) if option.correct)
             value = qa.option_correct(logps, correct)
-            kind = group[0][0].kind
             item = f"{example_id}/{turn}"
-            scores = {"qa/accuracy": value, f"qa/accuracy/{kind}": value}
-            self.results.table.add(item, plan.video_id, scores)
             example = next(b.example for b in plan.branches if b.example.example_id == example_id)
+            scores = qa.scores(value, group[0][0].kind, example.media)
+            self.results.table.add(item, plan.video_id, scores)
             self.results.samples.append(
                 _sample("qa", item, plan, example, turn, scores)
                 | {"option_logps": logps.round(4).tolist(), "chosen": int(np.argmax(logps))}

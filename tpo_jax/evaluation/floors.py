@@ -311,15 +311,15 @@ def _tracking(train: _Split, test: _Split) -> Floors:
 
 def _conversation(train: _Split, test: _Split) -> Floors:
     seen: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for kind, _, answer in _choices(train):
+    for _, kind, _, answer in _choices(train):
         seen[kind][answer] += 1
     correct: list[dict[str, list[float]]] = []
     for split in (train, test):
         scores: dict[str, list[float]] = collections.defaultdict(list)
-        for kind, options, answer in _choices(split):
+        for media, kind, options, answer in _choices(split):
             frequency = [float(seen[kind][option]) for option in options]
             value = qa.option_correct(np.array(frequency), options.index(answer))
-            for metric in ("qa/accuracy", f"qa/accuracy/{kind}"):
+            for metric in qa.scores(value, kind, media):
                 scores[metric].append(value)
         correct.append(scores)
     name = "most frequent training answer"
@@ -329,12 +329,12 @@ def _conversation(train: _Split, test: _Split) -> Floors:
     }
 
 
-def _choices(split: _Split) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """(kind, options, answer) of every multiple-choice turn."""
+def _choices(split: _Split) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
+    """(media, kind, options, answer) of every multiple-choice turn."""
     for example in split.examples:
         for turn in example.turns:
             if turn.options:
-                yield turn.kind, turn.options, turn.answer
+                yield example.media, turn.kind, turn.options, turn.answer
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -17,7 +17,7 @@ from tpo_jax.data import files
 from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.evaluation import benchmarks, charts, pictures, results
 from tpo_jax.evaluation.page import CSS
-from tpo_jax.evaluation.summary import SHOWN, STAGES
+from tpo_jax.evaluation.summary import QUESTIONS, SHOWN, STAGES
 
 # Task, the metric that its cases are sorted by, and the words above them.
 CASES = (
@@ -59,7 +59,8 @@ def _header(summary: Mapping[str, Any]) -> str:
     hits = sum(target["hit"] is True for target in summary["targets"])
     test = summary["counts"]["test"]
     facts = (
-        f"{test['questions']} questions with options on {test['videos']} held-out videos",
+        f"{test['questions']} questions with options on {test['videos']} held-out videos and "
+        f"{test['images']} images",
         f"{hits} of {len(summary['targets'])} targets",
         f"{summary['wall_seconds'] / 60:.1f} minutes of commands "
         f"({sum(summary['cpu_seconds'].values()) / 60:.1f} of processor time) "
@@ -91,7 +92,7 @@ def _table(summary: Mapping[str, Any]) -> str:
     stages = [stage for stage in STAGES if stage in summary["eval"]]
     head = "".join(f"<th class='n'>{stage}</th>" for stage in ("floor", *stages))
     kinds = sorted({m for s in stages for m in summary["eval"][s] if m.startswith("qa/accuracy/")})
-    free = _rows(summary, stages, (SHOWN[0], *kinds, *SHOWN[1:]))
+    free = _rows(summary, stages, (*QUESTIONS, *kinds, *SHOWN[len(QUESTIONS) :]))
     forced = _rows(summary, stages, [f"forced/{metric}" for metric in SHOWN])
     out = (
         "<p>Mean over items, with 95 % bootstrap intervals over videos. Head metrics come from "

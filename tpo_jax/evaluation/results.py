@@ -14,6 +14,7 @@ from typing import Any
 from etils import epath
 
 from tpo_jax.data import files
+from tpo_jax.errors import MissingFile, UserError
 from tpo_jax.evaluation import floors as floors_module
 from tpo_jax.evaluation.bootstrap import ItemScores, interval
 
@@ -28,7 +29,7 @@ def evaluation_record(
 ) -> dict[str, Any]:
     """The JSON of one evaluation."""
     if not scores:
-        raise ValueError(f"{about['data']}: no question of tasks {about['tasks']}; nothing scored")
+        raise UserError(f"{about['data']}: no question of tasks {about['tasks']}; nothing scored")
     return {
         "format_version": FORMAT_VERSION,
         **about,
@@ -73,10 +74,10 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     """Reads an evaluation or floors file, refusing another format version."""
     path = epath.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: missing; write it with `python -m tpo_jax.evaluate`")
+        raise MissingFile(f"{path}: missing; write it with `python -m tpo_jax.evaluate`")
     record = json.loads(path.read_text())
     if record.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path}: format_version {record.get('format_version')!r}, expected {FORMAT_VERSION}; "
             "evaluate again with this version"
         )

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
+from tpo_jax.data import files
+from tpo_jax.errors import UserError
 from tpo_jax.evaluation.metrics import detection, grounded_qa, qvhighlights, temporal
 
 Record = Mapping[str, Any]
@@ -32,14 +33,14 @@ def score_files(
       answers: NExT-GQA only, the file with the chosen options.
     """
     if benchmark not in BENCHMARKS:
-        raise ValueError(f"--benchmark: {benchmark!r} is not known; known: {', '.join(BENCHMARKS)}")
+        raise UserError(f"--benchmark: {benchmark!r} is not known; known: {', '.join(BENCHMARKS)}")
     if bool(answers) != (benchmark == "nextgqa"):
-        raise ValueError("--answers: nextgqa needs the file with the chosen options, others do not")
+        raise UserError("--answers: nextgqa needs the file with the chosen options, others do not")
     files = [read_json(path) for path in (predictions, annotations, answers) if path]
     try:
         return BENCHMARKS[benchmark](*files)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{benchmark}: a file is not in its format: {error!r}") from error
+        raise UserError(f"{benchmark}: a file is not in its format: {error!r}") from error
 
 
 def score_qvhighlights(submission: Sequence[Record], labels: Sequence[Record]) -> dict[str, dict]:
@@ -51,7 +52,7 @@ def score_qvhighlights(submission: Sequence[Record], labels: Sequence[Record]) -
     """
     predicted, labelled = _by_id(submission, "predictions"), _by_id(labels, "annotations")
     if different := sorted(map(str, predicted.keys() ^ labelled.keys())):
-        raise ValueError(
+        raise UserError(
             f"qid: predictions and annotations must have the same; {len(different)} are in one "
             f"file only, the first: {', '.join(different[:5])}"
         )
@@ -62,7 +63,7 @@ def score_qvhighlights(submission: Sequence[Record], labels: Sequence[Record]) -
     if "pred_saliency_scores" in submission[0]:
         found |= qvhighlights.highlight_report(*highlight_arrays(pairs))
     if not found:
-        raise ValueError("predictions: no record has pred_relevant_windows or pred_saliency_scores")
+        raise UserError("predictions: no record has pred_relevant_windows or pred_saliency_scores")
     return qvhighlights.with_brief(found)
 
 
@@ -83,7 +84,7 @@ def score_detection(submission: Record, labels: Record, name: str) -> dict[str, 
     ]
     videos = {video: index for index, video in enumerate(dict.fromkeys(row[0] for row in rows))}
     if not videos or protocol.num_videos not in (0, len(videos)):
-        raise ValueError(
+        raise UserError(
             f"annotations: {name} expects {protocol.num_videos or 'some'} labelled videos of "
             f"subset {protocol.subset!r}, found {len(videos)}"
         )
@@ -95,7 +96,7 @@ def score_detection(submission: Record, labels: Record, name: str) -> dict[str, 
     ]
     for video, row in guesses:
         if row["label"] not in classes:
-            raise ValueError(f"results[{video!r}]: label {row['label']!r} has no annotation")
+            raise UserError(f"results[{video!r}]: label {row['label']!r} has no annotation")
     segments = _array([row["segment"] for _, row in guesses], 2, "segment")
     targets = _array([row[2] for row in rows], 2, "segment")
     if protocol.rounded:
@@ -131,9 +132,9 @@ def score_nextgqa(submission: Record, labels: Record, answers: Record) -> dict[s
     }
     kept = [name for name in asked if name in submission]
     if not kept:
-        raise ValueError("predictions: no key <video>_<question> is in the annotations")
+        raise UserError("predictions: no key <video>_<question> is in the annotations")
     if missing := [name for name in kept if name not in answers]:
-        raise ValueError(f"answers: {missing[0]!r} and {len(missing) - 1} more have none")
+        raise UserError(f"answers: {missing[0]!r} and {len(missing) - 1} more have none")
     iop, iou = grounded_qa.overlaps(
         _array([submission[name] for name in kept], 2, "span"),
         _array([window for name in kept for window in asked[name]], 2, "location"),
@@ -155,13 +156,13 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
 
 def read_json(path: str) -> Any:
     """A JSON file, or a list of the lines of a .jsonl file."""
-    text = epath.Path(path).read_text()
+    text = files.read_text(path, "submission")
     try:
         if str(path).endswith(".jsonl"):
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise UserError(f"{path}: not JSON: {error}") from error
 
 
 def format_report(report: Record) -> str:
@@ -178,10 +179,10 @@ def _by_id(records: Sequence[Record], source: str) -> dict[Any, Record]:
     found: dict[Any, Record] = {}
     for record in records:
         if record["qid"] in found:
-            raise ValueError(f"{source}: qid {record['qid']} has more than one record")
+            raise UserError(f"{source}: qid {record['qid']} has more than one record")
         found[record["qid"]] = record
     if not found:
-        raise ValueError(f"{source}: the file has no record")
+        raise UserError(f"{source}: the file has no record")
     return found
 
 
@@ -191,7 +192,7 @@ def moment_arrays(pairs: Sequence[tuple[Record, Record]]) -> tuple[np.ndarray, .
     targets = [label["relevant_windows"] for _, label in pairs]
     for (guess, _), labelled in zip(pairs, targets, strict=True):
         if not labelled:
-            raise ValueError(f"annotations: qid {guess['qid']}: relevant_windows is empty")
+            raise UserError(f"annotations: qid {guess['qid']}: relevant_windows is empty")
     numbers = np.arange(len(pairs))
     rows = _array(itertools.chain(*windows), 3, "pred_relevant_windows")
     return (
@@ -212,7 +213,7 @@ def highlight_arrays(
     length = np.array([len(g) for g in guesses])
     if not length.all() or not clips.all():
         qid = pairs[int(np.argmin(np.minimum(length, clips)))][0]["qid"]
-        raise ValueError(f"qid {qid}: a saliency score and a clip of 2 seconds are needed")
+        raise UserError(f"qid {qid}: a saliency score and a clip of 2 seconds are needed")
     width = max(length.max(), clips.max())
     saliency = np.full((len(pairs), width), -np.inf)
     saliency[np.arange(width) < length[:, None]] = _numbers(
@@ -223,7 +224,7 @@ def highlight_arrays(
     ids = [label["relevant_clip_ids"] for _, label in pairs]
     for clip_ids, (_, label) in zip(ids, pairs, strict=True):
         if len(clip_ids) != len(label["saliency_scores"]):
-            raise ValueError(
+            raise UserError(
                 f"annotations: qid {label['qid']}: {len(label['saliency_scores'])} saliency_scores "
                 f"for {len(clip_ids)} relevant_clip_ids"
             )
@@ -231,7 +232,7 @@ def highlight_arrays(
     clip = np.fromiter(itertools.chain(*ids), np.int64, len(query))
     if outside := np.flatnonzero((clip < 0) | (clip >= clips[query])).tolist():
         row = outside[0]
-        raise ValueError(
+        raise UserError(
             f"annotations: qid {pairs[query[row]][0]['qid']}: relevant_clip_ids has {clip[row]}, "
             f"the video has {clips[query[row]]} clips"
         )
@@ -247,7 +248,7 @@ def _array(rows: Any, columns: int, field: str) -> np.ndarray:
     rows = list(rows)
     if wrong := set(map(len, rows)) - {columns}:
         row = next(row for row in rows if len(row) in wrong)
-        raise ValueError(f"{field}: expected {columns} numbers, got {row}")
+        raise UserError(f"{field}: expected {columns} numbers, got {row}")
     return _numbers(itertools.chain(*rows), field).reshape(-1, columns)
 
 
@@ -255,11 +256,11 @@ def _numbers(values: Iterable[Any], field: str) -> np.ndarray:
     """float64[n] of numbers or their text."""
     numbers = np.fromiter(values, np.float64)
     if not np.isfinite(numbers).all():
-        raise ValueError(f"{field}: a number is not finite")
+        raise UserError(f"{field}: a number is not finite")
     return numbers
 
 
 def _field(record: Record, name: str, source: str) -> Mapping[str, Any]:
     if name not in record:
-        raise ValueError(f"{source}: no field {name!r}; found {', '.join(record)}")
+        raise UserError(f"{source}: no field {name!r}; found {', '.join(record)}")
     return record[name]

@@ -26,9 +26,10 @@ from tpo_jax.evaluation.bootstrap import ItemScores, paired_difference
 from tpo_jax.evaluation.targets import check_targets
 
 STAGES = ("base", "stage1", "stage2", "stage3", "dpo")
-# Metrics of the table, in its order; the rest is in the file.
+# Of the table, in its order, kinds of question after QUESTIONS; the rest is in the file.
+QUESTIONS = ("qa/accuracy", "qa/accuracy_videos")
 SHOWN = (
-    "qa/accuracy", "temporal/r1@0.3", "temporal/r1@0.5", "temporal/r1@0.7", "temporal/miou",
+    *QUESTIONS, "temporal/r1@0.3", "temporal/r1@0.5", "temporal/r1@0.7", "temporal/miou",
     "highlight/map", "highlight/hit@1", "region/acc@0.5", "mask/j", "mask/f", "mask/j&f",
     "tracking/auc", "preference/accuracy", "preference/accuracy_blind",
 )  # fmt: skip
@@ -99,15 +100,22 @@ def changes(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 
 def collect_counts(run_dir: epath.Path, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """{"data": {split: statistics}, "pairs": {split: counts}, "test": {questions, videos}}."""
-    questions = next(
-        (r["counts"]["qa/accuracy"] for r in records.values() if "qa/accuracy" in r["counts"]),
-        {"items": 0, "videos": 0},
-    )
+    """{"data": {split: statistics}, "pairs": {split: counts}, "test": {questions, videos, images}}.
+
+    Counted in "test" is what questions with options are about.
+    """
+    none = {"items": 0, "videos": 0}
+    counts = next((r["counts"] for r in records.values() if "qa/accuracy" in r["counts"]), {})
+    questions = counts.get("qa/accuracy", none)
+    videos = counts.get("qa/accuracy_videos", none)["videos"]
     return {
         "data": _by_split(run_dir / "data", "statistics.json"),
         "pairs": _by_split(run_dir / "pairs", "counts.json"),
-        "test": {"questions": questions["items"], "videos": questions["videos"]},
+        "test": {
+            "questions": questions["items"],
+            "videos": videos,
+            "images": questions["videos"] - videos,
+        },
     }
 
 
@@ -138,7 +146,7 @@ def format_table(summary: Mapping[str, Any]) -> str:
     stages = [stage for stage in STAGES if stage in summary["eval"]]
     lines = [f"{'':28s} {'floor':>7s}" + "".join(f" {stage:>7s}" for stage in stages)]
     kinds = sorted(m for m in summary["eval"].get("base", {}) if m.startswith("qa/accuracy/"))
-    for metric in (SHOWN[0], *kinds, *SHOWN[1:]):
+    for metric in (*QUESTIONS, *kinds, *SHOWN[len(QUESTIONS) :]):
         values = [summary["eval"][stage].get(metric) for stage in stages]
         if any(value is not None for value in values):
             cells = [summary["floors"].get(metric), *values]

@@ -23,6 +23,7 @@ from tpo_jax.data.clip_features import FeatureStore
 from tpo_jax.data.ingest.plan import MediaItem
 from tpo_jax.data.preprocess import RESIZES
 from tpo_jax.data.video import TICK_TOLERANCE, Decoder, VideoError
+from tpo_jax.errors import UserError
 from tpo_jax.generation.sidecar import hash_json, hash_weights
 from tpo_jax.interop.folder import load_config, open_leaves
 from tpo_jax.models.config import ClipFeaturesConfig, ModelConfig
@@ -62,9 +63,9 @@ class Extractor:
         most = config.vision.max_frames
         self.frames = frames or given or min(FRAMES, most)
         if not 1 <= self.frames <= most:
-            raise ValueError(f"--frames={frames}: expected 1 to {most}, which the encoder takes")
+            raise UserError(f"--frames={frames}: expected 1 to {most}, which the encoder takes")
         if not clip_seconds > 0:
-            raise ValueError(f"--clip_seconds={clip_seconds:g}: expected more than 0")
+            raise UserError(f"--clip_seconds={clip_seconds:g}: expected more than 0")
         self.config, self.clip_seconds, self.batch_size = config, clip_seconds, batch_size
         name = encoder_name(config, vision, self.frames)
         self.about = ClipFeaturesConfig(config.vision.width, float(clip_seconds), name)

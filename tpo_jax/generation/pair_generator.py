@@ -18,6 +18,7 @@ from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.data.rows import BranchPlan, RowBuilder, RowPlan, row_id, stack_rows
 from tpo_jax.data.text import TextCodec, render_options
+from tpo_jax.errors import UserError
 from tpo_jax.generation import pairs
 from tpo_jax.generation.pairs import Answer, Candidate, Evidence, Question
 from tpo_jax.generation.sampler import (
@@ -67,7 +68,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("questions", "samples", "batch_size", "branches"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1.")
+                raise UserError(f"{name}: {getattr(self, name)}, expected at least 1.")
 
 
 @dataclasses.dataclass
@@ -257,6 +258,6 @@ def longest_texts(dataset: PreparedDataset, codec: TextCodec) -> tuple[int, int]
                     prompt = max(prompt, len(codec.build_branch(text, None).ids))
                     answer = max(answer, len(codec.encode(turn.answer)))
     if not prompt:
-        raise ValueError(f"{dataset.path}: no conversation to ask questions from; prepare the "
-                         "split with conversation annotations")
+        raise UserError(f"{dataset.path}: no conversation to ask questions from; prepare the "
+                        "split with conversation annotations")
     return prompt, answer

@@ -27,6 +27,7 @@ import numpy as np
 from tpo_jax.data import sampling
 from tpo_jax.data.records import Example, PreparedDataset, Turn
 from tpo_jax.data.text import render_options
+from tpo_jax.errors import UserError
 
 MANIPULATIONS = ("localized", "comprehensive")
 # Share of the duration that a segment may have: of a longer one too little remains outside.
@@ -120,7 +121,7 @@ class EvidenceSettings:
             ("right", self.right in ("dense", "whole"), "'dense' or 'whole'"),
         ):
             if not good:
-                raise ValueError(f"{name}: {getattr(self, name)!r}, expected {expected}.")
+                raise UserError(f"{name}: {getattr(self, name)!r}, expected {expected}.")
 
 
 @dataclasses.dataclass(frozen=True)

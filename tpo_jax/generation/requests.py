@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from tpo_jax.data import video
+from tpo_jax.data import files, video
 from tpo_jax.data.clip_features import FeatureStore
-from tpo_jax.data.files import is_remote
 from tpo_jax.data.records import VideoInfo
 from tpo_jax.data.text import TextCodec, TextError
 from tpo_jax.data.text_features import Asked
+from tpo_jax.errors import UserError
 from tpo_jax.models.config import ClipFeaturesConfig
 
 LONG_SIDE = 512  # pixels; larger frames are read at this size
@@ -25,7 +25,7 @@ OVERSAMPLING = 4  # frames read per frame shown, so that sampling finds the righ
 KEYS = ("video", "prompt", "id", "box", "box_time", "time", "start", "end")
 
 
-class RequestError(ValueError):
+class RequestError(UserError):
     """A question that cannot be asked: where, which field, what was expected."""
 
 
@@ -121,7 +121,7 @@ class Clip:
 def read_list(path: epath.Path) -> list[Request]:
     """The requests of a JSONL file; RequestError names line and field."""
     requests: dict[str, Request] = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(files.read_text(path, "--input").splitlines(), start=1):
         where = f"{path}:{number}"
         try:
             entry = json.loads(line)
@@ -168,7 +168,7 @@ def make_request(where: str, entry: dict[str, Any], folder: epath.PathLike) -> R
             f"{where}: prompt: {marks} places <box> for {int(box is not None)} box; write <box> "
             "where the box belongs, as in 'Where does the circle at <box> go?'")
     file = epath.Path(folder) / entry["video"]
-    if is_remote(file) or is_remote(entry["video"]):
+    if files.is_remote(file) or files.is_remote(entry["video"]):
         raise RequestError(f"{where}: video: {entry['video']!r}, expected a local file; copy it "
                            "here, or mount the bucket")
     return Request(entry["id"], pathlib.Path(file), entry["prompt"], box, entry.get("box_time"),

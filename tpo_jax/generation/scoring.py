@@ -29,6 +29,7 @@ from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.rows import RowBuilder, RowPlan, choose_builder
 from tpo_jax.data.text import TextCodec
+from tpo_jax.errors import UserError
 from tpo_jax.generation import sidecar
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ModelConfig
@@ -55,7 +56,7 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
       Preempted: told to stop; every part that was scored is on disk.
     """
     if not 0 <= flags.shard < flags.shards:
-        raise ValueError(f"--shard={flags.shard}: expected 0..{flags.shards - 1} (--shards)")
+        raise UserError(f"--shard={flags.shard}: expected 0..{flags.shards - 1} (--shards)")
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         count, index = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(num_processes=count, process_id=index)
@@ -63,7 +64,7 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     config, params, codec = load_model(flags.model)
     plans = build_pair_rows(PairedDataset(flags.data, flags.pairs))
     if not plans:
-        raise ValueError(f"{flags.pairs}: no pairs; generate some first")
+        raise UserError(f"{flags.pairs}: no pairs; generate some first")
     frames = sorted(set(flags.frames)) or [config.vision.max_frames]
     fingerprint = sidecar.Fingerprint.of(config, params, codec, frames, contrast=flags.contrast)
     bucket = pair_bucket(codec, config, plans, frames[-1], flags.batch_size)

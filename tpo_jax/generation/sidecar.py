@@ -22,6 +22,7 @@ from etils import epath
 
 from tpo_jax.data.rows import Reference
 from tpo_jax.data.text import TextCodec
+from tpo_jax.errors import MissingFile, UserError
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.towers.config import TowerConfig
 from tpo_jax.parallel import paths
@@ -29,7 +30,7 @@ from tpo_jax.parallel import paths
 FORMAT_VERSION = 1
 
 
-class SidecarMismatch(ValueError):
+class SidecarMismatch(UserError):
     """The sidecar was scored under other conditions than the ones it is read for."""
 
 
@@ -216,7 +217,7 @@ def read(path: epath.PathLike, expected: Fingerprint | None = None) -> Sidecar:
     """Reads a sidecar and, when `expected` is given, refuses one scored under other conditions."""
     path = epath.Path(path)
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingFile(
             f"{path}: no reference sidecar. Write it with `python -m tpo_jax.preferences score`.")
     with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
         header = json.loads(str(file["header"]))
@@ -240,7 +241,7 @@ def merge(parts: Sequence[Sidecar]) -> Sidecar:
     for part in rest:
         first.fingerprint.require(part.fingerprint, part.path)
         if twice := digests.keys() & part.digests.keys():
-            raise ValueError(f"{part.path}: pair {min(twice)!r} was already scored in another part")
+            raise UserError(f"{part.path}: pair {min(twice)!r} was already scored in another part")
         digests.update(part.digests)
         logps.update(part.logps)
     return Sidecar(first.fingerprint, digests, logps)

@@ -13,12 +13,13 @@ from typing import Any
 from etils import epath
 
 from tpo_jax.data.text import ChatTemplate
+from tpo_jax.errors import UserError
 
 _QUESTION, _ANSWER = "QUESTIONquestion", "ANSWERanswer"
 _AFTER_VISUAL = "\n"
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(UserError):
     """A chat template that is missing or cannot be split; the message names the fix."""
 
 

@@ -19,6 +19,7 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from tpo_jax.data.text import ChatTemplate, TextCodec
+from tpo_jax.errors import UserError
 from tpo_jax.interop import folder, huggingface, peft
 from tpo_jax.interop.folder import SIDE_FILES, preprocessor
 from tpo_jax.interop.mapping import Row, export_leaves, import_leaves
@@ -31,7 +32,7 @@ RUNTIME_HEADS = ("region", "temporal", "cg_detr", "mask")  # that the PyTorch fi
 _ADAPTER = "adapter"
 
 
-class ExportFolderError(ValueError):
+class ExportFolderError(UserError):
     """An exported folder that is incomplete or was written by another version."""
 
 
@@ -51,10 +52,14 @@ def export_model(
     if temporary.exists():
         temporary.rmtree()
     temporary.mkdir(parents=True)
-    if folder.holds_language_only(model):
-        _write_language(epath.Path(model), temporary)
-    else:
-        _write_whole(epath.Path(model), temporary, keep_adapters)
+    try:
+        if folder.holds_language_only(model):
+            _write_language(epath.Path(model), temporary)
+        else:
+            _write_whole(epath.Path(model), temporary, keep_adapters)
+    except UserError:  # nothing is left; what a kill leaves, the next call removes
+        temporary.rmtree()
+        raise
     if final.exists():
         final.rmtree()
     temporary.rename(final)

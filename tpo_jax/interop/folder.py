@@ -25,6 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from tpo_jax.data.text import TextCodec
+from tpo_jax.errors import UserError
 from tpo_jax.interop import huggingface
 from tpo_jax.interop.tensors import (
     LazyArray,
@@ -50,7 +51,7 @@ _RUNNING = ("dropout", "remat", "unroll", "attention")
 _TOKEN_AXIS = {"language/embed/table": 0, "language/lm_head/kernel": 1}
 
 
-class ModelFolderError(ValueError):
+class ModelFolderError(UserError):
     """A model folder that is incomplete or does not fit; the message names file, leaf and fix."""
 
 

@@ -10,6 +10,7 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from tpo_jax.data.text import TextCodec
+from tpo_jax.errors import UserError
 from tpo_jax.interop.chat_template import (
     ChatTemplateError,
     chat_template,
@@ -45,7 +46,7 @@ _WEIGHTS = (
 )  # fmt: skip
 
 
-class HuggingFaceError(ValueError):
+class HuggingFaceError(UserError):
     """A folder or a configuration that cannot be imported; the message names what and the fix."""
 
 

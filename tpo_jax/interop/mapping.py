@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tpo_jax.errors import UserError
 from tpo_jax.interop.tensors import (
     LazyArray,
     entry,
@@ -27,7 +28,7 @@ from tpo_jax.interop.tensors import (
 )
 
 
-class MappingError(ValueError):
+class MappingError(UserError):
     """A leaf or a tensor that no row uses, that two rows use, or that has another shape."""
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from etils import epath
 
+from tpo_jax.errors import UserError
 from tpo_jax.interop.mapping import MappingError, Row, export_leaves, import_leaves
 from tpo_jax.interop.tensors import Index, LazyArray, read_file, write_file
 from tpo_jax.models.config import LoraConfig
@@ -28,7 +29,7 @@ _ONLY = {
 }  # fmt: skip
 
 
-class AdapterError(ValueError):
+class AdapterError(UserError):
     """An adapter that has no counterpart on the other side; the message names it and the fix."""
 
 

@@ -17,6 +17,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from tpo_jax.errors import UserError
+
 DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -36,7 +38,7 @@ _PAGE = 4096
 Index = tuple[slice, ...]
 
 
-class TensorFileError(ValueError):
+class TensorFileError(UserError):
     """A file that is no safetensors file, or of which a part is missing; the message names it."""
 
 

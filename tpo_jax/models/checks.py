@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from tpo_jax.errors import UserError
+
 
 def require(condition: bool, field: str, value: Any, reason: str) -> None:
     if not condition:
-        raise ValueError(f"model config: {field}={value!r}: {reason}")
+        raise UserError(f"model config: {field}={value!r}: {reason}")
 
 
 def require_positive(config: Any, prefix: str, *fields: str) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tpo_jax.errors import UserError
 from tpo_jax.models.config import LoraConfig
 from tpo_jax.models.layers import Linear, Rngs
 
@@ -30,7 +31,7 @@ def attach(model: nnx.Module, config: LoraConfig, rngs: Rngs) -> None:
     }
     chosen = {path: module for path, module in kernels.items() if pattern.search(path)}
     if not chosen:
-        raise ValueError(
+        raise UserError(
             f"model config: lora.pattern={config.pattern!r} matches no kernel; kernels are e.g. "
             f"{sorted(kernels)[:3]}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from tpo_jax.errors import UserError
 from tpo_jax.models import published
 from tpo_jax.models.config import (
     ConnectorConfig,
@@ -87,5 +88,5 @@ PRESETS: dict[str, Callable[..., ModelConfig]] = {
 def preset(name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | None = None):
     """The named configuration; ValueError lists the names."""
     if name not in PRESETS:
-        raise ValueError(f"model preset {name!r} is unknown; use one of {sorted(PRESETS)}")
+        raise UserError(f"model preset {name!r} is unknown; use one of {sorted(PRESETS)}")
     return PRESETS[name](heads, tokens)

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tpo_jax.errors import UserError
+
 KINDS = ("linear", "dynamic", "yarn", "llama3")
 
 
@@ -50,16 +52,16 @@ class RopeScaling:
     def __post_init__(self):
         at = "model config: language.rope_scaling."
         if self.kind not in KINDS:
-            raise ValueError(f"{at}kind={self.kind!r}: unknown; use one of {KINDS}")
+            raise UserError(f"{at}kind={self.kind!r}: unknown; use one of {KINDS}")
         if not self.factor >= 1.0:
-            raise ValueError(f"{at}factor={self.factor!r}: must be 1 or more")
+            raise UserError(f"{at}factor={self.factor!r}: must be 1 or more")
         if self.kind != "linear" and not (self.original_length or 0) > 0:
-            raise ValueError(
+            raise UserError(
                 f"{at}original_length={self.original_length!r}: {self.kind!r} needs the number of "
                 "positions before stretching"
             )
         if self.kind == "llama3" and not 0 < self.low_frequency < self.high_frequency:
-            raise ValueError(
+            raise UserError(
                 f"{at}low_frequency={self.low_frequency!r}: must be in 0..high_frequency="
                 f"{self.high_frequency!r}"
             )
@@ -68,7 +70,7 @@ class RopeScaling:
     def from_dict(cls, data: Mapping[str, Any]) -> RopeScaling:
         names = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(data.keys() - names):
-            raise ValueError(
+            raise UserError(
                 f"model config: language.rope_scaling.{unknown[0]}: unknown key; known: "
                 f"{sorted(names)}"
             )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from tpo_jax.errors import UserError
 from tpo_jax.models import lora
 from tpo_jax.models.config import ConnectorConfig, ModelConfig
 from tpo_jax.models.connector import Connector
@@ -348,13 +349,13 @@ class FunctionalModel:
         for kind in ("clip_features", "text_features"):
             given = getattr(config, kind)
             if given and not any(getattr(head(name), f"reads_{kind}") for name in config.heads):
-                raise ValueError(
+                raise UserError(
                     f"model config: {kind}={given}: none of heads={config.heads} reads them; add "
                     "the head cg_detr, or leave them out"
                 )
         missing = [token for token in tokens_of(config.heads) if token not in config.tokens]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"model config: tokens={dict(config.tokens)} lacks the ids of {missing}, which "
                 f"heads={config.heads} need; add them to the tokenizer and to config.tokens"
             )
@@ -395,7 +396,7 @@ class FunctionalModel:
                 if wanted.get(path) != got.get(path)
             ]
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise ValueError("parameters do not fit the model: " + "; ".join(wrong[:5]) + more)
+            raise UserError("parameters do not fit the model: " + "; ".join(wrong[:5]) + more)
 
 
 __all__ = [

@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tpo_jax.errors import UserError
 from tpo_jax.parallel.paths import flatten
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -34,13 +35,13 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
     """
     unknown = sorted(set(sizes) - set(AXES))
     if unknown:
-        raise ValueError(f"mesh.{unknown[0]}: unknown axis; the axes are {', '.join(AXES)}")
+        raise UserError(f"mesh.{unknown[0]}: unknown axis; the axes are {', '.join(AXES)}")
     shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
     wild = [axis for axis, size in shape.items() if size == -1]
     bad = [axis for axis, size in shape.items() if size < 1 and size != -1]
     if bad or len(wild) > 1:
         axis = (bad or wild)[0]
-        raise ValueError(
+        raise UserError(
             f"mesh.{axis}={shape[axis]}: each axis is a positive number, and at most one is -1 "
             f"(takes what is left); got {shape}"
         )
@@ -48,7 +49,7 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
     if wild and num_devices % known == 0:
         shape[wild[0]] = num_devices // known
     if int(np.prod(list(shape.values()))) != num_devices:
-        raise ValueError(
+        raise UserError(
             f"mesh {shape} holds {abs(known)} devices (without -1), but there are {num_devices}; "
             "change the sizes under config.mesh, or give one axis -1"
         )
@@ -88,7 +89,7 @@ def num_slices(devices: Sequence[jax.Device]) -> int:
 def check_slices(shape: Mapping[str, int], slices: int) -> None:
     """Raises where the mesh would split parameters or heads over the data centre network."""
     if shape["data"] % slices:
-        raise ValueError(
+        raise UserError(
             f"mesh.data={shape['data']} does not divide over {slices} slices, so that another axis "
             f"of {dict(shape)} would span them; make mesh.data a multiple of {slices}"
         )
@@ -120,7 +121,7 @@ def check_batch_divides(batch: Any, mesh: Mesh, accumulation: int = 1) -> None:
     for path, leaf in flatten(batch).items():
         rows = leaf.shape[0] if leaf.shape else 0
         if not rows or rows % (parts * accumulation):
-            raise ValueError(
+            raise UserError(
                 f"batch/{path}: {rows} rows (shape {tuple(leaf.shape)}) do not divide over "
                 f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices "
                 f"x accumulation={accumulation}; make the bucket's batch_size a multiple of "
@@ -147,7 +148,7 @@ def reader_shard(
     slices = sorted({tuple(sorted(rows)) for rows in blocks.values()})
     flat = [row for rows in slices for row in rows]
     if len(flat) != len(set(flat)) or len({len(rows) for rows in slices}) != 1:
-        raise ValueError(
+        raise UserError(
             f"mesh {dict(mesh.shape)}: processes share some but not all rows of a batch "
             f"({slices}); choose sizes so that data x fsdp is a multiple or a divisor of the "
             "process count"

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tpo_jax.errors import UserError
 from tpo_jax.parallel.mesh import BATCH_AXES, row_devices
 from tpo_jax.parallel.paths import first_match, flatten, map_with_path
 
@@ -70,19 +71,19 @@ def partition_spec(path: str, leaf: Any, mesh: Mesh, rules: Rules = RULES) -> P:
     index = first_match([pattern for pattern, _ in rules], path)
     if index is None:
         if size > LARGE_LEAF_BYTES and mesh.size > 1:
-            raise ValueError(
+            raise UserError(
                 f"params/{path}: shape {shape} ({size / 2**20:.1f} MiB) matches no sharding rule; "
                 "add its path to RULES in tpo_jax/parallel/rules.py"
             )
         return P()
     pattern, spec = rules[index]
     if len(spec) > len(shape):
-        raise ValueError(f"params/{path}: rule {pattern!r} gives {spec} to the shape {shape}")
+        raise UserError(f"params/{path}: rule {pattern!r} gives {spec} to the shape {shape}")
     kept = []
     for dimension, axis in enumerate(spec):
         if axis is not None and shape[dimension] % mesh.shape[axis]:
             if size > LARGE_LEAF_BYTES:
-                raise ValueError(
+                raise UserError(
                     f"params/{path}: dimension {dimension} of {shape} does not divide over "
                     f"{axis}={mesh.shape[axis]} (rule {pattern!r}); change config.mesh.{axis} or "
                     "the rule"
@@ -112,7 +113,7 @@ def follow_params(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
             if shapes.get(tail) == tuple(leaf.shape):
                 return by_path[tail]
         if math.prod(leaf.shape) * leaf.dtype.itemsize > LARGE_LEAF_BYTES and mesh.size > 1:
-            raise ValueError(
+            raise UserError(
                 f"opt_state/{path}: shape {tuple(leaf.shape)} is above 1 MiB and follows no "
                 "parameter; its path must end in the path of the parameter that it belongs to"
             )

@@ -9,6 +9,8 @@ import re
 import jax
 from jax.experimental import topologies
 
+from tpo_jax.errors import UserError
+
 GIB = 2**30
 
 
@@ -54,13 +56,13 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if not match or match[1] not in CHIPS:
-        raise ValueError(
+        raise UserError(
             f"topology {name!r}: expected GENERATION:SIZES such as v5e:2x4 or v4:2x2x2 with a "
             f"generation of {', '.join(CHIPS)}"
         )
     chip, sizes = CHIPS[match[1]], tuple(int(size) for size in match[2].split("x"))
     if len(sizes) != chip.dimensions or min(sizes) < 1:
-        raise ValueError(
+        raise UserError(
             f"topology {name!r}: {match[1]} has {chip.dimensions} dimensions, got {sizes}"
         )
     return chip, sizes

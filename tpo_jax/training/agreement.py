@@ -19,6 +19,7 @@ from etils import epath
 from jax._src import distributed  # the key-value store has no public name
 
 import tpo_jax
+from tpo_jax.errors import UserError
 
 TIMEOUT = 300.0  # seconds; hosts of a pod start, and index their data, some minutes apart
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain")
@@ -26,7 +27,7 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "gr
 _INDEX_FILES = ("prepared.json", "index.jsonl")
 
 
-class Disagreement(RuntimeError):
+class Disagreement(UserError, RuntimeError):
     """Processes that would not run the same program; names who differs in what."""
 
 

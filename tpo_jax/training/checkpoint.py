@@ -33,6 +33,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from tpo_jax.errors import UserError
 from tpo_jax.parallel.paths import first_match, flatten
 from tpo_jax.training import checksums
 from tpo_jax.training.local_checkpoints import LocalCheckpoints
@@ -43,7 +44,7 @@ _STATE, _RUN, _SAVE = "state", "run", "save"
 _RUN_PARTS = ("data", "progress", "ledger", "config", "identity")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used as it is; the message names file, leaf and fix."""
 
 

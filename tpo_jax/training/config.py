@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from tpo_jax.data.evidence import MODES
 from tpo_jax.data.records import known_tasks
+from tpo_jax.errors import UserError
 from tpo_jax.models.heads import HEADS, heads_of
 from tpo_jax.objectives.preference import PreferenceConfig
 from tpo_jax.training.save_policy import SavePolicy
@@ -26,7 +27,7 @@ _FREE_KEYS = ("buckets", "losses", "slots", "tasks")
 _ANY_KIND = {"preference.loss": ("str", "list", "dict")}
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """One or more options that cannot be used: option, value, reason and fix of each."""
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tpo_jax.data.rows import CLIP_FIELDS, kind_id
+from tpo_jax.errors import UserError
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import HEADS
 from tpo_jax.models.layers import Linear
@@ -83,14 +84,14 @@ class SftObjective:
             slots = batch["slots"][HEADS[name].task]
             terms |= HEADS[name].loss(prediction, slots, slots["valid"])
         for term in sorted(set(terms) - set(self.weights)):
-            raise ValueError(
+            raise UserError(
                 f"config.losses has no weight for {term!r}; set losses['{term}'] (0 reports it "
                 f"only). Terms of this model: {', '.join(sorted(terms))}"
             )
         present = {"language", *predictions["heads"]}
         for term in sorted(set(self.weights) - set(terms)):
             if term.split("/")[0] in present:
-                raise ValueError(
+                raise UserError(
                     f"config.losses[{term!r}] names no term; remove it. "
                     f"Terms of this model: {', '.join(sorted(terms))}"
                 )
@@ -178,14 +179,14 @@ class PreferenceObjective:
     def _check(self, batch: Batch) -> None:
         live = self.reference == "adapters_off"
         if self.config.needs_reference and not live and "reference_logps" not in batch:
-            raise ValueError(
+            raise UserError(
                 f"batch/reference_logps is missing, but preference.loss={self.config.loss!r} reads "
                 "it; score the pairs with `python -m tpo_jax.preferences score`"
             )
         if self.config.needs_contrast:
             wanted = [*CONTRAST_FIELDS.values(), *(() if live else ("reference_contrast_logps",))]
             if missing := [name for name in wanted if name not in batch]:
-                raise ValueError(
+                raise UserError(
                     f"batch/{', '.join(missing)} missing, but preference.loss={self.config.loss!r} "
                     "scores the chosen answer under the manipulated frames of its pair; use a loss "
                     "without 'conditional', or a pipeline that gives these fields"
@@ -245,12 +246,12 @@ def check_adapters_off(model_config: ModelConfig, trainable: Iterable[str]) -> N
     """
     where = "preference.reference='adapters_off'"
     if model_config.lora is None:
-        raise ValueError(
+        raise UserError(
             f"{where}: the model has no LoRA to switch off; set config.lora, or score a sidecar "
             "with `python -m tpo_jax.preferences score` and set preference.reference='sidecar'"
         )
     if moving := sorted(p for p in trainable if p.split("/")[-1] not in ("lora_a", "lora_b")):
-        raise ValueError(
+        raise UserError(
             f"{where}: {moving[0]} is trained (and {len(moving) - 1} other parameters outside the "
             "LoRA), so that the model without LoRA is no longer the reference; freeze them (for "
             "example trainable=[['.*lora_', 1e-5]]) or score a sidecar and set "

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import optax.contrib
 
+from tpo_jax.errors import UserError
 from tpo_jax.parallel.paths import first_match, flatten, map_with_path
 
 Groups = Sequence[tuple[str, float]]
@@ -56,13 +57,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
-            raise ValueError(f"optimizer.name={self.name!r}: expected one of {', '.join(NAMES)}")
+            raise UserError(f"optimizer.name={self.name!r}: expected one of {', '.join(NAMES)}")
         for field in ("warmup", "min_lr_ratio", "b1", "b2"):
             if not 0 <= (value := getattr(self, field)) <= 1:
-                raise ValueError(f"optimizer.{field}={value}: must be in [0, 1]")
+                raise UserError(f"optimizer.{field}={value}: must be in [0, 1]")
         for field in ("weight_decay", "clip", "eps"):
             if (value := getattr(self, field)) < 0:
-                raise ValueError(f"optimizer.{field}={value}: must not be negative")
+                raise UserError(f"optimizer.{field}={value}: must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,10 +172,10 @@ def assign_groups(groups: Groups, paths: Sequence[str]) -> dict[str, int]:
         try:
             matched = any(re.match(pattern, path) for path in paths)
         except re.error as error:
-            raise ValueError(f"trainable[{index}]={pattern!r}: not a regex ({error})") from error
+            raise UserError(f"trainable[{index}]={pattern!r}: not a regex ({error})") from error
         if not matched:
             roots = sorted({"/".join(path.split("/")[:2]) for path in paths})
-            raise ValueError(
+            raise UserError(
                 f"trainable[{index}]={pattern!r} matches no parameter; patterns start at the root "
                 f"of a path, which are {', '.join(roots)}"
             )
@@ -182,12 +183,12 @@ def assign_groups(groups: Groups, paths: Sequence[str]) -> dict[str, int]:
     assigned = {path: index for path, index in found.items() if index is not None}
     for index, pattern in enumerate(patterns):
         if index not in assigned.values():
-            raise ValueError(
+            raise UserError(
                 f"trainable[{index}]={pattern!r}: earlier groups take all that it matches; "
                 "put the narrower pattern first"
             )
     if not assigned:
-        raise ValueError("trainable=[]: nothing to train; give at least one [regex, learning rate]")
+        raise UserError("trainable=[]: nothing to train; give at least one [regex, learning rate]")
     return assigned
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from tpo_jax.errors import UserError
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.objectives.preference import PreferenceConfig
@@ -132,7 +133,7 @@ def make_objective(config: ConfigDict) -> Objective:
         return PreferenceObjective(PreferenceConfig(**options), reference)
     if config.objective == "sft":
         return SftObjective(config.losses.to_dict())
-    raise ValueError(f"objective={config.objective!r}: expected 'sft' or 'preference'")
+    raise UserError(f"objective={config.objective!r}: expected 'sft' or 'preference'")
 
 
 def needs_contrast(config: ConfigDict) -> bool:

@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from tpo_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class SavePolicy:
@@ -34,15 +36,15 @@ class SavePolicy:
 
     def __post_init__(self) -> None:
         if self.keep < 1:
-            raise ValueError(f"checkpoint.keep={self.keep}: at least one checkpoint must be kept")
+            raise UserError(f"checkpoint.keep={self.keep}: at least one checkpoint must be kept")
         if bool(self.local_dir) != bool(self.local_every):
-            raise ValueError(
+            raise UserError(
                 f"checkpoint.local_dir={self.local_dir!r}, "
                 f"checkpoint.local_every={self.local_every}: one without the other; give a folder "
                 "and the steps between two saves, or neither"
             )
         if "://" in self.local_dir:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint.local_dir={self.local_dir!r}: not on the host; give a folder on its "
                 "disk or in its memory"
             )

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import tokenizers
-from etils import epath
 from ml_collections import ConfigDict
 
+from tpo_jax.data import files
 from tpo_jax.data.clip_features import config_of_folders
 from tpo_jax.data.text import ChatTemplate, TextCodec, add_task_tokens
 from tpo_jax.interop.folder import (
@@ -24,7 +24,9 @@ from tpo_jax.models.heads import head
 from tpo_jax.models.presets import preset
 from tpo_jax.models.sam2_config import sam2_size
 from tpo_jax.parallel.paths import flatten, unflatten
-from tpo_jax.training.program import Program
+from tpo_jax.training.config import to_dict
+from tpo_jax.training.program import Program, needs_contrast
+from tpo_jax.training.references import read_references
 
 
 def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
@@ -32,7 +34,7 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     if config.init_from:
         codec = load_codec(config.init_from)
     else:
-        text = epath.Path(config.tokenizer).read_text()
+        text = files.read_text(config.tokenizer, "config.tokenizer")
         template = ChatTemplate(time_instruction=config.time_instruction)
         codec = TextCodec(tokenizers.Tokenizer.from_str(text), template)
     heads = tuple(config.model.heads)
@@ -58,6 +60,27 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
         elif not any(getattr(head(name), f"reads_{kind}") for name in heads):
             changes[kind] = None  # init_from had a head that read them
     return dataclasses.replace(base, **changes), codec
+
+
+def pipeline_options(
+    config: ConfigDict, model_config: ModelConfig, codec: TextCodec
+) -> dict[str, Any]:
+    """What the config says about the `Pipeline` of its training and its validation data alike.
+
+    Args:
+      model_config, codec: of `make_model_config`.
+    """
+    return {
+        "codec": codec,
+        "model_config": model_config,
+        "heads": model_config.heads,
+        "buckets": to_dict(config)["buckets"],
+        "seed": config.seed,
+        "reference": read_references(config),
+        "evidence": config.data.evidence,
+        "task_text": config.data.task_text,
+        "contrast": needs_contrast(config),
+    }
 
 
 def initial_params(

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from tpo_jax.errors import UserError
 from tpo_jax.parallel.mesh import batch_sharding, replicated
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.weighted_sum import WeightedSum
@@ -93,7 +94,7 @@ def make_gradient_step(
     trainable_paths = frozenset(optimizer.learning_rates)
     # Asked by getattr: an objective without coupled terms need not say so.
     if accumulation > 1 and (coupled := getattr(objective, "coupled", ())):
-        raise ValueError(
+        raise UserError(
             f"accumulation={accumulation} would change {', '.join(coupled)}, which compares the "
             "pairs of a whole batch; set config.accumulation=1 (a smaller batch_size, or more "
             "devices) or use a loss that is not coupled"
@@ -246,7 +247,7 @@ def accumulate(function: Callable[[Any], Any], rows: Any, count: int) -> Any:
         return function(rows)
     size = jax.tree.leaves(rows)[0].shape[0]
     if size % count:
-        raise ValueError(
+        raise UserError(
             f"accumulation={count} does not divide the {size} rows of a batch; "
             "change config.accumulation or the bucket's batch_size"
         )

@@ -19,6 +19,7 @@ import tqdm
 from etils import epath
 
 from tpo_jax.data.files import Lines, is_remote
+from tpo_jax.errors import UserError
 from tpo_jax.parallel.weighted_sum import WeightedSum
 
 
@@ -121,7 +122,7 @@ def read_lines(path: epath.PathLike) -> list[tuple[int, str]]:
         try:
             records.append((int(json.loads(line)["step"]), line))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}:{number}: not a metrics record ({error}); expected "
                 '{"step": int, name: number, ...}; repair or remove the file'
             ) from error

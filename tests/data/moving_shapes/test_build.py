@@ -268,7 +268,7 @@ def test_command(tmp_path, capsys):
     arguments = ["--out", str(out), "--videos=2", "--images=1", "--splits=test:1", "--seconds=8"]
     assert main([*arguments, "--fps=4"]) == 0
     assert len(list(out.glob("test/videos/*.mp4"))) == 2
-    assert main([*arguments, "--seed=1"]) == 1
+    assert main([*arguments, "--seed=1"]) == 2
     assert "choose another --out" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--out", str(out), "--size=63"])

@@ -25,6 +25,7 @@ from tpo_jax.data.formats.reading import Context, Draft
 from tpo_jax.data.media import STILL, MediaFolder
 from tpo_jax.data.problems import Invalid, Problem
 from tpo_jax.data.records import CLIP_FRAMES, FORMAT_VERSION
+from tpo_jax.errors import UserError
 
 # A piece is a shard of both tables. Many small ones spread over processes and lose little in a
 # kill; but readers keep every shard open, so there are about PIECES, and more only for sets whose
@@ -34,7 +35,7 @@ PIECE_MEDIA = 64
 SMALLEST_PIECE, LARGEST_PIECE = 4 * 2**20, 2**30  # bytes of media files
 
 
-class PrepareError(ValueError):
+class PrepareError(UserError):
     """A preparation that cannot start or finish; the message says why and how to fix it."""
 
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import tqdm
 
-from tpo_jax.data.moving_shapes.build import SPLITS, BuildError, build
+from tpo_jax.data.moving_shapes.build import SPLITS, build
 from tpo_jax.data.moving_shapes.world import WorldConfig
+from tpo_jax.errors import UserError, report
 
 EXAMPLES = """examples:
   # shares of --videos and --images
@@ -52,9 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with tqdm.tqdm(total=total, unit="scene", desc="render", mininterval=1) as bar:
             build(options.out, videos, images, options.seed, config, options.processes, bar.update)
-    except BuildError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except UserError as error:
+        return report(error)
     print(f"{options.out}: videos {videos}, images {images}, {time.monotonic() - started:.1f} s")
     return 0
 

@@ -16,6 +16,7 @@ from tpo_jax.data.moving_shapes.published import split_files
 from tpo_jax.data.moving_shapes.render import render
 from tpo_jax.data.moving_shapes.scene import simulate, simulate_image
 from tpo_jax.data.moving_shapes.world import WorldConfig
+from tpo_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 MEDIA = ("video", "image")
@@ -23,7 +24,7 @@ SUMMARY = "world.json"
 CHUNK = 8  # scenes per piece of work
 
 
-class BuildError(ValueError):
+class BuildError(UserError):
     """A data set that cannot be written; the message says why and how to fix it."""
 
 

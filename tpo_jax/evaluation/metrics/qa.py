@@ -23,3 +23,15 @@ def option_correct(option_logps: np.ndarray, answer: int) -> float:
         raise ValueError(f"option_logps: a log-probability is NaN: {logps.tolist()}")
     best = logps == logps.max()
     return float(best[answer] / best.sum())
+
+
+def scores(value: float, kind: str, media: str) -> dict[str, float]:
+    """What one question counts for: all, those of its kind, and those about videos.
+
+    Args:
+      value: of `option_correct`.
+      kind: of the question.
+      media: "video" or "image".
+    """
+    found = {"qa/accuracy": value, f"qa/accuracy/{kind}": value}
+    return found | ({"qa/accuracy_videos": value} if media == "video" else {})

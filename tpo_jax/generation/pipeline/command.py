@@ -14,6 +14,7 @@ import tqdm
 from etils import epath
 
 from tpo_jax.data import files
+from tpo_jax.errors import UserError
 from tpo_jax.generation import pairs
 from tpo_jax.generation.pair_generator import (
     SPARE_TOKENS,
@@ -84,32 +85,32 @@ def check(flags: argparse.Namespace, poll: Callable[[], None]) -> Endpoint | Non
         if flags.judge in JUDGES:
             given.append(f"--judge={flags.judge}")
         if given:
-            raise ValueError(f"{', '.join(given)}: means nothing without --writer; add "
-                             f"--writer={{{','.join(plugins.NAMES)}}}")
+            raise UserError(f"{', '.join(given)}: means nothing without --writer; add "
+                            f"--writer={{{','.join(plugins.NAMES)}}}")
         return None
     flags.captioner = flags.captioner or flags.writer
     for name in ("reply_tokens", "prompt_tokens", "workers"):
         if getattr(flags, name) < 1:
-            raise ValueError(f"--{name}={getattr(flags, name)}: expected at least 1")
+            raise UserError(f"--{name}={getattr(flags, name)}: expected at least 1")
     users = [role for role in ("captioner", "writer", "judge")
              if getattr(flags, role) == "endpoint"]
     if not users:
         given = [f"--{name}" for name in ("endpoint", "endpoint_model", "max_tokens", "max_cost")
                  if getattr(flags, name)]
         if given:
-            raise ValueError(f"{', '.join(given)}: no plug-in is the endpoint; set --captioner, "
-                             "--writer or --judge to endpoint")
+            raise UserError(f"{', '.join(given)}: no plug-in is the endpoint; set --captioner, "
+                            "--writer or --judge to endpoint")
         return None
     if not flags.endpoint:
-        raise ValueError(f"--{users[0]}=endpoint: needs --endpoint, the address of an "
-                         "OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
+        raise UserError(f"--{users[0]}=endpoint: needs --endpoint, the address of an "
+                        "OpenAI-compatible server, such as http://127.0.0.1:8000/v1")
     try:
         body = json.loads(flags.endpoint_body)
     except ValueError as error:
-        raise ValueError(f"--endpoint_body={flags.endpoint_body}: not JSON ({error})") from error
+        raise UserError(f"--endpoint_body={flags.endpoint_body}: not JSON ({error})") from error
     if not isinstance(body, dict):
-        raise ValueError(f"--endpoint_body={flags.endpoint_body}: expected a JSON object, such as "
-                         '{"max_tokens": null, "max_completion_tokens": 500}')
+        raise UserError(f"--endpoint_body={flags.endpoint_body}: expected a JSON object, such as "
+                        '{"max_tokens": null, "max_completion_tokens": 500}')
     settings = EndpointSettings(
         flags.endpoint, flags.endpoint_model, flags.key_variable, flags.plugin_temperature, body,
         flags.requests_per_minute, flags.tries, flags.timeout)
@@ -178,7 +179,7 @@ def make_pipeline(flags: argparse.Namespace, folder: Folder, own: OwnModel, sett
                 endpoint, own.dataset, seed, flags.reply_tokens, flags.workers, own.poll)
         most = own.model.config.vision.max_frames
         if frames > most:
-            raise ValueError(f"--caption_frames={frames}: the model takes at most {most} frames")
+            raise UserError(f"--caption_frames={frames}: the model takes at most {most} frames")
         evidence = dataclasses.replace(settings.evidence, frames=frames)
         return ModelSpeaker(own, dataclasses.replace(
             settings, evidence=evidence, temperature=flags.plugin_temperature, samples=1,

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from tpo_jax.data import tables
+from tpo_jax.errors import UserError
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # statuses after which a request is repeated
 REFUSED = (400, 413, 422)  # statuses that may be about this one request
@@ -36,7 +37,7 @@ SLICE = 0.5  # seconds between two looks for a signal while waiting
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
-class EndpointError(RuntimeError):
+class EndpointError(UserError, RuntimeError):
     """The endpoint cannot be used, or not now; the message names address, status and fix."""
 
 
@@ -96,24 +97,24 @@ class EndpointSettings:
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"--endpoint={_without_login(self.url)}: expected http(s)://HOST/... "
-                             "up to and without /chat/completions, such as http://127.0.0.1:8000/v1")
+            raise UserError(f"--endpoint={_without_login(self.url)}: expected http(s)://HOST/... "
+                            "up to and without /chat/completions, such as http://127.0.0.1:8000/v1")
         if parts.username or parts.password or parts.query:
-            raise ValueError(f"--endpoint={_without_login(self.url)}: holds a login or a query; "
-                             "give the key in an environment variable (--key_variable)")
+            raise UserError(f"--endpoint={_without_login(self.url)}: holds a login or a query; "
+                            "give the key in an environment variable (--key_variable)")
         if not self.model:
-            raise ValueError("--endpoint_model: missing; give the name of a model that "
-                             f"{self.url} serves")
+            raise UserError("--endpoint_model: missing; give the name of a model that "
+                            f"{self.url} serves")
         if self.key_variable and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
-            raise ValueError("--key_variable: expected the NAME of an environment variable, such "
-                             "as OPENAI_API_KEY, not a key; what was given is not shown")
+            raise UserError("--key_variable: expected the NAME of an environment variable, such "
+                            "as OPENAI_API_KEY, not a key; what was given is not shown")
         for name, good, expected in (
             ("tries", self.tries >= 1, "at least 1"),
             ("timeout", self.timeout > 0, "more than 0 seconds"),
             ("requests_per_minute", self.requests_per_minute >= 0, "0 (any number) or more"),
         ):
             if not good:
-                raise ValueError(f"--{name}={getattr(self, name)}: expected {expected}")
+                raise UserError(f"--{name}={getattr(self, name)}: expected {expected}")
 
     def key(self) -> str:
         """The key, or "" where none is needed."""
@@ -151,12 +152,12 @@ class Budget:
     def __init__(self, max_tokens: int = 0, max_cost: float = 0.0, prompt_price: float = 0.0,
                  completion_price: float = 0.0):
         if max_tokens < 0 or max_cost < 0 or prompt_price < 0 or completion_price < 0:
-            raise ValueError("--max_tokens, --max_cost, --prompt_price and --completion_price: "
-                             f"{max_tokens}, {max_cost}, {prompt_price}, {completion_price}: "
-                             "expected 0 or more")
+            raise UserError("--max_tokens, --max_cost, --prompt_price and --completion_price: "
+                            f"{max_tokens}, {max_cost}, {prompt_price}, {completion_price}: "
+                            "expected 0 or more")
         if max_cost and not prompt_price and not completion_price:
-            raise ValueError(f"--max_cost={max_cost}: needs --prompt_price and --completion_price, "
-                             "the price of a million tokens")
+            raise UserError(f"--max_cost={max_cost}: needs --prompt_price and --completion_price, "
+                            "the price of a million tokens")
         self.max_tokens, self.max_cost = max_tokens, max_cost
         self._prices = prompt_price / 1e6, completion_price / 1e6
         self.prompt, self.completion = 0, 0  # tokens spent

@@ -19,6 +19,7 @@ from typing import Any
 from etils import epath
 
 from tpo_jax.data import files
+from tpo_jax.errors import UserError
 
 FORMAT_VERSION = 1
 SETTINGS = "settings.json"
@@ -26,7 +27,7 @@ SETTINGS = "settings.json"
 Record = dict[str, Any]
 
 
-class ManifestError(ValueError):
+class ManifestError(UserError):
     """A folder whose records cannot be gone on with; the message names file, option and fix."""
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 from tpo_jax.data.records import PreparedDataset
+from tpo_jax.errors import UserError
 from tpo_jax.generation import pairs
 from tpo_jax.generation.pairs import Candidate
 from tpo_jax.generation.pipeline import prompts
@@ -112,7 +113,7 @@ class EndpointSpeaker:
     def __init__(self, endpoint: Endpoint, dataset: PreparedDataset, seed: int, max_tokens: int,
                  workers: int = 4, poll: Callable[[], None] = lambda: None):
         if workers < 1:
-            raise ValueError(f"--workers={workers}: expected at least 1")
+            raise UserError(f"--workers={workers}: expected at least 1")
         self._endpoint, self._dataset, self._poll = endpoint, dataset, poll
         self._seed, self._max_tokens, self._workers = seed, max_tokens, workers
         self.temperature = endpoint.settings.temperature

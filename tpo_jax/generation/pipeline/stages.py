@@ -16,6 +16,7 @@ import numpy as np
 
 from tpo_jax.data import sampling
 from tpo_jax.data.records import Example, PreparedDataset
+from tpo_jax.errors import UserError
 from tpo_jax.generation import pairs
 from tpo_jax.generation.pair_generator import Settings
 from tpo_jax.generation.pairs import Candidate, Evidence
@@ -69,7 +70,7 @@ class Pipeline:
     def __post_init__(self) -> None:
         for name in ("parts", "caption_frames"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name}={getattr(self, name)}: expected at least 1")
+                raise UserError(f"--{name}={getattr(self, name)}: expected at least 1")
 
     @property
     def settings(self) -> Settings:

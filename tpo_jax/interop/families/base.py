@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from tpo_jax.data.text import ChatTemplate
+from tpo_jax.errors import UserError
 from tpo_jax.interop import huggingface
 from tpo_jax.interop.mapping import Row, llama_rows
 from tpo_jax.models.config import HeadConfig, LanguageConfig, ModelConfig
@@ -18,7 +19,7 @@ from tpo_jax.models.towers.config import TowerConfig
 MOST_FRAMES = 512
 
 
-class FamilyError(ValueError):
+class FamilyError(UserError):
     """A checkpoint that cannot be imported as it is; the message names the option and the fix."""
 
 

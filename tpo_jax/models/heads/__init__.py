@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from tpo_jax.errors import UserError
 from tpo_jax.models.heads import (
     cg_detr,
     mask,
@@ -65,7 +66,7 @@ def register(new: Head) -> None:
 def head(name: str) -> Head:
     """The registered head, or ValueError that lists the names."""
     if name not in HEADS:
-        raise ValueError(f"model config: heads: {name!r} is not a head; known: {sorted(HEADS)}")
+        raise UserError(f"model config: heads: {name!r} is not a head; known: {sorted(HEADS)}")
     return HEADS[name]
 
 
@@ -78,7 +79,7 @@ def heads_of(names: Iterable[str]) -> dict[str, str]:
     for name in [name for name in HEADS if name in names]:
         task = HEADS[name].task
         if task in chosen:
-            raise ValueError(
+            raise UserError(
                 f"model config: heads: {chosen[task]!r} and {name!r} both answer {task!r}; keep one"
             )
         chosen[task] = name
