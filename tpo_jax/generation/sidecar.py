@@ -100,13 +100,13 @@ class Fingerprint:
         vision = config.vision
         sizes = sorted({frames} if isinstance(frames, int) else set(frames))
         # What changes speed and memory only, or training only, is no difference.
-        language = dataclasses.replace(config.language, dropout=0.0, remat=False)
+        language = dataclasses.replace(config.language, dropout=0.0, remat="")
         lora = config.lora and dataclasses.replace(config.lora, dropout=0.0)
         same = dataclasses.replace(
-            config, language=language, vision=dataclasses.replace(vision, remat=False), lora=lora)
+            config, language=language, vision=dataclasses.replace(vision, remat=""), lora=lora)
         return cls(
             weights=hash_weights(params),
-            model=hash_json(same.to_dict()),
+            model=hash_json(_as_first_written(same.to_dict())),
             tokenizer=hash_json(json.loads(codec.tokenizer.to_str())),
             template=hash_json(codec.template.to_json()),
             preprocessing=_preprocessing(config),
@@ -127,6 +127,12 @@ class Fingerprint:
                 + "\n".join(lines)
                 + "\nRun `python -m tpo_jax.preferences score` again with this run's reference "
                 "model, data and bucket.")
+
+
+def _as_first_written(model: dict[str, Any]) -> dict[str, Any]:
+    """A model's dict as the first sidecars hashed it, in which `remat` was a bool."""
+    parts = {name: model[name] for name in ("vision", "language", "sam2") if model[name]}
+    return model | {name: part | {"remat": bool(part["remat"])} for name, part in parts.items()}
 
 
 def _preprocessing(config: ModelConfig) -> str:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from tpo_jax.models.checks import name_remat
 from tpo_jax.models.checks import require as _require
 from tpo_jax.models.checks import require_positive as _require_positive
 from tpo_jax.models.connectors.config import MlpConnectorConfig, QFormerConfig
@@ -47,14 +48,16 @@ class VisionConfig:
     motion: bool = False
     # "divided": each block first attends over time at each patch. "none": frames are independent.
     temporal: str = "divided"
-    # Recompute each layer in the backward pass / one program per layer instead of a loop.
-    remat: bool = False
+    # What each layer computes again in the backward pass (checks.REMAT) / one program per layer
+    # instead of a loop.
+    remat: str = ""
     unroll: bool = False
 
     def __post_init__(self):
         _require_positive(
             self, "vision", "image_size", "width", "depth", "heads", "mlp_ratio", "max_frames"
         )
+        name_remat(self, "vision.remat")
         _require(
             len(self.stem_strides) == len(self.stem_widths) > 0, "vision.stem_widths",
             self.stem_widths, f"needs one width for each stride of {self.stem_strides}",
@@ -162,8 +165,9 @@ class LanguageConfig:
     full_layers: int = 0
     tied_head: bool = False
     dropout: float = 0.0
-    # Recompute each layer in the backward pass / one program per layer instead of a loop.
-    remat: bool = False
+    # What each layer computes again in the backward pass (checks.REMAT) / one program per layer
+    # instead of a loop.
+    remat: str = ""
     unroll: bool = False
     attention: str = "xla"
 
@@ -208,6 +212,7 @@ class LanguageConfig:
             self.attention in ATTENTION_BACKENDS, "language.attention", self.attention,
             f"use one of {ATTENTION_BACKENDS}",
         )
+        name_remat(self, "language.remat")
 
     @property
     def windows(self) -> tuple[tuple[int, int, int | None], ...]:
