@@ -95,7 +95,7 @@ from tpo_jax.training.config import bucket_config, default_config, source_config
 
 def get_config(data):
     config = default_config()
-    config.model = {"preset": "micro", "heads": ["region"]}
+    config.model.update(preset="micro", heads=["region"])
     config.tokenizer = f"{data}/tokenizer.json"
     config.data.train = [source_config(f"{data}/prepared", tasks={"region": 1.0})]
     config.buckets = {"still": bucket_config(

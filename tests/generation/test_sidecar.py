@@ -50,15 +50,17 @@ def test_missing_file_names_the_command(tmp_path):
         sidecar.read(tmp_path / "none.npz")
 
 
-def test_older_sidecars_hold_whatever_is_computed_again():
-    """The hash is of the format in which `remat` was a bool."""
-    config, codec = preset("micro"), TextCodec(train_tokenizer(["a red square"], 270))
+def test_older_sidecars_hold_however_the_model_runs():
+    """The hash is of the format in which the model said its kernel, and `remat` was a bool."""
+    codec = TextCodec(train_tokenizer(["a red square"], 270))
     for remat in ("", "dots"):
-        language = dataclasses.replace(config.language, remat=remat)
-        same = dataclasses.replace(config, language=language)
-        found = sidecar.Fingerprint.of(same, {}, codec, 8)
+        config = preset("micro").running(attention="auto", remat=remat)
+        found = sidecar.Fingerprint.of(config, {}, codec, 8)
         assert found.model == "16493dc3e0db1db6b8970e6ef8ebd04ad764fc45dd734ba93cca4c1fc16938b1"
         assert found.attention == "xla"
+    large = sidecar.Fingerprint.of(preset("llava_video_7b"), {}, codec, 8, platform="tpu")
+    assert large.model == "4dde725f098979ffc9a6cc7f7e5c1884781fd244ba386bafeb4ca0e01876aa3c"
+    assert large.attention == "splash"
 
 
 def test_merge_joins_and_refuses_twice_and_mixed_conditions():

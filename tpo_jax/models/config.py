@@ -25,7 +25,8 @@ from tpo_jax.models.towers.config import TowerConfig
 FORMAT_VERSION = 1
 VOCABULARY_MULTIPLE = 128
 DTYPES = ("float32", "bfloat16")
-ATTENTION_BACKENDS = ("xla", "dense", "cudnn", "splash", "splash_interpret")
+# "auto": that of the devices, see attention.best_backend.
+ATTENTION_BACKENDS = ("auto", "xla", "dense", "cudnn", "splash", "splash_interpret")
 BOX_ENCODERS = ("own", "tpo")
 
 
@@ -169,7 +170,7 @@ class LanguageConfig:
     # instead of a loop.
     remat: str = ""
     unroll: bool = False
-    attention: str = "xla"
+    attention: str = "auto"
 
     def __post_init__(self):
         _require_positive(
@@ -384,9 +385,26 @@ class ModelConfig:
         """Tokens that a clip of `frames` frames puts into the prefix."""
         return len(self.visual_frames(frames))
 
+    def running(self, *, attention: str, remat: str, dtype: str = "") -> ModelConfig:
+        """The same model, run otherwise.
+
+        Args:
+          attention: of ATTENTION_BACKENDS.
+          remat: of checks.REMAT, for the vision encoder and the language model.
+          dtype: of DTYPES, that it computes in; "": as it is.
+        """
+        language = dataclasses.replace(self.language, attention=attention, remat=remat)
+        vision = dataclasses.replace(self.vision, remat=remat)
+        return dataclasses.replace(
+            self, vision=vision, language=language, dtype=dtype or self.dtype
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; `from_dict` is its inverse."""
+        """JSON-able; `from_dict` is its inverse, but for `attention` and `remat`: a run chooses
+        them, so that a model that was trained on one kind of device is used on any."""
         out = dataclasses.asdict(self)
+        for part, name in _CHOSEN_BY_RUNS:
+            del out[part][name]
         if self.box_encoder == "own":  # older folders have no such key; their fingerprints stay
             del out["box_encoder"]
         for name in ("clip_features", "text_features"):  # likewise
@@ -397,7 +415,8 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """Raises ValueError for an unknown, missing or wrong key, by name."""
+        """Raises ValueError for an unknown, missing or wrong key, by name. What older files say
+        of `attention` and `remat` is checked and left."""
         data = dict(data)
         version = data.pop("format_version", None)
         _require(
@@ -405,8 +424,10 @@ class ModelConfig:
             f"this program reads version {FORMAT_VERSION}; convert the model with the program "
             "that wrote it",
         )
-        return _from_dict(cls, data, "")
+        return _from_dict(cls, data, "").running(attention="auto", remat="")
 
+
+_CHOSEN_BY_RUNS = (("language", "attention"), ("language", "remat"), ("vision", "remat"))
 
 _NESTED = {
     "vision": VisionConfig, "connector": ConnectorConfig, "language": LanguageConfig,

@@ -30,7 +30,7 @@ from tpo_jax.training import checkpoint
 from tpo_jax.training import config as training_config
 from tpo_jax.training.config_changes import changed_since
 from tpo_jax.training.program import Program, make_program, needs_contrast
-from tpo_jax.training.start import make_model_config
+from tpo_jax.training.start import make_model_config, run_as
 
 # A sidecar's weights hash is compared where hashing the weights takes seconds.
 HASHED_BYTES = GIB
@@ -139,13 +139,18 @@ class DryRun:
                 wrong.append(str(error))
         if wrong:
             raise DryRunError("\n".join(wrong))
-        self.program = make_program(self.config, self.model_config, mesh)
+        self.program = make_program(self.config, self.model_config, mesh, self._platform)
         held = _bytes_a_device(self.program)
         limit = f" of {hbm / GIB:.0f}" if hbm else ""
         text = f"mesh {dict(mesh.shape)}; params and optimizer {held / GIB:.2f}{limit} GiB a chip"
         if hbm and held > hbm:
             raise DryRunError(f"{text}; give mesh.fsdp or mesh.tensor more chips")
         return f"{text}\n{self.program.optimizer.report}"
+
+    @property
+    def _platform(self) -> str:
+        """Of the devices that the run is for."""
+        return "tpu" if self.topology else jax.default_backend()
 
     def _mesh(self) -> tuple[AbstractMesh, int]:
         """(mesh without devices, bytes of a chip or 0)."""
@@ -207,8 +212,9 @@ class DryRun:
         else:
             model_config, params, codec = folder.load_config(start), {}, folder.load_codec(start)
         expected = sidecar.Fingerprint.of(
-            model_config, params, codec, {b.frames for b in self.buckets}, contrast=contrast
-        )
+            run_as(self.config, model_config), params, codec, {b.frames for b in self.buckets},
+            contrast=contrast, platform=self._platform,
+        )  # fmt: skip
         if not small:
             expected = dataclasses.replace(expected, weights=stored.weights)
         self.reference = sidecar.reference(files, expected, bucket.answers, codec.pad_id)

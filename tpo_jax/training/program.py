@@ -11,9 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from tpo_jax.models.attention import best_backend
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.objectives.preference import PreferenceConfig
+from tpo_jax.parallel.context import AXIS
 from tpo_jax.parallel.mesh import batch_sharding, check_batch_divides, replicated
 from tpo_jax.parallel.rules import follow_params, param_shardings, place
 from tpo_jax.parallel.weighted_sum import WeightedSum
@@ -141,16 +143,25 @@ def needs_contrast(config: ConfigDict) -> bool:
     return isinstance(objective, PreferenceObjective) and objective.config.needs_contrast
 
 
-def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> Program:
+def make_program(
+    config: ConfigDict, model_config: ModelConfig, mesh: Mesh, platform: str = ""
+) -> Program:
     """Builds the steps of a run.
 
     Args:
       config: training config; reads objective, losses, preference, trainable, optimizer, steps,
         accumulation, dropout and task_gradients_every.
-      model_config: of the preset or of the model folder in init_from.
+      model_config: of the preset or of the model folder in init_from, from start.make_model_config.
       mesh: from parallel.mesh.make_mesh, of real devices or of a topology.
+      platform: "cpu", "gpu" or "tpu", of a mesh without devices; "": that of its devices.
+
+    Raises:
+      ValueError: an option of the config that this model or these devices cannot do.
     """
-    language = dataclasses.replace(model_config.language, dropout=config.dropout)
+    attention = _attention(model_config, mesh, platform or mesh.devices.flat[0].platform)
+    language = dataclasses.replace(
+        model_config.language, dropout=config.dropout, attention=attention
+    )
     model = FunctionalModel(dataclasses.replace(model_config, language=language))
     objective = make_objective(config)
     groups = [(pattern, rate) for pattern, rate in config.trainable]
@@ -190,6 +201,20 @@ def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> P
         score_step=jit(on_mesh(make_score_step(model), mesh)),
         task_gradients=task_gradients,
     )
+
+
+def _attention(model_config: ModelConfig, mesh: Mesh, platform: str) -> str:
+    """The kernel of the devices, which need not be this process's own."""
+    language = model_config.language
+    if language.attention == "auto":
+        return best_backend(platform, model_config.dtype, language.head_dim, mesh.shape[AXIS])
+    needed = {"splash": "tpu", "cudnn": "gpu"}.get(language.attention, platform)
+    if platform != needed:
+        raise ValueError(
+            f"model.attention={language.attention!r}: runs on {needed} and the devices are "
+            f"{platform}; use 'auto'"
+        )
+    return language.attention
 
 
 def _abstract_state(model: FunctionalModel, optimizer: Optimizer, mesh: Mesh) -> TrainState:

@@ -57,7 +57,15 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
             changes[kind] = config_of_folders([s["path"] for s in config.data.train], kind)
         elif not any(getattr(head(name), f"reads_{kind}") for name in heads):
             changes[kind] = None  # init_from had a head that read them
-    return dataclasses.replace(base, **changes), codec
+    return run_as(config, dataclasses.replace(base, **changes)), codec
+
+
+def run_as(config: ConfigDict, model_config: ModelConfig) -> ModelConfig:
+    """The model as config.model says that it runs."""
+    options = config.model
+    return model_config.running(
+        attention=options.attention, remat=options.remat, dtype=options.dtype
+    )
 
 
 def initial_params(
