@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tpo_jax.data.evidence import MODES
 from tpo_jax.data.records import known_tasks
 from tpo_jax.models.heads import HEADS, heads_of
-from tpo_jax.training.config_checks import check_objective, check_running
+from tpo_jax.training.config_checks import check_objective, check_optimizer, check_running
 from tpo_jax.training.config_checks import problem as _problem
 from tpo_jax.training.save_policy import SavePolicy
 
@@ -85,6 +85,7 @@ def default_config() -> ConfigDict:
         "clip": 1.0,  # largest global gradient norm; 0: no clipping
         "min_lr_ratio": 0.1,
         "eps": 1e-8,  # of Adam
+        "moments": "float32",  # stored so; or "bfloat16", or "host" in the memory of the host
     }
     config.accumulation = 1  # micro-batches a step
     config.dropout = 0.0
@@ -231,7 +232,8 @@ def validate(config: ConfigDict) -> None:
     problems = _check_keys(to_dict(config), default_config())
     if not problems:  # the checks below read keys that the first pass has verified
         problems = [*_check_scalars(config), *_check_data(config), *_check_buckets(config)]
-        problems += [*_check_heads(config), *check_running(config), *check_objective(config)]
+        problems += [*_check_heads(config), *check_running(config)]
+        problems += [*check_objective(config), *check_optimizer(config)]
     if problems:
         raise ConfigError("config:\n" + "\n".join(f"  {problem}" for problem in problems))
 

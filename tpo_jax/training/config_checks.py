@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tpo_jax.models.checks import REMAT
 from tpo_jax.models.config import ATTENTION_BACKENDS, DTYPES
 from tpo_jax.objectives.preference import PreferenceConfig
+from tpo_jax.training.optimizer import OptimizerConfig
 
 OBJECTIVES = ("sft", "preference")
 REFERENCES = ("sidecar", "adapters_off")  # of preference.reference
@@ -29,6 +30,14 @@ def check_running(config: ConfigDict) -> list[str]:
             fix = f"one of {', '.join(map(repr, known))}"
             problems.append(problem(f"model.{name}", config.model[name], "unknown", fix))
     return problems
+
+
+def check_optimizer(config: ConfigDict) -> list[str]:
+    try:
+        OptimizerConfig(**config.optimizer.to_dict())
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def check_objective(config: ConfigDict) -> list[str]:

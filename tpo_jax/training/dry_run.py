@@ -29,7 +29,8 @@ from tpo_jax.parallel.topologies import GIB, parse_topology
 from tpo_jax.training import checkpoint
 from tpo_jax.training import config as training_config
 from tpo_jax.training.config_changes import changed_since
-from tpo_jax.training.program import Program, make_program, needs_contrast
+from tpo_jax.training.estimate import chip_bytes
+from tpo_jax.training.program import make_program, needs_contrast
 from tpo_jax.training.start import make_model_config, run_as
 
 # A sidecar's weights hash is compared where hashing the weights takes seconds.
@@ -140,7 +141,7 @@ class DryRun:
         if wrong:
             raise DryRunError("\n".join(wrong))
         self.program = make_program(self.config, self.model_config, mesh, self._platform)
-        held = _bytes_a_device(self.program)
+        held = chip_bytes(self.program.abstract_state)  # between two steps
         limit = f" of {hbm / GIB:.0f}" if hbm else ""
         text = f"mesh {dict(mesh.shape)}; params and optimizer {held / GIB:.2f}{limit} GiB a chip"
         if hbm and held > hbm:
@@ -286,14 +287,6 @@ class DryRun:
         if changed := changed_since(saved, current):
             raise DryRunError(f"{self.workdir}: a run with another config:\n" + "\n".join(changed))
         return f"{self.workdir}: resumes at step {step} of {self.config.steps}"
-
-
-def _bytes_a_device(program: Program) -> int:
-    """Of the train state between two steps."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(program.abstract_state)
-    )
 
 
 def _shape(leaf: Any, leading: int = 0) -> Sequence[Any] | None:

@@ -19,6 +19,7 @@ from tpo_jax.parallel.context import AXIS
 from tpo_jax.parallel.mesh import batch_sharding, check_batch_divides, replicated
 from tpo_jax.parallel.rules import follow_params, param_shardings, place
 from tpo_jax.parallel.weighted_sum import WeightedSum
+from tpo_jax.training.moments import host_shardings
 from tpo_jax.training.objective import (
     Objective,
     PreferenceObjective,
@@ -170,7 +171,7 @@ def make_program(
     )
     if isinstance(objective, PreferenceObjective) and objective.reference == "adapters_off":
         check_adapters_off(model_config, optimizer.learning_rates)
-    abstract_state = _abstract_state(model, optimizer, mesh)
+    abstract_state = make_abstract_state(model.abstract(), optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
     drops = config.dropout > 0 or bool(model_config.lora and model_config.lora.dropout)
     how = {"accumulation": config.accumulation, "dropout": drops}
@@ -217,17 +218,16 @@ def _attention(model_config: ModelConfig, mesh: Mesh, platform: str) -> str:
     return language.attention
 
 
-def _abstract_state(model: FunctionalModel, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    params = model.abstract()
+def make_abstract_state(params: Params, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """TrainState of ShapeDtypeStruct with shardings, of nested ShapeDtypeStructs."""
     shardings = param_shardings(params, mesh)
     state = jax.eval_shape(
         lambda p: init_state(p, optimizer.transform, frozenset(optimizer.learning_rates)), params
     )
-    placed = TrainState(
-        step=replicated(mesh),
-        params=shardings,
-        opt_state=follow_params(state.opt_state, params, shardings, mesh),
-    )
+    opt_state = follow_params(state.opt_state, params, shardings, mesh)
+    if optimizer.on_host:
+        opt_state = host_shardings(state.opt_state, opt_state)
+    placed = TrainState(step=replicated(mesh), params=shardings, opt_state=opt_state)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
     )
