@@ -23,6 +23,7 @@ softmax are added up.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -105,9 +106,7 @@ def attention(
         rule = _rule(q, k, q_segments, kv_segments, causal_offset, window)
         return plain_attend(q, k, v, rule, window)[0].astype(q.dtype)
     if backend == "cudnn":
-        mask = _rule(q, k, q_segments, kv_segments, causal_offset, window).visible(window)
-        mask = None if mask is None else mask[:, :, :, 0]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+        return _cudnn(q, k, v, q_segments, kv_segments, causal_offset, window)
     if backend in ("splash", "splash_interpret"):
         interpret = backend == "splash_interpret"
         return _splash(q, k, v, q_segments, kv_segments, causal_offset, window, interpret)
@@ -293,6 +292,23 @@ def _in_context_blocks(q, k, v, q_segments, kv_segments, order, window) -> jax.A
     blocks = jax.lax.map(one, (cut(q, 1), cut(q_segments, 1), cut(order, 0)))
     out = jnp.moveaxis(blocks, 0, 1).reshape(q.shape[0], count * size, *q.shape[2:])[:, :T]
     return out.astype(q.dtype)
+
+
+def _cudnn(q, k, v, q_segments, kv_segments, causal_offset, window) -> jax.Array:
+    """The kernel's own causal rule and window where they say all, which start at the first key;
+    else a mask bool[B or 1, 1, T, S], whose gradient wants even lengths."""
+    run = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    if q_segments is None and causal_offset in (None, 0):
+        back = None if window is None else (window - 1, 0)
+        return run(q, k, v, is_causal=causal_offset == 0, local_window_size=back)
+    mask = _rule(q, k, q_segments, kv_segments, causal_offset, window).visible(window)[:, :, :, 0]
+    T, more_t, more_s = q.shape[1], q.shape[1] % 2, k.shape[1] % 2
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0)))
+        for x, more in ((q, more_t), (k, more_s), (v, more_s))
+    )
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, more_t), (0, more_s)))
+    return run(q, k, v, mask=mask)[:, :T]
 
 
 def _splash(
