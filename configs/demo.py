@@ -53,7 +53,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ConfigError(f"config argument stage={arg.stage}: expected one of {', '.join(stages)}")
     config = default_config()
     # Sizes come from the folder in init_from: every stage is the same model with more trained.
-    config.model = {"preset": "", "heads": HEADS}
+    config.model.update(preset="", heads=HEADS)
     config.data.train = [source_config(f"{arg.runs}/data/train", tasks=TASKS)]
     config.data.validation = [source_config(f"{arg.runs}/data/validation", tasks=TASKS)]
     config.buckets = _buckets(arg.tiny)

@@ -28,6 +28,7 @@ from tpo_jax.training.config import (
     parse_arg,
     source_config,
 )
+from tpo_jax.training.families import run_large
 
 ARGUMENTS = {
     "recipe": "tpo", "runs": "runs/longva", "init": "", "pairs": 10_000, "frames": 32,
@@ -52,7 +53,9 @@ def make_config(arg: ConfigDict, *, beta: float, sft: float, rate: float) -> Con
         raise ConfigError(f"config argument recipe={arg.recipe}: expected {', '.join(recipes)}")
     config = default_config()
     config.objective = "preference"
-    config.model = {"preset": "", "heads": []}
+    config.model.preset = ""
+    if not arg.tiny:
+        run_large(config)
     config.init_from = arg.init or f"{arg.runs}/base"
     pairs = f"{arg.runs}/pairs"
     config.data.train = [

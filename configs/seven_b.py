@@ -11,6 +11,7 @@ the smallest model instead, for tests.
 from ml_collections import ConfigDict
 
 from tpo_jax.training.config import bucket_config, default_config, parse_arg, source_config
+from tpo_jax.training.families import run_large
 
 HEADS = ["region", "temporal", "mask"]
 TASKS = {"conversation": 2.0, "temporal": 1.0, "region": 1.0, "mask": 1.0, "tracking": 1.0}
@@ -19,7 +20,9 @@ TASKS = {"conversation": 2.0, "temporal": 1.0, "region": 1.0, "mask": 1.0, "trac
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, data="data", init="", tiny=False)
     config = default_config()
-    config.model = {"preset": "micro" if arg.tiny else "7b", "heads": HEADS}
+    config.model.update(preset="micro" if arg.tiny else "7b", heads=HEADS)
+    if not arg.tiny:
+        run_large(config)
     config.init_from = arg.init
     config.init_missing = ["task_tokens/", "box_encoder/", "heads/"] if arg.init else []
     config.tokenizer = "" if arg.init else f"{arg.data}/tokenizer.json"

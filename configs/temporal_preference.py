@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = default_config()
     config.objective = "preference"
     config.init_from = BASE
-    config.model = {"preset": "", "heads": []}
+    config.model.preset = ""
     config.data.train = [
         source_config(arg.data, tasks={"preference": 1.0}, pairs=f"{arg.pairs}/{arg.manifest}")
     ]

@@ -64,7 +64,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def _pictures(config: ConfigDict, runs: str) -> None:
-    config.model = {"preset": "tiny", "heads": []}
+    config.model.preset = "tiny"
     config.tokenizer = f"{runs}/data/tokenizer.json"
     config.data.train = [source_config(f"{runs}/data/pictures", tasks=TASKS)]
     config.buckets = _buckets(image=0.6, image_long=0.4)
@@ -84,7 +84,7 @@ def _videos(config: ConfigDict, runs: str) -> None:
 
 
 def _videos_and_pictures(config: ConfigDict, runs: str, kinds: tuple[str, ...] = ()) -> None:
-    config.model = {"preset": "", "heads": []}
+    config.model.preset = ""
     config.data.train = [
         source_config(f"{runs}/data/train", tasks=TASKS, kinds=kinds),
         source_config(f"{runs}/data/pictures", weight=5, tasks=TASKS),
@@ -93,7 +93,7 @@ def _videos_and_pictures(config: ConfigDict, runs: str, kinds: tuple[str, ...] =
 
 
 def _tiny(config: ConfigDict, runs: str) -> None:
-    config.model = {"preset": "micro", "heads": []}
+    config.model.preset = "micro"
     config.tokenizer = f"{runs}/data/tokenizer.json"
     config.data.train = [source_config(f"{runs}/data/train", tasks=TASKS)]
     config.buckets = _buckets(video=0.6, video_long=0.4)

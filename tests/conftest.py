@@ -6,7 +6,8 @@ import pathlib
 import hypothesis
 from processes import QUICK
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+# tests/models/test_cudnn.py wants the GPU: TPO_TEST_PLATFORM=cuda python -m pytest that file.
+os.environ["JAX_PLATFORMS"] = os.environ.get("TPO_TEST_PLATFORM", "cpu")
 # Programs for one device run on the first of the eight; tests/pod uses them all.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = (os.environ.get("XLA_FLAGS", ""), QUICK, "--xla_force_host_platform_device_count=8")

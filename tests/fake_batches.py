@@ -102,7 +102,7 @@ def train_config(heads: tuple[str, ...] = (), **changes):
     """Config that trains everything at 1e-2 without dropout; changes by dotted key."""
     config = default_config()
     config.steps = 20
-    config.model = {"preset": "micro", "heads": list(heads)}
+    config.model.update(preset="micro", heads=list(heads))
     terms = (*HEAD_TERMS, *published_weights())
     config.losses = {"language": 1.0} | {t: 0.5 for t in terms if t.split("/")[0] in heads}
     config.trainable = [[".*", 1e-2]]

@@ -25,7 +25,7 @@ def test_both_layouts_are_the_same_step():
     config.preference.kinds = []
     model_config, codec = make_model_config(config)
     # As at full size, where a layer's keys and values are not kept.
-    language = dataclasses.replace(model_config.language, remat=True)
+    language = dataclasses.replace(model_config.language, remat="full")
     model_config = dataclasses.replace(model_config, language=language)
     bucket, _ = step_buckets(config, codec)
     shared = make_program(config, model_config, make_mesh({}, jax.devices()[:1]))

@@ -89,7 +89,7 @@ def make_config(world, **changes):
     config = default_config()
     config.steps = 2
     config.init_from = str(world / "model")
-    config.model = {"preset": "", "heads": list(HEADS)}
+    config.model.update(preset="", heads=list(HEADS))
     config.data.train = [source_config(str(world / "prepared"), tasks={"temporal": 1.0})]
     config.buckets = {"video": bucket_config(
         media="video", batch_size=2, frames=6, branches=1, branch_tokens=48, answers=8, windows=1,

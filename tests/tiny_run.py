@@ -76,7 +76,7 @@ def get_config(arg: str | None = None):
     arg = parse_arg(arg, data="", heads=False, steps=12, init_from="", buckets=2)
     config = default_config()
     config.steps = arg.steps
-    config.model = {"preset": "micro", "heads": ["region", "temporal"] if arg.heads else []}
+    config.model.update(preset="micro", heads=["region", "temporal"] if arg.heads else [])
     config.init_from = arg.init_from
     config.tokenizer = "" if arg.init_from else f"{arg.data}/tokenizer.json"
     tasks = {"conversation": 1.0} | ({"region": 1.0, "temporal": 1.0} if arg.heads else {})

@@ -25,6 +25,7 @@ import math
 import re
 import sys
 import time
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -60,13 +61,14 @@ class Memory:
 
     arguments: state, and batch or gradients. outputs: what is not written over an argument.
     temporaries: while the program runs. peak: the most that is held at one time, by the compiler's
-    own schedule.
+    own schedule. host: beside all these, of the memory of the host.
     """
 
     arguments: int
     outputs: int
     temporaries: int
     peak: int
+    host: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,17 +140,24 @@ def _plan_program(
         if needed is None:
             raise
         return ProgramPlan(bucket, time.monotonic() - begin, None, needed, {})
-    analysis = compiled.memory_analysis()
-    memory = Memory(
-        arguments=analysis.argument_size_in_bytes,
-        outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
-        temporaries=analysis.temp_size_in_bytes,
-        peak=analysis.peak_memory_in_bytes,
-    )
+    memory = _memory(compiled.memory_analysis())
     seconds = time.monotonic() - begin
     text = compiled.as_text()
     collectives, transfers = read_collectives(text), find_transfers(text)
     return ProgramPlan(bucket, seconds, memory, memory.peak, collectives, transfers, gradients)
+
+
+def _memory(analysis: Any) -> Memory:
+    """What the compiler says."""
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    host = (
+        analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes
+        + analysis.host_output_size_in_bytes - analysis.host_alias_size_in_bytes
+    )  # fmt: skip
+    # Its peak counts the memory of the host as well; all that is allocated is not less.
+    peak = arguments + outputs + temporaries if host else analysis.peak_memory_in_bytes
+    return Memory(arguments, outputs, temporaries, peak, host)
 
 
 def out_of_memory(message: str) -> int | None:
@@ -168,6 +177,7 @@ def report(plan: ProgramPlan, topology: str, num_slices: int = 1) -> str:
         parts = (
             f"arguments {memory.arguments / GIB:.3f}, outputs {memory.outputs / GIB:.3f}, "
             f"temporaries {memory.temporaries / GIB:.3f}"
+            + (f", and of the host {memory.host / GIB:.3f}" if memory.host else "")
         )
     verdict = "fits" if plan.fits(chip.hbm) else "DOES NOT FIT"
     shapes = f" {bucket.batch_size} rows, {bucket.frames} frames," if bucket else ""

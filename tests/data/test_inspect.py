@@ -101,7 +101,7 @@ def get_config(data):
     config.steps, config.eval_every = 8, 0
     config.losses = {"language": 1.0, "region/l1": 1.0}
     config.trainable = [[".*", 1e-3]]
-    config.model = {"preset": "micro", "heads": ["region"]}
+    config.model.update(preset="micro", heads=["region"])
     config.tokenizer = f"{data}/tokenizer.json"
     config.data.train = [source_config(f"{data}/prepared", tasks={"region": 1.0})]
     config.buckets = {"still": bucket_config(

@@ -111,7 +111,7 @@ def test_a_run_that_was_stopped_goes_on_and_what_cannot_be_read_is_named(
 def test_the_encoders_name_tells_what_changes_features(model, params):
     config, vision = model.config, params["vision"]
     name = encoder_name(config, vision, 4)
-    faster = dataclasses.replace(config.vision, remat=True, unroll=True, max_frames=99)
+    faster = dataclasses.replace(config.vision, remat="full", unroll=True, max_frames=99)
     assert encoder_name(dataclasses.replace(config, vision=faster), vision, 4) == name
     language = dataclasses.replace(config.language, depth=9)
     assert encoder_name(dataclasses.replace(config, language=language), vision, 4) == name

@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from tpo_jax.data.text import TextCodec, train_tokenizer
 from tpo_jax.generation import sidecar
+from tpo_jax.models.presets import preset
 
 FINGERPRINT = sidecar.Fingerprint(
     weights="w", model="m", tokenizer="t", template="c", preprocessing="p", bucket="b",
@@ -46,6 +48,19 @@ def test_changed_or_unknown_pair_refuses():
 def test_missing_file_names_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match="preferences score"):
         sidecar.read(tmp_path / "none.npz")
+
+
+def test_older_sidecars_hold_however_the_model_runs():
+    """The hash is of the format in which the model said its kernel, and `remat` was a bool."""
+    codec = TextCodec(train_tokenizer(["a red square"], 270))
+    for remat in ("", "dots"):
+        config = preset("micro").running(attention="auto", remat=remat)
+        found = sidecar.Fingerprint.of(config, {}, codec, 8)
+        assert found.model == "16493dc3e0db1db6b8970e6ef8ebd04ad764fc45dd734ba93cca4c1fc16938b1"
+        assert found.attention == "xla"
+    large = sidecar.Fingerprint.of(preset("llava_video_7b"), {}, codec, 8, platform="tpu")
+    assert large.model == "4dde725f098979ffc9a6cc7f7e5c1884781fd244ba386bafeb4ca0e01876aa3c"
+    assert large.attention == "splash"
 
 
 def test_merge_joins_and_refuses_twice_and_mixed_conditions():

@@ -52,6 +52,22 @@ def abstract(params, sharding=None):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params)
 
 
+def test_a_folder_does_not_say_how_the_model_runs(tmp_path, codec, model_config):
+    """A model of a run on a TPU answers on a CPU, also one of before folders left this out."""
+    chosen = model_config.running(attention="splash", remat="full")
+    save_model(tmp_path / "model", chosen, make_params(), codec)
+    about = json.loads((tmp_path / "model/config.json").read_text())
+    assert not {"attention", "remat"} & {*about["language"], *about["vision"]}
+    about["language"] |= {"attention": "splash", "remat": True}
+    about["vision"]["remat"] = True
+    (tmp_path / "model/config.json").write_text(json.dumps(about))
+    assert load_config(tmp_path / "model") == model_config
+    about["language"]["attention"] = "flash"
+    (tmp_path / "model/config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="language.attention='flash': use one of"):
+        load_config(tmp_path / "model")
+
+
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_round_trip_is_bit_identical(tmp_path, codec, model_config, dtype):
     params = make_params(dtype)

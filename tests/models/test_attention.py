@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.models.oracle import dense_attention, visible
-from tpo_jax.models.attention import attention, branch_attention
+from tpo_jax.models.attention import attention, best_backend, branch_attention
 from tpo_jax.parallel.mesh import make_mesh
 
 N, G, H = 4, 2, 8
@@ -217,6 +217,24 @@ def test_gradient_of_other_shapes_equals_one_product(causal_offset):
     got, want = (gradient((q, k, v), backend) for backend in ("xla", "dense"))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "of"),
+    [
+        ("splash", ("tpu", "float32", 72)),
+        ("cudnn", ("gpu", "bfloat16", 128)),
+        ("cudnn", ("gpu", "bfloat16", 72)),
+        ("xla", ("gpu", "float32", 128)),
+        ("xla", ("gpu", "bfloat16", 256)),
+        ("xla", ("gpu", "bfloat16", 36)),
+        ("xla", ("gpu", "bfloat16", 128, 2)),
+        ("splash", ("tpu", "bfloat16", 128, 2)),
+        ("xla", ("cpu", "bfloat16", 128)),
+    ],
+)
+def test_auto_takes_what_the_devices_can(backend, of):
+    assert best_backend(*of) == backend
 
 
 def test_the_rule_is_part_of_the_call():

@@ -1,6 +1,7 @@
 """Prefix + branches must equal plain causal rows, in values and gradients."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tpo_jax.models.checks import REMAT
 from tpo_jax.models.config import LanguageConfig
 from tpo_jax.models.language import LanguageModel
 from tpo_jax.models.layers import Rngs
@@ -195,21 +197,41 @@ def test_generation_cache_in_any_steps_equals_one_pass(model):
         np.testing.assert_allclose(jnp.concatenate(pieces, axis=2), want, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"unroll": True}, {"remat": True}])
-def test_loop_remat_and_unrolled_layers_agree(model, changes):
+def _total(structure, state):
+    """A number that all of a prefix and two branches decide."""
+    out = _branched(nnx.merge(structure, state), _tokens(11, 1, P), _tokens(12, 1, 2, R), [R, R])
+    return jnp.sum(jnp.sin(3.0 * out))
+
+
+@pytest.fixture(scope="module")
+def plain_gradient(model):
     structure, state = model
+    return jax.jit(jax.value_and_grad(functools.partial(_total, structure)))(state)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"unroll": True}, {"remat": "full"}, {"remat": "dots"}, {"remat": "dots_no_batch"}]
+)
+def test_loop_remat_and_unrolled_layers_agree(model, plain_gradient, changes):
     config = dataclasses.replace(CONFIG, **changes)
-    other, _ = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)))
-    prefix, branches = _tokens(11, 1, P), _tokens(12, 1, 2, R)
+    other = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+    total, gradient = jax.jit(jax.value_and_grad(functools.partial(_total, other)))(model[1])
+    np.testing.assert_allclose(total, plain_gradient[0], rtol=1e-6)
+    _assert_close_gradients(gradient, plain_gradient[1])
 
-    def gradient(structure):
-        def total(state):
-            out = _branched(nnx.merge(structure, state), prefix, branches, [R, R])
-            return jnp.sum(jnp.sin(3.0 * out))
 
-        return jax.jit(jax.grad(total))(state)
-
-    _assert_close_gradients(gradient(other), gradient(structure))
+def test_remat_names_say_which_products_are_computed_again(model):
+    products = {}
+    for remat in REMAT:
+        config = dataclasses.replace(CONFIG, remat=remat)
+        structure = nnx.graphdef(nnx.eval_shape(lambda c=config: LanguageModel(c, rngs=Rngs(0))))
+        gradient = jax.grad(functools.partial(_total, structure))
+        products[remat] = str(jax.make_jaxpr(gradient)(model[1])).count("dot_general[")
+    again = {remat: count - products[""] for remat, count in products.items()}
+    # Scores and values of a prefix, and of branches with either part of what they see; for "full"
+    # also 7 products with weights in a prefix and in branches, but for the last ones' results,
+    # which no gradient reads.
+    assert again == {"": 0, "dots": 0, "dots_no_batch": 6, "full": 6 + 2 * 6}
 
 
 def _random(config):

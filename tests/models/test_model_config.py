@@ -5,6 +5,7 @@ import pytest
 
 from tpo_jax.models.config import LoraConfig, ModelConfig
 from tpo_jax.models.presets import PRESETS, micro, preset, tiny
+from tpo_jax.models.sam2_config import sam2_size
 from tpo_jax.models.video_language import FunctionalModel
 
 HEADS = ("region", "temporal", "mask")
@@ -46,6 +47,8 @@ def test_the_7b_preset_has_the_published_sizes():
         ("language", {"dropout": 1.0}, r"language.dropout=1.0: must be in \[0, 1\)"),
         ("language", {"attention": "flash"}, "language.attention='flash': use one of"),
         ("language", {"depth": 0}, "language.depth=0: must be above 0"),
+        ("language", {"remat": "all"}, "language.remat='all': use one of"),
+        ("vision", {"remat": "all"}, "vision.remat='all': use one of"),
         ("head", {"heads": 5}, "head.heads=5: must divide head.width=32"),
     ],
 )
@@ -80,6 +83,15 @@ def test_unknown_names_list_the_known_ones():
         micro(("pose",))
     with pytest.raises(ValueError, match="'huge' is unknown; use one of"):
         preset("huge")
+
+
+@pytest.mark.parametrize(("old", "name"), [(True, "full"), (False, "")])
+def test_remat_was_a_bool_in_older_files(old, name):
+    data = dataclasses.replace(micro(), sam2=sam2_size("micro")).to_dict()
+    data["sam2"]["remat"] = old
+    assert ModelConfig.from_dict(data).sam2.remat == name
+    assert dataclasses.replace(micro().language, remat=old).remat == name
+    assert dataclasses.replace(micro().vision, remat=old).remat == name
 
 
 def test_config_files_are_read_strictly():

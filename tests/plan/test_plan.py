@@ -105,6 +105,27 @@ def test_fits_and_is_partitioned():
 
 @needs_libtpu
 @pytest.mark.plan
+@pytest.mark.long
+def test_moments_of_the_host_take_no_memory_of_a_chip():
+    """Not while a gradient is computed; the update has them for its duration."""
+    mesh = make_mesh({"data": 2, "fsdp": 2}, topology_devices("v5e:2x2"))
+    plans = {}
+    for moments in ("float32", "host"):
+        config = train_config()
+        config.optimizer.moments = moments
+        program = make_program(config, micro(), mesh)
+        plans[moments] = plan.plan_bucket(program, micro(), bucket(8)), plan.plan_update(program)
+    held = 2 * plan.gradient_bytes(program)  # two moments, as large as gradients
+    for usual, host in zip(plans["float32"], plans["host"], strict=True):
+        assert usual.memory.host == 0 and host.memory.host >= held
+        assert usual.memory.arguments - host.memory.arguments == pytest.approx(held, rel=0.05)
+        assert "and of the host 0.00" in plan.report(host, "v5e:2x2")
+    usual, host = (found[0].memory for found in (plans["float32"], plans["host"]))
+    assert host.peak < usual.peak - 0.8 * held
+
+
+@needs_libtpu
+@pytest.mark.plan
 def test_only_gradients_cross_between_slices():
     mesh = make_mesh({"data": 4, "fsdp": 2}, topology_devices("v5e:2x2", 2))
     assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]

@@ -95,7 +95,8 @@ def test_the_kernel_has_the_gradient_of_xla_on_one_device():
 
 
 LANGUAGE = LanguageConfig(
-    vocab_size=256, width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_width=64, remat=True
+    vocab_size=256, width=32, depth=2, heads=4, kv_heads=2, head_dim=8, mlp_width=64,
+    remat="full"
 )
 
 

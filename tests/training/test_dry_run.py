@@ -185,7 +185,7 @@ def pairs_config(data, tmp_path):
 
 def test_sidecars_must_belong_to_the_weights_and_to_every_pair(data, tmp_path):
     config, model_config, params, codec = pairs_config(data, tmp_path)
-    fingerprint = sidecar.Fingerprint.of(model_config, params, codec, 4)
+    fingerprint = sidecar.Fingerprint.of(model_config, params, codec, 4, platform="tpu")
     seen = {}
 
     def note(pair, indices, prefix, tokens):
@@ -205,6 +205,10 @@ def test_sidecars_must_belong_to_the_weights_and_to_every_pair(data, tmp_path):
     dry_run._references()
     with pytest.raises(ValueError, match="was never scored"):
         dry_run._data("train")
+    config.model.attention = "xla"  # another kernel than that of the TPUs
+    with pytest.raises(sidecar.SidecarMismatch, match="sidecar 'splash', this run 'xla'"):
+        dry_run._references()
+    config.model.attention = "auto"
     params["language"]["embed"]["table"] = params["language"]["embed"]["table"] + 1
     save_model(tmp_path / "model", model_config, params, codec)
     with pytest.raises(sidecar.SidecarMismatch, match="weights: sidecar"):

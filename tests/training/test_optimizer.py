@@ -31,8 +31,9 @@ PARAMS = {
 def update(optimizer, params, grads):
     trainable, _ = partition(params, optimizer.learning_rates)
     state = optimizer.transform.init(trainable)
-    updates, _ = optimizer.transform.update(partition(grads, optimizer.learning_rates)[0], state,
-                                            trainable)
+    updates, _ = optimizer.transform.update(
+        partition(grads, optimizer.learning_rates)[0], state, trainable
+    )
     return flatten(updates)
 
 
@@ -176,7 +177,14 @@ def test_matrices_of_one_shape_are_orthogonalised_as_one_by_one():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("name", "sgd"), ("warmup", 1.5), ("min_lr_ratio", -0.1), ("clip", -1.0), ("b2", 2.0)],
+    [
+        ("name", "sgd"),
+        ("warmup", 1.5),
+        ("min_lr_ratio", -0.1),
+        ("clip", -1.0),
+        ("b2", 2.0),
+        ("moments", "float16"),
+    ],
 )
 def test_values_out_of_range_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"optimizer.{field}={value!r}"):

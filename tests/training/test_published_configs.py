@@ -1,5 +1,6 @@
 """The configs of the published families: full size as published, and tiny ones that train."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import re
@@ -8,14 +9,18 @@ import jax
 import numpy as np
 import pytest
 from fake_batches import bucket, random_batch, small_params
+from jax.sharding import AbstractMesh, AxisType
 
+from tpo_jax.data.text import TextCodec, train_tokenizer
+from tpo_jax.interop.folder import write_model
 from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
-from tpo_jax.parallel.mesh import global_batch, make_mesh
+from tpo_jax.parallel.mesh import AXES, global_batch, make_mesh
 from tpo_jax.parallel.paths import flatten, map_with_path
 from tpo_jax.parallel.rules import param_shardings
 from tpo_jax.train import make_model_config
 from tpo_jax.training.config import validate
+from tpo_jax.training.families import TOKENIZER
 from tpo_jax.training.program import make_program
 from tpo_jax.training.step import parts_of
 
@@ -103,6 +108,46 @@ def test_images_and_videos_of_one_step_count_like_one_batch():
     step = program.compile_train_step(batch)
     _, metrics = step(program.init_state(params), batch, program.base_key(0))
     np.testing.assert_allclose(float(metrics["loss"].mean()), total / weight, rtol=1e-5)
+
+
+def running(model_config):
+    """How a model runs: attention, remat of both towers, dtype."""
+    vision, language = model_config.vision, model_config.language
+    return language.attention, language.remat, vision.remat, model_config.dtype
+
+
+@pytest.mark.parametrize("name", ["llava_video", "longva_tpo"])
+def test_imported_weights_run_as_the_planned_model(tmp_path, name):
+    """Whatever the folder says, which may be one of before runs chose these options."""
+    family = name.removesuffix("_tpo")
+    codec = TextCodec(train_tokenizer(["a red square moves"], 300))
+    about = preset(f"{family}_tiny").to_dict()
+    about["language"] |= {"attention": "xla", "remat": False}
+    write_model(tmp_path / "base", about, {}, codec)
+    config = config_of(name, f"init={tmp_path / 'base'}")
+    imported, _ = make_model_config(config)
+    assert running(imported) == ("auto", "full", "full", "bfloat16")
+    config.model.preset, config.init_from, config.tokenizer = f"{family}_7b", "", TOKENIZER
+    assert running(make_model_config(config)[0]) == running(imported)
+    tiny, _ = make_model_config(config_of(name, f"tiny,init={tmp_path / 'base'}"))
+    assert running(tiny) == ("auto", "", "", "float32")
+
+
+def test_attention_is_that_of_the_devices_that_a_program_is_for():
+    config = config_of("llava_video", "tiny")
+    config.model.dtype = "bfloat16"
+    model_config, _ = make_model_config(config)
+    mesh = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+    def kernel(model_config, platform):
+        program = make_program(config, model_config, mesh, platform)
+        return program.model.config.language.attention
+
+    found = {platform: kernel(model_config, platform) for platform in ("cpu", "gpu", "tpu")}
+    assert found == {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}
+    assert kernel(dataclasses.replace(model_config, dtype="float32"), "gpu") == "xla"
+    with pytest.raises(ValueError, match="model.attention='splash': runs on tpu and .* are cpu"):
+        kernel(model_config.running(attention="splash", remat=""), "cpu")
 
 
 @pytest.mark.parametrize("name, arg, parameters, tokens", [

@@ -114,6 +114,10 @@ def test_half_a_profiler_window_is_refused(profile):
             ["time_instruction = True", "template.json"],
         ),
         (lambda c: c.model.update(preset=""), ["model.preset", "init_from"]),
+        (lambda c: c.model.update(attention="flash"), ["model.attention = 'flash'", "'splash'"]),
+        (lambda c: c.model.update(remat="all"), ["model.remat = 'all'", "'dots_no_batch'"]),
+        (lambda c: c.model.update(dtype="float16"), ["model.dtype = 'float16'", "'bfloat16'"]),
+        (lambda c: c.optimizer.update(moments="disk"), ["optimizer.moments='disk'", "16, host"]),
         (lambda c: c.update(init_missing=["heads"]), ["init_missing", "init_from is empty"]),
         (
             lambda c: c.model.update(heads=["temporal", "cg_detr"]),

@@ -32,7 +32,7 @@ from tpo_jax.data.text import TextCodec
 from tpo_jax.errors import UserError
 from tpo_jax.generation import sidecar
 from tpo_jax.interop.folder import load_model
-from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.config import ATTENTION_BACKENDS, DTYPES, ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import (
     batch_sharding,
@@ -62,6 +62,7 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
         jax.distributed.initialize(num_processes=count, process_id=index)
         preemption.joined()
     config, params, codec = load_model(flags.model)
+    config = config.running(attention=flags.attention, remat="", dtype=flags.dtype)
     plans = build_pair_rows(PairedDataset(flags.data, flags.pairs))
     if not plans:
         raise UserError(f"{flags.pairs}: no pairs; generate some first")
@@ -246,6 +247,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=frame_counts, default=(), metavar="N,N", help="of the training buckets "
         "(default: one, of as many as the model takes)")
     add("--batch_size", type=int, default=16, help="pairs at a time (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="", help="to compute in, as the model.dtype of the run "
+        "(default: that of the model)")
+    add("--attention", choices=ATTENTION_BACKENDS, default="auto", help="kernel, as the "
+        "model.attention of the run (default: %(default)s)")
     add("--contrast", action="store_true", help="score chosen answers under the manipulated "
         "frames as well, for preference.loss 'conditional'")
     add("--shards", type=int, default=1, help="independent commands that share --out")

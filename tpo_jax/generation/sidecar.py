@@ -23,6 +23,7 @@ from etils import epath
 from tpo_jax.data.rows import Reference
 from tpo_jax.data.text import TextCodec
 from tpo_jax.errors import MissingFile, UserError
+from tpo_jax.models.attention import best_backend
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.towers.config import TowerConfig
 from tpo_jax.parallel import paths
@@ -93,28 +94,31 @@ class Fingerprint:
 
     @classmethod
     def of(cls, config: ModelConfig, params: Any, codec: TextCodec, frames: int | Iterable[int],
-           media: str = "video", contrast: bool = False) -> Fingerprint:
+           media: str = "video", contrast: bool = False, platform: str = "") -> Fingerprint:
         """The fingerprint of a model that scores clips in buckets of `frames` frames.
 
-        With `contrast` chosen answers are scored under the manipulated frames as well.
+        With `contrast` chosen answers are scored under the manipulated frames as well. `platform`
+        is that of the devices that score, "" this process's own.
         """
-        vision = config.vision
+        attention = config.language.attention
+        if attention == "auto":
+            attention = best_backend(
+                platform or jax.default_backend(), config.dtype, config.language.head_dim)
         sizes = sorted({frames} if isinstance(frames, int) else set(frames))
         # What changes speed and memory only, or training only, is no difference.
-        language = dataclasses.replace(config.language, dropout=0.0, remat=False)
+        language = dataclasses.replace(config.language, dropout=0.0)
         lora = config.lora and dataclasses.replace(config.lora, dropout=0.0)
-        same = dataclasses.replace(
-            config, language=language, vision=dataclasses.replace(vision, remat=False), lora=lora)
+        same = dataclasses.replace(config, language=language, lora=lora)
         return cls(
             weights=hash_weights(params),
-            model=hash_json(same.to_dict()),
+            model=hash_json(_as_first_written(same.to_dict(), attention)),
             tokenizer=hash_json(json.loads(codec.tokenizer.to_str())),
             template=hash_json(codec.template.to_json()),
             preprocessing=_preprocessing(config),
             bucket=f"{media}, {', '.join(map(str, sizes))} frames"
             f"{', right and manipulated' if contrast else ''}",
             dtype=config.dtype,
-            attention=config.language.attention)
+            attention=attention)
 
     def require(self, stored: Fingerprint, where: str) -> None:
         """Raises SidecarMismatch naming every field that differs and both of its values."""
@@ -128,6 +132,15 @@ class Fingerprint:
                 + "\n".join(lines)
                 + "\nRun `python -m tpo_jax.preferences score` again with this run's reference "
                 "model, data and bucket.")
+
+
+def _as_first_written(model: dict[str, Any], attention: str) -> dict[str, Any]:
+    """A model's dict as the first sidecars hashed it: with the kernel, and with bools for remat."""
+    parts = {name: model[name] | {"remat": False} for name in ("vision", "language")}
+    parts["language"]["attention"] = attention
+    if model["sam2"]:
+        parts["sam2"] = model["sam2"] | {"remat": bool(model["sam2"]["remat"])}
+    return model | parts
 
 
 def _preprocessing(config: ModelConfig) -> str:

@@ -46,7 +46,9 @@ SIDE_FILES = "huggingface"
 _METADATA = {"format": "tpo_jax"}
 _LANGUAGE_KEYS = {"format_version", "language", "dtype"}
 # Options of LanguageConfig that say how it runs, not what it computes.
-_RUNNING = ("dropout", "remat", "unroll", "attention")
+_RUNNING = ("dropout", "unroll")
+# Those that a run chooses; what older folders say of them is left.
+_CHOSEN_BY_RUNS = ("remat", "attention")
 # The tables with one row (embed) or one column (lm_head) per token of the vocabulary.
 _TOKEN_AXIS = {"language/embed/table": 0, "language/lm_head/kernel": 1}
 
@@ -201,16 +203,18 @@ def load_language(directory: epath.PathLike) -> tuple[LanguageConfig, str]:
             f"{FORMAT_VERSION}"
         )
     try:
-        return LanguageConfig(**data["language"]), data["dtype"]
+        config = LanguageConfig(**data["language"])
     except TypeError as error:  # an unknown or missing key
         raise ModelFolderError(f"{directory}/config.json: language: {error}") from error
+    return dataclasses.replace(config, remat="", attention="auto"), data["dtype"]
 
 
 def language_config_dict(config: LanguageConfig, dtype: str) -> dict[str, Any]:
     """What config.json of a language folder holds."""
-    return {
-        "format_version": FORMAT_VERSION, "language": dataclasses.asdict(config), "dtype": dtype,
-    }  # fmt: skip
+    language = dataclasses.asdict(config)
+    for name in _CHOSEN_BY_RUNS:
+        del language[name]
+    return {"format_version": FORMAT_VERSION, "language": language, "dtype": dtype}
 
 
 def load_codec(directory: epath.PathLike) -> TextCodec:

@@ -354,7 +354,7 @@ def huggingface_config(
         )
     out = {k: v for k, v in (published or {}).items() if not k.startswith("rope_")} | out
     meant = dataclasses.replace(
-        config, num_tokens=vocabulary, dropout=0.0, remat=False, unroll=False, attention="xla"
+        config, num_tokens=vocabulary, dropout=0.0, remat="", unroll=False, attention="auto"
     )
     if language_config(out) != meant:
         raise HuggingFaceError(

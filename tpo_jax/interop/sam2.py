@@ -100,7 +100,7 @@ def sam2_config(config: Mapping[str, Any]) -> Sam2Config:
         pointers=said(config, "max_object_pointers_in_encoder"),
         pointer_times=said(config, "enable_temporal_pos_encoding_for_object_pointers"),
         occlusion_embedding=said(config, "enable_occlusion_spatial_embedding"),
-        remat=True,
+        remat="full",
     )
 
 

@@ -9,10 +9,10 @@ A sliding window w hides keys that lie w or more tokens back. `attention` counts
 index. Branches count it by position, because padding may stand between a prefix and its branches;
 the kernels count by index in prefixes whose padding is moved to the front.
 
-Backends: "xla" (everywhere, models.xla_attention), "dense" (the same without blocks or a backward
-pass of its own: to compare, and to count products), "cudnn" (NVIDIA, 16-bit), "splash" (TPU Pallas
-kernel, which never materialises logits), "splash_interpret" (the same kernel, slowly, on any
-device).
+Backends: "auto" (`best_backend` of the devices), "xla" (everywhere, models.xla_attention), "dense"
+(the same without blocks or a backward pass of its own: to compare, and to count products), "cudnn"
+(NVIDIA, 16-bit), "splash" (TPU Pallas kernel, which never materialises logits), "splash_interpret"
+(the same kernel, slowly, on any device).
 
 On a mesh whose axis `context` is larger than 1, a prefix is split over it (parallel.context). Its
 queries stay where they are and its keys and values are gathered, layer by layer: with few key/value
@@ -22,6 +22,9 @@ softmax are added up.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +43,30 @@ from tpo_jax.parallel.context import AXIS, ContextLayout, context_devices, per_d
 from tpo_jax.parallel.mesh import BATCH_AXES
 
 _PLAIN = ("xla", "dense")
+CUDNN_HEAD = 128  # widest head on every GPU that has the kernel
 SPLASH_BLOCK = 128
 # Queries of a split prefix that are taken at a time: the logits of one block exist at once.
 _CONTEXT_BLOCK = 256
+
+
+def best_backend(platform: str, dtype: Any, head_dim: int, context: int = 1) -> str:
+    """What "auto" stands for: splash on a TPU, cuDNN on a GPU where it can, XLA elsewhere.
+
+    cuDNN has no float32, no heads above 128 or that 8 does not divide, and no rows that devices of
+    the mesh axis `context` share.
+    """
+    if platform == "tpu":
+        return "splash"
+    can = jnp.dtype(dtype).itemsize == 2 and head_dim <= CUDNN_HEAD and head_dim % 8 == 0
+    return "cudnn" if platform == "gpu" and can and context == 1 else "xla"
+
+
+def _chosen(backend: str, q: jax.Array, context: int = 1) -> str:
+    """`backend`, or for "auto" that of this process's devices; programs for other devices
+    (training.program) name theirs."""
+    if backend != "auto":
+        return backend
+    return best_backend(jax.default_backend(), q.dtype, q.shape[-1], context)
 
 
 def attention(
@@ -72,6 +96,7 @@ def attention(
         raise ValueError("attention: q_segments and kv_segments must be given together")
     if window is not None and causal_offset is None:
         raise ValueError(f"attention: window={window} needs a causal_offset")
+    backend = _chosen(backend, q)
     if backend == "xla":
         rule = _rule(q, k, q_segments, kv_segments, causal_offset, window)
         if causal_offset is None:
@@ -81,9 +106,7 @@ def attention(
         rule = _rule(q, k, q_segments, kv_segments, causal_offset, window)
         return plain_attend(q, k, v, rule, window)[0].astype(q.dtype)
     if backend == "cudnn":
-        mask = _rule(q, k, q_segments, kv_segments, causal_offset, window).visible(window)
-        mask = None if mask is None else mask[:, :, :, 0]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+        return _cudnn(q, k, v, q_segments, kv_segments, causal_offset, window)
     if backend in ("splash", "splash_interpret"):
         interpret = backend == "splash_interpret"
         return _splash(q, k, v, q_segments, kv_segments, causal_offset, window, interpret)
@@ -125,6 +148,7 @@ def prefix_attention(
             q, k, v, q_segments=segments, kv_segments=segments, causal_offset=0, window=window,
             backend=backend,
         )  # fmt: skip
+    backend = _chosen(backend, q, layout.devices)
     if backend in _PLAIN:
         place = P(None, AXIS)
 
@@ -138,7 +162,7 @@ def prefix_attention(
         return _context_splash(q, k, v, segments, layout, window, backend == "splash_interpret")
     raise ValueError(
         f"attention: backend {backend!r} cannot split a row over mesh.context={layout.devices}; "
-        "set mesh.context=1, or give the model language.attention 'xla' or 'splash'"
+        "set mesh.context=1, or model.attention to 'auto', 'xla' or 'splash'"
     )
 
 
@@ -174,6 +198,7 @@ def branch_attention(
     """
     if (window is None) != (positions is None):
         raise ValueError("branch_attention: window and positions must be given together")
+    backend = _chosen(backend, q, context_devices())
     if backend in _PLAIN or not isinstance(own_offset, int) or context_devices() > 1:
         part = plain_attend if backend == "dense" else attend
         return _two_part_attention(
@@ -267,6 +292,23 @@ def _in_context_blocks(q, k, v, q_segments, kv_segments, order, window) -> jax.A
     blocks = jax.lax.map(one, (cut(q, 1), cut(q_segments, 1), cut(order, 0)))
     out = jnp.moveaxis(blocks, 0, 1).reshape(q.shape[0], count * size, *q.shape[2:])[:, :T]
     return out.astype(q.dtype)
+
+
+def _cudnn(q, k, v, q_segments, kv_segments, causal_offset, window) -> jax.Array:
+    """The kernel's own causal rule and window where they say all, which start at the first key;
+    else a mask bool[B or 1, 1, T, S], whose gradient wants even lengths."""
+    run = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    if q_segments is None and causal_offset in (None, 0):
+        back = None if window is None else (window - 1, 0)
+        return run(q, k, v, is_causal=causal_offset == 0, local_window_size=back)
+    mask = _rule(q, k, q_segments, kv_segments, causal_offset, window).visible(window)[:, :, :, 0]
+    T, more_t, more_s = q.shape[1], q.shape[1] % 2, k.shape[1] % 2
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0)))
+        for x, more in ((q, more_t), (k, more_s), (v, more_s))
+    )
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, more_t), (0, more_s)))
+    return run(q, k, v, mask=mask)[:, :T]
 
 
 def _splash(

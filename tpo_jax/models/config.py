@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from tpo_jax.models.checks import name_remat
 from tpo_jax.models.checks import require as _require
 from tpo_jax.models.checks import require_positive as _require_positive
 from tpo_jax.models.connectors.config import MlpConnectorConfig, QFormerConfig
@@ -24,7 +25,8 @@ from tpo_jax.models.towers.config import TowerConfig
 FORMAT_VERSION = 1
 VOCABULARY_MULTIPLE = 128
 DTYPES = ("float32", "bfloat16")
-ATTENTION_BACKENDS = ("xla", "dense", "cudnn", "splash", "splash_interpret")
+# "auto": that of the devices, see attention.best_backend.
+ATTENTION_BACKENDS = ("auto", "xla", "dense", "cudnn", "splash", "splash_interpret")
 BOX_ENCODERS = ("own", "tpo")
 
 
@@ -47,14 +49,16 @@ class VisionConfig:
     motion: bool = False
     # "divided": each block first attends over time at each patch. "none": frames are independent.
     temporal: str = "divided"
-    # Recompute each layer in the backward pass / one program per layer instead of a loop.
-    remat: bool = False
+    # What each layer computes again in the backward pass (checks.REMAT) / one program per layer
+    # instead of a loop.
+    remat: str = ""
     unroll: bool = False
 
     def __post_init__(self):
         _require_positive(
             self, "vision", "image_size", "width", "depth", "heads", "mlp_ratio", "max_frames"
         )
+        name_remat(self, "vision.remat")
         _require(
             len(self.stem_strides) == len(self.stem_widths) > 0, "vision.stem_widths",
             self.stem_widths, f"needs one width for each stride of {self.stem_strides}",
@@ -162,10 +166,11 @@ class LanguageConfig:
     full_layers: int = 0
     tied_head: bool = False
     dropout: float = 0.0
-    # Recompute each layer in the backward pass / one program per layer instead of a loop.
-    remat: bool = False
+    # What each layer computes again in the backward pass (checks.REMAT) / one program per layer
+    # instead of a loop.
+    remat: str = ""
     unroll: bool = False
-    attention: str = "xla"
+    attention: str = "auto"
 
     def __post_init__(self):
         _require_positive(
@@ -208,6 +213,7 @@ class LanguageConfig:
             self.attention in ATTENTION_BACKENDS, "language.attention", self.attention,
             f"use one of {ATTENTION_BACKENDS}",
         )
+        name_remat(self, "language.remat")
 
     @property
     def windows(self) -> tuple[tuple[int, int, int | None], ...]:
@@ -379,9 +385,26 @@ class ModelConfig:
         """Tokens that a clip of `frames` frames puts into the prefix."""
         return len(self.visual_frames(frames))
 
+    def running(self, *, attention: str, remat: str, dtype: str = "") -> ModelConfig:
+        """The same model, run otherwise.
+
+        Args:
+          attention: of ATTENTION_BACKENDS.
+          remat: of checks.REMAT, for the vision encoder and the language model.
+          dtype: of DTYPES, that it computes in; "": as it is.
+        """
+        language = dataclasses.replace(self.language, attention=attention, remat=remat)
+        vision = dataclasses.replace(self.vision, remat=remat)
+        return dataclasses.replace(
+            self, vision=vision, language=language, dtype=dtype or self.dtype
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; `from_dict` is its inverse."""
+        """JSON-able; `from_dict` is its inverse, but for `attention` and `remat`: a run chooses
+        them, so that a model that was trained on one kind of device is used on any."""
         out = dataclasses.asdict(self)
+        for part, name in _CHOSEN_BY_RUNS:
+            del out[part][name]
         if self.box_encoder == "own":  # older folders have no such key; their fingerprints stay
             del out["box_encoder"]
         for name in ("clip_features", "text_features"):  # likewise
@@ -392,7 +415,8 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """Raises ValueError for an unknown, missing or wrong key, by name."""
+        """Raises ValueError for an unknown, missing or wrong key, by name. What older files say
+        of `attention` and `remat` is checked and left."""
         data = dict(data)
         version = data.pop("format_version", None)
         _require(
@@ -400,8 +424,10 @@ class ModelConfig:
             f"this program reads version {FORMAT_VERSION}; convert the model with the program "
             "that wrote it",
         )
-        return _from_dict(cls, data, "")
+        return _from_dict(cls, data, "").running(attention="auto", remat="")
 
+
+_CHOSEN_BY_RUNS = (("language", "attention"), ("language", "remat"), ("vision", "remat"))
 
 _NESTED = {
     "vision": VisionConfig, "connector": ConnectorConfig, "language": LanguageConfig,

@@ -210,8 +210,20 @@ def stack(make: Callable[[Rngs], Block], depth: int, rngs: Rngs) -> Block:
     return nnx.merge(structure, parameters)
 
 
+_POLICIES = {
+    "full": None,  # nothing but the arguments
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def checkpointed(function: Callable, remat: str) -> Callable:
+    """`function`, whose backward pass computes again what `remat` (of checks.REMAT) says."""
+    return jax.checkpoint(function, policy=_POLICIES[remat]) if remat else function
+
+
 def run_layers(
-    layers: Block, apply: Callable, carry, inputs=None, *, remat: bool = False,
+    layers: Block, apply: Callable, carry, inputs=None, *, remat: str = "",
     unroll: bool = False,
 ) -> tuple:
     """Runs a stack made by `stack`: carry, output_l = apply(layer_l, carry, inputs_l).
@@ -221,7 +233,7 @@ def run_layers(
       apply: function of (block, carry, inputs of one layer) -> (carry, outputs of one layer).
       carry: float[B, ...] or several, activations; on a mesh their rows stay split between layers.
       inputs: pytree with leading axis L, or None.
-      remat: recompute each layer in the backward pass and store only its carry.
+      remat: name of checks.REMAT; "full" stores only the carry of each layer.
       unroll: a copy of the program for each layer instead of one loop. Compiles depth times as
         much, but does not stack what the backward pass needs, which is most of a small model's
         time on a CPU.
@@ -234,7 +246,7 @@ def run_layers(
         parameters, inputs = layer
         return apply(nnx.merge(structure, parameters), jax.tree.map(constrain_rows, carry), inputs)
 
-    body = jax.checkpoint(body) if remat else body
+    body = checkpointed(body, remat)
     if not unroll:
         return jax.lax.scan(body, carry, (parameters, inputs))
     outputs = []

@@ -63,12 +63,12 @@ def siglip_qwen2_7b(
     return ModelConfig(
         vision=VisionConfig(
             image_size=378, stem_strides=(14,), stem_widths=(1152,), width=1152, depth=27,
-            heads=16, mlp_ratio=4304 / 1152, max_frames=512, temporal="none", remat=True,
+            heads=16, mlp_ratio=4304 / 1152, max_frames=512, temporal="none",
         ),
         connector=ConnectorConfig(grid=9, hidden=3584),
         language=LanguageConfig(
             vocab_size=152064, width=3584, depth=28, heads=28, kv_heads=4, head_dim=128,
-            mlp_width=18944, rope_theta=1e6, qkv_bias=True, remat=True, attention="splash",
+            mlp_width=18944, rope_theta=1e6, qkv_bias=True,
         ),
         head=HeadConfig(width=256, heads=8, layers=2, mask_stride=7),
         heads=tuple(heads),

@@ -22,12 +22,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 SIGLIP_SO400M = TowerConfig(
     kind="siglip", image_size=384, patch_size=14, width=1152, depth=26, heads=16, mlp_width=4304,
-    activation="gelu_pytorch_tanh", epsilon=1e-6, layer=-1, max_frames=512, remat=True,
+    activation="gelu_pytorch_tanh", epsilon=1e-6, layer=-1, max_frames=512,
 )  # fmt: skip
 CLIP_L_336 = TowerConfig(
     kind="clip", image_size=336, patch_size=14, width=1024, depth=24, heads=16, mlp_width=4096,
     activation="quick_gelu", epsilon=1e-5, layer=-2, max_frames=512, mean=OPENAI_MEAN,
-    std=OPENAI_STD, resize="crop", remat=True,
+    std=OPENAI_STD, resize="crop",
 )  # fmt: skip
 LANGUAGEBIND = dataclasses.replace(
     CLIP_L_336, kind="languagebind", image_size=224, activation="gelu", frames=8, max_frames=8
@@ -35,20 +35,20 @@ LANGUAGEBIND = dataclasses.replace(
 UMT_L = TowerConfig(
     kind="umt", image_size=224, patch_size=16, width=1024, depth=23, heads=16, mlp_width=4096,
     activation="gelu", epsilon=1e-6, layer=-1, max_frames=16, frames=4, mean=IMAGENET_MEAN,
-    std=IMAGENET_STD, remat=True,
+    std=IMAGENET_STD,
 )  # fmt: skip
 
 QWEN2_7B = LanguageConfig(
     vocab_size=152064, width=3584, depth=28, heads=28, kv_heads=4, head_dim=128, mlp_width=18944,
-    rope_theta=1e6, qkv_bias=True, remat=True, attention="splash",
+    rope_theta=1e6, qkv_bias=True,
 )  # fmt: skip
 VICUNA_7B = LanguageConfig(
     vocab_size=32128, width=4096, depth=32, heads=32, kv_heads=32, head_dim=128, mlp_width=11008,
-    norm_epsilon=1e-5, remat=True, attention="splash",
+    norm_epsilon=1e-5,
 )  # fmt: skip
 MISTRAL_7B = LanguageConfig(
     vocab_size=32128, width=4096, depth=32, heads=32, kv_heads=8, head_dim=128, mlp_width=14336,
-    norm_epsilon=1e-5, rope_theta=1e6, remat=True, attention="splash",
+    norm_epsilon=1e-5, rope_theta=1e6,
 )  # fmt: skip
 
 ANYRES = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
@@ -109,7 +109,7 @@ def tiny(name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | Non
     frames = {"languagebind": 4, "umt": 4}.get(vision.kind, 0)
     vision = dataclasses.replace(
         vision, image_size=32, patch_size=8, width=32, heads=2, depth=2, mlp_width=64,
-        max_frames=frames or 8, frames=frames, remat=False,
+        max_frames=frames or 8, frames=frames,
     )  # fmt: skip
     if isinstance(connector, QFormerConfig):
         connector = QFormerConfig(
@@ -122,7 +122,6 @@ def tiny(name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | Non
     language = dataclasses.replace(
         language, vocab_size=1024, num_tokens=1024, width=32, depth=2, heads=4,
         kv_heads=4 if language.kv_heads == language.heads else 2, head_dim=8, mlp_width=64,
-        remat=False, attention="xla",
     )  # fmt: skip
     return ModelConfig(
         vision=vision, connector=connector, language=language,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from tpo_jax.models.checks import require, require_positive
+from tpo_jax.models.checks import name_remat, require, require_positive
 
 STAGES = 4
 # The first stage stands at a quarter of the image, every other at half of the one before.
@@ -52,8 +52,8 @@ class Sam2Config:
     # Pixels in [0, 1] become (pixel - mean) / std.
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    # Recompute each block in the backward pass.
-    remat: bool = False
+    # What each block computes again in the backward pass (checks.REMAT).
+    remat: str = ""
 
     def __post_init__(self):
         require_positive(
@@ -61,6 +61,7 @@ class Sam2Config:
             "decoder_mlp_width", "mask_channels", "iou_width", "memory_width", "memory_layers",
             "memory_mlp_width", "fuser_layers", "fuser_mlp_width",
         )  # fmt: skip
+        name_remat(self, "sam2.remat")
         for name in ("widths", "depths", "heads", "windows"):
             value = getattr(self, name)
             require(
@@ -154,7 +155,7 @@ def hiera(
         image_size=1024, widths=widths, depths=depths, heads=heads, windows=windows,
         global_blocks=global_blocks, position_grid=position_grid, width=256, decoder_heads=8,
         decoder_mlp_width=2048, mask_channels=16, iou_width=256, memory_width=64, memory_layers=4,
-        memory_mlp_width=2048, fuser_layers=2, fuser_mlp_width=1024, remat=True,
+        memory_mlp_width=2048, fuser_layers=2, fuser_mlp_width=1024, remat="full",
     )  # fmt: skip
 
 

@@ -16,11 +16,10 @@ from tpo_jax.data.evidence import MODES
 from tpo_jax.data.records import known_tasks
 from tpo_jax.errors import UserError
 from tpo_jax.models.heads import HEADS, heads_of
-from tpo_jax.objectives.preference import PreferenceConfig
+from tpo_jax.training.config_checks import check_objective, check_optimizer, check_running
+from tpo_jax.training.config_checks import problem as _problem
 from tpo_jax.training.save_policy import SavePolicy
 
-OBJECTIVES = ("sft", "preference")
-REFERENCES = ("sidecar", "adapters_off")  # of preference.reference
 # Options whose keys are names that the config chooses.
 _FREE_KEYS = ("buckets", "losses", "slots", "tasks")
 # Options that take more than one type.
@@ -40,6 +39,10 @@ def default_config() -> ConfigDict:
     config.model = {
         "preset": "tiny",  # models.presets.PRESETS; "": the configuration in init_from
         "heads": [],  # of models.heads.HEADS, at most one a task
+        # How the model runs, whatever folder or preset it is of.
+        "attention": "auto",  # models.config.ATTENTION_BACKENDS; "auto": the best of the devices
+        "remat": "",  # what layers compute again in the backward pass: models.checks.REMAT
+        "dtype": "",  # "float32" or "bfloat16", to compute in; "": that of the folder or preset
     }
     config.sam2 = ""  # size of the head sam2, of models.sam2_config.SIZES; "": that of init_from
     config.clip_features = config.text_features = False  # head cg_detr reads those of data.train
@@ -83,6 +86,7 @@ def default_config() -> ConfigDict:
         "clip": 1.0,  # largest global gradient norm; 0: no clipping
         "min_lr_ratio": 0.1,
         "eps": 1e-8,  # of Adam
+        "moments": "float32",  # stored so; or "bfloat16", or "host" in the memory of the host
     }
     config.accumulation = 1  # micro-batches a step
     config.dropout = 0.0
@@ -229,13 +233,10 @@ def validate(config: ConfigDict) -> None:
     problems = _check_keys(to_dict(config), default_config())
     if not problems:  # the checks below read keys that the first pass has verified
         problems = [*_check_scalars(config), *_check_data(config), *_check_buckets(config)]
-        problems += [*_check_heads(config), *_check_objective(config)]
+        problems += [*_check_heads(config), *check_running(config)]
+        problems += [*check_objective(config), *check_optimizer(config)]
     if problems:
         raise ConfigError("config:\n" + "\n".join(f"  {problem}" for problem in problems))
-
-
-def _problem(option: str, value: Any, reason: str, fix: str) -> str:
-    return f"{option} = {value!r}: {reason}; {fix}"
 
 
 def _check_keys(values: Mapping[str, Any], skeleton: Any, prefix: str = "") -> list[str]:
@@ -428,69 +429,6 @@ def _check_heads(config: ConfigDict) -> list[str]:
         if coupled and weight and config.accumulation > 1:
             reason = f"compares rows of the whole batch, but accumulation={config.accumulation}"
             problems.append(_problem(f"losses.{term}", weight, reason, "set one to 0, or 1"))
-    return problems
-
-
-def _check_objective(config: ConfigDict) -> list[str]:
-    problems = []
-    if config.objective not in OBJECTIVES:
-        fix = f"one of {', '.join(OBJECTIVES)}"
-        problems.append(_problem("objective", config.objective, "unknown objective", fix))
-    for term, weight in config.losses.items():
-        head = term.split("/")[0]
-        if head not in ("language", "preference") and head not in config.model.heads:
-            fix = "add the head to model.heads or drop the term"
-            problems.append(_problem(f"losses.{term}", weight, "term of a missing head", fix))
-        if weight < 0:
-            problems.append(_problem(f"losses.{term}", weight, "negative", "give a weight >= 0"))
-    if config.objective == "preference":
-        problems += _check_preference(config)
-        answers = {name: bucket.answers for name, bucket in sorted(config.buckets.items())}
-        if len(set(answers.values())) > 1:
-            reason = "a pair goes by its frames to a bucket, which has to hold any answer"
-            problems.append(_problem("buckets.*.answers", answers, reason, "give equal ones"))
-        if not config.init_from:
-            fix = "name the model folder that scored the references"
-            problems.append(_problem("init_from", "", "the policy starts at the reference", fix))
-        for name, bucket in config.buckets.items():
-            if not bucket.question:
-                reason = "the question of a pair stands in the prefix"
-                problems.append(_problem(f"buckets.{name}.question", 0, reason, "give its tokens"))
-            if bucket.branches != 2:
-                reason = "a preference row is the branches (chosen, rejected)"
-                problems.append(
-                    _problem(f"buckets.{name}.branches", bucket.branches, reason, "give 2")
-                )
-    return problems
-
-
-def _check_preference(config: ConfigDict) -> list[str]:
-    options = config.preference.to_dict()
-    source = options.pop("reference")
-    try:
-        preference = PreferenceConfig(**options)
-    except ValueError as error:
-        return [str(error)]
-    problems = []
-    if source not in REFERENCES:
-        fix = f"one of {', '.join(REFERENCES)}"
-        problems.append(_problem("preference.reference", source, "unknown", fix))
-    elif source == "sidecar" and preference.needs_reference and not config.data.references:
-        fix = "name the sidecars that `python -m tpo_jax.preferences score` wrote"
-        problems.append(_problem("data.references", [], "no reference model's scores", fix))
-    elif source == "adapters_off" and config.data.references:
-        fix = 'leave it empty, or set preference.reference="sidecar"'
-        reason = "not read with preference.reference='adapters_off'"
-        problems.append(_problem("data.references", config.data.references, reason, fix))
-    if preference.needs_contrast and config.data.evidence != "full":
-        reason = "hides the pair's frames, not the manipulated ones that 'conditional' shows"
-        problems.append(
-            _problem("data.evidence", config.data.evidence, reason, "use 'full' or another loss")
-        )
-    if preference.coupled and config.accumulation > 1:
-        reason = f"would change {', '.join(preference.coupled)}, which compares a whole batch"
-        fix = "set it to 1 (a smaller batch_size, or more devices)"
-        problems.append(_problem("accumulation", config.accumulation, reason, fix))
     return problems
 
 

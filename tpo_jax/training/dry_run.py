@@ -29,7 +29,8 @@ from tpo_jax.parallel.topologies import GIB, parse_topology
 from tpo_jax.training import checkpoint
 from tpo_jax.training import config as training_config
 from tpo_jax.training.config_changes import changed_since
-from tpo_jax.training.program import Program, make_program, needs_contrast
+from tpo_jax.training.estimate import chip_bytes
+from tpo_jax.training.program import make_program, needs_contrast, run_as
 from tpo_jax.training.start import make_model_config
 
 # A sidecar's weights hash is compared where hashing the weights takes seconds.
@@ -139,13 +140,18 @@ class DryRun:
                 wrong.append(str(error))
         if wrong:
             raise DryRunError("\n".join(wrong))
-        self.program = make_program(self.config, self.model_config, mesh)
-        held = _bytes_a_device(self.program)
+        self.program = make_program(self.config, self.model_config, mesh, self._platform)
+        held = chip_bytes(self.program.abstract_state)  # between two steps
         limit = f" of {hbm / GIB:.0f}" if hbm else ""
         text = f"mesh {dict(mesh.shape)}; params and optimizer {held / GIB:.2f}{limit} GiB a chip"
         if hbm and held > hbm:
             raise DryRunError(f"{text}; give mesh.fsdp or mesh.tensor more chips")
         return f"{text}\n{self.program.optimizer.report}"
+
+    @property
+    def _platform(self) -> str:
+        """Of the devices that the run is for."""
+        return "tpu" if self.topology else jax.default_backend()
 
     def _mesh(self) -> tuple[AbstractMesh, int]:
         """(mesh without devices, bytes of a chip or 0)."""
@@ -207,8 +213,9 @@ class DryRun:
         else:
             model_config, params, codec = folder.load_config(start), {}, folder.load_codec(start)
         expected = sidecar.Fingerprint.of(
-            model_config, params, codec, {b.frames for b in self.buckets}, contrast=contrast
-        )
+            run_as(self.config, model_config), params, codec, {b.frames for b in self.buckets},
+            contrast=contrast, platform=self._platform,
+        )  # fmt: skip
         if not small:
             expected = dataclasses.replace(expected, weights=stored.weights)
         self.reference = sidecar.reference(files, expected, bucket.answers, codec.pad_id)
@@ -280,14 +287,6 @@ class DryRun:
         if changed := changed_since(saved, current):
             raise DryRunError(f"{self.workdir}: a run with another config:\n" + "\n".join(changed))
         return f"{self.workdir}: resumes at step {step} of {self.config.steps}"
-
-
-def _bytes_a_device(program: Program) -> int:
-    """Of the train state between two steps."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(program.abstract_state)
-    )
 
 
 def _shape(leaf: Any, leading: int = 0) -> Sequence[Any] | None:

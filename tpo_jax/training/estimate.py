@@ -32,6 +32,7 @@ from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.topologies import Chip
 from tpo_jax.training import memory
 from tpo_jax.training.flops import traced_flops, train_flops
+from tpo_jax.training.moments import is_on_host
 from tpo_jax.training.program import Program
 from tpo_jax.training.step import make_gradient_step, on_mesh
 
@@ -153,7 +154,7 @@ def estimate_step(
 
     flops = traced_flops(traced.plain) / (tensor * mesh.shape[AXIS])
     return Estimate(
-        state=_chip_bytes(program.abstract_state),
+        state=chip_bytes(program.abstract_state),
         batch=traced.batch_bytes // row_chips,
         temporaries=linear(lambda t: memory.peak_bytes(t, split), traced.gradient, 1),
         flops=Linear(flops, flops / rows, rows),
@@ -242,11 +243,12 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _chip_bytes(state: Any) -> int:
-    """Bytes of one chip of leaves with shardings."""
+def chip_bytes(state: Any) -> int:
+    """Bytes of one chip of leaves with shardings; what the host holds is not among them."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(state)
+        if not is_on_host(x)
     )
 
 

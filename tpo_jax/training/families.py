@@ -16,11 +16,10 @@ def family_config(family: str, arg: ConfigDict, *, frames: int = 32, batch: int 
     """Supervised training on videos; `arg` has init, data and tiny."""
     config = default_config()
     if arg.init:
-        config.model = {"preset": "", "heads": []}
-        config.init_from = arg.init
+        config.model.preset, config.init_from = "", arg.init
     else:
         size = "tiny" if arg.tiny else "7b"
-        config.model = {"preset": f"{family}_{size}", "heads": []}
+        config.model.preset = f"{family}_{size}"
         config.tokenizer = TOKENIZER
     config.data.train = [source_config(f"{arg.data}/train", tasks=TASKS)]
     config.optimizer.update(name="adamw", warmup=0.03, weight_decay=0.0, min_lr_ratio=0.0)
@@ -35,8 +34,14 @@ def family_config(family: str, arg: ConfigDict, *, frames: int = 32, batch: int 
     if arg.tiny:
         config.steps, config.log_every, config.checkpoint.every = 3, 1, 3
     else:
+        run_large(config)
         config.mesh = {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
     return config
+
+
+def run_large(config: ConfigDict) -> None:
+    """How a model of full size runs, of whatever weights."""
+    config.model.update(attention="auto", remat="full", dtype="bfloat16")
 
 
 def image_bucket(video: ConfigDict) -> ConfigDict:

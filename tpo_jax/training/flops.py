@@ -46,7 +46,7 @@ def forward_flops(model_config: ModelConfig, batch: Any) -> dict[str, float]:
       {"vision", "language", "lm_head", "heads"}; vision holds encoder and connector.
     """
     # The plain attention path is the one whose products are visible in the trace.
-    language = dataclasses.replace(model_config.language, attention="dense", remat=False)
+    language = dataclasses.replace(model_config.language, attention="dense", remat="")
     model = FunctionalModel(dataclasses.replace(model_config, language=language))
     params = model.abstract()
 

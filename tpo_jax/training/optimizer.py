@@ -22,10 +22,12 @@ import optax.contrib
 
 from tpo_jax.errors import UserError
 from tpo_jax.parallel.paths import first_match, flatten, map_with_path
+from tpo_jax.training.moments import in_bfloat16
 
 Groups = Sequence[tuple[str, float]]
 
 NAMES = ("adamw", "muon")
+MOMENTS = ("float32", "bfloat16", "host")
 # Root mean square of a Muon update, as large as Adam's usually are.
 MUON_RMS = 0.2
 MUON_MOMENTUM = 0.95
@@ -43,6 +45,10 @@ class OptimizerConfig:
       weight_decay: decoupled, multiplied by the learning rate; matrices only (see NO_DECAY).
       clip: largest global norm of the trainable gradients; 0 switches clipping off.
       min_lr_ratio: learning rate at the last step over the peak.
+      moments: how what is remembered of gradients is stored, Adam's two moments and Muon's
+        momentum: one of MOMENTS. "bfloat16" takes half the memory; the update is computed in
+        float32 either way. "host" keeps them in the memory of the host, as float32; the update
+        brings them to the device and back.
       b1, b2, eps: Adam's.
     """
 
@@ -51,6 +57,7 @@ class OptimizerConfig:
     weight_decay: float
     clip: float
     min_lr_ratio: float
+    moments: str = "float32"
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -58,6 +65,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise UserError(f"optimizer.name={self.name!r}: expected one of {', '.join(NAMES)}")
+        if self.moments not in MOMENTS:
+            raise UserError(
+                f"optimizer.moments={self.moments!r}: expected one of {', '.join(MOMENTS)}"
+            )
         for field in ("warmup", "min_lr_ratio", "b1", "b2"):
             if not 0 <= (value := getattr(self, field)) <= 1:
                 raise UserError(f"optimizer.{field}={value}: must be in [0, 1]")
@@ -75,12 +86,14 @@ class Optimizer:
       schedule: step -> learning rate as a multiple of each group's own (peak 1).
       learning_rates: {path: peak learning rate} of every trainable parameter.
       report: a table of groups for the log.
+      on_host: whether the floating leaves of its state stay in the memory of the host.
     """
 
     transform: optax.GradientTransformation
     schedule: optax.Schedule
     learning_rates: dict[str, float]
     report: str
+    on_host: bool = False
 
 
 def make_optimizer(config: OptimizerConfig, groups: Groups, steps: int, params: Any) -> Optimizer:
@@ -97,15 +110,17 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, steps: int, params: 
     assigned = assign_groups(groups, list(flatten(params)))
     rates = {path: float(groups[index][1]) for path, index in assigned.items()}
     schedule = warmup_cosine(steps, config.warmup, config.min_lr_ratio)
+    rule = _update_rule(config)
     parts = [
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        _update_rule(config),
+        in_bfloat16(rule) if config.moments == "bfloat16" else rule,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_schedule(schedule),
         _scale_by_path(rates),
     ]
     report = group_report(groups, assigned, flatten(params))
-    return Optimizer(optax.chain(*parts), schedule, rates, report)
+    transform = optax.chain(*parts)
+    return Optimizer(transform, schedule, rates, report, on_host=config.moments == "host")
 
 
 def _update_rule(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -12,12 +12,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from tpo_jax.errors import UserError
+from tpo_jax.models.attention import best_backend
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.objectives.preference import PreferenceConfig
+from tpo_jax.parallel.context import AXIS
 from tpo_jax.parallel.mesh import batch_sharding, check_batch_divides, replicated
 from tpo_jax.parallel.rules import follow_params, param_shardings, place
 from tpo_jax.parallel.weighted_sum import WeightedSum
+from tpo_jax.training.moments import host_shardings
 from tpo_jax.training.objective import (
     Objective,
     PreferenceObjective,
@@ -142,16 +145,25 @@ def needs_contrast(config: ConfigDict) -> bool:
     return isinstance(objective, PreferenceObjective) and objective.config.needs_contrast
 
 
-def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> Program:
+def make_program(
+    config: ConfigDict, model_config: ModelConfig, mesh: Mesh, platform: str = ""
+) -> Program:
     """Builds the steps of a run.
 
     Args:
       config: training config; reads objective, losses, preference, trainable, optimizer, steps,
         accumulation, dropout and task_gradients_every.
-      model_config: of the preset or of the model folder in init_from.
+      model_config: of the preset or of the model folder in init_from, from start.make_model_config.
       mesh: from parallel.mesh.make_mesh, of real devices or of a topology.
+      platform: "cpu", "gpu" or "tpu", of a mesh without devices; "": that of its devices.
+
+    Raises:
+      ValueError: an option of the config that this model or these devices cannot do.
     """
-    language = dataclasses.replace(model_config.language, dropout=config.dropout)
+    attention = _attention(model_config, mesh, platform or mesh.devices.flat[0].platform)
+    language = dataclasses.replace(
+        model_config.language, dropout=config.dropout, attention=attention
+    )
     model = FunctionalModel(dataclasses.replace(model_config, language=language))
     objective = make_objective(config)
     groups = [(pattern, rate) for pattern, rate in config.trainable]
@@ -160,7 +172,7 @@ def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> P
     )
     if isinstance(objective, PreferenceObjective) and objective.reference == "adapters_off":
         check_adapters_off(model_config, optimizer.learning_rates)
-    abstract_state = _abstract_state(model, optimizer, mesh)
+    abstract_state = make_abstract_state(model.abstract(), optimizer, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
     drops = config.dropout > 0 or bool(model_config.lora and model_config.lora.dropout)
     how = {"accumulation": config.accumulation, "dropout": drops}
@@ -193,17 +205,38 @@ def make_program(config: ConfigDict, model_config: ModelConfig, mesh: Mesh) -> P
     )
 
 
-def _abstract_state(model: FunctionalModel, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    params = model.abstract()
+def run_as(config: ConfigDict, model_config: ModelConfig) -> ModelConfig:
+    """The model as config.model says that it runs."""
+    options = config.model
+    return model_config.running(
+        attention=options.attention, remat=options.remat, dtype=options.dtype
+    )
+
+
+def _attention(model_config: ModelConfig, mesh: Mesh, platform: str) -> str:
+    """The kernel of the devices, which need not be this process's own."""
+    language = model_config.language
+    if language.attention == "auto":
+        return best_backend(platform, model_config.dtype, language.head_dim, mesh.shape[AXIS])
+    needed = {"splash": "tpu", "cudnn": "gpu"}.get(language.attention, platform)
+    if platform != needed:
+        raise UserError(
+            f"model.attention={language.attention!r}: runs on {needed} and the devices are "
+            f"{platform}; use 'auto'"
+        )
+    return language.attention
+
+
+def make_abstract_state(params: Params, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """TrainState of ShapeDtypeStruct with shardings, of nested ShapeDtypeStructs."""
     shardings = param_shardings(params, mesh)
     state = jax.eval_shape(
         lambda p: init_state(p, optimizer.transform, frozenset(optimizer.learning_rates)), params
     )
-    placed = TrainState(
-        step=replicated(mesh),
-        params=shardings,
-        opt_state=follow_params(state.opt_state, params, shardings, mesh),
-    )
+    opt_state = follow_params(state.opt_state, params, shardings, mesh)
+    if optimizer.on_host:
+        opt_state = host_shardings(state.opt_state, opt_state)
+    placed = TrainState(step=replicated(mesh), params=shardings, opt_state=opt_state)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
     )

@@ -21,7 +21,7 @@ from tpo_jax.generation.sidecar import SidecarMismatch
 from tpo_jax.interop.folder import load_model
 from tpo_jax.parallel.mesh import global_batch, replicated
 from tpo_jax.training.preemption import Preemption
-from tpo_jax.training.program import Program, needs_contrast
+from tpo_jax.training.program import Program, needs_contrast, run_as
 
 # dtype -> largest and mean difference of a token's log-probability that is round-off, in nats.
 TOLERANCE = {"float32": (5e-3, 5e-4), "bfloat16": (0.5, 0.05)}
@@ -36,6 +36,7 @@ def read_references(config: ConfigDict) -> Reference | None:
     if not config.data.references:
         return None
     model_config, params, codec = load_model(config.init_from)
+    model_config = run_as(config, model_config)
     frames = {bucket.frames for bucket in config.buckets.values()}
     (answers,) = {bucket.answers for bucket in config.buckets.values()}
     expected = sidecar.Fingerprint.of(

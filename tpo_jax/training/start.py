@@ -25,7 +25,7 @@ from tpo_jax.models.presets import preset
 from tpo_jax.models.sam2_config import sam2_size
 from tpo_jax.parallel.paths import flatten, unflatten
 from tpo_jax.training.config import to_dict
-from tpo_jax.training.program import Program, needs_contrast
+from tpo_jax.training.program import Program, needs_contrast, run_as
 from tpo_jax.training.references import read_references
 
 
@@ -59,7 +59,7 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
             changes[kind] = config_of_folders([s["path"] for s in config.data.train], kind)
         elif not any(getattr(head(name), f"reads_{kind}") for name in heads):
             changes[kind] = None  # init_from had a head that read them
-    return dataclasses.replace(base, **changes), codec
+    return run_as(config, dataclasses.replace(base, **changes)), codec
 
 
 def pipeline_options(

@@ -26,6 +26,7 @@ from tpo_jax.errors import UserError
 from tpo_jax.parallel.mesh import batch_sharding, replicated
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.weighted_sum import WeightedSum
+from tpo_jax.training.moments import to_device
 from tpo_jax.training.objective import Batch, Objective, Sums, answer_scores, denominators
 from tpo_jax.training.optimizer import Optimizer, learning_rate
 from tpo_jax.training.state import TrainState, merge, partition
@@ -172,12 +173,13 @@ def make_update_step(optimizer: Optimizer) -> UpdateStep:
         squares = {path: jnp.sum(jnp.square(leaf)) for path, leaf in flatten(grads).items()}
         grad_norm = jnp.sqrt(sum(squares.values()))
         finite = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.transform.update(grads, state.opt_state, trainable)
+        before = to_device(state.opt_state) if optimizer.on_host else state.opt_state
+        updates, opt_state = optimizer.transform.update(grads, before, trainable)
         moved = optax.apply_updates(trainable, updates)
         updated = TrainState(
             step=state.step + 1,
             params=merge(_select(finite, moved, trainable), frozen),
-            opt_state=_select(finite, opt_state, state.opt_state),
+            opt_state=_select(finite, opt_state, before),
         )
         return updated, {
             "grad_norm": _once(grad_norm),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from tpo_jax.models.checks import require, require_positive
+from tpo_jax.models.checks import name_remat, require, require_positive
 
 KINDS = ("siglip", "siglip2", "clip", "languagebind", "umt")
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
@@ -40,8 +40,9 @@ class TowerConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     # How a frame becomes square: "stretch", or "crop" (short side to size, then the middle).
     resize: str = "stretch"
-    # Recompute each layer in the backward pass / one program per layer instead of a loop.
-    remat: bool = False
+    # What each layer computes again in the backward pass (checks.REMAT) / one program per layer
+    # instead of a loop.
+    remat: str = ""
     unroll: bool = False
 
     def __post_init__(self):
@@ -50,6 +51,7 @@ class TowerConfig:
             self, "vision", "image_size", "patch_size", "width", "depth", "heads", "mlp_width",
             "epsilon", "max_frames",
         )
+        name_remat(self, "vision.remat")
         require(
             self.width % self.heads == 0, "vision.heads", self.heads,
             f"must divide vision.width={self.width}",

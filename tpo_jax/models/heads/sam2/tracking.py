@@ -19,6 +19,7 @@ from tpo_jax.models.heads.sam2.layers import resize_masks
 from tpo_jax.models.heads.sam2.mask_decoder import Decoded, choose, pick
 from tpo_jax.models.heads.sam2.model import Sam2
 from tpo_jax.models.heads.sam2.prompt_encoder import FILLING
+from tpo_jax.models.layers import checkpointed
 
 # Logits of a given mask inside and outside.
 _GIVEN, _GIVEN_NOT = 10.0, -10.0
@@ -110,7 +111,7 @@ def track(
         output = _answer(decoded, jnp.zeros_like(prompt.single), keep)
         return _written(rings, new, step), output
 
-    body = jax.checkpoint(body) if sam.config.remat else body
+    body = checkpointed(body, sam.config.remat)
     _, rest = jax.lax.scan(body, rings, jnp.arange(1, frames))
     steps = jax.tree.map(
         lambda x, rest: jnp.concatenate([x[None], rest]), _answer(first, prompt.single, keep), rest
@@ -151,7 +152,7 @@ def stills(
         features = read(jnp.full(prompt.shape[:2], frame, jnp.int32))
         return None, sam.decode(features.top + sam.no_memory[0, 0], features, prompt)
 
-    body = jax.checkpoint(body) if sam.config.remat else body
+    body = checkpointed(body, sam.config.remat)
     _, decoded = jax.lax.scan(body, None, jnp.arange(frames))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), decoded)
 
