@@ -184,8 +184,8 @@ def test_pair_rows_hold_the_question_once_and_both_answers(codec, model):
 def test_reference_logps_are_looked_up_with_what_they_belong_to(codec, model):
     calls = []
 
-    def reference(pair, frame_indices, prefix, branches):
-        calls.append((pair, frame_indices.tolist(), prefix.shape, branches.shape))
+    def reference(pair, frames, prefix, branches):
+        calls.append((pair, frames[:, 0].tolist(), prefix.shape, branches.shape))
         return np.full((2, 36), float(pair[1]), np.float32)
 
     pipeline = make(codec, model, buckets=[PAIR], reference=reference)

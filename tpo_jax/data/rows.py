@@ -25,11 +25,10 @@ from tpo_jax.data.targets import TARGETS, TargetError, View
 from tpo_jax.data.text import LONGEST_SECONDS, Branch, TextCodec
 from tpo_jax.data.text_features import RowTexts
 
-# (pair id, shown frames, prefix tokens int32[P], branch tokens int32[2, R]) -> float32[2, A]. The
-# frames (`RowBuilder.shown_frames`) and tokens let the sidecar refuse a pair that changed. With
-# contrast [3, A]: last is the chosen answer under the manipulated frames.
+# (pair id, `shown_frames`, prefix tokens int32[P], branch tokens int32[2, R]) -> float32[2, A]. The
+# frames and tokens let the sidecar refuse a pair that changed. With contrast [3, A]: last is the
+# chosen answer under the manipulated frames.
 Reference = Callable[[str, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-
 
 CLIP_FIELDS = ("frames", "frame_valid", "frame_times")
 _PART_OF_VIDEO = re.compile(r"_\d+(\.\d+)?_\d+(\.\d+)?$")  # QVHighlights and its relatives
@@ -462,11 +461,13 @@ class RowBuilder:
         return np.asarray(indices, np.int64)
 
     def shown_frames(self, plan: RowPlan) -> np.ndarray:
-        """int64[n]: all that the model is shown of a pair; -1 before the manipulated frames."""
+        """float64[n, 2]: index and seconds of all frames that a pair shows the model; -1 and the
+        time of the last before the manipulated frames."""
+        times = plan.dataset.video_info(plan.video_id).timestamps
         indices = self.frame_indices(plan)
         if self.contrast:
-            return np.concatenate([indices, [-1], self.manipulated_indices(plan)])
-        return indices
+            indices = np.concatenate([indices, [-1], self.manipulated_indices(plan)])
+        return np.stack([indices, times[indices]], axis=1).astype(np.float64)
 
     def _reference_logps(self, plan: RowPlan, prefix: np.ndarray,
                          branches: list[Branch]) -> np.ndarray:
@@ -479,9 +480,8 @@ class RowBuilder:
         for k, branch in enumerate(branches):
             tokens[k, : len(branch.ids)] = branch.ids
         pair = plan.branches[0].example.example_id
-        logps = np.asarray(
-            self.reference(pair, self.shown_frames(plan), padded[: self.prefix_tokens], tokens),
-            np.float32)
+        shown = self.shown_frames(plan)
+        logps = np.float32(self.reference(pair, shown, padded[: self.prefix_tokens], tokens))
         expected = (3 if self.contrast else 2, self.bucket.answers)
         if logps.shape != expected:
             raise RowError(

@@ -41,7 +41,6 @@ from tpo_jax.parallel.mesh import (
     replicated,
 )
 from tpo_jax.parallel.rules import param_shardings, place
-from tpo_jax.training.objective import contrast_batch
 from tpo_jax.training.preemption import Preemption
 from tpo_jax.training.step import make_score_step, on_mesh
 
@@ -125,12 +124,11 @@ class Scorer:
 
 
 def _logps(step: Any, params: Any, batch: Any) -> jax.Array:
-    """float32[B, 2, A], or [B, 3, A] with the chosen answer under the manipulated frames."""
-    logps = step(params, batch) * (batch["answer_weights"] > 0)
-    if "contrast_frames" not in batch:
-        return logps
-    chosen = step(params, contrast_batch(batch)) * (batch["answer_weights"][:, :1] > 0)
-    return jnp.concatenate([logps, chosen], axis=1)
+    """What `make_score_step` gives, 0 where there is no token."""
+    logps, counts = step(params, batch), batch["answer_weights"] > 0
+    if logps.shape[1] > counts.shape[1]:  # the chosen answer under the manipulated frames
+        counts = jnp.concatenate([counts, counts[:, :1]], axis=1)
+    return logps * counts
 
 
 class Parts:
@@ -164,14 +162,19 @@ class Parts:
         return self.folder / f"{number:05d}.npz"
 
     def finished(self) -> bool:
-        return self.out.exists() and self._holds(sidecar.read(self.out), self.plans)
+        return self._holds(self.out, self.plans)
 
     def is_scored(self, number: int) -> bool:
-        file = self.file(number)
-        return file.exists() and self._holds(sidecar.read(file), self[number][1])
+        return self._holds(self.file(number), self[number][1])
 
-    def _holds(self, scored: sidecar.Sidecar, plans: Sequence[RowPlan]) -> bool:
-        """Whether a sidecar holds exactly these pairs under these conditions."""
+    def _holds(self, file: epath.Path, plans: Sequence[RowPlan]) -> bool:
+        """Whether a file is a sidecar of exactly these pairs under these conditions."""
+        if not file.exists():
+            return False
+        try:
+            scored = sidecar.read(file)
+        except sidecar.SidecarMismatch:  # of another version: scored again, as what changed is
+            return False
         wanted = {pair_id(plan): self.digests[pair_id(plan)] for plan in plans}
         return scored.fingerprint == self.fingerprint and dict(scored.digests) == wanted
 
