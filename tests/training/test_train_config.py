@@ -153,6 +153,11 @@ def test_a_preference_run_needs_pairs():
         validate(config)
 
 
+def test_the_default_objective_is_the_papers():
+    preference = default_config().preference
+    assert (preference.loss, preference.beta, preference.sft) == ("sigmoid", 0.3, 0.5)
+
+
 def preference_config(**options):
     config = good()
     config.objective = "preference"
