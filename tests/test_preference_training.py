@@ -242,6 +242,7 @@ def test_a_row_brings_the_manipulated_frames_its_kind_and_its_duration(runs):
     assert row["contrast_frame_valid"].all() and row["pair_duration"] == 12.0
     assert row["pair_kind"] == kind_id(example.turns[0].kind) != kind_id("")
     assert "reference_contrast_logps" not in row
+    np.testing.assert_array_equal(row["contrast_prefix_tokens"], row["prefix_tokens"])
     targets = example.targets  # both clips and their times are in the digest of the pair
     indices = [*targets["frame_indices"], -1, *targets["manipulated_indices"]]
     want = np.stack([indices, times[indices]], axis=1)
