@@ -226,6 +226,20 @@ def test_sidecars_with_and_without_contrast_are_not_mixed_up(runs, tmp_path):
         train(config, tmp_path)
 
 
+def test_the_second_round_refuses_the_sidecar_of_the_first(runs, tmp_path):
+    """Its reference is the model that the first round made; the pairs have to be scored again."""
+    model_config, params, codec = load_model(runs / "base")
+    params["connector"] = jax.tree.map(lambda x: x * 1.001, params["connector"])
+    save_model(tmp_path / "round1", model_config, params, codec)
+    config = get_config("longva_tpo.py", f"recipe=realign,init={tmp_path / 'round1'}", runs)
+    with pytest.raises(sidecar.SidecarMismatch) as error:
+        train(config, tmp_path / "run")
+    scored = sidecar.read(runs / "pairs" / "reference.npz").fingerprint.weights
+    message = str(error.value)
+    assert f"weights: sidecar '{scored}', this run '{sidecar.hash_weights(params)}'" in message
+    assert "preferences score` again" in message
+
+
 def test_a_row_brings_the_manipulated_frames_its_kind_and_its_duration(runs):
     config, _, codec = load_model(runs / "base")
     dataset = PairedDataset("memory", runs / "pairs" / "pairs.jsonl")
