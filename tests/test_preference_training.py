@@ -181,12 +181,15 @@ def test_a_sidecar_that_is_not_what_the_program_scores_refuses(runs, tmp_path, r
 
 
 def test_pairs_come_in_buckets_of_the_frames_of_their_clips(runs, tmp_path, capsys):
-    """Two programs in one run, and one sidecar for both: each is held against the live scores."""
+    """Two programs in one run, and one sidecar for both: each is held against the live scores.
+    Pairs have one or two rejected answers."""
     write_pairs(tmp_path / "pairs" / "pairs.jsonl")
     lines = (tmp_path / "pairs" / "pairs.jsonl").read_text().splitlines()
     pairs = [json.loads(line) for line in lines]
     for number, pair in enumerate(pairs):
         pair["targets"]["frame_indices"] = [2, 9, 11, 20, 21, 22, 23][: 3 + number % 2 * 4]
+        if number % 3:  # a rejected answer, or two
+            pair["targets"]["rejected"] = ["it blinks and grows", "it moves right"]
     manifest = tmp_path / "both.jsonl"
     manifest.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     score(runs, tmp_path / "both.npz", "--frames=4,8", pairs=manifest)
@@ -194,6 +197,7 @@ def test_pairs_come_in_buckets_of_the_frames_of_their_clips(runs, tmp_path, caps
     config.data.references = [str(tmp_path / "both.npz")]
     config.data.train[0]["pairs"] = str(tmp_path / "both.jsonl")
     long = config.buckets.pairs
+    long.branches = 3
     short = long.copy_and_resolve_references()
     short.frames = 4
     config.buckets = {"long": long, "short": short}

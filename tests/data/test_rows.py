@@ -219,6 +219,31 @@ def test_a_contrast_tells_the_times_of_the_manipulated_frames(codec, model):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), row) == want
 
 
+def test_a_row_holds_every_rejected_answer_and_room_for_more(codec, model):
+    pair = all_tasks("v")[-1]
+    several = ["The blue star grows.", "The red square moves left and grows."]
+    pair = dataclasses.replace(pair, targets=pair.targets | {"rejected": several})
+    dataset = FakeDataset("d", {"v": [pair]}, {"v": video_info()})
+    bucket = dataclasses.replace(PAIR, branches=4)
+    shapes = []
+
+    def reference(name, frames, prefix, branches):
+        shapes.append(branches.shape)
+        return np.arange(3, dtype=np.float32)[:, None] * np.ones(PAIR.answers, np.float32) - 5
+
+    builder = row_builder(codec, model, bucket, reference=reference)
+    row = builder.build(preference_plan(dataset, pair), 0)
+    answers = [codec.decode(tokens) for tokens in row["answer_tokens"]]
+    assert answers == ["The red square moves left.", *several, ""]
+    assert shapes == [(3, bucket.branch_tokens)]
+    np.testing.assert_array_equal(row["reference_logps"][:, 0], [-5, -4, -3, 0])
+    assert not row["answer_weights"][3].any() and not row["branch_segments"][3].any()
+    for wrong in ([], ["one", 2]):
+        pair = dataclasses.replace(pair, targets=pair.targets | {"rejected": wrong})
+        with pytest.raises(RowError, match="targets.rejected: .*a list of such"):
+            preference_plan(dataset, pair)
+
+
 @pytest.mark.parametrize("indices", [[0] * 9, [64], [-1]])
 def test_frame_indices_of_a_pair_must_exist(codec, model, indices):
     pair = all_tasks("v")[-1]

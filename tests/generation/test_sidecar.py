@@ -24,6 +24,15 @@ def test_write_read_is_identity(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["ref.npz"]
 
 
+def test_pairs_have_rows_of_their_own_number(tmp_path):
+    scored = make(["a", "b"])
+    logps = scored.logps | {"b": np.arange(8, dtype=np.float32).reshape(4, 2)}
+    sidecar.write(tmp_path / "ref.npz", dataclasses.replace(scored, logps=logps))
+    back = sidecar.read(tmp_path / "ref.npz", FINGERPRINT)
+    np.testing.assert_array_equal(back.lookup("a", "digest-a", 3), np.zeros((2, 3)))
+    np.testing.assert_array_equal(back.lookup("b", "digest-b", 2), logps["b"])
+
+
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(sidecar.Fingerprint)])
 def test_each_changed_condition_refuses_and_names_both_sides(tmp_path, field):
     sidecar.write(tmp_path / "ref.npz", make(["a"]))

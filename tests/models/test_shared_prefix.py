@@ -19,24 +19,29 @@ from tpo_jax.parallel.paths import flatten
 CONFIG = LanguageConfig(
     vocab_size=128, width=16, depth=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24, qkv_bias=True
 )
-B, P, K, R = 3, 8, 2, 6
+B, P, K, R = 3, 8, 3, 6
 LOSSES = PreferenceConfig(beta=0.3, loss="sigmoid", sft=0.5)
 # case -> segments of the prefixes [B, P] and of the branches [B, K, R]; 0 is padding: inside a
-# prefix (a frame that is not there), behind it, and a whole row.
+# prefix (a frame that is not there), behind it, a rejected answer that is not there, a whole row.
 PLAIN = np.ones((B, P), np.int32), np.ones((B, K, R), np.int32)
 PADDED = (
     np.array([[1] * 6 + [0] * 2, [1, 1, 0, 0, 1, 1, 0, 0], [0] * 8], np.int32),
     np.array(
-        [[[1] * 6, [1] * 4 + [0] * 2], [[1] * 2 + [0] * 4, [1] * 5 + [0]], [[0] * 6] * 2], np.int32
+        [
+            [[1] * 6, [1] * 4 + [0] * 2, [1] * 5 + [0]],
+            [[1] * 2 + [0] * 4, [1] * 5 + [0], [0] * 6],
+            [[0] * 6] * 3,
+        ],
+        np.int32,
     ),
 )
 PACKED = (
     np.array([[1] * 4 + [2] * 3 + [0], [1] * 2 + [2] * 6, [1] * 5 + [2] * 3], np.int32),
     np.array(
         [
-            [[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 2, 2]],
-            [[1, 1, 1, 1, 2, 2], [1, 1, 2, 2, 0, 0]],
-            [[1, 1, 2, 2, 2, 0], [1, 1, 1, 2, 2, 2]],
+            [[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 2, 2]],
+            [[1, 1, 1, 1, 2, 2], [1, 1, 2, 2, 0, 0], [1, 1, 2, 2, 2, 0]],
+            [[1, 1, 2, 2, 2, 0], [1, 1, 1, 2, 2, 2], [1, 1, 0, 0, 0, 0]],
         ],
         np.int32,
     ),

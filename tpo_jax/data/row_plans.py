@@ -53,15 +53,19 @@ class RowPlan:
 
 
 def preference_plan(dataset: PreparedDataset, example: Example) -> RowPlan:
-    """The row of a pair: question in the prefix, branches chosen and rejected."""
+    """The row of a pair: question in the prefix, branches chosen and every rejected answer."""
     targets = example.targets
-    for key in ("chosen", "rejected"):
-        if not isinstance(targets.get(key), str):
+    rejected = targets.get("rejected")
+    answers = {"chosen": [targets.get("chosen")],
+               "rejected": rejected if isinstance(rejected, list) else [rejected]}
+    for key, texts in answers.items():
+        if not texts or not all(isinstance(text, str) for text in texts):
             raise RowError(
                 f"{dataset.path}: {example.example_id}: targets.{key}: {targets.get(key)!r}, "
-                "expected the text of an answer.")
+                "expected the text of an answer, or (rejected) a list of such.")
     question = example.turns[0].question
-    branches = tuple(BranchPlan(example, 0, None, targets[key]) for key in ("chosen", "rejected"))
+    branches = tuple(BranchPlan(example, 0, None, text)
+                     for texts in answers.values() for text in texts)
     indices = targets.get("frame_indices")
     return RowPlan(dataset, example.video_id, example.start, example.end, branches, question,
                    tuple(indices) if indices else None)

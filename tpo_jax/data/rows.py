@@ -26,9 +26,9 @@ from tpo_jax.data.targets import TARGETS, TargetError, View
 from tpo_jax.data.text import LONGEST_SECONDS, Branch, TextCodec
 from tpo_jax.data.text_features import RowTexts
 
-# (pair id, `shown_frames`, prefix tokens int32[P], branch tokens int32[2, R]) -> float32[2, A]. The
-# frames and tokens let the sidecar refuse a pair that changed. With contrast [3, A]: last is the
-# chosen answer under the manipulated frames.
+# (pair id, `shown_frames`, prefix tokens int32[P], branch tokens int32[n, R]) -> float32[n, A] of
+# the n answers that the pair has. The frames and tokens let the sidecar refuse a pair that changed.
+# With contrast [n + 1, A]: last is the chosen answer under the manipulated frames.
 Reference = Callable[[str, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 CLIP_FIELDS = ("frames", "frame_valid", "frame_times")
@@ -254,9 +254,9 @@ class RowBuilder:
             self._fill_pair(row, plan)
             if self.reference is not None:
                 logps = self._reference_logps(plan, prefix, branches)
-                row["reference_logps"][:] = logps[:2]
+                row["reference_logps"][: len(branches)] = logps[: len(branches)]
                 if self.contrast:
-                    row["reference_contrast_logps"][:] = logps[2]
+                    row["reference_contrast_logps"][:] = logps[-1]
         return row
 
     def blank(self) -> dict[str, Any]:
@@ -418,18 +418,16 @@ class RowBuilder:
 
     def _reference_logps(self, plan: RowPlan, prefix: np.ndarray,
                          branches: list[Branch]) -> np.ndarray:
-        """float32[2 or 3, A] of the pair, with the frames and tokens that they must belong to."""
+        """`Reference` of the pair, by the frames and tokens that it must belong to."""
         assert self.reference is not None
-        padded = np.full((self.prefix_tokens + 2 * self.bucket.branch_tokens), self.codec.pad_id,
-                         np.int32)
+        padded = np.full(self.prefix_tokens, self.codec.pad_id, np.int32)
         padded[: len(prefix)] = prefix
-        tokens = padded[self.prefix_tokens :].reshape(2, -1)
+        tokens = np.full((len(branches), self.bucket.branch_tokens), self.codec.pad_id, np.int32)
         for k, branch in enumerate(branches):
             tokens[k, : len(branch.ids)] = branch.ids
         pair = plan.branches[0].example.example_id
-        shown = self.shown_frames(plan)
-        logps = np.float32(self.reference(pair, shown, padded[: self.prefix_tokens], tokens))
-        expected = (3 if self.contrast else 2, self.bucket.answers)
+        logps = np.float32(self.reference(pair, self.shown_frames(plan), padded, tokens))
+        expected = (len(branches) + self.contrast, self.bucket.answers)
         if logps.shape != expected:
             raise RowError(
                 f"{self.where(plan, plan.branches[0])}: reference_logps of shape {logps.shape}, "

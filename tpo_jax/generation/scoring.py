@@ -108,9 +108,8 @@ class Scorer:
 
     def __call__(self, builder: RowBuilder, plans: Sequence[RowPlan],
                  preemption: Preemption) -> dict[str, np.ndarray]:
-        """{pair id: float32[2, A]} of all plans, on every process; 0 where there is no token.
-
-        [3, A] where the builder gives manipulated frames as well. Raises Preempted.
+        """{pair id: float32[n, A]} of the answers of all plans, on every process; 0 where there is
+        no token. A row more where the builder gives manipulated frames as well. Raises Preempted.
         """
         size, found = builder.bucket.batch_size, {}
         share = reader_shard(self.mesh)
@@ -119,7 +118,9 @@ class Scorer:
             batch = global_batch(local, self.mesh)
             logps = np.asarray(self._step(self.params, batch))
             rows = plans[number * size : (number + 1) * size]
-            found |= {pair_id(plan): logps[i] for i, plan in enumerate(rows)}
+            for row, plan in zip(logps, rows, strict=False):  # the last batch may have more rows
+                empty = range(len(plan.branches), builder.bucket.branches)
+                found[pair_id(plan)] = np.delete(row, empty, axis=0)
         return found
 
 
@@ -206,7 +207,8 @@ def pair_bucket(codec: TextCodec, config: ModelConfig, plans: Sequence[RowPlan],
     branches = [codec.build_branch(None, b.answer) for plan in plans for b in plan.branches]
     questions = [len(codec.build_prefix(0, "video", plan.question)) for plan in plans]
     return Bucket(
-        name="pairs", media="video", batch_size=batch_size, frames=frames, branches=2,
+        name="pairs", media="video", batch_size=batch_size, frames=frames,
+        branches=max(len(plan.branches) for plan in plans),
         question=max(questions) - len(codec.build_prefix(0, "video")),
         branch_tokens=max(len(branch.ids) for branch in branches),
         answers=max(len(branch.ids) - branch.answer for branch in branches),

@@ -105,7 +105,7 @@ class SftObjective:
 class PreferenceScores(NamedTuple):
     """What the model says about a row of pairs.
 
-    tokens: of both answers, float32[B, 2, A]. reference: log-probabilities of the same, or None.
+    tokens: of all answers, float32[B, K, A]. reference: log-probabilities of the same, or None.
     contrast, contrast_reference: float32[B, 1, A], log-probabilities of the chosen answer under the
     manipulated frames, or None.
     """
@@ -118,9 +118,9 @@ class PreferenceScores(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceObjective:
-    """Preference losses on pairs: K = 2 branches, chosen then rejected.
+    """Preference losses on pairs: K branches, chosen then rejected (one, or several).
 
-    Beside the arrays of every batch it reads pair_valid bool[B], reference_logps float32[B, 2, A]
+    Beside the arrays of every batch it reads pair_valid bool[B], reference_logps float32[B, K, A]
     (unless no loss needs it), and where the batch has them pair_kind uint32[B] and pair_duration
     float32[B]. A contrast loss needs contrast_* of every name in CONTRAST_FIELDS, the manipulated
     clip and the prefix that tells its times, and reference_contrast_logps float32[B, A].

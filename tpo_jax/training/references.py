@@ -94,12 +94,13 @@ def verify_references(
         )
         return
     peak, step, row = worst
-    names = "chosen, rejected"
-    if answers.shape[1] > 2:
-        names += ", chosen under the manipulated frames"
+    contrast = "reference_contrast_logps" in batch
+    names = ["chosen", *["rejected"] * (answers.shape[1] - 1 - contrast)]
+    names += ["chosen under the manipulated frames"] * contrast
     raise SidecarMismatch(
         f"the reference log-probabilities are not those of the model that this run starts from.\n"
-        f"  pair: {_pair_id(pipeline, step, row)}, summed over its answers ({names})\n"
+        f"  pair: {_pair_id(pipeline, step, row)}, summed over its answers "
+        f"({', '.join(names)})\n"
         f"  sidecar {', '.join(map(str, files))}: {_sums(answers[0])}\n"
         f"  this program: {_sums(answers[1])}\n"
         f"A token differs by up to {peak:.3g} nats, {average:.3g} on average; allowed for {dtype} "
