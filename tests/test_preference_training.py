@@ -42,6 +42,7 @@ KINDS = ("temporal", "action", "spatial")
 def in_memory():
     """Videos in memory, one of the fake devices, one quick compilation for runs of one program."""
     compiled, compile_buckets = {}, tpo_jax.train.compile_buckets
+    programs, make_program = {}, tpo_jax.train.make_program
     jax.config.update("jax_disable_most_optimizations", True)
 
     def compile_once(program, builders, evaluate, say, preemption):
@@ -51,11 +52,18 @@ def in_memory():
             compiled[key] = compile_buckets(program, builders, evaluate, say, preemption)
         return compiled[key]
 
+    def make_once(config, model_config, mesh):
+        key = str({name: value for name, value in config.to_dict().items() if name != "data"})
+        if key not in programs:
+            programs[key] = make_program(config, model_config, mesh)
+        return programs[key]
+
     with pytest.MonkeyPatch.context() as patch:
         dataset = functools.partial(micro_model.MemoryDataset, VIDEOS)
         patch.setattr(pair_data, "PreparedDataset", lambda path: dataset())
         patch.setattr(tpo_jax.train, "make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
         patch.setattr(tpo_jax.train, "compile_buckets", compile_once)
+        patch.setattr(tpo_jax.train, "make_program", make_once)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
 
@@ -149,11 +157,12 @@ def test_longva_realign_trains_adapters_against_manipulated_frames(runs, tmp_pat
     assert all(np.any(leaf) for path, leaf in after.items() if path.endswith("lora_b"))
 
 
-def test_a_sidecar_that_is_not_what_the_program_scores_refuses(runs, tmp_path):
+@pytest.mark.parametrize("rows", [[0, 1], [2]], ids=["answers", "manipulated_frames"])
+def test_a_sidecar_that_is_not_what_the_program_scores_refuses(runs, tmp_path, rows):
     """The fingerprint is right, a number in it is not."""
     good = sidecar.read(runs / "pairs" / "reference.npz")
-    wrong = {pair: logps - (0.2 if pair == "pair3" else 0.0) * (logps != 0)
-             for pair, logps in good.logps.items()}  # fmt: skip
+    wrong = {pair: logps.copy() for pair, logps in good.logps.items()}
+    wrong["pair3"][rows] -= 0.2 * (good.logps["pair3"][rows] != 0)
     file = tmp_path / "wrong.npz"
     sidecar.write(file, sidecar.Sidecar(good.fingerprint, good.digests, wrong))
     config = get_config("longva_tpo.py", "recipe=realign", runs)
@@ -167,17 +176,20 @@ def test_a_sidecar_that_is_not_what_the_program_scores_refuses(runs, tmp_path):
         [float(x) for x in message.split(marker)[1].split("\n")[0].split(", ")]
         for marker in ("wrong.npz: ", "this program: ")
     )
-    np.testing.assert_allclose(stored, wrong["pair3"][:2].sum(-1), atol=1e-3)
-    np.testing.assert_allclose(live, good.logps["pair3"][:2].sum(-1), atol=1e-3)
+    np.testing.assert_allclose(stored, wrong["pair3"].sum(-1), atol=1e-3)
+    np.testing.assert_allclose(live, good.logps["pair3"].sum(-1), atol=1e-3)
 
 
 def test_pairs_come_in_buckets_of_the_frames_of_their_clips(runs, tmp_path, capsys):
-    """Two programs in one run, and one sidecar for both: each is held against the live scores."""
+    """Two programs in one run, and one sidecar for both: each is held against the live scores.
+    Pairs have one or two rejected answers."""
     write_pairs(tmp_path / "pairs" / "pairs.jsonl")
     lines = (tmp_path / "pairs" / "pairs.jsonl").read_text().splitlines()
     pairs = [json.loads(line) for line in lines]
     for number, pair in enumerate(pairs):
         pair["targets"]["frame_indices"] = [2, 9, 11, 20, 21, 22, 23][: 3 + number % 2 * 4]
+        if number % 3:  # a rejected answer, or two
+            pair["targets"]["rejected"] = ["it blinks and grows", "it moves right"]
     manifest = tmp_path / "both.jsonl"
     manifest.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     score(runs, tmp_path / "both.npz", "--frames=4,8", pairs=manifest)
@@ -185,6 +197,7 @@ def test_pairs_come_in_buckets_of_the_frames_of_their_clips(runs, tmp_path, caps
     config.data.references = [str(tmp_path / "both.npz")]
     config.data.train[0]["pairs"] = str(tmp_path / "both.jsonl")
     long = config.buckets.pairs
+    long.branches = 3
     short = long.copy_and_resolve_references()
     short.frames = 4
     config.buckets = {"long": long, "short": short}
@@ -217,12 +230,27 @@ def test_sidecars_with_and_without_contrast_are_not_mixed_up(runs, tmp_path):
         train(config, tmp_path)
 
 
+def test_the_second_round_refuses_the_sidecar_of_the_first(runs, tmp_path):
+    """Its reference is the model that the first round made; the pairs have to be scored again."""
+    model_config, params, codec = load_model(runs / "base")
+    params["connector"] = jax.tree.map(lambda x: x * 1.001, params["connector"])
+    save_model(tmp_path / "round1", model_config, params, codec)
+    config = get_config("longva_tpo.py", f"recipe=realign,init={tmp_path / 'round1'}", runs)
+    with pytest.raises(sidecar.SidecarMismatch) as error:
+        train(config, tmp_path / "run")
+    scored = sidecar.read(runs / "pairs" / "reference.npz").fingerprint.weights
+    message = str(error.value)
+    assert f"weights: sidecar '{scored}', this run '{sidecar.hash_weights(params)}'" in message
+    assert "preferences score` again" in message
+
+
 def test_a_row_brings_the_manipulated_frames_its_kind_and_its_duration(runs):
     config, _, codec = load_model(runs / "base")
     dataset = PairedDataset("memory", runs / "pairs" / "pairs.jsonl")
     plans = build_pair_rows(dataset)
     bucket = scoring.pair_bucket(codec, config, plans, 8, 4)
-    row = row_builder(codec, config, bucket, contrast=True).build(plans[1], 0)
+    builder = row_builder(codec, config, bucket, contrast=True)
+    row = builder.build(plans[1], 0)
     example = plans[1].branches[0].example
     wanted = dataset.frames(example.video_id, np.array(example.targets["manipulated_indices"]))
     np.testing.assert_array_equal(row["contrast_frames"], wanted)
@@ -232,6 +260,11 @@ def test_a_row_brings_the_manipulated_frames_its_kind_and_its_duration(runs):
     assert row["contrast_frame_valid"].all() and row["pair_duration"] == 12.0
     assert row["pair_kind"] == kind_id(example.turns[0].kind) != kind_id("")
     assert "reference_contrast_logps" not in row
+    np.testing.assert_array_equal(row["contrast_prefix_tokens"], row["prefix_tokens"])
+    targets = example.targets  # both clips and their times are in the digest of the pair
+    indices = [*targets["frame_indices"], -1, *targets["manipulated_indices"]]
+    want = np.stack([indices, times[indices]], axis=1)
+    np.testing.assert_array_equal(builder.shown_frames(plans[1]), want)
 
 
 def test_contrast_needs_as_many_manipulated_frames_as_the_pair_shows(runs, tmp_path, capsys):

@@ -312,8 +312,11 @@ def test_another_command_into_the_same_folder_is_refused(folder, generated, caps
     assert "evidence" in error and "'mix': 0.5" in error and "'mix': 0.9" in error
 
 
-def test_sidecar_is_what_training_scores_at_step_0(folder, generated, tmp_path):
+def test_sidecar_is_what_training_scores_at_step_0(folder, generated, tmp_path, monkeypatch):
     pairs, out = generated / "pairs.jsonl", tmp_path / "reference.npz"
+    with monkeypatch.context() as patch:  # one of an older version, which is scored again
+        patch.setattr(sidecar, "FORMAT_VERSION", 1)
+        sidecar.write(out, sidecar.Sidecar(sidecar.Fingerprint(*"abcdefgh"), {}, {}))
     score(folder, pairs, out)
     assert [p.name for p in tmp_path.iterdir()] == ["reference.npz"]
     config, params, codec = load_model(folder)

@@ -10,7 +10,8 @@ embeddings of 32 frames. All steps are forward, backward and AdamW in float32:
   sft      prefix once and the chosen answer
   score    forward pass of `shared`: what a sidecar costs, once a pair
   torch    the Llama of `transformers`, two rows, logits of the answers only, and a frozen reference
-           in the step, as trainers do that refuse precomputed log-probabilities for video
+           in the step: TRL 1.16, which takes a video as a list of images, refuses
+           precompute_ref_log_probs for vision datasets
   torch_cached   the same with precomputed log-probabilities
 
 Rounds time all of them one after the other, in turning order; a ratio is taken within a round, and
@@ -53,6 +54,10 @@ from tpo_jax.training.flops import matmul_flops
 BETA, RATE = 0.3, 1e-5
 OPTIONS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 TOLERANCE = 2e-3  # nats, float32 in three programs
+SETTING = (
+    "transformers Llama, eager (no torch.compile), sdpa, no dropout, float32; torch.optim.AdamW, "
+    "neither foreach nor fused (its default on a CPU)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,7 +373,8 @@ def run(sizes: Sizes, config: LanguageConfig, rounds: int, threads: int,
         "seconds": {n: {"wall": statistics.median(t[0] for t in times),
                         "cpu": statistics.median(t[1] for t in times)}
                     for n, times in found.items()},
-        "largest_difference": differences, "flops": flops, "sizes": dataclasses.asdict(sizes),
+        "setting": SETTING, "largest_difference": differences, "flops": flops,
+        "sizes": dataclasses.asdict(sizes),
         "prefix_over_branch": sizes.prefix / sizes.branch, "rounds": rounds, "threads": threads,
         "model": dataclasses.asdict(config), "platform": jax.devices()[0].platform,
         "load_average": os.getloadavg()[0], "versions": versions(),

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_pipeline import PAIR, VIDEO, make
 
+from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Turn
+from tpo_jax.data.row_plans import preference_plan
 from tpo_jax.data.rows import BranchPlan, RowError, RowPlan
 from tpo_jax.data.text import TextCodec
 
@@ -184,8 +186,8 @@ def test_pair_rows_hold_the_question_once_and_both_answers(codec, model):
 def test_reference_logps_are_looked_up_with_what_they_belong_to(codec, model):
     calls = []
 
-    def reference(pair, frame_indices, prefix, branches):
-        calls.append((pair, frame_indices.tolist(), prefix.shape, branches.shape))
+    def reference(pair, frames, prefix, branches):
+        calls.append((pair, frames[:, 0].tolist(), prefix.shape, branches.shape))
         return np.full((2, 36), float(pair[1]), np.float32)
 
     pipeline = make(codec, model, buckets=[PAIR], reference=reference)
@@ -196,6 +198,50 @@ def test_reference_logps_are_looked_up_with_what_they_belong_to(codec, model):
     assert [float(plan.video_id[1]) for plan in plans] == batch["reference_logps"][:, 0, 0].tolist()
     with pytest.raises(RowError, match="reference_logps of shape .2, 3."):
         make(codec, model, buckets=[PAIR], reference=lambda *_: np.zeros((2, 3)))
+
+
+def test_a_contrast_tells_the_times_of_the_manipulated_frames(codec, model):
+    template = dataclasses.replace(codec.template, time_instruction=True)
+    timed = TextCodec(codec.tokenizer, template)
+    pair = all_tasks("v")[-1]
+    shown = {"frame_indices": [0, 4], "manipulated_indices": [20, 60]}
+    pair = dataclasses.replace(pair, targets=pair.targets | shown)
+    dataset = FakeDataset("d", {"v": [pair]}, {"v": video_info()})
+    builder = row_builder(timed, model, PAIR, contrast=True)
+    row = builder.build(preference_plan(dataset, pair), 0)
+    for side, stamps in (("", "0.00s,0.50s."), ("contrast_", "2.50s,7.50s.")):
+        used = row[f"{side}prefix_segments"] > 0
+        text = timed.decode(row[f"{side}prefix_tokens"][used])
+        assert f"located at {stamps}" in text and text.endswith("What happens first?")
+        np.testing.assert_array_equal(row[f"{side}prefix_positions"][used], np.arange(used.sum()))
+    spec = batch_spec(builder.bucket, model, reference=False, contrast=True)
+    want = jax.tree.map(lambda x: (x.shape[1:], x.dtype), spec)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), row) == want
+
+
+def test_a_row_holds_every_rejected_answer_and_room_for_more(codec, model):
+    pair = all_tasks("v")[-1]
+    several = ["The blue star grows.", "The red square moves left and grows."]
+    pair = dataclasses.replace(pair, targets=pair.targets | {"rejected": several})
+    dataset = FakeDataset("d", {"v": [pair]}, {"v": video_info()})
+    bucket = dataclasses.replace(PAIR, branches=4)
+    shapes = []
+
+    def reference(name, frames, prefix, branches):
+        shapes.append(branches.shape)
+        return np.arange(3, dtype=np.float32)[:, None] * np.ones(PAIR.answers, np.float32) - 5
+
+    builder = row_builder(codec, model, bucket, reference=reference)
+    row = builder.build(preference_plan(dataset, pair), 0)
+    answers = [codec.decode(tokens) for tokens in row["answer_tokens"]]
+    assert answers == ["The red square moves left.", *several, ""]
+    assert shapes == [(3, bucket.branch_tokens)]
+    np.testing.assert_array_equal(row["reference_logps"][:, 0], [-5, -4, -3, 0])
+    assert not row["answer_weights"][3].any() and not row["branch_segments"][3].any()
+    for wrong in ([], ["one", 2]):
+        pair = dataclasses.replace(pair, targets=pair.targets | {"rejected": wrong})
+        with pytest.raises(RowError, match="targets.rejected: .*a list of such"):
+            preference_plan(dataset, pair)
 
 
 @pytest.mark.parametrize("indices", [[0] * 9, [64], [-1]])

@@ -254,7 +254,7 @@ def test_pairs_are_scored_with_and_without_the_video(model, dataset):
         return Example(f"pair{number}", dataset.videos[number % 2], "video", "preference", "test",
                        0.0, 16.0, (turn,), targets)  # fmt: skip
 
-    pairs = (pair(0, "the red circle grows", "the blue bar turns"), pair(1, "same", "same"))
+    pairs = (pair(0, "the red circle grows", "the blue bar turns"), pair(1, "same", ["same"] * 2))
     found = []
     for noise in (False, True):
         scorer = evaluator(model)

@@ -26,6 +26,15 @@ def test_write_read_is_identity(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["ref.npz"]
 
 
+def test_pairs_have_rows_of_their_own_number(tmp_path):
+    scored = make(["a", "b"])
+    logps = scored.logps | {"b": np.arange(8, dtype=np.float32).reshape(4, 2)}
+    sidecar.write(tmp_path / "ref.npz", dataclasses.replace(scored, logps=logps))
+    back = sidecar.read(tmp_path / "ref.npz", FINGERPRINT)
+    np.testing.assert_array_equal(back.lookup("a", "digest-a", 3), np.zeros((2, 3)))
+    np.testing.assert_array_equal(back.lookup("b", "digest-b", 2), logps["b"])
+
+
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(sidecar.Fingerprint)])
 def test_each_changed_condition_refuses_and_names_both_sides(tmp_path, field):
     sidecar.write(tmp_path / "ref.npz", make(["a"]))
@@ -86,14 +95,24 @@ def test_weight_hash_sees_value_dtype_path_but_not_sharding():
     assert sidecar.hash_weights({**weights, "b": np.ones(3, np.float32)}) != reference
 
 
-def test_row_digest_sees_frames_and_token_boundaries():
-    row = sidecar.hash_row([1, 2], np.array([1, 2]), np.array([3]))
-    assert row == sidecar.hash_row(np.array([1, 2]), np.array([1, 2], np.int64), np.array([3]))
-    assert row != sidecar.hash_row([1, 3], np.array([1, 2]), np.array([3]))
-    assert row != sidecar.hash_row([1, 2], np.array([1]), np.array([2, 3]))
+def test_row_digest_sees_frames_their_times_and_token_boundaries():
+    frames = np.array([[1, 0.5], [2, 1.0]])
+    row = sidecar.hash_row(frames, np.array([1, 2]), np.array([3]))
+    assert row == sidecar.hash_row(frames, np.array([1, 2], np.int64), np.array([3]))
+    assert row != sidecar.hash_row([[1, 0.5], [3, 1.0]], np.array([1, 2]), np.array([3]))
+    assert row != sidecar.hash_row([[1, 0.5], [2, 1.5]], np.array([1, 2]), np.array([3]))
+    assert row != sidecar.hash_row(frames, np.array([1]), np.array([2, 3]))
     # Padding at the end is not part of a row, inside it is.
-    assert row == sidecar.hash_row([1, 2], np.array([1, 2, 0, 0]), np.array([3, 0]))
-    assert row != sidecar.hash_row([1, 2], np.array([1, 0, 2]), np.array([3]))
+    assert row == sidecar.hash_row(frames, np.array([1, 2, 0, 0]), np.array([3, 0]))
+    assert row != sidecar.hash_row(frames, np.array([1, 0, 2]), np.array([3]))
+
+
+def test_a_sidecar_of_an_older_format_is_refused_by_name(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sidecar, "FORMAT_VERSION", 1)
+        sidecar.write(tmp_path / "ref.npz", make(["a"]))
+    with pytest.raises(sidecar.SidecarMismatch, match="ref.npz: format_version 1, expected 2"):
+        sidecar.read(tmp_path / "ref.npz")
 
 
 def test_lookup_pads_to_the_bucket_and_refuses_a_shorter_one():

@@ -1,4 +1,5 @@
-"""Prefix + branches must equal plain causal rows, in values and gradients."""
+"""Prefix and branches in any order of work, with windows, caches, meshes and dropout. That they are
+plain causal rows, in values and gradients, is in test_shared_prefix."""
 
 import dataclasses
 import functools
@@ -54,35 +55,6 @@ def _branched(model, prefix, branches, lengths):
     return out
 
 
-@pytest.mark.parametrize("K", [1, 3])
-def test_branches_equal_separate_rows_in_values_and_gradients(model, K):
-    structure, state = model
-    prefix, branches = _tokens(1, 2, P), _tokens(2, 2, K, R)
-    lengths = [3, 5, 2][:K]
-
-    def shared(state):
-        out = _branched(nnx.merge(structure, state), prefix, branches, lengths)
-        return [out[:, k, :length] for k, length in enumerate(lengths)]
-
-    def separate(state):
-        model = nnx.merge(structure, state)
-        rows = [jnp.concatenate([prefix, branches[:, k, :n]], 1) for k, n in enumerate(lengths)]
-        return [_plain(model, row)[:, P:] for row in rows]
-
-    def with_gradient(rows):
-        def total(state):
-            out = rows(state)
-            return sum(jnp.sum(jnp.sin(3.0 * row)) for row in out), out
-
-        (_, out), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(state)
-        return out, gradient
-
-    (got, got_gradient), (want, want_gradient) = with_gradient(shared), with_gradient(separate)
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-    _assert_close_gradients(got_gradient, want_gradient)
-
-
 @pytest.mark.parametrize("changes", [{}, {"sliding_window": 3, "full_layers": 1, "unroll": True}])
 def test_a_whole_row_equals_its_prefix_and_then_its_branches(changes):
     config = dataclasses.replace(CONFIG, dropout=0.2, **changes)
@@ -114,54 +86,6 @@ def test_a_whole_row_equals_its_prefix_and_then_its_branches(changes):
 def _assert_close_gradients(got, want):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
-
-
-def test_two_rows_packed_into_one_equal_two_rows(model):
-    a, b = _tokens(3, 4), _tokens(4, 3)
-    one, two = _tokens(5, 3), _tokens(6, 2)
-    # Prefix: a | b | padding. Branch: one (continues a) | two (continues b) | padding.
-    prefix = jnp.concatenate([a, b, jnp.zeros(2, jnp.int32)])[None]
-    prefix_segments = jnp.array([[1] * 4 + [2] * 3 + [0] * 2])
-    prefix_positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 0]])
-    branch = jnp.concatenate([one, two, jnp.zeros(1, jnp.int32)])[None, None]
-    segments = jnp.array([[[1, 1, 1, 2, 2, 0]]])
-    positions = jnp.array([[[4, 5, 6, 3, 4, 0]]])
-
-    @jax.jit
-    def run(state):
-        bound = nnx.merge(model[0], state)
-        embeds = bound.embed_tokens(prefix)
-        _, cache = bound.prefill(embeds, prefix_positions, prefix_segments)
-        out, _ = bound.extend(
-            bound.embed_tokens(branch), positions, segments, cache, prefix_segments
-        )
-        plain = [_plain(bound, jnp.r_[x, y][None])[0, len(x):] for x, y in ((a, one), (b, two))]
-        return out[0, 0], plain
-
-    out, (want_one, want_two) = run(model[1])
-    np.testing.assert_allclose(out[:3], want_one, atol=1e-5)
-    np.testing.assert_allclose(out[3:5], want_two, atol=1e-5)
-    assert np.all(np.isfinite(out))
-
-
-def test_padding_of_the_prefix_changes_nothing(model):
-    prefix, branch = _tokens(7, 1, P), _tokens(8, 1, 1, R)
-    segments = jnp.array([[1] * P + [0] * 3])
-    longer = jnp.concatenate([prefix, jnp.full((1, 3), 9)], axis=1)
-
-    @jax.jit
-    def run(state):
-        bound = nnx.merge(model[0], state)
-        positions = jnp.r_[jnp.arange(P), 0, 0, 0][None]
-        _, cache = bound.prefill(bound.embed_tokens(longer), positions, segments)
-        got, _ = bound.extend(
-            bound.embed_tokens(branch), P + jnp.arange(R)[None, None],
-            jnp.ones((1, 1, R), jnp.int32), cache, segments,
-        )  # fmt: skip
-        return got, _branched(bound, prefix, branch, [R])
-
-    got, want = run(model[1])
-    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_generation_cache_in_any_steps_equals_one_pass(model):

@@ -15,7 +15,7 @@ from tpo_jax.objectives.preference import (
     pair_scores,
     preference_losses,
 )
-from tpo_jax.objectives.preference.pair import divergence_score
+from tpo_jax.objectives.preference.pair import divergence_score, every_pair
 
 # beta = 0.3; label smoothing 0.1, for exo_pair 1e-3
 GOLDEN = {
@@ -218,6 +218,45 @@ def test_rows_that_are_not_valid_count_for_nothing(values_and_gradients):
         assert np.all(gradients[name][2:4] == 0), name
         assert np.all(gradients[name][np.asarray(tokens.weights) == 0] == 0), name
         assert np.abs(gradients[name]).max() > 0, name
+
+
+def test_rows_of_several_rejected_answers_are_their_pairs():
+    """Chosen and up to two rejected answers: the loss and the gradient of each row are the mean of
+    its pairs, each scored alone; and the likelihood of a chosen answer counts once."""
+    rows, more = (random_pairs(3, 4, seed, invalid=()) for seed in (0, 7))
+    three = {name: jnp.concatenate([getattr(rows, name), getattr(more, name)[:, 1:]], axis=1)
+             for name in ("policy", "reference", "weights", "log_collision")}  # fmt: skip
+    three["weights"] = three["weights"].at[1, 2].set(0)  # the second row has one rejected answer
+    names = ("sigmoid", "ipo", "conditional", "hinge")
+    row, rejected = np.array([0, 0, 1, 2, 2]), np.array([1, 2, 1, 1, 2])
+    share = np.array([1 / 6, 1 / 6, 1 / 3, 1 / 6, 1 / 6])
+
+    def values(tokens):
+        return jnp.stack([loss_of(name, tokens) for name in names])
+
+    def of_rows(policy):
+        tokens = dataclasses.replace(rows, **three | {"policy": policy})
+        return jnp.append(values(tokens), loss_of("sft", tokens))
+
+    def of_pairs(policy):
+        alone = {name: jnp.stack([x[row, 0], x[row, rejected]], axis=1)[:, None]
+                 for name, x in (three | {"policy": policy}).items()}  # fmt: skip
+        for name in ("contrast_policy", "contrast_reference"):
+            alone[name] = getattr(rows, name)[row][:, None]
+        pairs = share @ jax.vmap(values)(PairTokens(**alone, valid=jnp.ones((5, 1))))
+        two = dataclasses.replace(rows, policy=policy[:, :2])
+        return jnp.append(pairs, loss_of("sft", two))
+
+    (got, gradient), (want, wanted) = (
+        jit(lambda policy, f=f: (f(policy), jax.jacrev(f)(policy)))(three["policy"])
+        for f in (of_rows, of_pairs)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-7)
+    assert every_pair(rows) is rows  # one rejected answer: nothing is computed otherwise
+    assert np.abs(gradient[0, 0, 2]).max() > 0 and np.all(gradient[:, 1, 2] == 0)
+    with pytest.raises(ValueError, match="branches=3: aot sorts pairs"):
+        loss_of("aot", dataclasses.replace(rows, **three))
 
 
 def test_equal_policy_and_reference_give_log_two_for_any_beta():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from tpo_jax.models.connector import TIME_WAVES
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.paths import flatten
-from tpo_jax.training.flops import forward_flops, matmul_flops, train_flops
+from tpo_jax.training.flops import forward_flops, matmul_flops, peak_flops, train_flops
 from tpo_jax.training.program import make_program
 from tpo_jax.training.step import make_gradient_step
 
@@ -148,3 +149,18 @@ def test_a_step_computes_what_it_is_said_to_need():
         computed = matmul_flops(step, program.abstract_state, batch, key)
         needed = train_flops(config, batch, program.optimizer.learning_rates)
         assert 0.8 < needed / computed < 1.01, trained
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12), ("TPU v5 lite", 197e12),
+        ("NVIDIA H200 MIG 1g.18gb", None), ("cpu", None),
+    ],
+)  # fmt: skip
+def test_peak_of_all_devices_is_that_of_each_kind(kind, peak):
+    device = types.SimpleNamespace(device_kind=kind)
+    assert peak_flops([device] * 2) == (None if peak is None else 2 * peak)
+    if peak is not None:
+        assert peak_flops([device, types.SimpleNamespace(device_kind="TPU v1")]) is None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fake_batches import micro, pair_bucket, random_batch, train_config
 
-from tpo_jax.data.rows import CLIP_FIELDS, kind_id
+from tpo_jax.data.rows import CONTRAST_FIELDS, kind_id
 from tpo_jax.models.config import LoraConfig
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.objectives.preference import PreferenceConfig
@@ -46,7 +46,10 @@ def batch():
     """A batch of pairs with everything that an objective may read."""
     batch = random_batch(pair_bucket(B), micro())
     other = random_batch(pair_bucket(B), micro(), seed=1)
-    batch |= {f"contrast_{name}": other[name] for name in CLIP_FIELDS}
+    # The times of its frames take three tokens less to tell.
+    for name in ("positions", "segments"):
+        other[f"prefix_{name}"][:, -3:] = 0
+    batch |= {f"contrast_{name}": other[name] for name in CONTRAST_FIELDS}
     batch["reference_contrast_logps"] = other["reference_logps"][:, 0]
     batch["pair_kind"] = np.full(B, kind_id("order"), np.uint32)
     batch["pair_duration"] = np.array([30.0, 30, 90, 90], np.float32)
@@ -92,8 +95,9 @@ def test_contrast_and_adapters_off_score_what_they_say(model, params, batch):
     np.testing.assert_allclose(later.reference, at_start.reference, atol=1e-5)
     np.testing.assert_allclose(later.contrast_reference, at_start.contrast_reference, atol=1e-5)
     assert np.abs(later.tokens.logp - at_start.tokens.logp).max() > 1e-2
-    # The contrast is the chosen answer about the other clip, all else equal.
-    clip = {name: batch[f"contrast_{name}"] for name in CLIP_FIELDS}
+    # The contrast is the chosen answer about the other clip, behind a prefix that is shorter.
+    clip = {name: batch[f"contrast_{name}"] for name in CONTRAST_FIELDS}
+    clip["branch_positions"] = batch["branch_positions"] - 3
     _, other = run(moved(params), without | clip)
     np.testing.assert_allclose(later.contrast, other.tokens.logp[:, :1], atol=1e-5)
     assert np.abs(later.contrast - later.tokens.logp[:, :1]).max() > 1e-3

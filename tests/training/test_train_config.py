@@ -147,7 +147,13 @@ def test_a_preference_run_needs_pairs():
     config.data.references = ["pairs.npz"]
     validate(config)
     config.buckets.video.branches = 3
-    with pytest.raises(ConfigError, match=r"buckets.video.branches = 3.*chosen, rejected.*give 2"):
+    validate(config)
+    config.preference.loss, config.preference.sft = "aot", 0.0
+    with pytest.raises(ConfigError, match=r"branches=3: aot sorts pairs.*another loss"):
+        validate(config)
+    config.preference.loss = "sigmoid"
+    config.buckets.video.branches = 1
+    with pytest.raises(ConfigError, match=r"branches=1: .*chosen, rejected.*give 2"):
         validate(config)
     config.buckets.video.update(branches=2, question=0)
     with pytest.raises(ConfigError, match=r"buckets.video.question = 0.*prefix"):
@@ -155,6 +161,11 @@ def test_a_preference_run_needs_pairs():
     config.data.references = []
     with pytest.raises(ConfigError, match=r"data.references.*preferences score"):
         validate(config)
+
+
+def test_the_default_objective_is_the_papers():
+    preference = default_config().preference
+    assert (preference.loss, preference.beta, preference.sft) == ("sigmoid", 0.3, 0.5)
 
 
 def preference_config(**options):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.rows import CONTRAST_FIELDS
 from tpo_jax.data.targets import TARGETS
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import heads_of
@@ -61,8 +62,7 @@ def batch_spec(
         if reference:
             spec["reference_logps"] = _spec(jnp.float32, B, K, A)
         if contrast:
-            clip = ("frames", "frame_valid", "frame_times")
-            spec |= {f"contrast_{name}": spec[name] for name in clip}
+            spec |= {f"contrast_{name}": spec[name] for name in CONTRAST_FIELDS}
             if reference:
                 spec["reference_contrast_logps"] = _spec(jnp.float32, B, A)
     return spec

@@ -68,10 +68,10 @@ class Bucket:
             raise UserError(
                 f"{where}.answers: {self.answers}, expected less than branch_tokens "
                 f"{self.branch_tokens}: at least one token comes before an answer.")
-        if self.question < 0 or (self.question and self.branches != 2):
+        if self.question < 0 or (self.question and self.branches < 2):
             raise UserError(
                 f"{where}: question {self.question} and branches {self.branches}, expected "
-                "question 0, or branches 2 (chosen, rejected) with question > 0.")
+                "question 0, or at least 2 branches (chosen, rejected, ...) with question > 0.")
         if not self.weight > 0:
             raise UserError(f"{where}.weight: {self.weight}, expected > 0. Remove the bucket.")
         if unknown := set(self.slots) - set(TASK_TOKENS):

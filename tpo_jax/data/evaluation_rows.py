@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from tpo_jax.data.records import Example, PreparedDataset
+from tpo_jax.data.row_plans import preference_plan
 from tpo_jax.data.rows import (
     BranchPlan,
     RowBuilder,
     RowError,
     RowPlan,
     marker_count,
-    preference_plan,
     row_id,
     stack_rows,
 )

@@ -20,6 +20,7 @@ from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.mixture import Source, kind_of
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.records import PreparedDataset, known_tasks
+from tpo_jax.data.row_plans import preference_plan
 from tpo_jax.data.rows import RowPlan
 from tpo_jax.data.text import TASK_TOKENS, TextCodec, add_task_tokens, texts_of, train_tokenizer
 from tpo_jax.errors import UserError
@@ -54,7 +55,7 @@ def describe_row(row: Mapping[str, Any], codec: TextCodec, plan: RowPlan) -> lis
     lines = [[Span(f"video {plan.video_id}, {plan.start:g} to {plan.end:g} s, {shown} of "
                    f"{len(row['frame_valid'])} frames", "note")]]
     if "pair_valid" in row:
-        lines[0].append(Span(", preference pair: branch 0 chosen, 1 rejected", "note"))
+        lines[0].append(Span(", preference pair: branch 0 chosen, the others rejected", "note"))
     lines += _prefix_lines(row, codec)
     for k, branch in enumerate(plan.branches):
         n = int(row["branch_segments"][k].sum())
@@ -284,9 +285,11 @@ def pipeline_of_folder(path: str, model: str | None) -> tuple[Pipeline, TextCode
     windows = max([1, *(len(example.targets.get("windows", ())) for example in examples)])
     longest = max(len(codec.encode(text)) for text in texts_of(dataset))
     size = 4 * longest + 64  # a question with four options of this length and its answer
+    most = max([2, *(len(preference_plan(dataset, example).branches) for example in examples
+                     if kind_of(example) == "preference")])
     buckets = [
         Bucket(f"{media}_{kind}", media, 1, config.vision.max_frames if media == "video" else 1,
-               branches=2 if kind == "preference" else 6, branch_tokens=2 * size, answers=size,
+               branches=most if kind == "preference" else 6, branch_tokens=2 * size, answers=size,
                question=size if kind == "preference" else 0,
                slots=dict.fromkeys((*codec.heads, "box"), 6), windows=windows,
                mask_size=config.mask_size)

@@ -18,6 +18,7 @@ import numpy as np
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.records import Example, PreparedDataset, known_tasks
+from tpo_jax.data.row_plans import preference_plan
 from tpo_jax.data.rows import (
     BranchPlan,
     RowBuilder,
@@ -25,7 +26,6 @@ from tpo_jax.data.rows import (
     RowPlan,
     choose_builder,
     marker_count,
-    preference_plan,
 )
 from tpo_jax.data.shares import Shares, describe
 from tpo_jax.data.text import TASK_TOKENS, TextError, render_options

@@ -1,7 +1,7 @@
 """One row of a batch: a video and up to K branches about it, as fixed-shape arrays.
 
-A RowPlan says what a row holds; RowBuilder turns plans into the arrays of one bucket. Drawing plans
-for training is in `mixture`, planning them for evaluation in `evaluation_rows`.
+A RowPlan (`row_plans`) says what a row holds; RowBuilder turns plans into the arrays of one bucket.
+Drawing plans for training is in `mixture`, planning them for evaluation in `evaluation_rows`.
 """
 
 from __future__ import annotations
@@ -20,63 +20,21 @@ from tpo_jax.data.buckets import Bucket, fitted
 from tpo_jax.data.clip_features import RowFeatures
 from tpo_jax.data.preprocess import RESIZES
 from tpo_jax.data.problems import Invalid
-from tpo_jax.data.records import Example, PreparedDataset, task_number
+from tpo_jax.data.records import Example, task_number
+from tpo_jax.data.row_plans import BranchPlan, RowError, RowPlan, clip_frames
 from tpo_jax.data.targets import TARGETS, TargetError, View, slot_target
 from tpo_jax.data.text import LONGEST_SECONDS, Branch, TextCodec
 from tpo_jax.data.text_features import RowTexts
-from tpo_jax.errors import UserError
 
-# (pair id, shown frames, prefix tokens int32[P], branch tokens int32[2, R]) -> float32[2, A]. The
-# frames (`RowBuilder.shown_frames`) and tokens let the sidecar refuse a pair that changed. With
-# contrast [3, A]: last is the chosen answer under the manipulated frames.
+# (pair id, `shown_frames`, prefix tokens int32[P], branch tokens int32[n, R]) -> float32[n, A] of
+# the n answers that the pair has. The frames and tokens let the sidecar refuse a pair that changed.
+# With contrast [n + 1, A]: last is the chosen answer under the manipulated frames.
 Reference = Callable[[str, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 CLIP_FIELDS = ("frames", "frame_valid", "frame_times")
+# What a row has twice where a loss scores the manipulated clip: the prefix may tell its times.
+CONTRAST_FIELDS = (*CLIP_FIELDS, "prefix_tokens", "prefix_positions", "prefix_segments")
 _PART_OF_VIDEO = re.compile(r"_\d+(\.\d+)?_\d+(\.\d+)?$")  # QVHighlights and its relatives
-
-
-class RowError(UserError):
-    """An example that does not fit its bucket; names folder, example, bucket, value and fix."""
-
-
-@dataclasses.dataclass(frozen=True)
-class BranchPlan:
-    """One branch.
-
-    Attributes:
-      example: what it is about.
-      turn: index of its turn, which decides the slot targets.
-      question: as shown (with options or not), None where it stands in the prefix.
-      answer: as trained or scored, None for a prompt.
-    """
-
-    example: Example
-    turn: int
-    question: str | None
-    answer: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class RowPlan:
-    """What one row holds.
-
-    Attributes:
-      dataset: where the frames are.
-      video_id: whose.
-      start: seconds, beginning of the clip.
-      end: seconds, end of the clip.
-      branches: at most K.
-      question: in the prefix, preference rows only.
-      frame_indices: given frames instead of uniform ones.
-    """
-
-    dataset: PreparedDataset
-    video_id: str
-    start: float
-    end: float
-    branches: tuple[BranchPlan, ...]
-    question: str | None = None
-    frame_indices: tuple[int, ...] | None = None
 
 
 def marker_count(example: Example, head: str, turns: int | None = None) -> int:
@@ -107,29 +65,6 @@ def _hash32(text: str) -> int:
 def kind_id(kind: str) -> int:
     """uint32 that stands for a kind of question in a batch: strings do not go on devices."""
     return zlib.crc32(kind.encode())
-
-
-def preference_plan(dataset: PreparedDataset, example: Example) -> RowPlan:
-    """The row of a pair: question in the prefix, branches chosen and rejected."""
-    targets = example.targets
-    for key in ("chosen", "rejected"):
-        if not isinstance(targets.get(key), str):
-            raise RowError(
-                f"{dataset.path}: {example.example_id}: targets.{key}: {targets.get(key)!r}, "
-                "expected the text of an answer.")
-    question = example.turns[0].question
-    branches = tuple(BranchPlan(example, 0, None, targets[key]) for key in ("chosen", "rejected"))
-    indices = targets.get("frame_indices")
-    return RowPlan(dataset, example.video_id, example.start, example.end, branches, question,
-                   tuple(indices) if indices else None)
-
-
-def clip_frames(plan: RowPlan) -> int:
-    """Frames that a row has to show: those given, else all that are stored of its clip."""
-    if plan.frame_indices is not None:
-        return len(plan.frame_indices)
-    timestamps = plan.dataset.video_info(plan.video_id).timestamps
-    return len(sampling.frames_between(timestamps, plan.start, plan.end))
 
 
 def choose_builder(group: Sequence[RowBuilder], plan: RowPlan) -> RowBuilder:
@@ -206,7 +141,16 @@ class RowBuilder:
     def tokens(self, plan: RowPlan) -> tuple[np.ndarray, list[Branch]]:
         """Prefix ids int32[n] and branches, refused by name where they exceed the bucket."""
         bucket = self.bucket
-        where = self.where(plan, plan.branches[0]) if plan.branches else bucket.name
+        prefix = self._prefix(plan)
+        if len(plan.branches) > bucket.branches:
+            raise RowError(f"{self._where_of(plan)}: {len(plan.branches)} branches, but the bucket "
+                           f"has branches = {bucket.branches}.")
+        branches = [self.branch(branch, self.where(plan, branch)) for branch in plan.branches]
+        return prefix, branches
+
+    def _prefix(self, plan: RowPlan) -> np.ndarray:
+        """int32[n]"""
+        bucket, where = self.bucket, self._where_of(plan)
         prefix = self.codec.build_prefix(
             self.visual_tokens, bucket.media, plan.question, f"{where}: question",
             self._time_ids(plan, where))
@@ -215,11 +159,7 @@ class RowBuilder:
                 f"{where}: the question has {len(prefix) - self.prefix_tokens + bucket.question} "
                 f"tokens, but the bucket has question = {bucket.question}: {plan.question!r}. "
                 f"Raise buckets.{bucket.name}.question or remove the example.")
-        if len(plan.branches) > bucket.branches:
-            raise RowError(f"{where}: {len(plan.branches)} branches, but the bucket has branches "
-                           f"= {bucket.branches}.")
-        branches = [self.branch(branch, self.where(plan, branch)) for branch in plan.branches]
-        return prefix, branches
+        return prefix
 
     def _time_ids(self, plan: RowPlan, where: str) -> list[int]:
         """The sentence about the times of the frames that are shown, if the template has one."""
@@ -288,7 +228,7 @@ class RowBuilder:
                        else f"Raise buckets.{self.bucket.name}.slots.{head}."))
         self._has_features(plan)
         if plan.question is not None and self.contrast:
-            self.manipulated_indices(plan)
+            self._prefix(self._contrast(plan))
         if plan.question is not None and self.reference is not None:
             self._reference_logps(plan, prefix, branches)
 
@@ -315,9 +255,9 @@ class RowBuilder:
             self._fill_pair(row, plan)
             if self.reference is not None:
                 logps = self._reference_logps(plan, prefix, branches)
-                row["reference_logps"][:] = logps[:2]
+                row["reference_logps"][: len(branches)] = logps[: len(branches)]
                 if self.contrast:
-                    row["reference_contrast_logps"][:] = logps[2]
+                    row["reference_contrast_logps"][:] = logps[-1]
         return row
 
     def blank(self) -> dict[str, Any]:
@@ -352,7 +292,7 @@ class RowBuilder:
             if self.reference is not None:
                 row["reference_logps"] = np.zeros((b.branches, b.answers), np.float32)
             if self.contrast:
-                row |= {f"contrast_{name}": row[name].copy() for name in CLIP_FIELDS}
+                row |= {f"contrast_{name}": row[name].copy() for name in CONTRAST_FIELDS}
                 if self.reference is not None:
                     row["reference_contrast_logps"] = np.zeros(b.answers, np.float32)
         return row
@@ -369,6 +309,9 @@ class RowBuilder:
         """Folder, example, turn and bucket, for error messages."""
         return (f"{plan.dataset.path}: example {branch.example.example_id!r}, turn {branch.turn}, "
                 f"bucket {self.bucket.name!r}")
+
+    def _where_of(self, plan: RowPlan) -> str:
+        return self.where(plan, plan.branches[0]) if plan.branches else self.bucket.name
 
     def _view(self, plan: RowPlan, indices: np.ndarray) -> View:
         times = plan.dataset.video_info(plan.video_id).timestamps[indices]
@@ -442,15 +385,18 @@ class RowBuilder:
         row["pair_kind"][...] = kind_id(branch.example.turns[branch.turn].kind)
         row["pair_duration"][...] = plan.dataset.video_info(plan.video_id).duration
         if self.contrast:
-            indices = self.manipulated_indices(plan)
-            clip = {name: row[f"contrast_{name}"] for name in CLIP_FIELDS}
-            self._fill_frames(clip, plan, indices, self._view(plan, indices))
+            other, indices = self._contrast(plan), self.manipulated_indices(plan)
+            contrast = {name: row[f"contrast_{name}"] for name in CONTRAST_FIELDS}
+            self._fill_frames(contrast, other, indices, self._view(other, indices))
+            self._fill_prefix(contrast, self._prefix(other), len(indices))
+
+    def _contrast(self, plan: RowPlan) -> RowPlan:
+        """The same question about the manipulated frames."""
+        return dataclasses.replace(plan, frame_indices=tuple(self.manipulated_indices(plan)))
 
     def manipulated_indices(self, plan: RowPlan) -> np.ndarray:
-        """int64[n]: the frames of a pair that its chosen answer is not about, as many as it shows.
-
-        Positions in the prefix count frames, so both clips have to have the same number.
-        """
+        """int64[n]: the frames of a pair that its chosen answer is not about, as many as it shows:
+        the number of frames shall not tell the clips apart."""
         indices = plan.branches[0].example.targets.get("manipulated_indices")
         shown = len(self.frame_indices(plan))
         frames = len(plan.dataset.video_info(plan.video_id).timestamps)
@@ -463,27 +409,26 @@ class RowBuilder:
         return np.asarray(indices, np.int64)
 
     def shown_frames(self, plan: RowPlan) -> np.ndarray:
-        """int64[n]: all that the model is shown of a pair; -1 before the manipulated frames."""
+        """float64[n, 2]: index and seconds of all frames that a pair shows the model; -1 and the
+        time of the last before the manipulated frames."""
+        times = plan.dataset.video_info(plan.video_id).timestamps
         indices = self.frame_indices(plan)
         if self.contrast:
-            return np.concatenate([indices, [-1], self.manipulated_indices(plan)])
-        return indices
+            indices = np.concatenate([indices, [-1], self.manipulated_indices(plan)])
+        return np.stack([indices, times[indices]], axis=1).astype(np.float64)
 
     def _reference_logps(self, plan: RowPlan, prefix: np.ndarray,
                          branches: list[Branch]) -> np.ndarray:
-        """float32[2 or 3, A] of the pair, with the frames and tokens that they must belong to."""
+        """`Reference` of the pair, by the frames and tokens that it must belong to."""
         assert self.reference is not None
-        padded = np.full((self.prefix_tokens + 2 * self.bucket.branch_tokens), self.codec.pad_id,
-                         np.int32)
+        padded = np.full(self.prefix_tokens, self.codec.pad_id, np.int32)
         padded[: len(prefix)] = prefix
-        tokens = padded[self.prefix_tokens :].reshape(2, -1)
+        tokens = np.full((len(branches), self.bucket.branch_tokens), self.codec.pad_id, np.int32)
         for k, branch in enumerate(branches):
             tokens[k, : len(branch.ids)] = branch.ids
         pair = plan.branches[0].example.example_id
-        logps = np.asarray(
-            self.reference(pair, self.shown_frames(plan), padded[: self.prefix_tokens], tokens),
-            np.float32)
-        expected = (3 if self.contrast else 2, self.bucket.answers)
+        logps = np.float32(self.reference(pair, self.shown_frames(plan), padded, tokens))
+        expected = (len(branches) + self.contrast, self.bucket.answers)
         if logps.shape != expected:
             raise RowError(
                 f"{self.where(plan, plan.branches[0])}: reference_logps of shape {logps.shape}, "

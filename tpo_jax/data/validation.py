@@ -441,15 +441,14 @@ def _action(example: Example, targets: Mapping[str, Any], duration: float):
 
 
 def _preference(example: Example, targets: Mapping[str, Any], duration: float):
-    for key in ("chosen", "rejected"):
-        check_text(f"targets.{key}", targets.get(key))
-    if targets["chosen"] == targets["rejected"]:
-        raise Invalid(
-            "targets.rejected",
-            targets["rejected"],
-            "it equals the chosen answer",
-            "remove the pair",
-        )
+    check_text("targets.chosen", targets.get("chosen"))
+    rejected = targets.get("rejected")
+    for text in rejected if isinstance(rejected, list) and rejected else [rejected]:
+        check_text("targets.rejected", text)
+        if targets["chosen"] == text:
+            raise Invalid(
+                "targets.rejected", text, "it equals the chosen answer", "remove the pair"
+            )
     _one_of("targets.manipulation", targets.get("manipulation"), ("localized", "comprehensive"))
     return dict(targets)
 

@@ -171,16 +171,19 @@ class Evaluator:
             for row in rows
         )
         frames = self._clip_frames("video")
-        bucket = self._bucket("video", answers, branches=2, frames=frames, question=question)
+        most = max(len(row.branches) for row in rows)
+        bucket = self._bucket("video", answers, branches=most, frames=frames, question=question)
         builder = row_builder(self.codec, self.config, bucket)
         for metric, evidence in (
             ("preference/accuracy", self.settings.evidence),
             ("preference/accuracy_blind", "blind"),
         ):
             for batch, plans in self._batches(builder, rows, metric, evidence):
-                for plan, (chosen, rejected) in zip(plans, self._answer_logps(batch), strict=False):
-                    value = preference.preference_correct(chosen, rejected)
+                for plan, logps in zip(plans, self._answer_logps(batch), strict=False):
+                    chosen, *rejected = logps[: len(plan.branches)]
+                    won = [preference.preference_correct(chosen, x) for x in rejected]
                     item = plan.branches[0].example.example_id
+                    value = float(np.mean(won))
                     self.results.table.add(item, plan.video_id, {metric: value})
 
     # Programs.

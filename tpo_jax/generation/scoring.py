@@ -42,7 +42,6 @@ from tpo_jax.parallel.mesh import (
     replicated,
 )
 from tpo_jax.parallel.rules import param_shardings, place
-from tpo_jax.training.objective import contrast_batch
 from tpo_jax.training.preemption import Preemption
 from tpo_jax.training.step import make_score_step, on_mesh
 
@@ -111,9 +110,8 @@ class Scorer:
 
     def __call__(self, builder: RowBuilder, plans: Sequence[RowPlan],
                  preemption: Preemption) -> dict[str, np.ndarray]:
-        """{pair id: float32[2, A]} of all plans, on every process; 0 where there is no token.
-
-        [3, A] where the builder gives manipulated frames as well. Raises Preempted.
+        """{pair id: float32[n, A]} of the answers of all plans, on every process; 0 where there is
+        no token. A row more where the builder gives manipulated frames as well. Raises Preempted.
         """
         size, found = builder.bucket.batch_size, {}
         share = reader_shard(self.mesh)
@@ -122,17 +120,18 @@ class Scorer:
             batch = global_batch(local, self.mesh)
             logps = np.asarray(self._step(self.params, batch))
             rows = plans[number * size : (number + 1) * size]
-            found |= {pair_id(plan): logps[i] for i, plan in enumerate(rows)}
+            for row, plan in zip(logps, rows, strict=False):  # the last batch may have more rows
+                empty = range(len(plan.branches), builder.bucket.branches)
+                found[pair_id(plan)] = np.delete(row, empty, axis=0)
         return found
 
 
 def _logps(step: Any, params: Any, batch: Any) -> jax.Array:
-    """float32[B, 2, A], or [B, 3, A] with the chosen answer under the manipulated frames."""
-    logps = step(params, batch) * (batch["answer_weights"] > 0)
-    if "contrast_frames" not in batch:
-        return logps
-    chosen = step(params, contrast_batch(batch)) * (batch["answer_weights"][:, :1] > 0)
-    return jnp.concatenate([logps, chosen], axis=1)
+    """What `make_score_step` gives, 0 where there is no token."""
+    logps, counts = step(params, batch), batch["answer_weights"] > 0
+    if logps.shape[1] > counts.shape[1]:  # the chosen answer under the manipulated frames
+        counts = jnp.concatenate([counts, counts[:, :1]], axis=1)
+    return logps * counts
 
 
 class Parts:
@@ -166,14 +165,19 @@ class Parts:
         return self.folder / f"{number:05d}.npz"
 
     def finished(self) -> bool:
-        return self.out.exists() and self._holds(sidecar.read(self.out), self.plans)
+        return self._holds(self.out, self.plans)
 
     def is_scored(self, number: int) -> bool:
-        file = self.file(number)
-        return file.exists() and self._holds(sidecar.read(file), self[number][1])
+        return self._holds(self.file(number), self[number][1])
 
-    def _holds(self, scored: sidecar.Sidecar, plans: Sequence[RowPlan]) -> bool:
-        """Whether a sidecar holds exactly these pairs under these conditions."""
+    def _holds(self, file: epath.Path, plans: Sequence[RowPlan]) -> bool:
+        """Whether a file is a sidecar of exactly these pairs under these conditions."""
+        if not file.exists():
+            return False
+        try:
+            scored = sidecar.read(file)
+        except sidecar.SidecarMismatch:  # of another version: scored again, as what changed is
+            return False
         wanted = {pair_id(plan): self.digests[pair_id(plan)] for plan in plans}
         return scored.fingerprint == self.fingerprint and dict(scored.digests) == wanted
 
@@ -205,7 +209,8 @@ def pair_bucket(codec: TextCodec, config: ModelConfig, plans: Sequence[RowPlan],
     branches = [codec.build_branch(None, b.answer) for plan in plans for b in plan.branches]
     questions = [len(codec.build_prefix(0, "video", plan.question)) for plan in plans]
     return Bucket(
-        name="pairs", media="video", batch_size=batch_size, frames=frames, branches=2,
+        name="pairs", media="video", batch_size=batch_size, frames=frames,
+        branches=max(len(plan.branches) for plan in plans),
         question=max(questions) - len(codec.build_prefix(0, "video")),
         branch_tokens=max(len(branch.ids) for branch in branches),
         answers=max(len(branch.ids) - branch.answer for branch in branches),

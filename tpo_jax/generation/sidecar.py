@@ -1,9 +1,10 @@
 """Reference log-probabilities as data: one file beside the pairs, refused when anything changed.
 
-A sidecar holds float32[2, A] per-token log-probabilities (chosen, rejected) per pair, together with
-a fingerprint of everything that can change them: weights, tokenizer, template, preprocessing,
-bucket, compute type and attention backend for the whole file, and one digest per pair of its frame
-indices and token ids. Reading with another fingerprint or digest fails and names both sides.
+A sidecar holds float32[n, A] per-token log-probabilities per pair (chosen, and every rejected
+answer that it has), together with a fingerprint of everything that can change them: weights,
+tokenizer, template, preprocessing, bucket, compute type and attention backend for the whole file,
+and one digest per pair of its frames, their times and its token ids. Reading with another
+fingerprint or digest fails and names both sides.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.towers.config import TowerConfig
 from tpo_jax.parallel import paths
 
-FORMAT_VERSION = 1
+# 1 had digests without the times of frames, and two answers a pair.
+FORMAT_VERSION = 2
 
 
 class SidecarMismatch(UserError):
@@ -56,17 +58,17 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def hash_row(frame_indices: Sequence[int], *tokens: np.ndarray, pad_id: int = 0) -> str:
-    """Digest of what one pair shows the model: its frame indices and its token arrays.
+def hash_row(frames: np.ndarray, *tokens: np.ndarray, pad_id: int = 0) -> str:
+    """Digest of what one pair shows the model: its frames, their times and its token arrays.
 
     Padding at the end of a sequence is left out, so that the size of the bucket does not matter.
 
     Args:
-      frame_indices: int[n].
+      frames: float64[n, 2], index and seconds of each (`RowBuilder.shown_frames`).
       tokens: int32[..., n] each.
       pad_id: of the tokenizer.
     """
-    digest = hashlib.sha256(np.asarray(frame_indices, np.int64).tobytes())
+    digest = hashlib.sha256(np.asarray(frames, np.float64).tobytes())
     for array in tokens:
         for row in np.asarray(array, np.int32).reshape(-1, array.shape[-1]):
             real = np.flatnonzero(row != pad_id)
@@ -159,8 +161,8 @@ class Sidecar:
     Attributes:
       fingerprint: conditions under which all pairs were scored.
       digests: pair id -> hash_row of the pair.
-      logps: pair id -> float32[2, A]; row 0 chosen, row 1 rejected, zero where there is no token.
-        With contrast float32[3, A]; row 2 is the chosen answer under the manipulated frames.
+      logps: pair id -> float32[n, A]; row 0 chosen, the others rejected, zero where there is no
+        token. With contrast a row more: the chosen answer under the manipulated frames.
     """
 
     fingerprint: Fingerprint
@@ -169,7 +171,7 @@ class Sidecar:
     path: str = "<memory>"
 
     def lookup(self, pair_id: str, digest: str, answers: int | None = None) -> np.ndarray:
-        """float32[2 or 3, A] of one pair; SidecarMismatch when it is absent or shows other tokens.
+        """float32[n, A] of one pair; SidecarMismatch when it is absent or shows other tokens.
 
         Args:
           pair_id: example_id of the pair.
@@ -183,8 +185,8 @@ class Sidecar:
         if self.digests[pair_id] != digest:
             raise SidecarMismatch(
                 f"{self.path}: pair {pair_id!r} was scored with frames and tokens "
-                f"{self.digests[pair_id]}, but is read with {digest}. The pair, its frame "
-                "indices or its text changed since; score again.")
+                f"{self.digests[pair_id]}, but is read with {digest}. The pair, its frames, "
+                "their times or its text changed since; score again.")
         logps = self.logps[pair_id]
         if answers is None:
             return logps
@@ -209,6 +211,7 @@ def write(path: epath.PathLike, sidecar: Sidecar) -> None:
         header=np.asarray(json.dumps(header)),
         ids=np.asarray(ids, dtype=str),
         digests=np.asarray([sidecar.digests[i] for i in ids], dtype=str),
+        rows=np.asarray([len(sidecar.logps[i]) for i in ids], np.int32),
         logps=_stack([sidecar.logps[i] for i in ids]))
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: several processes may write the same sidecar.
@@ -217,12 +220,12 @@ def write(path: epath.PathLike, sidecar: Sidecar) -> None:
     temporary.replace(path)
 
 
-def _stack(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """float32[n, k, A] of rows float32[k, a] with a <= A, zeros at the end."""
-    longest = max((row.shape[1] for row in rows), default=0)
-    stacked = np.zeros((len(rows), len(rows[0]) if rows else 2, longest), np.float32)
-    for out, row in zip(stacked, rows, strict=True):
-        out[:, : row.shape[1]] = row
+def _stack(pairs: Sequence[np.ndarray]) -> np.ndarray:
+    """float32[pairs, N, A] of float32[n, a] with n <= N and a <= A, zeros at the ends."""
+    most, longest = (max((pair.shape[axis] for pair in pairs), default=0) for axis in (0, 1))
+    stacked = np.zeros((len(pairs), most, longest), np.float32)
+    for out, pair in zip(stacked, pairs, strict=True):
+        out[: pair.shape[0], : pair.shape[1]] = pair
     return stacked
 
 
@@ -240,7 +243,8 @@ def read(path: epath.PathLike, expected: Fingerprint | None = None) -> Sidecar:
                 "Score again with this version.")
         ids = [str(i) for i in file["ids"]]
         digests = dict(zip(ids, (str(d) for d in file["digests"]), strict=True))
-        logps = dict(zip(ids, file["logps"], strict=True))
+        rows = zip(ids, file["logps"], file["rows"], strict=True)
+        logps = {i: logps[:count] for i, logps, count in rows}
     sidecar = Sidecar(Fingerprint(**header["fingerprint"]), digests, logps, str(path))
     if expected is not None:
         expected.require(sidecar.fingerprint, str(path))
@@ -272,9 +276,9 @@ def reference(files: Sequence[epath.PathLike], expected: Fingerprint, answers: i
     """
     merged = merge([read(file, expected) for file in files])
 
-    def look_up(pair_id: str, frame_indices: np.ndarray, prefix_tokens: np.ndarray,
+    def look_up(pair_id: str, frames: np.ndarray, prefix_tokens: np.ndarray,
                 branch_tokens: np.ndarray) -> np.ndarray:
-        digest = hash_row(frame_indices, prefix_tokens, branch_tokens, pad_id=pad_id)
+        digest = hash_row(frames, prefix_tokens, branch_tokens, pad_id=pad_id)
         return merged.lookup(pair_id, digest, answers)
 
     return look_up

@@ -62,8 +62,8 @@ def default_config() -> ConfigDict:
     config.losses = {"language": 1.0}  # term -> weight; "region/l1" is a term of a head
     config.preference = {  # objectives.preference.PreferenceConfig
         "loss": "sigmoid",  # a name, a list of names, or {name: weight}
-        "beta": 0.1,
-        "sft": 0.0,
+        "beta": 0.3,  # this and sft: as published for LongVA-TPO (arXiv 2501.13919)
+        "sft": 0.5,
         "label_smoothing": 0.0,
         "simpo_gamma": 0.5,
         "rpo_alpha": 1.0,

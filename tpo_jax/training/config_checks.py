@@ -65,11 +65,6 @@ def check_objective(config: ConfigDict) -> list[str]:
             if not bucket.question:
                 reason = "the question of a pair stands in the prefix"
                 problems.append(problem(f"buckets.{name}.question", 0, reason, "give its tokens"))
-            if bucket.branches != 2:
-                reason = "a preference row is the branches (chosen, rejected)"
-                problems.append(
-                    problem(f"buckets.{name}.branches", bucket.branches, reason, "give 2")
-                )
     return problems
 
 
@@ -78,6 +73,8 @@ def _check_preference(config: ConfigDict) -> list[str]:
     source = options.pop("reference")
     try:
         preference = PreferenceConfig(**options)
+        for bucket in config.buckets.values():
+            preference.require_branches(bucket.branches)
     except ValueError as error:
         return [str(error)]
     problems = []

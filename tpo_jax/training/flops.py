@@ -23,17 +23,28 @@ from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.topologies import CHIPS
 from tpo_jax.training.objective import answer_scores
 
-# What JAX calls a device -> generation.
-_DEVICE_KINDS = {
+# What JAX calls a TPU -> generation.
+_TPUS = {
     "TPU v4": "v4", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v5 lite": "v5e", "TPU v5e": "v5e",
     "TPU v6 lite": "v6e", "TPU v6e": "v6e",
+}  # fmt: skip
+# What JAX calls a whole GPU (not a slice of one) -> published dense bfloat16 FLOP/s. NVIDIA's data
+# sheets of H100 and H200 give twice as much, "with sparsity".
+_GPUS = {
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12,
 }  # fmt: skip
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
     """Published bfloat16 FLOP/s of all `devices`; None where a kind is not known."""
-    kinds = [_DEVICE_KINDS.get(device.device_kind) for device in devices]
-    return None if None in kinds else sum(CHIPS[kind].peak for kind in kinds)
+    peaks = [_peak_of(device.device_kind) for device in devices]
+    return None if None in peaks else sum(peaks)
+
+
+def _peak_of(kind: str) -> float | None:
+    return CHIPS[_TPUS[kind]].peak if kind in _TPUS else _GPUS.get(kind)
 
 
 def forward_flops(model_config: ModelConfig, batch: Any) -> dict[str, float]:

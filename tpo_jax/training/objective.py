@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tpo_jax.data.rows import CLIP_FIELDS, kind_id
+from tpo_jax.data.rows import CONTRAST_FIELDS, kind_id
 from tpo_jax.errors import UserError
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import HEADS
@@ -106,7 +106,7 @@ class SftObjective:
 class PreferenceScores(NamedTuple):
     """What the model says about a row of pairs.
 
-    tokens: of both answers, float32[B, 2, A]. reference: log-probabilities of the same, or None.
+    tokens: of all answers, float32[B, K, A]. reference: log-probabilities of the same, or None.
     contrast, contrast_reference: float32[B, 1, A], log-probabilities of the chosen answer under the
     manipulated frames, or None.
     """
@@ -119,12 +119,12 @@ class PreferenceScores(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceObjective:
-    """Preference losses on pairs: K = 2 branches, chosen then rejected.
+    """Preference losses on pairs: K branches, chosen then rejected (one, or several).
 
-    Beside the arrays of every batch it reads pair_valid bool[B], reference_logps float32[B, 2, A]
+    Beside the arrays of every batch it reads pair_valid bool[B], reference_logps float32[B, K, A]
     (unless no loss needs it), and where the batch has them pair_kind uint32[B] and pair_duration
-    float32[B]. A contrast loss needs contrast_frames, contrast_frame_valid, contrast_frame_times,
-    which are the manipulated clip's frames etc., and reference_contrast_logps float32[B, A].
+    float32[B]. A contrast loss needs contrast_* of every name in CONTRAST_FIELDS, the manipulated
+    clip and the prefix that tells its times, and reference_contrast_logps float32[B, A].
 
     With reference="adapters_off" the log-probabilities of the reference are those of the model
     without its LoRA, in the same step, and the batch's are not read.
@@ -184,7 +184,8 @@ class PreferenceObjective:
                 "it; score the pairs with `python -m tpo_jax.preferences score`"
             )
         if self.config.needs_contrast:
-            wanted = [*CONTRAST_FIELDS.values(), *(() if live else ("reference_contrast_logps",))]
+            wanted = [f"contrast_{name}" for name in CONTRAST_FIELDS]
+            wanted += () if live else ("reference_contrast_logps",)
             if missing := [name for name in wanted if name not in batch]:
                 raise UserError(
                     f"batch/{', '.join(missing)} missing, but preference.loss={self.config.loss!r} "
@@ -210,18 +211,18 @@ class PreferenceObjective:
         )
 
 
-CONTRAST_FIELDS = {name: f"contrast_{name}" for name in CLIP_FIELDS}
-
-
 def contrast_batch(batch: Batch) -> Batch:
     """The chosen branch of every row, about the manipulated clip.
 
-    Positions stay: both clips have the same number of frames.
+    It comes behind a prefix that may be longer or shorter: the times of frames are told in words.
     """
     of_branches = [name for name in batch if name.startswith(("branch_", "answer_"))]
     chosen = {name: batch[name][:, :1] for name in of_branches}
-    frames = {name: batch[contrast] for name, contrast in CONTRAST_FIELDS.items()}
-    return batch | chosen | frames
+    other = {name: batch[f"contrast_{name}"] for name in CONTRAST_FIELDS}
+    before, now = ((x["prefix_segments"] > 0).sum(1) for x in (batch, other))
+    moved = (now - before)[:, None, None] * (chosen["branch_segments"] > 0)
+    chosen["branch_positions"] = chosen["branch_positions"] + moved
+    return batch | chosen | other
 
 
 def without_adapters(model: Any) -> Any:

@@ -50,7 +50,8 @@ class Program:
       abstract_state: TrainState of ShapeDtypeStruct with shardings, to compile or restore into.
       train_step: jitted (state, batch, base_key) -> (state, metrics); donates state. Two programs.
       eval_step: jitted (params, batch) -> terms and metrics, see `weighted_total`.
-      score_step: jitted (params, batch) -> float32[B, K, A] token log-probabilities, replicated.
+      score_step: jitted (params, batch) -> float32[B, K, A] token log-probabilities, replicated;
+        with a row more where the batch has manipulated frames.
       task_gradients: jitted (params, step, batch, base_key) -> metrics; None where
         config.task_gradients_every is 0.
     """

@@ -95,9 +95,13 @@ def verify_references(
         )
         return
     peak, step, row = worst
+    contrast = "reference_contrast_logps" in batch
+    names = ["chosen", *["rejected"] * (answers.shape[1] - 1 - contrast)]
+    names += ["chosen under the manipulated frames"] * contrast
     raise SidecarMismatch(
         f"the reference log-probabilities are not those of the model that this run starts from.\n"
-        f"  pair: {_pair_id(pipeline, step, row)}, summed over its answers (chosen, rejected)\n"
+        f"  pair: {_pair_id(pipeline, step, row)}, summed over its answers "
+        f"({', '.join(names)})\n"
         f"  sidecar {', '.join(map(str, files))}: {_sums(answers[0])}\n"
         f"  this program: {_sums(answers[1])}\n"
         f"A token differs by up to {peak:.3g} nats, {average:.3g} on average; allowed for {dtype} "
@@ -108,9 +112,17 @@ def verify_references(
 
 
 def _compare(live: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Differences and weights float32[B, 2, A], and (sidecar, live) float32[2, B, 2, A]."""
-    weights = (batch["answer_weights"] > 0) * batch["pair_valid"][:, None, None]
-    both = jnp.stack([batch["reference_logps"], live])
+    """Differences and weights float32[B, n, A], and (sidecar, live) float32[2, B, n, A].
+
+    n counts the answers, and the chosen one again where it is scored under manipulated frames too.
+    """
+    stored, weights = batch["reference_logps"], batch["answer_weights"]
+    if "reference_contrast_logps" in batch:
+        contrast = batch["reference_contrast_logps"][:, None]
+        stored = jnp.concatenate([stored, contrast], axis=1)
+        weights = jnp.concatenate([weights, weights[:, :1]], axis=1)
+    weights = (weights > 0) * batch["pair_valid"][:, None, None]
+    both = jnp.stack([stored, live])
     both = jnp.where(weights > 0, both, 0.0)
     return jnp.abs(both[1] - both[0]), weights.astype(jnp.float32), both
 

@@ -27,7 +27,14 @@ from tpo_jax.parallel.mesh import batch_sharding, replicated
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.weighted_sum import WeightedSum
 from tpo_jax.training.moments import to_device
-from tpo_jax.training.objective import Batch, Objective, Sums, answer_scores, denominators
+from tpo_jax.training.objective import (
+    Batch,
+    Objective,
+    Sums,
+    answer_scores,
+    contrast_batch,
+    denominators,
+)
 from tpo_jax.training.optimizer import Optimizer, learning_rate
 from tpo_jax.training.state import TrainState, merge, partition
 from tpo_jax.training.tasks import count_examples, objective_parts
@@ -225,11 +232,21 @@ def weighted_total(objective: Objective, sums: Sums) -> jax.Array:
 
 
 def make_score_step(functional_model: Any) -> Callable[[Any, Batch], jax.Array]:
-    """(params, batch) -> float32[B, K, A] log-probabilities of the answer tokens."""
+    """(params, batch) -> float32[B, K, A] log-probabilities of the answer tokens.
+
+    float32[B, K + 1, A] of a batch with manipulated frames; the last row is the chosen answer under
+    them.
+    """
 
     def score_step(params: Any, batch: Batch) -> jax.Array:
         model = functional_model.bind(params)
-        return answer_scores(model, model(batch, None), batch).logp
+
+        def logps(batch: Batch) -> jax.Array:
+            return answer_scores(model, model(batch, None), batch).logp
+
+        if "contrast_frames" not in batch:
+            return logps(batch)
+        return jnp.concatenate([logps(batch), logps(contrast_batch(batch))], axis=1)
 
     return score_step
 

@@ -24,7 +24,7 @@ DURATION_BINS = {
 def preference_metrics(
     pair: PairScores, beta: float, *, reference: bool = True
 ) -> dict[str, WeightedSum]:
-    """Means over pairs, except for kl_per_token.
+    """Means over pairs (of rows, of which each counts its mean), except for kl_per_token.
 
     reward_chosen, reward_rejected: beta * r. margin: beta * (r_w - r_l). accuracy: share with a
     margin above 0 (a tie counts one half). chosen_drift, rejected_drift: r in nats an answer, below
@@ -78,8 +78,8 @@ def grouped_metrics(
 
     Args:
       kinds: name -> number in the batch, reported as kind/<name>/margin and kind/<name>/accuracy.
-      pair_kind: uint32[B], number of each pair's kind; None leaves kinds out.
-      pair_duration: float32[B], seconds of each pair's video; None leaves durations out.
+      pair_kind: uint32[B], number of each row's kind; None leaves kinds out.
+      pair_duration: float32[B], seconds of each row's video; None leaves durations out.
     """
     groups: dict[str, jax.Array] = {}
     if pair_kind is not None:
@@ -87,10 +87,14 @@ def grouped_metrics(
     if pair_duration is not None:
         for name, (low, high) in DURATION_BINS.items():
             groups[f"duration/{name}"] = (pair_duration >= low) & (pair_duration < high)
+
+    def of_pairs(inside: jax.Array) -> jax.Array:
+        return jnp.repeat(inside, len(pair.valid) // len(inside))  # K - 1 pairs a row
+
     difference = pair.chosen_ratio - pair.rejected_ratio
     values = {"margin": beta * difference, "accuracy": _wins(difference)}
     return {
-        f"{group}/{name}": WeightedSum.of(value, pair.valid * inside)
+        f"{group}/{name}": WeightedSum.of(value, pair.valid * of_pairs(inside))
         for group, inside in groups.items()
         for name, value in values.items()
     }

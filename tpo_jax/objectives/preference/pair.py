@@ -1,4 +1,4 @@
-"""What preference losses read: token log-probabilities of a pair, and the sums taken from them.
+"""What preference losses read: token log-probabilities of answers, and the sums of each pair.
 
 Notation: w = chosen, l = rejected, r = log pi(y) - log pi_ref(y) summed over an answer's tokens,
 s = f'(pi / pi_ref) the score of r under an f-divergence, Delta = s_w - s_l, n = answer tokens.
@@ -25,10 +25,11 @@ class PairTokens:
     Entries of weight 0 (padding, forced slot tokens) and rows that are not valid may hold anything.
 
     Attributes:
-      policy, reference: float32[B, 2, A] log-probabilities, branch 0 chosen, branch 1 rejected.
-      weights: float32[B, 2, A], 1 for a token that counts.
+      policy, reference: float32[B, K, A] log-probabilities, branch 0 chosen, the others rejected.
+      weights: float32[B, K, A], 1 for a token that counts. With K > 2, a rejected answer without
+        any is one that the row does not have.
       valid: bool[B] or float32[B], 0 for a padding row.
-      log_collision: float32[B, 2, A], log sum over the vocabulary of pi^2 where the token is drawn
+      log_collision: float32[B, K, A], log sum over the vocabulary of pi^2 where the token is drawn
         (WPO's weights); None where no loss asks.
       contrast_policy, contrast_reference: float32[B, A] log-probabilities of the *chosen* answer
         when the model is shown the manipulated frames (mDPO's conditional term); None where no
@@ -47,12 +48,13 @@ class PairTokens:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PairScores:
-    """Sums over the tokens of an answer; every field float32[B].
+    """Sums over the tokens of an answer; every field float32[B], B pairs: K - 1 of each row.
 
     policy_*, reference_*: log-probabilities, length-desensitised where that is asked.
     *_score: s. *_length: n. chosen_nll: -log pi(y_w), never length-desensitised.
     chosen_kl: sum over the tokens of y_w of an estimate of KL(pi_ref || pi), see `token_kl`.
-    kl: the same over both answers. valid: 1 for a pair, 0 for a padding row.
+    kl: the same over both answers. valid: what a pair counts, 1 / n of the n that a row has, 0 for
+    padding.
     contrast_ratio: r of y_w under the manipulated frames, or None.
     wpo: WPO's weight of the pair, or None.
     """
@@ -104,6 +106,37 @@ class PairScores:
         return self.policy_rejected / jnp.maximum(self.rejected_length, 1)
 
 
+def every_pair(tokens: PairTokens) -> PairTokens:
+    """(chosen, rejected) with each rejected answer of a row: [B, K, A] -> [B * (K - 1), 2, A].
+
+    A pair of a row that has n of them is valid by 1 / n: a row counts once.
+    """
+    B, K, A = tokens.weights.shape
+    if K == 2:
+        return tokens
+
+    def paired(x: jax.Array | None) -> jax.Array | None:
+        if x is None:
+            return None
+        chosen = jnp.broadcast_to(x[:, :1], (B, K - 1, A))
+        return jnp.stack([chosen, x[:, 1:]], axis=2).reshape(B * (K - 1), 2, A)
+
+    def repeated(x: jax.Array | None) -> jax.Array | None:
+        return None if x is None else jnp.repeat(x, K - 1, axis=0)
+
+    there = (tokens.weights[:, 1:] != 0).any(-1).astype(jnp.float32)
+    share = there / jnp.maximum(there.sum(1, keepdims=True), 1)
+    return PairTokens(
+        policy=paired(tokens.policy),
+        reference=paired(tokens.reference),
+        weights=paired(tokens.weights),
+        valid=(tokens.valid.astype(jnp.float32)[:, None] * share).reshape(-1),
+        log_collision=paired(tokens.log_collision),
+        contrast_policy=repeated(tokens.contrast_policy),
+        contrast_reference=repeated(tokens.contrast_reference),
+    )
+
+
 def pair_scores(
     tokens: PairTokens,
     *,
@@ -111,7 +144,7 @@ def pair_scores(
     divergence: str = "reverse_kl",
     divergence_alpha: float = 0.5,
 ) -> PairScores:
-    """Sums over tokens.
+    """Sums over tokens, of every pair of a row.
 
     Args:
       ld_alpha: weight of the tokens of the longer answer beyond the length of the shorter one
@@ -119,6 +152,7 @@ def pair_scores(
       divergence: one of DIVERGENCES (arXiv 2309.16240), see `divergence_score`.
       divergence_alpha: of "alpha".
     """
+    tokens = every_pair(tokens)
     # Cleaned before anything is computed: NaN times a gradient of 0 is NaN.
     valid = tokens.valid.astype(jnp.float32)
     counts = (tokens.weights != 0) & (valid != 0)[:, None, None]

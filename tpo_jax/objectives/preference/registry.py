@@ -136,6 +136,20 @@ class PreferenceConfig:
                 "belongs to a pair whose weight it could take; use another loss or set wpo=False"
             )
 
+    def require_branches(self, branches: int) -> None:
+        """Raises ValueError unless the losses are defined for rows of so many answers."""
+        if branches < 2:
+            raise ValueError(
+                f"buckets.*.branches={branches}: a preference row is the branches (chosen, "
+                "rejected, ...); give 2, or 1 more than a pair has rejected answers"
+            )
+        ranked = [name for name in self.weights if PREFERENCE_LOSSES[name].ranked]
+        if branches > 2 and ranked:
+            raise ValueError(
+                f"buckets.*.branches={branches}: {', '.join(ranked)} sorts pairs, and cannot count "
+                "several of one row as one; give 2, or use another loss"
+            )
+
     def _refuse_options_without_effect(self) -> None:
         used = {option for name in self.weights for option in PREFERENCE_LOSSES[name].needs}
         if self.divergence == "alpha":
@@ -202,6 +216,7 @@ def preference_losses(tokens: PairTokens, config: PreferenceConfig) -> dict[str,
     Under jit the arrays are those of the global batch, however it is sharded, and so are the
     statistics of coupled losses.
     """
+    config.require_branches(tokens.weights.shape[1])
     pair = scores_of(tokens, config)
     terms = {}
     for name in config.weights:

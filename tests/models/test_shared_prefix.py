@@ -1,0 +1,185 @@
+"""One preference step on a shared prefix is the same step on separate rows, in float32."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tpo_jax.models.config import LanguageConfig
+from tpo_jax.models.language import LanguageModel
+from tpo_jax.models.layers import Rngs
+from tpo_jax.models.video_language import branch_keys
+from tpo_jax.objectives.logps import token_logps
+from tpo_jax.objectives.preference import PairTokens, PreferenceConfig, preference_losses
+from tpo_jax.parallel.paths import flatten
+
+CONFIG = LanguageConfig(
+    vocab_size=128, width=16, depth=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24, qkv_bias=True
+)
+B, P, K, R = 3, 8, 3, 6
+LOSSES = PreferenceConfig(beta=0.3, loss="sigmoid", sft=0.5)
+# case -> segments of the prefixes [B, P] and of the branches [B, K, R]; 0 is padding: inside a
+# prefix (a frame that is not there), behind it, a rejected answer that is not there, a whole row.
+PLAIN = np.ones((B, P), np.int32), np.ones((B, K, R), np.int32)
+PADDED = (
+    np.array([[1] * 6 + [0] * 2, [1, 1, 0, 0, 1, 1, 0, 0], [0] * 8], np.int32),
+    np.array(
+        [
+            [[1] * 6, [1] * 4 + [0] * 2, [1] * 5 + [0]],
+            [[1] * 2 + [0] * 4, [1] * 5 + [0], [0] * 6],
+            [[0] * 6] * 3,
+        ],
+        np.int32,
+    ),
+)
+PACKED = (
+    np.array([[1] * 4 + [2] * 3 + [0], [1] * 2 + [2] * 6, [1] * 5 + [2] * 3], np.int32),
+    np.array(
+        [
+            [[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 2, 2]],
+            [[1, 1, 1, 1, 2, 2], [1, 1, 2, 2, 0, 0], [1, 1, 2, 2, 2, 0]],
+            [[1, 1, 2, 2, 2, 0], [1, 1, 1, 2, 2, 2], [1, 1, 0, 0, 0, 0]],
+        ],
+        np.int32,
+    ),
+)
+CASES = {"plain": PLAIN, "padded": PADDED, "packed": PACKED, "dropout": PADDED}
+
+
+def _tokens():
+    """int32[B, P], int32[B, K, R]."""
+    rng = np.random.default_rng(0)
+    return (rng.integers(0, 128, shape).astype(np.int32) for shape in ((B, P), (B, K, R)))
+
+
+def _model(backend):
+    config = dataclasses.replace(CONFIG, attention=backend, dropout=0.2)
+    return nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=Rngs(0))))
+
+
+def _weights():
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), _model("dense")[1]
+    )
+
+
+def _loss(logps, tokens, weights):
+    """The loss of float32[pairs, K, A]; each token has a reference of its own in any layout."""
+    valid = weights.any((1, 2))
+    pairs = PairTokens(logps, -2 - tokens / 20, weights.astype(jnp.float32), valid)
+    terms = preference_losses(pairs, LOSSES)
+    return sum(weight * terms[name].mean() for name, weight in LOSSES.weights.items())
+
+
+def _step(backend):
+    """Function of (weights, rows, keys) -> (loss, gradient) of the layout of training.
+
+    rows: prefix (tokens, positions, segments), branches likewise, and bool[2 B, K, R - 1], the
+    tokens behind a branch's first that are answers of segment 1, and of 2, of each row.
+    """
+    structure, _ = _model(backend)
+
+    def loss(state, prefix, branches, answers, keys):
+        model = nnx.merge(structure, state)
+        embedded = ((model.embed_tokens(tokens), *rest) for tokens, *rest in (prefix, branches))
+        _, hidden = model(*embedded, keys)
+        targets = branches[0][..., 1:]
+        logps = token_logps(hidden[..., :-1, :], model.table, targets, chunk=4)
+        # [B, K, R - 1] also where every branch has a row of its own, [2 B, K, R - 1] a segment.
+        of_pairs = [jnp.repeat(x.reshape(B, K, R - 1), 2, axis=0) for x in (logps, targets)]
+        return _loss(*of_pairs, answers)
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def _positions(segments):
+    """0, 1, ... within each segment; of int32[n]."""
+    out = np.zeros_like(segments)
+    for segment in (1, 2):
+        out[segments == segment] = np.arange((segments == segment).sum())
+    return out
+
+
+def _shared_rows(case):
+    segments, own = CASES[case]
+    prefix, branches = _tokens()
+    positions = np.stack([_positions(row) for row in segments])
+    lengths = np.stack([[0, *((row == s).sum() for s in (1, 2))] for row in segments])
+    own_positions = np.array(
+        [[_positions(row) + lengths[b][row] for row in own[b]] for b in range(B)]
+    )
+    # A segment's first token is given, the others are answered.
+    answers = np.stack(
+        [(own[..., 1:] == s) & (own[..., :-1] == s) for s in (1, 2)], axis=1
+    ).reshape(2 * B, K, R - 1)
+    return (prefix, positions, segments), (branches, own_positions, own), answers
+
+
+@jax.jit
+@jax.value_and_grad
+def _separate(state, tokens, segments, answers):
+    """Plain causal rows without branches: int32[2 B, K, T] each, answers bool[2 B, K, T - 1]."""
+    model = nnx.merge(_model("dense")[0], state)
+    rows = tokens.reshape(-1, P + R)
+    positions = jnp.broadcast_to(jnp.arange(P + R), rows.shape)
+    hidden, _ = model.prefill(model.embed_tokens(rows), positions, segments.reshape(rows.shape))
+    logps = token_logps(hidden[:, :-1], model.table, rows[:, 1:], chunk=4)
+    return _loss(logps.reshape(answers.shape), tokens[..., 1:], answers)
+
+
+def _separate_rows(case):
+    """Each (pair, branch) alone: its prefix, its branch, then padding, which nothing sees."""
+    segments, own = CASES[case]
+    prefix, branches = _tokens()
+    tokens, used, answers = (np.zeros((B, 2, K, P + R), np.int32) for _ in range(3))
+    for b, s, k in np.ndindex(B, 2, K):
+        start = prefix[b][segments[b] == s + 1]
+        row = np.r_[start, branches[b, k][own[b, k] == s + 1]]
+        tokens[b, s, k, : len(row)], used[b, s, k, : len(row)] = row, 1
+        answers[b, s, k, len(start) + 1 : len(row)] = 1
+    tokens, used, answers = (x.reshape(2 * B, K, P + R) for x in (tokens, used, answers))
+    return tokens, used, answers[..., 1:] > 0
+
+
+def _one_branch(rows, keys):
+    """The arguments of a step in which every branch has a row of its own, with the same keys."""
+    prefix, branches, answers = rows
+    prefix = tuple(np.repeat(x, K, axis=0) for x in prefix)
+    branches = tuple(x.reshape(B * K, 1, R) for x in branches)
+    return prefix, branches, answers, (jnp.repeat(keys[0], K), keys[1].reshape(B * K, 1))
+
+
+@pytest.fixture(scope="module")
+def steps():
+    # Compiling takes longer than running.
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield {backend: _step(backend) for backend in ("xla", "splash_interpret", "dense")}
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash_interpret"])
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradient_equal_those_of_separate_rows(steps, backend, case):
+    """To 1e-5: of the loss, and of the largest entry of each parameter's gradient."""
+    weights, rows, keys = _weights(), _shared_rows(case), None
+    if case == "dropout":
+        # Rows of one branch have the same masks: the row's key, and slice k of the branches'.
+        keys = jax.random.split(jax.random.key(3), B)
+        keys = keys, branch_keys(keys, K)
+        want, wanted = steps["dense"](weights, *_one_branch(rows, keys))
+        assert abs(want - _separate(weights, *_separate_rows(case))[0]) > 1e-2, "nothing is dropped"
+    else:
+        want, wanted = _separate(weights, *_separate_rows(case))
+    got, gradient = steps[backend](weights, *rows, keys)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    leaves, wanted_leaves = (flatten(nnx.to_pure_dict(g)) for g in (gradient, wanted))
+    for path, leaf in wanted_leaves.items():
+        largest = float(jnp.abs(leaf).max())
+        assert largest > 1e-4, path
+        np.testing.assert_allclose(
+            leaves[path], leaf, rtol=0, atol=1e-5 * largest, err_msg=path
+        )  # fmt: skip
