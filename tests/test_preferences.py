@@ -227,6 +227,36 @@ def test_interrupted_generation_goes_on_and_gives_the_same(folder, generated, tm
     assert (tmp_path / "pairs.jsonl").read_text() == (generated / "pairs.jsonl").read_text()
 
 
+def test_shards_divide_the_chunks_and_give_the_same(
+        folder, generated, tmp_path, capsys, monkeypatch):
+    """Two commands, the second chunk first; what a chunk holds is known."""
+
+    def run(self, videos, drawn):
+        number = self.videos().index(videos[0]) // 2
+        chunk = json.loads((generated / "chunks" / f"{number:05d}.json").read_text())
+        return [Example.from_json(pair) for pair in chunk["pairs"]], chunk["counts"]
+
+    monkeypatch.setattr(PairGenerator, "run", run)
+    for shard, done in ((1, ["00001.json"]), (0, ["00000.json", "00001.json"])):
+        assert not (tmp_path / "pairs.jsonl").exists()
+        assert generate(folder, tmp_path, "--shards=2", f"--shard={shard}") == 0
+        assert sorted(file.name for file in (tmp_path / "chunks").iterdir()) == done
+        assert ("chunks [0] of 2 are left to the other shards" in capsys.readouterr().out) == shard
+    assert (tmp_path / "pairs.jsonl").read_text() == (generated / "pairs.jsonl").read_text()
+    counts = [json.loads((out / "counts.json").read_text()) for out in (tmp_path, generated)]
+    assert counts[0] | {"seconds": 0} == counts[1] | {"seconds": 0}
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data_parallel=2", "--fsdp=3"], "--batch_size=4: does not divide over 6 devices"),
+    (["--shards=2", "--shard=2"], "--shard=2: expected 0..1"),
+    (["--writer=rules", "--shards=2"], "--shards=2, 1 processes: with --writer"),
+])
+def test_work_that_cannot_be_divided_so_is_refused(folder, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        generate(folder, tmp_path, *flags)
+
+
 def sigterm_in(monkeypatch, owner, name: str, call: int):
     """Sends this process a SIGTERM in the given call of owner.name; returns the count of calls."""
     real, calls = getattr(owner, name), collections.Counter()

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pipeline import row_builder
@@ -30,6 +31,7 @@ from tpo_jax.generation.sampler import (
     with_answers,
 )
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.mesh import reader_shard
 
 LONG_ANSWER = 10  # tokens of a known answer from which a question goes to rows of long answers
 SCORED_TOKENS = 16  # scored answers are padded to a multiple of this
@@ -83,20 +85,24 @@ class PairGenerator:
     """Generates and filters the pairs of some videos of one prepared split.
 
     `poll` is called before every batch; what it raises ends the work. `lengths` are the most tokens
-    of a question and of an answer; None takes those of the split.
+    of a question and of an answer; None takes those of the split. With a `mesh` the rows of a batch
+    are split over it, and each process reads the videos of its own; every one gets all answers.
     """
 
     def __init__(self, model: FunctionalModel, params: Any, codec: TextCodec,
                  dataset: PreparedDataset, settings: Settings,
                  poll: Callable[[], None] = lambda: None,
-                 lengths: tuple[int, int] | None = None):
+                 lengths: tuple[int, int] | None = None, mesh: Mesh | None = None):
         self._poll = poll
+        index, count = (0, 1) if mesh is None else reader_shard(mesh)
+        own = settings.batch_size // count
+        self._own = slice(index * own, (index + 1) * own)  # rows of a batch that are read here
         self.params, self.codec, self.dataset = params, codec, dataset
         self.settings = settings
         prompt, answer = lengths or longest_texts(dataset, codec)
         max_new = settings.max_new or answer + SPARE_TOKENS
         self.sampler = Sampler(model, codec, Sampling(
-            max_new, 1, settings.temperature, settings.top_p))
+            max_new, 1, settings.temperature, settings.top_p), mesh)
         config = dataclasses.replace(  # no head is called
             model.config, clip_features=None, text_features=None)
         self._builder: RowBuilder = row_builder(codec, config, Bucket(
@@ -160,10 +166,10 @@ class PairGenerator:
             now = rows[first : first + size]
             if skip([number for row in now for number in row.questions]):
                 continue
-            batch = self._batch(now, questions)
+            batch = self._batch(now[self._own], questions)
             context = self.sampler.prefill(self.params, batch)
             ids = np.zeros(batch["branch_tokens"].shape[:2], np.uint32)
-            for b, k, number in _places(now):
+            for b, k, number in _places(now[self._own]):
                 ids[b, k] = pairs.name_id(f"{questions[number].question_id}/{side}")
             drawn: Drawn = {}
             for sample in range(self.settings.samples):
@@ -190,7 +196,7 @@ class PairGenerator:
         return sorted(rows, key=lambda row: max(lengths[number] for number in row.questions))
 
     def _batch(self, rows: Sequence[_Row], questions: Sequence[Question]) -> Arrays:
-        """The prompts of some rows; blank rows fill the batch."""
+        """The prompts of this process's rows; blank ones fill the batch."""
         built = []
         for row in rows:
             branches = tuple(BranchPlan(questions[n].example, questions[n].index,
@@ -199,7 +205,7 @@ class PairGenerator:
             plan = RowPlan(self.dataset, row.video_id, 0.0, duration, branches,
                            frame_indices=row.indices)
             built.append(self._builder.build(plan, row_id("pairs", len(built))))
-        blank = [self._builder.blank()] * (self.settings.batch_size - len(built))
+        blank = [self._builder.blank()] * (self._own.stop - self._own.start - len(built))
         return stack_rows(built + blank)
 
     def _read(self, out: Generation, rows: Sequence[_Row], sample: int) -> Drawn:
@@ -215,7 +221,7 @@ class PairGenerator:
         """Function of (sample, answers, rows): sums of log-probabilities of the answers there."""
 
         def score(sample: int, answers: Drawn, rows: Sequence[_Row]) -> dict:
-            B, K = batch["branch_tokens"].shape[:2]
+            B, K = self.settings.batch_size, self.settings.branches
             longest = max(len(answers[number, sample][1]) for _, _, number in _places(rows))
             # Few distinct widths, because each compiles once.
             tokens = np.zeros((B, K, -(-longest // SCORED_TOKENS) * SCORED_TOKENS), np.int32)
@@ -223,7 +229,7 @@ class PairGenerator:
             for b, k, number in _places(rows):
                 ids = answers[number, sample][1]
                 tokens[b, k, : len(ids)], lengths[b, k] = ids, len(ids)
-            answered = with_answers(batch, tokens, lengths)
+            answered = with_answers(batch, tokens[self._own], lengths[self._own])
             logps = np.asarray(self.sampler.score(self.params, context, answered))
             real = np.arange(tokens.shape[-1]) < lengths[..., None]
             sums = np.where(real, logps, 0).sum(-1)

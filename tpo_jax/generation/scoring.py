@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +35,7 @@ from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import (
     batch_sharding,
     global_batch,
-    make_mesh,
+    mesh_of_devices,
     reader_shard,
     replicated,
 )
@@ -54,12 +53,7 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     Raises:
       Preempted: told to stop; every part that was scored is on disk.
     """
-    if not 0 <= flags.shard < flags.shards:
-        raise ValueError(f"--shard={flags.shard}: expected 0..{flags.shards - 1} (--shards)")
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        count, index = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
-        jax.distributed.initialize(num_processes=count, process_id=index)
-        preemption.joined()
+    join(flags, preemption)
     config, params, codec = load_model(flags.model)
     plans = build_pair_rows(PairedDataset(flags.data, flags.pairs))
     if not plans:
@@ -75,8 +69,7 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     if parts.finished():
         say(f"{flags.out}: {len(plans)} pairs are scored already")
         return
-    sizes = {"data": flags.data_parallel, "fsdp": flags.fsdp, "context": flags.context}
-    scorer = Scorer(config, params, sizes)
+    scorer = Scorer(config, params, mesh_sizes(flags))
     mine = range(flags.shard, len(parts), flags.shards)
     for number in tqdm.tqdm(mine, desc="score", unit="part"):
         if not parts.is_scored(number):
@@ -85,6 +78,20 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
         say(f"{flags.out}: parts {missing} of {len(parts)} are left to the other shards")
     else:
         say(f"{flags.out}: {len(plans)} pairs scored")
+
+
+def join(flags: argparse.Namespace, preemption: Preemption) -> None:
+    """Checks the flags of `add_devices` and joins the other processes, if there are any."""
+    if not 0 <= flags.shard < flags.shards:
+        raise ValueError(f"--shard={flags.shard}: expected 0..{flags.shards - 1} (--shards)")
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        count, index = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
+        jax.distributed.initialize(num_processes=count, process_id=index)
+        preemption.joined()
+
+
+def mesh_sizes(flags: argparse.Namespace) -> dict[str, int]:
+    return {"data": flags.data_parallel, "fsdp": flags.fsdp, "context": flags.context}
 
 
 class Scorer:
@@ -96,9 +103,7 @@ class Scorer:
 
     def __init__(self, config: ModelConfig, params: Any, sizes: dict[str, int]):
         model = FunctionalModel(config)
-        whole = -1 in sizes.values() or jax.process_count() > 1
-        count = None if whole else math.prod(sizes.values())
-        self.mesh = make_mesh(sizes, jax.devices()[:count])
+        self.mesh = mesh_of_devices(sizes)
         shardings = param_shardings(params, self.mesh)
         self.params = place(params, shardings)
         self._step = jax.jit(
@@ -247,11 +252,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=16, help="pairs at a time (default: %(default)s)")
     add("--contrast", action="store_true", help="score chosen answers under the manipulated "
         "frames as well, for preference.loss 'conditional'")
+    add_devices(parser)
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """What divides the work of `generate` and of `score`."""
+    add = parser.add_argument
     add("--shards", type=int, default=1, help="independent commands that share --out")
     add("--shard", type=int, default=0, help="which of them this is, from 0")
-    add("--data_parallel", type=int, default=1, help="devices over which pairs are split; -1: all "
+    add("--data_parallel", type=int, default=1, help="devices over which rows are split; -1: all "
         "that are left (default: %(default)s)")
     add("--fsdp", type=int, default=1, help="devices over which weights are split as well "
         "(default: %(default)s)")
     add("--context", type=int, default=1, help="devices over which the frames and the prefix of a "
-        "pair are split (default: %(default)s)")
+        "row are split (default: %(default)s)")
