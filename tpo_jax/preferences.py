@@ -192,7 +192,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         help="who says that the chosen answer is better: rules (by the known answer), none, or "
         "with --writer a plug-in (default: %(default)s)")
     add("--batch_size", type=int, default=16, help="rows at a time (default: %(default)s)")
-    add("--branches", type=int, default=4, help="questions of a row (default: %(default)s)")
+    add("--branches", type=int, default=4, help="questions about a clip "
+        "that are answered at a time (default: %(default)s)")
     scoring.add_devices(parser)
     pipeline.add_arguments(parser)
 

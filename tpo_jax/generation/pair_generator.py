@@ -1,11 +1,13 @@
 """Runs the model on both sides of its questions: right frames first, then manipulated ones.
 
-Questions that share a video and a set of frames share one prefill; all samples of a row reuse it.
+Questions that share a video and a set of frames share one prefill, however many they are; all
+samples reuse it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -53,7 +55,7 @@ class Settings:
       questions: most questions of a video.
       samples: pairs drawn for a question; the first that passes the filters is kept.
       batch_size: B, rows at a time.
-      branches: K, questions of a row.
+      branches: K, questions about a set of frames that are answered at a time.
     """
 
     evidence: pairs.EvidenceSettings
@@ -72,13 +74,24 @@ class Settings:
                 raise ValueError(f"{name}: {getattr(self, name)}, expected at least 1.")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Row:
-    """Questions (by number) that are asked about one set of frames."""
+    """At most K questions (by number) that are asked about one set of frames at a time."""
 
     video_id: str
     indices: tuple[int, ...]
     questions: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Clip:
+    """One set of frames and all questions about it, at most K in a list. Those with long answers
+    are kept apart: what is answered at a time runs until its longest answer ends."""
+
+    video_id: str
+    indices: tuple[int, ...]
+    short: list[list[int]]
+    long: list[list[int]]
 
 
 class PairGenerator:
@@ -156,18 +169,25 @@ class PairGenerator:
                 skip: Callable[[list[int]], bool] = lambda numbers: False):
         """Yields (rows, drawn answers, scorer of other answers in the same context) per batch.
 
-        `skip` is asked with the numbers of a batch's questions. Batches stay what they are where
-        others are skipped, so that an answer does not depend on what was done before.
+        B clips are encoded once; a batch is the next K questions about each of them. `skip` is
+        asked with the numbers of a batch's questions. Batches stay what they are where others are
+        skipped, so that an answer does not depend on what was done before.
         """
-        rows = self._rows(questions, evidence, f"{side}_indices")
+        clips = self._clips(questions, evidence, f"{side}_indices")
         size = self.settings.batch_size
-        for first in range(0, len(rows), size):
+        for first in range(0, len(clips), size):
+            yield from self._answers_about(clips[first : first + size], questions, side, skip)
+
+    def _answers_about(self, clips: Sequence[_Clip], questions: Sequence[Question], side: str,
+                       skip: Callable[[list[int]], bool]):
+        context = None
+        for now in _rounds(clips):
             self._poll()
-            now = rows[first : first + size]
             if skip([number for row in now for number in row.questions]):
                 continue
-            batch = self._batch(now[self._own], questions)
-            context = self.sampler.prefill(self.params, batch)
+            batch = self._batch(now[self._own], questions, read_frames=context is None)
+            if context is None:
+                context = self.sampler.prefill(self.params, batch)
             ids = np.zeros(batch["branch_tokens"].shape[:2], np.uint32)
             for b, k, number in _places(now[self._own]):
                 ids[b, k] = pairs.name_id(f"{questions[number].question_id}/{side}")
@@ -178,24 +198,29 @@ class PairGenerator:
                 drawn |= self._read(jax.device_get(out), now, sample)
             yield now, drawn, self._scorer(context, batch)
 
-    def _rows(self, questions: Sequence[Question], evidence: Sequence[Evidence],
-              field: str) -> list[_Row]:
-        """Questions by video and frames, at most K a row; rows with long answers come last.
-
-        A batch runs until its longest answer ends, so captions are kept apart from short answers.
-        """
+    def _clips(self, questions: Sequence[Question], evidence: Sequence[Evidence],
+               field: str) -> list[_Clip]:
+        """Questions by video and frames. Clips with as many of them are neighbours, so that few
+        places of a batch stay empty: more and more short answers, then fewer and fewer beside a
+        long one, and so on."""
         lengths = [len(self.codec.encode(q.turn.answer)) for q in questions]
-        groups: dict[tuple[str, tuple[int, ...], bool], list[int]] = defaultdict(list)
+        groups: dict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
         for number, (question, plan) in enumerate(zip(questions, evidence, strict=True)):
-            is_long = lengths[number] > LONG_ANSWER
-            groups[question.example.video_id, getattr(plan, field), is_long].append(number)
-        K = self.settings.branches
-        rows = [_Row(video_id, indices, numbers[i : i + K])
-                for (video_id, indices, _), numbers in groups.items()
-                for i in range(0, len(numbers), K)]
-        return sorted(rows, key=lambda row: max(lengths[number] for number in row.questions))
+            groups[question.example.video_id, getattr(plan, field)].append(number)
 
-    def _batch(self, rows: Sequence[_Row], questions: Sequence[Question]) -> Arrays:
+        def cut(numbers: list[int]) -> list[list[int]]:
+            K = self.settings.branches
+            return [numbers[i : i + K] for i in range(0, len(numbers), K)]
+
+        clips = [_Clip(*key, cut([n for n in numbers if lengths[n] <= LONG_ANSWER]),
+                       cut([n for n in numbers if lengths[n] > LONG_ANSWER]))
+                 for key, numbers in groups.items()]
+        return sorted(clips, key=lambda clip: (
+            len(clip.long), len(clip.short) * (-1) ** len(clip.long),
+            max(lengths[n] for part in clip.short + clip.long for n in part)))
+
+    def _batch(self, rows: Sequence[_Row], questions: Sequence[Question],
+               read_frames: bool) -> Arrays:
         """The prompts of this process's rows; blank ones fill the batch."""
         built = []
         for row in rows:
@@ -204,7 +229,7 @@ class PairGenerator:
             duration = self.dataset.video_info(row.video_id).duration
             plan = RowPlan(self.dataset, row.video_id, 0.0, duration, branches,
                            frame_indices=row.indices)
-            built.append(self._builder.build(plan, row_id("pairs", len(built))))
+            built.append(self._builder.build(plan, row_id("pairs", len(built)), read_frames))
         blank = [self._builder.blank()] * (self._own.stop - self._own.start - len(built))
         return stack_rows(built + blank)
 
@@ -236,6 +261,15 @@ class PairGenerator:
             return {(number, sample): float(sums[b, k]) for b, k, number in _places(rows)}
 
         return score
+
+
+def _rounds(clips: Sequence[_Clip]) -> Iterator[list[_Row]]:
+    """The next questions about every clip, until none has more; a clip may have none of a round."""
+    for side in ("short", "long"):
+        parts = [getattr(clip, side) for clip in clips]
+        for part in itertools.zip_longest(*parts, fillvalue=[]):
+            yield [_Row(clip.video_id, clip.indices, numbers)
+                   for clip, numbers in zip(clips, part, strict=True)]
 
 
 def _places(rows: Sequence[_Row]) -> Iterator[tuple[int, int, int]]:
