@@ -351,6 +351,8 @@ def test_sidecar_is_what_training_scores_at_step_0(folder, generated, tmp_path):
     pipeline = Pipeline(
         [Source(PairedDataset("memory", pairs), 1.0, {"preference": 1.0})], codec, config,
         config.heads, [BUCKET], 0, reference=sidecar.reference([out], expected, BUCKET.answers))
+    assert pipeline.describe_kinds([]) == pipeline.describe_kinds(["action", "order"]) == ""
+    assert "pairs of the kinds ['action'] have no metrics" in pipeline.describe_kinds(["order"])
     model = micro_model.make_model(codec)
     step = jax.jit(make_score_step(model))
     for number in range(3):
