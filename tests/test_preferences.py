@@ -313,17 +313,18 @@ def test_sigterm_stops_generation_at_the_next_batch(folder, generated, tmp_path,
 
 def test_sigterm_stops_scoring_at_the_next_batch(folder, generated, tmp_path, monkeypatch):
     pairs, out, whole = generated / "pairs.jsonl", tmp_path / "out.npz", tmp_path / "whole.npz"
+    monkeypatch.setattr(scoring, "PART_BATCHES", 4)
     assert score(folder, pairs, whole) == 0
     total = len(sidecar.read(whole).logps)
-    built = sigterm_in(monkeypatch, RowBuilder, "build", 5)  # the first row of the second part
+    built = sigterm_in(monkeypatch, RowBuilder, "build", 5)  # the first row of the second batch
     assert score(folder, pairs, out) == EXIT_STATUS
     assert not out.exists() and 8 < total
     kept = {pair for file in (tmp_path / "out.npz.parts").iterdir()
             for pair in sidecar.read(file).logps}
     stopped = built["build"]
-    assert stopped - 4 <= len(kept) <= stopped
+    assert len(kept) == 4 and stopped - 4 <= len(kept) <= stopped  # a quarter of the part
     assert score(folder, pairs, out) == 0
-    assert built["build"] - stopped == total - len(kept)  # no part was scored twice
+    assert built["build"] - stopped == total - len(kept)  # no batch was scored twice
     for pair, logps in sidecar.read(whole).logps.items():
         np.testing.assert_array_equal(sidecar.read(out).logps[pair], logps)
 

@@ -1,7 +1,7 @@
 """Reference log-probabilities of a manifest of pairs: scored in parts, merged into one sidecar.
 
 A part is some batches of pairs in a file of its own beside the sidecar. Whoever finishes the last
-part merges them; a part that is on disk and still fits is not scored again. So an interrupted
+part merges them; what is on disk of a part and still fits is not scored again. So an interrupted
 command goes on where it was, and several that share the folder, each with its --shard of --shards,
 divide the work. Processes that are started with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
 JAX_PROCESS_ID score every part together, their devices as one mesh.
@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -44,14 +44,14 @@ from tpo_jax.training.objective import contrast_batch
 from tpo_jax.training.preemption import Preemption
 from tpo_jax.training.step import make_score_step, on_mesh
 
-PART_BATCHES = 4  # batches between two saves; what a stopped command loses at most
+PART_BATCHES = 4  # batches between two saves; what a killed command loses at most
 
 
 def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     """Writes the sidecar, or this shard's parts of it.
 
     Raises:
-      Preempted: told to stop; every part that was scored is on disk.
+      Preempted: told to stop; every batch that was scored is on disk.
     """
     join(flags, preemption)
     config, params, codec = load_model(flags.model)
@@ -73,11 +73,22 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     mine = range(flags.shard, len(parts), flags.shards)
     for number in tqdm.tqdm(mine, desc="score", unit="part"):
         if not parts.is_scored(number):
-            parts.write(number, scorer(*parts[number], preemption))
+            score_part(parts, number, scorer, preemption)
     if missing := parts.merge():
         say(f"{flags.out}: parts {missing} of {len(parts)} are left to the other shards")
     else:
         say(f"{flags.out}: {len(plans)} pairs scored")
+
+
+def score_part(parts: Parts, number: int, scorer: Scorer, preemption: Preemption) -> None:
+    """Scores what is left of a part. Whatever ends it, the batches that are finished are kept."""
+    builder, plans = parts[number]
+    found = parts.begun(number)
+    try:
+        for logps in scorer(builder, plans[len(found) :], preemption):
+            found |= logps
+    finally:
+        parts.write(number, found)
 
 
 def join(flags: argparse.Namespace, preemption: Preemption) -> None:
@@ -113,20 +124,19 @@ class Scorer:
         )
 
     def __call__(self, builder: RowBuilder, plans: Sequence[RowPlan],
-                 preemption: Preemption) -> dict[str, np.ndarray]:
-        """{pair id: float32[2, A]} of all plans, on every process; 0 where there is no token.
+                 preemption: Preemption) -> Iterator[dict[str, np.ndarray]]:
+        """{pair id: float32[2, A]} of each batch, on every process; 0 where there is no token.
 
         [3, A] where the builder gives manipulated frames as well. Raises Preempted.
         """
-        size, found = builder.bucket.batch_size, {}
+        size = builder.bucket.batch_size
         share = reader_shard(self.mesh)
         for number, (local, _) in enumerate(batches(builder, plans, *share)):
             preemption.check()
             batch = global_batch(local, self.mesh)
             logps = np.asarray(self._step(self.params, batch))
             rows = plans[number * size : (number + 1) * size]
-            found |= {pair_id(plan): logps[i] for i, plan in enumerate(rows)}
-        return found
+            yield {pair_id(plan): logps[i] for i, plan in enumerate(rows)}
 
 
 def _logps(step: Any, params: Any, batch: Any) -> jax.Array:
@@ -175,13 +185,20 @@ class Parts:
         file = self.file(number)
         return file.exists() and self._holds(sidecar.read(file), self[number][1])
 
+    def begun(self, number: int) -> dict[str, np.ndarray]:
+        """The first pairs of a part, where a command was stopped in it; none if they do not fit."""
+        if not self.file(number).exists():
+            return {}
+        there, plans = sidecar.read(self.file(number)), self[number][1]
+        return dict(there.logps) if self._holds(there, plans[: len(there.digests)]) else {}
+
     def _holds(self, scored: sidecar.Sidecar, plans: Sequence[RowPlan]) -> bool:
         """Whether a sidecar holds exactly these pairs under these conditions."""
         wanted = {pair_id(plan): self.digests[pair_id(plan)] for plan in plans}
         return scored.fingerprint == self.fingerprint and dict(scored.digests) == wanted
 
     def write(self, number: int, logps: dict[str, np.ndarray]) -> None:
-        if jax.process_index() == 0:
+        if logps and jax.process_index() == 0:
             digests = {pair: self.digests[pair] for pair in logps}
             sidecar.write(self.file(number), sidecar.Sidecar(self.fingerprint, digests, logps))
 
