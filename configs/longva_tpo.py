@@ -1,7 +1,7 @@
 """Temporal Preference Optimization of LongVA-7B, with the published numbers (arXiv 2501.13919).
 
-    python -m tpo_jax.preferences generate --model=runs/longva/base --data=runs/longva/data/train \
-        --out=runs/longva/pairs --pairs=10000 --frames=32
+    python -m tpo_jax.preferences generate --model=runs/longva/base --subset=0.5 \
+        --data=runs/longva/data/train --out=runs/longva/pairs --pairs=10000 --frames=32
     python -m tpo_jax.preferences score --model=runs/longva/base --data=runs/longva/data/train \
         --pairs=runs/longva/pairs/pairs.jsonl --out=runs/longva/pairs/reference.npz --frames=32
     python -m tpo_jax.train --config=configs/longva_tpo.py --workdir=runs/longva/tpo

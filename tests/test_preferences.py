@@ -228,6 +228,36 @@ def test_interrupted_generation_goes_on_and_gives_the_same(folder, generated, tm
     assert (tmp_path / "pairs.jsonl").read_text() == (generated / "pairs.jsonl").read_text()
 
 
+def test_shards_divide_the_chunks_and_give_the_same(
+        folder, generated, tmp_path, capsys, monkeypatch):
+    """Two commands, the second chunk first; what a chunk holds is known."""
+
+    def run(self, videos, drawn):
+        number = self.videos().index(videos[0]) // 2
+        chunk = json.loads((generated / "chunks" / f"{number:05d}.json").read_text())
+        return [Example.from_json(pair) for pair in chunk["pairs"]], chunk["counts"]
+
+    monkeypatch.setattr(PairGenerator, "run", run)
+    for shard, done in ((1, ["00001.json"]), (0, ["00000.json", "00001.json"])):
+        assert not (tmp_path / "pairs.jsonl").exists()
+        assert generate(folder, tmp_path, "--shards=2", f"--shard={shard}") == 0
+        assert sorted(file.name for file in (tmp_path / "chunks").iterdir()) == done
+        assert ("chunks [0] of 2 are left to the other shards" in capsys.readouterr().out) == shard
+    assert (tmp_path / "pairs.jsonl").read_text() == (generated / "pairs.jsonl").read_text()
+    counts = [json.loads((out / "counts.json").read_text()) for out in (tmp_path, generated)]
+    assert counts[0] | {"seconds": 0} == counts[1] | {"seconds": 0}
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data_parallel=2", "--fsdp=3"], "--batch_size=4: does not divide over 6 devices"),
+    (["--shards=2", "--shard=2"], "--shard=2: expected 0..1"),
+    (["--writer=rules", "--shards=2"], "--shards=2, 1 processes: with --writer"),
+])
+def test_work_that_cannot_be_divided_so_is_refused(folder, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        generate(folder, tmp_path, *flags)
+
+
 def sigterm_in(monkeypatch, owner, name: str, call: int):
     """Sends this process a SIGTERM in the given call of owner.name; returns the count of calls."""
     real, calls = getattr(owner, name), collections.Counter()
@@ -284,17 +314,18 @@ def test_sigterm_stops_generation_at_the_next_batch(folder, generated, tmp_path,
 
 def test_sigterm_stops_scoring_at_the_next_batch(folder, generated, tmp_path, monkeypatch):
     pairs, out, whole = generated / "pairs.jsonl", tmp_path / "out.npz", tmp_path / "whole.npz"
+    monkeypatch.setattr(scoring, "PART_BATCHES", 4)
     assert score(folder, pairs, whole) == 0
     total = len(sidecar.read(whole).logps)
-    built = sigterm_in(monkeypatch, RowBuilder, "build", 5)  # the first row of the second part
+    built = sigterm_in(monkeypatch, RowBuilder, "build", 5)  # the first row of the second batch
     assert score(folder, pairs, out) == EXIT_STATUS
     assert not out.exists() and 8 < total
     kept = {pair for file in (tmp_path / "out.npz.parts").iterdir()
             for pair in sidecar.read(file).logps}
     stopped = built["build"]
-    assert stopped - 4 <= len(kept) <= stopped
+    assert len(kept) == 4 and stopped - 4 <= len(kept) <= stopped  # a quarter of the part
     assert score(folder, pairs, out) == 0
-    assert built["build"] - stopped == total - len(kept)  # no part was scored twice
+    assert built["build"] - stopped == total - len(kept)  # no batch was scored twice
     for pair, logps in sidecar.read(whole).logps.items():
         np.testing.assert_array_equal(sidecar.read(out).logps[pair], logps)
 
@@ -325,6 +356,8 @@ def test_sidecar_is_what_training_scores_at_step_0(folder, generated, tmp_path, 
     pipeline = Pipeline(
         [Source(PairedDataset("memory", pairs), 1.0, {"preference": 1.0})], codec, config,
         config.heads, [BUCKET], 0, reference=sidecar.reference([out], expected, BUCKET.answers))
+    assert pipeline.describe_kinds([]) == pipeline.describe_kinds(["action", "order"]) == ""
+    assert "pairs of the kinds ['action'] have no metrics" in pipeline.describe_kinds(["order"])
     model = micro_model.make_model(codec)
     step = jax.jit(make_score_step(model))
     for number in range(3):

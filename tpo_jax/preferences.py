@@ -13,6 +13,9 @@ all that can change it. Both go on where they were stopped; what is finished is 
 SIGTERM they stop after the batch under way and exit with status 75 (start me again): `score` has
 then written every batch, `generate` every chunk of 32 videos.
 
+Both divide their work over devices (--data_parallel, --fsdp, --context) and over commands or hosts
+(--shards): docs/preferences.md.
+
 With --writer, `generate` also writes the questions, for videos that have none, in stages that keep
 every record: docs/preferences.md.
 """
@@ -24,7 +27,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,9 +35,10 @@ import tqdm
 from etils import epath
 
 from tpo_jax.data import files
-from tpo_jax.data.records import Example, PreparedDataset
+from tpo_jax.data.records import PreparedDataset
 from tpo_jax.errors import UserError, report
 from tpo_jax.generation import pairs, scoring, sidecar
+from tpo_jax.generation.chunks import Chunks, agreed
 from tpo_jax.generation.pair_generator import PairGenerator, Settings
 from tpo_jax.generation.pipeline import command as pipeline
 from tpo_jax.generation.pipeline.model import OwnModel
@@ -43,6 +46,8 @@ from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.mesh import mesh_of_devices
+from tpo_jax.parallel.rules import param_shardings, place
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 
 GENERATE_EXAMPLES = """examples:
@@ -74,73 +79,60 @@ def generate(flags: argparse.Namespace, preemption: Preemption) -> int:
     """Generates pairs until there are enough, or no video is left; returns the exit status."""
     started = time.monotonic()
     endpoint = pipeline.check(flags, preemption.check)
+    scoring.join(flags, preemption)
+    if flags.writer and (flags.shards > 1 or jax.process_count() > 1):
+        raise UserError(f"--shards={flags.shards}, {jax.process_count()} processes: with --writer "
+                         "one command writes --out; give each a split and an --out of its own")
     config, params, codec = load_model(flags.model)
-    params = jax.tree.map(jax.numpy.asarray, params)
+    weights = sidecar.hash_weights(params)
     settings = settings_of(flags, config)
+    mesh = mesh_of_devices(scoring.mesh_sizes(flags))
+    if flags.batch_size % (rows := mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise UserError(f"--batch_size={flags.batch_size}: does not divide over {rows} devices "
+                         f"(--data_parallel x --fsdp); give a multiple of {rows}")
+    params = place(params, param_shardings(params, mesh))
+    model, dataset = FunctionalModel(config), PreparedDataset(flags.data)
     if flags.writer:
-        own = OwnModel(FunctionalModel(config), params, codec, PreparedDataset(flags.data),
-                       sidecar.hash_weights(params), preemption.check)
+        own = OwnModel(model, params, codec, dataset, weights, preemption.check, mesh)
         return pipeline.run(flags, own, settings, endpoint, CHUNK_VIDEOS)
     out = epath.Path(flags.out)
-    about = {
-        "data": str(flags.data), "weights": sidecar.hash_weights(params),
-        **json.loads(json.dumps(dataclasses.asdict(settings)))}
-    check_same_run(out, about)
+    check_same_run(out, {"data": str(flags.data), "weights": weights,
+                         **json.loads(json.dumps(dataclasses.asdict(settings)))})
     generator = PairGenerator(
-        FunctionalModel(config), params, codec, PreparedDataset(flags.data), settings,
-        poll=preemption.check)
+        model, params, codec, dataset, settings, poll=preemption.check, mesh=mesh)
     drawn = {"temperature": settings.temperature, "top_p": settings.top_p,
-             "seed": settings.evidence.seed, "weights": about["weights"]}
-    kept, counts, videos = run_chunks(generator, out / "chunks", drawn, flags.pairs)
-    lines = [json.dumps(example.to_json()) for example in kept[: flags.pairs]]
-    files.write(out / "pairs.jsonl", "".join(line + "\n" for line in lines))
-    report = report_of(counts, kept[: flags.pairs], videos) | {
-        "wanted": flags.pairs, "seconds": round(time.monotonic() - started, 1)}
-    files.write(out / "counts.json", json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
-    if len(lines) < flags.pairs:
-        print(f"{out}: {len(lines)} of {flags.pairs} pairs: all videos are used. Raise --samples, "
-              "--temperature or --questions, or give a larger split.", file=sys.stderr)
+             "seed": settings.evidence.seed, "weights": weights}
+    chunks = Chunks(out / "chunks", generator.videos(), CHUNK_VIDEOS)
+    run_chunks(generator, chunks, drawn, flags.pairs, range(flags.shard, len(chunks), flags.shards))
+    if missing := chunks.missing(flags.pairs):
+        scoring.say(f"{out}: chunks {missing} of {len(chunks)} are left to the other shards")
+    elif jax.process_index() == 0:
+        write_pairs(out, chunks, flags.pairs, started)
     return 0
 
 
-def run_chunks(generator: PairGenerator, folder: epath.Path, drawn: dict[str, Any],
-               wanted: int) -> tuple[list[Example], Counter, int]:
-    """Works through chunks of videos; a chunk that is on disk is read instead."""
-    videos = generator.videos()
-    kept: list[Example] = []
-    counts: Counter = Counter()
-    used = 0
+def run_chunks(generator: PairGenerator, chunks: Chunks, drawn: dict[str, Any], wanted: int,
+               mine: Sequence[int]) -> None:
+    """Does those chunks of `mine` that are not done, until there are enough pairs before one."""
     with tqdm.tqdm(total=wanted, desc="pairs", unit="pair") as bar:
-        for number, first in enumerate(range(0, len(videos), CHUNK_VIDEOS)):
-            if len(kept) >= wanted:
+        for number in mine:
+            if agreed(chunks.kept(number)) >= wanted:
                 break
-            file = folder / f"{number:05d}.json"
-            now = videos[first : first + CHUNK_VIDEOS]
-            if not file.exists():
-                examples, chunk_counts = generator.run(now, drawn)
-                files.write(file, json.dumps({
-                    "counts": chunk_counts, "pairs": [e.to_json() for e in examples]}))
-            chunk = json.loads(file.read_text())
-            kept += [Example.from_json(pair) for pair in chunk["pairs"]]
-            counts.update(chunk["counts"])
-            used += len(now)
-            bar.update(min(len(kept), wanted) - bar.n)
-            bar.set_postfix(generated=counts["generated"], refresh=False)
-    return kept, counts, used
+            if not agreed(number in chunks.done()):
+                chunks.write(number, *generator.run(chunks[number], drawn))
+            bar.update(min(chunks.kept(number + 1), wanted) - bar.n)
 
 
-def report_of(counts: Counter, kept: Sequence[Example], videos: int) -> dict[str, Any]:
-    """counts.json: what was generated, dropped by reason and kept; dropped + kept = generated."""
-    dropped = {key.removeprefix("dropped: "): counts[key] for key in sorted(counts)
-               if key.startswith("dropped: ")}
-    return {
-        "generated": counts["generated"], "dropped": dropped, "kept": counts["kept"],
-        "written": len(kept), "videos": videos,
-        "videos_with_pairs": len({example.video_id for example in kept}),
-        "manipulation": dict(Counter(e.targets["manipulation"] for e in kept)),
-        "kind": dict(Counter(e.turns[0].kind for e in kept)),
-    }
+def write_pairs(out: epath.Path, chunks: Chunks, wanted: int, started: float) -> None:
+    """pairs.jsonl and counts.json, when every chunk that they need is done."""
+    kept, report = chunks.first(wanted)
+    files.write(out / "pairs.jsonl", "".join(json.dumps(e.to_json()) + "\n" for e in kept))
+    report |= {"wanted": wanted, "seconds": round(time.monotonic() - started, 1)}
+    files.write(out / "counts.json", json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+    if len(kept) < wanted:
+        print(f"{out}: {len(kept)} of {wanted} pairs: all videos are used. Raise --samples, "
+              "--temperature or --questions, or give a larger split.", file=sys.stderr)
 
 
 def settings_of(flags: argparse.Namespace, config: ModelConfig) -> Settings:
@@ -162,7 +154,8 @@ def check_same_run(out: epath.Path, about: dict[str, Any]) -> None:
     """Writes settings.json, or compares with the one that is there."""
     file = out / "settings.json"
     if not file.exists():
-        files.write(file, json.dumps(about, indent=2) + "\n")
+        if jax.process_index() == 0:
+            files.write(file, json.dumps(about, indent=2) + "\n")
         return
     stored = json.loads(file.read_text())
     different = [f"  {key}: there {stored.get(key)!r}, now {about.get(key)!r}"
@@ -222,7 +215,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         help="who says that the chosen answer is better: rules (by the known answer), none, or "
         "with --writer a plug-in (default: %(default)s)")
     add("--batch_size", type=int, default=16, help="rows at a time (default: %(default)s)")
-    add("--branches", type=int, default=4, help="questions of a row (default: %(default)s)")
+    add("--branches", type=int, default=4, help="questions about a clip "
+        "that are answered at a time (default: %(default)s)")
+    scoring.add_devices(parser)
     pipeline.add_arguments(parser)
 
 

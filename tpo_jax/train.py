@@ -179,6 +179,8 @@ def train(
                 "best_saves": [], "skipped": [], "rollbacks": 0, "examples": {},
             }  # fmt: skip
         say(pipeline.describe_mixture())
+        if unnamed := pipeline.describe_kinds(config.preference.kinds):
+            say(unnamed)
         iterator.start_prefetch()  # the first batch is read while the program compiles
         base_key = program.base_key(config.seed)
         if is_writer:

@@ -270,6 +270,16 @@ def test_nothing_is_sent_after_the_budget_is_spent(server, clock):
     assert 3 <= len(said) <= 6
 
 
+def test_prompts_are_not_taken_for_nothing_before_the_first_reply(server, clock):
+    """65 tokens each; the next may need 60 + 20. Three workers at once would spend 195."""
+    server.script = [(200, {}, reply(prompt=60)) for _ in range(9)]
+    budget = Budget(max_tokens=140)
+    asked = EndpointSpeaker(client(server, clock, budget), MemoryDataset(1), 7, 20, 3)
+    with pytest.raises(BudgetSpent, match="--max_tokens=140: 65 are spent.*may need 80"):
+        list(asked.say(requests(9), ()))
+    assert len(server.requests) == 1 and (budget.prompt, budget.completion) == (60, 5)
+
+
 def test_workers_are_refused_by_name(server, clock):
     with pytest.raises(ValueError, match="--workers=0"):
         EndpointSpeaker(client(server, clock), MemoryDataset(1), 7, 20, 0)

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import runpy
 import tempfile
 
 import memory_bucket
@@ -126,6 +127,14 @@ def test_every_record_says_what_it_was_drawn_with(whole):
             assert where["seed"] == 0
             expected = {"videos": None, "captions": 0.25, "questions": 0.25, "filter": 0.25}
             assert where["temperature"] == expected.get(stage, 0.7)
+
+
+@pytest.mark.parametrize("name", ["longva_tpo", "llava_video_tpo"])
+def test_the_published_configs_report_the_kinds_that_are_written(name):
+    config = runpy.run_path(f"configs/{name}.py")["get_config"]()
+    assert list(config.preference.kinds) == list(prompts.KINDS) == [
+        "temporal", "action", "causal", "information_extraction", "descriptive", "summarization",
+        "object", "spatial"]
 
 
 def test_questions_are_of_the_kinds_and_a_localized_one_excludes_its_part(whole):

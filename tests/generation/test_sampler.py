@@ -11,6 +11,8 @@ from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Turn
 from tpo_jax.data.rows import BranchPlan, RowPlan, stack_rows
 from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys, keep_top_p, with_answers
+from tpo_jax.parallel import rules
+from tpo_jax.parallel.mesh import make_mesh
 
 BUCKET = Bucket("prompts", "video", batch_size=3, frames=4, branches=2, branch_tokens=40,
                 answers=20, windows=1, mask_size=16)
@@ -154,9 +156,32 @@ def test_several_head_calls_in_one_answer_are_collected_and_capped(
     assert (slots[..., 1:] == routed[..., :-1]).all()  # every routing token has its slot
 
 
-def test_answers_do_not_depend_on_neighbours_or_padding(model, codec, params, prompts, greedy):
+@pytest.fixture(scope="module")
+def whole(params, prompts, greedy):
+    """Greedy answers on one device."""
     context = greedy.prefill(params, prompts)
-    whole = jax.device_get(greedy.generate(params, context, prompts, keys_of(prompts)))
+    return jax.device_get(greedy.generate(params, context, prompts, keys_of(prompts)))
+
+
+def test_eight_devices_answer_as_one(model, codec, params, prompts, whole):
+    """Rows over four devices, the weights and the prefix over two each."""
+    mesh = make_mesh({"data": 2, "fsdp": 2, "context": 2}, jax.devices()[:8])
+    sharded = Sampler(model, codec, GREEDY, mesh)
+    placed = rules.place(params, rules.param_shardings(params, mesh))
+    four = jax.tree.map(lambda x: np.concatenate([x, x[:1]]), prompts)
+    context = sharded.prefill(placed, four)
+    keys = context.prefix.k
+    assert keys.sharding.shard_shape(keys.shape)[1:3] == (1, keys.shape[2] // 2)
+    kernel = placed["language"]["layers"]["mlp"]["gate_proj"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // 2
+    out = sharded.generate(placed, context, four, keys_of(four))
+    assert out.tokens.is_fully_replicated
+    np.testing.assert_array_equal(out.tokens, whole.tokens[[0, 1, 2, 0]])
+    np.testing.assert_allclose(out.logps, whole.logps[[0, 1, 2, 0]], atol=2e-4)
+
+
+def test_answers_do_not_depend_on_neighbours_or_padding(
+        model, codec, params, prompts, greedy, whole):
     order = [2, 0, 1]
     moved = jax.tree.map(lambda x: x[order], prompts)
     wider = batch_of(model, codec, dataclasses.replace(BUCKET, branch_tokens=48))

@@ -64,6 +64,12 @@ class PairedDataset:
         """Ids of the videos that have pairs, in the order of the prepared folder."""
         return [video_id for video_id in self._dataset.videos if video_id in self._pairs]
 
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of question of the pairs."""
+        return sorted({turn.kind for pairs in self._pairs.values() for pair in pairs
+                       for turn in pair.turns})
+
     def video_info(self, video_id: str) -> VideoInfo:
         return self._dataset.video_info(video_id)
 

@@ -23,6 +23,7 @@ from tpo_jax.data.buckets import Bucket, BucketSchedule, fitted, scheduled
 from tpo_jax.data.clip_features import RowFeatures
 from tpo_jax.data.evidence import apply_evidence
 from tpo_jax.data.mixture import Mixture, Parts, Source, find_entries
+from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.rows import Reference, RowBuilder, RowPlan, row_id, stack_rows
 from tpo_jax.data.shares import SourceTable, change, number_sources
 from tpo_jax.data.task_text import TextDataset
@@ -134,6 +135,7 @@ class Pipeline:
         if task_text:
             sources = [dataclasses.replace(source, dataset=TextDataset(source.dataset))
                        for source in sources]
+        self._sources = sources
         if any(source.tasks.get("preference") for source in sources) and not any(
                 bucket.kind == "preference" for bucket in buckets):
             raise UserError("data: task 'preference' has a weight, but no bucket "
@@ -271,6 +273,17 @@ class Pipeline:
                     drawn = ", ".join(f"{t} {w / whole:.1%}" for t, w in sorted(tasks.items()))
                     lines.append(f"    {share:.1%} {source.dataset.path}: {drawn}")
         return "\n".join(lines)
+
+    def describe_kinds(self, reported: Sequence[str]) -> str:
+        """Which pairs have no metrics of their kind, where `reported` kinds have them; "" if none.
+        A kind that is spelled otherwise than in the config would be missed without a word."""
+        datasets = [source.dataset for source in self._sources]
+        kinds = {kind for dataset in datasets if isinstance(dataset, PairedDataset)
+                 for kind in dataset.kinds}
+        if not reported or kinds <= set(reported):
+            return ""
+        return (f"WARNING: pairs of the kinds {sorted(kinds - set(reported))} have no metrics of "
+                f"their own: preference.kinds={list(reported)}. Add them there.")
 
     def iterator(self, start_step: int = 0, threads: int = 2, prefetch: int = 4,
                  workers: int = 0) -> grain.DatasetIterator:

@@ -232,15 +232,19 @@ class RowBuilder:
         if plan.question is not None and self.reference is not None:
             self._reference_logps(plan, prefix, branches)
 
-    def build(self, plan: RowPlan, example_id: int) -> dict[str, Any]:
-        """The arrays of one row: those of the batch without the leading B."""
+    def build(self, plan: RowPlan, example_id: int, read_frames: bool = True) -> dict[str, Any]:
+        """The arrays of one row: those of the batch without the leading B.
+
+        With `read_frames` off the frames stay black: what is said about a clip that is encoded.
+        """
         row = self.blank()
         row["example_ids"][...] = example_id
         row["video_ids"][...] = video_number(plan.video_id)
         indices = self.frame_indices(plan)
         prefix, branches = self.tokens(plan)
         view = self._view(plan, indices)
-        self._fill_frames(row, plan, indices, view)
+        if read_frames:
+            self._fill_frames(row, plan, indices, view)
         if self._has_features(plan):
             row["clip_features"][: len(indices)] = self.clip_features.of_row(plan, len(indices))
         if self.text_features is not None:

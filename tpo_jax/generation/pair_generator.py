@@ -1,17 +1,20 @@
 """Runs the model on both sides of its questions: right frames first, then manipulated ones.
 
-Questions that share a video and a set of frames share one prefill; all samples of a row reuse it.
+Questions that share a video and a set of frames share one prefill, however many they are; all
+samples reuse it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pipeline import row_builder
@@ -31,6 +34,7 @@ from tpo_jax.generation.sampler import (
     with_answers,
 )
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.mesh import reader_shard
 
 LONG_ANSWER = 10  # tokens of a known answer from which a question goes to rows of long answers
 SCORED_TOKENS = 16  # scored answers are padded to a multiple of this
@@ -52,7 +56,7 @@ class Settings:
       questions: most questions of a video.
       samples: pairs drawn for a question; the first that passes the filters is kept.
       batch_size: B, rows at a time.
-      branches: K, questions of a row.
+      branches: K, questions about a set of frames that are answered at a time.
     """
 
     evidence: pairs.EvidenceSettings
@@ -71,33 +75,48 @@ class Settings:
                 raise UserError(f"{name}: {getattr(self, name)}, expected at least 1.")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Row:
-    """Questions (by number) that are asked about one set of frames."""
+    """At most K questions (by number) that are asked about one set of frames at a time."""
 
     video_id: str
     indices: tuple[int, ...]
     questions: list[int]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Clip:
+    """One set of frames and all questions about it, at most K in a list. Those with long answers
+    are kept apart: what is answered at a time runs until its longest answer ends."""
+
+    video_id: str
+    indices: tuple[int, ...]
+    short: list[list[int]]
+    long: list[list[int]]
+
+
 class PairGenerator:
     """Generates and filters the pairs of some videos of one prepared split.
 
     `poll` is called before every batch; what it raises ends the work. `lengths` are the most tokens
-    of a question and of an answer; None takes those of the split.
+    of a question and of an answer; None takes those of the split. With a `mesh` the rows of a batch
+    are split over it, and each process reads the videos of its own; every one gets all answers.
     """
 
     def __init__(self, model: FunctionalModel, params: Any, codec: TextCodec,
                  dataset: PreparedDataset, settings: Settings,
                  poll: Callable[[], None] = lambda: None,
-                 lengths: tuple[int, int] | None = None):
+                 lengths: tuple[int, int] | None = None, mesh: Mesh | None = None):
         self._poll = poll
+        index, count = (0, 1) if mesh is None else reader_shard(mesh)
+        own = settings.batch_size // count
+        self._own = slice(index * own, (index + 1) * own)  # rows of a batch that are read here
         self.params, self.codec, self.dataset = params, codec, dataset
         self.settings = settings
         prompt, answer = lengths or longest_texts(dataset, codec)
         max_new = settings.max_new or answer + SPARE_TOKENS
         self.sampler = Sampler(model, codec, Sampling(
-            max_new, 1, settings.temperature, settings.top_p))
+            max_new, 1, settings.temperature, settings.top_p), mesh)
         config = dataclasses.replace(  # no head is called
             model.config, clip_features=None, text_features=None)
         self._builder: RowBuilder = row_builder(codec, config, Bucket(
@@ -151,20 +170,27 @@ class PairGenerator:
                 skip: Callable[[list[int]], bool] = lambda numbers: False):
         """Yields (rows, drawn answers, scorer of other answers in the same context) per batch.
 
-        `skip` is asked with the numbers of a batch's questions. Batches stay what they are where
-        others are skipped, so that an answer does not depend on what was done before.
+        B clips are encoded once; a batch is the next K questions about each of them. `skip` is
+        asked with the numbers of a batch's questions. Batches stay what they are where others are
+        skipped, so that an answer does not depend on what was done before.
         """
-        rows = self._rows(questions, evidence, f"{side}_indices")
+        clips = self._clips(questions, evidence, f"{side}_indices")
         size = self.settings.batch_size
-        for first in range(0, len(rows), size):
+        for first in range(0, len(clips), size):
+            yield from self._answers_about(clips[first : first + size], questions, side, skip)
+
+    def _answers_about(self, clips: Sequence[_Clip], questions: Sequence[Question], side: str,
+                       skip: Callable[[list[int]], bool]):
+        context = None
+        for now in _rounds(clips):
             self._poll()
-            now = rows[first : first + size]
             if skip([number for row in now for number in row.questions]):
                 continue
-            batch = self._batch(now, questions)
-            context = self.sampler.prefill(self.params, batch)
+            batch = self._batch(now[self._own], questions, read_frames=context is None)
+            if context is None:
+                context = self.sampler.prefill(self.params, batch)
             ids = np.zeros(batch["branch_tokens"].shape[:2], np.uint32)
-            for b, k, number in _places(now):
+            for b, k, number in _places(now[self._own]):
                 ids[b, k] = pairs.name_id(f"{questions[number].question_id}/{side}")
             drawn: Drawn = {}
             for sample in range(self.settings.samples):
@@ -173,25 +199,30 @@ class PairGenerator:
                 drawn |= self._read(jax.device_get(out), now, sample)
             yield now, drawn, self._scorer(context, batch)
 
-    def _rows(self, questions: Sequence[Question], evidence: Sequence[Evidence],
-              field: str) -> list[_Row]:
-        """Questions by video and frames, at most K a row; rows with long answers come last.
-
-        A batch runs until its longest answer ends, so captions are kept apart from short answers.
-        """
+    def _clips(self, questions: Sequence[Question], evidence: Sequence[Evidence],
+               field: str) -> list[_Clip]:
+        """Questions by video and frames. Clips with as many of them are neighbours, so that few
+        places of a batch stay empty: more and more short answers, then fewer and fewer beside a
+        long one, and so on."""
         lengths = [len(self.codec.encode(q.turn.answer)) for q in questions]
-        groups: dict[tuple[str, tuple[int, ...], bool], list[int]] = defaultdict(list)
+        groups: dict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
         for number, (question, plan) in enumerate(zip(questions, evidence, strict=True)):
-            is_long = lengths[number] > LONG_ANSWER
-            groups[question.example.video_id, getattr(plan, field), is_long].append(number)
-        K = self.settings.branches
-        rows = [_Row(video_id, indices, numbers[i : i + K])
-                for (video_id, indices, _), numbers in groups.items()
-                for i in range(0, len(numbers), K)]
-        return sorted(rows, key=lambda row: max(lengths[number] for number in row.questions))
+            groups[question.example.video_id, getattr(plan, field)].append(number)
 
-    def _batch(self, rows: Sequence[_Row], questions: Sequence[Question]) -> Arrays:
-        """The prompts of some rows; blank rows fill the batch."""
+        def cut(numbers: list[int]) -> list[list[int]]:
+            K = self.settings.branches
+            return [numbers[i : i + K] for i in range(0, len(numbers), K)]
+
+        clips = [_Clip(*key, cut([n for n in numbers if lengths[n] <= LONG_ANSWER]),
+                       cut([n for n in numbers if lengths[n] > LONG_ANSWER]))
+                 for key, numbers in groups.items()]
+        return sorted(clips, key=lambda clip: (
+            len(clip.long), len(clip.short) * (-1) ** len(clip.long),
+            max(lengths[n] for part in clip.short + clip.long for n in part)))
+
+    def _batch(self, rows: Sequence[_Row], questions: Sequence[Question],
+               read_frames: bool) -> Arrays:
+        """The prompts of this process's rows; blank ones fill the batch."""
         built = []
         for row in rows:
             branches = tuple(BranchPlan(questions[n].example, questions[n].index,
@@ -199,8 +230,8 @@ class PairGenerator:
             duration = self.dataset.video_info(row.video_id).duration
             plan = RowPlan(self.dataset, row.video_id, 0.0, duration, branches,
                            frame_indices=row.indices)
-            built.append(self._builder.build(plan, row_id("pairs", len(built))))
-        blank = [self._builder.blank()] * (self.settings.batch_size - len(built))
+            built.append(self._builder.build(plan, row_id("pairs", len(built)), read_frames))
+        blank = [self._builder.blank()] * (self._own.stop - self._own.start - len(built))
         return stack_rows(built + blank)
 
     def _read(self, out: Generation, rows: Sequence[_Row], sample: int) -> Drawn:
@@ -216,7 +247,7 @@ class PairGenerator:
         """Function of (sample, answers, rows): sums of log-probabilities of the answers there."""
 
         def score(sample: int, answers: Drawn, rows: Sequence[_Row]) -> dict:
-            B, K = batch["branch_tokens"].shape[:2]
+            B, K = self.settings.batch_size, self.settings.branches
             longest = max(len(answers[number, sample][1]) for _, _, number in _places(rows))
             # Few distinct widths, because each compiles once.
             tokens = np.zeros((B, K, -(-longest // SCORED_TOKENS) * SCORED_TOKENS), np.int32)
@@ -224,13 +255,22 @@ class PairGenerator:
             for b, k, number in _places(rows):
                 ids = answers[number, sample][1]
                 tokens[b, k, : len(ids)], lengths[b, k] = ids, len(ids)
-            answered = with_answers(batch, tokens, lengths)
+            answered = with_answers(batch, tokens[self._own], lengths[self._own])
             logps = np.asarray(self.sampler.score(self.params, context, answered))
             real = np.arange(tokens.shape[-1]) < lengths[..., None]
             sums = np.where(real, logps, 0).sum(-1)
             return {(number, sample): float(sums[b, k]) for b, k, number in _places(rows)}
 
         return score
+
+
+def _rounds(clips: Sequence[_Clip]) -> Iterator[list[_Row]]:
+    """The next questions about every clip, until none has more; a clip may have none of a round."""
+    for side in ("short", "long"):
+        parts = [getattr(clip, side) for clip in clips]
+        for part in itertools.zip_longest(*parts, fillvalue=[]):
+            yield [_Row(clip.video_id, clip.indices, numbers)
+                   for clip, numbers in zip(clips, part, strict=True)]
 
 
 def _places(rows: Sequence[_Row]) -> Iterator[tuple[int, int, int]]:

@@ -10,17 +10,22 @@ Batches are those of `data.rows`; a prompt is a branch that was built without an
 Decoding is constrained as in training: after a routing token its slot token follows, the slot's
 input is the task vector, and its keys and values stay in the cache. The hidden state at the slot is
 what the head will read; up to E of them are collected per answer.
+
+With a mesh, rows are split over it as in training: `params` are placed by `param_shardings`,
+batches hold this process's rows (`parallel.mesh.reader_shard`), results are whole everywhere.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from tpo_jax.data.text import TextCodec
 from tpo_jax.models.heads import HEADS
@@ -28,6 +33,9 @@ from tpo_jax.models.language import KVCache
 from tpo_jax.models.layers import fold_rows
 from tpo_jax.models.video_language import Encoded, FunctionalModel
 from tpo_jax.objectives.logps import MASKED_LOGIT, gather_positions, token_logps
+from tpo_jax.parallel.mesh import global_batch, replicated
+from tpo_jax.parallel.rules import constrain_cache, constrain_rows
+from tpo_jax.training.step import on_mesh
 
 Arrays = dict[str, Any]
 PREFIX_ARRAYS = (
@@ -143,18 +151,33 @@ class Sampler:
     """Jitted generation and scoring for one model and one way of sampling.
 
     Every distinct shape of the inputs compiles once; callers keep to declared batch shapes.
+
+    Args:
+      mesh: over which rows, weights and prefixes are split; None: the default device alone.
     """
 
-    def __init__(self, model: FunctionalModel, codec: TextCodec, sampling: Sampling):
-        self.model = model
+    def __init__(self, model: FunctionalModel, codec: TextCodec, sampling: Sampling,
+                 mesh: Mesh | None = None):
+        self.model, self.mesh = model, mesh
         self.codec = codec
         self.sampling = sampling
         self.heads = tuple(model.config.heads)
         self._vocabulary = _Vocabulary.build(codec, self.heads, model.config.language.vocab_size)
-        self._prefill = jax.jit(self._prefill_rows)
-        self._generate = jax.jit(self._generate_rows)
-        self._score = jax.jit(self._score_rows)
-        self._score_answers = jax.jit(self._score_answers_rows)
+        whole = None if mesh is None else replicated(mesh)
+        self._prefill = self._program(self._prefill_rows)
+        self._generate = self._program(self._generate_rows, whole)
+        self._score = self._program(self._score_rows, whole)
+        self._score_answers = self._program(self._score_answers_rows, whole)
+
+    def _program(self, function: Callable[..., Any], out: NamedSharding | None = None):
+        """Inputs stay where they are placed: weights by the caller, rows by `_rows`."""
+        if self.mesh is None:
+            return jax.jit(function)
+        return jax.jit(on_mesh(function, self.mesh), out_shardings=out)
+
+    def _rows(self, batch: Any) -> Any:
+        """Rows of this process as global arrays."""
+        return batch if self.mesh is None else global_batch(batch, self.mesh)
 
     def prefill(self, params: Any, batch: Arrays) -> Context:
         """Encodes the videos of a batch and runs their prefixes.
@@ -163,7 +186,7 @@ class Sampler:
           params: nested dict of arrays.
           batch: as `data.rows` builds it; the entries of `PREFIX_ARRAYS` are read.
         """
-        return self._prefill(params, {name: batch[name] for name in PREFIX_ARRAYS})
+        return self._prefill(params, self._rows({name: batch[name] for name in PREFIX_ARRAYS}))
 
     def generate(self, params: Any, context: Context, batch: Arrays, keys: jax.Array,
                  first: np.ndarray | None = None) -> Generation:
@@ -178,8 +201,9 @@ class Sampler:
         """
         if first is None:
             first = np.full(batch["branch_tokens"].shape[:2], -1, np.int32)
-        prompts = {name: batch[name] for name in BRANCH_ARRAYS}
-        return self._generate(params, context, prompts, keys, first)
+        rows = self._rows({"prompts": {name: batch[name] for name in BRANCH_ARRAYS},
+                           "keys": jax.random.key_data(keys), "first": first})
+        return self._generate(params, context, **rows)
 
     def score(self, params: Any, context: Context, batch: Arrays) -> jax.Array:
         """float32[B, K, A] log-probabilities of the answers in a batch.
@@ -188,8 +212,8 @@ class Sampler:
           context: of `prefill` on the same rows.
           batch: the entries of `BRANCH_ARRAYS` and `ANSWER_ARRAYS` are read.
         """
-        return self._score(params, context,
-                           {name: batch[name] for name in BRANCH_ARRAYS + ANSWER_ARRAYS})
+        rows = self._rows({name: batch[name] for name in BRANCH_ARRAYS + ANSWER_ARRAYS})
+        return self._score(params, context, rows)
 
     def score_answers(self, params: Any, context: Context, prompts: Arrays, answers: np.ndarray
                       ) -> jax.Array:
@@ -200,8 +224,9 @@ class Sampler:
           prompts: the entries of `BRANCH_ARRAYS`, branches without an answer.
           answers: int32[B, K, O, A]; what stands behind the end of an answer does not matter to it.
         """
-        return self._score_answers(
-            params, context, {name: prompts[name] for name in BRANCH_ARRAYS}, answers)
+        rows = self._rows({"prompts": {name: prompts[name] for name in BRANCH_ARRAYS},
+                           "answers": answers})
+        return self._score_answers(params, context, **rows)
 
     def _prefill_rows(self, params: Any, batch: Arrays) -> Context:
         model = self.model.bind(params)
@@ -209,7 +234,8 @@ class Sampler:
         embeds = model.embed_prefix(batch["prefix_tokens"], encoded.visual)
         segments = batch["prefix_segments"]
         _, cache = model.language.prefill(embeds, batch["prefix_positions"], segments)
-        return Context(encoded, cache, segments)
+        cache = dataclasses.replace(cache, k=constrain_cache(cache.k), v=constrain_cache(cache.v))
+        return Context(jax.tree.map(constrain_rows, encoded), cache, segments)
 
     def _score_rows(self, params: Any, context: Context, batch: Arrays) -> jax.Array:
         model = self.model.bind(params)
@@ -255,7 +281,8 @@ class Sampler:
             "done": prompts["branch_segments"][..., 0] == 0, "count": jnp.zeros((B, K), jnp.int32),
             "generation": self._empty_generation(B, K, D),
         }
-        step = functools.partial(self._step, model, context, position, keys)
+        step = functools.partial(
+            self._step, model, context, position, jax.random.wrap_key_data(keys))
         state = jax.lax.while_loop(
             lambda s: (s["step"] < self.sampling.max_new) & ~jnp.all(s["done"]), step, state)
         if not any(HEADS[head].reads_prompt for head in self.heads):

@@ -1,7 +1,7 @@
 """Reference log-probabilities of a manifest of pairs: scored in parts, merged into one sidecar.
 
 A part is some batches of pairs in a file of its own beside the sidecar. Whoever finishes the last
-part merges them; a part that is on disk and still fits is not scored again. So an interrupted
+part merges them; what is on disk of a part and still fits is not scored again. So an interrupted
 command goes on where it was, and several that share the folder, each with its --shard of --shards,
 divide the work. Processes that are started with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
 JAX_PROCESS_ID score every part together, their devices as one mesh.
@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +36,7 @@ from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import (
     batch_sharding,
     global_batch,
-    make_mesh,
+    mesh_of_devices,
     reader_shard,
     replicated,
 )
@@ -45,21 +44,16 @@ from tpo_jax.parallel.rules import param_shardings, place
 from tpo_jax.training.preemption import Preemption
 from tpo_jax.training.step import make_score_step, on_mesh
 
-PART_BATCHES = 4  # batches between two saves; what a stopped command loses at most
+PART_BATCHES = 4  # batches between two saves; what a killed command loses at most
 
 
 def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     """Writes the sidecar, or this shard's parts of it.
 
     Raises:
-      Preempted: told to stop; every part that was scored is on disk.
+      Preempted: told to stop; every batch that was scored is on disk.
     """
-    if not 0 <= flags.shard < flags.shards:
-        raise UserError(f"--shard={flags.shard}: expected 0..{flags.shards - 1} (--shards)")
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        count, index = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
-        jax.distributed.initialize(num_processes=count, process_id=index)
-        preemption.joined()
+    join(flags, preemption)
     config, params, codec = load_model(flags.model)
     config = config.running(attention=flags.attention, remat="", dtype=flags.dtype)
     plans = build_pair_rows(PairedDataset(flags.data, flags.pairs))
@@ -76,16 +70,40 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     if parts.finished():
         say(f"{flags.out}: {len(plans)} pairs are scored already")
         return
-    sizes = {"data": flags.data_parallel, "fsdp": flags.fsdp, "context": flags.context}
-    scorer = Scorer(config, params, sizes)
+    scorer = Scorer(config, params, mesh_sizes(flags))
     mine = range(flags.shard, len(parts), flags.shards)
     for number in tqdm.tqdm(mine, desc="score", unit="part"):
         if not parts.is_scored(number):
-            parts.write(number, scorer(*parts[number], preemption))
+            score_part(parts, number, scorer, preemption)
     if missing := parts.merge():
         say(f"{flags.out}: parts {missing} of {len(parts)} are left to the other shards")
     else:
         say(f"{flags.out}: {len(plans)} pairs scored")
+
+
+def score_part(parts: Parts, number: int, scorer: Scorer, preemption: Preemption) -> None:
+    """Scores what is left of a part. Whatever ends it, the batches that are finished are kept."""
+    builder, plans = parts[number]
+    found = parts.begun(number)
+    try:
+        for logps in scorer(builder, plans[len(found) :], preemption):
+            found |= logps
+    finally:
+        parts.write(number, found)
+
+
+def join(flags: argparse.Namespace, preemption: Preemption) -> None:
+    """Checks the flags of `add_devices` and joins the other processes, if there are any."""
+    if not 0 <= flags.shard < flags.shards:
+        raise UserError(f"--shard={flags.shard}: expected 0..{flags.shards - 1} (--shards)")
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        count, index = (int(os.environ[f"JAX_{name}"]) for name in ("NUM_PROCESSES", "PROCESS_ID"))
+        jax.distributed.initialize(num_processes=count, process_id=index)
+        preemption.joined()
+
+
+def mesh_sizes(flags: argparse.Namespace) -> dict[str, int]:
+    return {"data": flags.data_parallel, "fsdp": flags.fsdp, "context": flags.context}
 
 
 class Scorer:
@@ -97,9 +115,7 @@ class Scorer:
 
     def __init__(self, config: ModelConfig, params: Any, sizes: dict[str, int]):
         model = FunctionalModel(config)
-        whole = -1 in sizes.values() or jax.process_count() > 1
-        count = None if whole else math.prod(sizes.values())
-        self.mesh = make_mesh(sizes, jax.devices()[:count])
+        self.mesh = mesh_of_devices(sizes)
         shardings = param_shardings(params, self.mesh)
         self.params = place(params, shardings)
         self._step = jax.jit(
@@ -109,21 +125,24 @@ class Scorer:
         )
 
     def __call__(self, builder: RowBuilder, plans: Sequence[RowPlan],
-                 preemption: Preemption) -> dict[str, np.ndarray]:
-        """{pair id: float32[n, A]} of the answers of all plans, on every process; 0 where there is
-        no token. A row more where the builder gives manipulated frames as well. Raises Preempted.
+                 preemption: Preemption) -> Iterator[dict[str, np.ndarray]]:
+        """{pair id: float32[n, A]} of the n answers of each batch's pairs, on every process; 0
+        where there is no token.
+
+        A row more where the builder gives manipulated frames as well. Raises Preempted.
         """
-        size, found = builder.bucket.batch_size, {}
+        size = builder.bucket.batch_size
         share = reader_shard(self.mesh)
         for number, (local, _) in enumerate(batches(builder, plans, *share)):
             preemption.check()
             batch = global_batch(local, self.mesh)
             logps = np.asarray(self._step(self.params, batch))
             rows = plans[number * size : (number + 1) * size]
+            found = {}
             for row, plan in zip(logps, rows, strict=False):  # the last batch may have more rows
                 empty = range(len(plan.branches), builder.bucket.branches)
                 found[pair_id(plan)] = np.delete(row, empty, axis=0)
-        return found
+            yield found
 
 
 def _logps(step: Any, params: Any, batch: Any) -> jax.Array:
@@ -165,24 +184,34 @@ class Parts:
         return self.folder / f"{number:05d}.npz"
 
     def finished(self) -> bool:
-        return self._holds(self.out, self.plans)
+        return self._holds(self._read(self.out), self.plans)
 
     def is_scored(self, number: int) -> bool:
-        return self._holds(self.file(number), self[number][1])
+        return self._holds(self._read(self.file(number)), self[number][1])
 
-    def _holds(self, file: epath.Path, plans: Sequence[RowPlan]) -> bool:
-        """Whether a file is a sidecar of exactly these pairs under these conditions."""
-        if not file.exists():
-            return False
+    def begun(self, number: int) -> dict[str, np.ndarray]:
+        """The first pairs of a part, where a command was stopped in it; none if they do not fit."""
+        there, plans = self._read(self.file(number)), self[number][1]
+        if there is None or not self._holds(there, plans[: len(there.digests)]):
+            return {}
+        return dict(there.logps)
+
+    def _read(self, file: epath.Path) -> sidecar.Sidecar | None:
+        """None where there is none, or one of another version: scored again, as what changed is."""
         try:
-            scored = sidecar.read(file)
-        except sidecar.SidecarMismatch:  # of another version: scored again, as what changed is
+            return sidecar.read(file) if file.exists() else None
+        except sidecar.SidecarMismatch:
+            return None
+
+    def _holds(self, scored: sidecar.Sidecar | None, plans: Sequence[RowPlan]) -> bool:
+        """Whether a sidecar is there and holds exactly these pairs under these conditions."""
+        if scored is None:
             return False
         wanted = {pair_id(plan): self.digests[pair_id(plan)] for plan in plans}
         return scored.fingerprint == self.fingerprint and dict(scored.digests) == wanted
 
     def write(self, number: int, logps: dict[str, np.ndarray]) -> None:
-        if jax.process_index() == 0:
+        if logps and jax.process_index() == 0:
             digests = {pair: self.digests[pair] for pair in logps}
             sidecar.write(self.file(number), sidecar.Sidecar(self.fingerprint, digests, logps))
 
@@ -258,11 +287,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model.attention of the run (default: %(default)s)")
     add("--contrast", action="store_true", help="score chosen answers under the manipulated "
         "frames as well, for preference.loss 'conditional'")
+    add_devices(parser)
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """What divides the work of `generate` and of `score`."""
+    add = parser.add_argument
     add("--shards", type=int, default=1, help="independent commands that share --out")
     add("--shard", type=int, default=0, help="which of them this is, from 0")
-    add("--data_parallel", type=int, default=1, help="devices over which pairs are split; -1: all "
+    add("--data_parallel", type=int, default=1, help="devices over which rows are split; -1: all "
         "that are left (default: %(default)s)")
     add("--fsdp", type=int, default=1, help="devices over which weights are split as well "
         "(default: %(default)s)")
     add("--context", type=int, default=1, help="devices over which the frames and the prefix of a "
-        "pair are split (default: %(default)s)")
+        "row are split (default: %(default)s)")

@@ -27,6 +27,14 @@ AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
+def mesh_of_devices(sizes: Mapping[str, int]) -> Mesh:
+    """`make_mesh` over as many devices as `sizes` say, the first ones; over all of them where a
+    size is -1, or where other processes, whose devices have to be in it, have joined."""
+    devices = jax.devices()
+    whole = -1 in sizes.values() or jax.process_count() > 1
+    return make_mesh(sizes, devices if whole else devices[: math.prod(sizes.values())])
+
+
 def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
     """Fills the one axis of size -1 and checks that the product is `num_devices`.
 

@@ -140,6 +140,14 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES, *open_rest))
 
 
+def constrain_cache(x: jax.Array) -> jax.Array:
+    """Tells the compiler how keys or values of prefixes [L, B, P, G, H] are split: rows over (data,
+    fsdp), tokens over context. Nothing happens outside a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(None, BATCH_AXES, "context"))
+
+
 def constrain_lookup(x: jax.Array) -> jax.Array:
     """Tells the compiler how vectors are split that were looked up in a table [V, D]: rows over
     data, columns over fsdp like those of the table. x is float[B, ..., D].

@@ -242,7 +242,9 @@ class DryRun:
             self._check_row(pipeline, bucket)
             entries = sum(map(len, pipeline.mixtures[bucket.name].entries))
             counts.append(f"{bucket.name}: {entries} clips")
-        return f"{', '.join(source['path'] for source in sources)}\n{', '.join(counts)}"
+        kinds = pipeline.describe_kinds(self.config.preference.kinds)
+        lines = [", ".join(source["path"] for source in sources), ", ".join(counts), kinds]
+        return "\n".join(filter(None, lines))
 
     def _losses(self) -> str:
         """Every loss of the model has a weight, every weight a loss: traces a forward pass of each

@@ -290,9 +290,9 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """
 
     @functools.wraps(function)
-    def traced(*args: Any) -> Any:
+    def traced(*args: Any, **options: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
+            return function(*args, **options)
 
     return traced
 

@@ -141,7 +141,7 @@ class Budget:
     """What may be spent on requests, over all starts of a command. Safe to share by threads.
 
     A request is let through if it fits with all that are under way, each taken for as long as its
-    reply may be and as the longest prompt so far.
+    reply may be and as the longest prompt so far, which is 0 before the first reply.
 
     Args:
       max_tokens: of prompts and replies together; 0 is no limit.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from tpo_jax.data.records import Example, PreparedDataset, Turn
 from tpo_jax.data.text import TextCodec
@@ -21,7 +22,7 @@ PROMPT_STEP = 32  # prompts are padded to a multiple of this, because each lengt
 
 @dataclasses.dataclass(frozen=True)
 class OwnModel:
-    """A model that is loaded; `poll` is called before every batch.
+    """A model that is loaded and placed on `mesh`; `poll` is called before every batch.
 
     `weights` is the hash of its parameters, for records and fingerprints.
     """
@@ -32,6 +33,7 @@ class OwnModel:
     dataset: PreparedDataset
     weights: str
     poll: Callable[[], None] = lambda: None
+    mesh: Mesh | None = None
 
     def prompt_tokens(self, text: str) -> int:
         return len(self.codec.build_branch(text, None).ids)
@@ -51,7 +53,7 @@ class _Generators:
             own = self._own
             self._made[padded] = PairGenerator(
                 own.model, own.params, own.codec, own.dataset, self._settings, own.poll,
-                lengths=(padded, self._settings.max_new))
+                lengths=(padded, self._settings.max_new), mesh=own.mesh)
         return self._made[padded]
 
 

@@ -106,7 +106,8 @@ class Judge(Protocol):
 class EndpointSpeaker:
     """Replies of an endpoint, `workers` requests at a time.
 
-    What was asked is waited for and yielded before an error is raised: nothing that was paid for
+    Where there is a budget the first goes alone: its reply tells how long such prompts are. What
+    was asked is waited for and yielded before an error is raised: nothing that was paid for
     is lost.
     """
 
@@ -116,6 +117,7 @@ class EndpointSpeaker:
             raise UserError(f"--workers={workers}: expected at least 1")
         self._endpoint, self._dataset, self._poll = endpoint, dataset, poll
         self._seed, self._max_tokens, self._workers = seed, max_tokens, workers
+        self._told = not endpoint.budget.limits
         self.temperature = endpoint.settings.temperature
 
     def say(self, requests: Sequence[Request], done: Done) -> Iterator[tuple[str, Reply]]:
@@ -124,7 +126,8 @@ class EndpointSpeaker:
         problem: Exception | None = None
         with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
             while running or (todo and problem is None):
-                while todo and problem is None and len(running) < self._workers:
+                most = self._workers if self._told else 1
+                while todo and problem is None and len(running) < most:
                     try:
                         self._poll()
                     except Exception as error:
@@ -140,6 +143,7 @@ class EndpointSpeaker:
                 except Exception as error:
                     problem = problem or error
                 else:
+                    self._told = self._told or bool(reply.usage)
                     yield name, reply
         if problem:
             raise problem

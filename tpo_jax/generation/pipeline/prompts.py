@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# The eight kinds of question of Temporal Preference Optimization, as they are put to a writer.
+# The eight kinds of question of Temporal Preference Optimization, by their published names, which
+# the configs report (`preference.kinds`), as they are put to a writer.
 KINDS = {
     "temporal": "when something happens, for how long, or what comes before or after it",
     "action": "what someone or something does",
     "causal": "why something happens or what it leads to",
-    "information": "a fact that the picture holds: a text, a number, a name, a count",
+    "information_extraction": "a fact that the picture holds: a text, a number, a name, a count",
     "descriptive": "what someone, something or the place looks like",
     "summarization": "what happens, taken together",
     "object": "which objects there are, what they are for or what is done with them",
