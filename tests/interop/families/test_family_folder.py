@@ -56,6 +56,18 @@ def source(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def model(source, tmp_path_factory):
+    path = tmp_path_factory.mktemp("imported") / "model"
+    import_family(source, path)
+    return path
+
+
+def llava_video_config(init=None):
+    get_config = runpy.run_path("configs/llava_video.py")["get_config"]
+    return get_config(f"init={init},tiny" if init else "tiny")
+
+
 def test_in_and_out_again(source, tmp_path):
     lines = import_family(source, tmp_path / "model")
     assert any("64, frames_at_one_fps; time instruction: yes" in line for line in lines)
@@ -77,6 +89,24 @@ def test_in_and_out_again(source, tmp_path):
         left, right = np.asarray(theirs[name]), np.asarray(ours[name])
         assert left.dtype == right.dtype and left.tobytes() == right.tobytes(), name
     assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_a_trained_model_goes_back_out(model, source, tmp_path):
+    """Its tokenizer has fewer ids than the published table has rows; training keeps them all."""
+    config = llava_video_config(model)
+    model_config, codec = make_model_config(config)
+    assert codec.vocab_size < model_config.language.num_tokens == 320
+    _, params, _ = folder.load_model(model)
+    table = params["language"]["lm_head"]["kernel"] = params["language"]["lm_head"]["kernel"] + 1
+    table[:, 320:] = 0  # beyond num_tokens there is no gradient
+    folder.save_model(tmp_path / "trained", model_config, params, codec)
+    export_family(tmp_path / "trained", tmp_path / "out", source)
+    theirs, ours = read_tensors(source), read_tensors(tmp_path / "out")
+    assert theirs.keys() == ours.keys()
+    for name in theirs:
+        same = np.asarray(theirs[name]).tobytes() == np.asarray(ours[name]).tobytes()
+        assert same == (name != "lm_head.weight"), name
+    np.testing.assert_array_equal(ours["lm_head.weight"][:], np.asarray(theirs["lm_head.weight"]) + 1)
 
 
 def test_in_and_out_again_in_a_bucket(source, tmp_path, monkeypatch, capsys):
@@ -106,11 +136,9 @@ def test_in_and_out_again_in_a_bucket(source, tmp_path, monkeypatch, capsys):
     assert "--exported: gs://bucket/out: expected a path on this mach" in capsys.readouterr().err
 
 
-def test_a_plan_has_the_prefix_of_the_rows_that_train_gets(source, tmp_path):
+def test_a_plan_has_the_prefix_of_the_rows_that_train_gets(model):
     """The sentence about times of a LLaVA-Video checkpoint, as its own config plans it."""
-    import_family(source, tmp_path / "model")
-    get_config = runpy.run_path("configs/llava_video.py")["get_config"]
-    config = get_config(f"init={tmp_path / 'model'},tiny")
+    config = llava_video_config(model)
     validate(config)
     model_config, codec = make_model_config(config)
     (planned,) = read_buckets(config.buckets.to_dict(), codec)
@@ -119,17 +147,16 @@ def test_a_plan_has_the_prefix_of_the_rows_that_train_gets(source, tmp_path):
     visual = model_config.visual_offset + model_config.num_visual_tokens(planned.frames)
     assert prefix == rows.prefix_tokens == visual + 1 + codec.time_room(planned.frames)
     assert codec.time_room(planned.frames) > 50
-    config = get_config("tiny")  # without weights: the same sentence, by another tokenizer
+    config = llava_video_config()  # without weights: the same sentence, by another tokenizer
     assert make_model_config(config)[1].template.time_instruction
 
 
-def test_another_models_folder_is_refused(source, tmp_path):
-    import_family(source, tmp_path / "model")
+def test_another_models_folder_is_refused(model, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps(DATA | {"mm_spatial_pool_mode": "bilinear"}))
     with pytest.raises(FamilyError, match="connector is .*average.*bilinear"):
-        export_family(tmp_path / "model", tmp_path / "out", other)
+        export_family(model, tmp_path / "out", other)
 
 
 def test_an_option_completes_config_json(source, tmp_path):
