@@ -16,9 +16,10 @@ import sys
 from etils import epath
 
 from tpo_jax.data.files import local_path
-from tpo_jax.interop import export, folder, sam2
+from tpo_jax.interop import export, folder, sam2_model
 from tpo_jax.interop.chat_template import ChatTemplateError
 from tpo_jax.interop.families import folder as families
+from tpo_jax.interop.families import source
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.huggingface import HuggingFaceError
 from tpo_jax.interop.mapping import MappingError
@@ -42,10 +43,10 @@ def _export(flags: argparse.Namespace) -> int:
 
 def _import(flags: argparse.Namespace) -> int:
     if flags.into:
-        for line in sam2.add_to_model(flags.source, flags.into, flags.out):
+        for line in sam2_model.add_to_model(flags.source, flags.into, flags.out):
             print(line)
         return 0
-    if families.is_family(flags.source):
+    if source.is_family(flags.source):
         for line in families.import_family(flags.source, flags.out, dict(flags.set)):
             print(line)
         return 0
@@ -60,7 +61,7 @@ def _import(flags: argparse.Namespace) -> int:
 def _check(flags: argparse.Namespace) -> int:
     from tpo_jax.interop import check, check_family, check_language
 
-    if families.is_family(flags.exported):
+    if source.is_family(flags.exported):
         differences = check_family.compare_family(flags.model, flags.exported)
     elif folder.holds_language_only(flags.model):
         differences = check_language.compare_language(flags.model, flags.exported)

@@ -18,7 +18,7 @@ from etils import epath
 from tpo_jax.interop import folder, huggingface, peft
 from tpo_jax.interop.check_language import compare_parameters
 from tpo_jax.interop.families.base import FamilyError
-from tpo_jax.interop.families.folder import read_config
+from tpo_jax.interop.families.source import read_config
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.towers.registry import normalise_pixels
 from tpo_jax.models.video_language import FunctionalModel

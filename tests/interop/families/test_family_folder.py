@@ -9,50 +9,31 @@ import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
-from tokenizers import AddedToken
 
-from tests.interop.families.configs import LLAVA_VIDEO, LONGVA
+from tests.interop.families.configs import LLAVA_VIDEO, LONGVA, VIDEO_LLAVA
+from tests.interop.families.published_folder import sized, write_published
 from tpo_jax import convert
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pipeline import read_buckets, row_builder
-from tpo_jax.data.text import train_tokenizer
 from tpo_jax.interop import folder
 from tpo_jax.interop.families.base import FamilyError
-from tpo_jax.interop.families.folder import export_family, import_family, is_family, option
-from tpo_jax.interop.families.registry import family_of, from_leaves
+from tpo_jax.interop.families.folder import export_family, import_family, option
+from tpo_jax.interop.families.source import is_family
 from tpo_jax.interop.huggingface import read_tensors
-from tpo_jax.interop.tensors import lazy, write_file
 from tpo_jax.models.video_language import FunctionalModel
-from tpo_jax.parallel.paths import flatten
 from tpo_jax.training.config import validate
 from tpo_jax.training.start import make_model_config
 
-DATA = LLAVA_VIDEO | {"vocab_size": 320}
+DATA = sized(LLAVA_VIDEO)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """LLaVA-Video's layout with random bfloat16 weights and a buffer that nobody uses."""
     path = tmp_path_factory.mktemp("published")
-    family = family_of(DATA)
-    config = family.model_config(DATA, {})
-    rng, leaves = np.random.default_rng(0), {}
-    for name, leaf in flatten(FunctionalModel(config).abstract()).items():
-        leaves[name] = rng.normal(size=leaf.shape).astype(ml_dtypes.bfloat16)
-    leaves["language/embed/table"][320:] = 0
-    leaves["language/lm_head/kernel"][:, 320:] = 0
-    carried = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
-    tensors = from_leaves(family, config, leaves, carried, ())
-    lazily = {name: lazy(tensor) for name, tensor in tensors.items()}
-    write_file(path / "model.safetensors", lazily, {"format": "pt"})
-    tokenizer = train_tokenizer(["You are a helpful assistant. What happens?"], 300)
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
-    )
-    (path / "tokenizer.json").write_text(tokenizer.to_str())
-    (path / "config.json").write_text(json.dumps(DATA))
-    (path / "generation_config.json").write_text('{"temperature": 0}')
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    write_published(path, DATA, **buffer)
     return path
 
 
@@ -106,7 +87,29 @@ def test_a_trained_model_goes_back_out(model, source, tmp_path):
     for name in theirs:
         same = np.asarray(theirs[name]).tobytes() == np.asarray(ours[name]).tobytes()
         assert same == (name != "lm_head.weight"), name
-    np.testing.assert_array_equal(ours["lm_head.weight"][:], np.asarray(theirs["lm_head.weight"]) + 1)
+    head = np.asarray(theirs["lm_head.weight"]) + 1
+    np.testing.assert_array_equal(np.asarray(ours["lm_head.weight"]), head)
+
+
+@pytest.mark.parametrize("family", ["llava_qwen", "video_llava"])
+def test_training_starts_from_the_published_folder_as_from_the_imported(family, source, tmp_path):
+    if family == "video_llava":
+        source = tmp_path / "published"
+        source.mkdir()
+        write_published(source, sized(VIDEO_LLAVA))
+    import_family(source, tmp_path / "model")
+    starts = {}
+    for name, path in (("published", source), ("imported", tmp_path / "model")):
+        model_config, codec = make_model_config(llava_video_config(path))
+        abstract = FunctionalModel(model_config).abstract()
+        loaded = folder.load_into(abstract, path)
+        assert not loaded.missing and not folder.holds_language_only(path)
+        starts[name] = model_config, codec.template, codec.tokenizer.to_str(), loaded.leaves
+    *published, theirs = starts["published"]
+    *imported, ours = starts["imported"]
+    assert published == imported
+    assert theirs.keys() == ours.keys()
+    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
 
 
 def test_in_and_out_again_in_a_bucket(source, tmp_path, monkeypatch, capsys):
