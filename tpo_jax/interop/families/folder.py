@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from tpo_jax.interop import folder, huggingface
+from tpo_jax.interop import folder, huggingface, peft
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.registry import from_leaves, to_leaves
 from tpo_jax.interop.families.source import headed, open_source, read_config
 from tpo_jax.models.config import ModelConfig
+
+ADAPTER = "adapter"
+# Modules have the names of `transformers` 5 in memory, on disk those of version 4.
+IN_MEMORY = ("model.",)
 
 
 def option(text: str) -> tuple[str, Any]:
@@ -32,24 +36,33 @@ def option(text: str) -> tuple[str, Any]:
 
 
 def import_family(
-    source: epath.PathLike, out: epath.PathLike, options: Mapping[str, Any] | None = None
+    source: epath.PathLike,
+    out: epath.PathLike,
+    options: Mapping[str, Any] | None = None,
+    adapter: epath.PathLike | None = None,
 ) -> list[str]:
     """Writes a model folder; returns what to tell about it.
 
     Args:
       options: entries of config.json that the published file lacks; "heads" are those to load.
+      adapter: PEFT folder to merge into the model.
 
     Raises:
-      FamilyError, MappingError, HuggingFaceError, TensorFileError: name what does not fit.
+      AdapterError, FamilyError, MappingError, HuggingFaceError, TensorFileError: name what does
+        not fit.
     """
     opened = open_source(source, options)
+    leaves = opened.leaves
+    if adapter is not None:
+        rows = opened.family.rows(opened.config, peft.module_names(adapter))
+        leaves = peft.with_merged(leaves, adapter, rows)
     folder.write_model(
-        out, opened.config.to_dict(), opened.leaves, opened.codec,
+        out, opened.config.to_dict(), leaves, opened.codec,
         preprocessor=folder.preprocessor(opened.config),
     )  # fmt: skip
     sampling = opened.sampling
     lines = [
-        f"{out}: {opened.family.name}, {len(opened.leaves)} parameters",
+        f"{out}: {opened.family.name}, {len(leaves)} parameters",
         f"frames: {sampling.frames}, {sampling.method}; time instruction: "
         + ("yes" if sampling.time_instruction else "no"),
         f"heads: {', '.join(opened.config.heads) or 'none'}",
@@ -58,26 +71,37 @@ def import_family(
 
 
 def export_family(
-    model: epath.PathLike, out: epath.PathLike, like: epath.PathLike
-) -> list[str]:
+    model: epath.PathLike, out: epath.PathLike, like: epath.PathLike,
+    options: Mapping[str, Any] | None = None, keep_adapters: bool = False,
+) -> list[str]:  # fmt: skip
     """Writes a model in the layout of the published folder `like`; returns the names of files.
 
+    LoRA adapters are merged into their kernels, or written beside the model in PEFT's layout;
+    where the published model has adapters itself (VideoChat), they go back to their place in it.
+
+    Args:
+      options: entries of config.json that `like` lacks, as they were given to the import.
+      keep_adapters: do not merge.
+
     Raises:
-      FamilyError: the model has other sizes than `like`, or heads that have no place in it.
+      AdapterError, FamilyError, MappingError: the model has other sizes than `like`, or parts that
+        have no place in it.
     """
     source, final = epath.Path(like), epath.Path(out)
-    config = folder.load_config(model)
-    family, published, data = read_config(source, {})
-    parts = ("vision", "connector", "language")
-    _same_sizes(model, config, like, published, parts)
+    config, leaves = folder.load_config(model), folder.open_leaves(model)
+    family, published, data = read_config(source, options or {})
     tensors = huggingface.read_tensors(source)
     published = headed(family, published, data, tensors, config.heads)
-    parts = ["box_encoder"] if config.heads else []
-    sized = {"sam2": "sam2", "cg_detr": "head"}
-    parts += [part for name, part in sized.items() if name in config.heads]
-    _same_sizes(model, config, like, published, parts)
+    _same_model(model, config, like, published)
+    apart = {}  # leaves of a model with adapters that are not merged
+    if config.lora is not None and published.lora is None:
+        lora, config = config.lora, dataclasses.replace(config, lora=None)
+        if keep_adapters:
+            apart, leaves = leaves, peft.without_adapters(leaves)
+        else:
+            leaves = peft.merged_leaves(leaves, lora)
     _, carried = to_leaves(family, published, tensors)
-    theirs = from_leaves(family, config, folder.open_leaves(model), carried, tensors.keys())
+    theirs = from_leaves(family, config, leaves, carried, tensors.keys())
     for name in theirs.keys() & tensors.keys():
         if tuple(theirs[name].shape) != tuple(tensors[name].shape):
             raise FamilyError(f"{model}: {name} would be {list(theirs[name].shape)}, but in {like} "
@@ -86,6 +110,9 @@ def export_family(
     if temporary.exists():
         temporary.rmtree()
     temporary.mkdir(parents=True)
+    if apart:
+        rows = family.rows(config, IN_MEMORY)
+        peft.write_adapter(temporary / ADAPTER, apart, lora, rows, whole_names=True)
     huggingface.write_tensors(temporary, theirs)
     for name, content in huggingface.side_files(source).items():
         (temporary / name).write_bytes(content)
@@ -95,10 +122,14 @@ def export_family(
     return sorted(file.name for file in final.iterdir())
 
 
-def _same_sizes(
-    model: epath.PathLike, config: ModelConfig, like: epath.PathLike, published: ModelConfig,
-    parts: Sequence[str],
+def _same_model(
+    model: epath.PathLike, config: ModelConfig, like: epath.PathLike, published: ModelConfig
 ) -> None:
+    """Raises FamilyError where the two differ in what decides shapes or meaning."""
+    parts = ["vision", "connector", "language"] + ["box_encoder"] * bool(config.heads)
+    sized = {"sam2": "sam2", "cg_detr": "head"}
+    parts += [part for name, part in sized.items() if name in config.heads]
+    parts += ["lora"] * (published.lora is not None)  # its adapters go where theirs are
     for part in parts:
         ours, theirs = getattr(config, part), getattr(published, part)
         if _sizes(ours) != _sizes(theirs):
