@@ -62,15 +62,14 @@ def _import(flags: argparse.Namespace) -> int:
         for line in sam2_model.add_to_model(flags.source, flags.into, flags.out):
             print(line)
         return 0
+    template = epath.Path(flags.chat_template).read_text() if flags.chat_template else None
     if source.is_family(flags.source):
-        _refuse(flags, "a multimodal checkpoint", "chat_template")
         for line in families.import_family(
-            flags.source, flags.out, dict(flags.set), flags.adapter
+            flags.source, flags.out, dict(flags.set), flags.adapter, template
         ):
             print(line)
         return 0
     _refuse(flags, "a source that is no multimodal checkpoint", "set")
-    template = epath.Path(flags.chat_template).read_text() if flags.chat_template else None
     about = export.import_model(flags.source, flags.out, template, flags.adapter)
     print(f"{flags.out}: {about['kind']}, heads {', '.join(about['heads']) or 'none'}")
     for name in about["ignored"]:
@@ -128,7 +127,7 @@ def main() -> int:
     command.add_argument("--out", required=True, help="model folder to write")
     command.add_argument("--into", help="model folder that gets the SAM 2 of --source")
     command.add_argument("--adapter", help="PEFT folder to merge into the model")
-    command.add_argument("--chat_template", help="Jinja file, where the source has no template")
+    command.add_argument("--chat_template", help="Jinja file in the place of the source's")
     _add_set(command)
     command.set_defaults(run=_import)
     command = commands.add_parser("check", help="run both sides on the same inputs and compare")

@@ -51,12 +51,12 @@ def llava_video_config(init=None):
 
 def test_in_and_out_again(source, tmp_path):
     lines = import_family(source, tmp_path / "model")
-    assert any("64, frames_at_one_fps; time instruction: yes" in line for line in lines)
+    assert any("64, evenly; time instruction: yes" in line for line in lines)
     assert any("carried" in line and "inv_freq" in line for line in lines)
     config, params, codec = folder.load_model(tmp_path / "model")
     assert config.dtype == "bfloat16" and config.vision.kind == "siglip"
     assert params["vision"]["layers"]["self_attn"]["q_proj"]["kernel"].dtype == ml_dtypes.bfloat16
-    assert codec.template.sampling == "frames_at_one_fps" and codec.template.time_instruction
+    assert codec.template.sampling == "evenly" and codec.template.time_instruction
     prefix = codec.build_prefix(config.num_visual_tokens(2))
     assert list(prefix[: config.visual_offset]).count(codec.pad_id) == 0
     assert prefix[config.visual_offset] == codec.pad_id

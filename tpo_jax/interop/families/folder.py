@@ -40,18 +40,20 @@ def import_family(
     out: epath.PathLike,
     options: Mapping[str, Any] | None = None,
     adapter: epath.PathLike | None = None,
+    jinja: str | None = None,
 ) -> list[str]:
     """Writes a model folder; returns what to tell about it.
 
     Args:
       options: entries of config.json that the published file lacks; "heads" are those to load.
       adapter: PEFT folder to merge into the model.
+      jinja: text of a chat template that takes the place of the checkpoint's.
 
     Raises:
       AdapterError, FamilyError, MappingError, HuggingFaceError, TensorFileError: name what does
         not fit.
     """
-    opened = open_source(source, options)
+    opened = open_source(source, options, jinja)
     leaves = opened.leaves
     if adapter is not None:
         rows = opened.family.rows(opened.config, peft.module_names(adapter))
@@ -65,6 +67,7 @@ def import_family(
         f"{out}: {opened.family.name}, {len(leaves)} parameters",
         f"frames: {sampling.frames}, {sampling.method}; time instruction: "
         + ("yes" if sampling.time_instruction else "no"),
+        f"template: {opened.codec.template.before_video!r}, video, question",
         f"heads: {', '.join(opened.config.heads) or 'none'}",
     ]
     return lines + [f"  carried, not used: {name}" for name in sorted(opened.carried)]

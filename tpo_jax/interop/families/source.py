@@ -7,7 +7,6 @@ folder, `families.folder` imports from it and exports to it.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -16,7 +15,12 @@ from tokenizers import Tokenizer
 
 from tpo_jax.data.text import ChatTemplate, TextCodec
 from tpo_jax.interop import huggingface
-from tpo_jax.interop.chat_template import read_json
+from tpo_jax.interop.chat_template import (
+    multimodal_template,
+    read_json,
+    read_processor_template,
+    template_ids,
+)
 from tpo_jax.interop.families.base import Family, FamilyError, Sampling
 from tpo_jax.interop.families.registry import FAMILIES, family_of, to_leaves
 from tpo_jax.interop.tensors import LazyArray
@@ -46,11 +50,14 @@ def is_family(source: epath.PathLike) -> bool:
     return family_of(read_json(epath.Path(source) / "config.json")) is not None
 
 
-def open_source(source: epath.PathLike, options: Mapping[str, Any] | None = None) -> Source:
+def open_source(
+    source: epath.PathLike, options: Mapping[str, Any] | None = None, jinja: str | None = None
+) -> Source:
     """Opens a folder; reads configuration, tokenizer and the headers of its tensors.
 
     Args:
       options: entries of config.json that the published file lacks; "heads" are those to load.
+      jinja: text of a chat template that takes the place of the checkpoint's.
 
     Raises:
       FamilyError, MappingError, HuggingFaceError, TensorFileError: name what does not fit.
@@ -62,7 +69,7 @@ def open_source(source: epath.PathLike, options: Mapping[str, Any] | None = None
     chosen = [chosen] if isinstance(chosen, str) else chosen  # --set heads=region_mlp
     config = headed(family, config, data, tensors, chosen)
     leaves, carried = to_leaves(family, config, tensors)
-    codec = open_codec(path, options)
+    codec = open_codec(path, options, jinja)
     if missing := set(tokens_of(config.heads)) - codec.task_tokens.keys():
         raise FamilyError(
             f"{path / 'tokenizer.json'}: has no {sorted(missing)}, which heads "
@@ -76,18 +83,26 @@ def open_source(source: epath.PathLike, options: Mapping[str, Any] | None = None
     return Source(family, config, codec, family.sampling(data), leaves, carried)
 
 
-def open_codec(source: epath.PathLike, options: Mapping[str, Any] | None = None) -> TextCodec:
+def open_codec(
+    source: epath.PathLike, options: Mapping[str, Any] | None = None, jinja: str | None = None
+) -> TextCodec:
     """Tokenizer of a folder and the texts around its videos, questions and answers."""
     path = epath.Path(source)
     data = read_json(path / "config.json") | dict(options or {})
     family = _family(path, data)
     if not (path / "tokenizer.json").exists():
         raise FamilyError(f"{path / 'tokenizer.json'}: missing; save the tokenizer as a fast one")
+    tokenizer = Tokenizer.from_str((path / "tokenizer.json").read_text())
+    if jinja is None and family.reads_template:
+        jinja = read_processor_template(path)
+    template = family.template
+    if jinja is not None:
+        template = multimodal_template(jinja, path, tokenizer, template)
     sampling = family.sampling(data)
     template = dataclasses.replace(
-        family.template, sampling=sampling.method, time_instruction=sampling.time_instruction
+        template, sampling=sampling.method, time_instruction=sampling.time_instruction
     )
-    return fitted_codec(Tokenizer.from_str((path / "tokenizer.json").read_text()), template)
+    return fitted_codec(tokenizer, template)
 
 
 def read_config(
@@ -115,13 +130,7 @@ def headed(
 
 def fitted_codec(tokenizer: Tokenizer, template: ChatTemplate) -> TextCodec:
     """The codec of a family's template; counts where the visual tokens start."""
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    count = 0
-    for piece in re.split(r"(<[^<>\s]+>)", template.before_video):
-        if piece in special:
-            count += 1
-        elif piece:
-            count += len(tokenizer.encode(piece, add_special_tokens=False).ids)
+    count = len(template_ids(template.before_video, tokenizer))
     return TextCodec(tokenizer, dataclasses.replace(template, visual_offset=count))
 
 
