@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -93,9 +93,10 @@ def export_family(
     source, final = epath.Path(like), epath.Path(out)
     config, leaves = folder.load_config(model), folder.open_leaves(model)
     family, published, data = read_config(source, options or {})
+    _same_sizes(model, config, like, published, ["vision", "connector", "language"])
     tensors = huggingface.read_tensors(source)
     published = headed(family, published, data, tensors, config.heads)
-    _same_model(model, config, like, published)
+    _same_sizes(model, config, like, published, _further_parts(config, published))
     apart = {}  # leaves of a model with adapters that are not merged
     if config.lora is not None and published.lora is None:
         lora, config = config.lora, dataclasses.replace(config, lora=None)
@@ -125,14 +126,18 @@ def export_family(
     return sorted(file.name for file in final.iterdir())
 
 
-def _same_model(
-    model: epath.PathLike, config: ModelConfig, like: epath.PathLike, published: ModelConfig
-) -> None:
-    """Raises FamilyError where the two differ in what decides shapes or meaning."""
-    parts = ["vision", "connector", "language"] + ["box_encoder"] * bool(config.heads)
+def _further_parts(config: ModelConfig, published: ModelConfig) -> list[str]:
+    """What the heads of a model and the adapters of a published one make part of its layout."""
+    parts = ["box_encoder"] * bool(config.heads)
     sized = {"sam2": "sam2", "cg_detr": "head"}
     parts += [part for name, part in sized.items() if name in config.heads]
-    parts += ["lora"] * (published.lora is not None)  # its adapters go where theirs are
+    return parts + ["lora"] * (published.lora is not None)  # its adapters go where theirs are
+
+
+def _same_sizes(
+    model: epath.PathLike, config: ModelConfig, like: epath.PathLike, published: ModelConfig,
+    parts: Sequence[str],
+) -> None:  # fmt: skip
     for part in parts:
         ours, theirs = getattr(config, part), getattr(published, part)
         if _sizes(ours) != _sizes(theirs):
