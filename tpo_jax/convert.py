@@ -17,8 +17,9 @@ from typing import Any
 
 from tpo_jax.data.files import local_path, read_text
 from tpo_jax.errors import UserError, report
-from tpo_jax.interop import export, folder, sam2
+from tpo_jax.interop import export, folder, sam2_model
 from tpo_jax.interop.families import folder as families
+from tpo_jax.interop.families import source
 from tpo_jax.models.heads.listed import load_listed
 
 EXPORT_EXAMPLES = """examples:
@@ -45,10 +46,24 @@ Needs torch and transformers. The exit status is 1 where a part differs by more.
 """
 
 
+class OptionError(UserError):
+    """An option that means nothing for what it was given with; the message names both."""
+
+
+def _refuse(flags: argparse.Namespace, what: str, *options: str) -> None:
+    """Raises OptionError for options that `what` would ignore."""
+    for option in options:
+        if getattr(flags, option):
+            raise OptionError(f"--{option}: has no meaning for {what}; leave it out")
+
+
 def _export(flags: argparse.Namespace) -> int:
     if flags.like:
-        files = families.export_family(flags.model, flags.out, flags.like)
+        files = families.export_family(
+            flags.model, flags.out, flags.like, dict(flags.set), flags.keep_adapters
+        )
     else:
+        _refuse(flags, "an export without --like", "set")
         files = export.export_model(flags.model, flags.out, flags.keep_adapters)
     print(f"{flags.out}: " + ", ".join(files))
     return 0
@@ -56,14 +71,18 @@ def _export(flags: argparse.Namespace) -> int:
 
 def _import(flags: argparse.Namespace) -> int:
     if flags.into:
-        for line in sam2.add_to_model(flags.source, flags.into, flags.out):
-            print(line)
-        return 0
-    if families.is_family(flags.source):
-        for line in families.import_family(flags.source, flags.out, dict(flags.set)):
+        _refuse(flags, "the SAM 2 of --into", "adapter", "chat_template", "set")
+        for line in sam2_model.add_to_model(flags.source, flags.into, flags.out):
             print(line)
         return 0
     template = read_text(flags.chat_template, "--chat_template") if flags.chat_template else None
+    if source.is_family(flags.source):
+        for line in families.import_family(
+            flags.source, flags.out, dict(flags.set), flags.adapter, template
+        ):
+            print(line)
+        return 0
+    _refuse(flags, "a source that is no multimodal checkpoint", "set")
     about = export.import_model(flags.source, flags.out, template, flags.adapter)
     print(f"{flags.out}: {about['kind']}, heads {', '.join(about['heads']) or 'none'}")
     for name in about["ignored"]:
@@ -74,18 +93,26 @@ def _import(flags: argparse.Namespace) -> int:
 def _check(flags: argparse.Namespace) -> int:
     from tpo_jax.interop import check, check_family, check_language
 
-    if families.is_family(flags.exported):
-        differences = check_family.compare_family(flags.model, flags.exported)
-    elif folder.holds_language_only(flags.model):
-        differences = check_language.compare_language(flags.model, flags.exported)
+    if source.is_family(flags.exported):
+        differences = check_family.compare_family(flags.model, flags.exported, dict(flags.set))
     else:
-        differences = check.compare(flags.model, flags.exported)
+        _refuse(flags, "a folder that is no multimodal checkpoint", "set")
+        alone = folder.holds_language_only(flags.model)
+        compare = check_language.compare_language if alone else check.compare
+        differences = compare(flags.model, flags.exported)
     for part, difference in differences.items():
         print(f"{part:24s} {difference:.2e}")
     wrong = [part for part, difference in differences.items() if difference > flags.tolerance]
     if wrong:
         print(f"first difference above {flags.tolerance}: {wrong[0]}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set", action="append", default=[], type=families.option, metavar="OPTION=VALUE",
+        help="what config.json of a multimodal checkpoint does not say",
+    )  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--like", help="published folder that the model was imported from; writes its layout"
     )
+    _add_set(command)
     command.set_defaults(run=_export)
     command = _add(
         commands, "import", IMPORT_EXAMPLES, "exported or Hugging Face folder -> model folder"
@@ -115,12 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--out", required=True, help="model folder to write")
     command.add_argument("--into", help="model folder that gets the SAM 2 of --source")
-    command.add_argument("--adapter", help="PEFT folder to merge into the language model")
-    command.add_argument("--chat_template", help="Jinja file, where the source has no template")
-    command.add_argument(
-        "--set", action="append", default=[], type=families.option, metavar="OPTION=VALUE",
-        help="what config.json of a multimodal checkpoint does not say",
-    )
+    command.add_argument("--adapter", help="PEFT folder to merge into the model")
+    command.add_argument("--chat_template", help="Jinja file in the place of the source's")
+    _add_set(command)
     command.set_defaults(run=_import)
     command = _add(
         commands, "check", CHECK_EXAMPLES, "run both sides on the same inputs and compare"
@@ -131,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what `export` wrote from it, or the published folder; PyTorch reads local files",
     )
     command.add_argument("--tolerance", type=float, default=2e-4, help="largest difference")
+    _add_set(command)
     command.set_defaults(run=_check)
     return parser
 

@@ -7,10 +7,14 @@ import memory_bucket
 import numpy as np
 import pytest
 
+from tests.interop.families.configs import LLAVA_ONEVISION
+from tests.interop.families.published_folder import sized, write_published
+from tests.interop.families.test_family_adapters import trained
 from tests.interop.language_folders import write_folder
 from tpo_jax.data.text import TextCodec, train_tokenizer
 from tpo_jax.interop import folder, huggingface, peft
 from tpo_jax.interop.export import export_model, import_model, largest_difference
+from tpo_jax.interop.families.folder import export_family
 from tpo_jax.models.config import LoraConfig
 from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
@@ -87,6 +91,27 @@ def test_an_adapter_of_ours_is_read_by_peft_and_comes_back_bit_for_bit(tmp_path)
     import_model(tmp_path / "apart", tmp_path / "back")
     assert largest_difference(tmp_path / "model", tmp_path / "back") == 0.0
     assert folder.load_config(tmp_path / "back") == config
+
+
+def test_an_adapter_of_a_family_is_read_by_peft(tmp_path):
+    """LLaVA-OneVision: on disk the names of transformers 4, in memory those of version 5."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    their_peft = pytest.importorskip("peft")
+    source = tmp_path / "source"
+    source.mkdir()
+    write_published(source, sized(LLAVA_ONEVISION), np.float32, scale=0.2)
+    trained(source, tmp_path, LoraConfig(r"^language/(layers/.*q_proj|lm_head)/kernel$", 3, 1.0))
+    export_family(tmp_path / "model", tmp_path / "apart", source, keep_adapters=True)
+    export_family(tmp_path / "model", tmp_path / "merged", source)
+    load = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained
+    merged, base = load(tmp_path / "merged"), load(tmp_path / "apart")
+    tokens = np.random.default_rng(0).integers(0, 190, (2, 9))
+    want, plain = _logits(merged, tokens), _logits(base, tokens)
+    apart = their_peft.PeftModel.from_pretrained(base, tmp_path / "apart/adapter").eval()
+    assert sum("lora_A" in name for name, _ in apart.named_parameters()) == 2 + 1
+    np.testing.assert_allclose(_logits(apart, tokens), want, rtol=1e-4, atol=2e-4)
+    assert np.abs(plain - want).max() > 0.1, "the adapter does nothing"
 
 
 def test_what_peft_cannot_hold_and_what_ours_cannot_is_refused(tmp_path):

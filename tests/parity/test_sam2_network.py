@@ -21,12 +21,12 @@ from tpo_jax.interop.folder import load_config, open_leaves, save_model
 from tpo_jax.interop.mapping import MappingError, export_leaves, import_leaves
 from tpo_jax.interop.sam2 import (
     IGNORED,
-    add_to_model,
     export_folder,
     import_folder,
     sam2_config,
     sam2_rows,
 )
+from tpo_jax.interop.sam2_model import add_to_model
 from tpo_jax.models.heads.sam2.model import Sam2
 from tpo_jax.models.heads.sam2.prompt_encoder import FILLING
 from tpo_jax.models.heads.sam2.tracking import Prompt, track

@@ -215,12 +215,19 @@ class TextCodec:
             head for head, tokens in TASK_TOKENS.items()
             if head != "box" and all(token in self.special_ids for token in tokens))
         t = self.template
+        # Llama's tokenizers put a space in front of every text that they encode.
+        alone = tokenizer.encode("a", add_special_tokens=False).tokens
+        self._spaced = "".join(alone).startswith("▁")
         self.pad_id, = self._template_ids("pad")
         self.eos_id = self._template_ids("end")[-1]
         self._before = {m: self._template_ids(f"before_{m}") for m in ("video", "image")}
         self._after = {m: self._template_ids(f"after_{m}") for m in ("video", "image")}
         self._user, self._assistant, self._end = (
             self._template_ids(name) for name in ("user", "assistant", "end"))
+        # Whether a question goes on a text before it, without a space of its own.
+        front = t.user or t.after_video
+        self._goes_on = bool(self._spaced and front and not front.endswith(
+            (" ", *self.special_ids)))
         for media, ids in self._before.items():
             if len(ids) != t.visual_offset:
                 raise UserError(
@@ -241,16 +248,23 @@ class TextCodec:
     def _template_ids(self, field: str) -> list[int]:
         """Ids of one template text; special tokens by name, the rest as ordinary text."""
         ids, text = [], getattr(self.template, field)
+        before_question = field == "user" or field.startswith("after_") and not self.template.user
+        if self._spaced and field == "assistant":  # the spaces at the seams are the tokenizer's
+            text = text.removeprefix(" ")
+        elif self._spaced and before_question:
+            text = text.removesuffix(" ")
         # Published tokenizers have special tokens of any form, such as "[INST]".
-        names = map(re.escape, sorted(self.special_ids, key=len, reverse=True))
-        for piece in re.split("(" + "|".join([*names, r"<[^<>\s]+>"]) + ")", text):
+        names = "|".join(map(re.escape, sorted(self.special_ids, key=len, reverse=True)))
+        for piece in re.split(f"({names})", text) if names else [text]:
             if piece in self.special_ids:
                 ids.append(self.special_ids[piece])
-            elif _MARKER.fullmatch(piece) and piece.islower():  # VideoChat2's <Video> is text
-                raise UserError(
-                    f"template.{field}: {piece!r} is not in the tokenizer, which has "
-                    f"{sorted(self.special_ids)}.")
-            elif piece:
+                continue
+            for name in re.findall(r"<[^<>\s]+>", piece):
+                if name.islower():  # VideoChat2's <Video> is text
+                    raise UserError(
+                        f"template.{field}: {name!r} is not in the tokenizer, which has "
+                        f"{sorted(self.special_ids)}.")
+            if piece:
                 ids.extend(self.encode(piece))
         return ids
 
@@ -287,15 +301,24 @@ class TextCodec:
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode_marked(self, text: str, markers: Sequence[str], where: str) -> tuple[
-            list[int], list[bool], list[Slot]]:
-        """Ids, is-slot flags and slots of a text with markers of some kinds ('region')."""
+    def _encode_on(self, text: str) -> list[int]:
+        """Ids of plain text that goes on another: no space in front that is not in it."""
+        front = self.encode("\n")
+        return self.encode("\n" + text)[len(front):]
+
+    def encode_marked(self, text: str, markers: Sequence[str], where: str,
+                      goes_on: bool = False) -> tuple[list[int], list[bool], list[Slot]]:
+        """Ids, is-slot flags and slots of a text with markers of some kinds ('region').
+
+        goes_on: the text before it is text, too, and of the same turn.
+        """
         ids: list[int] = []
         forced: list[bool] = []
         slots: list[Slot] = []
         for i, piece in enumerate(_MARKER.split(text)):
             if i % 2 == 0:
-                new = self.encode(piece) if piece else []
+                encode = self._encode_on if goes_on and i == 0 else self.encode
+                new = encode(piece) if piece else []
                 ids += new
                 forced += [False] * len(new)
                 continue
@@ -323,7 +346,7 @@ class TextCodec:
         question."""
         ids = [*self._before[media], *[self.pad_id] * visual_tokens, *self._after[media], *time]
         if question is not None:
-            ids += self._user + self.encode_marked(question, (), where)[0]
+            ids += self._user + self.encode_marked(question, (), where, self._goes_on)[0]
         return np.asarray(ids, np.int32)
 
     def build_branch(self, question: str | None, answer: str | None,
@@ -348,7 +371,8 @@ class TextCodec:
         ids: list[int] = []
         slots: list[Slot] = []
         if question is not None:
-            text, _, found = self.encode_marked(question, ("box",), f"{where}.question")
+            text, _, found = self.encode_marked(
+                question, ("box",), f"{where}.question", self._goes_on)
             ids = self._user + text
             slots = [Slot(s.head, s.index + len(self._user)) for s in found]
         ids = ids + self._assistant

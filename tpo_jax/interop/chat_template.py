@@ -1,10 +1,11 @@
 """The published chat template (Jinja) of a checkpoint as the program's ChatTemplate.
 
 The template is rendered once with a question and an answer that stand for themselves; the texts
-around them are what ChatTemplate holds. A video stands at the start of the user's turn, with a
-newline behind it, as in LLaVA.
+around them are what ChatTemplate holds. For a language model a video stands at the start of the
+user's turn, with a newline behind it, as in LLaVA; a multimodal one says itself where it stands.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -60,8 +61,70 @@ def chat_template(
     return ChatTemplate(
         before_video=before, after_video=_AFTER_VISUAL, before_image=before,
         after_image=_AFTER_VISUAL, user="", assistant=assistant, end=end, pad=pad,
-        visual_offset=len(_ids(before, tokenizer)),
+        visual_offset=len(template_ids(before, tokenizer)),
     )  # fmt: skip
+
+
+def read_processor_template(directory: epath.Path) -> str | None:
+    """The Jinja text of a multimodal folder; what its tokenizer has is for text alone."""
+    file = directory / "chat_template.jinja"
+    if file.exists():
+        return file.read_text()
+    for name in ("chat_template.json", "processor_config.json"):
+        given = read_json(directory / name).get("chat_template")
+        if given is not None:
+            return given["default"] if isinstance(given, dict) else given
+    return None
+
+
+def multimodal_template(
+    jinja: str, directory: epath.Path, tokenizer: Any, default: ChatTemplate
+) -> ChatTemplate:
+    """The ChatTemplate that gives the same texts as `jinja` for one video or image, a question and
+    an answer.
+
+    Args:
+      directory: of the checkpoint; its processor_config.json may rename <video> and <image>.
+      tokenizer: tokenizers.Tokenizer; what it puts in front of every text (<s>) comes first.
+      default: what the Jinja text does not say: the padding token, and the end of an answer.
+
+    Raises:
+      ChatTemplateError: the text does not split at the visual tokens and the question.
+    """
+    where, special = str(directory), special_tokens(directory)
+    names = read_json(directory / "processor_config.json")
+    texts: dict[str, str] = {}
+    for media in ("video", "image"):
+        visual = names.get(f"{media}_token") or f"<{media}>"
+        user = {"role": "user", "content": [
+            {"type": media}, {"type": "text", "text": _QUESTION},
+        ]}  # fmt: skip
+        answer = {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}
+        prompt = _render(jinja, special, [user], True, where)
+        whole = _render(jinja, special, [user, answer], False, where)
+        before, seen, rest = prompt.partition(visual)
+        after, asked, assistant = rest.partition(_QUESTION)
+        told, _, end = whole.rpartition(_ANSWER)
+        # llava-hf's template has "assistant \n" before an answer that is given, "assistant\n"
+        # where it asks for one; generation and training here have the latter.
+        if not seen or not asked or told.split() != prompt.split():
+            raise ChatTemplateError(
+                f"{where}: the chat template gives {prompt!r} and {whole!r}; expected {visual} "
+                "before the question and the answer behind its prompt; give another with "
+                "--chat_template=FILE.jinja"
+            )
+        texts |= {f"before_{media}": _leading(tokenizer, before) + before, f"after_{media}": after}
+    end = end.strip() or default.end
+    return dataclasses.replace(default, **texts, user="", assistant=assistant, end=end)
+
+
+def _leading(tokenizer: Any, text: str) -> str:
+    """The special tokens that a tokenizer puts in front of a text, where it has them not yet."""
+    alone = tokenizer.encode("a", add_special_tokens=False).ids
+    ids = tokenizer.encode("a").ids
+    front = ids[: len(ids) - len(alone)] if ids[-len(alone) :] == alone else []
+    names = "".join(tokenizer.id_to_token(i) for i in front)
+    return "" if text.startswith(names) else names
 
 
 def jinja_of(template: ChatTemplate) -> str:
@@ -97,7 +160,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _ids(text: str, tokenizer: Any) -> list[int]:
+def template_ids(text: str, tokenizer: Any) -> list[int]:
     """Ids of a template text, the special tokens in it by name (as data.text does)."""
     names = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items()}
     pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
@@ -117,11 +180,20 @@ def _render(
     import jinja2.ext
     import jinja2.sandbox
 
+    class Generation(jinja2.ext.Extension):
+        """{% generation %}, which marks answers for a loss, is its content."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     def refuse(message: str) -> None:
         raise jinja2.exceptions.TemplateError(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
     )
     environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     environment.globals["raise_exception"] = refuse
@@ -130,7 +202,8 @@ def _render(
         return environment.from_string(jinja).render(
             messages=messages, add_generation_prompt=generate, enable_thinking=False, **special
         )
-    except jinja2.exceptions.TemplateError as error:
+    # TypeError: a template for texts that gets a list of a video and a text, or the other way.
+    except (jinja2.exceptions.TemplateError, TypeError) as error:
         raise ChatTemplateError(
             f"{where}: the chat template fails on one question ({error}); give one with "
             "--chat_template=FILE.jinja"

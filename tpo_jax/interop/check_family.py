@@ -18,7 +18,7 @@ from etils import epath
 from tpo_jax.interop import folder, huggingface, peft
 from tpo_jax.interop.check_language import compare_parameters
 from tpo_jax.interop.families.base import FamilyError
-from tpo_jax.interop.families.folder import read_config
+from tpo_jax.interop.families.source import read_config
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.towers.registry import normalise_pixels
 from tpo_jax.models.video_language import FunctionalModel
@@ -35,18 +35,19 @@ _HEAD = r"(?:language_model\.)?(lm_head\.weight)"
 
 
 def compare_family(
-    model: epath.PathLike, published: epath.PathLike, seed: int = 0
+    model: epath.PathLike, published: epath.PathLike, options: Mapping[str, Any], seed: int = 0
 ) -> dict[str, float]:
     """Largest absolute difference, in float32, after each layer, in the order of computation.
 
     Args:
       model: model folder that `import` wrote.
       published: the folder that it came from, or that `export --like` wrote.
+      options: entries of config.json that `published` lacks.
 
     Raises:
       FamilyError: a family whose tower PyTorch's transformers does not have.
     """
-    family, _, data = read_config(published, {})
+    family, _, data = read_config(published, options)
     config = folder.load_config(model)
     towers = {"siglip": {"vision_tower": ""}, "clip": {"vision_tower": ""},
               "languagebind": {"image_tower": "image_tower/", "video_tower": "video_tower/"},

@@ -22,9 +22,9 @@ from tpo_jax.data.text import ChatTemplate, TextCodec
 from tpo_jax.errors import UserError
 from tpo_jax.interop import folder, huggingface, peft
 from tpo_jax.interop.folder import SIDE_FILES, preprocessor
-from tpo_jax.interop.mapping import Row, export_leaves, import_leaves
+from tpo_jax.interop.mapping import export_leaves, import_leaves
 from tpo_jax.interop.tensors import LazyArray, read_file, write_file
-from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.config import ConnectorConfig, ModelConfig, VisionConfig
 
 FORMAT_VERSION = 1
 _RUNTIME = "tpo_torch.py"
@@ -68,6 +68,14 @@ def export_model(
 
 def _write_whole(model: epath.Path, out: epath.Path, keep_adapters: bool) -> None:
     config, codec = folder.load_config(model), folder.load_codec(model)
+    own = {"vision": VisionConfig, "connector": ConnectorConfig}
+    for part, kind in own.items():
+        if not isinstance(getattr(config, part), kind):
+            raise ExportFolderError(
+                f"{model}: {part}.kind={getattr(config, part).kind!r} cannot be exported by "
+                f"itself, {_RUNTIME} runs only this project's own; give the published folder that "
+                "the model came from with --like"
+            )
     if unknown := [name for name in config.heads if name not in RUNTIME_HEADS]:
         raise ExportFolderError(
             f"{model}: model.heads: {unknown} cannot be exported, {_RUNTIME} runs only "
@@ -84,7 +92,7 @@ def _write_whole(model: epath.Path, out: epath.Path, keep_adapters: bool) -> Non
     rows = huggingface.language_rows(config.language, vocabulary)
     if config.lora is not None and keep_adapters:
         peft.write_adapter(out / _ADAPTER, leaves, config.lora, rows)
-        leaves = {p: x for p, x in leaves.items() if not p.endswith(("/lora_a", "/lora_b"))}
+        leaves = peft.without_adapters(leaves)
     elif config.lora is not None:
         leaves = peft.merged_leaves(leaves, config.lora)
         config = dataclasses.replace(config, lora=None)
@@ -160,6 +168,8 @@ def import_model(
     if not (path / "tpo_config.json").exists() and huggingface.model_type(path):
         return _import_language(path, out, chat_template, adapter)
     about = _read_config(path)
+    if chat_template is not None:
+        raise ExportFolderError(f"{path}: has a template of its own; leave --chat_template out")
     config = ModelConfig.from_dict(about["model"])
     rows = huggingface.language_rows(config.language, config.language.vocab_size)
     leaves = import_leaves(rows, huggingface.read_tensors(path / "language_model"))
@@ -168,7 +178,7 @@ def import_model(
         adapters, _ = peft.read_adapter(path / _ADAPTER, rows, leaves)
         leaves = peft.with_adapters(leaves, adapters)
     if adapter is not None:
-        leaves = _with_merged(leaves, adapter, rows)
+        leaves = peft.with_merged(leaves, adapter, rows)
     tokenizer = Tokenizer.from_str((path / "language_model" / "tokenizer.json").read_text())
     codec = TextCodec(tokenizer, ChatTemplate.from_json(about["template"]))
     folder.write_model(
@@ -187,20 +197,11 @@ def _import_language(
     leaves = language.leaves
     if adapter is not None:
         rows = huggingface.language_rows(language.config, language.config.num_tokens)
-        leaves = _with_merged(leaves, adapter, rows)
+        leaves = peft.with_merged(leaves, adapter, rows)
     codec = huggingface.open_codec(path, chat_template)
     about = folder.language_config_dict(language.config, language.dtype)
     folder.write_model(out, about, leaves, codec, huggingface.side_files(path))
     return {"kind": huggingface.model_type(path), "heads": (), "ignored": language.ignored}
-
-
-def _with_merged(
-    leaves: dict[str, LazyArray], adapter: epath.PathLike, rows: list[Row]
-) -> dict[str, LazyArray]:
-    adapters, config = peft.read_adapter(adapter, rows, leaves)
-    if any(path in leaves for path in adapters):
-        raise peft.AdapterError(f"{adapter}: the source has adapters of its own; merge them first")
-    return peft.merged_leaves(peft.with_adapters(leaves, adapters), config)
 
 
 def largest_difference(a: epath.PathLike, b: epath.PathLike) -> float:

@@ -8,7 +8,8 @@
 A language folder is one without eyes: its config.json has "language" and "dtype" alone, all of its
 parameters are below "language/", and huggingface/ keeps the small files that it was imported with.
 It is a start for training (with a preset for the rest), not a model that answers about videos. A
-Hugging Face folder of such a model serves as one as it is.
+Hugging Face folder of such a model serves as one as it is, and the published folder of a multimodal
+family (families/) serves as a whole model folder.
 
 A folder appears whole or not at all: it is written beside its final name and renamed.
 """
@@ -27,6 +28,7 @@ from jax.experimental import multihost_utils
 from tpo_jax.data.text import TextCodec
 from tpo_jax.errors import UserError
 from tpo_jax.interop import huggingface
+from tpo_jax.interop.families import source
 from tpo_jax.interop.tensors import (
     LazyArray,
     TensorFileError,
@@ -163,12 +165,14 @@ def load_model(directory: epath.PathLike) -> tuple[ModelConfig, dict[str, Any], 
 
 
 def load_config(directory: epath.PathLike, base: ModelConfig | None = None) -> ModelConfig:
-    """The ModelConfig of a model folder.
+    """The ModelConfig of a model folder, or of the published folder of a family.
 
     Args:
       base: what to complete a language folder with: its sight, heads and options of running.
     """
     data = _read_config(directory)
+    if source.is_family(directory):
+        return source.open_source(directory).config
     if "vision" in data or "language" not in data and "model_type" not in data:
         return ModelConfig.from_dict(data)
     if base is None:
@@ -187,6 +191,8 @@ def load_config(directory: epath.PathLike, base: ModelConfig | None = None) -> M
 def holds_language_only(directory: epath.PathLike) -> bool:
     """Whether this is a language folder, ours or Hugging Face's."""
     data = _read_config(directory)
+    if source.is_family(directory):
+        return False
     return "vision" not in data and ("language" in data or "model_type" in data)
 
 
@@ -194,8 +200,8 @@ def load_language(directory: epath.PathLike) -> tuple[LanguageConfig, str]:
     """(config, dtype) of a language folder, ours or Hugging Face's."""
     data = _read_config(directory)
     if "model_type" in data:
-        source = huggingface.open_language(directory)
-        return source.config, source.dtype
+        language = huggingface.open_language(directory)
+        return language.config, language.dtype
     if data.get("format_version") != FORMAT_VERSION or data.keys() != _LANGUAGE_KEYS:
         raise ModelFolderError(
             f"{directory}/config.json: {sorted(data)} of format_version "
@@ -220,6 +226,8 @@ def language_config_dict(config: LanguageConfig, dtype: str) -> dict[str, Any]:
 def load_codec(directory: epath.PathLike) -> TextCodec:
     """Tokenizer and template of a model folder, a language folder or a Hugging Face folder."""
     path = epath.Path(directory)
+    if source.is_family(path):
+        return source.open_codec(path)
     if not (path / "template.json").exists() and huggingface.model_type(path):
         return huggingface.open_codec(path)
     return TextCodec.load(path)
@@ -232,6 +240,8 @@ def open_leaves(directory: epath.PathLike) -> dict[str, LazyArray]:
       ModelFolderError: a shard is missing or broken.
     """
     path = epath.Path(directory)
+    if source.is_family(path):
+        return source.open_source(path).leaves
     if huggingface.model_type(path):
         return huggingface.open_language(path).leaves
     leaves: dict[str, LazyArray] = {}

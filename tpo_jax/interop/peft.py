@@ -34,24 +34,27 @@ class AdapterError(UserError):
 
 
 def write_adapter(
-    out: epath.Path, leaves: Mapping[str, LazyArray], config: LoraConfig, rows: Sequence[Row]
+    out: epath.Path, leaves: Mapping[str, LazyArray], config: LoraConfig, rows: Sequence[Row],
+    whole_names: bool = False,
 ) -> None:
     """Writes the PEFT folder of the adapters among `leaves`.
 
     Args:
       leaves: of the whole model.
-      rows: the table of the language model.
+      rows: the table of the model on the other side.
+      whole_names: say which modules have an adapter by their whole names; a multimodal model has
+        a q_proj in its tower as well.
 
     Raises:
-      AdapterError: a kernel outside of the language model has one.
+      AdapterError: a kernel without a row, or that is no linear layer there, has one.
     """
     adapters = {p: x for p, x in leaves.items() if p.endswith(("/lora_a", "/lora_b"))}
-    by_kernel = {row.ours: row for row in rows}
+    by_kernel = {row.ours: row for row in rows if row.transpose}
     kernels = sorted({path[: -len("lora_a")] + "kernel" for path in adapters})
     if alien := [kernel for kernel in kernels if kernel not in by_kernel]:
         raise AdapterError(
-            f"{alien[0]}: has an adapter, but lies outside of the language model, where PEFT has "
-            "no module for it; export with the adapters merged"
+            f"{alien[0]}: has an adapter, but is no linear layer of the model on the other side, "
+            "so PEFT has no module for it; export with the adapters merged"
         )
     chosen = [by_kernel[kernel] for kernel in kernels]
     tensors = export_leaves(_adapter_rows(chosen), adapters)
@@ -63,7 +66,7 @@ def write_adapter(
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "bias": "none",
-        "target_modules": sorted({_module(row) for row in chosen}),
+        "target_modules": _modules(chosen) if whole_names else sorted({_module(r) for r in chosen}),
         "inference_mode": True,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -94,9 +97,12 @@ def read_adapter(
                 f"{path / 'adapter_config.json'}: {option}={value!r}: this program has only "
                 f"{only!r}; merge the adapter with PEFT (merge_and_unload) and import the result"
             )
-    if not (path / "adapter_model.safetensors").exists():
-        raise AdapterError(f"{path / 'adapter_model.safetensors'}: missing; copy the folder again")
-    tensors = read_file(path / "adapter_model.safetensors")
+    if (path / "non_lora_trainables.bin").exists():  # LLaVA's trainers: the connector
+        raise AdapterError(
+            f"{path / 'non_lora_trainables.bin'}: holds weights that were trained beside the "
+            "adapter, as a pickle; merge both where they were trained and import the result"
+        )
+    tensors = read_file(_weights(path))
     chosen = [
         row for row in rows
         if row.transpose and any(_pattern(row).match(name) for name in tensors)
@@ -135,6 +141,44 @@ def _without_copies(
                 "other weights"
             )
     return left
+
+
+def module_names(directory: epath.PathLike) -> list[str]:
+    """Names of the weights of a PEFT folder, as the model that it adapts has them in memory.
+
+    Raises:
+      AdapterError: no such folder.
+    """
+    names = read_file(_weights(epath.Path(directory)))
+    return [name.removeprefix(_PREFIX) for name in names]
+
+
+def _weights(path: epath.Path) -> epath.Path:
+    file = path / "adapter_model.safetensors"
+    if not file.exists():
+        raise AdapterError(f"{file}: missing; copy the folder again")
+    return file
+
+
+def without_adapters(leaves: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
+    """The leaves of the base, as it is."""
+    return {p: leaf for p, leaf in leaves.items() if not p.endswith(("/lora_a", "/lora_b"))}
+
+
+def with_merged(
+    leaves: Mapping[str, LazyArray], directory: epath.PathLike, rows: Sequence[Row]
+) -> dict[str, LazyArray]:
+    """Leaves of a model with the adapter of a PEFT folder merged into them.
+
+    Raises:
+      AdapterError, MappingError: what `read_adapter` raises, or the model has adapters itself.
+    """
+    if own := [path for path in leaves if path.endswith("/lora_a")]:
+        raise AdapterError(
+            f"{directory}: the source has adapters of its own, such as {own[0]}; merge them first"
+        )
+    adapters, config = read_adapter(directory, rows, leaves)
+    return merged_leaves(with_adapters(leaves, adapters), config)
 
 
 def merged_leaves(leaves: Mapping[str, LazyArray], config: LoraConfig) -> dict[str, LazyArray]:
@@ -196,6 +240,12 @@ def _adapter_rows(kernels: Sequence[Row]) -> list[Row]:
 def _module(row: Row) -> str:
     """PEFT's target module: "model.layers.{layer}.mlp.up_proj.weight" -> "up_proj"."""
     return row.theirs.split(".")[-2]
+
+
+def _modules(rows: Sequence[Row]) -> str:
+    """PEFT's target modules as one regular expression, which has to match a whole name."""
+    names = (re.escape(row.theirs.removesuffix(".weight")) for row in rows)
+    return "|".join(name.replace(r"\{layer\}", r"\d+") for name in names)
 
 
 def _pattern(row: Row) -> re.Pattern[str]:

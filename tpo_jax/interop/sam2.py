@@ -6,14 +6,12 @@ the adapter beside it belongs to Task Preference Optimization and is in no publi
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from tpo_jax.interop import folder
 from tpo_jax.interop.families.base import FamilyError, only, said
 from tpo_jax.interop.families.towers import linear, norm
 from tpo_jax.interop.huggingface import read_tensors, write_tensors
@@ -41,30 +39,6 @@ def import_folder(path: epath.PathLike) -> tuple[Sam2Config, dict[str, Any]]:
 def export_folder(out: epath.PathLike, config: Sam2Config, leaves: Mapping[str, Any]) -> None:
     """The inverse of `import_folder`, without its config.json."""
     write_tensors(epath.Path(out), export_leaves(sam2_rows(config), leaves))
-
-
-def add_to_model(source: epath.PathLike, model: epath.PathLike, out: epath.PathLike) -> list[str]:
-    """Writes a model folder with the network of `source` beside all that `model` has; training that
-    starts from it and names the head sam2 has only the adapter to draw. Returns what was done.
-
-    Raises:
-      FamilyError, MappingError, ModelFolderError: name what does not fit.
-    """
-    config, leaves = import_folder(source)
-    about = dataclasses.replace(folder.load_config(model), sam2=config)
-    own = {
-        name: leaf
-        for name, leaf in folder.open_leaves(model).items()
-        if not name.startswith(PREFIX)
-    }
-    folder.write_model(
-        out, about.to_dict(), own | {PREFIX + name: leaf for name, leaf in leaves.items()},
-        folder.load_codec(model), preprocessor=folder.preprocessor(about),
-    )  # fmt: skip
-    return [
-        f"{out}: {model} and SAM 2 of {source}, {len(leaves)} parameters",
-        'train with the head "sam2" and init_missing=["heads/sam2/adapter"]',
-    ]
 
 
 def sam2_config(config: Mapping[str, Any]) -> Sam2Config:

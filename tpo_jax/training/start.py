@@ -43,11 +43,15 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     base = preset(config.model.preset) if config.model.preset else None
     if config.init_from and (base is None or holds_language_only(config.init_from)):
         base = load_config(config.init_from, base)
-    rows = -(-codec.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    used = codec.vocab_size
+    if config.init_from:
+        # A published table has rows that no id of its tokenizer uses (Qwen2-7B: some 400). They
+        # are part of the checkpoint, take part in its softmax and go back out with it.
+        used = max(used, load_config(config.init_from, base).language.num_tokens)
+    rows = -(-used // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     language = dataclasses.replace(
-        base.language, num_tokens=codec.vocab_size,
-        vocab_size=max(base.language.vocab_size, rows),
-    )  # fmt: skip
+        base.language, num_tokens=used, vocab_size=max(base.language.vocab_size, rows)
+    )
     tokens = codec.task_tokens
     lora = LoraConfig(**config.lora.to_dict()) if config.lora.rank else base.lora
     sam2 = sam2_size(config.sam2) if config.sam2 else base.sam2

@@ -23,14 +23,16 @@ LLAVA_VIDEO = {
     "mm_patch_merge_type": "spatial_unpad", "mm_spatial_pool_mode": "average",
     "mm_spatial_pool_stride": 2, "mm_newline_position": "grid",
     "image_aspect_ratio": "anyres_max_9",
-    "image_grid_pinpoints": "(1x1),...,(2x3)", "frames_upbound": 64, "add_time_instruction": True,
+    "image_grid_pinpoints": "(1x1),...,(2x3)", "frames_upbound": 64, "force_sample": True,
+    "add_time_instruction": True,
 }  # fmt: skip
 LONGVA = {
     "model_type": "llava_qwen", **TEXT, "rope_theta": 1e9, "vision_config": CLIP,
     "mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch",
     "mm_vision_select_layer": -2, "mm_patch_merge_type": "unires",
     "mm_spatial_pool_mode": "average", "mm_spatial_pool_stride": 2,
-    "image_grid_pinpoints": [[24, 24], [48, 24]],
+    "image_grid_pinpoints": [[24, 24], [48, 24]], "frames_upbound": 32, "force_sample": True,
+    "add_time_instruction": False,
 }  # fmt: skip
 VIDEO_LLAVA = {
     "model_type": "video_llava", "text_config": {"model_type": "llama", **TEXT},

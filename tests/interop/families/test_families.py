@@ -104,13 +104,15 @@ def test_an_unknown_tensor_is_refused():
 @pytest.mark.parametrize("name, option", [
     ("llava_video", "mm_spatial_pool_mode"), ("llava_video", "mm_newline_position"),
     ("llava_video", "mm_spatial_pool_stride"), ("longva", "mm_patch_merge_type"),
-    ("longva", "mm_vision_select_layer"),
+    ("longva", "mm_vision_select_layer"), ("longva", "frames_upbound"),
+    ("llava_video", "force_sample"), ("llava_video", "add_time_instruction"),
 ])  # fmt: skip
 def test_an_option_that_config_json_does_not_say_is_named(name, option):
     data = copy.deepcopy(CONFIGS[name])
     del data[option]
-    with pytest.raises(FamilyError, match=f"does not say {option}"):
+    with pytest.raises(FamilyError, match=f"does not say {option}.*import with --set {option}=VAL"):
         family_of(data).model_config(data, {})
+        family_of(data).sampling(data)
 
 
 def test_an_option_that_this_program_does_not_have_is_named():
@@ -127,8 +129,12 @@ def test_llava_video_reads_its_modes():
     assert (connector.pool, connector.newline, connector.stride) == ("average", "grid", 2)
     assert connector.resolutions[:3] == ((24, 24), (48, 24), (72, 24)) and connector.max_tiles == 9
     sampling = family_of(LLAVA_VIDEO).sampling(LLAVA_VIDEO)
-    assert (sampling.method, sampling.frames) == ("frames_at_one_fps", 64)
+    assert (sampling.method, sampling.frames) == ("evenly", 64)  # force_sample
     assert sampling.time_instruction
+    sampling = family_of(LLAVA_VIDEO).sampling(LLAVA_VIDEO | {"force_sample": False})
+    assert (sampling.method, sampling.frames) == ("frames_at_one_fps", 64)
+    with pytest.raises(FamilyError, match="frames_upbound=0: batches here have a fixed number"):
+        family_of(LLAVA_VIDEO).sampling(LLAVA_VIDEO | {"frames_upbound": 0})
     fast = family_of(LLAVA_VIDEO).model_config(
         LLAVA_VIDEO | {"add_faster_video": True, "faster_token_stride": 10}, {})  # fmt: skip
     assert fast.connector.slow_every == 10

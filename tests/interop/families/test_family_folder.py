@@ -9,61 +9,54 @@ import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
-from tokenizers import AddedToken
 
-from tests.interop.families.configs import LLAVA_VIDEO, LONGVA
+from tests.interop.families.configs import LLAVA_VIDEO, LONGVA, VIDEO_LLAVA
+from tests.interop.families.published_folder import sized, write_published
 from tpo_jax import convert
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pipeline import read_buckets, row_builder
-from tpo_jax.data.text import train_tokenizer
 from tpo_jax.interop import folder
 from tpo_jax.interop.families.base import FamilyError
-from tpo_jax.interop.families.folder import export_family, import_family, is_family, option
-from tpo_jax.interop.families.registry import family_of, from_leaves
+from tpo_jax.interop.families.folder import export_family, import_family, option
+from tpo_jax.interop.families.source import is_family
 from tpo_jax.interop.huggingface import read_tensors
-from tpo_jax.interop.tensors import lazy, write_file
 from tpo_jax.models.video_language import FunctionalModel
-from tpo_jax.parallel.paths import flatten
 from tpo_jax.training.config import validate
 from tpo_jax.training.start import make_model_config
 
-DATA = LLAVA_VIDEO | {"vocab_size": 320}
+DATA = sized(LLAVA_VIDEO)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """LLaVA-Video's layout with random bfloat16 weights and a buffer that nobody uses."""
     path = tmp_path_factory.mktemp("published")
-    family = family_of(DATA)
-    config = family.model_config(DATA, {})
-    rng, leaves = np.random.default_rng(0), {}
-    for name, leaf in flatten(FunctionalModel(config).abstract()).items():
-        leaves[name] = rng.normal(size=leaf.shape).astype(ml_dtypes.bfloat16)
-    leaves["language/embed/table"][320:] = 0
-    leaves["language/lm_head/kernel"][:, 320:] = 0
-    carried = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
-    tensors = from_leaves(family, config, leaves, carried, ())
-    lazily = {name: lazy(tensor) for name, tensor in tensors.items()}
-    write_file(path / "model.safetensors", lazily, {"format": "pt"})
-    tokenizer = train_tokenizer(["You are a helpful assistant. What happens?"], 300)
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
-    )
-    (path / "tokenizer.json").write_text(tokenizer.to_str())
-    (path / "config.json").write_text(json.dumps(DATA))
-    (path / "generation_config.json").write_text('{"temperature": 0}')
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    write_published(path, DATA, **buffer)
     return path
+
+
+@pytest.fixture(scope="module")
+def model(source, tmp_path_factory):
+    path = tmp_path_factory.mktemp("imported") / "model"
+    import_family(source, path)
+    return path
+
+
+def llava_video_config(init=None):
+    get_config = runpy.run_path("configs/llava_video.py")["get_config"]
+    return get_config(f"init={init},tiny" if init else "tiny")
 
 
 def test_in_and_out_again(source, tmp_path):
     lines = import_family(source, tmp_path / "model")
-    assert any("64, frames_at_one_fps; time instruction: yes" in line for line in lines)
+    assert any("64, evenly; time instruction: yes" in line for line in lines)
     assert any("carried" in line and "inv_freq" in line for line in lines)
     config, params, codec = folder.load_model(tmp_path / "model")
     assert config.dtype == "bfloat16" and config.vision.kind == "siglip"
     assert params["vision"]["layers"]["self_attn"]["q_proj"]["kernel"].dtype == ml_dtypes.bfloat16
-    assert codec.template.sampling == "frames_at_one_fps" and codec.template.time_instruction
+    assert codec.template.sampling == "evenly" and codec.template.time_instruction
     prefix = codec.build_prefix(config.num_visual_tokens(2))
     assert list(prefix[: config.visual_offset]).count(codec.pad_id) == 0
     assert prefix[config.visual_offset] == codec.pad_id
@@ -77,6 +70,46 @@ def test_in_and_out_again(source, tmp_path):
         left, right = np.asarray(theirs[name]), np.asarray(ours[name])
         assert left.dtype == right.dtype and left.tobytes() == right.tobytes(), name
     assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_a_trained_model_goes_back_out(model, source, tmp_path):
+    """Its tokenizer has fewer ids than the published table has rows; training keeps them all."""
+    config = llava_video_config(model)
+    model_config, codec = make_model_config(config)
+    assert codec.vocab_size < model_config.language.num_tokens == 320
+    _, params, _ = folder.load_model(model)
+    table = params["language"]["lm_head"]["kernel"] = params["language"]["lm_head"]["kernel"] + 1
+    table[:, 320:] = 0  # beyond num_tokens there is no gradient
+    folder.save_model(tmp_path / "trained", model_config, params, codec)
+    export_family(tmp_path / "trained", tmp_path / "out", source)
+    theirs, ours = read_tensors(source), read_tensors(tmp_path / "out")
+    assert theirs.keys() == ours.keys()
+    for name in theirs:
+        same = np.asarray(theirs[name]).tobytes() == np.asarray(ours[name]).tobytes()
+        assert same == (name != "lm_head.weight"), name
+    head = np.asarray(theirs["lm_head.weight"]) + 1
+    np.testing.assert_array_equal(np.asarray(ours["lm_head.weight"]), head)
+
+
+@pytest.mark.parametrize("family", ["llava_qwen", "video_llava"])
+def test_training_starts_from_the_published_folder_as_from_the_imported(family, source, tmp_path):
+    if family == "video_llava":
+        source = tmp_path / "published"
+        source.mkdir()
+        write_published(source, sized(VIDEO_LLAVA))
+    import_family(source, tmp_path / "model")
+    starts = {}
+    for name, path in (("published", source), ("imported", tmp_path / "model")):
+        model_config, codec = make_model_config(llava_video_config(path))
+        abstract = FunctionalModel(model_config).abstract()
+        loaded = folder.load_into(abstract, path)
+        assert not loaded.missing and not folder.holds_language_only(path)
+        starts[name] = model_config, codec.template, codec.tokenizer.to_str(), loaded.leaves
+    *published, theirs = starts["published"]
+    *imported, ours = starts["imported"]
+    assert published == imported
+    assert theirs.keys() == ours.keys()
+    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
 
 
 def test_in_and_out_again_in_a_bucket(source, tmp_path, monkeypatch, capsys):
@@ -106,11 +139,9 @@ def test_in_and_out_again_in_a_bucket(source, tmp_path, monkeypatch, capsys):
     assert "--exported: gs://bucket/out: expected a path on this mach" in capsys.readouterr().err
 
 
-def test_a_plan_has_the_prefix_of_the_rows_that_train_gets(source, tmp_path):
+def test_a_plan_has_the_prefix_of_the_rows_that_train_gets(model):
     """The sentence about times of a LLaVA-Video checkpoint, as its own config plans it."""
-    import_family(source, tmp_path / "model")
-    get_config = runpy.run_path("configs/llava_video.py")["get_config"]
-    config = get_config(f"init={tmp_path / 'model'},tiny")
+    config = llava_video_config(model)
     validate(config)
     model_config, codec = make_model_config(config)
     (planned,) = read_buckets(config.buckets.to_dict(), codec)
@@ -119,17 +150,16 @@ def test_a_plan_has_the_prefix_of_the_rows_that_train_gets(source, tmp_path):
     visual = model_config.visual_offset + model_config.num_visual_tokens(planned.frames)
     assert prefix == rows.prefix_tokens == visual + 1 + codec.time_room(planned.frames)
     assert codec.time_room(planned.frames) > 50
-    config = get_config("tiny")  # without weights: the same sentence, by another tokenizer
+    config = llava_video_config()  # without weights: the same sentence, by another tokenizer
     assert make_model_config(config)[1].template.time_instruction
 
 
-def test_another_models_folder_is_refused(source, tmp_path):
-    import_family(source, tmp_path / "model")
+def test_another_models_folder_is_refused(model, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps(DATA | {"mm_spatial_pool_mode": "bilinear"}))
     with pytest.raises(FamilyError, match="connector is .*average.*bilinear"):
-        export_family(tmp_path / "model", tmp_path / "out", other)
+        export_family(model, tmp_path / "out", other)
 
 
 def test_an_option_completes_config_json(source, tmp_path):

@@ -41,6 +41,7 @@ class Family:
       model_config: ModelConfig of (config.json, preprocessor_config.json or {}).
       rows: mapping rows of a ModelConfig, given the tensor names of the source.
       template: texts around video, question and answer.
+      reads_template: whether a folder's chat template takes its place, where it has one.
       sampling: of config.json.
       with_heads: ModelConfig with the heads that a checkpoint has, of (ModelConfig, its tensor
         names, names of heads or None for all that read nothing else, config.json); None: no
@@ -56,11 +57,13 @@ class Family:
     rows: Callable[[ModelConfig, Collection[str]], list[Row]]
     template: ChatTemplate
     sampling: Callable[[Mapping[str, Any]], Sampling]
+    reads_template: bool = False
     with_heads: Callable[..., ModelConfig] | None = None
     carried: tuple[str, ...] = ()
     layouts: str = ""
 
 
+# The template of LLaVA-NeXT's code for Qwen ("qwen_1_5").
 CHATML = ChatTemplate(
     before_video="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
     after_video="\n",
@@ -83,7 +86,7 @@ def said(config: Mapping[str, Any], key: str, choices: Collection[Any] | None = 
     if config.get(key) is None:
         raise FamilyError(
             f"config.json does not say {key}, and a guess would change what the model sees; add "
-            f"it to config.json or give it as an option{known}"
+            f"it to config.json or import with --set {key}=VALUE{known}"
         )
     if choices and config[key] not in choices:
         raise FamilyError(f"config.json: {key}={config[key]!r}: this program has{known[1:]}")

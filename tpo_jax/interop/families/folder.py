@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
-from tokenizers import Tokenizer
 
-from tpo_jax.data.text import ChatTemplate, TextCodec
-from tpo_jax.interop import folder, huggingface
-from tpo_jax.interop.chat_template import read_json
-from tpo_jax.interop.families.base import Family, FamilyError
-from tpo_jax.interop.families.registry import FAMILIES, family_of, from_leaves, to_leaves
+from tpo_jax.interop import folder, huggingface, peft
+from tpo_jax.interop.families.base import FamilyError
+from tpo_jax.interop.families.registry import from_leaves, to_leaves
+from tpo_jax.interop.families.source import headed, open_source, read_config
 from tpo_jax.models.config import ModelConfig
-from tpo_jax.models.heads import tokens_of
 
-
-def is_family(source: epath.PathLike) -> bool:
-    """Whether a folder holds a multimodal checkpoint of a known family."""
-    return family_of(read_json(epath.Path(source) / "config.json")) is not None
+ADAPTER = "adapter"
+# Modules have the names of `transformers` 5 in memory, on disk those of version 4.
+IN_MEMORY = ("model.",)
 
 
 def option(text: str) -> tuple[str, Any]:
@@ -40,88 +35,77 @@ def option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def read_config(
-    source: epath.PathLike, options: Mapping[str, Any]
-) -> tuple[Family, ModelConfig, dict[str, Any]]:
-    """Family, ModelConfig and config.json with `options` in it."""
-    path = epath.Path(source)
-    config = read_json(path / "config.json") | dict(options)
-    family = family_of(config)
-    if family is None:
-        known = ", ".join(family.name for family in FAMILIES)
-        raise FamilyError(f"{path / 'config.json'}: is of none of the families {known}")
-    preprocessor = read_json(path / "preprocessor_config.json")
-    return family, family.model_config(config, preprocessor), config
-
-
 def import_family(
-    source: epath.PathLike, out: epath.PathLike, options: Mapping[str, Any] | None = None
+    source: epath.PathLike,
+    out: epath.PathLike,
+    options: Mapping[str, Any] | None = None,
+    adapter: epath.PathLike | None = None,
+    jinja: str | None = None,
 ) -> list[str]:
     """Writes a model folder; returns what to tell about it.
 
     Args:
       options: entries of config.json that the published file lacks; "heads" are those to load.
+      adapter: PEFT folder to merge into the model.
+      jinja: text of a chat template that takes the place of the checkpoint's.
 
     Raises:
-      FamilyError, MappingError, HuggingFaceError, TensorFileError: name what does not fit.
+      AdapterError, FamilyError, MappingError, HuggingFaceError, TensorFileError: name what does
+        not fit.
     """
-    path = epath.Path(source)
-    family, config, data = read_config(path, options or {})
-    tensors = huggingface.read_tensors(path)
-    chosen = data.get("heads")
-    chosen = [chosen] if isinstance(chosen, str) else chosen  # --set heads=region_mlp
-    config = _headed(family, config, data, tensors, chosen)
-    leaves, carried = to_leaves(family, config, tensors)
-    if not (path / "tokenizer.json").exists():
-        raise FamilyError(f"{path / 'tokenizer.json'}: missing; save the tokenizer as a fast one")
-    sampling = family.sampling(data)
-    template = dataclasses.replace(
-        family.template, sampling=sampling.method, time_instruction=sampling.time_instruction
-    )
-    codec = fitted_codec(Tokenizer.from_str((path / "tokenizer.json").read_text()), template)
-    if missing := set(tokens_of(config.heads)) - codec.task_tokens.keys():
-        raise FamilyError(
-            f"{path / 'tokenizer.json'}: has no {sorted(missing)}, which heads "
-            f"{list(config.heads)} need; add them, or leave the heads out with --set heads=[]"
-        )
-    tokens = codec.task_tokens if config.heads else {}
-    dtype = "bfloat16" if leaves["language/embed/table"].dtype.name == "bfloat16" else "float32"
-    config = dataclasses.replace(
-        config, tokens=tokens, visual_offset=codec.template.visual_offset, dtype=dtype
-    )
+    opened = open_source(source, options, jinja)
+    leaves = opened.leaves
+    if adapter is not None:
+        rows = opened.family.rows(opened.config, peft.module_names(adapter))
+        leaves = peft.with_merged(leaves, adapter, rows)
     folder.write_model(
-        out, config.to_dict(), leaves, codec, preprocessor=folder.preprocessor(config)
-    )
+        out, opened.config.to_dict(), leaves, opened.codec,
+        preprocessor=folder.preprocessor(opened.config),
+    )  # fmt: skip
+    sampling = opened.sampling
     lines = [
-        f"{out}: {family.name}, {len(leaves)} parameters",
+        f"{out}: {opened.family.name}, {len(leaves)} parameters",
         f"frames: {sampling.frames}, {sampling.method}; time instruction: "
         + ("yes" if sampling.time_instruction else "no"),
-        f"heads: {', '.join(config.heads) or 'none'}",
+        f"template: {opened.codec.template.before_video!r}, video, question",
+        f"heads: {', '.join(opened.config.heads) or 'none'}",
     ]
-    return lines + [f"  carried, not used: {name}" for name in sorted(carried)]
+    return lines + [f"  carried, not used: {name}" for name in sorted(opened.carried)]
 
 
 def export_family(
-    model: epath.PathLike, out: epath.PathLike, like: epath.PathLike
-) -> list[str]:
+    model: epath.PathLike, out: epath.PathLike, like: epath.PathLike,
+    options: Mapping[str, Any] | None = None, keep_adapters: bool = False,
+) -> list[str]:  # fmt: skip
     """Writes a model in the layout of the published folder `like`; returns the names of files.
 
+    LoRA adapters are merged into their kernels, or written beside the model in PEFT's layout;
+    where the published model has adapters itself (VideoChat), they go back to their place in it.
+
+    Args:
+      options: entries of config.json that `like` lacks, as they were given to the import.
+      keep_adapters: do not merge.
+
     Raises:
-      FamilyError: the model has other sizes than `like`, or heads that have no place in it.
+      AdapterError, FamilyError, MappingError: the model has other sizes than `like`, or parts that
+        have no place in it.
     """
     source, final = epath.Path(like), epath.Path(out)
-    config = folder.load_config(model)
-    family, published, data = read_config(source, {})
-    parts = ("vision", "connector", "language")
-    _same_sizes(model, config, like, published, parts)
+    config, leaves = folder.load_config(model), folder.open_leaves(model)
+    family, published, data = read_config(source, options or {})
+    _same_sizes(model, config, like, published, ["vision", "connector", "language"])
     tensors = huggingface.read_tensors(source)
-    published = _headed(family, published, data, tensors, config.heads)
-    parts = ["box_encoder"] if config.heads else []
-    sized = {"sam2": "sam2", "cg_detr": "head"}
-    parts += [part for name, part in sized.items() if name in config.heads]
-    _same_sizes(model, config, like, published, parts)
+    published = headed(family, published, data, tensors, config.heads)
+    _same_sizes(model, config, like, published, _further_parts(config, published))
+    apart = {}  # leaves of a model with adapters that are not merged
+    if config.lora is not None and published.lora is None:
+        lora, config = config.lora, dataclasses.replace(config, lora=None)
+        if keep_adapters:
+            apart, leaves = leaves, peft.without_adapters(leaves)
+        else:
+            leaves = peft.merged_leaves(leaves, lora)
     _, carried = to_leaves(family, published, tensors)
-    theirs = from_leaves(family, config, folder.open_leaves(model), carried, tensors.keys())
+    theirs = from_leaves(family, config, leaves, carried, tensors.keys())
     for name in theirs.keys() & tensors.keys():
         if tuple(theirs[name].shape) != tuple(tensors[name].shape):
             raise FamilyError(f"{model}: {name} would be {list(theirs[name].shape)}, but in {like} "
@@ -130,6 +114,9 @@ def export_family(
     if temporary.exists():
         temporary.rmtree()
     temporary.mkdir(parents=True)
+    if apart:
+        rows = family.rows(config, IN_MEMORY)
+        peft.write_adapter(temporary / ADAPTER, apart, lora, rows, whole_names=True)
     huggingface.write_tensors(temporary, theirs)
     for name, content in huggingface.side_files(source).items():
         (temporary / name).write_bytes(content)
@@ -139,34 +126,18 @@ def export_family(
     return sorted(file.name for file in final.iterdir())
 
 
-def fitted_codec(tokenizer: Tokenizer, template: ChatTemplate) -> TextCodec:
-    """The codec of a family's template; counts where the visual tokens start."""
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    count = 0
-    for piece in re.split(r"(<[^<>\s]+>)", template.before_video):
-        if piece in special:
-            count += 1
-        elif piece:
-            count += len(tokenizer.encode(piece, add_special_tokens=False).ids)
-    return TextCodec(tokenizer, dataclasses.replace(template, visual_offset=count))
-
-
-def _headed(
-    family: Family, config: ModelConfig, data: Mapping[str, Any], keys: Collection[str],
-    chosen: Collection[str] | None,
-) -> ModelConfig:
-    """The configuration with the chosen heads of a checkpoint; None: those that read its input."""
-    if family.with_heads is None:
-        if chosen:
-            raise FamilyError(f"heads {list(chosen)} have no place in {family.name}")
-        return config
-    return family.with_heads(config, keys, chosen, data)
+def _further_parts(config: ModelConfig, published: ModelConfig) -> list[str]:
+    """What the heads of a model and the adapters of a published one make part of its layout."""
+    parts = ["box_encoder"] * bool(config.heads)
+    sized = {"sam2": "sam2", "cg_detr": "head"}
+    parts += [part for name, part in sized.items() if name in config.heads]
+    return parts + ["lora"] * (published.lora is not None)  # its adapters go where theirs are
 
 
 def _same_sizes(
     model: epath.PathLike, config: ModelConfig, like: epath.PathLike, published: ModelConfig,
     parts: Sequence[str],
-) -> None:
+) -> None:  # fmt: skip
     for part in parts:
         ours, theirs = getattr(config, part), getattr(published, part)
         if _sizes(ours) != _sizes(theirs):

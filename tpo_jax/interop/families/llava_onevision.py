@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from tpo_jax.data.text import ChatTemplate
 from tpo_jax.interop.families.base import (
-    CHATML,
     Family,
     FamilyError,
     Sampling,
@@ -26,6 +26,13 @@ from tpo_jax.interop.families.towers import tower_rows
 from tpo_jax.interop.mapping import Row
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.connectors.config import MlpConnectorConfig
+
+# That of llava-hf's chat_template.json, for a folder without one; it has no system turn.
+TEMPLATE = ChatTemplate(
+    before_video="<|im_start|>user ", after_video="\n", before_image="<|im_start|>user ",
+    after_image="\n", user="", assistant="<|im_end|><|im_start|>assistant\n", end="<|im_end|>",
+    pad="<|endoftext|>",
+)  # fmt: skip
 
 
 def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
@@ -74,7 +81,8 @@ FAMILY = Family(
     matches=lambda config: config.get("model_type") == "llava_onevision",
     model_config=model_config,
     rows=rows,
-    template=CHATML,
+    template=TEMPLATE,
+    reads_template=True,
     sampling=lambda config: Sampling("evenly", 32),
     # Some tied checkpoints also hold the output table, some towers their pooling head.
     carried=(

@@ -1,7 +1,8 @@
 """The layout of LLaVA-NeXT's code, `llava_qwen`: LLaVA-OneVision, LLaVA-Video and LongVA.
 
-config.json names the tower but not its sizes: those of the named towers are here. Pooling, newline
-and merge mode are options of config.json; where it does not say, nothing is assumed.
+config.json names the tower but not its sizes: those of the named towers are here. Pooling, newline,
+merge mode, sampling and time instruction are options of config.json; where it does not say, nothing
+is assumed.
 """
 
 from __future__ import annotations
@@ -108,12 +109,17 @@ def rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
 
 
 def sampling(config: Mapping[str, Any]) -> Sampling:
-    """LLaVA-Video's config says frames_upbound; the others sample evenly."""
-    if config.get("frames_upbound"):
-        return Sampling(
-            "frames_at_one_fps", config["frames_upbound"], bool(config.get("add_time_instruction"))
+    """One frame a second up to `frames_upbound`, or always so many spread evenly: `force_sample`,
+    as LLaVA-Video has it."""
+    frames = said(config, "frames_upbound")
+    if not isinstance(frames, int) or frames < 1:
+        raise FamilyError(
+            f"config.json: frames_upbound={frames!r}: batches here have a fixed number of frames; "
+            "import with --set frames_upbound=N, the most that the model is to see"
         )
-    return Sampling("evenly", 32)
+    switch = (True, False)
+    method = "evenly" if said(config, "force_sample", switch) else "frames_at_one_fps"
+    return Sampling(method, frames, said(config, "add_time_instruction", switch))
 
 
 FAMILY = Family(

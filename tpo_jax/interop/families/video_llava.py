@@ -92,6 +92,7 @@ HUGGINGFACE = Family(
     model_config=huggingface_config,
     rows=huggingface_rows,
     template=VICUNA,
+    reads_template=True,
     sampling=lambda config: Sampling("evenly", FRAMES),
     carried=(r".*\.position_ids", r".*rotary_emb\.inv_freq"),
     layouts="transformers/models/video_llava/modeling_video_llava.py",

@@ -39,6 +39,14 @@ MISTRAL_7B = {
 }  # fmt: skip
 
 
+# Its code puts <s> in front of every piece of text, the one behind the visual tokens included.
+TEMPLATE = ChatTemplate(
+    before_video="<s>[INST] <Video>", after_video="<s></Video>[/INST]",
+    before_image="<s>[INST] <Image>", after_image="<s></Image>[/INST]",
+    user="<s> [INST] ", assistant=" [/INST] ", end="</s>", pad="<unk>",
+)  # fmt: skip
+
+
 def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
     """`qformer_config` and `llm_config` in `config` (not in published files) give other sizes."""
     del preprocessor  # published checkpoints have none
@@ -133,11 +141,7 @@ FAMILY = Family(
     model_config=model_config,
     rows=rows,
     with_heads=with_heads,
-    template=ChatTemplate(
-        before_video="<s>[INST] <Video>", after_video="</Video>[/INST]",
-        before_image="<s>[INST] <Image>", after_image="</Image>[/INST]",
-        user="<s> [INST] ", assistant=" [/INST] ", end="</s>", pad="<unk>",
-    ),
+    template=TEMPLATE,
     sampling=lambda config: Sampling(
         "middles", config["model_config"]["vision_encoder"]["num_frames"]
     ),

@@ -1,0 +1,46 @@
+"""Published folders of families with random weights, as a user would have downloaded them."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+from tokenizers import AddedToken
+
+from tpo_jax.data.text import train_tokenizer
+from tpo_jax.interop.families.registry import family_of, from_leaves
+from tpo_jax.interop.tensors import lazy, write_file
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.paths import flatten
+
+ROWS = 320  # of the token tables; the tokenizer has fewer ids
+TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", "<s>", "</s>")
+
+
+def sized(data):
+    """config.json with tables of ROWS rows."""
+    data = dict(data)
+    for name in ("text_config", "llm_config"):
+        if name in data:
+            return data | {name: data[name] | {"vocab_size": ROWS}}
+    return data | {"vocab_size": ROWS}
+
+
+def write_published(path, data, dtype=ml_dtypes.bfloat16, scale=1.0, **carried):
+    """`data` is of `sized`; `carried` are tensors that no leaf uses."""
+    family = family_of(data)
+    config = family.model_config(data, {})
+    rng, leaves = np.random.default_rng(0), {}
+    for name, leaf in flatten(FunctionalModel(config).abstract()).items():
+        leaves[name] = (scale * rng.normal(size=leaf.shape)).astype(dtype)
+    leaves["language/embed/table"][ROWS:] = 0
+    for name in ("language/lm_head/kernel", "language/lm_head/lora_b"):
+        if name in leaves:
+            leaves[name][:, ROWS:] = 0
+    tensors = from_leaves(family, config, leaves, carried, ())
+    lazily = {name: lazy(tensor) for name, tensor in tensors.items()}
+    write_file(path / "model.safetensors", lazily, {"format": "pt"})
+    tokenizer = train_tokenizer(["You are a helpful assistant. What happens?"], 300)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in TOKENS])
+    (path / "tokenizer.json").write_text(tokenizer.to_str())
+    (path / "config.json").write_text(json.dumps(data))
+    (path / "generation_config.json").write_text('{"temperature": 0}')

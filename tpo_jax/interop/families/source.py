@@ -1,0 +1,142 @@
+"""A published multimodal folder as it was downloaded: configuration, tokenizer, parameters.
+
+Nothing but headers is read here; `interop.folder` opens such a folder in the place of a model
+folder, `families.folder` imports from it and exports to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from etils import epath
+from tokenizers import Tokenizer
+
+from tpo_jax.data.text import ChatTemplate, TextCodec
+from tpo_jax.interop import huggingface
+from tpo_jax.interop.chat_template import (
+    multimodal_template,
+    read_json,
+    read_processor_template,
+    template_ids,
+)
+from tpo_jax.interop.families.base import Family, FamilyError, Sampling
+from tpo_jax.interop.families.registry import FAMILIES, family_of, to_leaves
+from tpo_jax.interop.tensors import LazyArray
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads import tokens_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint of a family; its weights are read on demand.
+
+    Attributes:
+      leaves: {parameter path: array}.
+      carried: {their name: array} of what this program has no use for.
+    """
+
+    family: Family
+    config: ModelConfig
+    codec: TextCodec
+    sampling: Sampling
+    leaves: dict[str, LazyArray]
+    carried: dict[str, LazyArray]
+
+
+def is_family(source: epath.PathLike) -> bool:
+    """Whether a folder holds a multimodal checkpoint of a known family."""
+    return family_of(read_json(epath.Path(source) / "config.json")) is not None
+
+
+def open_source(
+    source: epath.PathLike, options: Mapping[str, Any] | None = None, jinja: str | None = None
+) -> Source:
+    """Opens a folder; reads configuration, tokenizer and the headers of its tensors.
+
+    Args:
+      options: entries of config.json that the published file lacks; "heads" are those to load.
+      jinja: text of a chat template that takes the place of the checkpoint's.
+
+    Raises:
+      FamilyError, MappingError, HuggingFaceError, TensorFileError: name what does not fit.
+    """
+    path = epath.Path(source)
+    family, config, data = read_config(path, options or {})
+    tensors = huggingface.read_tensors(path)
+    chosen = data.get("heads")
+    chosen = [chosen] if isinstance(chosen, str) else chosen  # --set heads=region_mlp
+    config = headed(family, config, data, tensors, chosen)
+    leaves, carried = to_leaves(family, config, tensors)
+    codec = open_codec(path, options, jinja)
+    if missing := set(tokens_of(config.heads)) - codec.task_tokens.keys():
+        raise FamilyError(
+            f"{path / 'tokenizer.json'}: has no {sorted(missing)}, which heads "
+            f"{list(config.heads)} need; add them, or leave the heads out with --set heads=[]"
+        )
+    dtype = "bfloat16" if leaves["language/embed/table"].dtype.name == "bfloat16" else "float32"
+    config = dataclasses.replace(
+        config, tokens=codec.task_tokens if config.heads else {},
+        visual_offset=codec.template.visual_offset, dtype=dtype,
+    )  # fmt: skip
+    return Source(family, config, codec, family.sampling(data), leaves, carried)
+
+
+def open_codec(
+    source: epath.PathLike, options: Mapping[str, Any] | None = None, jinja: str | None = None
+) -> TextCodec:
+    """Tokenizer of a folder and the texts around its videos, questions and answers."""
+    path = epath.Path(source)
+    data = read_json(path / "config.json") | dict(options or {})
+    family = _family(path, data)
+    if not (path / "tokenizer.json").exists():
+        raise FamilyError(f"{path / 'tokenizer.json'}: missing; save the tokenizer as a fast one")
+    tokenizer = Tokenizer.from_str((path / "tokenizer.json").read_text())
+    if jinja is None and family.reads_template:
+        jinja = read_processor_template(path)
+    template = family.template
+    if jinja is not None:
+        template = multimodal_template(jinja, path, tokenizer, template)
+    sampling = family.sampling(data)
+    template = dataclasses.replace(
+        template, sampling=sampling.method, time_instruction=sampling.time_instruction
+    )
+    return fitted_codec(tokenizer, template)
+
+
+def read_config(
+    source: epath.PathLike, options: Mapping[str, Any]
+) -> tuple[Family, ModelConfig, dict[str, Any]]:
+    """Family, ModelConfig and config.json with `options` in it."""
+    path = epath.Path(source)
+    config = read_json(path / "config.json") | dict(options)
+    family = _family(path, config)
+    preprocessor = read_json(path / "preprocessor_config.json")
+    return family, family.model_config(config, preprocessor), config
+
+
+def headed(
+    family: Family, config: ModelConfig, data: Mapping[str, Any], keys: Collection[str],
+    chosen: Collection[str] | None,
+) -> ModelConfig:  # fmt: skip
+    """The configuration with the chosen heads of a checkpoint; None: those that read its input."""
+    if family.with_heads is None:
+        if chosen:
+            raise FamilyError(f"heads {list(chosen)} have no place in {family.name}")
+        return config
+    return family.with_heads(config, keys, chosen, data)
+
+
+def fitted_codec(tokenizer: Tokenizer, template: ChatTemplate) -> TextCodec:
+    """The codec of a family's template; counts where the visual tokens start."""
+    count = len(template_ids(template.before_video, tokenizer))
+    return TextCodec(tokenizer, dataclasses.replace(template, visual_offset=count))
+
+
+def _family(path: epath.Path, data: Mapping[str, Any]) -> Family:
+    family = family_of(data)
+    if family is None:
+        known = ", ".join(family.name for family in FAMILIES)
+        raise FamilyError(f"{path / 'config.json'}: is of none of the families {known}")
+    return family
