@@ -5,6 +5,9 @@ import runpy
 
 import pytest
 
+from tpo_jax.models.presets import preset
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.paths import flatten
 from tpo_jax.training.config import (
     ConfigError,
     bucket_config,
@@ -16,6 +19,7 @@ from tpo_jax.training.config import (
     validate,
 )
 from tpo_jax.training.config_changes import changed_since
+from tpo_jax.training.optimizer import assign_groups
 
 
 def good():
@@ -289,6 +293,24 @@ SHIPPED = [
 def test_shipped_configs_are_valid(name, arg):
     config = runpy.run_path(str(CONFIGS / name))["get_config"](arg)
     validate(config)
+
+
+@pytest.mark.parametrize(
+    ("stage", "trained"),
+    [
+        ("1", {"task_tokens", "box_encoder", "language"}),
+        ("2", {"heads", "task_tokens", "box_encoder", "language"}),
+        ("3", {"heads", "task_tokens", "box_encoder", "language", "connector", "vision"}),
+        ("dpo", {"language"}),
+    ],
+)
+def test_a_stage_of_the_demo_trains_its_parts_whole_and_nothing_else(stage, trained):
+    config = runpy.run_path(str(CONFIGS / "demo.py"))["get_config"](f"stage={stage}")
+    model = FunctionalModel(preset("tiny", tuple(config.model.heads)))
+    paths = sorted(flatten(model.abstract()))
+    groups = assign_groups(config.trainable, paths)
+    assert sorted(groups) == [path for path in paths if path.split("/")[0] in trained]
+    assert {path.split("/")[0] for path in groups} == trained
 
 
 def test_an_unknown_stage_lists_the_stages():
