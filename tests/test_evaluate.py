@@ -3,6 +3,10 @@
 import pytest
 
 from tpo_jax import evaluate
+from tpo_jax.errors import UserError
+from tpo_jax.evaluation import results
+from tpo_jax.evaluation.bootstrap import ItemScores
+from tpo_jax.evaluation.floors import Candidate
 
 HEADS = ("region", "temporal", "mask")
 
@@ -55,3 +59,23 @@ def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit):
         evaluate.parse(["--help"])
     assert "python -m tpo_jax.evaluate --model=" in capsys.readouterr().out
+
+
+def test_floors_stand_beside_the_metrics_of_their_split(tmp_path):
+    found = {"qa/accuracy": [Candidate("first option", 0.25, 0.3)]}
+    file = tmp_path / "floors.json"
+    results.write_json(file, results.floors_record(found, train="data/train", data="data/test"))
+    floors = results.read_floors(file, "data/test/")
+    assert floors == {"qa/accuracy": 0.3}
+    with pytest.raises(UserError, match="floors of data/test, expected those of data/other"):
+        results.read_floors(file, "data/other")
+    rows = [(f"{video}/{i}", video, i) for video in ("a", "b") for i in (0, 1)]
+    scores = {name: ItemScores.of(rows) for name in ("qa/accuracy", "qa/accuracy/order")}
+    lines = {}
+    for name, known in (("with", floors), ("without", {})):
+        record = results.evaluation_record(scores, routing={}, about={"floors": known})
+        lines[name] = results.format_metrics(record).splitlines()
+    assert lines["with"][0].split()[:3] == ["metric", "value", "floor"]
+    assert lines["with"][1].startswith(f"{'qa/accuracy':32s}   0.500   0.300  [ 0.500,")
+    assert lines["with"][2].startswith(f"{'qa/accuracy/order':32s}   0.500          [ 0.500,")
+    assert lines["without"][1].startswith(f"{'qa/accuracy':32s}   0.500  [ 0.500,")

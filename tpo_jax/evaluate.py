@@ -7,6 +7,8 @@
     python -m tpo_jax.evaluate --floors_from=runs/demo/data/train \\
         --data=runs/demo/data/test --blind=runs/demo/eval/blind.json \\
         --middle_frame=runs/demo/eval/middle_frame.json --out=runs/demo/eval/floors.json
+    python -m tpo_jax.evaluate --model=runs/demo/dpo/model --data=runs/demo/data/test \\
+        --floors=runs/demo/eval/floors.json --out=dpo.json
     python -m tpo_jax.evaluate --predictions=preds.jsonl --benchmark=qvhighlights \\
         --annotations=highlight_val_release.jsonl
 
@@ -106,6 +108,7 @@ def evaluate(flags: argparse.Namespace, preemption: Preemption) -> None:
       Preempted: told to stop; nothing is written.
     """
     started = time.monotonic()
+    beside = results.read_floors(flags.floors, flags.data) if flags.floors else {}
     config, params, codec = load_model(flags.model)
     answered = TEXT_TASKS if flags.task_text else tuple(heads_of(config.heads))
     tasks = choose_tasks(flags.tasks, flags.evidence, answered, flags.pairs)
@@ -132,6 +135,7 @@ def evaluate(flags: argparse.Namespace, preemption: Preemption) -> None:
             "frames": frames,
             "task_text": flags.task_text,
             "tasks": tasks,
+            "floors": beside,
             "seconds": round(time.monotonic() - started, 1),
         },
     )
@@ -231,6 +235,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="read places and times from the words of answers, as models of data.task_text give "
         "them, instead of calling heads",
     )
+    parser.add_argument(
+        "--floors", default="", metavar="FILE.json",
+        help="what --floors_from wrote for this --data, to print beside the metrics",
+    )  # fmt: skip
     parser.add_argument("--blind", default="", help="evaluation of a text-only model (floors)")
     parser.add_argument(
         "--middle_frame", default="", help="evaluation of a middle-frame model (floors)"

@@ -70,6 +70,18 @@ def write_json(path: epath.PathLike, record: Mapping[str, Any]) -> None:
     files.write(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
+def read_floors(path: epath.PathLike, data: str) -> dict[str, float]:
+    """{metric: floor} of a floors file, which has to be of the split `data`."""
+    record = read_json(path)
+    if "floors" not in record or "candidates" not in record:
+        raise UserError(f"{path}: no floors; write them with `evaluate --floors_from`")
+    if epath.Path(record["data"]) != epath.Path(data):
+        raise UserError(
+            f"{path}: floors of {record['data']}, expected those of {data}; compute them for it"
+        )
+    return record["floors"]
+
+
 def read_json(path: epath.PathLike) -> dict[str, Any]:
     """Reads an evaluation or floors file, refusing another format version."""
     path = epath.Path(path)
@@ -99,13 +111,18 @@ def read_samples(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def format_metrics(record: Mapping[str, Any]) -> str:
-    """One line per metric: value, interval, number of items and videos."""
-    lines = [f"{'metric':32s} {'value':>7s}  {'95 % interval':>16s}  {'items':>6s} {'videos':>6s}"]
+    """One line per metric: value, floor if known, interval, number of items and videos."""
+    floors = record["floors"]
+    lines = [
+        f"{'metric':32s} {'value':>7s}{'   floor' if floors else ''}  {'95 % interval':>16s}  "
+        f"{'items':>6s} {'videos':>6s}"
+    ]
     for metric, value in record["metrics"].items():
         low, high = record["intervals"][metric]
         count = record["counts"][metric]
+        floor = f" {floors[metric]:7.3f}" if metric in floors else " " * 8
         lines.append(
-            f"{metric:32s} {value:7.3f}  [{low:6.3f}, {high:6.3f}]  "
+            f"{metric:32s} {value:7.3f}{floor if floors else ''}  [{low:6.3f}, {high:6.3f}]  "
             f"{count['items']:6d} {count['videos']:6d}"
         )
     for task, counts in record["routing"].items():
