@@ -191,3 +191,31 @@ def test_the_published_hyper_parameters():
     assert one.trainable[0][0] == "connector/" and two.trainable[0][0] == "connector/|language/"
     assert config_of("llava_video", "").trainable == [["vision/", 2e-6], [".*", 1e-5]]
     assert config_of("videochat2", "").optimizer.weight_decay == 0.02
+
+
+@pytest.mark.parametrize("name, arg, rows, steps", [
+    ("llava_onevision", "", 256, 6_250),  # 1.6 M
+    ("llava_video", "", 256, 10_547),  # 2.7 M
+    ("video_llava", "stage=1", 256, 4_922),  # 558 K and 702 K
+    ("video_llava", "stage=2", 128, 5_977),  # 665 K and 100 K
+    ("videochat2", "", 128, 46_875),  # 3 x 2 M
+    ("videochat2", "tpo", 128, 83_356),  # 3 x 3,556,500
+    ("longva", "", 64, 1_000),  # not published
+    ("longva", "samples=640001", 64, 10_001), ("videochat2", "samples=1280", 128, 30),
+    ("llava_onevision", "tiny,samples=640000", 8, 3),
+])  # fmt: skip
+def test_steps_are_the_published_epochs(name, arg, rows, steps):
+    config = config_of(name, arg)
+    video = config.buckets.video
+    beside = config.buckets[video.beside].batch_size if video.beside else 0
+    assert (video.batch_size + beside, config.steps) == (rows, steps)
+
+
+def test_the_published_schedules():
+    for name in ("llava_onevision", "llava_video", "longva"):
+        config = config_of(name, "")
+        assert config.trainable == [["vision/", 2e-6], [".*", 1e-5]]
+        assert (config.optimizer.warmup, config.optimizer.weight_decay) == (0.03, 0.0)
+    optimizer = config_of("videochat2", "").optimizer
+    # 0.6 of 3 epochs.
+    assert (optimizer.warmup, optimizer.min_lr_ratio) == (0.2, 0.25)

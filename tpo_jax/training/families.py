@@ -44,6 +44,16 @@ def run_large(config: ConfigDict) -> None:
     config.model.update(attention="auto", remat="full", dtype="bfloat16")
 
 
+def set_epochs(config: ConfigDict, arg: ConfigDict, published: int, batch: int, epochs: int = 1):
+    """The steps of whole epochs at full size.
+
+    Args:
+      arg: of the config; `samples` is how many there are, 0: as `published`.
+    """
+    if not arg.tiny:
+        config.steps = -(-(arg.samples or published) * epochs // batch)
+
+
 def image_bucket(video: ConfigDict) -> ConfigDict:
     """The bucket of still images that goes with one of videos."""
     return ConfigDict(video.to_dict() | {"media": "image", "frames": 1})
