@@ -6,7 +6,8 @@
 
 `init` is the imported folder; without it the weights are random, for planning. `data` is a folder
 that `prepare` wrote; `tiny` is a few steps of a tiny model of the same parts; `samples` is how many
-an epoch has, 0: as published.
+an epoch has, 0: as published; `size` is that of random weights, 7b or 0.5b (one table for both
+ends).
 
 One epoch of 1.6 M samples, 2e-6 for the tower and 1e-5 for the rest: LLaVA-NeXT,
 docs/LLaVA_OneVision.md. Global batch 256 (128 devices, 1 each, accumulated twice, "recommended" for
@@ -23,8 +24,8 @@ BATCH, SAMPLES = 256, 1_600_000
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, init="", data="runs/data", tiny=False, samples=0)
-    config = family_config("llava_onevision", arg, frames=32, batch=BATCH)
+    arg = parse_arg(arg, init="", data="runs/data", tiny=False, samples=0, size="7b")
+    config = family_config("llava_onevision", arg, frames=32, batch=BATCH, size=arg.size)
     # 32 frames of 196 tokens and one newline; sequences are at most 32,768 long.
     config.trainable = [["vision/", 2e-6], [".*", 1e-5]]
     set_epochs(config, arg, SAMPLES, BATCH)

@@ -14,7 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.interop.families.configs import CONFIGS, LLAVA_ONEVISION, VIDEO_LLAVA
+from tests.interop.families.configs import (
+    CONFIGS,
+    LLAVA_ONEVISION,
+    LLAVA_ONEVISION_TIED,
+    VIDEO_LLAVA,
+)
 from tests.interop.families.folders import (
     GOLDEN,
     GOLDEN_EVERY,
@@ -39,8 +44,7 @@ IMAGE_ID, VIDEO_ID = VOCABULARY - 2, VOCABULARY - 1
 IDS = {"image_token_index": IMAGE_ID, "video_token_index": VIDEO_ID}
 FULL = {
     "llava_onevision": LLAVA_ONEVISION | IDS,
-    # The 0.5B's language model has one table for both ends.
-    "llava_onevision_tied": LLAVA_ONEVISION | IDS | {"tie_word_embeddings": True},
+    "llava_onevision_tied": LLAVA_ONEVISION_TIED | IDS,
     "video_llava": VIDEO_LLAVA | IDS,
 }
 COMPOSED = ("llava_video", "longva", "video_llava_original", "videochat")

@@ -65,6 +65,7 @@ def images_of(batch, model_config):
     pytest.param("llava_video", "tiny", marks=pytest.mark.long),
     pytest.param("longva", "tiny", marks=pytest.mark.long),
     pytest.param("video_llava", "tiny,stage=1", marks=pytest.mark.long),
+    pytest.param("siglip2_qwen3", "tiny,stage=2", marks=pytest.mark.long),
 ])  # fmt: skip
 def test_a_tiny_model_trains_on_eight_devices(name, arg):
     config = config_of(name, arg)
@@ -154,6 +155,9 @@ def test_attention_is_that_of_the_devices_that_a_program_is_for():
     ("llava_onevision", "", 8.03, 196 * 32 + 1), ("llava_video", "", 8.03, 210 * 64),
     ("llava_video", "frames=32", 8.03, 210 * 32), ("longva", "frames=128", 7.94, 144 * 128),
     ("video_llava", "stage=1", 7.47, 257 * 8), ("videochat2", "", 7.68, 96),
+    # 494,032,768 of Qwen2-0.5B, 8,190,735,360 of Qwen3-8B.
+    ("llava_onevision", "size=0.5b", 0.89, 196 * 32 + 1),
+    ("siglip2_qwen3", "stage=1", 8.62, 64 * 32),
 ])  # fmt: skip
 def test_full_sizes(name, arg, parameters, tokens):
     config = config_of(name, arg)

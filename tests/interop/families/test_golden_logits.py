@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.interop.families.configs import LLAVA_ONEVISION, VIDEO_LLAVA
+from tests.interop.families.configs import LLAVA_ONEVISION_TIED, VIDEO_LLAVA
 from tests.interop.families.folders import GOLDEN, GOLDEN_EVERY, forward, prompt, write_folder
 from tpo_jax.interop import folder
 from tpo_jax.interop.families.folder import import_family
@@ -12,7 +12,7 @@ from tpo_jax.models.video_language import FunctionalModel
 
 
 @pytest.mark.parametrize("name, data", [
-    ("llava_onevision_tied", LLAVA_ONEVISION | {"tie_word_embeddings": True}),
+    ("llava_onevision_tied", LLAVA_ONEVISION_TIED),
     ("video_llava", VIDEO_LLAVA),
 ])  # fmt: skip
 def test_logits_of_an_imported_family(name, data, tmp_path):
