@@ -8,13 +8,14 @@
   2  connector and language model, at 2e-5, global batch 128
 
 Towers are frozen in both. One epoch each, cosine with 3 % warm-up, no weight decay. Every step
-trains on images and videos, in the proportion of the published data (558K : 702K, 665K : 100K).
+trains on images and videos, in the proportion of the published data (558K : 702K, 665K : 100K),
+whose sum is an epoch; `samples`: another number.
 """
 
 from ml_collections import ConfigDict
 
 from tpo_jax.training.config import ConfigError, parse_arg
-from tpo_jax.training.families import family_config, image_bucket
+from tpo_jax.training.families import family_config, image_bucket, set_epochs
 
 # Images and videos of a global batch, learning rate, what is trained, samples of the epoch. Both
 # parts of a batch divide over 8 devices.
@@ -25,7 +26,7 @@ STAGES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, stage="2", init="", data="runs/data", tiny=False)
+    arg = parse_arg(arg, stage="2", init="", data="runs/data", tiny=False, samples=0)
     if arg.stage not in STAGES:
         raise ConfigError(f"config argument stage={arg.stage}: expected one of {', '.join(STAGES)}")
     images, videos, rate, trained, samples = STAGES[arg.stage]
@@ -35,6 +36,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.buckets.image = image_bucket(config.buckets.video)
     if not arg.tiny:
         config.buckets.image.batch_size = images
-        config.steps = -(-samples // (images + videos))
+    set_epochs(config, arg, samples, images + videos)
     config.buckets.video.beside = "image"
     return config

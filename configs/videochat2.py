@@ -7,21 +7,31 @@ VideoChat-TPO (2412.19326), on conversations, boxes and masks together.
     python -m tpo_jax.train --config=configs/videochat2.py:init=tpo,tpo --workdir=runs/tpo
 
 Tower, Q-Former and LoRA (rank 16, also on the output table) are trained at 2e-5; weight decay 0.02,
-3 epochs with 0.6 epochs of warm-up, learning rate down to a quarter, 8 frames, 512 tokens of text.
+3 epochs with 0.6 epochs of warm-up, learning rate down to a quarter, 8 frames, 512 tokens of text:
+OpenGVLab/Ask-Anything, video_chat2/scripts/videochat_mistral/config_7b_stage3.py. Its batch is 4 a
+GPU; the launcher that names more than one machine (videochat_vicuna/slurm_run_7b_stage3.sh) has 32
+GPUs, so 128. `samples` is how many an epoch has, 0: as published, 2 M records of VideoChat2-IT.
+`tpo` has the 3,556,500 of VideoChat-TPO's stage 3 (Table 18) without the 7.5 K of its temporal
+task, at batch 128, as its text says; Table 17 has 256.
 """
 
 from ml_collections import ConfigDict
 
 from tpo_jax.models.heads import region_mlp, sam2
 from tpo_jax.training.config import parse_arg
-from tpo_jax.training.families import family_config
+from tpo_jax.training.families import family_config, set_epochs
+
+BATCH, EPOCHS, SAMPLES = 128, 3, 2_000_000
+# Conversation, temporal reasoning, spatial, segmentation.
+TPO_SAMPLES = 3_000_000 + 40_000 + 400_000 + 116_500
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, init="", data="runs/data", tiny=False, tpo=False)
-    config = family_config("videochat2", arg, frames=8, batch=128)
+    arg = parse_arg(arg, init="", data="runs/data", tiny=False, tpo=False, samples=0)
+    config = family_config("videochat2", arg, frames=8, batch=BATCH)
     config.optimizer.update(weight_decay=0.02, warmup=0.2, min_lr_ratio=0.25)
     config.trainable = [["vision/|connector/", 2e-5], ["language/.*lora_", 2e-5]]
+    set_epochs(config, arg, TPO_SAMPLES if arg.tpo else SAMPLES, BATCH, EPOCHS)
     if arg.tpo:
         _add_heads(config, arg)
     return config

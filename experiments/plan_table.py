@@ -34,8 +34,8 @@ own). `published`: what the config trains. `full`: every leaf. Frozen parameters
 are.
 """
 _STEPS = (
-    "LLaVA-OneVision, LongVA and VideoChat2 name no number of samples that the sources agree on: "
-    "their figure is for 1,000 steps."
+    "They are those of the published epochs, but for LongVA, whose number of samples is not "
+    "published: its figure is for 1,000 steps."
 )
 _COLUMNS = (
     "config", "trained", "topology, mesh", "rows a step", "GiB a chip", "fits", "by",

@@ -5,6 +5,7 @@
     python -m tpo_jax.convert import --source=Qwen2-7B --out=qwen2   (a Hugging Face folder)
     python -m tpo_jax.convert import --source=LongVA-7B --out=longva   (a multimodal family)
     python -m tpo_jax.convert import --source=sam2.1-hiera-large --into=model --out=model2
+    python -m tpo_jax.convert import --source=siglip2-so400m-patch16-naflex --into=qwen3 --out=model
     python -m tpo_jax.convert export --model=longva --out=exported --like=LongVA-7B
     python -m tpo_jax.convert check  --model=model --exported=exported   (needs torch, transformers)
     python -m tpo_jax.convert check  --model=longva --exported=LongVA-7B
@@ -17,7 +18,7 @@ from typing import Any
 
 from tpo_jax.data.files import local_path, read_text
 from tpo_jax.errors import UserError, report
-from tpo_jax.interop import export, folder, sam2_model
+from tpo_jax.interop import export, folder, sam2_model, siglip
 from tpo_jax.interop.families import folder as families
 from tpo_jax.interop.families import source
 from tpo_jax.models.heads.listed import load_listed
@@ -37,6 +38,8 @@ IMPORT_EXAMPLES = """examples:
   # with a PEFT adapter merged; the mask network of SAM 2 into a model that has one
   python -m tpo_jax.convert import --source=Qwen2-7B --adapter=tuned --out=qwen2
   python -m tpo_jax.convert import --source=sam2.1-hiera-large --into=model --out=model2
+  # the tower of SigLIP 2 into a language folder
+  python -m tpo_jax.convert import --source=siglip2-so400m-patch16-naflex --into=qwen3 --out=parts
 """
 CHECK_EXAMPLES = """examples:
   python -m tpo_jax.convert check --model=model --exported=exported
@@ -71,8 +74,9 @@ def _export(flags: argparse.Namespace) -> int:
 
 def _import(flags: argparse.Namespace) -> int:
     if flags.into:
-        _refuse(flags, "the SAM 2 of --into", "adapter", "chat_template", "set")
-        for line in sam2_model.add_to_model(flags.source, flags.into, flags.out):
+        _refuse(flags, "--into", "adapter", "chat_template", "set")
+        add = siglip.add_to_language if siglip.is_tower(flags.source) else sam2_model.add_to_model
+        for line in add(flags.source, flags.into, flags.out):
             print(line)
         return 0
     template = read_text(flags.chat_template, "--chat_template") if flags.chat_template else None
@@ -142,7 +146,10 @@ def _parser() -> argparse.ArgumentParser:
         "--source", required=True, help="folder that `export` wrote, or a Hugging Face folder"
     )
     command.add_argument("--out", required=True, help="model folder to write")
-    command.add_argument("--into", help="model folder that gets the SAM 2 of --source")
+    command.add_argument(
+        "--into",
+        help="model folder that gets the SAM 2 of --source, or language folder for its SigLIP",
+    )
     command.add_argument("--adapter", help="PEFT folder to merge into the model")
     command.add_argument("--chat_template", help="Jinja file in the place of the source's")
     _add_set(command)

@@ -129,9 +129,9 @@ def test_what_goes_back_out_is_the_file(name, request):
         np.testing.assert_array_equal(out[key], tensor)
 
 
-@pytest.mark.parametrize("size", [(20, 50), (44, 40)])
-def test_onevision_image_of_any_resolution_and_video_in_one_batch(onevision, size):
-    """Row 0: an image in tiles, row 1: a video of three frames, padded on the left."""
+@pytest.mark.parametrize("size, side", [((20, 50), "left"), ((44, 40), "right")])
+def test_onevision_image_of_any_resolution_and_video_in_one_batch(onevision, size, side):
+    """Row 0: an image in tiles, row 1: a video of three frames; one of them is padded."""
     import torch
 
     rng = np.random.default_rng(size[0])
@@ -146,7 +146,8 @@ def test_onevision_image_of_any_resolution_and_video_in_one_batch(onevision, siz
     rows = [
         _ids(rng, 3, image.shape[1], IMAGE_ID, 5), _ids(rng, 2, video.shape[1], VIDEO_ID, 4)
     ]  # fmt: skip
-    ids, mask = _padded(rows, "left")
+    ids, mask = _padded(rows, side)
+    assert not mask.all()
     expected = onevision.theirs(
         input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask),
         pixel_values=onevision.pixels(tiles[None]), image_sizes=torch.tensor([size]),

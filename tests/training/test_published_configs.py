@@ -65,6 +65,7 @@ def images_of(batch, model_config):
     pytest.param("llava_video", "tiny", marks=pytest.mark.long),
     pytest.param("longva", "tiny", marks=pytest.mark.long),
     pytest.param("video_llava", "tiny,stage=1", marks=pytest.mark.long),
+    pytest.param("siglip2_qwen3", "tiny,stage=2", marks=pytest.mark.long),
 ])  # fmt: skip
 def test_a_tiny_model_trains_on_eight_devices(name, arg):
     config = config_of(name, arg)
@@ -154,6 +155,9 @@ def test_attention_is_that_of_the_devices_that_a_program_is_for():
     ("llava_onevision", "", 8.03, 196 * 32 + 1), ("llava_video", "", 8.03, 210 * 64),
     ("llava_video", "frames=32", 8.03, 210 * 32), ("longva", "frames=128", 7.94, 144 * 128),
     ("video_llava", "stage=1", 7.47, 257 * 8), ("videochat2", "", 7.68, 96),
+    # 494,032,768 of Qwen2-0.5B, 8,190,735,360 of Qwen3-8B.
+    ("llava_onevision", "size=0.5b", 0.89, 196 * 32 + 1),
+    ("siglip2_qwen3", "stage=1", 8.62, 64 * 32),
 ])  # fmt: skip
 def test_full_sizes(name, arg, parameters, tokens):
     config = config_of(name, arg)
@@ -191,3 +195,31 @@ def test_the_published_hyper_parameters():
     assert one.trainable[0][0] == "connector/" and two.trainable[0][0] == "connector/|language/"
     assert config_of("llava_video", "").trainable == [["vision/", 2e-6], [".*", 1e-5]]
     assert config_of("videochat2", "").optimizer.weight_decay == 0.02
+
+
+@pytest.mark.parametrize("name, arg, rows, steps", [
+    ("llava_onevision", "", 256, 6_250),  # 1.6 M
+    ("llava_video", "", 256, 10_547),  # 2.7 M
+    ("video_llava", "stage=1", 256, 4_922),  # 558 K and 702 K
+    ("video_llava", "stage=2", 128, 5_977),  # 665 K and 100 K
+    ("videochat2", "", 128, 46_875),  # 3 x 2 M
+    ("videochat2", "tpo", 128, 83_356),  # 3 x 3,556,500
+    ("longva", "", 64, 1_000),  # not published
+    ("longva", "samples=640001", 64, 10_001), ("videochat2", "samples=1280", 128, 30),
+    ("llava_onevision", "tiny,samples=640000", 8, 3),
+])  # fmt: skip
+def test_steps_are_the_published_epochs(name, arg, rows, steps):
+    config = config_of(name, arg)
+    video = config.buckets.video
+    beside = config.buckets[video.beside].batch_size if video.beside else 0
+    assert (video.batch_size + beside, config.steps) == (rows, steps)
+
+
+def test_the_published_schedules():
+    for name in ("llava_onevision", "llava_video", "longva"):
+        config = config_of(name, "")
+        assert config.trainable == [["vision/", 2e-6], [".*", 1e-5]]
+        assert (config.optimizer.warmup, config.optimizer.weight_decay) == (0.03, 0.0)
+    optimizer = config_of("videochat2", "").optimizer
+    # 0.6 of 3 epochs.
+    assert (optimizer.warmup, optimizer.min_lr_ratio) == (0.2, 0.25)

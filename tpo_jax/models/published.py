@@ -24,6 +24,12 @@ SIGLIP_SO400M = TowerConfig(
     kind="siglip", image_size=384, patch_size=14, width=1152, depth=26, heads=16, mlp_width=4304,
     activation="gelu_pytorch_tanh", epsilon=1e-6, layer=-1, max_frames=512,
 )  # fmt: skip
+# For any aspect ratio (siglip2-so400m-patch16-naflex), here 16 x 16 patches of a square frame; what
+# enters the last layer is read, as in the LLaVA families.
+SIGLIP2_SO400M = TowerConfig(
+    kind="siglip2", image_size=256, patch_size=16, width=1152, depth=27, heads=16, mlp_width=4304,
+    activation="gelu_pytorch_tanh", epsilon=1e-6, layer=-2, max_frames=512, remat=True,
+)  # fmt: skip
 CLIP_L_336 = TowerConfig(
     kind="clip", image_size=336, patch_size=14, width=1024, depth=24, heads=16, mlp_width=4096,
     activation="quick_gelu", epsilon=1e-5, layer=-2, max_frames=512, mean=OPENAI_MEAN,
@@ -42,6 +48,14 @@ QWEN2_7B = LanguageConfig(
     vocab_size=152064, width=3584, depth=28, heads=28, kv_heads=4, head_dim=128, mlp_width=18944,
     rope_theta=1e6, qkv_bias=True,
 )  # fmt: skip
+QWEN2_HALF_B = LanguageConfig(
+    vocab_size=151936, width=896, depth=24, heads=14, kv_heads=2, head_dim=64, mlp_width=4864,
+    rope_theta=1e6, qkv_bias=True, tied_head=True, remat=True, attention="splash",
+)  # fmt: skip
+QWEN3_8B = LanguageConfig(
+    vocab_size=151936, width=4096, depth=36, heads=32, kv_heads=8, head_dim=128, mlp_width=12288,
+    rope_theta=1e6, qk_norm=True, remat=True, attention="splash",
+)  # fmt: skip
 VICUNA_7B = LanguageConfig(
     vocab_size=32128, width=4096, depth=32, heads=32, kv_heads=32, head_dim=128, mlp_width=11008,
     norm_epsilon=1e-5,
@@ -55,31 +69,35 @@ ANYRES = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns i
 ONEVISION_CONNECTOR = MlpConnectorConfig(
     pool="bilinear", newline="one_token", image="newline", resolutions=ANYRES, max_tiles=9
 )
+# Of no checkpoint: a model of SigLIP 2 and Qwen3 begins with a new connector.
+SIGLIP2_CONNECTOR = MlpConnectorConfig(pool="average", newline="no_token", image="plain")
 # Rank, targets and dropout of the published checkpoint.
 VIDEOCHAT_LORA = LoraConfig(
     r"language/.*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|lm_head)/kernel",
     rank=16, alpha=32.0, dropout=0.1,
 )  # fmt: skip
 
-# Vision, connector, language and what else differs.
+# {"FAMILY_SIZE": vision, connector, language and what else differs}.
 _FULL: dict[str, tuple[Any, Any, LanguageConfig, dict[str, Any]]] = {
-    "llava_onevision": (SIGLIP_SO400M, ONEVISION_CONNECTOR, QWEN2_7B, {}),
-    "llava_video": (
+    "llava_onevision_7b": (SIGLIP_SO400M, ONEVISION_CONNECTOR, QWEN2_7B, {}),
+    "llava_onevision_0.5b": (SIGLIP_SO400M, ONEVISION_CONNECTOR, QWEN2_HALF_B, {}),
+    "siglip2_qwen3_8b": (SIGLIP2_SO400M, SIGLIP2_CONNECTOR, QWEN3_8B, {}),
+    "llava_video_7b": (
         SIGLIP_SO400M, dataclasses.replace(ONEVISION_CONNECTOR, newline="grid"), QWEN2_7B, {},
     ),
-    "longva": (
+    "longva_7b": (
         CLIP_L_336,
         MlpConnectorConfig(pool="average", newline="no_token", image="pool"),
         dataclasses.replace(QWEN2_7B, rope_theta=1e9),
         {},
     ),
-    "video_llava": (
+    "video_llava_7b": (
         LANGUAGEBIND,
         MlpConnectorConfig(pool="none", newline="no_token", image="plain", class_token=True),
         VICUNA_7B,
         {},
     ),
-    "videochat2": (
+    "videochat2_7b": (
         UMT_L,
         QFormerConfig(
             queries=32, extra_queries=64, width=768, depth=12, heads=12, mlp_width=3072
@@ -94,7 +112,7 @@ def full(name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | Non
     """The published sizes, in bfloat16."""
     vision, connector, language, more = _FULL[name]
     vision = _whole_frames(vision, heads)
-    stride = {384: 8, 336: 7, 224: 8}[vision.image_size]
+    stride = {384: 8, 336: 7, 256: 8, 224: 8}[vision.image_size]
     return ModelConfig(
         vision=vision, connector=connector, language=language,
         head=HeadConfig(width=256, heads=8, layers=2, mask_stride=stride), heads=tuple(heads),
@@ -146,10 +164,14 @@ def _tokens(
 
 
 def presets() -> dict[str, Callable[..., ModelConfig]]:
-    """{"llava_onevision_7b": ..., "llava_onevision_tiny": ..., ...}."""
+    """{"llava_onevision_7b": ..., "llava_onevision_tiny": ..., ...}; a family's tiny model is that
+    of its first size."""
 
     def make(build: Callable[..., ModelConfig], name: str) -> Callable[..., ModelConfig]:
         return lambda heads=(), tokens=None: build(name, heads, tokens)
 
-    sizes = {"7b": full, "tiny": tiny}
-    return {f"{name}_{size}": make(build, name) for name in _FULL for size, build in sizes.items()}
+    found: dict[str, Callable[..., ModelConfig]] = {}
+    for name in _FULL:
+        found[name] = make(full, name)
+        found.setdefault(f"{name.rpartition('_')[0]}_tiny", make(tiny, name))
+    return found

@@ -12,14 +12,19 @@ TASKS = {"conversation": 1.0}
 TINY_FRAMES = 4
 
 
-def family_config(family: str, arg: ConfigDict, *, frames: int = 32, batch: int = 64) -> ConfigDict:
-    """Supervised training on videos; `arg` has init, data and tiny."""
+def family_config(
+    family: str, arg: ConfigDict, *, frames: int, batch: int, size: str = "7b"
+) -> ConfigDict:
+    """Supervised training on videos; `arg` has init, data and tiny.
+
+    Args:
+      size: of the preset that a run without weights has.
+    """
     config = default_config()
     if arg.init:
         config.model.preset, config.init_from = "", arg.init
     else:
-        size = "tiny" if arg.tiny else "7b"
-        config.model.preset = f"{family}_{size}"
+        config.model.preset = f"{family}_{'tiny' if arg.tiny else size}"
         config.tokenizer = TOKENIZER
     config.data.train = [source_config(f"{arg.data}/train", tasks=TASKS)]
     config.optimizer.update(name="adamw", warmup=0.03, weight_decay=0.0, min_lr_ratio=0.0)
@@ -42,6 +47,16 @@ def family_config(family: str, arg: ConfigDict, *, frames: int = 32, batch: int 
 def run_large(config: ConfigDict) -> None:
     """How a model of full size runs, of whatever weights."""
     config.model.update(attention="auto", remat="full", dtype="bfloat16")
+
+
+def set_epochs(config: ConfigDict, arg: ConfigDict, published: int, batch: int, epochs: int = 1):
+    """The steps of whole epochs at full size.
+
+    Args:
+      arg: of the config; `samples` is how many there are, 0: as `published`.
+    """
+    if not arg.tiny:
+        config.steps = -(-(arg.samples or published) * epochs // batch)
 
 
 def image_bucket(video: ConfigDict) -> ConfigDict:

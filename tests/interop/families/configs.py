@@ -17,6 +17,8 @@ LLAVA_ONEVISION = {
     "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9",
     "image_grid_pinpoints": [[24, 24], [24, 48], [48, 24], [48, 48]],
 }  # fmt: skip
+# As in the 0.5B: the language model has one table for both ends.
+LLAVA_ONEVISION_TIED = LLAVA_ONEVISION | {"tie_word_embeddings": True}
 LLAVA_VIDEO = {
     "model_type": "llava_qwen", **TEXT, "vision_config": SIGLIP, "mm_projector_type": "mlp2x_gelu",
     "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
@@ -59,7 +61,8 @@ VIDEOCHAT = {
     },
 }  # fmt: skip
 CONFIGS = {
-    "llava_onevision": LLAVA_ONEVISION, "llava_video": LLAVA_VIDEO, "longva": LONGVA,
+    "llava_onevision": LLAVA_ONEVISION, "llava_onevision_tied": LLAVA_ONEVISION_TIED,
+    "llava_video": LLAVA_VIDEO, "longva": LONGVA,
     "video_llava": VIDEO_LLAVA, "video_llava_original": VIDEO_LLAVA_ORIGINAL,
     "videochat": VIDEOCHAT,
 }  # fmt: skip

@@ -19,11 +19,13 @@ from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.paths import flatten
 
 FAMILY = {
-    "llava_onevision": "llava_onevision", "llava_video": "llava_qwen", "longva": "llava_qwen",
+    "llava_onevision": "llava_onevision", "llava_onevision_tied": "llava_onevision",
+    "llava_video": "llava_qwen", "longva": "llava_qwen",
     "video_llava": "video_llava", "video_llava_original": "video_llava_original",
     "videochat": "videochat",
 }  # fmt: skip
 SOURCES = {"llava_onevision": {"vision_tower.vision_model.x"},
+           "llava_onevision_tied": {"vision_tower.vision_model.x"},
            "video_llava": {"image_tower.vision_model.x"}}  # fmt: skip
 
 
@@ -58,6 +60,7 @@ def exported(name, carried=None):
 def test_out_and_in_again_is_bit_identical(name):
     family, tensors = family_of(CONFIGS[name]), exported(name)
     assert family.name == FAMILY[name]
+    assert any("lm_head" in key for key in tensors) == (name != "llava_onevision_tied")
     leaves, carried = to_leaves(family, config_of(name), tensors)
     assert carried == {} and leaves.keys() == leaves_of(name).keys()
     for path, leaf in leaves_of(name).items():

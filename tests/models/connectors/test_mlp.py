@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import erf
 
+from tests.models.connectors.oracle import pool_grid, project, video_tokens
 from tests.models.towers import oracle
 from tpo_jax.models.connectors.config import MlpConnectorConfig
 from tpo_jax.models.connectors.registry import make_connector
@@ -34,63 +34,6 @@ def _features(frames, seed=0):
     return VisionFeatures(jnp.asarray(patches), jnp.asarray(patches), jnp.asarray(token))
 
 
-def _project(params, x):
-    hidden = oracle.linear(params["linear_1"], np.asarray(x, np.float64))
-    return oracle.linear(params["linear_2"], hidden * (1 + erf(hidden / np.sqrt(2))) / 2)
-
-
-def _pool(grid, mode, stride):
-    """[h, w, D] -> [h', w', D], one output at a time."""
-    h, w, D = grid.shape
-    if mode == "none":
-        return grid
-    if mode == "bilinear":
-        shape = (-(-h // stride), -(-w // stride))
-        out = np.empty((*shape, D))
-        for i, j in np.ndindex(*shape):
-            y, x = (i + 0.5) * h / shape[0] - 0.5, (j + 0.5) * w / shape[1] - 0.5
-            out[i, j] = _sample(grid, y, x)
-        return out
-    out = np.empty((h // stride, w // stride, D))
-    for i, j in np.ndindex(*out.shape[:2]):
-        cell = grid[i * stride : (i + 1) * stride, j * stride : (j + 1) * stride]
-        out[i, j] = cell.max((0, 1)) if mode == "max" else cell.mean((0, 1))
-    return out
-
-
-def _sample(grid, y, x):
-    """Bilinear at a point given in cells; what lies outside repeats the edge."""
-    y, x = max(y, 0.0), max(x, 0.0)
-    total = 0.0
-    for row, a in ((int(y), 1 - y % 1), (int(y) + 1, y % 1)):
-        for column, b in ((int(x), 1 - x % 1), (int(x) + 1, x % 1)):
-            total = total + a * b * grid[min(row, len(grid) - 1), min(column, grid.shape[1] - 1)]
-    return total
-
-
-def _tokens(frame, newline):
-    """[h, w, D] with a newline after every row, as a list of vectors."""
-    return [v for row in frame for v in (*row, newline)]
-
-
-def _video(config, params, clip):
-    """List of token vectors of one clip [F, h, w, D_language], by the published rules."""
-    newline, tokens = params.get("image_newline"), []
-    for index, frame in enumerate(clip):
-        if config.slow_every:
-            stride = config.stride if index % config.slow_every == 0 else 2 * config.stride
-            tokens += _tokens(_pool(frame, config.pool, stride), newline)
-            tokens.append(params["faster_token"])
-            continue
-        frame = _pool(frame, config.pool, config.stride)
-        if config.newline == "grid":
-            tokens += _tokens(frame, newline)
-        else:
-            tokens += list(frame.reshape(-1, LANGUAGE))
-            tokens += [newline] * (config.newline == "frame")
-    return tokens + [newline] * (config.newline == "one_token")
-
-
 @pytest.mark.parametrize("pool, newline, slow_every", [
     ("none", "no_token", 0), ("average", "grid", 0), ("max", "frame", 0),
     ("bilinear", "one_token", 0), ("average", "no_token", 0), ("bilinear", "grid", 2),
@@ -100,8 +43,8 @@ def test_video_tokens(pool, newline, slow_every):
     connector, features = _connector(config), _features(5)
     found = oracle.run(connector, features, jnp.ones((2, 5), bool))
     params = oracle.params_of(connector)
-    clips = _project(params, features.patches)
-    expected = np.stack([_video(config, params, clip) for clip in clips])
+    clips = project(params, features.patches)
+    expected = np.stack([video_tokens(config, params, clip) for clip in clips])
     assert len(config.visual_frames(5, GRID)) == expected.shape[1]
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -112,8 +55,8 @@ def test_image_tokens(image, count):
     connector, features = _connector(config), _features(1)
     found = oracle.run(connector, features, jnp.ones((2, 1), bool))
     params = oracle.params_of(connector)
-    for row, grid in zip(found, _project(params, features.patches)[:, 0], strict=True):
-        grid = _pool(grid, "average", 2) if image == "pool" else grid
+    for row, grid in zip(found, project(params, features.patches)[:, 0], strict=True):
+        grid = pool_grid(grid, "average", 2) if image == "pool" else grid
         expected = list(grid.reshape(-1, LANGUAGE))
         if image == "newline":
             expected.append(params["image_newline"])
@@ -130,8 +73,9 @@ def test_unires_tiles_are_frames_and_the_whole_image_is_not_used():
     )  # fmt: skip
     first = jax.tree.map(lambda x: x[:1], features)
     found = connector.tiles(first, (10, 20), tower)
-    grids = _project(oracle.params_of(connector), features.patches)[0, 1:]
-    expected = np.concatenate([_pool(grid, "average", 2).reshape(-1, LANGUAGE) for grid in grids])
+    grids = project(oracle.params_of(connector), features.patches)[0, 1:]
+    pooled = [pool_grid(grid, "average", 2).reshape(-1, LANGUAGE) for grid in grids]
+    expected = np.concatenate(pooled)
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
 
@@ -140,8 +84,8 @@ def test_the_class_token_goes_before_the_patches_of_its_frame():
     connector, features = _connector(config), _features(3)
     found = oracle.run(connector, features, jnp.ones((2, 3), bool)).reshape(2, 3, 26, LANGUAGE)
     params = oracle.params_of(connector)
-    np.testing.assert_allclose(found[:, :, 0], _project(params, features.class_token), atol=1e-5)
-    patches = _project(params, features.patches).reshape(2, 3, 25, LANGUAGE)
+    np.testing.assert_allclose(found[:, :, 0], project(params, features.class_token), atol=1e-5)
+    patches = project(params, features.patches).reshape(2, 3, 25, LANGUAGE)
     np.testing.assert_allclose(found[:, :, 1:], patches, atol=1e-5)
     assert len(config.visual_frames(3, GRID)) == 78
 

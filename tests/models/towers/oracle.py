@@ -36,7 +36,6 @@ def run(module, *inputs):
     """module(*inputs) as one compiled program."""
     structure, state = nnx.split(module)
 
-
     def call(state, *inputs):
         return nnx.merge(structure, state)(*inputs)
 
@@ -96,3 +95,73 @@ def conv_patches(kernel, bias, frame):
             patch = frame[i * p : (i + 1) * p, j * p : (j + 1) * p]
             out[i, j] = np.einsum("dcyx,yxc->d", kernel, patch) + bias
     return out
+
+
+def languagebind(params, config, clip, valid):
+    """float[F, 1 + h * w, D] of one clip [F, H, W, 3], normalised, at the layer that is read.
+
+    Args:
+      params: of the image tower or, with layers over time, the video tower.
+      valid: [F]; absent frames are no keys over time.
+    """
+    seen, x, heads, epsilon = np.flatnonzero(valid), [], config.heads, config.epsilon
+    for frame in clip:
+        patches = conv_patches(params["patch_embedding"]["kernel"], 0.0, frame)
+        patches = patches.reshape(-1, config.width)
+        x.append(np.concatenate([params["class_embedding"][None], patches]))
+    x = norm(params["pre_layernorm"], np.stack(x) + params["position_embedding"], epsilon)
+    for index in range(config.depth + 1 + config.layer):
+        p = layer(params["layers"], index)
+        if "temporal_attn" in p:
+            x = x + p["temporal_embedding"][0][: len(x), None]
+            normal = norm(p["temporal_layer_norm1"], x, epsilon)
+            for place in range(x.shape[1]):
+                x[:, place] += self_attention(p["temporal_attn"], normal[:, place], heads, seen)
+            p = p["spatial"]
+        for frame in range(len(x)):
+            normal = norm(p["layer_norm1"], x[frame], epsilon)
+            x[frame] += self_attention(p["self_attn"], normal, heads)
+            normal = norm(p["layer_norm2"], x[frame], epsilon)
+            hidden = quick_gelu(linear(p["mlp"]["fc1"], normal))
+            x[frame] += linear(p["mlp"]["fc2"], hidden)
+    return x
+
+
+def umt_positions(frames, trained, patches, width):
+    """[frames, patches, width] by the definition: the sin-cos table of the trained number of
+    frames, linear between their centres; a single frame has a table of its own."""
+    trained = 1 if frames == 1 else trained
+    table = np.empty((trained, patches, width))
+    for f in range(trained):
+        for place in range(patches):
+            for j in range(width):
+                angle = (f * patches + place) / 10000 ** (2 * (j // 2) / width)
+                table[f, place, j] = np.cos(angle) if j % 2 else np.sin(angle)
+    out = np.empty((frames, patches, width))
+    for f in range(frames):
+        at = min(max((f + 0.5) * trained / frames - 0.5, 0.0), trained - 1)
+        low = min(int(at), trained - 1)
+        high = min(low + 1, trained - 1)
+        out[f] = table[low] * (1 - (at - low)) + table[high] * (at - low)
+    return out
+
+
+def umt(params, config, clip, valid):
+    """float[F * h * w, D] of one clip [F, H, W, 3], normalised; the first `valid` frames are
+    there."""
+    frames, heads = len(clip), config.heads
+    patch = params["patch_embedding"]
+    x = np.stack([conv_patches(patch["kernel"], patch["bias"], f) for f in clip])
+    x = x.reshape(frames, -1, config.width)
+    patches = x.shape[1]
+    x = x + umt_positions(frames, config.frames, patches, config.width)
+    x, seen = x.reshape(-1, config.width), slice(0, valid * patches)
+    for index in range(config.depth):
+        p = layer(params["layers"], index)
+        normal = norm(p["norm1"], x, config.epsilon)
+        q, k, v = np.split(normal @ p["attn"]["qkv"]["kernel"], 3, axis=-1)
+        q, v = q + p["attn"]["q_bias"], v + p["attn"]["v_bias"]
+        x = x + linear(p["attn"]["proj"], attend(q, k[seen], v[seen], heads))
+        hidden = gelu(linear(p["mlp"]["fc1"], norm(p["norm2"], x, config.epsilon)))
+        x = x + linear(p["mlp"]["fc2"], hidden)
+    return norm(params["post_layernorm"], x, 1e-12)

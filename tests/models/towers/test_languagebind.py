@@ -24,41 +24,13 @@ def _clip(frames, seed=0):
     return rng.normal(size=(1, frames, 12, 12, 3)).astype(np.float32)
 
 
-def _expected(params, clip, valid):
-    """[F, 1 + 9, D] after the second of three layers."""
-    seen = np.flatnonzero(valid)
-    x = []
-    for frame in clip:
-        patches = oracle.conv_patches(params["patch_embedding"]["kernel"], 0.0, frame)
-        x.append(np.concatenate([params["class_embedding"][None], patches.reshape(9, -1)]))
-    x = oracle.norm(
-        params["pre_layernorm"], np.stack(x) + params["position_embedding"], 1e-5
-    )
-    for index in range(2):
-        p = oracle.layer(params["layers"], index)
-        if "temporal_attn" in p:
-            x = x + p["temporal_embedding"][0][: len(x), None]
-            normal = oracle.norm(p["temporal_layer_norm1"], x, 1e-5)
-            for place in range(x.shape[1]):
-                x[:, place] += oracle.self_attention(
-                    p["temporal_attn"], normal[:, place], 2, seen
-                )
-            p = p["spatial"]
-        for frame in range(len(x)):
-            normal = oracle.norm(p["layer_norm1"], x[frame], 1e-5)
-            x[frame] += oracle.self_attention(p["self_attn"], normal, 2)
-            normal = oracle.norm(p["layer_norm2"], x[frame], 1e-5)
-            hidden = oracle.quick_gelu(oracle.linear(p["mlp"]["fc1"], normal))
-            x[frame] += oracle.linear(p["mlp"]["fc2"], hidden)
-    return x
-
-
 @pytest.mark.parametrize("valid", [(1, 1, 1, 1), (1, 1, 1, 0)])
 def test_video_tower_attends_over_time_at_each_token(tower, valid):
     clip = _clip(4)
     valid = np.array(valid, bool)
     found = oracle.run(tower, jnp.asarray(clip), jnp.asarray(valid[None]))
-    expected = _expected(oracle.params_of(tower)["video_tower"], clip[0], valid)
+    params = oracle.params_of(tower)["video_tower"]
+    expected = oracle.languagebind(params, CONFIG, clip[0], valid)
     np.testing.assert_allclose(
         found.patches[0].reshape(4, 9, 8)[valid], expected[valid, 1:], atol=2e-5
     )
@@ -68,7 +40,8 @@ def test_video_tower_attends_over_time_at_each_token(tower, valid):
 def test_a_clip_of_one_frame_goes_through_the_image_tower(tower):
     clip = _clip(1)
     found = oracle.run(tower, jnp.asarray(clip), jnp.ones((1, 1), bool))
-    expected = _expected(oracle.params_of(tower)["image_tower"], clip[0], [True])
+    params = oracle.params_of(tower)["image_tower"]
+    expected = oracle.languagebind(params, CONFIG, clip[0], [True])
     np.testing.assert_allclose(found.patches[0].reshape(1, 9, 8), expected[:, 1:], atol=2e-5)
     assert found.class_token is None
 

@@ -20,27 +20,10 @@ def tower():
     return oracle.random_module(functools.partial(make_tower, CONFIG))
 
 
-def _table(frames):
-    """[frames, 4, 8] by the definition: the table of four frames, linear between their centres."""
-    trained = 1 if frames == 1 else 4
-    table = np.empty((trained, 4, 8))
-    for f in range(trained):
-        for place in range(4):
-            for j in range(8):
-                angle = (f * 4 + place) / 10000 ** (2 * (j // 2) / 8)
-                table[f, place, j] = np.cos(angle) if j % 2 else np.sin(angle)
-    out = np.empty((frames, 4, 8))
-    for f in range(frames):
-        at = min(max((f + 0.5) * trained / frames - 0.5, 0.0), trained - 1)
-        low = min(int(at), trained - 1)
-        high = min(low + 1, trained - 1)
-        out[f] = table[low] * (1 - (at - low)) + table[high] * (at - low)
-    return out
-
-
 @pytest.mark.parametrize("frames", [1, 4, 6, 16])
 def test_positions_are_interpolated_in_time(frames):
-    np.testing.assert_allclose(position_table(CONFIG, frames), _table(frames), atol=1e-6)
+    expected = oracle.umt_positions(frames, 4, 4, 8)
+    np.testing.assert_allclose(position_table(CONFIG, frames), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("frames, valid", [(6, 6), (6, 4), (1, 1)])
@@ -49,19 +32,7 @@ def test_all_patches_of_a_clip_see_each_other(tower, frames, valid):
     clip = rng.normal(size=(frames, 8, 8, 3)).astype(np.float32)
     mask = np.arange(frames) < valid
     found = oracle.run(tower, jnp.asarray(clip[None]), jnp.asarray(mask[None]))
-    params = oracle.params_of(tower)
-    patch = params["patch_embedding"]
-    x = np.stack([oracle.conv_patches(patch["kernel"], patch["bias"], f) for f in clip])
-    x = (x.reshape(frames, 4, 8) + _table(frames)).reshape(frames * 4, 8)
-    for index in range(2):
-        p = oracle.layer(params["layers"], index)
-        normal = oracle.norm(p["norm1"], x, 1e-6)
-        q, k, v = np.split(normal @ p["attn"]["qkv"]["kernel"], 3, axis=-1)
-        q, v, seen = q + p["attn"]["q_bias"], v + p["attn"]["v_bias"], slice(0, valid * 4)
-        x = x + oracle.linear(p["attn"]["proj"], oracle.attend(q, k[seen], v[seen], 2))
-        hidden = oracle.gelu(oracle.linear(p["mlp"]["fc1"], oracle.norm(p["norm2"], x, 1e-6)))
-        x = x + oracle.linear(p["mlp"]["fc2"], hidden)
-    expected = oracle.norm(params["post_layernorm"], x, 1e-12).reshape(frames, 2, 2, 8)
+    expected = oracle.umt(oracle.params_of(tower), CONFIG, clip, valid).reshape(frames, 2, 2, 8)
     np.testing.assert_allclose(found.patches[0, :valid], expected[:valid], atol=2e-5)
 
 

@@ -149,11 +149,20 @@ def assemble(
     **changes: Any,
 ) -> ModelConfig:
     """ModelConfig of its parts; `language` in the layout of `transformers`."""
+    return assemble_parts(vision, connector, huggingface.language_config(language), **changes)
+
+
+def assemble_parts(
+    vision: TowerConfig,
+    connector: MlpConnectorConfig | QFormerConfig,
+    language: LanguageConfig,
+    **changes: Any,
+) -> ModelConfig:
     stride = next(s for s in (8, 7, 6, 5, 4, 3, 2, 1) if vision.image_size % s == 0)
     return ModelConfig(
         vision=vision,
         connector=connector,
-        language=huggingface.language_config(language),
+        language=language,
         head=HeadConfig(width=256, heads=8, layers=2, mask_stride=stride),
         **changes,
     )

@@ -1,0 +1,106 @@
+"""SigLIP 2 of a published folder becomes the eyes of a language folder."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests.interop.language_folders import write_folder
+from tpo_jax import convert
+from tpo_jax.interop import folder, siglip
+from tpo_jax.interop.export import export_model, import_model
+from tpo_jax.models.presets import preset
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.paths import flatten
+
+VISION = {
+    "model_type": "siglip2_vision_model", "hidden_size": 24, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "intermediate_size": 36, "num_patches": 9, "patch_size": 8,
+}  # fmt: skip
+
+
+def write_siglip2(path):
+    """A folder as `transformers` saves Siglip2Model: both halves; returns the tower's tensors."""
+    path.mkdir()
+    rng = np.random.default_rng(0)
+    shapes = {"embeddings.patch_embedding.weight": (24, 192), "embeddings.patch_embedding.bias": 24,
+              "embeddings.position_embedding.weight": (9, 24)}  # fmt: skip
+    for i in range(3):
+        layer = f"encoder.layers.{i}."
+        for name in ("q", "k", "v", "out"):
+            shapes[f"{layer}self_attn.{name}_proj.weight"] = (24, 24)
+            shapes[f"{layer}self_attn.{name}_proj.bias"] = 24
+        shapes |= {f"{layer}layer_norm{n}.{x}": 24 for n in (1, 2) for x in ("weight", "bias")}
+        shapes |= {f"{layer}mlp.fc1.weight": (36, 24), f"{layer}mlp.fc1.bias": 36,
+                   f"{layer}mlp.fc2.weight": (24, 36), f"{layer}mlp.fc2.bias": 24}  # fmt: skip
+    shapes |= {"post_layernorm.weight": 24, "post_layernorm.bias": 24}
+    tower = {f"vision_model.{key}": rng.normal(size=shape).astype(np.float32)
+             for key, shape in shapes.items()}  # fmt: skip
+    rest = ("text_model.embeddings.token_embedding.weight", "vision_model.head.probe",
+            "logit_scale", "logit_bias")  # fmt: skip
+    whole = tower | {key: np.ones(2, np.float32) for key in rest}
+    safetensors.numpy.save_file(whole, path / "model.safetensors", metadata={"format": "pt"})
+    about = {"model_type": "siglip2", "vision_config": VISION, "text_config": {}}
+    (path / "config.json").write_text(json.dumps(about))
+    (path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.4, 0.3]}')
+    return tower
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("parts")
+    tensors = write_siglip2(path / "siglip2")
+    write_folder(path / "published", "qwen3")
+    import_model(path / "published", path / "qwen3")
+    return path, tensors
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["convert", *map(str, arguments)])
+    return convert.main()
+
+
+def test_a_model_of_two_parts_lacks_its_connector_alone(parts, monkeypatch, capsys, tmp_path):
+    path, tensors = parts
+    model = tmp_path / "model"
+    given = (f"--source={path / 'siglip2'}", f"--into={path / 'qwen3'}", f"--out={model}")
+    assert run(monkeypatch, "import", *given) == 0
+    assert 'init_missing=["connector/"]' in capsys.readouterr().out
+    config = folder.load_config(model)
+    assert (config.vision.kind, config.vision.image_size, config.vision.layer) == (
+        "siglip2", 24, -2)  # fmt: skip
+    assert config.vision.mean == (0.5, 0.4, 0.3) and config.language.qk_norm
+    assert config.connector == preset("siglip2_qwen3_8b").connector
+    assert config.visual_offset == folder.load_codec(path / "qwen3").template.visual_offset > 0
+    abstract = FunctionalModel(config).abstract()
+    missing = folder.check_fits(abstract, model, init_missing=["connector/"])
+    assert set(missing) == {p for p in flatten(abstract) if p.startswith("connector/")}
+
+    leaves = folder.open_leaves(model)
+    eyes = {p.removeprefix("vision/"): x for p, x in leaves.items() if p.startswith("vision/")}
+    (tmp_path / "tower").mkdir()
+    siglip.export_folder(tmp_path / "tower", config.vision, eyes)
+    out = safetensors.numpy.load_file(tmp_path / "tower" / "model.safetensors")
+    assert out.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(out[name], tensor, name)
+    for name, leaf in folder.open_leaves(path / "qwen3").items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(leaves[name]), name)
+
+    export_model(model, tmp_path / "exported")
+    import_model(tmp_path / "exported", tmp_path / "again")
+    again = folder.open_leaves(tmp_path / "again")
+    assert again.keys() == leaves.keys() and folder.load_config(tmp_path / "again") == config
+    for name, leaf in leaves.items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(again[name]), name)
+    assert run(monkeypatch, "import", given[0], f"--into={model}", f"--out={tmp_path / 'x'}") == 2
+    assert "has eyes already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind, side", [("siglip", 224), ("siglip2", 256)])
+def test_sizes_that_a_config_leaves_out_are_those_of_its_class(kind, side):
+    tower = siglip.tower_of({"model_type": kind, "vision_config": {"num_hidden_layers": 11}}, {})
+    assert (tower.kind, tower.image_size, tower.patch_size, tower.depth) == (kind, side, 16, 11)
+    assert (tower.width, tower.heads, tower.mlp_width) == (768, 12, 3072)
+    assert (tower.activation, tower.epsilon) == ("gelu_pytorch_tanh", 1e-6)

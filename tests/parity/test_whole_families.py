@@ -1,0 +1,284 @@
+"""Whole families from published folder to logits, every decoder layer and 64 greedy tokens.
+
+Full: `transformers` loads what we export. Composed: towers and language models of `transformers`
+with float64 NumPy between them, all from the published tensors by name.
+
+    python -m tests.parity.test_whole_families     # writes tests/interop/families/whole_logits.npz
+"""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.interop.families.configs import (
+    CONFIGS,
+    LLAVA_ONEVISION,
+    LLAVA_ONEVISION_TIED,
+    VIDEO_LLAVA,
+)
+from tests.interop.families.folders import (
+    GOLDEN,
+    GOLDEN_EVERY,
+    VOCABULARY,
+    forward,
+    prompt,
+    with_vocabulary,
+    write_folder,
+)
+from tests.models.connectors.oracle import project, video_tokens
+from tests.models.towers import oracle
+from tests.parity.towers import difference
+from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys
+from tpo_jax.interop import folder
+from tpo_jax.interop.families.folder import export_family, import_family
+from tpo_jax.interop.huggingface import read_tensors
+from tpo_jax.models.video_language import FunctionalModel
+
+pytestmark = pytest.mark.parity
+TOLERANCE, STEPS = 2e-4, 64
+IMAGE_ID, VIDEO_ID = VOCABULARY - 2, VOCABULARY - 1
+IDS = {"image_token_index": IMAGE_ID, "video_token_index": VIDEO_ID}
+FULL = {
+    "llava_onevision": LLAVA_ONEVISION | IDS,
+    "llava_onevision_tied": LLAVA_ONEVISION_TIED | IDS,
+    "video_llava": VIDEO_LLAVA | IDS,
+}
+COMPOSED = ("llava_video", "longva", "video_llava_original", "videochat")
+
+
+class Imported:
+    """Our model of a published folder, a prompt about a clip, and what the model makes of it."""
+
+    def __init__(self, path, data, layers=False):
+        write_folder(path / "source", data)
+        import_family(path / "source", path / "model")
+        self.path, self.data = path, with_vocabulary(data)
+        config, params, self.codec = folder.load_model(path / "model")
+        self.params = jax.tree.map(jnp.asarray, params)
+        self.model = FunctionalModel(config)
+        self.batch, self.ids = prompt(self.codec, config)
+        run = jax.jit(lambda params, batch: forward(self.model, params, batch, layers))
+        self.states, self.logits = run(self.params, self.batch)
+
+    def pixels(self):
+        """float64[F, S, S, 3], normalised."""
+        vision = self.model.config.vision
+        return (self.batch["frames"][0] / 255 - np.array(vision.mean)) / np.array(vision.std)
+
+
+def load_whole(path):
+    """The model of `transformers` that a folder holds, every tensor of it and no other."""
+    import torch
+    import transformers
+
+    load = transformers.AutoModelForImageTextToText.from_pretrained
+    model, found = load(
+        path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(found.values()), found
+    return model.eval()
+
+
+def inputs_of(pixels, ids):
+    import torch
+
+    clip = torch.from_numpy(np.moveaxis(pixels, -1, 1)[None].astype(np.float32))
+    tokens = torch.from_numpy(np.where(ids < 0, VIDEO_ID, ids)[None])
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens),
+            "pixel_values_videos": clip}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FULL)
+def full(request, tmp_path_factory):
+    """Ours, and theirs of our export."""
+    pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp(request.param)
+    ours = Imported(path, FULL[request.param], layers=True)
+    export_family(path / "model", path / "exported", path / "source")
+    return ours, load_whole(path / "exported")
+
+
+def test_states_of_every_decoder_layer_and_logits_of_the_exported_folder(full):
+    import torch
+
+    ours, theirs = full
+    layers = theirs.model.language_model.layers
+    expected = [None] * len(layers)
+
+    def keep(number):
+        return lambda module, inputs, output: expected.__setitem__(number, output)
+
+    hooks = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(layers)]
+    with torch.no_grad():
+        out = theirs(**inputs_of(ours.pixels(), ours.ids), output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    expected = [x[0] if isinstance(x, tuple) else x for x in expected]
+    expected.append(out.hidden_states[-1])  # after the final norm
+    for number, (found, wanted) in enumerate(zip(ours.states, expected, strict=True)):
+        assert difference(found, wanted[0]) < TOLERANCE, number
+    assert difference(ours.logits, out.logits[0]) < TOLERANCE
+    assert float(np.std(ours.logits)) > 0.1
+
+
+# A table for both ends changes nothing here.
+@pytest.mark.parametrize("full", ["llava_onevision", "video_llava"], indirect=True)
+def test_the_sampler_gives_the_same_64_tokens(full):
+    ours, theirs = full
+    sampler = Sampler(ours.model, ours.codec, Sampling(max_new=STEPS))
+    context = sampler.prefill(ours.params, ours.batch)
+    keys = branch_keys(0, np.zeros((1, 1), np.uint32))
+    found = sampler.generate(ours.params, context, ours.batch, keys)
+    assert int(found.lengths[0, 0]) == STEPS  # no <eos>
+    barred = sorted(set(ours.codec.special_ids.values()) - {ours.codec.eos_id})
+    inputs = inputs_of(ours.pixels(), ours.ids)
+    expected = theirs.generate(
+        **inputs, do_sample=False, max_new_tokens=STEPS, eos_token_id=None, pad_token_id=0,
+        suppress_tokens=[*barred, *range(ours.codec.vocab_size, VOCABULARY)],
+    )  # fmt: skip
+    tokens = found.tokens[0, 0].tolist()
+    assert tokens == expected[0, inputs["input_ids"].shape[1] :].tolist()
+    assert len(set(tokens)) > 8  # not one token over and over
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_composed_family_from_frames_to_logits(name, tmp_path):
+    """Of three frames of a clip and a question about it."""
+    import torch
+
+    ours = Imported(tmp_path, CONFIGS[name])
+    tensors = {k: np.array(v) for k, v in read_tensors(tmp_path / "source").items()}
+    visual = VISUAL[name](ours, tensors)
+    language = language_of(name, ours.data, tensors)
+    embeds = language.get_input_embeddings()(torch.from_numpy(np.maximum(ours.ids, 0)))
+    embeds = embeds.detach().numpy()
+    assert (ours.ids < 0).sum() == len(visual)
+    embeds[ours.ids < 0] = visual
+    with torch.no_grad():
+        out = language(inputs_embeds=torch.from_numpy(embeds[None]), output_hidden_states=True)
+    assert difference(ours.states[-1], out.hidden_states[-1][0]) < TOLERANCE
+    assert difference(ours.logits, out.logits[0]) < TOLERANCE
+    assert float(np.std(ours.logits)) > 0.1
+
+
+def fill(module, tensors, pattern):
+    """The module with the tensors whose name matches, by the group of the pattern; every parameter
+    has to be there."""
+    import torch
+
+    matches = ((re.fullmatch(pattern, key), value) for key, value in tensors.items())
+    module.load_state_dict({m[1]: torch.from_numpy(v.copy()) for m, v in matches if m})
+    return module.eval()
+
+
+def last_states(kind, data, tensors, pixels, layer):
+    """float64[F, T, D] of a tower of `transformers` at a hidden state."""
+    import torch
+    import transformers
+
+    config = getattr(transformers, f"{kind}VisionConfig")(**data["vision_config"])
+    tower = getattr(transformers, f"{kind}VisionModel")(config)
+    tower = fill(tower, tensors, r"model\.vision_tower\.vision_tower\.vision_model\.(.*)")
+    flat = torch.from_numpy(np.moveaxis(pixels, -1, 1).astype(np.float32))
+    with torch.no_grad():
+        return tower(flat, output_hidden_states=True).hidden_states[layer].double().numpy()
+
+
+def mlp_params(tensors):
+    """What tests.models.connectors.oracle reads, of the published names."""
+    params = {
+        f"linear_{i}": {"kernel": tensors[f"model.mm_projector.{n}.weight"].T.astype(float),
+                        "bias": tensors[f"model.mm_projector.{n}.bias"].astype(float)}
+        for i, n in ((1, 0), (2, 2))
+    }  # fmt: skip
+    return params | {"image_newline": tensors.get("model.image_newline")}
+
+
+def llava_visual(ours, tensors):
+    clip = ours.data["vision_config"]["model_type"] == "clip_vision_model"
+    kind, layer = ("CLIP", -2) if clip else ("Siglip", -1)
+    states = last_states(kind, ours.data, tensors, ours.pixels(), layer)[:, int(clip) :]
+    params = mlp_params(tensors)
+    grids = project(params, states).reshape(len(states), 3, 3, -1)
+    return np.stack(video_tokens(ours.model.config.connector, params, grids))
+
+
+def languagebind_visual(ours, tensors):
+    tower = jax.tree.map(lambda x: np.asarray(x, np.float64), ours.params["vision"]["video_tower"])
+    states = oracle.languagebind(tower, ours.model.config.vision, ours.pixels(), [True] * 3)
+    return project(mlp_params(tensors), states).reshape(-1, ours.model.config.language.width)
+
+
+def videochat_visual(ours, tensors):
+    import torch
+    from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+    tower = jax.tree.map(lambda x: np.asarray(x, np.float64), ours.params["vision"])
+    tokens = oracle.umt(tower, ours.model.config.vision, ours.pixels(), 3)
+    bridge = Blip2QFormerModel(Blip2QFormerConfig(
+        **ours.data["qformer_config"], encoder_hidden_size=tokens.shape[-1],
+        cross_attention_frequency=2, use_qformer_text_input=False, attn_implementation="eager",
+    ))  # fmt: skip
+    renamed = {
+        re.sub(r"\.(cross)?attention\.self\.", r".\1attention.attention.", key).replace(
+            "embeddings.LayerNorm", "layernorm"): value
+        for key, value in tensors.items()
+    }  # fmt: skip
+    bridge = fill(bridge, renamed, r"qformer\.bert\.(.*)")
+    queries = np.concatenate([tensors["query_tokens"], tensors["extra_query_tokens"]], axis=1)
+    with torch.no_grad():
+        states = bridge(
+            query_embeds=torch.from_numpy(queries),
+            encoder_hidden_states=torch.from_numpy(tokens[None].astype(np.float32)),
+        ).last_hidden_state[0].double().numpy()  # fmt: skip
+    return states @ tensors["project_up.weight"].T + tensors["project_up.bias"]
+
+
+VISUAL = {
+    "llava_video": llava_visual, "longva": llava_visual,
+    "video_llava_original": languagebind_visual, "videochat": videochat_visual,
+}  # fmt: skip
+
+
+def language_of(name, data, tensors):
+    """The language model of `transformers`, its adapters merged."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind = {"llava_video": "qwen2", "longva": "qwen2", "video_llava_original": "llama"}
+    text = data.get("llm_config") or data | {"model_type": kind[name]}
+    module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**text))
+    if "llm_config" not in data:
+        pattern = r"((?:lm_head|model\.(?:embed_tokens|layers|norm))\..*)"
+        return fill(module, tensors, pattern)
+    llm, merged = data["model_config"]["llm"], {}
+    for key, value in tensors.items():
+        if ".base_layer." in key:
+            low, high = (tensors[key.replace("base_layer", f"lora_{x}.default")] for x in "AB")
+            value = value + llm["lora_alpha"] / llm["lora_r"] * high @ low
+        merged[key.replace(".base_layer", "")] = value
+    return fill(module, merged, r"lm\.base_model\.model\.((?!.*lora_).*)")
+
+
+def write_golden():
+    """Logits of `transformers` of the full families, for the tests that run without torch."""
+    import tempfile
+
+    import torch
+
+    golden = {}
+    for name, data in FULL.items():
+        with tempfile.TemporaryDirectory() as directory:
+            ours = Imported(pathlib.Path(directory), data)
+            theirs = load_whole(f"{directory}/source")
+        with torch.no_grad():
+            logits = theirs(**inputs_of(ours.pixels(), ours.ids)).logits[0]
+        golden[name] = logits[:, ::GOLDEN_EVERY].numpy()
+    np.savez_compressed(GOLDEN, **golden)
+
+
+if __name__ == "__main__":
+    write_golden()

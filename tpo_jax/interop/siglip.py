@@ -1,0 +1,98 @@
+"""A SigLIP or SigLIP 2 folder of `transformers` as the eyes of a language folder.
+
+Both are published apart from any language model, with a text half that is left out. What is written
+is a model folder without a connector, which is where training starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from tpo_jax.interop import folder
+from tpo_jax.interop.chat_template import read_json
+from tpo_jax.interop.families.base import FamilyError, assemble_parts, only, tower_config
+from tpo_jax.interop.families.towers import tower_rows
+from tpo_jax.interop.huggingface import read_tensors, write_tensors
+from tpo_jax.interop.mapping import export_leaves, import_leaves
+from tpo_jax.models.published import SIGLIP2_CONNECTOR
+from tpo_jax.models.towers.config import TowerConfig
+
+PREFIX = "vision/"
+# What a vision_config leaves out has the default of its class in `transformers`.
+DEFAULTS = {
+    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}  # fmt: skip
+SIDES = {"siglip": {"image_size": 224}, "siglip2": {"num_patches": 256}}
+# The text half, and the pooling head, whose output no language model here reads.
+IGNORED = (r"text_model\..*", r"logit_(scale|bias)", r".*position_ids", r"vision_model\.head\..*")
+# What enters the last layer is read, as in the LLaVA families.
+LAYER = -2
+
+
+def is_tower(source: epath.PathLike) -> bool:
+    """Whether a folder holds SigLIP or SigLIP 2."""
+    return read_json(epath.Path(source) / "config.json").get("model_type") in SIDES
+
+
+def import_folder(path: epath.PathLike) -> tuple[TowerConfig, dict[str, Any]]:
+    """The configuration and the leaves {"patch_embedding/kernel": array} of a folder with
+    config.json and safetensors; leaves are read when they are asked for.
+
+    Raises:
+      FamilyError, MappingError: name what does not fit.
+    """
+    path = epath.Path(path)
+    data, about = (read_json(path / f"{name}config.json") for name in ("", "preprocessor_"))
+    config = tower_of(data, about)
+    rows = tower_rows(config, "", "vision_model.")
+    return config, import_leaves(rows, read_tensors(path), IGNORED)
+
+
+def tower_of(data: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> TowerConfig:
+    """TowerConfig of config.json and preprocessor_config.json (or {})."""
+    kind = data["model_type"]
+    vision = SIDES[kind] | DEFAULTS | (data.get("vision_config") or {})
+    vision["model_type"] = f"{kind}_vision_model"
+    only(vision, "num_channels", 3)
+    return tower_config(vision, layer=LAYER, preprocessor=preprocessor)
+
+
+def export_folder(out: epath.PathLike, config: TowerConfig, leaves: Mapping[str, Any]) -> None:
+    """The inverse of `import_folder`, without its config.json and what it left out."""
+    write_tensors(epath.Path(out), export_leaves(tower_rows(config, "", "vision_model."), leaves))
+
+
+def add_to_language(
+    source: epath.PathLike, language: epath.PathLike, out: epath.PathLike
+) -> list[str]:
+    """Writes a model folder of the tower of `source` and a language folder; returns what was done.
+
+    Raises:
+      FamilyError, MappingError, ModelFolderError: name what does not fit.
+    """
+    if not folder.holds_language_only(language):
+        raise FamilyError(
+            f"{language}: has eyes already; --into takes the language folder that `import` wrote"
+        )
+    tower, leaves = import_folder(source)
+    config, dtype = folder.load_language(language)
+    codec = folder.load_codec(language)
+    about = dataclasses.replace(
+        assemble_parts(tower, SIGLIP2_CONNECTOR, config), dtype=dtype,
+        visual_offset=codec.template.visual_offset,
+    )  # fmt: skip
+    eyes = {PREFIX + name: leaf for name, leaf in leaves.items()}
+    folder.write_model(
+        out, about.to_dict(), dict(folder.open_leaves(language)) | eyes, codec,
+        preprocessor=folder.preprocessor(about),
+    )  # fmt: skip
+    return [
+        f"{out}: {language} and the {tower.kind} tower of {source}, {len(leaves)} parameters",
+        'train with init_missing=["connector/"]',
+    ]
