@@ -23,7 +23,7 @@ from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.paths import unflatten
-from tpo_jax.training.start import make_model_config
+from tpo_jax.training.start import make_model_config, may_be_missing
 
 
 def read_all(path):
@@ -261,6 +261,7 @@ def test_a_run_gets_its_language_model_from_the_folder_and_the_rest_from_its_pre
     published = write_folder(tmp_path / "source", "qwen3")
     config = tiny_run.get_config(f"data={tmp_path},heads=True,init_from={tmp_path / 'source'}")
     config.init_missing = ["vision/", "connector/", "task_tokens/", "box_encoder/", "heads/"]
+    config.lora.update(rank=2, alpha=4.0)
     model_config, codec = make_model_config(config)
     assert model_config.language.qk_norm and model_config.language.head_dim == 24
     assert model_config.visual_offset == codec.template.visual_offset > 2
@@ -269,9 +270,11 @@ def test_a_run_gets_its_language_model_from_the_folder_and_the_rest_from_its_pre
     assert new == tuple(range(first, first + 5))
     loaded = folder.load_into(
         FunctionalModel(model_config).abstract(), tmp_path / "source",
-        init_missing=config.init_missing, new_tokens=new,
+        init_missing=may_be_missing(config), new_tokens=new,
     )  # fmt: skip
     assert {path.split("/")[0] for path in loaded.leaves} == {"language"}
+    adapters = [path for path in loaded.missing if path.startswith("language/")]
+    assert adapters and all(path.endswith(("/lora_a", "/lora_b")) for path in adapters)
     table = published["model.embed_tokens.weight"]
     ours = loaded.leaves["language/embed/table"]
     np.testing.assert_array_equal(ours[:first], table[:first])

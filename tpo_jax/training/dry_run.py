@@ -31,7 +31,7 @@ from tpo_jax.training import config as training_config
 from tpo_jax.training.config_changes import changed_since
 from tpo_jax.training.estimate import chip_bytes
 from tpo_jax.training.program import make_program, needs_contrast, run_as
-from tpo_jax.training.start import make_model_config
+from tpo_jax.training.start import make_model_config, may_be_missing
 
 # A sidecar's weights hash is compared where hashing the weights takes seconds.
 HASHED_BYTES = GIB
@@ -187,13 +187,10 @@ class DryRun:
         if not config.init_from:
             return "random weights"
         old = folder.load_config(config.init_from, self.model_config)
-        allowed = list(config.init_missing)
-        if config.lora.rank and old.lora is None:
-            allowed.append(r".*/lora_[ab]$")
         missing = folder.check_fits(
             self.params,
             config.init_from,
-            init_missing=allowed,
+            init_missing=may_be_missing(config),
             new_tokens=folder.added_tokens(old, self.model_config),
         )
         new = f"; new: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}" * bool(missing)

@@ -87,6 +87,17 @@ def pipeline_options(
     }
 
 
+def may_be_missing(config: ConfigDict) -> list[str]:
+    """Regexes of parameters that init_from need not have: those that the config names, and new
+    adapters, which change nothing yet."""
+    missing = list(config.init_missing)
+    if config.lora.rank:
+        alone = holds_language_only(config.init_from)
+        if alone or load_config(config.init_from).lora is None:
+            missing.append(r".*/lora_[ab]$")
+    return missing
+
+
 def initial_params(
     config: ConfigDict, program: Program, model_config: ModelConfig, say: Callable[[str], None]
 ) -> Any:
@@ -97,13 +108,10 @@ def initial_params(
     """
     if not config.init_from:
         return program.init_params(config.seed)
-    missing = list(config.init_missing)
-    if config.lora.rank and load_config(config.init_from).lora is None:
-        missing.append(r".*/lora_[ab]$")  # new adapters, which change nothing yet
     loaded = load_into(
         program.abstract_state.params,
         config.init_from,
-        init_missing=missing,
+        init_missing=may_be_missing(config),
         new_tokens=added_tokens(load_config(config.init_from, model_config), model_config),
     )
     say(f"weights from {config.init_from}: {len(loaded.leaves)} leaves")
