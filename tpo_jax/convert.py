@@ -61,7 +61,10 @@ def _refuse(flags: argparse.Namespace, what: str, *options: str) -> None:
 
 
 def _export(flags: argparse.Namespace) -> int:
-    if flags.like:
+    if flags.like and siglip.is_tower(flags.like):
+        _refuse(flags, "a model of two parts", "set", "keep_adapters")
+        files = siglip.export_parts(flags.model, flags.out, flags.like)
+    elif flags.like:
         files = families.export_family(
             flags.model, flags.out, flags.like, dict(flags.set), flags.keep_adapters
         )

@@ -16,6 +16,7 @@ with the source bit for bit. --work needs three times --gib of disk; it is empti
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -116,6 +117,16 @@ def tensors_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: random_array(name, t.shape) for name, t in export_leaves(rows, leaves).items()}
 
 
+@functools.cache
+def _random_bits() -> Any:
+    """uint16 of an odd length, so that rows of a matrix differ."""
+    import numpy as np
+
+    rng, period = np.random.default_rng(0), 2**20 - 3
+    sign = rng.integers(0, 2, period, np.uint16) << 15
+    return sign | rng.integers(0x3C00, 0x3F80, period, np.uint16)
+
+
 def random_array(name: str, shape: Sequence[int]) -> Any:
     """bfloat16 of +-[2^-7, 1), one block of 2 MiB repeated from a place that the name decides; it
     is read in whole rows."""
@@ -124,10 +135,8 @@ def random_array(name: str, shape: Sequence[int]) -> Any:
 
     from tpo_jax.interop.tensors import BLOCK_BYTES, LazyArray
 
-    period = 2**20 - 3  # odd, so that rows of a matrix differ
-    rng = np.random.default_rng(0)
-    bits = rng.integers(0x3C00, 0x3F80, period, np.uint16)
-    bits |= rng.integers(0, 2, period, np.uint16) << 15
+    bits = _random_bits()
+    period = len(bits)
     width, start = math.prod(shape[1:]), zlib.crc32(name.encode())
 
     def read(index: tuple[slice, ...]) -> np.ndarray:

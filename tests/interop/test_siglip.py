@@ -9,7 +9,7 @@ import safetensors.numpy
 from tests.interop.language_folders import write_folder
 from tpo_jax import convert
 from tpo_jax.interop import folder, siglip
-from tpo_jax.interop.export import export_model, import_model
+from tpo_jax.interop.export import import_model
 from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.paths import flatten
@@ -21,7 +21,7 @@ VISION = {
 
 
 def write_siglip2(path):
-    """A folder as `transformers` saves Siglip2Model: both halves; returns the tower's tensors."""
+    """A folder as `transformers` saves Siglip2Model: both halves; returns its tensors."""
     path.mkdir()
     rng = np.random.default_rng(0)
     shapes = {"embeddings.patch_embedding.weight": (24, 192), "embeddings.patch_embedding.bias": 24,
@@ -44,7 +44,7 @@ def write_siglip2(path):
     about = {"model_type": "siglip2", "vision_config": VISION, "text_config": {}}
     (path / "config.json").write_text(json.dumps(about))
     (path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.4, 0.3]}')
-    return tower
+    return whole
 
 
 @pytest.fixture(scope="module")
@@ -78,21 +78,18 @@ def test_a_model_of_two_parts_lacks_its_connector_alone(parts, monkeypatch, caps
     assert set(missing) == {p for p in flatten(abstract) if p.startswith("connector/")}
 
     leaves = folder.open_leaves(model)
-    eyes = {p.removeprefix("vision/"): x for p, x in leaves.items() if p.startswith("vision/")}
-    (tmp_path / "tower").mkdir()
-    siglip.export_folder(tmp_path / "tower", config.vision, eyes)
-    out = safetensors.numpy.load_file(tmp_path / "tower" / "model.safetensors")
-    assert out.keys() == tensors.keys()
+    out, back = tmp_path / "out", (f"--model={model}", f"--like={path / 'siglip2'}")
+    assert run(monkeypatch, "export", *back, f"--out={out}") == 0
+    theirs = safetensors.numpy.load_file(out / "vision" / "model.safetensors")
+    assert theirs.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        np.testing.assert_array_equal(out[name], tensor, name)
+        np.testing.assert_array_equal(theirs[name], tensor, name)
+    about = (path / "siglip2" / "config.json").read_bytes()
+    assert (out / "vision" / "config.json").read_bytes() == about
+    import_model(out / "language_model", tmp_path / "again")
+    again = folder.open_leaves(tmp_path / "again")
     for name, leaf in folder.open_leaves(path / "qwen3").items():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(leaves[name]), name)
-
-    export_model(model, tmp_path / "exported")
-    import_model(tmp_path / "exported", tmp_path / "again")
-    again = folder.open_leaves(tmp_path / "again")
-    assert again.keys() == leaves.keys() and folder.load_config(tmp_path / "again") == config
-    for name, leaf in leaves.items():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(again[name]), name)
     assert run(monkeypatch, "import", given[0], f"--into={model}", f"--out={tmp_path / 'x'}") == 2
     assert "has eyes already" in capsys.readouterr().err

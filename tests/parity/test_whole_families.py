@@ -10,7 +10,6 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,6 +24,7 @@ from tests.interop.families.folders import (
     GOLDEN_EVERY,
     VOCABULARY,
     forward,
+    load,
     prompt,
     with_vocabulary,
     write_folder,
@@ -33,10 +33,8 @@ from tests.models.connectors.oracle import project, video_tokens
 from tests.models.towers import oracle
 from tests.parity.towers import difference
 from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys
-from tpo_jax.interop import folder
 from tpo_jax.interop.families.folder import export_family, import_family
 from tpo_jax.interop.huggingface import read_tensors
-from tpo_jax.models.video_language import FunctionalModel
 
 pytestmark = pytest.mark.parity
 TOLERANCE, STEPS = 2e-4, 64
@@ -57,10 +55,8 @@ class Imported:
         write_folder(path / "source", data)
         import_family(path / "source", path / "model")
         self.path, self.data = path, with_vocabulary(data)
-        config, params, self.codec = folder.load_model(path / "model")
-        self.params = jax.tree.map(jnp.asarray, params)
-        self.model = FunctionalModel(config)
-        self.batch, self.ids = prompt(self.codec, config)
+        self.model, self.params, self.codec = load(path / "model")
+        self.batch, self.ids = prompt(self.model.config)
         run = jax.jit(lambda params, batch: forward(self.model, params, batch, layers))
         self.states, self.logits = run(self.params, self.batch)
 

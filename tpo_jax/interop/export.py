@@ -12,6 +12,7 @@ A language folder becomes the Hugging Face folder itself, and is imported from o
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from tpo_jax.interop import folder, huggingface, peft
 from tpo_jax.interop.folder import SIDE_FILES, preprocessor
 from tpo_jax.interop.mapping import export_leaves, import_leaves
 from tpo_jax.interop.tensors import LazyArray, read_file, write_file
-from tpo_jax.models.config import ConnectorConfig, ModelConfig, VisionConfig
+from tpo_jax.models.config import ConnectorConfig, LanguageConfig, ModelConfig, VisionConfig
 
 FORMAT_VERSION = 1
 _RUNTIME = "tpo_torch.py"
@@ -98,16 +99,7 @@ def _write_whole(model: epath.Path, out: epath.Path, keep_adapters: bool) -> Non
         config = dataclasses.replace(config, lora=None)
     language = {path: leaf for path, leaf in leaves.items() if path.startswith("language/")}
     rest = {path: leaf for path, leaf in leaves.items() if path not in language}
-    inner = out / "language_model"
-    inner.mkdir()
-    huggingface.write_tensors(inner, export_leaves(rows, language))
-    about = huggingface.huggingface_config(config.language, vocabulary) | {"dtype": "float32"}
-    about |= {
-        f"{name}_id": codec.special_ids[token]
-        for name, token in huggingface.token_names(codec).items()
-    }
-    huggingface.write_json(inner / "config.json", about)
-    huggingface.write_tokenizer(inner, codec)
+    write_language_model(out / "language_model", config.language, language, codec)
     write_file(out / "tpo.safetensors", rest, {"format": "pt"})
     huggingface.write_json(out / "preprocessor_config.json", preprocessor(config))
     huggingface.write_json(
@@ -120,6 +112,23 @@ def _write_whole(model: epath.Path, out: epath.Path, keep_adapters: bool) -> Non
     )
     runtime = epath.resource_path("tpo_jax") / "interop" / "torch_runtime" / _RUNTIME
     (out / _RUNTIME).write_bytes(runtime.read_bytes())
+
+
+def write_language_model(
+    out: epath.Path, config: LanguageConfig, leaves: Mapping[str, LazyArray], codec: TextCodec
+) -> None:
+    """A Hugging Face folder of the leaves below language/, without adapters."""
+    out.mkdir()
+    vocabulary = config.vocab_size
+    rows = huggingface.language_rows(config, vocabulary)
+    huggingface.write_tensors(out, export_leaves(rows, leaves))
+    about = huggingface.huggingface_config(config, vocabulary) | {"dtype": "float32"}
+    about |= {
+        f"{name}_id": codec.special_ids[token]
+        for name, token in huggingface.token_names(codec).items()
+    }
+    huggingface.write_json(out / "config.json", about)
+    huggingface.write_tokenizer(out, codec)
 
 
 def _write_language(model: epath.Path, out: epath.Path) -> None:

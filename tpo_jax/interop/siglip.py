@@ -12,12 +12,13 @@ from typing import Any
 
 from etils import epath
 
-from tpo_jax.interop import folder
+from tpo_jax.interop import folder, huggingface, peft
 from tpo_jax.interop.chat_template import read_json
+from tpo_jax.interop.export import write_language_model
 from tpo_jax.interop.families.base import FamilyError, assemble_parts, only, tower_config
 from tpo_jax.interop.families.towers import tower_rows
-from tpo_jax.interop.huggingface import read_tensors, write_tensors
 from tpo_jax.interop.mapping import export_leaves, import_leaves
+from tpo_jax.interop.tensors import write_file
 from tpo_jax.models.published import SIGLIP2_CONNECTOR
 from tpo_jax.models.towers.config import TowerConfig
 
@@ -51,7 +52,7 @@ def import_folder(path: epath.PathLike) -> tuple[TowerConfig, dict[str, Any]]:
     data, about = (read_json(path / f"{name}config.json") for name in ("", "preprocessor_"))
     config = tower_of(data, about)
     rows = tower_rows(config, "", "vision_model.")
-    return config, import_leaves(rows, read_tensors(path), IGNORED)
+    return config, import_leaves(rows, huggingface.read_tensors(path), IGNORED)
 
 
 def tower_of(data: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> TowerConfig:
@@ -61,11 +62,6 @@ def tower_of(data: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> TowerC
     vision["model_type"] = f"{kind}_vision_model"
     only(vision, "num_channels", 3)
     return tower_config(vision, layer=LAYER, preprocessor=preprocessor)
-
-
-def export_folder(out: epath.PathLike, config: TowerConfig, leaves: Mapping[str, Any]) -> None:
-    """The inverse of `import_folder`, without its config.json and what it left out."""
-    write_tensors(epath.Path(out), export_leaves(tower_rows(config, "", "vision_model."), leaves))
 
 
 def add_to_language(
@@ -96,3 +92,42 @@ def add_to_language(
         f"{out}: {language} and the {tower.kind} tower of {source}, {len(leaves)} parameters",
         'train with init_missing=["connector/"]',
     ]
+
+
+def export_parts(model: epath.PathLike, out: epath.PathLike, like: epath.PathLike) -> list[str]:
+    """Writes a model of `add_to_language` as it came: `vision`, in the layout of the SigLIP folder
+    `like` and with its text half, `language_model`, a Hugging Face folder, and the connector.
+    Returns what is in the folder, which appears whole or not at all.
+
+    Raises:
+      FamilyError: the model has other eyes than `like`, or heads.
+    """
+    source, final = epath.Path(like), epath.Path(out)
+    config, codec = folder.load_config(model), folder.load_codec(model)
+    tower, _ = import_folder(source)
+    running = {name: getattr(tower, name) for name in ("remat", "unroll", "max_frames")}
+    if config.vision.kind != tower.kind or dataclasses.replace(config.vision, **running) != tower:
+        raise FamilyError(f"{model}: vision is {config.vision}, but {like} is {tower}")
+    if config.heads:
+        raise FamilyError(f"{model}: heads {list(config.heads)} have no place in the parts")
+    leaves = folder.open_leaves(model)
+    leaves = peft.merged_leaves(leaves, config.lora) if config.lora else leaves
+    parts = {
+        name: {path: leaf for path, leaf in leaves.items() if path.startswith(f"{name}/")}
+        for name in ("vision", "connector", "language")
+    }
+    temporary = final.with_name(final.name + ".tmp")
+    if temporary.exists():
+        temporary.rmtree()
+    (temporary / "vision").mkdir(parents=True)
+    tensors = export_leaves(tower_rows(tower, PREFIX, "vision_model."), parts["vision"])
+    huggingface.write_tensors(temporary / "vision", huggingface.read_tensors(source) | tensors)
+    for name, content in huggingface.side_files(source).items():
+        (temporary / "vision" / name).write_bytes(content)
+    inner = temporary / "language_model"
+    write_language_model(inner, config.language, parts["language"], codec)
+    write_file(temporary / "connector.safetensors", parts["connector"], {"format": "pt"})
+    if final.exists():
+        final.rmtree()
+    temporary.rename(final)
+    return sorted(file.name for file in final.iterdir())

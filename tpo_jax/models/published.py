@@ -28,7 +28,7 @@ SIGLIP_SO400M = TowerConfig(
 # enters the last layer is read, as in the LLaVA families.
 SIGLIP2_SO400M = TowerConfig(
     kind="siglip2", image_size=256, patch_size=16, width=1152, depth=27, heads=16, mlp_width=4304,
-    activation="gelu_pytorch_tanh", epsilon=1e-6, layer=-2, max_frames=512, remat=True,
+    activation="gelu_pytorch_tanh", epsilon=1e-6, layer=-2, max_frames=512,
 )  # fmt: skip
 CLIP_L_336 = TowerConfig(
     kind="clip", image_size=336, patch_size=14, width=1024, depth=24, heads=16, mlp_width=4096,
@@ -50,11 +50,11 @@ QWEN2_7B = LanguageConfig(
 )  # fmt: skip
 QWEN2_HALF_B = LanguageConfig(
     vocab_size=151936, width=896, depth=24, heads=14, kv_heads=2, head_dim=64, mlp_width=4864,
-    rope_theta=1e6, qkv_bias=True, tied_head=True, remat=True, attention="splash",
+    rope_theta=1e6, qkv_bias=True, tied_head=True,
 )  # fmt: skip
 QWEN3_8B = LanguageConfig(
     vocab_size=151936, width=4096, depth=36, heads=32, kv_heads=8, head_dim=128, mlp_width=12288,
-    rope_theta=1e6, qk_norm=True, remat=True, attention="splash",
+    rope_theta=1e6, qk_norm=True,
 )  # fmt: skip
 VICUNA_7B = LanguageConfig(
     vocab_size=32128, width=4096, depth=32, heads=32, kv_heads=32, head_dim=128, mlp_width=11008,

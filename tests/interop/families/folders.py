@@ -1,14 +1,17 @@
 """Published folders of tiny random models, written without torch."""
 
+import dataclasses
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from tokenizers import AddedToken
 
 from tpo_jax.data.text import train_tokenizer
+from tpo_jax.interop import folder
 from tpo_jax.interop.families.registry import family_of, from_leaves
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.paths import flatten
@@ -16,6 +19,8 @@ from tpo_jax.parallel.paths import flatten
 TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<unk>")
 # Of the tokenizer and of the model, which has rows for more.
 WORDS, VOCABULARY = 300, 320
+# Words before a clip, and between it and the question.
+BEFORE, AFTER = 6, 2
 # Logits of `transformers`; `python -m tests.parity.test_whole_families` writes them.
 GOLDEN = pathlib.Path(__file__).parent / "whole_logits.npz"
 GOLDEN_EVERY = 8  # one logit in so many is kept
@@ -58,26 +63,32 @@ def write_folder(path, data, seed=0):
     (path / "config.json").write_text(json.dumps(data))
 
 
-def prompt(codec, config, frames=3, seed=0):
-    """A batch of one row, a random clip and a question about it, and int64[T], the same tokens
-    in one row with `config`'s visual tokens as -1."""
+def prompt(config, frames=3, seed=0):
+    """A batch of one row, a random clip between random words, and int64[T], the same tokens in one
+    row with the visual ones as -1. It has no template: the config's visual_offset is BEFORE."""
     rng = np.random.default_rng(seed)
     visual, side = config.num_visual_tokens(frames), config.vision.image_size
-    prefix = codec.build_prefix(visual)
-    branch = codec.build_branch("what does the assistant say?", None).ids
-    P, R = len(prefix), len(branch)
+    P, R = BEFORE + visual + AFTER, 9
+    words = rng.integers(20, 280, P + R).astype(np.int32)
     batch = {
         "frames": rng.integers(0, 256, (1, frames, side, side, 3)).astype(np.uint8),
         "frame_valid": np.ones((1, frames), bool),
         "frame_times": np.arange(frames, dtype=np.float32)[None],
-        "prefix_tokens": prefix[None], "prefix_positions": np.arange(P, dtype=np.int32)[None],
-        "prefix_segments": np.ones((1, P), np.int32), "branch_tokens": branch[None, None],
+        "prefix_tokens": words[None, :P], "prefix_positions": np.arange(P, dtype=np.int32)[None],
+        "prefix_segments": np.ones((1, P), np.int32), "branch_tokens": words[None, None, P:],
         "branch_positions": np.arange(P, P + R, dtype=np.int32)[None, None],
         "branch_segments": np.ones((1, 1, R), np.int32), "slots": {},
     }  # fmt: skip
-    ids = np.concatenate([prefix, branch]).astype(np.int64)
-    ids[config.visual_offset : config.visual_offset + visual] = -1
+    ids = words.astype(np.int64)
+    ids[BEFORE : BEFORE + visual] = -1
     return batch, ids
+
+
+def load(path):
+    """(model, parameters, codec) of a model folder, for a `prompt`."""
+    config, params, codec = folder.load_model(path)
+    config = dataclasses.replace(config, visual_offset=BEFORE)
+    return FunctionalModel(config), jax.tree.map(jnp.asarray, params), codec
 
 
 def forward(model, params, batch, layers=True):
