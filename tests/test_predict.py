@@ -218,5 +218,5 @@ def test_bad_lists_name_the_line(tmp_path, text, message):
 
 def test_prompt_with_an_unknown_marker_is_an_error_not_a_crash(folder, media, tmp_path, capsys):
     prompt = "--prompt=What is <thing>?"
-    assert run(folder, tmp_path, f"--video={media / 'clip.mp4'}", prompt) == 1
+    assert run(folder, tmp_path, f"--video={media / 'clip.mp4'}", prompt) == 2
     assert "<thing>" in capsys.readouterr().err

@@ -253,9 +253,9 @@ def test_shards_divide_the_chunks_and_give_the_same(
     (["--shards=2", "--shard=2"], "--shard=2: expected 0..1"),
     (["--writer=rules", "--shards=2"], "--shards=2, 1 processes: with --writer"),
 ])
-def test_work_that_cannot_be_divided_so_is_refused(folder, tmp_path, flags, message):
-    with pytest.raises(ValueError, match=message):
-        generate(folder, tmp_path, *flags)
+def test_work_that_cannot_be_divided_so_is_refused(folder, tmp_path, flags, message, capsys):
+    assert generate(folder, tmp_path, *flags) == 2
+    assert f"error: {message}" in capsys.readouterr().err
 
 
 def sigterm_in(monkeypatch, owner, name: str, call: int):

@@ -42,7 +42,7 @@ def test_buckets_are_spread_evenly():
     ({"media": "audio"}, "buckets.b.media: 'audio'"),
     ({"frames": 0}, "buckets.b.frames: 0"),
     ({"answers": 16}, "buckets.b.answers: 16, expected less than branch_tokens"),
-    ({"question": 8, "branches": 3}, "buckets.b: question 8 and branches 3"),
+    ({"question": 8, "branches": 1}, "buckets.b: question 8 and branches 1"),
     ({"weight": 0.0}, "buckets.b.weight"),
     ({"slots": {"depth": 1}}, "buckets.b.slots: unknown.*depth"),
     ({"slots": {"mask": 0}}, "buckets.b.slots.mask: 0"),

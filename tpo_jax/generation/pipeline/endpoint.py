@@ -287,6 +287,8 @@ class Endpoint:
             else:
                 try:
                     return self._read(reply)
+                except EndpointError:
+                    raise
                 except ValueError as error:
                     text = self._clean(reply.decode("utf-8", "replace"))
                     problem = f"malformed reply ({error}): {text[:200]!r}"
