@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny_run
 from etils import epath
+from processes import QUICK
 
 import tpo_jax.train
 from tpo_jax import evaluate
@@ -420,7 +421,7 @@ def test_the_command_line_exits_with_75_on_sigterm(data, whole, tmp_path):
         f"--config=tests/tiny_run.py:data={data},steps=100000,buckets=1",
         f"--workdir={tmp_path}", "--config.log_every=1", "--config.eval_every=0",
     ]  # fmt: skip
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": QUICK}
     metrics_file, log = tmp_path / "metrics.jsonl", tmp_path / "log.txt"
     with (
         log.open("wb") as stderr,
