@@ -155,7 +155,7 @@ def _memory(analysis: Any) -> Memory:
         analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes
         + analysis.host_output_size_in_bytes - analysis.host_alias_size_in_bytes
     )  # fmt: skip
-    # Its peak counts the memory of the host as well; what is allocated is at most that without.
+    # Its peak counts the memory of the host as well; this is what is allocated on the chip.
     peak = arguments + outputs + temporaries if host else analysis.peak_memory_in_bytes
     return Memory(arguments, outputs, temporaries, peak, host)
 
