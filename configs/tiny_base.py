@@ -1,13 +1,15 @@
-"""The shipped base model: conversation only, no task tokens, from random weights, in three stages.
+"""The shipped base model: conversation only, no task tokens, from random weights, in four stages.
 
     C=configs/tiny_base.py
     python -m tpo_jax.train --config=$C:stage=pictures --workdir=runs/base/pictures
     python -m tpo_jax.train --config=$C:stage=events --workdir=runs/base/events
+    python -m tpo_jax.train --config=$C:stage=times --workdir=runs/base/times
     python -m tpo_jax.train --config=$C:stage=videos --workdir=runs/base/videos
 
   pictures  still images: colour, form and place, at a small part of the price of a video
   events    videos, with questions about what happens and when only, and some images: among all the
             other questions, order and times stayed at chance
+  times     the same, once actions are known: only what puts them in order or in seconds
   videos    videos with all questions, and some images
 
 `runs` is the folder that holds what experiments/base.py prepares: data/{train,pictures,validation}
@@ -29,6 +31,9 @@ TASKS = {"conversation": 1.0}
 EVENT_KINDS = (
     "action", "at_time", "before_after", "earlier", "order", "start", "when", "who",
 )  # fmt: skip
+TIME_KINDS = (
+    "at_time", "before_after", "earlier", "moment", "order", "start", "when", "who",
+)  # fmt: skip
 # Most questions are short; captions and options that are sentences need up to 51 tokens.
 SHORT = {"branch_tokens": 24, "answers": 12}
 LONG = {"branch_tokens": 64, "answers": 48}
@@ -43,7 +48,7 @@ BUCKETS = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, stage="videos", runs="runs/base", tiny=False)
-    stages = {"pictures": _pictures, "events": _events, "videos": _videos}
+    stages = {"pictures": _pictures, "events": _events, "times": _times, "videos": _videos}
     if arg.stage not in stages:
         raise ConfigError(f"config argument stage={arg.stage}: expected one of {', '.join(stages)}")
     config = default_config()
@@ -77,10 +82,17 @@ def _events(config: ConfigDict, runs: str) -> None:
     config.steps = 3500
 
 
+def _times(config: ConfigDict, runs: str) -> None:
+    _videos_and_pictures(config, runs, TIME_KINDS)
+    config.init_from = f"{runs}/events/model"
+    config.steps = 2500
+    config.optimizer.min_lr_ratio = 1.0  # `videos` decays for both
+
+
 def _videos(config: ConfigDict, runs: str) -> None:
     _videos_and_pictures(config, runs)
-    config.init_from = f"{runs}/events/model"
-    config.steps = 4000
+    config.init_from = f"{runs}/times/model"
+    config.steps = 3500
 
 
 def _videos_and_pictures(config: ConfigDict, runs: str, kinds: tuple[str, ...] = ()) -> None:

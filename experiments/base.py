@@ -22,7 +22,7 @@ IMAGES = 1600
 # A second world of still images alone.
 PICTURES_SEED = 2000
 PICTURES = 8200
-STAGES = ("pictures", "events", "videos")
+STAGES = ("pictures", "events", "times", "videos")
 
 
 def render(steps: Steps) -> None:
