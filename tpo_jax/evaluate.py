@@ -36,7 +36,7 @@ from tpo_jax.data import evidence
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
 from tpo_jax.data.text_features import Texts
-from tpo_jax.errors import UserError, report
+from tpo_jax.errors import Parser, UserError, report
 from tpo_jax.evaluation import benchmarks, floors, results, submissions
 from tpo_jax.evaluation.evaluator import Evaluator, Settings, called_by_task, evaluable_tasks
 from tpo_jax.generation.task_text import TEXT_TASKS
@@ -194,7 +194,7 @@ def choose_tasks(asked: str, shown: str, answered: Sequence[str], pairs: str) ->
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tpo_jax.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
