@@ -115,8 +115,9 @@ def _check(flags: argparse.Namespace) -> int:
             )
         compare = check_language.compare_language if alone else check.compare
         differences = compare(flags.model, flags.exported)
+    width = max(map(len, differences))
     for part, difference in differences.items():
-        print(f"{part:24s} {difference:.2e}")
+        print(f"{part:{width}s}  {difference:.2e}")
     wrong = [part for part, difference in differences.items() if difference > flags.tolerance]
     if wrong:
         print(f"first difference above {flags.tolerance}: {wrong[0]}", file=sys.stderr)

@@ -87,6 +87,7 @@ class Part:
         return [example for example in examples if example.example_id not in left_out]
 
     def frames(self, video_id: str, indices: np.ndarray) -> np.ndarray:
+        """uint8[n, h, w, 3] of the n `indices` int[n]."""
         return self.dataset.frames(video_id, indices)
 
     @property
@@ -94,6 +95,7 @@ class Part:
         return self.dataset.clip_features_config
 
     def clip_features(self, video_id: str) -> np.ndarray:
+        """float32[n, width] of the whole video, in the order of its clips."""
         return self.dataset.clip_features(video_id)
 
     @property

@@ -187,7 +187,11 @@ def _by_id(records: Sequence[Record], source: str) -> dict[Any, Record]:
 
 
 def moment_arrays(pairs: Sequence[tuple[Record, Record]]) -> tuple[np.ndarray, ...]:
-    """windows, scores, query, targets, target_query of `qvhighlights.moment_report`."""
+    """What `qvhighlights.moment_report` takes, n windows predicted and m labelled for all queries.
+
+    Returns: windows float64[n, 2] seconds, scores float64[n], query int[n] (position in `pairs`),
+      targets float64[m, 2] seconds, target_query int[m].
+    """
     windows = [guess["pred_relevant_windows"][: temporal.MAX_WINDOWS] for guess, _ in pairs]
     targets = [label["relevant_windows"] for _, label in pairs]
     for (guess, _), labelled in zip(pairs, targets, strict=True):
