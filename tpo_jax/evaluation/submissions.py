@@ -211,7 +211,11 @@ def moment_arrays(pairs: Sequence[tuple[Record, Record]]) -> tuple[np.ndarray, .
 def highlight_arrays(
     pairs: Sequence[tuple[Record, Record]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """saliency, best, clips, ratings of `qvhighlights.highlight_report`."""
+    """What `qvhighlights.highlight_report` takes, for n queries and clips of 2 seconds.
+
+    Returns: saliency float64[n, width], best int[n], clips int[n], ratings float64[n, width,
+      raters].
+    """
     clips = np.array([int(label["duration"] / 2) for _, label in pairs])
     guesses = [guess["pred_saliency_scores"] for guess, _ in pairs]
     length = np.array([len(g) for g in guesses])

@@ -378,7 +378,8 @@ class FunctionalModel:
         return VideoLanguageModel(self.config, rngs=Rngs(key))
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Freshly drawn float32 parameters. Jit-able (with out_shardings for a large model)."""
+        """Freshly drawn parameters, nested dict of float32[...], from key[]. Jit-able (with
+        out_shardings for a large model)."""
         return nnx.to_pure_dict(nnx.state(self._build(key)))
 
     def abstract(self) -> dict[str, Any]:
