@@ -13,7 +13,8 @@
          --config.data.evidence=blind it sees nothing at all
 
 `runs` is the folder that holds data/{train,validation}, the stages and the pairs; `init` replaces
-the model folder a stage starts from; `tiny` is a few steps on small shapes, for tests.
+the model folder a stage starts from, `mask_size` goes with another than the shipped one (half its
+image size); `tiny` is a few steps on small shapes, for tests.
 """
 
 import importlib.resources
@@ -47,7 +48,7 @@ HEAD_LOSSES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, stage="1", runs="runs/demo", init="", tiny=False)
+    arg = parse_arg(arg, stage="1", runs="runs/demo", init="", mask_size=32, tiny=False)
     stages = {"1": _stage1, "2": _stage2, "3": _stage3, "dpo": _dpo, "floor": _floor}
     if arg.stage not in stages:
         raise ConfigError(f"config argument stage={arg.stage}: expected one of {', '.join(stages)}")
@@ -56,7 +57,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.update(preset="", heads=HEADS)
     config.data.train = [source_config(f"{arg.runs}/data/train", tasks=TASKS)]
     config.data.validation = [source_config(f"{arg.runs}/data/validation", tasks=TASKS)]
-    config.buckets = _buckets(arg.tiny)
+    config.buckets = _buckets(arg.mask_size, arg.tiny)
     # Most answer tokens of a head call are certain, so the mean over tokens is small beside the
     # losses of the heads, which would change what the language model says.
     config.losses = {"language": 8.0, **HEAD_LOSSES}
@@ -79,14 +80,14 @@ def sweep(add) -> None:
         add(seed=seed)
 
 
-def _buckets(tiny: bool) -> dict:
+def _buckets(mask_size: int, tiny: bool) -> dict:
     """Short questions and head calls, the long rest (listed options, captions), and images."""
     video = {
         "media": "video",
         "batch_size": 4 if tiny else 8,
         "frames": 8 if tiny else 32,
         "windows": 4,
-        "mask_size": 16 if tiny else 32,
+        "mask_size": mask_size,
     }
     slots = {"region": 12, "temporal": 4, "mask": 4, "box": 2}
     short = {"branches": 8 if tiny else 24, "branch_tokens": 30, "answers": 16, "slots": slots}

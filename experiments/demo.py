@@ -47,7 +47,7 @@ class Scale:
 
 FULL = Scale()
 # Seconds instead of minutes, for the tests; its figures mean nothing.
-TINY = Scale(16, 8, 8, 16, 8, 4, judge="none", config=",tiny")
+TINY = Scale(16, 8, 8, 16, 8, 4, judge="none", config=",tiny,mask_size=16")
 
 
 def make_data(steps: Steps, scale: Scale, seed: int) -> None:

@@ -6,7 +6,7 @@ import re
 import pytest
 from absl import flags
 
-from tpo_jax import convert, evaluate, plan, predict, preferences, train
+from tpo_jax import convert, evaluate, plan, predict, preferences, prepare, train
 from tpo_jax.errors import UserError
 from tpo_jax.training import config_flag
 
@@ -17,7 +17,7 @@ SCORE = ("score", "--data=d", "--pairs=p.jsonl", "--out=o.npz")
     ("command", "arguments"),
     [
         (evaluate, ("--data=d", "--out=o.json")),
-        (predict, ("--video=clip.mp4", "--prompt=What?", "--out=o")),
+        (predict, (f"--video={__file__}", "--prompt=What?", "--out=o")),
         (preferences, ("generate", "--data=d", "--out=o")),
         (preferences, SCORE),
         (convert, ("export", "--out=o")),
@@ -29,6 +29,45 @@ def test_a_missing_model_folder_is_one_line(command, arguments, tmp_path, monkey
     error = capsys.readouterr().err
     assert re.fullmatch(r"error: nowhere\S*: .*missing.*\n", error)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (evaluate, ("--model=m",), "the following arguments are required: --data, --out"),
+        (predict, ("--model=m", "--video=v.mp4"), "--video needs --prompt"),
+        (convert, ("export", "--modle=m"), "the following arguments are required: --model, --out"),
+        (prepare, ("run", "--out=o", "--sise=64"), "unrecognized arguments: --sise=64"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(command, arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"error: {message}; see python -m tpo_jax\.\w+( \w+)? --help\n", error)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (predict, ("--model=m", "--video=v.mp4", "--prompt=?"), "--video: v.mp4 does not exist"),
+        (prepare, ("check", "--format=native", "--annotations=a"), "--annotations: a does not exi"),
+    ],
+)
+def test_a_missing_file_is_one_line(command, arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [train, plan])
+def test_a_run_without_a_config_says_so(command, monkeypatch):
+    monkeypatch.setattr(flags.FLAGS["config"], "value", None)
+    monkeypatch.setattr(flags.FLAGS["config"], "present", 1)  # as after parsing
+    with pytest.raises(UserError, match="--config is missing; give one such as configs/demo.py"):
+        command.run(["command"])
 
 
 @pytest.mark.parametrize("command", [train, plan])

@@ -79,3 +79,10 @@ def test_floors_stand_beside_the_metrics_of_their_split(tmp_path):
     assert lines["with"][1].startswith(f"{'qa/accuracy':32s}   0.500   0.300  [ 0.500,")
     assert lines["with"][2].startswith(f"{'qa/accuracy/order':32s}   0.500          [ 0.500,")
     assert lines["without"][1].startswith(f"{'qa/accuracy':32s}   0.500  [ 0.500,")
+
+
+def test_one_video_has_no_interval():
+    scores = {"qa/accuracy": ItemScores.of([("a/0", "a", 1), ("a/1", "a", 0)])}
+    record = results.evaluation_record(scores, routing={}, about={"floors": {}})
+    line = results.format_metrics(record).splitlines()[1]
+    assert line == f"{'qa/accuracy':32s}   0.500                 -       2      1"

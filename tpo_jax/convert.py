@@ -16,8 +16,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from etils import epath
+
 from tpo_jax.data.files import local_path, read_text
-from tpo_jax.errors import UserError, report
+from tpo_jax.errors import MissingFile, Parser, UserError, report
 from tpo_jax.interop import export, folder, sam2_model, siglip
 from tpo_jax.interop.families import folder as families
 from tpo_jax.interop.families import source
@@ -105,10 +107,17 @@ def _check(flags: argparse.Namespace) -> int:
     else:
         _refuse(flags, "a folder that is no multimodal checkpoint", "set")
         alone = folder.holds_language_only(flags.model)
+        written = epath.Path(flags.exported) / ("config.json" if alone else "tpo_torch.py")
+        if not written.exists():
+            raise MissingFile(
+                f"{written}: missing, so {flags.exported} is not what `convert export` writes from "
+                f"{flags.model}; export it"
+            )
         compare = check_language.compare_language if alone else check.compare
         differences = compare(flags.model, flags.exported)
+    width = max(map(len, differences))
     for part, difference in differences.items():
-        print(f"{part:24s} {difference:.2e}")
+        print(f"{part:{width}s}  {difference:.2e}")
     wrong = [part for part, difference in differences.items() if difference > flags.tolerance]
     if wrong:
         print(f"first difference above {flags.tolerance}: {wrong[0]}", file=sys.stderr)
@@ -123,7 +132,7 @@ def _add_set(command: argparse.ArgumentParser) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tpo_jax.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

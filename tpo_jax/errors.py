@@ -5,7 +5,9 @@ folder is not what it should be. Every command ends with `report` on one. Any ot
 bug, and its traceback is shown.
 """
 
+import argparse
 import sys
+from typing import NoReturn
 
 EXIT_STATUS = 2  # as argparse has it; 75 says "start me again" (training.preemption)
 
@@ -16,6 +18,13 @@ class UserError(ValueError):
 
 class MissingFile(UserError, FileNotFoundError):
     """A file that was named, or belongs to what was named, is not there."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells of a wrong flag in one line, without the usage of a command with thirty of them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_STATUS, f"error: {message}; see {self.prog} --help\n")
 
 
 def report(error: UserError) -> int:

@@ -36,7 +36,7 @@ from tpo_jax.data import evidence
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
 from tpo_jax.data.text_features import Texts
-from tpo_jax.errors import UserError, report
+from tpo_jax.errors import Parser, UserError, report
 from tpo_jax.evaluation import benchmarks, floors, results, submissions
 from tpo_jax.evaluation.evaluator import Evaluator, Settings, called_by_task, evaluable_tasks
 from tpo_jax.generation.task_text import TEXT_TASKS
@@ -87,6 +87,7 @@ class Part:
         return [example for example in examples if example.example_id not in left_out]
 
     def frames(self, video_id: str, indices: np.ndarray) -> np.ndarray:
+        """uint8[n, h, w, 3] of the n `indices` int[n]."""
         return self.dataset.frames(video_id, indices)
 
     @property
@@ -94,6 +95,7 @@ class Part:
         return self.dataset.clip_features_config
 
     def clip_features(self, video_id: str) -> np.ndarray:
+        """float32[n, width] of the whole video, in the order of its clips."""
         return self.dataset.clip_features(video_id)
 
     @property
@@ -194,7 +196,7 @@ def choose_tasks(asked: str, shown: str, answered: Sequence[str], pairs: str) ->
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tpo_jax.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -39,7 +39,7 @@ from tpo_jax.errors import report as report_mistake
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.parallel.collectives import Collective, read_collectives
-from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.parallel.mesh import describe_shape, make_mesh
 from tpo_jax.parallel.topologies import GIB, parse_topology, prepare_environment, topology_devices
 from tpo_jax.parallel.transfers import Transfer, find_transfers
 from tpo_jax.train import NUM_SLICES, TOPOLOGY  # brings train's flags, --config among them
@@ -51,6 +51,8 @@ from tpo_jax.training.start import make_model_config
 from tpo_jax.training.state import partition
 
 flags.set_default(TOPOLOGY, "v5e:2x4")
+for _name in ("config", "topology", "num_slices"):  # defined by train, and of this --help
+    flags.declare_key_flag(_name)
 
 MOST_BESIDE_GRADIENTS = 1e6  # bytes a chip may send to other slices in a step
 
@@ -222,7 +224,7 @@ def plan(config: ConfigDict, topology: str, num_slices: int = 1) -> list[Program
     mesh = make_mesh(config.mesh.to_dict(), topology_devices(topology, num_slices))
     model_config, codec = make_model_config(config)
     program = make_program(config, model_config, mesh)
-    where = f"{num_slices} x {topology}, mesh {dict(mesh.shape)}"
+    where = f"{num_slices} x {topology}, mesh {describe_shape(mesh)}"
     print(f"{where}\n{program.optimizer.report}", flush=True)
     plans = [plan_update(program)]
     print(report(plans[-1], topology, num_slices), flush=True)
@@ -247,8 +249,10 @@ def main(argv: list[str]) -> None:
 def run(argv: list[str]) -> int:
     """The command; returns its exit status: 1 where a program does not fit."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
+        raise UserError(f"unexpected arguments {argv[1:]}; see --help")
     config, topology = flags.FLAGS.config, TOPOLOGY.value
+    if config is None:
+        raise UserError("--config is missing; give one such as configs/demo.py:stage=1")
     chip, _ = parse_topology(topology)
     training_config.validate(config)
     plans = plan(config, topology, NUM_SLICES.value)
@@ -275,5 +279,4 @@ def run(argv: list[str]) -> int:
 if __name__ == "__main__":
     prepare_environment()
     load_listed()  # before the config file is read
-    flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

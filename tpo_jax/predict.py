@@ -40,7 +40,7 @@ from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.data.rows import BranchPlan, RowPlan, row_id, stack_rows
 from tpo_jax.data.text import TextCodec
-from tpo_jax.errors import UserError, report
+from tpo_jax.errors import MissingFile, Parser, UserError, report
 from tpo_jax.generation import draw
 from tpo_jax.generation.requests import (
     Clip,
@@ -222,7 +222,7 @@ def run_one(predictor: Predictor, request: Request, out: epath.Path) -> int:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tpo_jax.predict", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -260,7 +260,10 @@ def requests_of(flags: argparse.Namespace) -> list[Request]:
     stem = re.sub(r"[^\w.-]", "_", pathlib.Path(flags.video).stem)
     entry = {"id": stem, "video": flags.video, "prompt": flags.prompt, "box": box or None,
              "box_time": flags.box_time, "time": flags.time}
-    return [make_request("command line", entry, pathlib.Path())]
+    request = make_request("command line", entry, pathlib.Path())
+    if not request.video.exists():  # of a list, such a line is one that failed
+        raise MissingFile(f"--video: {flags.video} does not exist; correct the path")
+    return [request]
 
 
 def _number(text: str) -> float | str:

@@ -36,7 +36,7 @@ from etils import epath
 
 from tpo_jax.data import files
 from tpo_jax.data.records import PreparedDataset
-from tpo_jax.errors import UserError, report
+from tpo_jax.errors import Parser, UserError, report
 from tpo_jax.generation import pairs, scoring, sidecar
 from tpo_jax.generation.chunks import Chunks, agreed
 from tpo_jax.generation.pair_generator import PairGenerator, Settings
@@ -168,7 +168,7 @@ def check_same_run(out: epath.Path, about: dict[str, Any]) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m tpo_jax.preferences", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)

@@ -39,7 +39,7 @@ from tpo_jax.data.media import MediaFolder
 from tpo_jax.data.records import MEDIA, PreparedDataset
 from tpo_jax.data.text import TextCodec, texts_of, train_tokenizer
 from tpo_jax.data.video import media_kind
-from tpo_jax.errors import UserError, report
+from tpo_jax.errors import MissingFile, Parser, UserError, report
 from tpo_jax.models.heads.listed import load_listed
 
 if TYPE_CHECKING:  # needs a second to import
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m tpo_jax.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -423,6 +423,8 @@ def _load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
 
 
 def _check(options: argparse.Namespace) -> int:
+    if not options.annotations.exists():
+        raise MissingFile(f"--annotations: {options.annotations} does not exist; correct the path")
     media = MediaFolder(options.media) if options.media else None
     source = Source(
         options.media,

@@ -45,7 +45,7 @@ from tpo_jax.interop.folder import (
 )
 from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.parallel.distributed import initialize_distributed
-from tpo_jax.parallel.mesh import global_batch, make_mesh, reader_shard
+from tpo_jax.parallel.mesh import describe_shape, global_batch, make_mesh, reader_shard
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.weighted_sum import WeightedSum
 from tpo_jax.training import agreement
@@ -91,6 +91,9 @@ _NEW_MIXTURE = flags.DEFINE_bool(
     "new_mixture", False, "Let data.train differ from the checkpoint's: sources come, go, weigh."
 )
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process.")
+
+for _name in ("config", "dry_run"):  # defined by another module, and of this command's --help
+    flags.declare_key_flag(_name)
 
 # Beside the progress bar: name of the scalar, label.
 _SHOWN = {
@@ -403,7 +406,7 @@ def describe(program: Program) -> str:
     devices = mesh.devices.flat
     return (
         f"{devices[0].platform} x {mesh.size} ({devices[0].device_kind}), "
-        f"mesh {dict(mesh.shape)}, {total:,} parameters\n{program.optimizer.report}"
+        f"mesh {describe_shape(mesh)}, {total:,} parameters\n{program.optimizer.report}"
     )
 
 
@@ -422,7 +425,7 @@ def dry_run(
 ) -> int:
     """Checks a run that is not started; returns the exit status, 1 if something is wrong."""
     if mode == "compile" and not topology:
-        raise app.UsageError("--dry_run=compile needs --topology, such as v5e:4x4")
+        raise UserError("--dry_run=compile needs --topology, such as v5e:4x4")
     if topology:
         jax.config.update("jax_platforms", "cpu")  # a TPU that is here stays free
     say = functools.partial(print, flush=True)
@@ -448,7 +451,11 @@ def main(argv: list[str]) -> None:
 def run(argv: list[str]) -> int:
     """The command; returns its exit status."""
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
+        raise UserError(f"unexpected arguments {argv[1:]}; see --help")
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; give one such as configs/demo.py:stage=1")
+    if not _WORKDIR.value and not _DRY_RUN.value:
+        raise UserError("--workdir is missing; name the folder of the run, or give --dry_run")
     if _DRY_RUN.value:
         where = _WORKDIR.value or ""
         on = TOPOLOGY.value, NUM_SLICES.value
@@ -475,10 +482,4 @@ def run(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     load_listed()  # before the config file is read
-    flags.mark_flag_as_required("config")
-    flags.register_multi_flags_validator(
-        ["workdir", "dry_run"],
-        lambda given: given["workdir"] or given["dry_run"],
-        message="--workdir is needed, unless --dry_run",
-    )
     app.run(main, flags_parser=parse_flags)

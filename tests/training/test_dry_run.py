@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
-from absl import app, flags
+from absl import flags
 
 from tpo_jax import train
 from tpo_jax.data.pipeline import Pipeline
+from tpo_jax.errors import UserError
 from tpo_jax.generation import sidecar
 from tpo_jax.interop.folder import save_model
 from tpo_jax.models.video_language import FunctionalModel
@@ -62,7 +63,8 @@ def test_a_good_run_is_good_everywhere(config, tmp_path):
     assert allocated < 1000  # no weights
     assert list(found) == ["config", "model", "sharding", "batches", "init_from", "references",
                            "losses", "data.train", "data.validation", "workdir"]  # fmt: skip
-    assert "'data': 8" in found["sharding"][1] and "of 16 GiB a chip" in found["sharding"][1]
+    assert "mesh data 8, fsdp 1," in found["sharding"][1]
+    assert "of 16 GiB a chip" in found["sharding"][1]
     assert "long: 6 clips, short: 6 clips" in found["data.train"][1]
     assert "a new run" in found["workdir"][1]
     assert not list(tmp_path.iterdir())
@@ -79,6 +81,14 @@ def test_rows_that_do_not_divide_name_bucket_and_multiple(config):
     name, text = the_wrong_one(config)
     assert name == "batches" and "buckets.short" in text and "multiple of 8" in text
     assert "buckets.long" not in text
+
+
+def test_a_bucket_of_another_model_is_named(config):
+    config.buckets.short.frames = 1000
+    found, good = findings(config)
+    assert not good and "losses" not in found
+    limit = "but the model has vision.max_frames = 8; set it to that, or less."
+    assert found["batches"] == (False, f"buckets.short.frames: 1000, {limit}")
 
 
 def test_a_large_model_must_divide_and_fit_into_its_chips(config):
@@ -244,7 +254,7 @@ def test_compile_plans_the_very_config_and_only_a_good_one(config, monkeypatch):
     assert to_dict(found) == to_dict(config)
     assert where == ["--topology=v5e:2x4", "--num_slices=2"]
     assert train.dry_run(config, "", "check", "v5e:2x4") == 0 and len(planned) == 1
-    with pytest.raises(app.UsageError, match="needs --topology"):
+    with pytest.raises(UserError, match="needs --topology"):
         train.dry_run(config, "", "compile", "")
 
 

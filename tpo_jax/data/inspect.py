@@ -52,8 +52,11 @@ def describe_row(row: Mapping[str, Any], codec: TextCodec, plan: RowPlan) -> lis
       plan: that they were built from.
     """
     shown = int(row["frame_valid"].sum())
-    lines = [[Span(f"video {plan.video_id}, {plan.start:g} to {plan.end:g} s, {shown} of "
-                   f"{len(row['frame_valid'])} frames", "note")]]
+    what = f"image {plan.video_id}"
+    if plan.branches[0].example.media == "video":
+        what = (f"video {plan.video_id}, {plan.start:g} to {plan.end:g} s, {shown} of "
+                f"{len(row['frame_valid'])} frames")
+    lines = [[Span(what, "note")]]
     if "pair_valid" in row:
         lines[0].append(Span(", preference pair: branch 0 chosen, the others rejected", "note"))
     lines += _prefix_lines(row, codec)

@@ -62,14 +62,14 @@ def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
     if "mask" in tasks and bucket.mask_size != model_config.mask_size:
         raise UserError(
             f"buckets.{bucket.name}.mask_size: {bucket.mask_size}, but the mask head answers at "
-            f"{model_config.mask_size}.")
+            f"{model_config.mask_size}; set it to that.")
     if "temporal" in tasks and not bucket.windows:
         raise UserError(
             f"buckets.{bucket.name}.windows: 0, but the model has a temporal head; set at least 1.")
     if bucket.frames > model_config.vision.max_frames:
         raise UserError(
             f"buckets.{bucket.name}.frames: {bucket.frames}, but the model has vision.max_frames "
-            f"= {model_config.vision.max_frames}.")
+            f"= {model_config.vision.max_frames}; set it to that, or less.")
     features = texts = None
     if model_config.clip_features is not None:
         readers = {task for task, name in tasks.items() if HEADS[name].reads_clip_features}

@@ -17,7 +17,8 @@ from tpo_jax.models.connectors.anyres import Size, best_resolution
 
 
 def area(frames: np.ndarray, size: int) -> np.ndarray:
-    """Mean over the area of each target pixel; the aspect ratio is not kept."""
+    """uint8[n, h, w, 3] -> uint8[n, size, size, 3]: mean over the area of each target pixel; the
+    aspect ratio is not kept."""
     return np.rint(area_resize(frames, size, size)).astype(np.uint8)
 
 
@@ -30,12 +31,14 @@ def bicubic(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def stretch(frames: np.ndarray, size: int) -> np.ndarray:
-    """Bicubic to a square; the aspect ratio is not kept (SigLIP, UMT)."""
+    """uint8[n, h, w, 3] -> uint8[n, size, size, 3]: bicubic to a square; the aspect ratio is not
+    kept (SigLIP, UMT)."""
     return np.stack([bicubic(frame, size, size) for frame in frames])
 
 
 def crop(frames: np.ndarray, size: int) -> np.ndarray:
-    """Bicubic until the short side is `size`, then the middle square (CLIP, LanguageBind)."""
+    """uint8[n, h, w, 3] -> uint8[n, size, size, 3]: bicubic until the short side is `size`, then
+    the middle square (CLIP, LanguageBind)."""
     height, width = frames.shape[1:3]
     short, long = min(height, width), int(size * max(height, width) / min(height, width))
     height, width = (size, long) if height == short else (long, size)

@@ -82,7 +82,7 @@ class Row:
         return self._feature[name].bytes_list.value
 
     def array(self, name: str, dtype: type = np.uint8) -> np.ndarray:
-        """Read-only, in the shape it was written with."""
+        """dtype[...]: read-only, in the shape it was written with."""
         shape = tuple(self._feature[f"{name}/shape"].int64_list.value)
         data = self._feature[f"{name}/value"].bytes_list.value[0]
         return np.frombuffer(data, dtype).reshape(shape)

@@ -446,7 +446,12 @@ class TextCodec:
             directory = directory.parent
         path = directory / "template.json"
         if not (directory / "tokenizer.json").exists():
-            raise MissingFile(f"{directory / 'tokenizer.json'}: missing.")
+            fix = (
+                "write it with `python -m tpo_jax.prepare tokenizer`" if alone
+                else f"{directory} is no model folder; give the one that training wrote "
+                "(workdir/model)"
+            )  # fmt: skip
+            raise MissingFile(f"{directory / 'tokenizer.json'}: missing; {fix}")
         if path.exists():
             template = ChatTemplate.from_json(json.loads(path.read_text()), str(path))
         elif alone:

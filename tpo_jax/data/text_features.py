@@ -97,6 +97,7 @@ class Asked:
         return question == self.question
 
     def read(self, video_id: str, question: str) -> np.ndarray:
+        """float32[n, width] of the one question."""
         return self.states
 
 

@@ -111,7 +111,10 @@ def read_samples(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def format_metrics(record: Mapping[str, Any]) -> str:
-    """One line per metric: value, floor if known, interval, number of items and videos."""
+    """One line per metric: value, floor if known, interval, number of items and videos.
+
+    Videos are what is drawn, so one alone has no interval.
+    """
     floors = record["floors"]
     lines = [
         f"{'metric':32s} {'value':>7s}{'   floor' if floors else ''}  {'95 % interval':>16s}  "
@@ -120,9 +123,10 @@ def format_metrics(record: Mapping[str, Any]) -> str:
     for metric, value in record["metrics"].items():
         low, high = record["intervals"][metric]
         count = record["counts"][metric]
+        between = f"[{low:6.3f}, {high:6.3f}]" if count["videos"] > 1 else "-"
         floor = f" {floors[metric]:7.3f}" if metric in floors else " " * 8
         lines.append(
-            f"{metric:32s} {value:7.3f}{floor if floors else ''}  [{low:6.3f}, {high:6.3f}]  "
+            f"{metric:32s} {value:7.3f}{floor if floors else ''}  {between:>16s}  "
             f"{count['items']:6d} {count['videos']:6d}"
         )
     for task, counts in record["routing"].items():

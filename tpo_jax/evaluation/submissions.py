@@ -187,7 +187,11 @@ def _by_id(records: Sequence[Record], source: str) -> dict[Any, Record]:
 
 
 def moment_arrays(pairs: Sequence[tuple[Record, Record]]) -> tuple[np.ndarray, ...]:
-    """windows, scores, query, targets, target_query of `qvhighlights.moment_report`."""
+    """What `qvhighlights.moment_report` takes, n windows predicted and m labelled for all queries.
+
+    Returns: windows float64[n, 2] seconds, scores float64[n], query int[n] (position in `pairs`),
+      targets float64[m, 2] seconds, target_query int[m].
+    """
     windows = [guess["pred_relevant_windows"][: temporal.MAX_WINDOWS] for guess, _ in pairs]
     targets = [label["relevant_windows"] for _, label in pairs]
     for (guess, _), labelled in zip(pairs, targets, strict=True):
@@ -207,7 +211,11 @@ def moment_arrays(pairs: Sequence[tuple[Record, Record]]) -> tuple[np.ndarray, .
 def highlight_arrays(
     pairs: Sequence[tuple[Record, Record]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """saliency, best, clips, ratings of `qvhighlights.highlight_report`."""
+    """What `qvhighlights.highlight_report` takes, for n queries and clips of 2 seconds.
+
+    Returns: saliency float64[n, width], best int[n], clips int[n], ratings float64[n, width,
+      raters].
+    """
     clips = np.array([int(label["duration"] / 2) for _, label in pairs])
     guesses = [guess["pred_saliency_scores"] for guess, _ in pairs]
     length = np.array([len(g) for g in guesses])

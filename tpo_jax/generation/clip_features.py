@@ -120,7 +120,8 @@ class Extractor:
 
 
 def on_screen(decoder: Decoder, resize: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
-    """What is on screen at 0, 1 / fps, 2 / fps, ... of a video, whose own times may be uneven."""
+    """What is on screen at 0, 1 / fps, 2 / fps, ... of a video, whose own times may be uneven: what
+    `resize` makes of a frame uint8[h, w, 3], such as uint8[size, size, 3]."""
     shown, tick = None, 0
     for time, frame in decoder:
         while shown is not None and tick / decoder.fps < time - TICK_TOLERANCE:

@@ -108,6 +108,7 @@ class Clip:
                          *read.frames.shape[1:3])
 
     def frames(self, video_id: str, indices: np.ndarray) -> np.ndarray:
+        """uint8[n, h, w, 3] of the n `indices` int[n] among the frames that were read."""
         return self.frames_read.frames[indices]
 
     @property
@@ -115,6 +116,7 @@ class Clip:
         return self.features and self.features[0]
 
     def clip_features(self, video_id: str) -> np.ndarray:
+        """float32[n, width] of the whole video, in the order of its clips."""
         return self.features[1]
 
 

@@ -190,7 +190,8 @@ class Parts:
         return self._holds(self._read(self.file(number)), self[number][1])
 
     def begun(self, number: int) -> dict[str, np.ndarray]:
-        """The first pairs of a part, where a command was stopped in it; none if they do not fit."""
+        """{pair: float32[...] log-probabilities} of the first pairs of a part, where a command was
+        stopped in it; none if they do not fit."""
         there, plans = self._read(self.file(number)), self[number][1]
         if there is None or not self._holds(there, plans[: len(there.digests)]):
             return {}

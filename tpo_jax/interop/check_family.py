@@ -171,5 +171,5 @@ def _language(text: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
 
 
 def difference(ours: jax.Array, theirs: Any) -> float:
-    """Largest absolute difference, in float64."""
+    """Largest absolute difference of two [...] of one shape, in float64."""
     return float(np.max(np.abs(np.asarray(ours, np.float64) - theirs.detach().numpy())))

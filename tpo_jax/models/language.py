@@ -106,6 +106,7 @@ class GatedMlp(nnx.Module):
         self.down_proj = Linear(hidden, width, bias=False, rngs=rngs, scale=scale)
 
     def __call__(self, x: jax.Array, keys) -> jax.Array:
+        """float[..., D] -> float[..., D]; `keys` are those of dropout, or None."""
         gate = self.gate_proj(x, _keys_of("gate_proj", keys))
         hidden = _gated(gate, self.up_proj(x, _keys_of("up_proj", keys)))
         return self.down_proj(hidden, _keys_of("down_proj", keys))

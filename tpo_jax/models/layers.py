@@ -37,6 +37,7 @@ class Rngs:
         self._drawn = 0
 
     def params(self) -> jax.Array:
+        """A new key, key[]."""
         self._drawn += 1
         return jax.random.fold_in(self._key, self._drawn)
 
@@ -125,6 +126,7 @@ exact_gelu = recomputed(functools.partial(jax.nn.gelu, approximate=False))
 
 @recomputed
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """float[..., D], float32[D], float32[D] -> float[..., D] of the dtype of x; float32 inside."""
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
@@ -134,6 +136,7 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
 
 @recomputed
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """float[..., D], float32[D] -> float[..., D] of the dtype of x; the mean square in float32."""
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     normal = (x32 * jax.lax.rsqrt(mean_square + epsilon)).astype(x.dtype)
@@ -149,6 +152,7 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., features] -> float[..., features], of the same dtype."""
         return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
 
 
@@ -160,6 +164,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., features] -> float[..., features], of the same dtype."""
         return rms_norm(x, self.scale[...], self.epsilon)
 
 
@@ -175,6 +180,7 @@ class Mlp(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., features] -> float[..., features_out]."""
         return self.fc2(self.activation(self.fc1(x)))
 
 

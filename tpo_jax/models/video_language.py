@@ -195,7 +195,11 @@ class VideoLanguageModel(nnx.Module):
     def prompts(
         self, outputs: Outputs, batch: Mapping[str, Any], slots: Mapping[str, jax.Array]
     ) -> dict[str, jax.Array]:
-        """Entries of `HeadInputs` about the question of each slot, which ends at its answer."""
+        """Entries of `HeadInputs` about the question of each slot, which ends at its answer.
+
+        Returns: "prompt" float[B, S, R, D], "prompt_embeds" float[B, S, R, D], "prompt_valid"
+          bool[B, S, R].
+        """
         rows = jnp.arange(outputs.branch_hidden.shape[0])[:, None]
         branch = slots["branch"]
         # The last token of the prompt is the one that the first answer token is predicted from.
@@ -215,7 +219,10 @@ class VideoLanguageModel(nnx.Module):
     def texts(
         self, batch: Mapping[str, Any], slots: Mapping[str, jax.Array]
     ) -> dict[str, jax.Array]:
-        """`prompts` of text features: those of the question of each slot."""
+        """`prompts` of text features: those of the question of each slot.
+
+        Returns: "prompt" float32[B, S, tokens, width], "prompt_valid" bool[B, S, tokens].
+        """
         rows = jnp.arange(batch["text_features"].shape[0])[:, None]
         names = {"prompt": "text_features", "prompt_valid": "text_valid"}
         return {entry: batch[name][rows, slots["branch"]] for entry, name in names.items()}
@@ -223,7 +230,11 @@ class VideoLanguageModel(nnx.Module):
     def drawn_boxes(
         self, batch: Mapping[str, Any], slots: Mapping[str, jax.Array]
     ) -> dict[str, jax.Array]:
-        """Entries of `HeadInputs` about the user's box in the branch of each slot."""
+        """Entries of `HeadInputs` about the user's box in the branch of each slot.
+
+        Returns: "boxes" float[B, S, 4] normalised xyxy, "box_valid" bool[B, S], "box_frame"
+          int32[B, S].
+        """
         box = batch["slots"]["box"]
         same = box["valid"][:, None] & (box["branch"][:, None] == slots["branch"][..., None])
         first = jnp.argmax(same, axis=-1)
@@ -367,7 +378,8 @@ class FunctionalModel:
         return VideoLanguageModel(self.config, rngs=Rngs(key))
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Freshly drawn float32 parameters. Jit-able (with out_shardings for a large model)."""
+        """Freshly drawn parameters, nested dict of float32[...], from key[]. Jit-able (with
+        out_shardings for a large model)."""
         return nnx.to_pure_dict(nnx.state(self._build(key)))
 
     def abstract(self) -> dict[str, Any]:

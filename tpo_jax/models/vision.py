@@ -57,6 +57,7 @@ class PatchEmbed(nnx.Module):
         self.stride = stride
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., H, W, C] -> float[..., H / stride, W / stride, features_out]."""
         return self.proj(to_patches(x, self.stride))
 
 

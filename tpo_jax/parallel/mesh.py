@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tpo_jax.errors import UserError
 from tpo_jax.parallel.paths import flatten
@@ -62,6 +62,11 @@ def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
             "change the sizes under config.mesh, or give one axis -1"
         )
     return shape
+
+
+def describe_shape(mesh: Mesh | AbstractMesh) -> str:
+    """Such as "data 1, fsdp 8, context 1, tensor 1"."""
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:

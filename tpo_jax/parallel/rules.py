@@ -131,9 +131,9 @@ def describe(params: Any, shardings: Any) -> str:
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """Tells the compiler that dimension 0 of an activation holds batch rows, split over (data,
-    fsdp), and that the rest is not split by it. Nothing happens outside a mesh, or to rows that do
-    not divide."""
+    """Tells the compiler that dimension 0 of an activation [B, ...] holds batch rows, split over
+    (data, fsdp), and that the rest is not split by it. Nothing happens outside a mesh, or to rows
+    that do not divide."""
     if jax.sharding.get_abstract_mesh().empty or x.shape[0] % row_devices():
         return x
     open_rest = (P.UNCONSTRAINED,) * (x.ndim - 1)

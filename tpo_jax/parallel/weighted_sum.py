@@ -39,6 +39,6 @@ class WeightedSum:
         return WeightedSum(self.total + other.total, self.weight + other.weight)
 
     def mean(self) -> jax.Array:
-        """total / weight; 0 (with a zero, finite gradient) where the weight is 0."""
+        """float32[]: total / weight; 0 (with a zero, finite gradient) where the weight is 0."""
         empty = self.weight == 0
         return jnp.where(empty, 0.0, self.total / jnp.where(empty, 1.0, self.weight))

@@ -37,6 +37,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:
         sys.exit(report(mistake(error)))
+    except SystemExit:  # absl exits with 1 once it has printed what --help asks for
+        sys.exit(0)
 
 
 def mistake(error: flags.Error) -> UserError:

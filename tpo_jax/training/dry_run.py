@@ -17,12 +17,18 @@ from ml_collections import ConfigDict
 
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
-from tpo_jax.data.pipeline import Pipeline, read_buckets
+from tpo_jax.data.pipeline import Pipeline, read_buckets, row_builder
 from tpo_jax.data.rows import Reference, row_id
 from tpo_jax.generation import sidecar
 from tpo_jax.interop import folder
 from tpo_jax.models.video_language import FunctionalModel
-from tpo_jax.parallel.mesh import AXES, check_batch_divides, check_slices, mesh_shape
+from tpo_jax.parallel.mesh import (
+    AXES,
+    check_batch_divides,
+    check_slices,
+    describe_shape,
+    mesh_shape,
+)
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.rules import partition_spec
 from tpo_jax.parallel.topologies import GIB, parse_topology
@@ -143,7 +149,9 @@ class DryRun:
         self.program = make_program(self.config, self.model_config, mesh, self._platform)
         held = chip_bytes(self.program.abstract_state)  # between two steps
         limit = f" of {hbm / GIB:.0f}" if hbm else ""
-        text = f"mesh {dict(mesh.shape)}; params and optimizer {held / GIB:.2f}{limit} GiB a chip"
+        text = (
+            f"mesh {describe_shape(mesh)}; params and optimizer {held / GIB:.2f}{limit} GiB a chip"
+        )
         if hbm and held > hbm:
             raise DryRunError(f"{text}; give mesh.fsdp or mesh.tensor more chips")
         return f"{text}\n{self.program.optimizer.report}"
@@ -173,6 +181,10 @@ class DryRun:
                 check_batch_divides(spec, mesh, self.config.accumulation)
             except ValueError as error:
                 wrong.append(f"buckets.{bucket.name}: {error}")
+            try:
+                row_builder(self.codec, self.model_config, bucket)
+            except ValueError as error:  # not of this model
+                wrong.append(str(error))
             prefix, branches = spec["prefix_tokens"].shape[1], spec["branch_tokens"].shape[1:]
             lines.append(
                 f"{bucket.name}: {bucket.batch_size} rows of {bucket.frames} frames, prefix "

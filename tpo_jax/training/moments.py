@@ -44,7 +44,7 @@ def in_bfloat16(rule: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
-    """float32 -> bfloat16, up or down to a neighbour; on average the number itself."""
+    """float32[...] -> bfloat16[...], up or down to a neighbour; on average the number itself."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     # bfloat16 is the upper half of float32: what is added carries over as often as it should.
     carried = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)

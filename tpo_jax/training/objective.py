@@ -38,7 +38,8 @@ class Objective(Protocol):
     @property
     def weights(self) -> Mapping[str, float]: ...
 
-    def predict(self, model: Any, batch: Batch, keys: jax.Array | None) -> Any: ...
+    def predict(self, model: Any, batch: Batch, keys: jax.Array | None) -> Any:
+        """What `terms` and `metrics` read. keys: key[B], one a row, for dropout; None for none."""
 
     def terms(self, predictions: Any, batch: Batch) -> Sums: ...
 
@@ -72,6 +73,7 @@ class SftObjective:
     weights: Mapping[str, float]
 
     def predict(self, model: Any, batch: Batch, keys: jax.Array | None) -> dict[str, Any]:
+        """"scores" (TokenScores of float32[B, K, A]) and "heads" {head: its predictions}."""
         outputs = model(batch, keys)
         return {
             "scores": answer_scores(model, outputs, batch),
@@ -142,6 +144,7 @@ class PreferenceObjective:
         return tuple(f"preference/{name}" for name in self.config.coupled)
 
     def predict(self, model: Any, batch: Batch, keys: jax.Array | None) -> PreferenceScores:
+        """Scores float32[B, K, A] of all answers, and what the losses of the config read beside."""
         self._check(batch)
         scores = answer_scores(model, model(batch, keys), batch, collision=self.config.wpo)
         reference = contrast = contrast_reference = None

@@ -97,7 +97,7 @@ class Program:
         return frozenset(self.optimizer.learning_rates)
 
     def base_key(self, seed: int) -> jax.Array:
-        """The run's random key, on every device of the mesh."""
+        """The run's random key, key[], on every device of the mesh."""
         return jax.jit(jax.random.key, out_shardings=replicated(self.mesh))(jnp.uint32(seed))
 
     def lower_gradient(self, batch: Any) -> jax.stages.Lowered:

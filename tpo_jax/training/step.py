@@ -61,6 +61,7 @@ class TrainStep:
         base_key: jax.Array,
         before_update: Callable[[Any], None] = lambda gradients: None,
     ) -> tuple[TrainState, Sums]:
+        """The state after the step, and its metrics; base_key key[] is the run's."""
         gradients, sums = self.gradient(state, batch, base_key)
         before_update(gradients)
         state, metrics = self.update(state, gradients, sums["loss"])

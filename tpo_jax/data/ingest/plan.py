@@ -140,7 +140,8 @@ def make_plan(
             )
     if not by_video:
         shown = "".join(f"\n  {problem}" for problem in problems[:5])
-        raise PrepareError(f"no usable record in {len(sources)} annotation files:{shown}")
+        count = f"{len(sources)} annotation file" + "s" * (len(sources) != 1)
+        raise PrepareError(f"no usable record in {count}:{shown}")
     items = [
         MediaItem(path, video_id, tuple(drafts), rates[path])
         for (video_id, path), drafts in sorted(by_video.items())

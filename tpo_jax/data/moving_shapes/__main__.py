@@ -15,7 +15,7 @@ import tqdm
 
 from tpo_jax.data.moving_shapes.build import SPLITS, build
 from tpo_jax.data.moving_shapes.world import WorldConfig
-from tpo_jax.errors import UserError, report
+from tpo_jax.errors import Parser, UserError, report
 
 EXAMPLES = """examples:
   # shares of --videos and --images
@@ -55,12 +55,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             build(options.out, videos, images, options.seed, config, options.processes, bar.update)
     except UserError as error:
         return report(error)
-    print(f"{options.out}: videos {videos}, images {images}, {time.monotonic() - started:.1f} s")
+    seconds = time.monotonic() - started
+    made = f"{_counted('video', videos)}, {_counted('image', images)}"
+    print(f"{options.out}: {made}, {seconds:.1f} s")
     return 0
 
 
+def _counted(noun: str, by_split: dict[str, int]) -> str:
+    """Such as "6 videos (train 4, validation 1, test 1)"."""
+    total = sum(by_split.values())
+    splits = ", ".join(f"{name} {count}" for name, count in by_split.items() if count)
+    return f"{total} {noun}{'s' * (total != 1)}" + f" ({splits})" * bool(splits)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m tpo_jax.data.moving_shapes",
         description=__doc__,
         epilog=EXAMPLES,

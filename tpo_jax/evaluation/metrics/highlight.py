@@ -68,7 +68,12 @@ def highlight_average_precision(predicted: np.ndarray, positive: np.ndarray) -> 
 
 
 def highlight_hit(predicted: np.ndarray, positive: np.ndarray) -> float:
-    """1.0 when any rater marked the highest-scoring clip; the first clip wins a tie."""
+    """1.0 when any rater marked the highest-scoring clip; the first clip wins a tie.
+
+    Args:
+      predicted: float[n] saliency per clip.
+      positive: bool[clips, raters].
+    """
     positive = _as_raters(positive)
     return float(hits([int(np.argmax(predicted))], [len(positive)], positive[None])[0])
 

@@ -52,6 +52,7 @@ class BertMlp(nnx.Module):
         self.norm = LayerNorm(config.width, epsilon=EPSILON)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """float[B, Q, D] -> float[B, Q, D]."""
         return self.norm(x + self.fc2(exact_gelu(self.fc1(x))))
 
 
@@ -65,6 +66,7 @@ class QFormerLayer(nnx.Module):
         self.reads = tokens_width is not None
 
     def __call__(self, x: jax.Array, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+        """queries float[B, Q, D], clip float[B, S, C] and valid bool[B, S] -> float[B, Q, D]."""
         x = self.attention(x, x, jnp.ones(x.shape[:2], bool))
         if self.reads:
             x = self.crossattention(x, tokens, valid)
@@ -77,6 +79,7 @@ class LayerPair(nnx.Module):
         self.odd = QFormerLayer(config, None, rngs=rngs)
 
     def __call__(self, x: jax.Array, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+        """Arguments and result as of `QFormerLayer`: float[B, Q, D] -> float[B, Q, D]."""
         return self.odd(self.even(x, tokens, valid), tokens, valid)
 
 

@@ -99,7 +99,8 @@ class ClipInfo:
 class HeadModule(Protocol):
     """An nnx.Module made as `module(config, rngs=rngs)`."""
 
-    def __call__(self, inputs: HeadInputs) -> dict[str, jax.Array]: ...
+    def __call__(self, inputs: HeadInputs) -> dict[str, jax.Array]:
+        """Predictions of S slots, each float32[B, S, ...]: what `Head.loss` and `decode` read."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ def sorted_corners(boxes: jax.Array) -> jax.Array:
 
 
 def box_area(boxes: jax.Array) -> jax.Array:
+    """float[..., 4] xyxy with ordered corners -> float[...], in the square of their unit."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 

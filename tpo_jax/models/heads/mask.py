@@ -152,6 +152,12 @@ def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, 
     cross-entropy of the cells (nats) against the share of the object that lies in each.
 
     One unit of weight a labelled frame.
+
+    Args:
+      predictions: "masks" float32[B, S, F, m, m], "cells" float32[B, S, F, h1, w1] and "presence"
+        float32[B, S, F], all logits.
+      targets: "masks" [B, S, F, m, m], above 0 inside; "labelled" bool[B, S, F].
+      valid: bool[B, S], slots in use.
     """
     logits = predictions["masks"]
     logits = logits.reshape(*logits.shape[:3], -1)
@@ -183,7 +189,8 @@ def focal_loss(logits: jax.Array, masks: jax.Array) -> jax.Array:
 
 
 def dice_loss(logits: jax.Array, masks: jax.Array) -> jax.Array:
-    """One minus twice the shared over the summed area, each plus one; over the last axis."""
+    """logits and masks in {0, 1}, both float[..., n] -> float[...]: one minus twice the shared over
+    the summed area, each plus one."""
     chance = jax.nn.sigmoid(logits)
     shared = jnp.sum(chance * masks, axis=-1)
     return 1.0 - (2.0 * shared + 1.0) / (jnp.sum(chance, -1) + jnp.sum(masks, -1) + 1.0)

@@ -85,6 +85,11 @@ def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, 
     """L1 (sum over the four coordinates), 1 - GIoU and cross-entropy over cells (nats).
 
     One unit of weight a valid slot.
+
+    Args:
+      predictions: "boxes" float32[B, S, 4] xyxy, normalised; "cells" float32[B, S, h1, w1] logits.
+      targets: "boxes" [B, S, 4] xyxy, normalised.
+      valid: bool[B, S], slots in use.
     """
     boxes, wanted = predictions["boxes"], targets["boxes"].astype(jnp.float32)
     # Filled slots have no box; any non-degenerate one keeps their (unused) gradient finite.

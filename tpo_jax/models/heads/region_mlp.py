@@ -39,6 +39,11 @@ def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, 
 
     The release leaves boxes with corners in the wrong order out of the second, so that they have no
     gradient from it; here their corners are ordered.
+
+    Args:
+      predictions: "boxes" float32[B, S, 4] xyxy, normalised, corners in any order.
+      targets: "boxes" [B, S, 4] xyxy, normalised.
+      valid: bool[B, S], slots in use.
     """
     boxes, wanted = predictions["boxes"], targets["boxes"].astype(jnp.float32)
     # Filled slots have no box; any non-degenerate one keeps their (unused) gradient finite.
@@ -56,7 +61,7 @@ def published_weights() -> dict[str, float]:
 
 
 def decode(prediction: Mapping[str, np.ndarray], clip: ClipInfo) -> dict:
-    """As `region.decode`, of the box with its corners in order."""
+    """As `region.decode`, of the box float[4] with its corners in order."""
     one, other = np.asarray(prediction["boxes"]).reshape(2, 2)
     corners = np.concatenate([np.minimum(one, other), np.maximum(one, other)])
     return region.decode({"boxes": corners}, clip)

@@ -118,6 +118,12 @@ def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, 
     """Foreground BCE, boundary L1 and 1 - GIoU on foreground frames, saliency BCE + ranking hinge.
 
     Every slot has weight 1 in a term it has labels for, whatever its number of frames.
+
+    Args:
+      predictions: of `TemporalHead`.
+      targets: "windows" [B, S, W, 2] start and end, normalised to the clip; "window_valid"
+        bool[B, S, W]; "saliency" [B, S, F] in [0, 1], below 0 where a frame has no label.
+      valid: bool[B, S], slots in use.
     """
     frame_valid, centres = predictions["frame_valid"], predictions["centres"]
     windows = targets["windows"].astype(jnp.float32)

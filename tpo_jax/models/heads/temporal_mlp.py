@@ -32,7 +32,14 @@ class TemporalMlp(nnx.Module):
 
 
 def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, WeightedSum]:
-    """L1 (sum over both ends) and 1 - GIoU to the nearest window; one unit of weight a slot."""
+    """L1 (sum over both ends) and 1 - GIoU to the nearest window; one unit of weight a slot.
+
+    Args:
+      predictions: "spans" float32[B, S, 2], two ends normalised to the clip, in any order.
+      targets: "windows" [B, S, W, 2] start and end, normalised to the clip; "window_valid"
+        bool[B, S, W].
+      valid: bool[B, S], slots in use.
+    """
     windows, there = targets["windows"].astype(jnp.float32), targets["window_valid"]
     spans = jnp.sort(predictions["spans"], axis=-1)[..., None, :]
     # Where there is no target, a fixed non-degenerate span keeps the (unused) gradient finite.
@@ -49,7 +56,8 @@ def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, 
 
 
 def decode(prediction: Mapping[str, np.ndarray], clip: ClipInfo) -> dict:
-    """Results as of the temporal head: one window, and frames inside it are salient."""
+    """Results as of the temporal head, of spans float[2]: one window in seconds, and frames inside
+    it are salient."""
     shown = np.asarray(clip.frame_valid, bool)
     times = np.asarray(clip.times, np.float64)[shown]
     ends = np.sort(np.asarray(prediction["spans"], np.float64))

@@ -62,6 +62,7 @@ class TowerMlp(nnx.Module):
         self.activation = config.activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., D] -> float[..., D]."""
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 

@@ -27,7 +27,7 @@ def cdpo(pair: PairScores, beta: float, label_smoothing: float) -> jax.Array:
 
 
 def smoothed(logit: jax.Array, label_smoothing: float) -> jax.Array:
-    """-(1-e) log sigma(x) - e log sigma(-x)."""
+    """-(1-e) log sigma(x) - e log sigma(-x), of x float32[B]."""
     kept, flipped = jax.nn.log_sigmoid(logit), jax.nn.log_sigmoid(-logit)
     return -(1 - label_smoothing) * kept - label_smoothing * flipped
 

@@ -197,7 +197,7 @@ def pair_scores(
 
 
 def divergence_score(ratio: jax.Array, divergence: str, alpha: float = 0.5) -> jax.Array:
-    """s = f'(exp r), 0 at r = 0.
+    """s = f'(exp r) of r float32[...] (nats), 0 at r = 0.
 
     reverse_kl: r. forward_kl: 1 - e^-r. js: log 2 + log sigmoid(r).
     alpha: (e^{(a-1) r} - 1) / (a - 1), which is r for a = 1.

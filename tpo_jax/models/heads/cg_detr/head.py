@@ -291,7 +291,7 @@ class CgDetrHead(nnx.Module):
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """float32 vectors of length 1 along the last axis; its gradient is finite at 0."""
+    """float[..., C] -> float32[..., C], vectors of length 1; its gradient is finite at 0."""
     x = x.astype(jnp.float32)  # a table may be bfloat16
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
 

@@ -32,6 +32,7 @@ def sine_waves(positions: jax.Array, width: int) -> jax.Array:
 
 
 def inverse_sigmoid(x: jax.Array, epsilon: float = 1e-3) -> jax.Array:
+    """float[...] in [0, 1] -> float[...] logits; both chances are taken as at least `epsilon`."""
     return jnp.log(jnp.maximum(x, epsilon) / jnp.maximum(1 - x, epsilon))
 
 
@@ -61,6 +62,7 @@ class InputProjection(nnx.Module):
         self.norm2, self.linear2 = norm(width), Linear(width, width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., features] -> float[..., width]."""
         return self.linear2(self.norm2(jax.nn.relu(self.linear1(self.norm1(x)))))
 
 
@@ -79,6 +81,7 @@ class ReluMlp(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., widths[0]] -> float[..., widths[-1]]."""
         for i, layer in enumerate(self.layers.values()):
             x = layer(jax.nn.relu(x) if i else x)
         return x
@@ -96,6 +99,7 @@ class FeedForward(nnx.Module):
         self.slope = nnx.Param(jnp.full((), _FIRST_SLOPE, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., width] -> float[..., width]."""
         hidden = self.fc1(x)
         return self.fc2(jnp.where(hidden > 0, hidden, self.slope[...] * hidden))
 
@@ -131,6 +135,7 @@ class Encoder(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, position: jax.Array, valid: jax.Array) -> jax.Array:
+        """float[n, T, C], float[..., T, C], bool[n, T] of keys -> float[n, T, C]."""
         for layer in self.layers.values():
             x = layer(x, position, valid)
         return x

@@ -51,7 +51,14 @@ def published_weights(saliency: float = 4.0, scale: float = 1.0) -> dict[str, fl
 
 
 def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, WeightedSum]:
-    """All terms; see the functions below."""
+    """All terms; see the functions below.
+
+    Args:
+      predictions: of `CgDetrHead`, in which frames are the clips.
+      targets: "windows" float[B, S, W, 2] normalised to the clip, "window_valid" bool[B, S, W],
+        "saliency" float[B, S, F], below 0 where a frame has no label.
+      valid: bool[B, S], slots in use.
+    """
     frame_valid = predictions["frame_valid"]
     labels = clip_labels(targets, valid, frame_valid)
     slots = valid & jnp.any(labels.relevant, axis=-1)
@@ -178,6 +185,11 @@ def align_term(predictions: Mapping, labels: ClipLabels, slots: jax.Array) -> We
     A moment should be like its own sentence; neither like those of other videos nor, in place of
     the moment, the rest of the video like any sentence. Dummies the other way round: the moment
     should be like anything but its own dummy sentence.
+
+    Args:
+      predictions: of the B * S slots in turn, "moment", "other", "sentence" and
+        "dummy_sentence" float[B * S, C], and "video" [B * S], equal for slots of one video.
+      slots: bool[B, S] with a relevant clip; each has one unit of weight.
     """
     n = slots.size
     moment, other, sentence, dummy = (

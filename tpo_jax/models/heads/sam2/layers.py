@@ -72,6 +72,7 @@ class FeedForward(nnx.Module):
         self.proj_out = Linear(hidden, features_out, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., features_in] -> float[..., features_out]."""
         return self.proj_out(jax.nn.relu(self.hidden(jax.nn.relu(self.proj_in(x)))))
 
 

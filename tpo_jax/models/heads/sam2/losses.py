@@ -29,7 +29,15 @@ def published_weights() -> dict[str, float]:
 
 
 def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, WeightedSum]:
-    """One unit of weight a labelled frame; `prompt` has one a slot whose object is ever seen."""
+    """One unit of weight a labelled frame; `prompt` has one a slot whose object is ever seen.
+
+    Args:
+      predictions: of M candidates a frame, tracked and, with "still_" before the name, by itself:
+        "candidates" float32[B, S, F, M, m, m] logits, "iou" float32[B, S, F, M], "presence"
+        float32[B, S, F] logits, "asked" bool[B, S, F, M]; and "prompt_error" float32[B, S].
+      targets: "masks" [B, S, F, m, m], above 0 inside; "labelled" bool[B, S, F].
+      valid: bool[B, S], slots in use.
+    """
     masks = (targets["masks"] > 0).astype(jnp.float32)
     labelled = targets["labelled"] & valid[..., None]
     present = labelled & jnp.any(masks > 0, axis=(-2, -1))

@@ -146,6 +146,7 @@ class FuserLayer(nnx.Module):
         self.scale = nnx.Param(jnp.full(width, 1e-6, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., h, w, C] -> float[..., h, w, C]."""
         hidden = self.fc1(self.layer_norm(self.depthwise_conv(x)))
         return x + self.scale[...] * self.fc2(jax.nn.gelu(hidden, approximate=False))
 
