@@ -213,7 +213,7 @@ def run(steps: Steps, scale: Scale, base: pathlib.Path, seed: int) -> float:
         start, models[name] = (), steps.out / name / "model"
         if stage != STAGES[-1]:  # the last waits for its pairs
             evaluate(steps, name, models[name])
-    model = models.pop(f"stage{STAGES[-1]}")
+    model = models.pop("stage3")
     held_out = make_pairs(steps, scale, "test", scale.test_pairs, model, seed)
     evaluate(steps, "stage3", model, "--pairs", held_out)
     evaluate_preferences(steps, models, "--pairs", held_out)
