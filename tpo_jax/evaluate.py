@@ -21,8 +21,8 @@ where the model does not emit the head's routing token they are 0. Metrics under
 head its slot in the labelled answer instead. Intervals are 95 % bootstrap intervals over videos.
 A submission file is scored as the benchmark's official program scores it, in percent; no model is
 loaded. Several models are scored one after another, each with the --out of its place. On SIGTERM a
-model's evaluation stops before the next batch, writes nothing and exits with status 75: the same
-command starts over.
+model's evaluation stops before the next batch, writes nothing of it and exits with status 75: the
+same command starts over.
 """
 
 from __future__ import annotations
