@@ -40,13 +40,14 @@ import numpy as np
 from tpo_jax.data import evidence
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
+from tpo_jax.data.text import TextCodec
 from tpo_jax.data.text_features import Texts
 from tpo_jax.errors import UserError, report
 from tpo_jax.evaluation import benchmarks, floors, results, submissions
 from tpo_jax.evaluation.evaluator import Evaluator, Settings, called_by_task, evaluable_tasks
 from tpo_jax.generation.task_text import TEXT_TASKS
 from tpo_jax.interop.folder import load_model
-from tpo_jax.models.config import ClipFeaturesConfig
+from tpo_jax.models.config import ClipFeaturesConfig, ModelConfig
 from tpo_jax.models.heads import heads_of
 from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
@@ -113,8 +114,9 @@ def evaluate(flags: argparse.Namespace, preemption: Preemption) -> None:
       Preempted: told to stop; nothing is written of the model that was being scored.
     """
     beside = results.read_floors(flags.floors, flags.data) if flags.floors else {}
+    evaluator = None
     for model, out in zip(flags.models, flags.outs, strict=True):
-        score_model(flags, model, out, beside, preemption)
+        evaluator = score_model(flags, model, out, beside, preemption, evaluator)
 
 
 def score_model(
@@ -123,8 +125,13 @@ def score_model(
     out: str,
     beside: Mapping[str, float],
     preemption: Preemption,
-) -> None:
-    """Scores one model; `beside` are the floors to print beside its metrics."""
+    before: Evaluator | None,
+) -> Evaluator:
+    """Scores one model; `beside` are the floors to print beside its metrics.
+
+    Returns what scored it: where the next model only has other weights, that one's programs are
+    compiled already (`before`).
+    """
     started = time.monotonic()
     config, params, codec = load_model(model)
     answered = TEXT_TASKS if flags.task_text else tuple(heads_of(config.heads))
@@ -133,7 +140,10 @@ def score_model(
     if frames > config.vision.max_frames:
         raise UserError(f"--frames={frames}: the model takes at most {config.vision.max_frames}")
     settings = Settings(batch_size=flags.batch_size, evidence=flags.evidence, frames=frames)
-    evaluator = Evaluator(config, params, codec, settings, preemption.check)
+    if before is not None and _same_model(before, config, codec):
+        evaluator = before.with_params(params)
+    else:
+        evaluator = Evaluator(config, params, codec, settings, preemption.check)
     dataset = Part(PreparedDataset(flags.data), flags.limit, flags.calls_per_video)
     if "qa" in tasks:
         evaluator.questions(dataset)
@@ -160,6 +170,13 @@ def score_model(
     results.write_samples(out, evaluator.results.samples)
     print(results.format_metrics(record))
     print(out)
+    return evaluator
+
+
+def _same_model(evaluator: Evaluator, config: ModelConfig, codec: TextCodec) -> bool:
+    """Whether another model differs from an evaluator's in its weights alone."""
+    one, two = ((c.tokenizer.to_str(), c.template) for c in (evaluator.codec, codec))
+    return evaluator.config == config and one == two
 
 
 def compute_floors(flags: argparse.Namespace) -> None:
