@@ -3,7 +3,8 @@
 Renders videos, prepares them, post-trains the shipped base model in three stages and with
 preferences, evaluates after each, measures the floors, predicts, exports and writes a report.
 Each step is the command that a user would type; the report lists them with their time. Evaluations
-and floors run beside the stages that follow them, in what these leave idle.
+and floors run beside the stages that follow them, in what these leave idle. The preference pairs
+that the model of stage 3 makes are scored with the base and the earlier stages as well.
 
     python -m experiments.demo --out runs/demo --seed 0
 """
@@ -83,16 +84,35 @@ def stage_command(
     )  # fmt: skip
 
 
+def result_file(steps: Steps, name: str) -> pathlib.Path:
+    return steps.out / "eval" / f"{name}.json"
+
+
 def evaluate(
     steps: Steps, name: str, model: pathlib.Path, *more: object, lane: str = "evaluations"
 ) -> pathlib.Path:
     """Evaluates a model folder on the test split, beside; returns the file of its metrics."""
-    result = steps.out / "eval" / f"{name}.json"
+    result = result_file(steps, name)
     steps.beside(
         f"evaluate {name}", "tpo_jax.evaluate", "--model", model,
         "--data", steps.out / "data" / "test", "--out", result, *PART, *more, lane=lane,
     )  # fmt: skip
     return result
+
+
+def evaluate_preferences(steps: Steps, models: dict[str, pathlib.Path], *pairs: object) -> None:
+    """Scores the held-out pairs with the models before them, all by one command; beside.
+
+    The summary adds each file to the evaluation of its stage, which was made before the pairs. In
+    the lane of the floors, which is done first.
+    """
+    each: list[object] = []
+    for stage, model in models.items():
+        each += ["--model", model, "--out", result_file(steps, f"{stage}_preference")]
+    steps.beside(
+        "evaluate preferences", "tpo_jax.evaluate", *each,
+        "--data", steps.out / "data" / "test", *pairs, "--tasks", "preference", lane="floors",
+    )  # fmt: skip
 
 
 def measure_floors(steps: Steps, scale: Scale, base: pathlib.Path, seed: int) -> None:
@@ -102,7 +122,8 @@ def measure_floors(steps: Steps, scale: Scale, base: pathlib.Path, seed: int) ->
         name = f"floor_{evidence}"
         given = (f"--config.init_from={base}", f"--config.data.evidence={evidence}")
         steps.beside(*stage_command(steps, scale, name, "floor", seed, *given), lane="floors")
-        model = steps.out / name / "model"
+        # Chosen on validation: no floor is lower because its last steps spoilt it.
+        model = steps.out / name / "best_model"
         asked = ("--evidence", evidence, "--tasks", "qa")
         result = evaluate(steps, name, model, *asked, lane="floors")
         arguments += [f"--{evidence}", result]
@@ -113,19 +134,17 @@ def measure_floors(steps: Steps, scale: Scale, base: pathlib.Path, seed: int) ->
     )  # fmt: skip
 
 
-def make_pairs(steps: Steps, scale: Scale, model: pathlib.Path, seed: int) -> None:
-    """The trained model answers with right and with manipulated frames, on disjoint videos."""
-    data, pairs = steps.out / "data", steps.out / "pairs"
-    for split, count in (("train", scale.train_pairs), ("test", scale.test_pairs)):
-        steps.run(
-            f"pairs {split}", "tpo_jax.preferences", "generate", "--model", model,
-            "--data", data / split, "--out", pairs / split, "--pairs", count, "--seed", seed,
-            "--judge", scale.judge, *DRAW,
-        )  # fmt: skip
+def make_pairs(
+    steps: Steps, scale: Scale, split: str, count: int, model: pathlib.Path, seed: int
+) -> pathlib.Path:
+    """The trained model answers about one split with right and with manipulated frames."""
+    pairs = steps.out / "pairs" / split
     steps.run(
-        "score", "tpo_jax.preferences", "score", "--model", model, "--data", data / "train",
-        "--pairs", pairs / "train" / "pairs.jsonl", "--out", pairs / "train" / "reference.npz",
+        f"pairs {split}", "tpo_jax.preferences", "generate", "--model", model,
+        "--data", steps.out / "data" / split, "--out", pairs, "--pairs", count, "--seed", seed,
+        "--judge", scale.judge, *DRAW,
     )  # fmt: skip
+    return pairs / "pairs.jsonl"
 
 
 def predict(steps: Steps, model: pathlib.Path) -> None:
@@ -187,17 +206,26 @@ def run(steps: Steps, scale: Scale, base: pathlib.Path, seed: int) -> float:
     evaluate(steps, "base", base)
     measure_floors(steps, scale, base, seed)
     start = (f"--config.init_from={base}",)  # later stages start from the one before
+    models = {"base": base}
     for stage in STAGES:
         name = f"stage{stage}"
         steps.run(*stage_command(steps, scale, name, stage, seed, *start))
-        start, model = (), steps.out / name / "model"
-        evaluate(steps, name, model)
-    make_pairs(steps, scale, model, seed)
-    pairs = ("--pairs", steps.out / "pairs" / "test" / "pairs.jsonl")
-    evaluate(steps, "stage3_preference", model, *pairs, "--tasks", "preference")
+        start, models[name] = (), steps.out / name / "model"
+        if stage != STAGES[-1]:  # the last waits for its pairs
+            evaluate(steps, name, models[name])
+    model = models.pop("stage3")
+    held_out = make_pairs(steps, scale, "test", scale.test_pairs, model, seed)
+    evaluate(steps, "stage3", model, "--pairs", held_out)
+    evaluate_preferences(steps, models, "--pairs", held_out)
+    pairs = make_pairs(steps, scale, "train", scale.train_pairs, model, seed)
+    steps.run(
+        "score", "tpo_jax.preferences", "score", "--model", model,
+        "--data", steps.out / "data" / "train", "--pairs", pairs,
+        "--out", pairs.with_name("reference.npz"),
+    )  # fmt: skip
     steps.run(*stage_command(steps, scale, "dpo", "dpo", seed))
     model = steps.out / "dpo" / "model"
-    evaluate(steps, "dpo", model, *pairs)
+    evaluate(steps, "dpo", model, "--pairs", held_out)
     predict(steps, model)
     difference = export(steps, model)
     steps.wait()

@@ -52,6 +52,11 @@ def test_every_step_runs_and_the_summary_is_complete(base, tmp_path):
     assert set(summary["eval"]) == {"base", "stage1", "stage2", "stage3", "dpo"}
     assert summary["export"]["max_abs_difference"] == 0.0
     assert set(summary["eval"]["dpo"]) >= METRICS
+    assert all(set(metrics) >= PREFERENCE for metrics in summary["eval"].values())
+    for trained in summary["floor_training"].values():
+        assert [at["step"] for at in trained["validations"]] == [2, 4]
+        assert trained["chosen_step"] in (2, 4)
+    assert set(summary["floor_training"]) == {"floor_blind", "floor_middle_frame"}
     assert set(summary["floors"]) >= METRICS - PREFERENCE
     page = (tmp_path / "run" / "report.html").read_text()
     assert "http://" not in page and "https://" not in page.replace("https://www.w3.org", "")

@@ -55,6 +55,21 @@ def test_one_of_model_and_floors(given):
         evaluate.parse([*given, "--data=d", "--out=o"])
 
 
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--model=a", "--model=b", "--out=o"], "1 different files for 2 models, expected 2"),
+        (["--model=a", "--model=b", "--out=o", "--out=o"], "1 different files for 2 models"),
+        (["--model=a", "--out=o", "--out=p"], "2 different files for 1 models, expected 1"),
+        (["--floors_from=t", "--out=o", "--out=p"], "2 different files for 0 models, expected 1"),
+    ],
+)
+def test_each_model_has_a_file_of_its_own(given, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse([*given, "--data=d"])
+    assert message in capsys.readouterr().err
+
+
 def test_help_shows_examples(capsys):
     with pytest.raises(SystemExit):
         evaluate.parse(["--help"])
@@ -76,6 +91,8 @@ def test_floors_stand_beside_the_metrics_of_their_split(tmp_path):
         record = results.evaluation_record(scores, routing={}, about={"floors": known})
         lines[name] = results.format_metrics(record).splitlines()
     assert lines["with"][0].split()[:3] == ["metric", "value", "floor"]
+    assert lines["with"][0].split()[-2:] == ["items", "videos/images"]
+    assert lines["with"][1].split()[-2:] == ["4", "2"]
     assert lines["with"][1].startswith(f"{'qa/accuracy':32s}   0.500   0.300  [ 0.500,")
     assert lines["with"][2].startswith(f"{'qa/accuracy/order':32s}   0.500          [ 0.500,")
     assert lines["without"][1].startswith(f"{'qa/accuracy':32s}   0.500  [ 0.500,")
@@ -85,4 +102,4 @@ def test_one_video_has_no_interval():
     scores = {"qa/accuracy": ItemScores.of([("a/0", "a", 1), ("a/1", "a", 0)])}
     record = results.evaluation_record(scores, routing={}, about={"floors": {}})
     line = results.format_metrics(record).splitlines()[1]
-    assert line == f"{'qa/accuracy':32s}   0.500                 -       2      1"
+    assert line == f"{'qa/accuracy':32s}   0.500                 -       2             1"

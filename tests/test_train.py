@@ -131,6 +131,14 @@ def test_a_run_learns_and_leaves_everything_behind(whole):
     assert [int(p.name) for p in (whole / "checkpoints").iterdir()] in ([10, 12], [12, 10])
 
 
+def test_the_end_of_a_run_says_what_its_two_models_are():
+    progress = {"best": {"step": 75, "loss": 0.5}, "evaluated_loss": 0.75}
+    assert tpo_jax.train.describe_models(100, progress) == (
+        "model/: the last weights, step 100, validation loss 0.7500\n"
+        "best_model/: those of the lowest validation loss, step 75, 0.5000"
+    )
+
+
 def test_examples_seen_are_those_of_the_plans(data, whole):
     """Counted on the device and here; the runs below are stopped, and still count the same."""
     config = tiny_run.get_config(f"data={data}")

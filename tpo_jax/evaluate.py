@@ -9,6 +9,10 @@
         --middle_frame=runs/demo/eval/middle_frame.json --out=runs/demo/eval/floors.json
     python -m tpo_jax.evaluate --model=runs/demo/dpo/model --data=runs/demo/data/test \\
         --floors=runs/demo/eval/floors.json --out=dpo.json
+    python -m tpo_jax.evaluate --data=runs/demo/data/test --tasks=preference \\
+        --pairs=runs/demo/pairs/test/pairs.jsonl \\
+        --model=runs/demo/stage1/model --out=stage1.json \\
+        --model=runs/demo/stage2/model --out=stage2.json
     python -m tpo_jax.evaluate --predictions=preds.jsonl --benchmark=qvhighlights \\
         --annotations=highlight_val_release.jsonl
 
@@ -16,8 +20,9 @@ Multiple choice is decided by the likelihood of the options. Head metrics come f
 where the model does not emit the head's routing token they are 0. Metrics under "forced/" give the
 head its slot in the labelled answer instead. Intervals are 95 % bootstrap intervals over videos.
 A submission file is scored as the benchmark's official program scores it, in percent; no model is
-loaded. On SIGTERM a model's evaluation stops before the next batch, writes nothing and exits with
-status 75: the same command starts over.
+loaded. Several models are scored one after another, each with the --out of its place. On SIGTERM a
+model's evaluation stops before the next batch, writes nothing of it and exits with status 75: the
+same command starts over.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ import dataclasses
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,13 +40,14 @@ import numpy as np
 from tpo_jax.data import evidence
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
+from tpo_jax.data.text import TextCodec
 from tpo_jax.data.text_features import Texts
 from tpo_jax.errors import Parser, UserError, report
 from tpo_jax.evaluation import benchmarks, floors, results, submissions
 from tpo_jax.evaluation.evaluator import Evaluator, Settings, called_by_task, evaluable_tasks
 from tpo_jax.generation.task_text import TEXT_TASKS
 from tpo_jax.interop.folder import load_model
-from tpo_jax.models.config import ClipFeaturesConfig
+from tpo_jax.models.config import ClipFeaturesConfig, ModelConfig
 from tpo_jax.models.heads import heads_of
 from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
@@ -104,21 +110,42 @@ class Part:
 
 
 def evaluate(flags: argparse.Namespace, preemption: Preemption) -> None:
-    """Scores one model and writes its metrics, intervals, items and samples.
+    """Scores the models and writes metrics, intervals, items and samples of each.
 
     Raises:
-      Preempted: told to stop; nothing is written.
+      Preempted: told to stop; nothing is written of the model that was being scored.
+    """
+    beside = results.read_floors(flags.floors, flags.data) if flags.floors else {}
+    evaluator = None
+    for model, out in zip(flags.models, flags.outs, strict=True):
+        evaluator = score_model(flags, model, out, beside, preemption, evaluator)
+
+
+def score_model(
+    flags: argparse.Namespace,
+    model: str,
+    out: str,
+    beside: Mapping[str, float],
+    preemption: Preemption,
+    before: Evaluator | None,
+) -> Evaluator:
+    """Scores one model; `beside` are the floors to print beside its metrics.
+
+    Returns what scored it: where the next model only has other weights, that one's programs are
+    compiled already (`before`).
     """
     started = time.monotonic()
-    beside = results.read_floors(flags.floors, flags.data) if flags.floors else {}
-    config, params, codec = load_model(flags.model)
+    config, params, codec = load_model(model)
     answered = TEXT_TASKS if flags.task_text else tuple(heads_of(config.heads))
     tasks = choose_tasks(flags.tasks, flags.evidence, answered, flags.pairs)
     frames = flags.frames or config.vision.max_frames
     if frames > config.vision.max_frames:
         raise UserError(f"--frames={frames}: the model takes at most {config.vision.max_frames}")
     settings = Settings(batch_size=flags.batch_size, evidence=flags.evidence, frames=frames)
-    evaluator = Evaluator(config, params, codec, settings, preemption.check)
+    if before is not None and _same_model(before, config, codec):
+        evaluator = before.with_params(params)
+    else:
+        evaluator = Evaluator(config, params, codec, settings, preemption.check)
     dataset = Part(PreparedDataset(flags.data), flags.limit, flags.calls_per_video)
     if "qa" in tasks:
         evaluator.questions(dataset)
@@ -130,7 +157,7 @@ def evaluate(flags: argparse.Namespace, preemption: Preemption) -> None:
         evaluator.results.table.item_scores(),
         routing=benchmarks.routing_counts(evaluator.results.pairs),
         about={
-            "model": flags.model,
+            "model": model,
             "data": flags.data,
             "pairs": flags.pairs,
             "evidence": flags.evidence,
@@ -141,10 +168,17 @@ def evaluate(flags: argparse.Namespace, preemption: Preemption) -> None:
             "seconds": round(time.monotonic() - started, 1),
         },
     )
-    results.write_json(flags.out, record)
-    results.write_samples(flags.out, evaluator.results.samples)
+    results.write_json(out, record)
+    results.write_samples(out, evaluator.results.samples)
     print(results.format_metrics(record))
-    print(flags.out)
+    print(out)
+    return evaluator
+
+
+def _same_model(evaluator: Evaluator, config: ModelConfig, codec: TextCodec) -> bool:
+    """Whether another model differs from an evaluator's in its weights alone."""
+    one, two = ((c.tokenizer.to_str(), c.template) for c in (evaluator.codec, codec))
+    return evaluator.config == config and one == two
 
 
 def compute_floors(flags: argparse.Namespace) -> None:
@@ -156,9 +190,10 @@ def compute_floors(flags: argparse.Namespace) -> None:
     models = {name: results.read_json(path)["metrics"] for name, path in trained.items() if path}
     found = floors.with_trained_models(found, models)
     record = results.floors_record(found, train=flags.floors_from, data=flags.data)
-    results.write_json(flags.out, record)
+    (out,) = flags.outs
+    results.write_json(out, record)
     print(results.format_floors(record))
-    print(flags.out)
+    print(out)
 
 
 def score_submission(flags: argparse.Namespace) -> None:
@@ -167,9 +202,9 @@ def score_submission(flags: argparse.Namespace) -> None:
         flags.benchmark, flags.predictions, flags.annotations, flags.answers
     )
     print(submissions.format_report(report))
-    if flags.out:
-        results.write_json(flags.out, report)
-        print(flags.out)
+    for out in flags.outs:
+        results.write_json(out, report)
+        print(out)
 
 
 def choose_tasks(asked: str, shown: str, answered: Sequence[str], pairs: str) -> list[str]:
@@ -202,7 +237,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help="model folder to score")
+    what.add_argument(
+        "--model", dest="models", action="append", default=[],
+        help="model folder to score; may be repeated, with an --out each",
+    )  # fmt: skip
     what.add_argument("--floors_from", help="prepared training split: compute floors instead")
     what.add_argument("--predictions", help="submission file to score, without a model")
     parser.add_argument("--data", default="", help="prepared split to score on")
@@ -212,7 +250,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE.jsonl",
         help="held-out preference pairs about the videos of --data",
     )
-    parser.add_argument("--out", default="", help="JSON file to write")
+    parser.add_argument(
+        "--out", dest="outs", action="append", default=[], help="JSON file to write"
+    )
     known = ",".join(evaluable_tasks())
     parser.add_argument("--tasks", default="", help=f"comma-separated, of {known}")
     parser.add_argument("--limit", type=_count, default=0, help="only the first N videos")
@@ -251,9 +291,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--answers", default="", help="chosen options of a submission (nextgqa)")
     flags = parser.parse_args(arguments)
-    needed = ("annotations", "benchmark") if flags.predictions else ("data", "out")
-    if missing := [f"--{name}" for name in needed if not getattr(flags, name)]:
+    needed = {"--data": flags.data, "--out": flags.outs}
+    if flags.predictions:
+        needed = {"--annotations": flags.annotations, "--benchmark": flags.benchmark}
+    if missing := [name for name, given in needed.items() if not given]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
+    files, expected = len(set(flags.outs)), max(1, len(flags.models))
+    if flags.outs and (files != expected or files != len(flags.outs)):
+        parser.error(
+            f"--out: {files} different files for {len(flags.models)} models, expected {expected}; "
+            "give each --model its own"
+        )
     return flags
 
 

@@ -5,7 +5,8 @@
     python -m tpo_jax.train --config=runs/stage2/config.json --workdir=runs/again
 
 The workdir then holds config.json, metrics.jsonl, tensorboard/, ledger.json, checkpoints/, model/
-(the last weights) and, with validation, best_model/ (those of the lowest validation loss).
+(the last weights, which the next stage of a recipe starts from) and, with validation, best_model/
+(those of the lowest validation loss). docs/training_metrics.md says when to take which.
 
 The same command goes on where a run stopped: batches, losses and weights are those of a run that
 was never interrupted. SIGTERM saves a checkpoint and exits with status 75 (start me again). A
@@ -362,6 +363,8 @@ def train(
         summary |= {"model_flops": ledger.model_flops, "mfu": ledger.mfu(peak)}
         summary |= {"saves": ledger.saves, "rollbacks": progress["rollbacks"]}
         write_json(workdir / "ledger.json", summary)
+    if not stop and progress["best"] is not None:
+        say(describe_models(step, progress))
     say(f"{'stopped' if stop else 'finished'} at step {step}: {ledger.summary()}")
     return EXIT_STATUS if stop else 0
 
@@ -407,6 +410,15 @@ def describe(program: Program) -> str:
     return (
         f"{devices[0].platform} x {mesh.size} ({devices[0].device_kind}), "
         f"mesh {describe_shape(mesh)}, {total:,} parameters\n{program.optimizer.report}"
+    )
+
+
+def describe_models(step: int, progress: dict[str, Any]) -> str:
+    """Which weights the two model folders of a finished run hold."""
+    best, last = progress["best"], progress["evaluated_loss"]
+    return (
+        f"model/: the last weights, step {step}, validation loss {last:.4f}\n"
+        f"best_model/: those of the lowest validation loss, step {best['step']}, {best['loss']:.4f}"
     )
 
 

@@ -33,19 +33,20 @@ def make_run(run_dir: pathlib.Path, data: pathlib.Path, frames: int = 32) -> Non
             for example in dataset.examples(video):
                 for turn in range(len(example.turns)):
                     answer(dataset, example, turn, noise, accuracy, rng, table, samples, frames)
-        if stage == "dpo":
-            for item in range(12):
-                figures = {"preference/accuracy": item < 10, "preference/accuracy_blind": item < 6}
-                table.add(f"pair{item}", dataset.videos[item % len(dataset.videos)], figures)
+        if stage in ("stage3", "dpo"):
+            add_pairs(dataset, table, right=8 + number // 2)
+        else:  # scored apart
+            apart = benchmarks.Table()
+            add_pairs(dataset, apart, right=6 + number)
+            write_evaluation(run_dir / "eval" / f"{stage}_preference.json", dataset, apart)
         path = run_dir / "eval" / f"{stage}.json"
-        record = results.evaluation_record(
-            table.item_scores(), routing={}, about={"data": str(dataset.path), "tasks": []}
-        )
-        results.write_json(path, record)
+        write_evaluation(path, dataset, table)
         results.write_samples(path, samples)
         write_curves(run_dir / stage, rng)
     found = floors.constant_floors(PreparedDataset(run_dir / "data" / "train"), dataset, frames)
     results.write_json(run_dir / "eval" / "floors.json", results.floors_record(found))
+    for evidence, best in (("blind", 50), ("middle_frame", 100)):
+        write_floor(run_dir / f"floor_{evidence}", best)
     for split, written in (("train", 500), ("test", 150)):
         write(run_dir / "pairs" / split / "counts.json", {"generated": 900, "written": written})
     steps = [
@@ -53,6 +54,19 @@ def make_run(run_dir: pathlib.Path, data: pathlib.Path, frames: int = 32) -> Non
         {"step": "train/stage1", "seconds": 212.0, "command": "python -m tpo_jax.train"},
     ]
     (run_dir / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+
+
+def add_pairs(dataset, table, right):
+    """12 pairs, `right` of them told apart with the video and 6 without."""
+    for item in range(12):
+        figures = {"preference/accuracy": item < right, "preference/accuracy_blind": item < 6}
+        table.add(f"pair{item}", dataset.videos[item % len(dataset.videos)], figures)
+
+
+def write_evaluation(path, dataset, table):
+    about = {"data": str(dataset.path), "tasks": []}
+    record = results.evaluation_record(table.item_scores(), routing={}, about=about)
+    results.write_json(path, record)
 
 
 def answer(dataset, example, turn, noise, accuracy, rng, table, samples, frames):
@@ -176,6 +190,26 @@ def write_curves(folder: pathlib.Path, rng) -> None:
             lines.append({"step": step, "validation/loss": loss + 0.1})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_floor(folder: pathlib.Path, best: int) -> None:
+    """A floor that was validated at steps 50 and 100, and was best at one of them."""
+    records = []
+    for step, loss, accuracy in ((50, 0.9, 0.25), (100, 0.8, 0.375)):
+        records.append({"step": step, "train/loss": loss - 0.1})
+        higher = 0.0 if step == best else 0.5
+        records.append(
+            {
+                "step": step,
+                "validation/loss": loss + higher,
+                "validation/answer_accuracy": accuracy,
+                "validation/token_accuracy": 0.6,
+            }
+        )
+    records.insert(0, {"step": 10, "train/loss": 1.5})
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    write(folder / "ledger.json", {"step": 100, "best": {"step": best, "loss": 0.8}})
 
 
 def write(path: pathlib.Path, value) -> None:

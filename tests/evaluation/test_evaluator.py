@@ -269,10 +269,16 @@ def test_pairs_are_scored_with_and_without_the_video(model, dataset):
 def test_the_command_writes_metrics_and_samples(model, dataset, prepared, tmp_path, capsys):
     config, params, codec = model
     save_model(tmp_path / "model", config, params, codec)
-    out = tmp_path / "eval" / "base.json"
+    other = jax.tree.map(lambda leaf: 1.5 * leaf, params)
+    save_model(tmp_path / "other", config, other, codec)
+    out, beside = tmp_path / "eval" / "base.json", tmp_path / "eval" / "other.json"
     arguments = [f"--model={tmp_path / 'model'}", f"--data={prepared / 'test'}", f"--out={out}"]
+    arguments += [f"--model={tmp_path / 'other'}", f"--out={beside}"]
     assert evaluate.main([*arguments, "--tasks=qa", "--limit=1", "--batch_size=2"]) == 0
-    record = results.read_json(out)
+    record, second = results.read_json(out), results.read_json(beside)
+    assert [r["model"] for r in (record, second)] == [str(tmp_path / m) for m in ("model", "other")]
+    one, two = ([s["option_logps"] for s in results.read_samples(f)] for f in (out, beside))
+    assert len(one) == len(two) and one != two
     assert record["metrics"]["qa/accuracy"] == pytest.approx(
         np.mean(record["items"]["qa/accuracy"]["values"]), abs=1e-5
     )

@@ -41,6 +41,7 @@ def test_summary_has_the_promised_keys(found):
     )
     assert set(found["eval"]) == {"base", "stage1", "stage2", "stage3", "dpo"}
     assert set(found["eval"]["dpo"]) >= METRICS
+    assert all(set(metrics) >= PREFERENCE for metrics in found["eval"].values())
     assert set(found["floors"]) >= METRICS - PREFERENCE
     assert found["export"] == {"max_abs_difference": 0.0}
     assert found["seconds"]["render"] == 61.5
@@ -62,6 +63,36 @@ def test_the_accuracy_of_videos_stands_beside_that_of_all(run_dir, found, page):
     assert [line.split()[0] for line in lines[1:3]] == ["qa/accuracy", "qa/accuracy_videos"]
     assert f"{found['floors']['qa/accuracy_videos']:.3f}" in lines[2]
     assert "on 3 held-out videos and 1 images" in page
+
+
+def test_pairs_that_were_scored_apart_stand_with_their_stage(found):
+    accuracy = {stage: metrics["preference/accuracy"] for stage, metrics in found["eval"].items()}
+    assert accuracy == {
+        "base": 0.5, "stage1": 0.583333, "stage2": 0.666667, "stage3": 0.75, "dpo": 0.833333,
+    }  # fmt: skip
+    low, high = found["intervals"]["stage1"]["preference/accuracy"]
+    assert low <= 0.583333 <= high
+    assert found["changes"]["stage3 - base"]["preference/accuracy"]["value"] == 0.25
+    row = next(
+        line for line in summary.format_table(found).splitlines()
+        if line.startswith("preference/accuracy ")
+    )  # fmt: skip
+    assert row.split()[1:] == ["-", "0.500", "0.583", "0.667", "0.750", "0.833"]
+
+
+def test_it_shows_whether_the_floors_had_learnt_what_they_can(found, page):
+    blind, middle = (found["floor_training"][f"floor_{e}"] for e in ("blind", "middle_frame"))
+    assert (blind["steps"], blind["chosen_step"], middle["chosen_step"]) == (100, 50, 100)
+    assert blind["validations"] == [
+        {"step": 50, "train/loss": 0.8, "validation/loss": 0.9,
+         "validation/answer_accuracy": 0.25},
+        {"step": 100, "train/loss": 0.7, "validation/loss": 1.3,
+         "validation/answer_accuracy": 0.375},
+    ]  # fmt: skip
+    table = summary.format_table(found)
+    assert re.search(r"floor_blind +0.250 at step 50, 0.375 at step 100; chosen: step 50", table)
+    assert "floor_middle_frame: loss" in page  # the curve
+    assert "<td>floor_blind</td><td class='n'>50</td><td class='n'>0.800</td>" in page
 
 
 def test_changes_are_paired(found):

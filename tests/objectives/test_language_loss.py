@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from tpo_jax.objectives.language import language_loss, token_accuracy
+from tpo_jax.objectives.language import answer_accuracy, language_loss, token_accuracy
 
 LOGPS = jnp.log(jnp.array([[[0.5, 0.25]], [[0.1, 0.9]]]))
 WEIGHTS = jnp.array([[[1.0, 1.0]], [[1.0, 0.0]]])
@@ -30,3 +30,10 @@ def test_no_answer_at_all_is_zero():
 def test_token_accuracy_ignores_tokens_of_weight_zero():
     correct = jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]])
     np.testing.assert_allclose(token_accuracy(correct, WEIGHTS).mean(), 1 / 3, rtol=1e-6)
+
+
+def test_an_answer_counts_when_all_of_its_weighted_tokens_are_right():
+    correct = jnp.array([[[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]], [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]])
+    weights = jnp.array([[[1.0, 0.5, 1.0], [1.0, 1.0, 1.0]], [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]])
+    found = answer_accuracy(correct, weights)
+    assert (float(found.total), float(found.weight)) == (2.0, 3.0)

@@ -7,6 +7,7 @@ scored.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -113,6 +114,12 @@ class Evaluator:
         self._scorer = Sampler(self.model, codec, Sampling(max_new=1))
         self._router = Router(self.model, codec)
 
+    def with_params(self, params: Any) -> Evaluator:
+        """For other weights of the same model, with these programs; nothing is scored yet."""
+        other = copy.copy(self)
+        other.params, other.results = jax.tree.map(jax.numpy.asarray, params), Results()
+        return other
+
     def questions(self, dataset: PreparedDataset) -> None:
         """Multiple choice by option likelihood: see `qa.scores`."""
         for media in _media(dataset):
@@ -174,17 +181,17 @@ class Evaluator:
         most = max(len(row.branches) for row in rows)
         bucket = self._bucket("video", answers, branches=most, frames=frames, question=question)
         builder = row_builder(self.codec, self.config, bucket)
-        for metric, evidence in (
-            ("preference/accuracy", self.settings.evidence),
-            ("preference/accuracy_blind", "blind"),
-        ):
-            for batch, plans in self._batches(builder, rows, metric, evidence):
-                for plan, logps in zip(plans, self._answer_logps(batch), strict=False):
+        for batch, plans in self._batches(builder, rows, "preference"):
+            seen = self._answer_logps(batch)
+            unseen = self._answer_logps(apply_evidence(batch, "blind"))
+            for plan, *both in zip(plans, seen, unseen, strict=False):
+                scores = {}
+                for metric, logps in zip(("accuracy", "accuracy_blind"), both, strict=True):
                     chosen, *rejected = logps[: len(plan.branches)]
                     won = [preference.preference_correct(chosen, x) for x in rejected]
-                    item = plan.branches[0].example.example_id
-                    value = float(np.mean(won))
-                    self.results.table.add(item, plan.video_id, {metric: value})
+                    scores[f"preference/{metric}"] = float(np.mean(won))
+                item = plan.branches[0].example.example_id
+                self.results.table.add(item, plan.video_id, scores)
 
     # Programs.
 
@@ -357,21 +364,14 @@ class Evaluator:
             scores = benchmarks.score_call(call, HEADS[name].decode(head, clip), clip.times)
             self.results.table.add(call.item, plan.video_id, scores, prefix="forced/")
 
-    def _batches(
-        self,
-        builder: RowBuilder,
-        plans: Sequence[RowPlan],
-        label: str,
-        evidence: str | None = None,
-    ) -> Batches:
-        mode = evidence or self.settings.evidence
+    def _batches(self, builder: RowBuilder, plans: Sequence[RowPlan], label: str) -> Batches:
         total = -(-len(plans) // builder.bucket.batch_size)
         every = evaluation_rows.batches(builder, plans)
         for batch, rows in tqdm.tqdm(
             every, total=total, desc=label, unit="batch", disable=not self.settings.progress
         ):
             self._poll()
-            yield apply_evidence(batch, mode), rows
+            yield apply_evidence(batch, self.settings.evidence), rows
 
     # Shapes.
 

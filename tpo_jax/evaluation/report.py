@@ -17,7 +17,7 @@ from tpo_jax.data import files
 from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.evaluation import benchmarks, charts, pictures, results
 from tpo_jax.evaluation.page import CSS
-from tpo_jax.evaluation.summary import QUESTIONS, SHOWN, STAGES
+from tpo_jax.evaluation.summary import LEARNT, QUESTIONS, SHOWN, STAGES
 
 # Task, the metric that its cases are sorted by, and the words above them.
 CASES = (
@@ -107,7 +107,7 @@ def _table(summary: Mapping[str, Any]) -> str:
             "whatever the model would have said.</p>"
             f"<div class='wide'><table><tr><th>metric</th>{head}</tr>{forced}</table></div>"
         )
-    return out + _floor_candidates(summary)
+    return out + _floor_candidates(summary) + _floor_training(summary)
 
 
 def _rows(summary: Mapping[str, Any], stages: Sequence[str], metrics: Iterable[str]) -> str:
@@ -139,6 +139,28 @@ def _floor_candidates(summary: Mapping[str, Any]) -> str:
     return (
         "<details><summary>What each floor is</summary><table><tr><th>metric</th>"
         f"<th>without looking</th><th class='n'>test</th></tr>{rows}</table></details>"
+    )
+
+
+def _floor_training(summary: Mapping[str, Any]) -> str:
+    """How far the floors that are models were trained; their curves stand with the others."""
+    rows = "".join(
+        f"<tr><td>{_escape(name)}</td><td class='n'>{at['step']}</td>"
+        + "".join(f"<td class='n'>{_figure(at[figure])}</td>" for figure in LEARNT)
+        + f"<td>{'chosen' if at['step'] == trained['chosen_step'] else ''}</td></tr>"
+        for name, trained in summary["floor_training"].items()
+        for at in trained["validations"]
+    )
+    if not rows:
+        return ""
+    head = "".join(f"<th class='n'>{name}</th>" for name in LEARNT)
+    return (
+        "<details open><summary>Had the floors that are models learnt what they can?</summary>"
+        "<p>On the validation split, questions with options: a floor whose figures still improve "
+        "at the end is too low. Accuracy is that of whole answers, word for word. The weights of "
+        "the lowest validation loss are the floor. Their curves: “Training”.</p>"
+        f"<table><tr><th>model</th><th class='n'>step</th>{head}<th></th></tr>{rows}</table>"
+        "</details>"
     )
 
 

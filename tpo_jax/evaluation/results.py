@@ -111,14 +111,15 @@ def read_samples(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def format_metrics(record: Mapping[str, Any]) -> str:
-    """One line per metric: value, floor if known, interval, number of items and videos.
+    """One line per metric: value, floor if known, interval, numbers of items and of the videos and
+    still images together that they are about (`counts` calls both videos).
 
     Videos are what is drawn, so one alone has no interval.
     """
     floors = record["floors"]
     lines = [
         f"{'metric':32s} {'value':>7s}{'   floor' if floors else ''}  {'95 % interval':>16s}  "
-        f"{'items':>6s} {'videos':>6s}"
+        f"{'items':>6s} {'videos/images':>13s}"
     ]
     for metric, value in record["metrics"].items():
         low, high = record["intervals"][metric]
@@ -127,7 +128,7 @@ def format_metrics(record: Mapping[str, Any]) -> str:
         floor = f" {floors[metric]:7.3f}" if metric in floors else " " * 8
         lines.append(
             f"{metric:32s} {value:7.3f}{floor if floors else ''}  {between:>16s}  "
-            f"{count['items']:6d} {count['videos']:6d}"
+            f"{count['items']:6d} {count['videos']:13d}"
         )
     for task, counts in record["routing"].items():
         parts = ", ".join(f"{count} {name}" for name, count in counts.items())

@@ -5,6 +5,7 @@ The run folder holds what the commands wrote:
     eval/<stage>.json            `evaluate` of base, stage1, stage2, stage3 and dpo
     eval/<stage>_preference.json the same model on pairs that were generated later (optional)
     eval/floors.json             `evaluate --floors_from`
+    floor_<evidence>/            what `train` wrote of the floors that are models
     data/<split>/statistics.json `prepare run`
     pairs/<split>/counts.json    `preferences generate`
 """
@@ -33,6 +34,8 @@ SHOWN = (
     "highlight/map", "highlight/hit@1", "region/acc@0.5", "mask/j", "mask/f", "mask/j&f",
     "tracking/auc", "preference/accuracy", "preference/accuracy_blind",
 )  # fmt: skip
+# How far a floor that is a model was trained, at each of its validations.
+LEARNT = ("train/loss", "validation/loss", "validation/answer_accuracy")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -70,6 +73,7 @@ def assemble(
         "wall_seconds": wall_seconds,
         "floors": floors["floors"],
         "floor_candidates": floors["candidates"],
+        "floor_training": floor_training(run_dir),
         "eval": evaluations,
         "intervals": {stage: record["intervals"] for stage, record in records.items()},
         "changes": changes(records),
@@ -97,6 +101,33 @@ def changes(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
                 }
             out[f"{after} - {before}"] = rows
     return out
+
+
+def floor_training(run_dir: epath.Path) -> dict[str, dict[str, Any]]:
+    """{"floor_blind": {"steps", "chosen_step", "validations": [{"step", *LEARNT}, ...]}}.
+
+    Whether a floor had learnt what it can: a figure that still rises between the middle and the end
+    of the training says that the floor is too low. `chosen_step` is that of the weights that were
+    evaluated on the test split, those of the lowest validation loss.
+    """
+    found = {}
+    for ledger in sorted(run_dir.glob("floor_*/ledger.json")):
+        ended = json.loads(ledger.read_text())
+        lines = (ledger.parent / "metrics.jsonl").read_text().splitlines()
+        by_step: dict[int, dict[str, float]] = {}
+        for record in map(json.loads, lines):
+            figures = {name: round(record[name], 6) for name in LEARNT if name in record}
+            by_step.setdefault(record["step"], {}).update(figures)
+        found[ledger.parent.name] = {
+            "steps": ended["step"],
+            "chosen_step": ended["best"]["step"],
+            "validations": [
+                {"step": step, **{name: figures.get(name) for name in LEARNT}}
+                for step, figures in sorted(by_step.items())
+                if "validation/loss" in figures
+            ],
+        }
+    return found
 
 
 def collect_counts(run_dir: epath.Path, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -151,7 +182,7 @@ def format_table(summary: Mapping[str, Any]) -> str:
         if any(value is not None for value in values):
             cells = [summary["floors"].get(metric), *values]
             lines.append(f"{metric:28s} " + " ".join(_cell(value) for value in cells))
-    lines += ["", "targets"]
+    lines += [*_format_floor_training(summary), "", "targets"]
     for target in summary["targets"]:
         word = {True: "hit", False: "MISSED", None: "not measured"}[target["hit"]]
         measured = f"{_cell(target['value'])} {target['sign']} {_cell(target['bound'])}"
@@ -159,6 +190,20 @@ def format_table(summary: Mapping[str, Any]) -> str:
     hits = sum(target["hit"] is True for target in summary["targets"])
     lines.append(f"  {hits} of {len(summary['targets'])} targets hit")
     return "\n".join(lines)
+
+
+def _format_floor_training(summary: Mapping[str, Any]) -> list[str]:
+    """What the floors that are models got right on validation, step by step."""
+    if not summary["floor_training"]:
+        return []
+    lines = ["", "floors that are models: validation questions answered word for word"]
+    for name, trained in summary["floor_training"].items():
+        figures = ", ".join(
+            f"{_cell(at['validation/answer_accuracy']).strip()} at step {at['step']}"
+            for at in trained["validations"]
+        )
+        lines.append(f"  {name:26s} {figures}; chosen: step {trained['chosen_step']}")
+    return lines
 
 
 def _cell(value: float | None) -> str:

@@ -1,6 +1,7 @@
 """Next-token loss on answers."""
 
 import jax
+import jax.numpy as jnp
 
 from tpo_jax.parallel.weighted_sum import WeightedSum
 
@@ -18,3 +19,12 @@ def language_loss(logps: jax.Array, weights: jax.Array) -> WeightedSum:
 def token_accuracy(correct: jax.Array, weights: jax.Array) -> WeightedSum:
     """Share of answer tokens that are the arg-max; `correct` float32[B, K, A] of 0 or 1."""
     return WeightedSum((correct * weights).sum(), weights.sum())
+
+
+def answer_accuracy(correct: jax.Array, weights: jax.Array) -> WeightedSum:
+    """Share of answers that greedy decoding gives word for word: every counted token is the
+    arg-max. `correct` float32[B, K, A] of 0 or 1; answers without a weight do not count."""
+    counted = weights > 0
+    right = jnp.where(counted, correct > 0, True).all(axis=-1)
+    answers = counted.any(axis=-1)
+    return WeightedSum((right & answers).sum(dtype=jnp.float32), answers.sum(dtype=jnp.float32))

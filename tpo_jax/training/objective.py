@@ -17,7 +17,7 @@ from tpo_jax.errors import UserError
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import HEADS
 from tpo_jax.models.layers import Linear
-from tpo_jax.objectives.language import language_loss, token_accuracy
+from tpo_jax.objectives.language import answer_accuracy, language_loss, token_accuracy
 from tpo_jax.objectives.logps import TokenScores, gather_positions, token_scores
 from tpo_jax.objectives.preference import PairTokens, PreferenceConfig, preference_losses
 from tpo_jax.objectives.preference.metrics import grouped_metrics, preference_metrics
@@ -100,9 +100,12 @@ class SftObjective:
         return terms
 
     def metrics(self, predictions: dict[str, Any], batch: Batch) -> Sums:
-        correct = predictions["scores"].correct
-        accuracy = token_accuracy(correct, batch["answer_weights"])
-        return {"token_accuracy": accuracy, "padding": padding(batch)}
+        scored = predictions["scores"].correct, batch["answer_weights"]
+        return {
+            "token_accuracy": token_accuracy(*scored),
+            "answer_accuracy": answer_accuracy(*scored),
+            "padding": padding(batch),
+        }
 
 
 class PreferenceScores(NamedTuple):
