@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from chat_server import serving
 from etils import epath
-from tpo_jax.generation.answers import AnswerGenerator
 
 from tpo_jax import preferences
 from tpo_jax.data import pairs as pair_data
@@ -22,6 +21,7 @@ from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.records import Example, RecordError, Turn
 from tpo_jax.data.rows import RowBuilder
 from tpo_jax.generation import scoring, sidecar
+from tpo_jax.generation.answers import AnswerGenerator
 from tpo_jax.generation.pipeline import model as pipeline_model
 from tpo_jax.generation.pipeline.manifest import Manifest
 from tpo_jax.generation.pipeline.stages import FILES
@@ -131,7 +131,7 @@ def test_questions_of_the_split_are_asked_by_default_and_every_stage_keeps_its_r
     assert {r["failed"] for r in there["captions"]} == {"no caption among the conversations"}
     assert [r["id"] for r in there["questions"]][:2] == ["video2/talk/0", "video2/talk/1"]
     assert {r["source"] for r in there["questions"]} == {"test"}
-    # As they were drawn from these seeds since the first version of the command.
+    # What these seeds draw, whatever becomes of batches, stages and programs.
     assert [(p["example_id"], p["targets"]["chosen"], p["targets"]["rejected"])
             for p in there["pairs"][:2]] == GOLDEN
     for stage in ("preferred", "dispreferred"):
@@ -188,6 +188,14 @@ def test_flags_that_do_not_go_together_are_refused_before_the_model_is_read(
         tmp_path, flags, message, capsys):
     assert generate("no-model", tmp_path, *flags) == 2
     assert re.match(f"error: {message}", capsys.readouterr().err)
+
+
+def test_several_processes_are_one_command_that_asks_no_endpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    assert generate("no-model", tmp_path, "--writer=endpoint", "--endpoint=http://127.0.0.1/v1",
+                    "--endpoint_model=m", "--key_variable=") == 2
+    error = capsys.readouterr().err
+    assert "JAX_NUM_PROCESSES=4: one process asks an endpoint" in error and "--shards=4" in error
 
 
 def score(folder, pairs, out, *more):

@@ -48,6 +48,9 @@ GENERATE_EXAMPLES = """examples:
   # videos without questions: the model writes those too (docs/preferences.md)
   python -m tpo_jax.preferences generate --model=MODEL --data=prepared/train --out=pairs \\
       --writer=model
+  # the second of four commands that divide the work and share --out
+  python -m tpo_jax.preferences generate --model=MODEL --data=prepared/train --out=pairs \\
+      --shards=4 --shard=1
 """
 SCORE_EXAMPLES = """examples:
   python -m tpo_jax.preferences score --model=runs/demo/stage3/model \\

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import json
 import runpy
 import tempfile
@@ -19,8 +20,8 @@ from tpo_jax.data import files
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.generation import pairs
 from tpo_jax.generation.answers import Settings
+from tpo_jax.generation.pipeline import manifest, plugins, prompts
 from tpo_jax.generation.pipeline import model as pipeline_model
-from tpo_jax.generation.pipeline import plugins, prompts
 from tpo_jax.generation.pipeline.manifest import Folder, FolderBusy, Manifest, ManifestError
 from tpo_jax.generation.pipeline.shards import Work, run_part, run_whole
 from tpo_jax.generation.pipeline.stages import FILES, KEYS, Pipeline, report
@@ -328,6 +329,17 @@ def test_shards_with_other_options_are_refused(tmp_path):
         run(tmp_path, Speaker(), options=OPTIONS | {"captions": {"option": "x"}})
 
 
+def test_a_video_is_shown_in_the_fewest_frames_that_take_all_of_its_own(tmp_path):
+    answerer = Answerer(Speaker())
+    answerer.settings = dataclasses.replace(
+        answerer.settings, evidence=pairs.EvidenceSettings(32, fewer=(16, 24)))  # it has 24
+    with Work(epath.Path(tmp_path), VIDEOS, 2, OPTIONS).whole() as folder:
+        pipeline = dataclasses.replace(pipeline_of(folder, Speaker()), answerer=answerer)
+        assert pipeline.run(VIDEOS[:1], 99) > 0
+    shown = [r for stage in ("videos", "preferred", "dispreferred") for r in read(tmp_path, stage)]
+    assert {len(r["frame_indices"]) for r in shown} == {24}
+
+
 def test_a_number_of_frames_is_a_program_and_prompts_have_one_length(monkeypatch):
     made = []
 
@@ -403,6 +415,18 @@ def test_a_damaged_manifest_names_the_line(tmp_path, text, message):
     (tmp_path / "m.jsonl").write_text(text)
     with pytest.raises(ManifestError, match=message):
         Manifest(tmp_path / "m.jsonl")
+
+
+def test_another_process_holds_the_same_records_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(manifest, "of_process_0", lambda mine: b'{"id": "a"}\n{"id": "b')
+    (tmp_path / "m.jsonl").write_text('{"id": "late"}\n')  # what it sees itself does not matter
+    other = Manifest(tmp_path / "m.jsonl")
+    other.append({"id": "c"})
+    other.sync()
+    other.close()
+    assert list(other.records) == ["a", "c"]
+    assert (tmp_path / "m.jsonl").read_text() == '{"id": "late"}\n'
 
 
 def test_two_commands_cannot_write_one_folder(tmp_path):

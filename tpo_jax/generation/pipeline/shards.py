@@ -134,8 +134,10 @@ class Work:
 def take_over(folder: Folder, found: Found, number: int) -> None:
     """Writes what was found of a chunk into the manifests of `folder`."""
     for stage in TAKEN_OVER:
-        for record in found.get((stage, number), ()):
-            folder[stage].append(record)
+        if records := found.get((stage, number)):
+            for record in records:
+                folder[stage].append(record)
+            folder[stage].sync()
 
 
 def run_whole(work: Work, folder: Folder, found: Found, pipeline: Pipeline, wanted: int,
