@@ -47,8 +47,10 @@ def of_process_0(data: bytes) -> bytes:
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     if not length:
         return b""
-    sent = data if jax.process_index() == 0 else bytes(length)
-    return multihost_utils.broadcast_one_to_all(np.frombuffer(sent, np.uint8)).tobytes()
+    size = 1 << length.bit_length()  # few sizes, because each compiles
+    sent = data.ljust(size, b"\0") if jax.process_index() == 0 else bytes(size)
+    whole = multihost_utils.broadcast_one_to_all(np.frombuffer(sent, np.uint8))
+    return whole.tobytes()[:length]
 
 
 def _number(given: int | None, variable: str) -> int | None:
