@@ -21,14 +21,22 @@ from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.records import Example, RecordError, Turn
 from tpo_jax.data.rows import RowBuilder
 from tpo_jax.generation import scoring, sidecar
-from tpo_jax.generation.pair_generator import PairGenerator
+from tpo_jax.generation.answers import AnswerGenerator
 from tpo_jax.generation.pipeline import model as pipeline_model
 from tpo_jax.generation.pipeline.manifest import Manifest
+from tpo_jax.generation.pipeline.stages import FILES
+from tpo_jax.generation.pipeline.stages import Pipeline as Stages
 from tpo_jax.interop.folder import load_model, save_model
 from tpo_jax.training.preemption import EXIT_STATUS
 from tpo_jax.training.step import make_score_step
 
 VIDEOS = 4
+GOLDEN = [
+    ("video2/talk/0/pair", "left mo mo mot left left leftrighittit mo",
+     "mo lefttvestitit"),
+    ("video2/talk/1/pair", "mo mo leftitt",
+     "t"),
+]
 BUCKET = Bucket("pairs", "video", batch_size=2, frames=8, branches=2, branch_tokens=24, answers=20,
                 question=32, windows=1, mask_size=16)
 
@@ -47,7 +55,7 @@ def in_memory(monkeypatch):
     monkeypatch.setattr(pair_data, "PreparedDataset", dataset)
     monkeypatch.setattr(preferences, "CHUNK_VIDEOS", 2)
     monkeypatch.setattr(scoring, "PART_BATCHES", 1)
-    monkeypatch.setattr(pipeline_model, "PROMPT_STEP", 8)  # the plain command's programs
+    monkeypatch.setattr(pipeline_model, "PROMPT_STEP", 8)  # few tokens are padded
 
 
 @pytest.fixture(scope="module")
@@ -117,23 +125,17 @@ def written(folder, server, tmp_path_factory):
     return out
 
 
-def test_stages_ask_the_questions_of_the_split_as_the_plain_command_does(
-        folder, generated, tmp_path):
-    assert generate(folder, tmp_path, "--writer=rules") == 0
-    plain, stages = (
-        [Example.from_json(line) for line in lines(out / "pairs.jsonl")]
-        for out in (generated, tmp_path))
-    assert [pair.example_id for pair in stages] == [pair.example_id for pair in plain]
-    for pair, other in zip(stages, plain, strict=True):
-        assert pair.turns == other.turns
-        for name, value in other.targets.items():
-            if "logp" in name:
-                assert pair.targets[name] == pytest.approx(value, abs=1e-4)
-            else:
-                assert pair.targets[name] == value
-    counts, before = (json.loads((out / "counts.json").read_text())
-                      for out in (tmp_path, generated))
-    assert all(counts[name] == before[name] for name in ("generated", "dropped", "kept"))
+def test_questions_of_the_split_are_asked_by_default_and_every_stage_keeps_its_records(generated):
+    there = {name: lines(generated / file) for name, file in FILES.items()}
+    assert [len(there[name]) for name in ("videos", "captions", "questions")] == [4, 16, 16]
+    assert {r["failed"] for r in there["captions"]} == {"no caption among the conversations"}
+    assert [r["id"] for r in there["questions"]][:2] == ["video2/talk/0", "video2/talk/1"]
+    assert {r["source"] for r in there["questions"]} == {"test"}
+    # What these seeds draw, whatever becomes of batches, stages and programs.
+    assert [(p["example_id"], p["targets"]["chosen"], p["targets"]["rejected"])
+            for p in there["pairs"][:2]] == GOLDEN
+    for stage in ("preferred", "dispreferred"):
+        assert all(len(r["answers"]) == 2 and r["temperature"] == 1 for r in there[stage])
 
 
 def test_pairs_from_videos_without_questions(written, server):
@@ -172,8 +174,9 @@ def test_stages_that_were_stopped_go_on_and_give_the_same(folder, written, serve
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--parts=3"], "--parts: means nothing without --writer"),
-    (["--judge=endpoint"], "--judge=endpoint: means nothing without --writer"),
+    (["--reply_tokens=3"], "--reply_tokens: no plug-in is the model or an endpoint"),
+    (["--judge=endpoint"], "--judge=endpoint: needs --endpoint"),
+    (["--writer=model", "--tries=3", "--workers=9"], "--workers, --tries: no plug-in is the endp"),
     (["--writer=endpoint"], "--captioner=endpoint: needs --endpoint"),
     (["--writer=rules", "--max_tokens=5"], "--max_tokens: no plug-in is the endpoint"),
     (["--writer=endpoint", "--endpoint=http://127.0.0.1/v1"], "--endpoint_model: missing"),
@@ -185,6 +188,14 @@ def test_flags_that_do_not_go_together_are_refused_before_the_model_is_read(
         tmp_path, flags, message, capsys):
     assert generate("no-model", tmp_path, *flags) == 2
     assert re.match(f"error: {message}", capsys.readouterr().err)
+
+
+def test_several_processes_are_one_command_that_asks_no_endpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    assert generate("no-model", tmp_path, "--writer=endpoint", "--endpoint=http://127.0.0.1/v1",
+                    "--endpoint_model=m", "--key_variable=") == 2
+    error = capsys.readouterr().err
+    assert "JAX_NUM_PROCESSES=4: one process asks an endpoint" in error and "--shards=4" in error
 
 
 def score(folder, pairs, out, *more):
@@ -211,39 +222,49 @@ def test_generated_pairs_come_from_the_model_and_are_counted(generated):
 
 def test_interrupted_generation_goes_on_and_gives_the_same(folder, generated, tmp_path,
                                                            monkeypatch):
-    real, calls = PairGenerator.run, []
+    batches, begun, real = sigterm_in(monkeypatch, AnswerGenerator, "_batch", 0), [], Stages.run
 
-    def run(self, videos, drawn):
-        calls.append(videos)
-        if len(calls) == 2:
+    def run(self, videos, wanted):
+        begun.append(batches["_batch"])
+        if len(begun) == 2:
             raise KeyboardInterrupt
-        return real(self, videos, drawn)
+        return real(self, videos, wanted)
 
-    monkeypatch.setattr(PairGenerator, "run", run)
+    monkeypatch.setattr(Stages, "run", run)
     with pytest.raises(KeyboardInterrupt):
         generate(folder, tmp_path)
-    assert not (tmp_path / "pairs.jsonl").exists()
+    assert not (tmp_path / "counts.json").exists()
     generate(folder, tmp_path)
-    assert len(calls) == 3 and calls[1] == calls[2] != calls[0]  # the first chunk is not redone
-    assert (tmp_path / "pairs.jsonl").read_text() == (generated / "pairs.jsonl").read_text()
+    first = begun[1]
+    assert first and begun == [0, first, first, first]  # the first chunk is not redone
+    assert batches["_batch"] == 2 * first
+    assert same_manifests(tmp_path, generated)
+
+
+def same_manifests(out, other):
+    return all((out / file).read_bytes() == (other / file).read_bytes() for file in FILES.values())
 
 
 def test_shards_divide_the_chunks_and_give_the_same(
         folder, generated, tmp_path, capsys, monkeypatch):
-    """Two commands, the second chunk first; what a chunk holds is known."""
+    """Two commands, the second chunk first; what the model answers is known."""
+    for side in ("preferred", "dispreferred"):
+        known = {record["id"]: record for record in lines(generated / f"{side}.jsonl")}
 
-    def run(self, videos, drawn):
-        number = self.videos().index(videos[0]) // 2
-        chunk = json.loads((generated / "chunks" / f"{number:05d}.json").read_text())
-        return [Example.from_json(pair) for pair in chunk["pairs"]], chunk["counts"]
+        def answers(self, jobs, done, known=known):
+            order = [name for name in known if name in {job["id"] for job in jobs}]
+            yield from ((name, {key: known[name][key] for key in ("answers", "chosen_logp")
+                                if key in known[name]}) for name in order)
 
-    monkeypatch.setattr(PairGenerator, "run", run)
-    for shard, done in ((1, ["00001.json"]), (0, ["00000.json", "00001.json"])):
+        monkeypatch.setattr(pipeline_model.ModelAnswerer, side, answers)
+    for shard in (1, 0):
         assert not (tmp_path / "pairs.jsonl").exists()
         assert generate(folder, tmp_path, "--shards=2", f"--shard={shard}") == 0
-        assert sorted(file.name for file in (tmp_path / "chunks").iterdir()) == done
+        part = tmp_path / "shards" / f"{shard}-of-2"
+        assert [r["id"] for r in lines(part / "chunks.jsonl")] == [str(shard)]
+        assert len(lines(part / "videos.jsonl")) == 2
         assert ("chunks [0] of 2 are left to the other shards" in capsys.readouterr().out) == shard
-    assert (tmp_path / "pairs.jsonl").read_text() == (generated / "pairs.jsonl").read_text()
+    assert same_manifests(tmp_path, generated)
     counts = [json.loads((out / "counts.json").read_text()) for out in (tmp_path, generated)]
     assert counts[0] | {"seconds": 0} == counts[1] | {"seconds": 0}
 
@@ -251,7 +272,6 @@ def test_shards_divide_the_chunks_and_give_the_same(
 @pytest.mark.parametrize("flags, message", [
     (["--data_parallel=2", "--fsdp=3"], "--batch_size=4: does not divide over 6 devices"),
     (["--shards=2", "--shard=2"], "--shard=2: expected 0..1"),
-    (["--writer=rules", "--shards=2"], "--shards=2, 1 processes: with --writer"),
 ])
 def test_work_that_cannot_be_divided_so_is_refused(folder, tmp_path, flags, message, capsys):
     assert generate(folder, tmp_path, *flags) == 2
@@ -278,10 +298,10 @@ def test_a_bucket_has_the_same_pairs_and_references_after_interruptions(
     monkeypatch.chdir(tmp_path)  # where a gs:// path that is taken for a local one would end
     out = epath.Path("gs://bucket/pairs")
     with monkeypatch.context() as patch:
-        calls = sigterm_in(patch, PairGenerator, "run", 2)
+        calls = sigterm_in(patch, Stages, "run", 2)
         assert generate(folder, out) == EXIT_STATUS
     assert calls["run"] == 2 and {path.name for path in out.iterdir()} == {
-        "chunks", "settings.json"}
+        "settings.json", *FILES.values()}
     assert generate(folder, out) == 0
     pairs = out / "pairs.jsonl"
     assert pairs.read_text() == (generated / "pairs.jsonl").read_text()
@@ -305,11 +325,13 @@ def test_a_bucket_has_the_same_pairs_and_references_after_interruptions(
 
 
 def test_sigterm_stops_generation_at_the_next_batch(folder, generated, tmp_path, monkeypatch):
-    calls = sigterm_in(monkeypatch, PairGenerator, "_batch", 3)
+    calls = sigterm_in(monkeypatch, AnswerGenerator, "_batch", 3)
     assert generate(folder, tmp_path) == 75
-    assert calls["_batch"] == 3 and not (tmp_path / "pairs.jsonl").exists()
+    assert calls["_batch"] == 3 and not (tmp_path / "counts.json").exists()
+    done = len(lines(tmp_path / "preferred.jsonl")) + len(lines(tmp_path / "dispreferred.jsonl"))
+    assert done > 8  # every finished batch is kept
     assert generate(folder, tmp_path) == 0
-    assert (tmp_path / "pairs.jsonl").read_text() == (generated / "pairs.jsonl").read_text()
+    assert same_manifests(tmp_path, generated)
 
 
 def test_sigterm_stops_scoring_at_the_next_batch(folder, generated, tmp_path, monkeypatch):
@@ -339,8 +361,9 @@ def test_generation_stops_when_there_are_enough(folder, tmp_path, capsys):
 def test_another_command_into_the_same_folder_is_refused(folder, generated, capsys):
     assert generate(folder, generated, "--seed=1", "--mix=0.9") == 2
     error = capsys.readouterr().err
-    assert f"error: {generated}: holds pairs that were generated otherwise" in error
-    assert "evidence" in error and "'mix': 0.5" in error and "'mix': 0.9" in error
+    assert f"error: {generated}: holds records that were made otherwise" in error
+    assert "videos: seed: there 0, now 1" in error
+    assert "questions: mix: there 0.5, now 0.9" in error
 
 
 def test_sidecar_is_what_training_scores_at_step_0(folder, generated, tmp_path, monkeypatch):

@@ -6,44 +6,33 @@
         --data=runs/demo/data/train --pairs=runs/demo/pairs/train/pairs.jsonl \\
         --out=runs/demo/pairs/train/reference.npz
 
-`generate` answers questions of the split with the right and with manipulated frames, filters, and
-writes pairs.jsonl (one "preference" example a line, with all frame indices) and counts.json.
-`score` writes the log-probability of every answer token under this model, with a fingerprint of
-all that can change it. Both go on where they were stopped; what is finished is not done again. On
-SIGTERM they stop after the batch under way and exit with status 75 (start me again): `score` has
-then written every batch, `generate` every chunk of 32 videos.
+`generate` works in stages, each with a manifest that keeps every record: videos, captions,
+questions, preferred answers (right frames), dis-preferred ones (manipulated frames), filter, pairs.
+The last is pairs.jsonl, one "preference" example a line, with all frame indices; counts.json has
+what was made and dropped. Questions are those of the split, or written by --writer for videos
+that have none. `score` writes the log-probability of every answer token under this model, with a
+fingerprint of all that can change it. Both go on where they were stopped; what is finished is not
+done again. On SIGTERM they stop before the next batch, with every finished one written, and exit
+with status 75 (start me again).
 
 Both divide their work over devices (--data_parallel, --fsdp, --context) and over commands or hosts
 (--shards): docs/preferences.md.
-
-With --writer, `generate` also writes the questions, for videos that have none, in stages that keep
-every record: docs/preferences.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import sys
-import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import tqdm
-from etils import epath
 
-from tpo_jax.data import files
 from tpo_jax.data.records import PreparedDataset
 from tpo_jax.errors import Parser, UserError, report
 from tpo_jax.generation import pairs, scoring, sidecar
-from tpo_jax.generation.chunks import Chunks, agreed
-from tpo_jax.generation.pair_generator import PairGenerator, Settings
 from tpo_jax.generation.pipeline import command as pipeline
 from tpo_jax.generation.pipeline.model import OwnModel
 from tpo_jax.interop.folder import load_model
-from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import mesh_of_devices
@@ -59,6 +48,9 @@ GENERATE_EXAMPLES = """examples:
   # videos without questions: the model writes those too (docs/preferences.md)
   python -m tpo_jax.preferences generate --model=MODEL --data=prepared/train --out=pairs \\
       --writer=model
+  # the second of four commands that divide the work and share --out
+  python -m tpo_jax.preferences generate --model=MODEL --data=prepared/train --out=pairs \\
+      --shards=4 --shard=1
 """
 SCORE_EXAMPLES = """examples:
   python -m tpo_jax.preferences score --model=runs/demo/stage3/model \\
@@ -68,103 +60,26 @@ SCORE_EXAMPLES = """examples:
   python -m tpo_jax.preferences score --model=MODEL --data=prepared/train \\
       --pairs=pairs/pairs.jsonl --out=pairs/reference.npz --shards=4 --shard=1
 """
-CHUNK_VIDEOS = 32  # videos between two saves of `generate`
-
-
-class ResumeError(UserError):
-    """The output folder holds the work of another command."""
+CHUNK_VIDEOS = 32  # videos that pass through the stages of `generate` together
 
 
 def generate(flags: argparse.Namespace, preemption: Preemption) -> int:
     """Generates pairs until there are enough, or no video is left; returns the exit status."""
-    started = time.monotonic()
     endpoint = pipeline.check(flags, preemption.check)
     scoring.join(flags, preemption)
-    if flags.writer and (flags.shards > 1 or jax.process_count() > 1):
-        raise UserError(f"--shards={flags.shards}, {jax.process_count()} processes: with --writer "
-                         "one command writes --out; give each a split and an --out of its own")
+    if endpoint and (count := jax.process_count()) > 1:
+        raise UserError(f"JAX_NUM_PROCESSES={count}: one process asks an endpoint; start {count} "
+                        f"commands without it, each with its --shard of --shards={count}")
     config, params, codec = load_model(flags.model)
     weights = sidecar.hash_weights(params)
-    settings = settings_of(flags, config)
     mesh = mesh_of_devices(scoring.mesh_sizes(flags))
     if flags.batch_size % (rows := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(f"--batch_size={flags.batch_size}: does not divide over {rows} devices "
                          f"(--data_parallel x --fsdp); give a multiple of {rows}")
     params = place(params, param_shardings(params, mesh))
-    model, dataset = FunctionalModel(config), PreparedDataset(flags.data)
-    if flags.writer:
-        own = OwnModel(model, params, codec, dataset, weights, preemption.check, mesh)
-        return pipeline.run(flags, own, settings, endpoint, CHUNK_VIDEOS)
-    out = epath.Path(flags.out)
-    check_same_run(out, {"data": str(flags.data), "weights": weights,
-                         **json.loads(json.dumps(dataclasses.asdict(settings)))})
-    generator = PairGenerator(
-        model, params, codec, dataset, settings, poll=preemption.check, mesh=mesh)
-    drawn = {"temperature": settings.temperature, "top_p": settings.top_p,
-             "seed": settings.evidence.seed, "weights": weights}
-    chunks = Chunks(out / "chunks", generator.videos(), CHUNK_VIDEOS)
-    run_chunks(generator, chunks, drawn, flags.pairs, range(flags.shard, len(chunks), flags.shards))
-    if missing := chunks.missing(flags.pairs):
-        scoring.say(f"{out}: chunks {missing} of {len(chunks)} are left to the other shards")
-    elif jax.process_index() == 0:
-        write_pairs(out, chunks, flags.pairs, started)
-    return 0
-
-
-def run_chunks(generator: PairGenerator, chunks: Chunks, drawn: dict[str, Any], wanted: int,
-               mine: Sequence[int]) -> None:
-    """Does those chunks of `mine` that are not done, until there are enough pairs before one."""
-    with tqdm.tqdm(total=wanted, desc="pairs", unit="pair") as bar:
-        for number in mine:
-            if agreed(chunks.kept(number)) >= wanted:
-                break
-            if not agreed(number in chunks.done()):
-                chunks.write(number, *generator.run(chunks[number], drawn))
-            bar.update(min(chunks.kept(number + 1), wanted) - bar.n)
-
-
-def write_pairs(out: epath.Path, chunks: Chunks, wanted: int, started: float) -> None:
-    """pairs.jsonl and counts.json, when every chunk that they need is done."""
-    kept, report = chunks.first(wanted)
-    files.write(out / "pairs.jsonl", "".join(json.dumps(e.to_json()) + "\n" for e in kept))
-    report |= {"wanted": wanted, "seconds": round(time.monotonic() - started, 1)}
-    files.write(out / "counts.json", json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
-    if len(kept) < wanted:
-        print(f"{out}: {len(kept)} of {wanted} pairs: all videos are used. Raise --samples, "
-              "--temperature or --questions, or give a larger split.", file=sys.stderr)
-
-
-def settings_of(flags: argparse.Namespace, config: ModelConfig) -> Settings:
-    """The settings that the flags ask for."""
-    *fewer, frames = sorted(set(flags.frames)) or [config.vision.max_frames]
-    if fewer and flags.writer:
-        raise UserError(f"--frames={flags.frames}: with --writer, expected one number of frames")
-    judge = "none" if flags.judge in pipeline.JUDGES else flags.judge  # else asked by a plug-in
-    return Settings(
-        evidence=pairs.EvidenceSettings(
-            frames, flags.mix, flags.subset, flags.right, flags.seed, tuple(fewer)),
-        filters=pairs.FilterSettings(flags.near_equal, flags.length_ratio, flags.gap, judge),
-        temperature=flags.temperature, top_p=flags.top_p, max_new=flags.max_new,
-        questions=flags.questions, samples=flags.samples, batch_size=flags.batch_size,
-        branches=flags.branches)
-
-
-def check_same_run(out: epath.Path, about: dict[str, Any]) -> None:
-    """Writes settings.json, or compares with the one that is there."""
-    file = out / "settings.json"
-    if not file.exists():
-        if jax.process_index() == 0:
-            files.write(file, json.dumps(about, indent=2) + "\n")
-        return
-    stored = json.loads(file.read_text())
-    different = [f"  {key}: there {stored.get(key)!r}, now {about.get(key)!r}"
-                 for key in sorted(stored.keys() | about.keys())
-                 if stored.get(key) != about.get(key)]
-    if different:
-        raise ResumeError(
-            f"{out}: holds pairs that were generated otherwise:\n" + "\n".join(different)
-            + "\nGive another --out, or remove this folder.")
+    own = OwnModel(FunctionalModel(config), params, codec, PreparedDataset(flags.data), weights,
+                   preemption.check, mesh)
+    return pipeline.run(flags, own, endpoint, CHUNK_VIDEOS)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -185,7 +100,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="model folder that answers")
     add("--data", required=True, help="prepared split with conversations")
-    add("--out", required=True, help="folder for pairs.jsonl and counts.json")
+    add("--out", required=True, help="folder for the manifests and counts.json")
     add("--pairs", type=int, default=1000, help="stop after this many (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
@@ -211,9 +126,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)")
     add("--gap", type=float, default=0.0, help="smallest log p(chosen | right) - "
         "log p(chosen | manipulated), nats (default: %(default)s)")
-    add("--judge", choices=(*sorted(pairs.JUDGES), *pipeline.JUDGES), default="rules",
-        help="who says that the chosen answer is better: rules (by the known answer), none, or "
-        "with --writer a plug-in (default: %(default)s)")
+    add("--judge", choices=(*sorted(pairs.JUDGES), *pipeline.SPEAKERS), default="rules",
+        help="who says that the chosen answer is better: rules (by the known answer), none, model "
+        "(ours) or endpoint (default: %(default)s)")
     add("--batch_size", type=int, default=16, help="rows at a time (default: %(default)s)")
     add("--branches", type=int, default=4, help="questions about a clip "
         "that are answered at a time (default: %(default)s)")

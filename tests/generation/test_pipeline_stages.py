@@ -1,9 +1,12 @@
 """Stages of the pair pipeline with plug-ins that cost nothing: what is kept, and after any kill."""
 
 import collections
+import contextlib
+import dataclasses
 import json
 import runpy
 import tempfile
+import types
 
 import memory_bucket
 import numpy as np
@@ -16,9 +19,11 @@ from micro_model import MemoryDataset, conversation
 from tpo_jax.data import files
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.generation import pairs
-from tpo_jax.generation.pair_generator import Settings
-from tpo_jax.generation.pipeline import plugins, prompts
-from tpo_jax.generation.pipeline.manifest import Folder, Manifest, ManifestError
+from tpo_jax.generation.answers import Settings
+from tpo_jax.generation.pipeline import manifest, plugins, prompts
+from tpo_jax.generation.pipeline import model as pipeline_model
+from tpo_jax.generation.pipeline.manifest import Folder, FolderBusy, Manifest, ManifestError
+from tpo_jax.generation.pipeline.shards import Work, run_part, run_whole
 from tpo_jax.generation.pipeline.stages import FILES, KEYS, Pipeline, report
 
 VIDEOS = [f"video{i}" for i in range(4)]
@@ -62,7 +67,7 @@ class Answerer:
 
     def __init__(self, speaker):
         self.asked = speaker.asked
-        self.settings = Settings(pairs.EvidenceSettings(4), pairs.FilterSettings(judge="none"),
+        self.settings = Settings(pairs.EvidenceSettings(4), pairs.FilterSettings(), 8,
                                  questions=5, samples=2)
 
     def answers(self, job, side, same):
@@ -83,13 +88,28 @@ class Answerer:
                                   "chosen_logp": [-2.5, -2.5]}
 
 
+def pipeline_of(folder, speaker, mix=0.5):
+    return Pipeline(folder, MemoryDataset(len(VIDEOS)), plugins.SpokenCaptioner(speaker),
+                    plugins.SpokenWriter(speaker, 5, mix, 0), plugins.SpokenJudge(speaker, 0),
+                    Answerer(speaker), parts=3, caption_frames=2)
+
+
 def run(path, speaker, wanted=1000, options=OPTIONS, mix=0.5):
-    dataset = MemoryDataset(len(VIDEOS))
-    with Folder(path, FILES, options, KEYS) as folder:
-        Pipeline(folder, dataset, plugins.SpokenCaptioner(speaker),
-                 plugins.SpokenWriter(speaker, 5, mix, 0), plugins.SpokenJudge(speaker, 0),
-                 Answerer(speaker), parts=3, caption_frames=2).run(VIDEOS, wanted, 2)
+    work = Work(epath.Path(path), VIDEOS, 2, options)
+    with work.whole() as folder:
+        found = work.elsewhere(folder, range(2))
+        run_whole(work, folder, found, pipeline_of(folder, speaker, mix), wanted)
         return report(folder, wanted)
+
+
+def run_shard(path, speaker, shard, shards, wanted=1000, size=1):
+    """One of several commands; the chunks that are missing after it."""
+    work = Work(epath.Path(path), VIDEOS, size, OPTIONS)
+    with work.part(shard, shards) as folder:
+        numbers = range(shard, len(work), shards)
+        run_part(work, folder, work.elsewhere(folder, numbers), pipeline_of(folder, speaker),
+                 wanted, numbers)
+    return work.missing(wanted)
 
 
 def manifests(path):
@@ -257,6 +277,96 @@ def test_a_finished_run_asks_nothing_and_more_pairs_go_on(whole, tmp_path):
     assert not any("video0" in name or "video1" in name for name in again.asked)
 
 
+@settings(max_examples=8, deadline=None)
+@given(order=st.permutations(range(3)), kills=st.lists(st.integers(1, 80), max_size=2))
+def test_shards_in_any_order_and_killed_anywhere_make_the_manifests_of_one_command(
+        whole, order, kills):
+    path, counts, asked = whole
+    speaker, real = Speaker(), Manifest.append
+    with tempfile.TemporaryDirectory() as folder:
+        for kill in kills:
+            left = [kill]
+
+            def append(self, record, left=left):
+                real(self, record)
+                left[0] -= 1
+                if not left[0]:
+                    raise Killed
+
+            with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+                patch.setattr(Manifest, "append", append)
+                run_shard(folder, speaker, order[0], 3, size=2)
+        left_over = [run_shard(folder, speaker, shard, 3, size=2) for shard in order]
+        assert left_over[0] and left_over[2] == []
+        assert run(folder, speaker) == counts
+        assert manifests(folder) == manifests(path)
+    assert speaker.asked == asked
+
+
+def test_what_one_command_left_is_gone_on_with_by_shards_and_by_one_again(whole, tmp_path):
+    path, counts, asked = whole
+    speaker = Speaker()
+    assert run(tmp_path, speaker, wanted=1)["videos"] == 2  # the first of two chunks
+    assert run_shard(tmp_path, speaker, 0, 2, size=2) == [1] and speaker.asked < asked
+    before = speaker.asked.copy()
+    assert run_shard(tmp_path, speaker, 1, 4, size=2) == []
+    assert not any("video0" in name or "video1" in name for name in speaker.asked - before)
+    assert run(tmp_path, speaker) == counts and speaker.asked == asked
+    assert manifests(tmp_path) == manifests(path)
+
+
+def test_a_shard_stops_where_those_before_have_enough(tmp_path):
+    first, second = Speaker(), Speaker()
+    assert run_shard(tmp_path, first, 0, 2, wanted=1) == []  # the chunks are videos
+    assert run_shard(tmp_path, second, 1, 2, wanted=1) == [] and not second.asked
+    assert not any("video2" in name for name in first.asked)
+
+
+def test_shards_with_other_options_are_refused(tmp_path):
+    run_shard(tmp_path, Speaker(), 0, 2)
+    with pytest.raises(ManifestError, match="(?s)0-of-2: .*captions: option: there 'captions', "
+                       "now 'x'.*remove captions.jsonl, .*chunks.jsonl"):
+        run(tmp_path, Speaker(), options=OPTIONS | {"captions": {"option": "x"}})
+
+
+def test_a_video_is_shown_in_the_fewest_frames_that_take_all_of_its_own(tmp_path):
+    answerer = Answerer(Speaker())
+    answerer.settings = dataclasses.replace(
+        answerer.settings, evidence=pairs.EvidenceSettings(32, fewer=(16, 24)))  # it has 24
+    with Work(epath.Path(tmp_path), VIDEOS, 2, OPTIONS).whole() as folder:
+        pipeline = dataclasses.replace(pipeline_of(folder, Speaker()), answerer=answerer)
+        assert pipeline.run(VIDEOS[:1], 99) > 0
+    shown = [r for stage in ("videos", "preferred", "dispreferred") for r in read(tmp_path, stage)]
+    assert {len(r["frame_indices"]) for r in shown} == {24}
+
+
+def test_a_number_of_frames_is_a_program_and_prompts_have_one_length(monkeypatch):
+    made = []
+
+    class Generator:
+        def __init__(self, model, params, codec, dataset, settings, prompt, poll, mesh):
+            made.append((settings.evidence.frames, settings.evidence.fewer, prompt))
+
+        def answers(self, questions, evidence, side, skip):
+            assert len({len(e.chosen_indices) for e in evidence}) == 1
+            for number in range(len(questions)):
+                rows = [types.SimpleNamespace(questions=[number])]
+                text = questions[number].asked
+                yield rows, {(number, 0): (pairs.Answer(text, 1, True, 0.0), [7])}, None
+
+    monkeypatch.setattr(pipeline_model, "AnswerGenerator", Generator)
+    own = pipeline_model.OwnModel(None, None, None, None, "none")
+    settings = Settings(pairs.EvidenceSettings(8, fewer=(4,)), pairs.FilterSettings(), 6, samples=1)
+    answerer = pipeline_model.ModelAnswerer(own, settings, prompt=21)
+    jobs = [{"id": f"v{i}/talk/0", "video_id": f"v{i}", "source": "test", "question": f"q{i}",
+             "asked": f"q{i}", "answer": "a", "options": [], "kind": "", "frame_indices": [0] * n}
+            for i, n in enumerate((8, 4, 8))]
+    found = [(name, fields["answers"][0]["text"])
+             for _ in range(2) for name, fields in answerer.preferred(jobs, ())]
+    assert found == [("v1/talk/0", "q1"), ("v0/talk/0", "q0"), ("v2/talk/0", "q2")] * 2
+    assert made == [(4, (), 21), (8, (), 21)]
+
+
 def copied(whole, tmp_path):
     run(tmp_path, Speaker(), wanted=1)
     return tmp_path
@@ -307,9 +417,21 @@ def test_a_damaged_manifest_names_the_line(tmp_path, text, message):
         Manifest(tmp_path / "m.jsonl")
 
 
+def test_another_process_holds_the_same_records_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(manifest, "of_process_0", lambda mine: b'{"id": "a"}\n{"id": "b')
+    (tmp_path / "m.jsonl").write_text('{"id": "late"}\n')  # what it sees itself does not matter
+    other = Manifest(tmp_path / "m.jsonl")
+    other.append({"id": "c"})
+    other.sync()
+    other.close()
+    assert list(other.records) == ["a", "c"]
+    assert (tmp_path / "m.jsonl").read_text() == '{"id": "late"}\n'
+
+
 def test_two_commands_cannot_write_one_folder(tmp_path):
     with Folder(tmp_path, FILES, OPTIONS, KEYS):
-        with pytest.raises(ManifestError, match="another command is writing here"):
+        with pytest.raises(FolderBusy, match="another command is writing here"):
             with Folder(tmp_path, FILES, OPTIONS, KEYS):
                 pass
     with Folder(tmp_path, FILES, OPTIONS, KEYS):
@@ -318,7 +440,7 @@ def test_two_commands_cannot_write_one_folder(tmp_path):
 
 def test_a_folder_that_cannot_serve_is_refused(tmp_path):
     (tmp_path / "settings.json").write_text('{"data": "x"}')
-    with pytest.raises(ManifestError, match="`generate` without --writer"):
+    with pytest.raises(ManifestError, match="of another version of `generate`"):
         run(tmp_path, Speaker())
 
 

@@ -164,13 +164,11 @@ class FilterSettings:
       near_equal: word-level similarity in [0, 1] from which two answers count as near-equal.
       length_ratio: largest ratio of the two token counts.
       gap: smallest likelihood gap (exclusive), in nats.
-      judge: name in JUDGES.
     """
 
     near_equal: float = 0.95
     length_ratio: float = 4.0
     gap: float = 0.0
-    judge: str = "rules"
 
 
 # --- questions and evidence ---
@@ -360,11 +358,6 @@ def cheap_reason(candidate: Candidate, settings: FilterSettings) -> str | None:
     if not candidate.gap > settings.gap:
         return "likelihood gap"
     return None
-
-
-def reject_reason(candidate: Candidate, settings: FilterSettings) -> str | None:
-    """The first filter that drops the pair, by name, or None when it is kept; judges come last."""
-    return cheap_reason(candidate, settings) or JUDGES[settings.judge](candidate)
 
 
 # --- the pair as a record ---

@@ -1,10 +1,12 @@
-"""Joining the processes of a run."""
+"""Joining the processes of a run, and what they have to agree on."""
 
 import os
 import pathlib
 import sys
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 
 def initialize_distributed(
@@ -36,6 +38,19 @@ def initialize_distributed(
         f"{jax.local_device_count()} of {jax.device_count()} devices",
         file=sys.stderr, flush=True,
     )  # fmt: skip
+
+
+def of_process_0(data: bytes) -> bytes:
+    """The bytes that process 0 passes, on every process; the others may pass any."""
+    if jax.process_count() == 1:
+        return data
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    if not length:
+        return b""
+    size = 1 << length.bit_length()  # few sizes, because each compiles
+    sent = data.ljust(size, b"\0") if jax.process_index() == 0 else bytes(size)
+    whole = multihost_utils.broadcast_one_to_all(np.frombuffer(sent, np.uint8))
+    return whole.tobytes()[:length]
 
 
 def _number(given: int | None, variable: str) -> int | None:

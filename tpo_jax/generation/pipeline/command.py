@@ -1,27 +1,25 @@
-"""`preferences generate --writer=...`: from flags to plug-ins, stages and the report."""
+"""`preferences generate`: from flags to plug-ins, stages, shards and the report."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import tqdm
 from etils import epath
 
 from tpo_jax.data import files
 from tpo_jax.errors import UserError
 from tpo_jax.generation import pairs
-from tpo_jax.generation.pair_generator import (
-    SPARE_TOKENS,
-    Settings,
-    longest_texts,
-    shuffled_videos,
-)
+from tpo_jax.generation.answers import Settings, longest_texts, shuffled_videos
 from tpo_jax.generation.pipeline import plugins, prompts
 from tpo_jax.generation.pipeline.endpoint import (
     Budget,
@@ -31,14 +29,19 @@ from tpo_jax.generation.pipeline.endpoint import (
     EndpointError,
     EndpointSettings,
 )
-from tpo_jax.generation.pipeline.manifest import Folder, digest
+from tpo_jax.generation.pipeline.manifest import Folder, FolderBusy, digest
 from tpo_jax.generation.pipeline.model import ModelAnswerer, ModelSpeaker, OwnModel
-from tpo_jax.generation.pipeline.stages import FILES, KEYS, Pipeline, report
+from tpo_jax.generation.pipeline.shards import Found, Work, run_part, run_whole
+from tpo_jax.generation.pipeline.stages import Pipeline, report
+from tpo_jax.generation.scoring import say
+from tpo_jax.models.config import ModelConfig
 
-JUDGES = ("model", "endpoint")  # beyond those of `pairs.JUDGES`
+ROLES = ("captioner", "writer", "judge")
+SPEAKERS = ("model", "endpoint")  # plug-ins that are asked in words
+SPARE_TOKENS = 8  # that a sampled answer may be longer than the longest known one
 BUDGET_STATUS = 3  # exit status where the budget ended the work
 
-# (name, default, type, help) of the flags that --writer brings into play.
+# (name, default, type, help) of the flags of plug-ins.
 _FLAGS: tuple[tuple[str, Any, Callable[[str], Any], str], ...] = (
     ("captioner", None, str, "who describes parts of the videos: rules, model or endpoint "
      "(default: as --writer)"),
@@ -60,13 +63,19 @@ _FLAGS: tuple[tuple[str, Any, Callable[[str], Any], str], ...] = (
     ("prompt_price", 0.0, float, "of a million prompt tokens"),
     ("completion_price", 0.0, float, "of a million reply tokens"),
 )
+_OF_SPEAKERS = ("reply_tokens", "prompt_tokens", "plugin_temperature")
+_OF_ENDPOINT = (
+    "endpoint", "endpoint_model", "endpoint_body", "key_variable", "workers",
+    "requests_per_minute", "tries", "timeout", "max_tokens", "max_cost", "prompt_price",
+    "completion_price",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "questions written by a plug-in", "in stages, each with a manifest in --out")
-    group.add_argument("--writer", choices=plugins.NAMES, help="who writes questions: rules (those "
-                       "of the split), model (ours) or endpoint; without it, the split's are asked")
+    group = parser.add_argument_group("plug-ins")
+    group.add_argument("--writer", choices=plugins.NAMES, default="rules", help="who writes "
+                       "questions: rules (asks those of the split), model (ours) or endpoint "
+                       "(default: %(default)s)")
     for name, default, kind, text in _FLAGS:
         shown = "" if default in (None, "") else " (default: %(default)s)"
         group.add_argument(f"--{name}", type=kind, default=default, help=text + shown,
@@ -80,26 +89,15 @@ def check(flags: argparse.Namespace, poll: Callable[[], None]) -> Endpoint | Non
       ValueError: names the flag and the fix.
       EndpointError: no key.
     """
-    if not flags.writer:
-        given = [f"--{name}" for name, default, *_ in _FLAGS if getattr(flags, name) != default]
-        if flags.judge in JUDGES:
-            given.append(f"--judge={flags.judge}")
-        if given:
-            raise UserError(f"{', '.join(given)}: means nothing without --writer; add "
-                            f"--writer={{{','.join(plugins.NAMES)}}}")
-        return None
     flags.captioner = flags.captioner or flags.writer
     for name in ("reply_tokens", "prompt_tokens", "workers"):
         if getattr(flags, name) < 1:
             raise UserError(f"--{name}={getattr(flags, name)}: expected at least 1")
-    users = [role for role in ("captioner", "writer", "judge")
-             if getattr(flags, role) == "endpoint"]
+    users = [role for role in ROLES if getattr(flags, role) == "endpoint"]
+    if not {getattr(flags, role) for role in ROLES} & set(SPEAKERS):
+        _refuse_given(flags, _OF_SPEAKERS, "no plug-in is the model or an endpoint", SPEAKERS)
     if not users:
-        given = [f"--{name}" for name in ("endpoint", "endpoint_model", "max_tokens", "max_cost")
-                 if getattr(flags, name)]
-        if given:
-            raise UserError(f"{', '.join(given)}: no plug-in is the endpoint; set --captioner, "
-                            "--writer or --judge to endpoint")
+        _refuse_given(flags, _OF_ENDPOINT, "no plug-in is the endpoint", ("endpoint",))
         return None
     if not flags.endpoint:
         raise UserError(f"--{users[0]}=endpoint: needs --endpoint, the address of an "
@@ -114,63 +112,132 @@ def check(flags: argparse.Namespace, poll: Callable[[], None]) -> Endpoint | Non
     settings = EndpointSettings(
         flags.endpoint, flags.endpoint_model, flags.key_variable, flags.plugin_temperature, body,
         flags.requests_per_minute, flags.tries, flags.timeout)
-    budget = Budget(flags.max_tokens, flags.max_cost, flags.prompt_price, flags.completion_price)
-    return Endpoint(settings, budget, Clock(poll))
+    return Endpoint(settings, budget_of(flags), Clock(poll))
 
 
-def run(flags: argparse.Namespace, own: OwnModel, settings: Settings, endpoint: Endpoint | None,
-        chunk: int) -> int:
+def _refuse_given(flags: argparse.Namespace, names: Sequence[str], why: str,
+                  values: Sequence[str]) -> None:
+    defaults = {name: default for name, default, *_ in _FLAGS}
+    given = [f"--{name}" for name in names if getattr(flags, name) != defaults[name]]
+    if given:
+        raise UserError(f"{', '.join(given)}: {why}; set --captioner, --writer or --judge to "
+                        + " or ".join(values))
+
+
+def budget_of(flags: argparse.Namespace) -> Budget:
+    return Budget(flags.max_tokens, flags.max_cost, flags.prompt_price, flags.completion_price)
+
+
+def run(flags: argparse.Namespace, own: OwnModel, endpoint: Endpoint | None, chunk: int) -> int:
     """Generates until there are enough pairs, no video is left or the budget is spent.
 
     Args:
-      settings: of the answers; `max_new` 0 is replaced.
       chunk: videos that pass through all stages together.
 
     Returns:
       The exit status.
     """
     started = time.monotonic()
-    if not settings.max_new:
-        known = longest_texts(own.dataset, own.codec)[1] if flags.writer == "rules" else None
-        settings = dataclasses.replace(
-            settings, max_new=known + SPARE_TOKENS if known else flags.reply_tokens)
-    with Folder(flags.out, FILES, stage_options(flags, settings, own.weights), KEYS) as folder:
-        if endpoint:
-            for record in folder.records():
-                if record.get("usage"):
-                    endpoint.budget.spend(record["usage"])
-        pipeline = make_pipeline(flags, folder, own, settings, endpoint)
-        videos = shuffled_videos(own.dataset, settings.evidence.seed)
-        problem = None
-        with tqdm.tqdm(total=flags.pairs, desc="pairs", unit="pair") as bar:
-            try:
-                pipeline.run(videos, flags.pairs, chunk,
-                             lambda written: bar.update(written - bar.n))
-            except (BudgetSpent, EndpointError) as error:
-                problem = error
+    asked = longest_texts(own.dataset, own.codec) if flags.writer == "rules" else None
+    settings = settings_of(flags, own.model.config, asked)
+    prompt = asked[0] if asked else 0
+    make = functools.partial(make_pipeline, flags, own, settings, endpoint, prompt)
+    work = Work(epath.Path(flags.out), shuffled_videos(own.dataset, flags.seed), chunk,
+                stage_options(flags, settings, own.weights))
+    if flags.shards == 1:
+        return _whole(flags, work, make, endpoint.budget if endpoint else None, started)
+    with work.part(flags.shard, flags.shards) as folder:
+        numbers = range(flags.shard, len(work), flags.shards)
+        found = work.elsewhere(folder, numbers)
+        _spend(endpoint.budget if endpoint else None, folder, found)
+        if problem := _until(flags, lambda told: run_part(
+                work, folder, found, make(folder), flags.pairs, numbers, told)):
+            return _stopped(flags, problem)
+    if missing := work.missing(flags.pairs):
+        say(f"{flags.out}: chunks {missing} of {len(work)} are left to the other shards")
+        return 0
+    try:  # all is there: nothing is spent, whatever was spent
+        return _whole(flags, work, make, budget_of(flags) if endpoint else None, started)
+    except FolderBusy:
+        say(f"{flags.out}: another shard puts the parts together")
+        return 0
+
+
+def _whole(flags: argparse.Namespace, work: Work, make: Callable[[Folder], Pipeline],
+           budget: Budget | None, started: float) -> int:
+    """Writes the manifests of --out and counts.json; returns the exit status."""
+    with work.whole() as folder:
+        found = work.elsewhere(folder, range(len(work)))
+        _spend(budget, folder, found)
+        problem = _until(flags, lambda told: run_whole(
+            work, folder, found, make(folder), flags.pairs, told))
         result = report(folder, flags.pairs) | {"seconds": round(time.monotonic() - started, 1)}
-    if endpoint:
-        spent = endpoint.budget
-        result["endpoint"] = {"prompt_tokens": spent.prompt, "completion_tokens": spent.completion,
-                              "cost": round(spent.cost, 6)}
+    if budget:
+        result["endpoint"] = {"prompt_tokens": budget.prompt,
+                              "completion_tokens": budget.completion,
+                              "cost": round(budget.cost, 6)}
     text = json.dumps(result, indent=2)
-    files.write(epath.Path(flags.out) / "counts.json", text + "\n")
-    print(text)
-    if isinstance(problem, EndpointError):
-        raise problem
+    if jax.process_index() == 0:
+        files.write(work.path / "counts.json", text + "\n")
+    say(text)
     if problem:
-        print(f"{flags.out}: stopped. {problem}", file=sys.stderr)
-        return BUDGET_STATUS
-    if result["written"] < flags.pairs:
+        return _stopped(flags, problem)
+    if result["written"] < flags.pairs and jax.process_index() == 0:
         print(f"{flags.out}: {result['written']} of {flags.pairs} pairs: all videos are used. See "
-              "'failed' and 'dropped' above; raise --questions or --samples, or prepare more "
-              "videos.", file=sys.stderr)
+              "'failed' and 'dropped' above; raise --questions, --samples or --temperature, or "
+              "prepare more videos.", file=sys.stderr)
     return 0
 
 
-def make_pipeline(flags: argparse.Namespace, folder: Folder, own: OwnModel, settings: Settings,
-                  endpoint: Endpoint | None) -> Pipeline:
-    """The stages with the plug-ins that the flags name."""
+def _spend(budget: Budget | None, folder: Folder, found: Found) -> None:
+    """Counts what the records of earlier starts took."""
+    for record in (*folder.records(), *itertools.chain.from_iterable(found.values())):
+        if budget and record.get("usage"):
+            budget.spend(record["usage"])
+
+
+def _until(flags: argparse.Namespace, work: Callable[[Callable[[int], None]], None]
+           ) -> Exception | None:
+    """Does the work under a bar; what ends it early at an endpoint, or None."""
+    with tqdm.tqdm(total=flags.pairs, desc="pairs", unit="pair") as bar:
+        try:
+            work(lambda pairs: bar.update(pairs - bar.n))
+        except (BudgetSpent, EndpointError) as error:
+            return error
+    return None
+
+
+def _stopped(flags: argparse.Namespace, problem: Exception) -> int:
+    if isinstance(problem, EndpointError):
+        raise problem
+    print(f"{flags.out}: stopped. {problem}", file=sys.stderr)
+    return BUDGET_STATUS
+
+
+def settings_of(flags: argparse.Namespace, config: ModelConfig,
+                asked: tuple[int, int] | None) -> Settings:
+    """The settings of answers that the flags ask for.
+
+    Args:
+      asked: `longest_texts` of the split, where its questions are asked.
+    """
+    *fewer, frames = sorted(set(flags.frames)) or [config.vision.max_frames]
+    return Settings(
+        evidence=pairs.EvidenceSettings(
+            frames, flags.mix, flags.subset, flags.right, flags.seed, tuple(fewer)),
+        filters=pairs.FilterSettings(flags.near_equal, flags.length_ratio, flags.gap),
+        max_new=flags.max_new or (asked[1] + SPARE_TOKENS if asked else flags.reply_tokens),
+        temperature=flags.temperature, top_p=flags.top_p, questions=flags.questions,
+        samples=flags.samples, batch_size=flags.batch_size, branches=flags.branches)
+
+
+def make_pipeline(flags: argparse.Namespace, own: OwnModel, settings: Settings,
+                  endpoint: Endpoint | None, prompt: int, folder: Folder) -> Pipeline:
+    """The stages with the plug-ins that the flags name, into `folder`.
+
+    Args:
+      prompt: tokens of the longest question, 0 where that is not known.
+    """
     seed = settings.evidence.seed
 
     def speaker(role: str, frames: int) -> plugins.Speaker:
@@ -180,7 +247,7 @@ def make_pipeline(flags: argparse.Namespace, folder: Folder, own: OwnModel, sett
         most = own.model.config.vision.max_frames
         if frames > most:
             raise UserError(f"--caption_frames={frames}: the model takes at most {most} frames")
-        evidence = dataclasses.replace(settings.evidence, frames=frames)
+        evidence = dataclasses.replace(settings.evidence, frames=frames, fewer=())
         return ModelSpeaker(own, dataclasses.replace(
             settings, evidence=evidence, temperature=flags.plugin_temperature, samples=1,
             max_new=flags.reply_tokens), flags.prompt_tokens)
@@ -193,8 +260,9 @@ def make_pipeline(flags: argparse.Namespace, folder: Folder, own: OwnModel, sett
                   speaker("writer", frames), settings.questions, settings.evidence.mix, seed))
     judge = (plugins.RuleJudge(flags.judge) if flags.judge in pairs.JUDGES
              else plugins.SpokenJudge(speaker("judge", frames), seed))
-    return Pipeline(folder, own.dataset, captioner, writer, judge, ModelAnswerer(own, settings),
-                    flags.parts, flags.caption_frames, own.poll)
+    answerer = ModelAnswerer(own, settings, prompt)
+    return Pipeline(folder, own.dataset, captioner, writer, judge, answerer, flags.parts,
+                    flags.caption_frames, own.poll)
 
 
 def stage_options(flags: argparse.Namespace, settings: Settings,
@@ -205,7 +273,7 @@ def stage_options(flags: argparse.Namespace, settings: Settings,
     def plugin(role: str) -> dict[str, Any]:
         name = getattr(flags, role)
         options: dict[str, Any] = {role: name}
-        if name in JUDGES:  # a speaker
+        if name in SPEAKERS:
             options |= {"plugin_temperature": flags.plugin_temperature,
                         "reply_tokens": flags.reply_tokens, "prompts": digest(prompts.texts())}
         if name == "model":
@@ -217,8 +285,8 @@ def stage_options(flags: argparse.Namespace, settings: Settings,
         return options
 
     return {
-        "videos": {"data": str(flags.data), "seed": evidence.seed, "frames": evidence.frames,
-                   "parts": flags.parts},
+        "videos": {"data": str(flags.data), "seed": evidence.seed, "parts": flags.parts,
+                   "frames": [*evidence.fewer, evidence.frames]},
         "captions": plugin("captioner") | {"caption_frames": flags.caption_frames},
         "questions": plugin("writer") | {
             "questions": settings.questions, "mix": evidence.mix, "subset": evidence.subset,

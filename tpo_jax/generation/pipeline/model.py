@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
 
 from tpo_jax.data.records import Example, PreparedDataset, Turn
 from tpo_jax.data.text import TextCodec
-from tpo_jax.generation.pair_generator import Drawn, PairGenerator, Settings
+from tpo_jax.generation.answers import AnswerGenerator, Drawn, Settings
 from tpo_jax.generation.pairs import Answer, Evidence, Question
 from tpo_jax.generation.pipeline.manifest import Record
 from tpo_jax.generation.pipeline.plugins import Done, Fields, Outputs, Reply, Request
 from tpo_jax.models.video_language import FunctionalModel
 
+Job = TypeVar("Job")
 PROMPT_STEP = 32  # prompts are padded to a multiple of this, because each length compiles once
 
 
@@ -40,64 +41,73 @@ class OwnModel:
 
 
 class _Generators:
-    """A PairGenerator per padded length of prompts, so that a length compiles once."""
+    """An AnswerGenerator for each number of frames and padded length of prompts: each is a program.
 
-    def __init__(self, own: OwnModel, settings: Settings):
-        self._own, self._settings = own, settings
-        self._made: dict[int, PairGenerator] = {}
+    Args:
+      prompt: tokens of the longest prompt that there will be; 0 where that is not known.
+    """
 
-    def of(self, texts: Sequence[str]) -> PairGenerator:
-        longest = max(self._own.prompt_tokens(text) for text in texts)
-        padded = -(-longest // PROMPT_STEP) * PROMPT_STEP
-        if padded not in self._made:
+    def __init__(self, own: OwnModel, settings: Settings, prompt: int = 0):
+        self._own, self._settings, self._prompt = own, settings, prompt
+        self._made: dict[tuple[int, int], AnswerGenerator] = {}
+
+    def answers(self, questions: Sequence[Question], indices: Sequence[Sequence[int]], side: str,
+                skip: Callable[[list[int]], bool]):
+        """As `AnswerGenerator.answers`. All questions have the same number of frames."""
+        generator = self._of([q.asked for q in questions], len(indices[0]))
+        evidence = [Evidence("", *[tuple(i)] * 3, None) for i in indices]
+        return generator.answers(questions, evidence, side, skip)
+
+    def _of(self, texts: Sequence[str], frames: int) -> AnswerGenerator:
+        longest = self._prompt or max(self._own.prompt_tokens(text) for text in texts)
+        step = 1 if self._prompt else PROMPT_STEP
+        key = frames, -(-longest // step) * step
+        if key not in self._made:
             own = self._own
-            self._made[padded] = PairGenerator(
-                own.model, own.params, own.codec, own.dataset, self._settings, own.poll,
-                lengths=(padded, self._settings.max_new), mesh=own.mesh)
-        return self._made[padded]
+            evidence = dataclasses.replace(self._settings.evidence, frames=frames, fewer=())
+            self._made[key] = AnswerGenerator(
+                own.model, own.params, own.codec, own.dataset,
+                dataclasses.replace(self._settings, evidence=evidence), key[1], own.poll, own.mesh)
+        return self._made[key]
 
 
 class ModelAnswerer:
     """Answers with right frames, then with manipulated ones, `settings.samples` times each.
 
-    `settings.max_new` must be given: answers to written questions are not known.
+    Args:
+      prompt: tokens of the longest question that there will be; 0 where that is not known.
     """
 
-    def __init__(self, own: OwnModel, settings: Settings):
+    def __init__(self, own: OwnModel, settings: Settings, prompt: int = 0):
         self.settings, self.weights = settings, own.weights
-        self._generators = _Generators(own, settings)
+        self._generators = _Generators(own, settings, prompt)
 
     def preferred(self, jobs: Sequence[Record], done: Done) -> Outputs:
         """Fields are answers, one per sample."""
-        for rows, drawn, _ in self._batches(jobs, done, "chosen"):
-            for number in _numbers(rows):
-                yield jobs[number]["id"], {"answers": self._answers(drawn, number)}
+        for group in _by_frames(jobs, lambda job: job["frame_indices"]):
+            for rows, drawn, _ in self._batches(group, done, "chosen"):
+                for number in _numbers(rows):
+                    yield group[number]["id"], {"answers": self._answers(drawn, number)}
 
     def dispreferred(self, jobs: Sequence[Record], done: Done) -> Outputs:
         """Fields are answers and, per sample, chosen_logp: of the job's chosen answer under the
         manipulated frames."""
-        chosen: Drawn = {}
-        for number, job in enumerate(jobs):
-            for sample, answer in enumerate(job["chosen"]):
-                tokens = np.asarray(answer["tokens"], np.int32)
-                chosen[number, sample] = (read_answer(answer), tokens)
-        for rows, drawn, score in self._batches(jobs, done, "manipulated"):
-            scores = {}
-            for sample in range(self.settings.samples):
-                scores |= score(sample, chosen, rows)
-            for number in _numbers(rows):
-                yield jobs[number]["id"], {
-                    "answers": self._answers(drawn, number),
-                    "chosen_logp": [scores[number, s] for s in range(self.settings.samples)]}
+        samples = range(self.settings.samples)
+        for group in _by_frames(jobs, lambda job: job["frame_indices"]):
+            chosen = _chosen_of(group)
+            for rows, drawn, score in self._batches(group, done, "manipulated"):
+                scores = {}
+                for sample in samples:
+                    scores |= score(sample, chosen, rows)
+                for number in _numbers(rows):
+                    yield group[number]["id"], {
+                        "answers": self._answers(drawn, number),
+                        "chosen_logp": [scores[number, sample] for sample in samples]}
 
     def _batches(self, jobs: Sequence[Record], done: Done, side: str):
-        if not jobs:
-            return iter(())
-        generator = self._generators.of([job["asked"] for job in jobs])
-        questions = [question_of(job) for job in jobs]
-        indices = [tuple(job["frame_indices"]) for job in jobs]
-        evidence = [Evidence("", i, i, i, None) for i in indices]
-        return generator.answers(questions, evidence, side, _are_done(jobs, done))
+        return self._generators.answers(
+            [question_of(job) for job in jobs], [job["frame_indices"] for job in jobs], side,
+            _are_done(jobs, done))
 
     def _answers(self, drawn: Drawn, number: int) -> list[Fields]:
         answers = []
@@ -108,11 +118,17 @@ class ModelAnswerer:
         return answers
 
 
+def _chosen_of(jobs: Sequence[Record]) -> Drawn:
+    """The answers that the preferred side gave."""
+    return {(number, sample): (read_answer(answer), np.asarray(answer["tokens"], np.int32))
+            for number, job in enumerate(jobs) for sample, answer in enumerate(job["chosen"])}
+
+
 class ModelSpeaker:
     """Our own model as captioner, question writer or judge.
 
     Args:
-      settings: one sample, with `max_new`, and as many frames as the requests bring.
+      settings: one sample.
       longest: tokens of a prompt from which on a request fails.
     """
 
@@ -131,18 +147,18 @@ class ModelSpeaker:
                 yield request.id, Reply(failed=f"prompt is longer than {self._longest} tokens")
             else:
                 fitting.append(request)
-        if not fitting:
-            return
-        generator = self._generators.of([request.text for request in fitting])
-        questions = [_asked(request) for request in fitting]
-        evidence = [Evidence("", r.frame_indices, r.frame_indices, r.frame_indices, None)
-                    for r in fitting]
-        skip = _are_done([{"id": request.id} for request in fitting], done)
-        for rows, drawn, _ in generator.answers(questions, evidence, "chosen", skip):
+        for group in _by_frames(fitting, lambda request: request.frame_indices):
+            yield from self._say(group, done)
+
+    def _say(self, group: Sequence[Request], done: Done) -> Iterator[tuple[str, Reply]]:
+        skip = _are_done([{"id": request.id} for request in group], done)
+        for rows, drawn, _ in self._generators.answers(
+                [_asked(request) for request in group],
+                [request.frame_indices for request in group], "chosen", skip):
             for number in _numbers(rows):
                 answer = drawn[number, 0][0]
                 failed = None if answer.finished else "reply was cut off"
-                yield fitting[number].id, Reply(answer.text, failed)
+                yield group[number].id, Reply(answer.text, failed)
 
 
 def question_of(record: Record) -> Question:
@@ -150,8 +166,8 @@ def question_of(record: Record) -> Question:
     name, _, index = record.get("question_id", record["id"]).rpartition("/")
     turn = Turn(record["question"], record["answer"], tuple(record["options"]), record["kind"])
     # A question is named by its example and turn: turns before it are not needed, their number is.
-    example = Example(name, record["video_id"], "video", "conversation", "generated", 0.0,
-                      float("inf"), (turn,) * (int(index) + 1), {})
+    example = Example(name, record["video_id"], "video", "conversation", record["source"],
+                      0.0, float("inf"), (turn,) * (int(index) + 1), {})
     segment = tuple(record["segment"]) if record.get("segment") else None
     return Question(example, int(index), record["asked"], segment)
 
@@ -164,6 +180,14 @@ def _asked(request: Request) -> Question:
     example = Example(request.id, request.video_id, "video", "conversation", "generated", 0.0,
                       float("inf"), (Turn(request.text, ""),), {})
     return Question(example, 0, request.text, None)
+
+
+def _by_frames(jobs: Sequence[Job], indices: Callable[[Job], Sequence[int]]) -> list[list[Job]]:
+    """The jobs of each number of frames, fewest first."""
+    groups: dict[int, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(len(indices(job)), []).append(job)
+    return [groups[count] for count in sorted(groups)]
 
 
 def _numbers(rows: Sequence[Any]) -> Iterator[int]:

@@ -205,7 +205,7 @@ class SpokenWriter:
             part = told[draw.integers(len(told))]
             slots.append({
                 "id": f"{video['video_id']}/written{number}/0", "video_id": video["video_id"],
-                "frame_indices": video["frame_indices"], "kind": kind,
+                "frame_indices": video["frame_indices"], "source": "generated", "kind": kind,
                 "segment": part["segment"] if is_part else None,
                 "manipulation": "localized" if is_part else "comprehensive",
                 "captions": [part] if is_part else told})
@@ -285,7 +285,7 @@ class RuleCaptioner:
 
 
 class RuleWriter:
-    """The questions of the split, as `generate` asks them without stages."""
+    """The questions of the split."""
 
     temperature = None
 
@@ -298,7 +298,8 @@ class RuleWriter:
                 for c in captions if "caption" in c]
         return [{
             "id": question.question_id, "video_id": video["video_id"],
-            "frame_indices": video["frame_indices"], "kind": question.turn.kind,
+            "frame_indices": video["frame_indices"], "source": question.example.source,
+            "kind": question.turn.kind,
             "segment": list(question.segment) if question.segment else None,
             "manipulation": None, "captions": told, "question": question.turn.question,
             "asked": question.asked, "answer": question.turn.answer,

@@ -1,8 +1,8 @@
 """The stages of a pair: videos, captions, questions, preferred, dispreferred, filter, pairs.
 
-Videos pass through all stages in chunks, so that the work ends as soon as there are enough pairs.
-Every stage turns jobs, which follow from the records before, into one record each. What has a
-record is not done again.
+Videos pass through all stages in chunks (`shards`), so that the work ends as soon as there are
+enough pairs. Every stage turns jobs, which follow from the records before, into one record each.
+What has a record is not done again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tpo_jax.data import sampling
 from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.errors import UserError
 from tpo_jax.generation import pairs
-from tpo_jax.generation.pair_generator import Settings
+from tpo_jax.generation.answers import Settings
 from tpo_jax.generation.pairs import Candidate, Evidence
 from tpo_jax.generation.pipeline.manifest import Folder, Manifest, ManifestError, Record, digest
 from tpo_jax.generation.pipeline.model import question_of, read_answer
@@ -54,7 +54,7 @@ class Pipeline:
       answerer: both sides' answers; its settings hold frames, mix and seed as well.
       parts: of a video that are captioned apart.
       caption_frames: of a part.
-      poll: called before every stage of a chunk; what it raises ends the work.
+      poll: called before every stage; what it raises ends the work.
     """
 
     folder: Folder
@@ -80,17 +80,12 @@ class Pipeline:
     def seed(self) -> int:
         return self.settings.evidence.seed
 
-    def run(self, videos: Sequence[str], wanted: int, chunk: int,
-            progress: Callable[[int], None] = lambda written: None) -> None:
-        """Works through videos until `wanted` pairs are written; `progress` is told how many."""
-        written = self.folder["pairs"].records
-        for first in range(0, len(videos), chunk):
-            if len(written) >= wanted:
-                return
-            self._run_chunk(videos[first : first + chunk], wanted)
-            progress(len(written))
+    def run(self, video_ids: Sequence[str], wanted: int) -> int:
+        """Takes videos through all stages; no pair more is written once there are `wanted`.
 
-    def _run_chunk(self, video_ids: Sequence[str], wanted: int) -> None:
+        Returns:
+          How many pairs these videos give, written or not.
+        """
         videos = self._videos(video_ids)
         captions = self._captions(videos)
         questions = self._questions(videos, captions)
@@ -98,6 +93,7 @@ class Pipeline:
         dispreferred = self._dispreferred(questions, preferred)
         kept = self._filter(questions, preferred, dispreferred)
         self._pairs(kept, wanted)
+        return len(kept)
 
     def _stage(self, name: str, jobs: Sequence[Record],
                work: Callable[[Sequence[Record], Done], Outputs], shared: Record) -> list[Record]:
@@ -129,7 +125,8 @@ class Pipeline:
         for video_id in video_ids:
             info = self.dataset.video_info(video_id)
             edges = np.linspace(0.0, float(info.duration), self.parts + 1)
-            indices = sampling.uniform(info.timestamps, self.settings.evidence.frames)
+            frames = self.settings.evidence.frames_of(len(info.timestamps))
+            indices = sampling.uniform(info.timestamps, frames)
             jobs.append({"id": video_id, "video_id": video_id, "frame_indices": _ints(indices),
                          "timestamps": digest([float(t) for t in info.timestamps])})
             fields[video_id] = {
@@ -159,7 +156,7 @@ class Pipeline:
         by_id = {job["id"]: job for job in jobs}
 
         def work(jobs: Sequence[Record], done: Done) -> Outputs:
-            for key, fields in _keeping(self.writer.write, "kind")(jobs, done):
+            for key, fields in _keeping(self.writer.write, "source", "kind")(jobs, done):
                 if "failed" not in fields:
                     fields = fields | self._evidence(by_id[key] | fields)
                 yield key, fields
@@ -259,7 +256,7 @@ def _candidate(question: Record, right: Record, wrong: Record, sample: int) -> C
 
 def _answered(question: Record, frames: str) -> Record:
     """The job of answering a question with some of its frames."""
-    names = ("id", "video_id", "question", "asked", "answer", "options", "kind")
+    names = ("id", "video_id", "source", "question", "asked", "answer", "options", "kind")
     return {name: question[name] for name in names} | {"frame_indices": question[frames]}
 
 

@@ -1,4 +1,4 @@
-"""Runs the model on both sides of its questions: right frames first, then manipulated ones.
+"""Runs the model on one side of its questions: with the right frames, or with manipulated ones.
 
 Questions that share a video and a set of frames share one prefill, however many they are; all
 samples reuse it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,12 +18,12 @@ from jax.sharding import Mesh
 
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pipeline import row_builder
-from tpo_jax.data.records import Example, PreparedDataset
+from tpo_jax.data.records import PreparedDataset
 from tpo_jax.data.rows import BranchPlan, RowBuilder, RowPlan, row_id, stack_rows
 from tpo_jax.data.text import TextCodec, render_options
 from tpo_jax.errors import UserError
 from tpo_jax.generation import pairs
-from tpo_jax.generation.pairs import Answer, Candidate, Evidence, Question
+from tpo_jax.generation.pairs import Answer, Evidence, Question
 from tpo_jax.generation.sampler import (
     Arrays,
     Context,
@@ -38,7 +38,6 @@ from tpo_jax.parallel.mesh import reader_shard
 
 LONG_ANSWER = 10  # tokens of a known answer from which a question goes to rows of long answers
 SCORED_TOKENS = 16  # scored answers are padded to a multiple of this
-SPARE_TOKENS = 8  # that a sampled answer may be longer than the longest known one
 
 # question number, sample number -> answer and the tokens of it
 Drawn = dict[tuple[int, int], tuple[Answer, np.ndarray]]
@@ -51,8 +50,8 @@ class Settings:
     Attributes:
       evidence: how frames are drawn.
       filters: which pairs are kept.
+      max_new: answer tokens at most, <eos> included.
       temperature, top_p: of sampling; temperature 0 is greedy.
-      max_new: answer tokens at most; 0: a little more than the longest known answer.
       questions: most questions of a video.
       samples: pairs drawn for a question; the first that passes the filters is kept.
       batch_size: B, rows at a time.
@@ -61,16 +60,16 @@ class Settings:
 
     evidence: pairs.EvidenceSettings
     filters: pairs.FilterSettings
+    max_new: int
     temperature: float = 0.7
     top_p: float = 0.95
-    max_new: int = 0
     questions: int = 16
     samples: int = 2
     batch_size: int = 16
     branches: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("questions", "samples", "batch_size", "branches"):
+        for name in ("max_new", "questions", "samples", "batch_size", "branches"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)}, expected at least 1.")
 
@@ -95,28 +94,26 @@ class _Clip:
     long: list[list[int]]
 
 
-class PairGenerator:
-    """Generates and filters the pairs of some videos of one prepared split.
+class AnswerGenerator:
+    """Answers questions about videos of one prepared split.
 
-    `poll` is called before every batch; what it raises ends the work. `lengths` are the most tokens
-    of a question and of an answer; None takes those of the split. With a `mesh` the rows of a batch
-    are split over it, and each process reads the videos of its own; every one gets all answers.
+    All questions are padded to `prompt` tokens and all videos to `settings.evidence.frames` frames:
+    one program. `poll` is called before every batch; what it raises ends the work. With a `mesh`
+    the rows of a batch are split over it, and each process reads the videos of its own; every one
+    gets all answers.
     """
 
     def __init__(self, model: FunctionalModel, params: Any, codec: TextCodec,
-                 dataset: PreparedDataset, settings: Settings,
-                 poll: Callable[[], None] = lambda: None,
-                 lengths: tuple[int, int] | None = None, mesh: Mesh | None = None):
+                 dataset: PreparedDataset, settings: Settings, prompt: int,
+                 poll: Callable[[], None] = lambda: None, mesh: Mesh | None = None):
         self._poll = poll
         index, count = (0, 1) if mesh is None else reader_shard(mesh)
         own = settings.batch_size // count
         self._own = slice(index * own, (index + 1) * own)  # rows of a batch that are read here
         self.params, self.codec, self.dataset = params, codec, dataset
         self.settings = settings
-        prompt, answer = lengths or longest_texts(dataset, codec)
-        max_new = settings.max_new or answer + SPARE_TOKENS
         self.sampler = Sampler(model, codec, Sampling(
-            max_new, 1, settings.temperature, settings.top_p), mesh)
+            settings.max_new, 1, settings.temperature, settings.top_p), mesh)
         config = dataclasses.replace(  # no head is called
             model.config, clip_features=None, text_features=None)
         self._builder: RowBuilder = row_builder(codec, config, Bucket(
@@ -124,47 +121,6 @@ class PairGenerator:
             frames=settings.evidence.frames, branches=settings.branches,
             branch_tokens=-(-prompt // 8) * 8, answers=1, windows=1,
             mask_size=model.config.mask_size))
-
-    def videos(self) -> list[str]:
-        """All videos in the order in which they are worked through; images have no evidence."""
-        return shuffled_videos(self.dataset, self.settings.evidence.seed)
-
-    def run(self, videos: Sequence[str], drawn: dict[str, Any]) -> tuple[list[Example], Counter]:
-        """Kept pairs of these videos, and how many were generated, dropped (by reason) and kept."""
-        kept: dict[str, Candidate] = {}
-        counts: Counter = Counter()
-        for candidate in self.candidates(videos):
-            counts["generated"] += 1
-            key = candidate.question.question_id
-            reason = (pairs.reject_reason(candidate, self.settings.filters) if key not in kept
-                      else "question has a pair already")
-            counts[f"dropped: {reason}" if reason else "kept"] += 1
-            if reason is None:
-                kept[key] = candidate
-        durations = {v: float(self.dataset.video_info(v).duration) for v in videos}
-        return [pairs.to_example(c, durations[c.question.example.video_id], drawn)
-                for c in kept.values()], counts
-
-    def candidates(self, videos: Sequence[str]) -> Iterator[Candidate]:
-        """Every generated pair, question by question."""
-        settings = self.settings
-        questions = [q for video_id in videos for q in pairs.questions_of(
-            self.dataset, video_id, settings.questions, settings.evidence.seed)]
-        evidence = [pairs.plan_evidence(
-            q, self.dataset.video_info(q.example.video_id).timestamps, settings.evidence)
-            for q in questions]
-        chosen, rejected, manipulated = {}, {}, {}
-        for _, drawn, _ in self.answers(questions, evidence, "chosen"):
-            chosen |= drawn
-        for row_questions, drawn, score in self.answers(questions, evidence, "manipulated"):
-            rejected |= drawn
-            for sample in range(settings.samples):
-                manipulated |= score(sample, chosen, row_questions)
-        for number, question in enumerate(questions):
-            for sample in range(settings.samples):
-                key = (number, sample)
-                yield Candidate(question, evidence[number], sample, chosen[key][0],
-                                rejected[key][0], manipulated[key])
 
     def answers(self, questions: Sequence[Question], evidence: Sequence[Evidence], side: str,
                 skip: Callable[[list[int]], bool] = lambda numbers: False):

@@ -5,7 +5,7 @@ from micro_model import COLOURS, MemoryDataset, conversation
 
 from tpo_jax.data.records import Turn
 from tpo_jax.generation import pairs
-from tpo_jax.generation.pair_generator import PairGenerator, Settings
+from tpo_jax.generation.answers import AnswerGenerator, Settings, longest_texts, shuffled_videos
 
 LONG = "it moves left then right and it blinks and grows and it moves left"
 
@@ -19,11 +19,12 @@ def generator(model, params, codec):
     dataset._examples = {v: [conversation(v, turns)] for v in dataset.videos}
     settings = Settings(pairs.EvidenceSettings(8, mix=0.0), pairs.FilterSettings(), temperature=1.0,
                         top_p=1.0, max_new=6, samples=1, batch_size=2, branches=2)
-    return PairGenerator(model, params, codec, dataset, settings)
+    prompt, _ = longest_texts(dataset, codec)
+    return AnswerGenerator(model, params, codec, dataset, settings, prompt)
 
 
 def test_a_clip_is_prefilled_once_for_all_of_its_questions(generator, monkeypatch):
-    questions = [q for video in generator.videos()
+    questions = [q for video in shuffled_videos(generator.dataset, 0)
                  for q in pairs.questions_of(generator.dataset, video, 16, 0)]
     evidence = [pairs.plan_evidence(q, generator.dataset.video_info("video0").timestamps,
                                     generator.settings.evidence) for q in questions]
