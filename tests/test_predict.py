@@ -66,6 +66,36 @@ def test_video_gives_json_and_annotated_mp4_with_several_head_calls(folder, medi
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.json", "clip.mp4"]
 
 
+def test_masks_are_made_of_every_frame_of_the_file(media, tmp_path):
+    """A model that answers "it <mask>" and is shown 8 of the 16 frames."""
+    codec = micro_model.make_codec()
+    model = micro_model.make_model(codec)
+    ids = codec.special_ids
+    said = [codec.encode("it")[0], ids["<track_begin>"], ids["<tracking>"], codec.eos_id]
+    params = micro_model.that_says(micro_model.make_params(model), codec, *said)
+    predictor = predict.Predictor(model.config, params, codec, prompt_tokens=48, batch_size=1,
+                                  max_new=8)
+    request = make_request("line", {"id": "x", "video": "clip.mp4", "box": [0.1, 0.1, 0.5, 0.5],
+                                    "prompt": "Where does <box> go?"}, media)
+    clip, results = Clip.read(request, 8), {}
+    for predictor.mask_fps, times in (
+            (None, np.arange(16) / 4), (1.0, np.arange(4.0)), (0.0, np.arange(8) / 2)):
+        ((answer, frames, drawn_at),) = predictor.answer([request], [clip])
+        (event,) = answer.events
+        assert event.task == "mask" and len(event.result["masks"]) == len(times)
+        np.testing.assert_allclose(event.result["times"], times, atol=0.26)
+        np.testing.assert_allclose(drawn_at, event.result["times"], atol=1e-6)
+        assert len(list(frames)) == len(times)
+        record = predict.write_prediction(epath.Path(tmp_path), request, answer,
+                                          clip.frames_read.frames[: len(times)], times, "video")
+        assert len(record["events"][0]["result"]["masks"]) == len(times)
+        with av.open(str(tmp_path / "x.mp4")) as container:
+            assert len(list(container.decode(video=0))) == len(times)
+        results[predictor.mask_fps] = event.result
+    # The frame of the box stands where the language model is shown it, whatever stands beside it.
+    assert {len(result["presence"]) for result in results.values()} == {16, 4, 8}
+
+
 def write_list(path, *entries):
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return path

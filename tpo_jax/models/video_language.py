@@ -284,7 +284,11 @@ class VideoLanguageModel(nnx.Module):
         """Tokens float32[B, F, h1 * w1, C] for all heads with `reads_tokens`."""
         return self.heads[FRAME_TOKENS](as_float32(features))
 
-    def run_head(
+    def run_head(self, name: str, *args: Any, **more: Any) -> dict[str, jax.Array]:
+        """One head on slots; arguments of `head_inputs`."""
+        return self.heads[name](self.head_inputs(name, *args, **more))
+
+    def head_inputs(
         self,
         name: str,
         slot_states: jax.Array,
@@ -303,8 +307,8 @@ class VideoLanguageModel(nnx.Module):
         clip_features: jax.Array | None = None,
         targets: Mapping[str, jax.Array] | None = None,
         video_ids: jax.Array | None = None,
-    ) -> dict[str, jax.Array]:
-        """One head on slots.
+    ) -> HeadInputs:
+        """What a head reads of slots.
 
         Args:
           slot_states: float32[B, S, D].
@@ -323,12 +327,11 @@ class VideoLanguageModel(nnx.Module):
             prompt = prompt.astype(jnp.float32)
         if prompt_embeds is not None:
             prompt_embeds = prompt_embeds.astype(jnp.float32)
-        inputs = HeadInputs(
+        return HeadInputs(
             slot_states.astype(jnp.float32), as_float32(features), normalise(frames), frame_valid,
             frame, tokens, prompt, prompt_embeds, prompt_valid, boxes, box_valid,
             box_frame, clip_features, targets, video_ids,
         )  # fmt: skip
-        return self.heads[name](inputs)
 
 
 def as_float32(features: VisionFeatures) -> VisionFeatures:

@@ -120,6 +120,10 @@ class Head:
       config of the model has them.
     reads_text_features: whether its `HeadInputs.prompt` are text features where the config of the
       model has them.
+    whole_video: how `predict` takes a head that says something of every frame beyond the frames
+      that the language model is shown ("": not at all). "spread": `module` runs again, with other
+      frames of the file in the places of the shown ones; "follow": `module` has `begin` and
+      `go_on`, which `generation.whole_video` describes.
 
     A head with a task of its own says what the built-in tasks have in their rooms:
     target: data.targets.SlotTarget, from the targets of an example to arrays.
@@ -141,6 +145,7 @@ class Head:
     reads_prompt: bool = False
     reads_clip_features: bool = False
     reads_text_features: bool = False
+    whole_video: str = ""
     target: Any = None
     words: Callable[[Mapping[str, Any]], str] | None = None
     score: Callable[[Mapping[str, Any], int, Mapping | None], dict[str, float]] | None = None
@@ -151,6 +156,11 @@ class Head:
         if self.marker != f"<{self.task}>":
             raise ValueError(
                 f"head {self.name!r}: marker={self.marker!r}: must be '<{self.task}>', its task"
+            )
+        if self.whole_video not in ("", "spread", "follow"):
+            raise ValueError(
+                f"head {self.name!r}: whole_video={self.whole_video!r}: must be '', 'spread' or "
+                "'follow'"
             )
 
 

@@ -16,6 +16,7 @@ HEAD = Head(
     module=Sam2Head,
     loss=loss,
     decode=decode,
+    whole_video="follow",
 )
 
 __all__ = ["HEAD", "Sam2Head", "decode", "loss", "published_weights"]

@@ -21,7 +21,16 @@ from tpo_jax.models.heads.sam2.image_encoder import ImageFeatures
 from tpo_jax.models.heads.sam2.layers import resize_masks
 from tpo_jax.models.heads.sam2.mask_decoder import MASKS, Decoded, choose, pick
 from tpo_jax.models.heads.sam2.model import Sam2
-from tpo_jax.models.heads.sam2.tracking import Prompt, stills, track
+from tpo_jax.models.heads.sam2.tracking import (
+    Followed,
+    Prompt,
+    Tracked,
+    begin,
+    go_on,
+    stills,
+    track,
+    turned,
+)
 from tpo_jax.models.layers import Mlp, Rngs
 from tpo_jax.models.towers.interpolate import resize_grid
 
@@ -47,27 +56,14 @@ class Sam2Head(nnx.Module):
         [B, S, F, 4, m, m], their "iou" [B, S, F, 4] and which were "asked" for, bool; and
         "prompt_error" [B, S], what lies between the adapter's tokens and those of the labelled box.
         """
-        B, F = inputs.frame_valid.shape
+        F = inputs.frame_valid.shape[1]
         training = inputs.targets is not None
         read = self._reader(self._pixels(inputs.frames), keep=training)
-        tokens = self.adapter(inputs.slot_states)
-        tokens = tokens.reshape(*tokens.shape[:2], BOX_TOKENS, self.config.width)
-        prompted = tokens
-        if inputs.boxes is not None:
-            drawn = self.network.prompt_encoder.boxes(inputs.boxes * self.config.image_size)
-            prompted = jnp.where(inputs.box_valid[..., None, None], drawn, tokens)
-        alone = stills(self.network, read, prompted, F)
-        start = best_frame(alone, inputs.frame_valid)
-        if training:
-            start = best_labelled_frame(inputs.targets, inputs.frame_valid, start)
-        if inputs.boxes is not None:
-            start = jnp.where(inputs.box_valid, inputs.box_frame, start)
-        prompt = Prompt(prompted, start, jnp.ones(start.shape, bool))
+        prompt, tokens, alone = self._prompt(inputs, read)
+        start = prompt.frame
         count = jnp.sum(inputs.frame_valid, axis=-1)
         tracked = track(self.network, read, prompt, F, count, keep=training)
-        found = {
-            "masks": resize_masks(tracked.masks, self.mask_size), "presence": tracked.presence
-        }  # fmt: skip
+        found = self._said(tracked)
         if not training:
             return found
         single = jnp.arange(MASKS) == 0
@@ -76,6 +72,62 @@ class Sam2Head(nnx.Module):
         asked = jnp.broadcast_to(single, alone.iou.shape)
         found |= self._candidates(alone, "still_", asked)
         return found | {"prompt_error": self._prompt_error(tokens, inputs.targets, start)}
+
+    def begin(
+        self, inputs: HeadInputs
+    ) -> tuple[jax.Array, dict[str, jax.Array], Followed]:
+        """Which shown frame int32[B, S] each object is prompted on, "masks" [B, S, 1, m, m] and
+        "presence" [B, S, 1] there, logits, and what `go_on` carries."""
+        read = self._reader(self._pixels(inputs.frames), keep=False)
+        prompt, *_ = self._prompt(inputs, read)
+        found, followed = begin(self.network, read(prompt.frame), prompt)
+        return prompt.frame, self._said(found), followed
+
+    def turned(self, followed: Followed) -> Followed:
+        return turned(followed)
+
+    def go_on(
+        self,
+        followed: Followed,
+        pictures: jax.Array,
+        start: jax.Array,
+        frames: tuple[jax.Array, jax.Array],
+        count: jax.Array,
+        direction: jax.Array,
+    ) -> tuple[Followed, dict[str, jax.Array]]:
+        """The next W frames of a pass, "masks" [B, S, W, m, m] and "presence" [B, S, W].
+
+        Args:
+          pictures: float32[W, H, W', 3] in [-1, 1], of one video (B = 1).
+          start, frames, count, direction: as in `tracking.go_on`.
+        """
+
+        def read(place: jax.Array) -> ImageFeatures:
+            return self.network.features(self._pixels(pictures[place][None, None]))
+
+        followed, found = go_on(self.network, read, followed, start, frames, count, direction)
+        return followed, self._said(found)
+
+    def _said(self, found: Tracked) -> dict[str, jax.Array]:
+        return {"masks": resize_masks(found.masks, self.mask_size), "presence": found.presence}
+
+    def _prompt(
+        self, inputs: HeadInputs, read: Callable[[jax.Array], ImageFeatures]
+    ) -> tuple[Prompt, jax.Array, Decoded]:
+        """The prompt of every object, the adapter's tokens, and every shown frame by itself."""
+        tokens = self.adapter(inputs.slot_states)
+        tokens = tokens.reshape(*tokens.shape[:2], BOX_TOKENS, self.config.width)
+        prompted = tokens
+        if inputs.boxes is not None:
+            drawn = self.network.prompt_encoder.boxes(inputs.boxes * self.config.image_size)
+            prompted = jnp.where(inputs.box_valid[..., None, None], drawn, tokens)
+        alone = stills(self.network, read, prompted, inputs.frame_valid.shape[1])
+        start = best_frame(alone, inputs.frame_valid)
+        if inputs.targets is not None:
+            start = best_labelled_frame(inputs.targets, inputs.frame_valid, start)
+        if inputs.boxes is not None:
+            start = jnp.where(inputs.box_valid, inputs.box_frame, start)
+        return Prompt(prompted, start, jnp.ones(start.shape, bool)), tokens, alone
 
     def _pixels(self, frames: jax.Array) -> jax.Array:
         """float32[B, F, H, W, 3] in [-1, 1] -> [B, F, image_size, image_size, 3] as published."""
