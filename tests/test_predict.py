@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import av
@@ -13,6 +14,8 @@ from tpo_jax import predict
 from tpo_jax.data import files
 from tpo_jax.generation import draw
 from tpo_jax.generation.requests import Clip, Request, RequestError, make_request, read_list
+from tpo_jax.generation.rles import Rles
+from tpo_jax.generation.routing import Event, RoutedAnswer
 from tpo_jax.interop.folder import load_model, save_model
 
 
@@ -66,34 +69,37 @@ def test_video_gives_json_and_annotated_mp4_with_several_head_calls(folder, medi
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.json", "clip.mp4"]
 
 
-def test_masks_are_made_of_every_frame_of_the_file(media, tmp_path):
-    """A model that answers "it <mask>" and is shown 8 of the 16 frames."""
-    codec = micro_model.make_codec()
-    model = micro_model.make_model(codec)
-    ids = codec.special_ids
-    said = [codec.encode("it")[0], ids["<track_begin>"], ids["<tracking>"], codec.eos_id]
-    params = micro_model.that_says(micro_model.make_params(model), codec, *said)
-    predictor = predict.Predictor(model.config, params, codec, prompt_tokens=48, batch_size=1,
-                                  max_new=8)
-    request = make_request("line", {"id": "x", "video": "clip.mp4", "box": [0.1, 0.1, 0.5, 0.5],
-                                    "prompt": "Where does <box> go?"}, media)
-    clip, results = Clip.read(request, 8), {}
-    for predictor.mask_fps, times in (
-            (None, np.arange(16) / 4), (1.0, np.arange(4.0)), (0.0, np.arange(8) / 2)):
-        ((answer, frames, drawn_at),) = predictor.answer([request], [clip])
-        (event,) = answer.events
-        assert event.task == "mask" and len(event.result["masks"]) == len(times)
-        np.testing.assert_allclose(event.result["times"], times, atol=0.26)
-        np.testing.assert_allclose(drawn_at, event.result["times"], atol=1e-6)
-        assert len(list(frames)) == len(times)
-        record = predict.write_prediction(epath.Path(tmp_path), request, answer,
-                                          clip.frames_read.frames[: len(times)], times, "video")
-        assert len(record["events"][0]["result"]["masks"]) == len(times)
-        with av.open(str(tmp_path / "x.mp4")) as container:
-            assert len(list(container.decode(video=0))) == len(times)
-        results[predictor.mask_fps] = event.result
-    # The frame of the box stands where the language model is shown it, whatever stands beside it.
-    assert {len(result["presence"]) for result in results.values()} == {16, 4, 8}
+@pytest.mark.parametrize("fps, times", [
+    (None, np.arange(16) / 4), (1.0, np.arange(4.0)), (0.0, np.arange(8) / 2)])
+def test_masks_are_of_every_frame_of_the_file_and_drawn_on_them(folder, media, tmp_path, fps,
+                                                               times):
+    """The model is shown 8 of the 16 frames; what it says of their pixels is in test_routing.py."""
+    predictor = predict.Predictor(*load_model(folder), prompt_tokens=48, batch_size=1, max_new=8,
+                                  mask_fps=fps)
+    request = make_request("line", {"id": "x", "video": "clip.mp4", "prompt": "What?"}, media)
+    clip, builder = Clip.read(request, 8), predictor.builders["video"]
+    plan = predict._plan(request, clip)
+    film, shown = predictor._film(clip, plan, builder), builder.frame_indices(plan)
+    assert (film is None) == (fps == 0)
+    if film:
+        np.testing.assert_allclose(film.times(film.fps), times, atol=1e-6)
+        first = next(film.play(times))
+        np.testing.assert_array_equal(first, builder.build(plan, 0)["frames"][0])
+    masks = np.ones((len(times), 64, 96), bool)
+    result = {"masks": Rles.of(masks) if film else masks, "boxes": [[0, 0, 1, 1]] * len(times),
+              "presence": [1.0] * len(times), "times": times.tolist()}
+    answer = RoutedAnswer("", "<mask>", True, (Event("mask", 1, result),))
+    frames, drawn_at = predictor._to_draw(answer, film, clip, shown)
+    assert len(drawn_at) == len(times)
+    out = epath.Path(tmp_path)
+    record = predict.write_prediction(out, request, answer, frames, drawn_at, "video")
+    assert len(record["events"][0]["result"]["masks"]) == len(times)
+    with av.open(str(tmp_path / "x.mp4")) as container:
+        drawn = list(container.decode(video=0))
+    assert [frame.time for frame in drawn] == pytest.approx(times, abs=0.3)
+    # An answer without a mask is drawn on what the language model is shown.
+    plain = dataclasses.replace(answer, events=())
+    assert len(predictor._to_draw(plain, film, clip, shown)[1]) == 8
 
 
 def write_list(path, *entries):

@@ -22,7 +22,6 @@ videos are local files.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import re
@@ -151,7 +150,7 @@ def write_prediction(out: epath.Path, request: Request, answer: RoutedAnswer,
                      frames: Iterable[np.ndarray], times: np.ndarray, media: str
                      ) -> dict[str, Any]:
     """Draws the answer and returns its record."""
-    events = [dataclasses.asdict(event) for event in answer.events]
+    events = [vars(event) for event in answer.events]
     pages = draw.annotate(frames, times, request.prompt, answer.text, events)
     name = f"{request.id}.mp4" if media == "video" else f"{request.id}.png"
     if media == "video":

@@ -354,7 +354,7 @@ def test_ambiguous_name(tmp_path):
 
 
 def test_rle_pixels_agree_with_pycocotools():
-    from tpo_jax.data.validation import rle_pixels
+    from tpo_jax.data.rles import rle_pixels
 
     rng = np.random.default_rng(0)
     for _ in range(200):

@@ -158,12 +158,15 @@ class Router:
         if HEADS[name].reads_text_features and "text_features" in batch:
             texts = {key: batch[key] for key in ("text_features", "text_valid")}
         states = np.zeros((rows, slots, host.event_states.shape[-1]), np.float32)
-        frame, branches = np.zeros((2, rows, slots), np.int32)
+        frame, branches, order = np.zeros((3, rows, slots), np.int32)
         for slot, (row, branch, event) in now:
+            earlier = host.event_heads[row, branch, :event]
+            order[row, slot] = np.sum(earlier == host.event_heads[row, branch, event])
             states[row, slot] = host.event_states[row, branch, event]
             frame[row, slot], branches[row, slot] = frames_asked[row, branch], branch
         return {
-            "states": states, "frame": frame, "branch": branches, "texts": texts,
+            "states": states, "frame": frame, "branch": branches, "order": order,
+            "texts": texts,
             "prompts": {} if texts or not HEADS[name].reads_prompt else prompts,
             "box": batch["slots"].get("box"),
             "clip_features":

@@ -102,8 +102,9 @@ def slot_inputs(model: VideoLanguageModel, asked: Mapping[str, Any]) -> dict[str
     """What heads read of the questions of slots, as `head_inputs` takes it.
 
     Args:
-      asked: "branch" int32[B, S] of the slots; "prompts": {} or states, valid and tokens of the
-        branches; "texts": {} or text features; "box": the box slots of the batch or None.
+      asked: "branch" int32[B, S] of the slots, and "order", how many calls of this head come before
+        them there; "prompts": {} or states, valid and tokens of the branches; "texts": {} or text
+        features; "box": the box slots of the batch or None.
     """
     prompts, branch, box = asked["prompts"], asked["branch"], asked["box"]
     more: dict[str, Any] = {"clip_features": asked["clip_features"]}
@@ -117,7 +118,8 @@ def slot_inputs(model: VideoLanguageModel, asked: Mapping[str, Any]) -> dict[str
     if asked["texts"]:
         more |= model.texts(asked["texts"], {"branch": branch})
     if box is not None:
-        more |= model.drawn_boxes({"slots": {"box": box}}, {"branch": branch})
+        slots = {"branch": branch, "order": asked["order"]}
+        more |= model.drawn_boxes({"slots": {"box": box}}, slots)
     return more
 
 

@@ -230,18 +230,27 @@ class VideoLanguageModel(nnx.Module):
     def drawn_boxes(
         self, batch: Mapping[str, Any], slots: Mapping[str, jax.Array]
     ) -> dict[str, jax.Array]:
-        """Entries of `HeadInputs` about the user's box in the branch of each slot.
+        """Entries of `HeadInputs` about the user's box of each slot.
+
+        The slots of an answer take the boxes of their question in turn, and the last one when there
+        are no more: "<mask> and <mask>" to "Follow <box> and <box>.", all to a single box.
+
+        Args:
+          slots: "branch" and "order" int32[B, S], as of `order_in_branch`.
 
         Returns: "boxes" float[B, S, 4] normalised xyxy, "box_valid" bool[B, S], "box_frame"
           int32[B, S].
         """
         box = batch["slots"]["box"]
         same = box["valid"][:, None] & (box["branch"][:, None] == slots["branch"][..., None])
-        first = jnp.argmax(same, axis=-1)
+        last = jnp.sum(same, axis=-1) - 1
+        order = order_in_branch(box["branch"], box["valid"])
+        own = same & (order[:, None] == jnp.minimum(slots["order"], last)[..., None])
+        chosen = jnp.argmax(own, axis=-1)
         return {
-            "boxes": jnp.take_along_axis(box["boxes"], first[..., None], axis=1),
+            "boxes": jnp.take_along_axis(box["boxes"], chosen[..., None], axis=1),
             "box_valid": jnp.any(same, axis=-1),
-            "box_frame": jnp.take_along_axis(box["frame"], first, axis=1),
+            "box_frame": jnp.take_along_axis(box["frame"], chosen, axis=1),
         }
 
     def run_heads(
@@ -271,7 +280,8 @@ class VideoLanguageModel(nnx.Module):
             if head(name).reads_clip_features:
                 more["clip_features"] = batch.get("clip_features")
             if "box" in batch["slots"]:
-                more |= self.drawn_boxes(batch, slots)
+                order = order_in_branch(slots["branch"], slots["valid"])
+                more |= self.drawn_boxes(batch, {"branch": slots["branch"], "order": order})
             if for_losses:
                 more |= {"targets": slots, "video_ids": batch.get("video_ids")}
             predictions[name] = self.run_head(
@@ -332,6 +342,15 @@ class VideoLanguageModel(nnx.Module):
             frame, tokens, prompt, prompt_embeds, prompt_valid, boxes, box_valid,
             box_frame, clip_features, targets, video_ids,
         )  # fmt: skip
+
+
+def order_in_branch(branch: jax.Array, valid: jax.Array) -> jax.Array:
+    """int32[B, S]: how many valid slots before a slot are in its branch; of branch int32[B, S] and
+    valid bool[B, S]."""
+    S = branch.shape[1]
+    before = jnp.arange(S) < jnp.arange(S)[:, None]
+    same = (branch[:, None] == branch[..., None]) & valid[:, None]
+    return jnp.sum(same & before, axis=-1, dtype=jnp.int32)
 
 
 def as_float32(features: VisionFeatures) -> VisionFeatures:

@@ -165,8 +165,8 @@ def test_a_box_prompts_the_frame_that_it_is_drawn_on():
 
 @pytest.mark.long
 def test_a_video_in_windows_is_tracked_as_the_whole_clip_is():
-    """Two objects prompted on frames 2 and 0, three windows of two frames each way: all that `track`
-    says, frame by frame, from programs that never see more than two frames."""
+    """Two objects prompted on frames 2 and 0, followed two frames at a time: all that `track` says,
+    frame by frame."""
     frames, slots = np.array(_inputs().frames[:1]), np.array([[2, 0]], np.int32)
     whole = dataclasses.replace(
         _inputs(), targets=None, frames=frames, slot_states=_inputs().slot_states[:1],
