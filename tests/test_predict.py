@@ -219,6 +219,33 @@ def test_a_box_is_drawn_on_the_frame_of_its_time(folder, media):
             Clip.read(request, 8)
 
 
+def test_several_boxes_and_points_reach_the_batch(folder, media):
+    entry = {"id": "x", "video": "clip.mp4", "prompt": "Where do <box> and <box> go?",
+             "box": [[0.1, 0.1, 0.5, 0.5], [0.2, 0.2, 0.4, 0.9]], "box_time": [None, 3.0],
+             "points": [[0.5, 0.25], [0.75, 1, 0]]}
+    pointing = {"id": "y", "video": "clip.mp4", "prompt": "What?", "points": [[0, 0]],
+                "point_time": 1.1}  # fmt: skip
+    requests = [make_request("line", given, media) for given in (entry, pointing)]
+    predictor = predict.Predictor(*load_model(folder), prompt_tokens=48, batch_size=3, max_new=8,
+                                  boxes=2, points=2)
+    builder = predictor.builders["video"]
+    rows = [builder.build(predict._plan(request, Clip.read(request, 8)), 0) for request in requests]
+    box = rows[0]["slots"]["box"]
+    assert box["valid"].tolist() == [True, True] and box["frame"].tolist() == [0, 6]
+    np.testing.assert_allclose(box["boxes"], entry["box"])
+    points = predictor._points(requests, rows)
+    np.testing.assert_allclose(points["points"][:2], [[[0.5, 0.25], [0.75, 1]], [[0, 0], [0, 0]]])
+    assert points["labels"].tolist() == [[1, 0], [1, -1], [-1, -1]]
+    assert points["frame"].tolist() == [0, 2, 0]  # of the first box; 1.0 s is the third shown
+    with pytest.raises(RequestError, match=r"x: points: .* read none; .* \['sam2'\]"):
+        predict.most_points(predictor.config, requests)
+    sam2 = dataclasses.replace(predictor.config, heads=("region", "sam2"))
+    assert predict.most_points(sam2, requests) == 2
+    late = make_request("line", pointing | {"point_time": 9.0}, media)
+    with pytest.raises(RequestError, match="point_time: 9.0, expected seconds of the clip"):
+        Clip.read(late, 8)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"prompt": ""}, "prompt: ''"),
     ({"video": 3}, "video: 3"),
@@ -233,6 +260,19 @@ def test_a_box_is_drawn_on_the_frame_of_its_time(folder, media):
     ({"box_time": "x"}, "box_time: 'x'"),
     ({"box_time": 1.0}, "box_time: 1.0 without a box"),
     ({"end": "late"}, "end: 'late'"),
+    ({"box": [[0.1, 0.2, 0.3, 0.4], [0, 0, 0, 1]], "prompt": "<box> <box>"}, r"box: \[0, 0, 0, 1"),
+    ({"box": [[0.1, 0.2, 0.3, 0.4]] * 2, "prompt": "<box>"}, "prompt: 1 places <box> for 2 box"),
+    ({"box": [[0.1, 0.2, 0.3, 0.4]] * 2, "box_time": [1], "prompt": "<box> <box>"},
+     "box_time: 1 times for 2 boxes"),
+    ({"points": [[0.5, 1.2]]}, r"points\[0\]: \[0.5, 1.2\] is outside the frame"),
+    ({"points": [[0.5, 0.5], [-3, 0.1]]}, r"points\[1\]: \[-3, 0.1\] is outside"),
+    ({"points": [[0.5, 0.5, 2]]}, r"points\[0\]: \[0.5, 0.5, 2\], expected x and y"),
+    ({"points": [0.5, 0.5]}, r"points\[0\]: 0.5, expected"),
+    ({"points": []}, r"points: \[\], expected a list"),
+    ({"points": [[0.5, 0.5, 0]]}, "points: .* none is on the thing"),
+    ({"point_time": 1.0}, "point_time: 1.0: there are no points"),
+    ({"points": [[0.5, 0.5]], "point_time": 1.0, "box": [0.1, 0.2, 0.3, 0.4], "prompt": "<box>"},
+     "point_time: 1.0: box_time is that of both"),
 ])
 def test_bad_requests_name_the_field(media, change, message):
     entry = {"id": "a", "video": "clip.mp4", "prompt": "What?"}

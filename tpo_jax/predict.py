@@ -8,9 +8,11 @@
     python -m tpo_jax.predict --model=runs/demo/stage3/model --input=list.jsonl --out=predictions
 
 A line of the list is {"video": FILE, "prompt": TEXT} and, if wanted, "id", "box" (normalised x1,
-y1, x2, y2; its place in the prompt is <box>), "box_time" (seconds: the frame that this box is drawn
-on; by default the first that is shown), "time" (seconds: the frame that a box in the answer is
-for), "start" and "end" (seconds). Files are relative to the list. The folder then holds one
+y1, x2, y2; its place in the prompt is <box>; or a list of such boxes, one for each <box>),
+"box_time" (seconds: the frame that this box is drawn on; by default the first that is shown; or a
+list), "points" (normalised [x, y] each, [x, y, 0] for one that is not on the thing that is meant;
+for the SAM 2 head), "point_time", "time" (seconds: the frame that a box in the answer is for),
+"start" and "end" (seconds). Files are relative to the list. The folder then holds one
 annotated mp4 (video) or PNG (image) per question beside NAME.json, or results.jsonl for a list.
 Masks are made of every frame of the file, not only of those that the language model is shown, and
 the mp4 then has them all; --mask_fps=5 takes five a second, --mask_fps=0 those that are shown. A
@@ -26,7 +28,7 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,7 +59,7 @@ from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys
 from tpo_jax.generation.whole_video import Film
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ModelConfig
-from tpo_jax.models.heads import ClipInfo
+from tpo_jax.models.heads import HEADS, ClipInfo
 from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.models.video_language import FunctionalModel
 
@@ -69,8 +71,8 @@ class Predictor:
 
     def __init__(self, config: ModelConfig, params: Any, codec: TextCodec, *, prompt_tokens: int,
                  batch_size: int, max_new: int, features: FeatureStore | None = None,
-                 mask_fps: float | None = 0.0):
-        self.features, self.mask_fps = features, mask_fps
+                 mask_fps: float | None = 0.0, boxes: int = 1, points: int = 0):
+        self.features, self.mask_fps, self.points = features, mask_fps, points
         self.kinds = [kind for kind in ("clip_features", "text_features") if getattr(config, kind)]
         self.config, self.codec, self.batch_size = config, codec, batch_size
         self.params = jax.tree.map(jax.numpy.asarray, params)
@@ -81,7 +83,8 @@ class Predictor:
             media: row_builder(codec, config, Bucket(
                 name=f"predict_{media}", media=media, batch_size=batch_size,
                 frames=config.vision.max_frames if media == "video" else 1, branches=1,
-                branch_tokens=prompt_tokens, answers=1, windows=1, mask_size=config.mask_size))
+                branch_tokens=prompt_tokens, answers=1, windows=1, mask_size=config.mask_size,
+                slots={"box": boxes} if config.heads else {}))
             for media in ("video", "image")}
 
     def answer(self, requests: Sequence[Request], clips: Sequence[Clip]
@@ -102,9 +105,28 @@ class Predictor:
         infos = [_clip_info(request, clip, plan, row) for request, clip, plan, row in zip(
             requests, clips, plans, rows, strict=True)]
         films = [self._film(clip, plan, builder) for clip, plan in zip(clips, plans, strict=True)]
-        answers = self.router.route(self.params, context, batch, generation, infos, films=films)
+        answers = self.router.route(self.params, context, batch, generation, infos, films=films,
+                                    points=self._points(requests, rows))
         return [(answer, *self._to_draw(answer, film, clip, builder.frame_indices(plan)))
                 for (answer,), film, clip, plan in zip(answers, films, clips, plans, strict=True)]
+
+    def _points(self, requests: Sequence[Request], rows: Sequence[Mapping[str, Any]]
+                ) -> dict[str, np.ndarray] | None:
+        """What `Router.route` takes; None where nobody points."""
+        if not self.points:
+            return None
+        B, P = self.batch_size, self.points
+        points = {"points": np.zeros((B, P, 2), np.float32),
+                  "labels": np.full((B, P), -1, np.int32), "frame": np.zeros(B, np.int32)}
+        for i, (request, row) in enumerate(zip(requests, rows, strict=True)):
+            for j, (x, y, label) in enumerate(request.points):
+                points["points"][i, j], points["labels"][i, j] = (x, y), label
+            if request.boxes:
+                points["frame"][i] = row["slots"]["box"]["frame"][0]
+            elif request.point_time is not None:
+                times = row["frame_times"][row["frame_valid"]]
+                points["frame"][i] = np.abs(times - request.point_time).argmin()
+        return points
 
     def _film(self, clip: Clip, plan: RowPlan, builder: RowBuilder) -> Film | None:
         """The file, whose frames masks are made of beyond those that are shown; a model that sees
@@ -126,8 +148,8 @@ class Predictor:
 def _plan(request: Request, clip: Clip) -> RowPlan:
     end = request.end if request.end is not None else clip.frames_read.duration
     targets = {}
-    if request.box:
-        targets = {"input_box": list(request.box), "input_time": request.box_time}
+    if request.boxes:
+        targets = {"input_boxes": request.boxes, "input_times": request.box_times}
     example = Example(request.id, request.id, clip.media, "conversation", "predict",
                       request.start, end, (Turn(request.prompt, ""),), targets)
     branch = BranchPlan(example, 0, request.prompt, None)
@@ -253,9 +275,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--video", help="video or image file")
     what.add_argument("--input", help="JSONL list of questions")
     add("--prompt", help="question about --video; <box> stands for --box")
-    add("--box", help="normalised x1,y1,x2,y2 of a box that the question is about")
-    add("--box_time", type=float,
+    add("--box", action="append",
+        help="normalised x1,y1,x2,y2 of a box that the question is about; once for every <box>")
+    add("--box_time", type=float, action="append",
         help="seconds of the frame that --box is drawn on (default: the first that is shown)")
+    add("--point", action="append",
+        help="normalised x,y of a point on the thing that is meant, or x,y,0 of one that is not on "
+             "it; for a model with a head that reads points (sam2); as often as you like")
+    add("--point_time", type=float,
+        help="seconds of the frame that the points are on (default: the first that is shown)")
     add("--time", type=float, help="seconds of the frame that a box in the answer is for")
     add("--mask_fps", type=float,
         help="frames a second that masks are made of; 0: those that the language model is shown "
@@ -272,10 +300,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--video needs --prompt")
     if flags.mask_fps is not None and not 0 <= flags.mask_fps < 1e4:
         parser.error(f"--mask_fps: {flags.mask_fps:g}, expected frames a second, 0 or more")
-    times = (flags.box_time, flags.time)
-    if flags.input and (flags.prompt or flags.box or times != (None, None)):
+    own = ("prompt", "box", "box_time", "point", "point_time", "time")
+    if flags.input and any(getattr(flags, name) is not None for name in own):
         parser.error(
-            "--prompt, --box, --box_time and --time belong to --video; a list has its own")
+            f"{', '.join(f'--{name}' for name in own)} belong to --video; a list has its own")
     return flags
 
 
@@ -283,14 +311,27 @@ def requests_of(flags: argparse.Namespace) -> list[Request]:
     """The list, or the one question of the command line."""
     if flags.input:
         return read_list(epath.Path(flags.input))
-    box = flags.box and [_number(value) for value in flags.box.split(",")]
+    boxes, points = ([[_number(value) for value in text.split(",")] for text in given or ()]
+                     for given in (flags.box, flags.point))
     stem = re.sub(r"[^\w.-]", "_", pathlib.Path(flags.video).stem)
-    entry = {"id": stem, "video": flags.video, "prompt": flags.prompt, "box": box or None,
-             "box_time": flags.box_time, "time": flags.time}
+    entry = {"id": stem, "video": flags.video, "prompt": flags.prompt,
+             "box": boxes or None, "box_time": flags.box_time, "points": points or None,
+             "point_time": flags.point_time, "time": flags.time}
     request = make_request("command line", entry, pathlib.Path())
     if not request.video.exists():  # of a list, such a line is one that failed
         raise MissingFile(f"--video: {flags.video} does not exist; correct the path")
     return [request]
+
+
+def most_points(config: ModelConfig, requests: Sequence[Request]) -> int:
+    """Of one request; RequestError where no head of the model reads points."""
+    pointing = next((request for request in requests if request.points), None)
+    if pointing and not any(HEADS[name].reads_points for name in config.heads):
+        raise RequestError(
+            f"{pointing.id}: points: {list(pointing.points)}: the heads of the model, "
+            f"{list(config.heads)}, read none; draw a box, or take a model with "
+            f"{[name for name, head in HEADS.items() if head.reads_points]}")
+    return max(len(request.points) for request in requests)
 
 
 def _number(text: str) -> float | str:
@@ -328,7 +369,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         predictor = Predictor(
             config, params, codec, prompt_tokens=prompt_length(codec, requests),
             batch_size=min(flags.batch_size, len(requests)), max_new=flags.max_new,
-            features=open_features(flags.features, config), mask_fps=flags.mask_fps)
+            features=open_features(flags.features, config), mask_fps=flags.mask_fps,
+            boxes=max(1, *(len(request.boxes) for request in requests)),
+            points=most_points(config, requests))
         out.mkdir(parents=True, exist_ok=True)
         if flags.video:
             return run_one(predictor, requests[0], out)

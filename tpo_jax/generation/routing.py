@@ -85,7 +85,8 @@ class Router:
 
     def route(self, params: Any, context: Context, batch: Arrays, generation: Generation,
               clips: Sequence[ClipInfo], frames_asked: np.ndarray | None = None,
-              films: Sequence[Film | None] = ()) -> list[list[RoutedAnswer | None]]:
+              films: Sequence[Film | None] = (),
+              points: Mapping[str, np.ndarray] | None = None) -> list[list[RoutedAnswer | None]]:
         """Decodes all answers of a batch, heads included.
 
         Args:
@@ -98,6 +99,9 @@ class Router:
             `ClipInfo.frame`.
           films: one a row, or none; the file of a row, whose every frame a head with
             `whole_video` answers for instead of those in the batch.
+          points: where users point: "points" float32[B, P, 2], normalised, "labels" int32[B, P] (1
+            on the object, 0 not, -1 no point) and "frame" int32[B]. They are of the first call of a
+            head with `reads_points` in an answer.
 
         Returns:
           [row][branch]; None for an unused branch.
@@ -105,6 +109,7 @@ class Router:
         # Prompts stay on the device, where the heads read them.
         prompts = {"states": generation.prompt_states, "valid": generation.prompt_valid,
                    "tokens": batch["branch_tokens"]}
+        batch = {**batch, "points": points}
         host = jax.device_get(
             dataclasses.replace(generation, prompt_states=None, prompt_valid=None))
         rows, branches = host.lengths.shape
@@ -169,6 +174,7 @@ class Router:
             "texts": texts,
             "prompts": {} if texts or not HEADS[name].reads_prompt else prompts,
             "box": batch["slots"].get("box"),
+            "points": batch["points"] if HEADS[name].reads_points else None,
             "clip_features":
                 batch.get("clip_features") if HEADS[name].reads_clip_features else None,
         }

@@ -104,7 +104,7 @@ def slot_inputs(model: VideoLanguageModel, asked: Mapping[str, Any]) -> dict[str
     Args:
       asked: "branch" int32[B, S] of the slots, and "order", how many calls of this head come before
         them there; "prompts": {} or states, valid and tokens of the branches; "texts": {} or text
-        features; "box": the box slots of the batch or None.
+        features; "box": the box slots of the batch or None; "points": of `route`, or None.
     """
     prompts, branch, box = asked["prompts"], asked["branch"], asked["box"]
     more: dict[str, Any] = {"clip_features": asked["clip_features"]}
@@ -120,6 +120,13 @@ def slot_inputs(model: VideoLanguageModel, asked: Mapping[str, Any]) -> dict[str
     if box is not None:
         slots = {"branch": branch, "order": asked["order"]}
         more |= model.drawn_boxes({"slots": {"box": box}}, slots)
+    if asked["points"] is not None:
+        points, first = asked["points"], asked["order"] == 0
+        more |= {
+            "points": jnp.repeat(points["points"][:, None], first.shape[1], axis=1),
+            "point_labels": jnp.where(first[..., None], points["labels"][:, None], -1),
+            "point_frame": jnp.broadcast_to(points["frame"][:, None], first.shape),
+        }
     return more
 
 

@@ -314,6 +314,9 @@ class VideoLanguageModel(nnx.Module):
         boxes: jax.Array | None = None,
         box_valid: jax.Array | None = None,
         box_frame: jax.Array | None = None,
+        points: jax.Array | None = None,
+        point_labels: jax.Array | None = None,
+        point_frame: jax.Array | None = None,
         clip_features: jax.Array | None = None,
         targets: Mapping[str, jax.Array] | None = None,
         video_ids: jax.Array | None = None,
@@ -326,8 +329,8 @@ class VideoLanguageModel(nnx.Module):
           frames: uint8[B, F, H, W, 3]; frame_valid: bool[B, F].
           frame: int32[B, S], frame asked about; None is the first.
           tokens: of `tokenise`; None computes them, where the head reads them.
-          prompt, prompt_embeds, prompt_valid, boxes, box_valid, box_frame, clip_features,
-            targets, video_ids: see `HeadInputs`.
+          prompt, prompt_embeds, prompt_valid, boxes, box_valid, box_frame, points, point_labels,
+            point_frame, clip_features, targets, video_ids: see `HeadInputs`.
         """
         if frame is None:
             frame = jnp.zeros(slot_states.shape[:2], jnp.int32)
@@ -340,7 +343,7 @@ class VideoLanguageModel(nnx.Module):
         return HeadInputs(
             slot_states.astype(jnp.float32), as_float32(features), normalise(frames), frame_valid,
             frame, tokens, prompt, prompt_embeds, prompt_valid, boxes, box_valid,
-            box_frame, clip_features, targets, video_ids,
+            box_frame, points, point_labels, point_frame, clip_features, targets, video_ids,
         )  # fmt: skip
 
 

@@ -57,6 +57,10 @@ class HeadInputs:
     boxes: float32[B, S, 4], normalised xyxy, of the slot's question; box_valid: bool[B, S];
     box_frame: int32[B, S], the frame that each is drawn on.
 
+    Only where the user points, for heads with `reads_points`:
+    points: float32[B, S, P, 2], normalised x and y; point_labels: int32[B, S, P], 1 on the object,
+    0 not on it, -1 for no point; point_frame: int32[B, S], the frame that they are on.
+
     Only when a loss follows, so that a head can compute what nothing but its loss needs:
     targets: the slots' arrays of the batch, "valid" bool[B, S] among them.
     video_ids: uint32[B], equal for rows of one video.
@@ -74,6 +78,9 @@ class HeadInputs:
     boxes: jax.Array | None = None
     box_valid: jax.Array | None = None
     box_frame: jax.Array | None = None
+    points: jax.Array | None = None
+    point_labels: jax.Array | None = None
+    point_frame: jax.Array | None = None
     clip_features: jax.Array | None = None
     targets: Mapping[str, jax.Array] | None = None
     video_ids: jax.Array | None = None
@@ -120,6 +127,7 @@ class Head:
       config of the model has them.
     reads_text_features: whether its `HeadInputs.prompt` are text features where the config of the
       model has them.
+    reads_points: whether it takes `HeadInputs.points`, where the user points.
     whole_video: how `predict` takes a head that says something of every frame beyond the frames
       that the language model is shown ("": not at all). "spread": `module` runs again, with other
       frames of the file in the places of the shown ones; "follow": `module` has `begin` and
@@ -145,6 +153,7 @@ class Head:
     reads_prompt: bool = False
     reads_clip_features: bool = False
     reads_text_features: bool = False
+    reads_points: bool = False
     whole_video: str = ""
     target: Any = None
     words: Callable[[Mapping[str, Any]], str] | None = None

@@ -17,6 +17,7 @@ HEAD = Head(
     loss=loss,
     decode=decode,
     whole_video="follow",
+    reads_points=True,
 )
 
 __all__ = ["HEAD", "Sam2Head", "decode", "loss", "published_weights"]

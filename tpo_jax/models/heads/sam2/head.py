@@ -4,11 +4,12 @@ The adapter is that of Task Preference Optimization (2412.19326): two linear lay
 state into the three tokens that a box would be. It is tried on every frame by itself; the frame
 where SAM 2 is surest that the object is there, and of its mask, becomes the prompted one, and the
 object is tracked from it in both directions. So it need not be there when the clip starts. A drawn
-box prompts the frame that it is drawn on.
+box, or points, prompt the frame that they are drawn on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
@@ -21,6 +22,7 @@ from tpo_jax.models.heads.sam2.image_encoder import ImageFeatures
 from tpo_jax.models.heads.sam2.layers import resize_masks
 from tpo_jax.models.heads.sam2.mask_decoder import MASKS, Decoded, choose, pick
 from tpo_jax.models.heads.sam2.model import Sam2
+from tpo_jax.models.heads.sam2.prompt_encoder import FILLING, PromptEncoder
 from tpo_jax.models.heads.sam2.tracking import (
     Followed,
     Prompt,
@@ -117,17 +119,19 @@ class Sam2Head(nnx.Module):
         """The prompt of every object, the adapter's tokens, and every shown frame by itself."""
         tokens = self.adapter(inputs.slot_states)
         tokens = tokens.reshape(*tokens.shape[:2], BOX_TOKENS, self.config.width)
-        prompted = tokens
-        if inputs.boxes is not None:
-            drawn = self.network.prompt_encoder.boxes(inputs.boxes * self.config.image_size)
-            prompted = jnp.where(inputs.box_valid[..., None, None], drawn, tokens)
-        alone = stills(self.network, read, prompted, inputs.frame_valid.shape[1])
+        prompted = prompt_tokens(self.network.prompt_encoder, tokens, inputs)
+        alone = stills(
+            self.network, read, prompted.tokens, inputs.frame_valid.shape[1], prompted.valid
+        )
         start = best_frame(alone, inputs.frame_valid)
         if inputs.targets is not None:
             start = best_labelled_frame(inputs.targets, inputs.frame_valid, start)
         if inputs.boxes is not None:
             start = jnp.where(inputs.box_valid, inputs.box_frame, start)
-        return Prompt(prompted, start, jnp.ones(start.shape, bool)), tokens, alone
+        if inputs.points is not None:
+            given = jnp.any(inputs.point_labels != FILLING, axis=-1)
+            start = jnp.where(given, inputs.point_frame, start)
+        return dataclasses.replace(prompted, frame=start), tokens, alone
 
     def _pixels(self, frames: jax.Array) -> jax.Array:
         """float32[B, F, H, W, 3] in [-1, 1] -> [B, F, image_size, image_size, 3] as published."""
@@ -165,6 +169,34 @@ class Sam2Head(nnx.Module):
         boxes = extents(masks) * self.config.image_size
         wanted = jax.lax.stop_gradient(self.network.prompt_encoder.boxes(boxes))
         return jnp.mean(jnp.abs(tokens - wanted), axis=(-2, -1))
+
+
+def prompt_tokens(encoder: PromptEncoder, tokens: jax.Array, inputs: HeadInputs) -> Prompt:
+    """The adapter's `tokens` float32[B, S, 3, C], or what the user drew in their place: a box, some
+    points, or both, in that order and with one filling behind, as published. The frame is not
+    chosen yet (0).
+
+    A single point leaves open which of the things at it is meant.
+    """
+    drawn = jnp.zeros(tokens.shape[:2], bool)
+    if inputs.boxes is not None:
+        drawn = inputs.box_valid
+        boxes = encoder.boxes(inputs.boxes * encoder.image_size)
+        tokens = jnp.where(drawn[..., None, None], boxes, tokens)
+    start, single = jnp.zeros(drawn.shape, jnp.int32), jnp.ones(drawn.shape, bool)
+    if inputs.points is None:
+        return Prompt(tokens, start, single)
+    labels = inputs.point_labels
+    count = jnp.sum(labels != FILLING, axis=-1)
+    pointed = count > 0
+    tokens = tokens.at[:, :, -1].set(
+        jnp.where(pointed[..., None], encoder.filling[0], tokens[:, :, -1])
+    )
+    points = encoder.points(inputs.points * encoder.image_size, labels)
+    kept = jnp.repeat((drawn | ~pointed)[..., None], BOX_TOKENS - 1, axis=-1)
+    valid = jnp.concatenate([kept, jnp.ones((*start.shape, 1), bool), labels != FILLING], axis=-1)
+    single = drawn | (count != 1)
+    return Prompt(jnp.concatenate([tokens, points], axis=2), start, single, valid=valid)
 
 
 def best_frame(decoded: Decoded, frame_valid: jax.Array) -> jax.Array:

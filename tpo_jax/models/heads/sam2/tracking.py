@@ -38,12 +38,14 @@ class Prompt:
     single: bool[B, S], whether it leaves nothing open, as a box or several points do.
     masks: float32[B, S, H, W] in {0, 1} at image_size; where given, they are what is tracked and
       `tokens` are not read.
+    valid: bool[B, S, n], tokens that are there; None: all.
     """
 
     tokens: jax.Array
     frame: jax.Array
     single: jax.Array
     masks: jax.Array | None = None
+    valid: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -214,19 +216,26 @@ def go_on(
 
 
 def stills(
-    sam: Sam2, read: Callable[[jax.Array], ImageFeatures], prompt: jax.Array, frames: int
+    sam: Sam2,
+    read: Callable[[jax.Array], ImageFeatures],
+    prompt: jax.Array,
+    frames: int,
+    prompt_valid: jax.Array | None = None,
 ) -> Decoded:
     """Every frame by itself as if it were the prompted one.
 
     Args:
       prompt: float32[B, S, n, C].
+      prompt_valid: bool[B, S, n], tokens that are there; None: all.
 
     Returns: [B, S, F, ...] each.
     """
 
     def body(_, frame: jax.Array):
         features = read(jnp.full(prompt.shape[:2], frame, jnp.int32))
-        return None, sam.decode(features.top + sam.no_memory[0, 0], features, prompt)
+        return None, sam.decode(
+            features.top + sam.no_memory[0, 0], features, prompt, prompt_valid=prompt_valid
+        )
 
     body = checkpointed(body, sam.config.remat)
     _, decoded = jax.lax.scan(body, None, jnp.arange(frames))
@@ -242,7 +251,9 @@ def _prompted(sam: Sam2, features: ImageFeatures, prompt: Prompt) -> tuple[Decod
     """The prompted frame, which reads no memory."""
     if prompt.masks is not None:
         return _given(sam, features, prompt)
-    decoded = sam.decode(features.top + sam.no_memory[0, 0], features, prompt.tokens)
+    decoded = sam.decode(
+        features.top + sam.no_memory[0, 0], features, prompt.tokens, prompt_valid=prompt.valid
+    )
     present = decoded.presence > 0
     answer, told = choose(decoded, prompt.single)
     cells = sam.remember(features.top, pick(decoded.masks, answer), present, binary=True)
