@@ -45,18 +45,25 @@ def asked(labels, box_valid):
 ADAPTER = np.random.default_rng(0).normal(size=(1, 2, 3, WIDTH)).astype(np.float32)
 
 
+@pytest.fixture(scope="module")
+def prompted(encoder):
+    """Of inputs, by one program for all tests."""
+    return jax.jit(lambda inputs: prompt_tokens(encoder, ADAPTER, inputs))
+
+
 def kept(prompt, slot):
     return np.asarray(prompt.tokens[0, slot])[np.asarray(prompt.valid[0, slot])]
 
 
 def given(encoder, places, labels):
     """Tokens of points in pixels, as `transformers` has them (tests/parity)."""
-    return np.asarray(encoder.points(jnp.array(places, jnp.float32), jnp.array(labels, jnp.int32)))
+    call = jax.jit(lambda places, labels: encoder.points(places, labels))
+    return np.asarray(call(jnp.array(places, jnp.float32), jnp.array(labels, jnp.int32)))
 
 
-def test_points_take_the_place_of_the_slot_and_stand_between_box_and_filling(encoder):
+def test_points_take_the_place_of_the_slot_and_stand_between_box_and_filling(encoder, prompted):
     inputs = asked([[FOREGROUND, BACKGROUND], [FOREGROUND, FILLING]], [True, False])
-    prompt = prompt_tokens(encoder, ADAPTER, inputs)
+    prompt = prompted(inputs)
     first, second = [0.5 * SIDE, 0.25 * SIDE], [0.75 * SIDE, 0.5 * SIDE]
     corners = [[0.25 * SIDE, 0.125 * SIDE], [0.75 * SIDE, 0.5 * SIDE]]
 
@@ -71,13 +78,14 @@ def test_points_take_the_place_of_the_slot_and_stand_between_box_and_filling(enc
     assert prompt.single.tolist() == [[True, False]]
 
 
-def test_without_points_the_adapter_speaks_and_two_points_are_not_open(encoder):
+def test_without_points_the_adapter_speaks_and_two_points_are_not_open(encoder, prompted):
     inputs = asked([[FILLING, FILLING], [FOREGROUND, FOREGROUND]], [False, False])
-    prompt = prompt_tokens(encoder, ADAPTER, inputs)
+    prompt = prompted(inputs)
     np.testing.assert_array_equal(kept(prompt, 0), ADAPTER[0, 0])
     assert prompt.single.all() and len(kept(prompt, 1)) == 3
     plain = dataclasses.replace(inputs, points=None, point_labels=None)
-    assert prompt_tokens(encoder, ADAPTER, plain).valid is None
+    without = jax.eval_shape(lambda: prompt_tokens(encoder, ADAPTER, plain))
+    assert without.valid is None and without.tokens.shape == ADAPTER.shape
 
 
 def test_tokens_that_are_not_there_change_nothing():
@@ -92,7 +100,8 @@ def test_tokens_that_are_not_there_change_nothing():
     tokens = rng.normal(size=(1, 1, 5, WIDTH)).astype(np.float32)
     there = np.array([[[False, True, True, True, False]]])
     call = jax.jit(lambda prompt, valid: decoder(top, features, prompt, position, valid))
-    found, alone = call(tokens, there), call(tokens[:, :, 1:4], None)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, alone)
+    other = np.where(there[..., None], tokens, -3.0).astype(np.float32)
+    found, again = call(tokens, there), call(other, there)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, again)
     seen = call(tokens, np.ones_like(there))
-    assert np.abs(seen.masks - alone.masks).max() > 1e-3
+    assert np.abs(seen.masks - found.masks).max() > 1e-3
