@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tpo_jax.models.heads import HeadInputs
 from tpo_jax.models.heads.sam2.head import prompt_tokens
@@ -88,6 +89,7 @@ def test_without_points_the_adapter_speaks_and_two_points_are_not_open(encoder, 
     assert without.valid is None and without.tokens.shape == ADAPTER.shape
 
 
+@pytest.mark.long
 def test_tokens_that_are_not_there_change_nothing():
     decoder, rng = MaskDecoder(CONFIG, rngs=Rngs(0)), np.random.default_rng(1)
     grid = CONFIG.grid
@@ -99,7 +101,12 @@ def test_tokens_that_are_not_there_change_nothing():
     position = cells(1, WIDTH)[0, 0]
     tokens = rng.normal(size=(1, 1, 5, WIDTH)).astype(np.float32)
     there = np.array([[[False, True, True, True, False]]])
-    call = jax.jit(lambda prompt, valid: decoder(top, features, prompt, position, valid))
+    structure, state = nnx.split(decoder)
+    run = jax.jit(lambda state, *given: nnx.merge(structure, state)(*given))
+
+    def call(prompt, valid):
+        return run(state, top, features, prompt, position, valid)
+
     other = np.where(there[..., None], tokens, -3.0).astype(np.float32)
     found, again = call(tokens, there), call(other, there)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, again)
