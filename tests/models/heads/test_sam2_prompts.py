@@ -91,8 +91,9 @@ def test_without_points_the_adapter_speaks_and_two_points_are_not_open(encoder, 
 
 @pytest.mark.long
 def test_tokens_that_are_not_there_change_nothing():
-    decoder, rng = MaskDecoder(CONFIG, rngs=Rngs(0)), np.random.default_rng(1)
-    grid = CONFIG.grid
+    rng, grid = np.random.default_rng(1), CONFIG.grid
+    structure, state = nnx.split(nnx.eval_shape(lambda: MaskDecoder(CONFIG, rngs=Rngs(0))))
+    state = jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.3).astype(x.dtype), state)
 
     def cells(scale, width):
         return rng.normal(size=(1, 1, scale * grid, scale * grid, width)).astype(np.float32)
@@ -101,7 +102,6 @@ def test_tokens_that_are_not_there_change_nothing():
     position = cells(1, WIDTH)[0, 0]
     tokens = rng.normal(size=(1, 1, 5, WIDTH)).astype(np.float32)
     there = np.array([[[False, True, True, True, False]]])
-    structure, state = nnx.split(decoder)
     run = jax.jit(lambda state, *given: nnx.merge(structure, state)(*given))
 
     def call(prompt, valid):
