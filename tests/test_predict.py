@@ -221,7 +221,7 @@ def test_a_box_is_drawn_on_the_frame_of_its_time(folder, media):
 
 def test_several_boxes_and_points_reach_the_batch(folder, media):
     entry = {"id": "x", "video": "clip.mp4", "prompt": "Where do <box> and <box> go?",
-             "box": [[0.1, 0.1, 0.5, 0.5], [0.2, 0.2, 0.4, 0.9]], "box_time": [None, 3.0],
+             "box": [[0.1, 0.1, 0.5, 0.5], [0.2, 0.2, 0.4, 0.9]], "box_time": [None, 3.1],
              "points": [[0.5, 0.25], [0.75, 1, 0]]}
     pointing = {"id": "y", "video": "clip.mp4", "prompt": "What?", "points": [[0, 0]],
                 "point_time": 1.1}  # fmt: skip
@@ -236,7 +236,7 @@ def test_several_boxes_and_points_reach_the_batch(folder, media):
     points = predictor._points(requests, rows)
     np.testing.assert_allclose(points["points"][:2], [[[0.5, 0.25], [0.75, 1]], [[0, 0], [0, 0]]])
     assert points["labels"].tolist() == [[1, 0], [1, -1], [-1, -1]]
-    assert points["frame"].tolist() == [0, 2, 0]  # of the first box; 1.0 s is the third shown
+    assert points["frame"].tolist() == [0, 2, 0]  # of the first box; the third shown is nearest to 1.1 s
     with pytest.raises(RequestError, match=r"x: points: .* read none; .* \['sam2'\]"):
         predict.most_points(predictor.config, requests)
     sam2 = dataclasses.replace(predictor.config, heads=("region", "sam2"))
