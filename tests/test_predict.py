@@ -236,7 +236,7 @@ def test_several_boxes_and_points_reach_the_batch(folder, media):
     points = predictor._points(requests, rows)
     np.testing.assert_allclose(points["points"][:2], [[[0.5, 0.25], [0.75, 1]], [[0, 0], [0, 0]]])
     assert points["labels"].tolist() == [[1, 0], [1, -1], [-1, -1]]
-    assert points["frame"].tolist() == [0, 2, 0]  # of the first box; the third shown is nearest to 1.1 s
+    assert points["frame"].tolist() == [0, 2, 0]  # of the first box; 1.25 s is near
     with pytest.raises(RequestError, match=r"x: points: .* read none; .* \['sam2'\]"):
         predict.most_points(predictor.config, requests)
     sam2 = dataclasses.replace(predictor.config, heads=("region", "sam2"))
