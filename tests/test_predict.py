@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import av
@@ -13,6 +14,8 @@ from tpo_jax import predict
 from tpo_jax.data import files
 from tpo_jax.generation import draw
 from tpo_jax.generation.requests import Clip, Request, RequestError, make_request, read_list
+from tpo_jax.generation.rles import Rles
+from tpo_jax.generation.routing import Event, RoutedAnswer
 from tpo_jax.interop.folder import load_model, save_model
 
 
@@ -64,6 +67,39 @@ def test_video_gives_json_and_annotated_mp4_with_several_head_calls(folder, medi
     region = json.loads((tmp_path / "clip.json").read_text())["events"][1]["result"]
     assert abs(region["time"] - 1.0) < 0.3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.json", "clip.mp4"]
+
+
+@pytest.mark.parametrize("fps, times", [
+    (None, np.arange(16) / 4), (1.0, np.arange(4.0)), (0.0, np.arange(8) / 2)])
+def test_masks_are_of_every_frame_of_the_file_and_drawn_on_them(folder, media, tmp_path, fps,
+                                                               times):
+    """The model is shown 8 of the 16 frames; what it says of their pixels is in test_routing.py."""
+    predictor = predict.Predictor(*load_model(folder), prompt_tokens=48, batch_size=1, max_new=8,
+                                  mask_fps=fps)
+    request = make_request("line", {"id": "x", "video": "clip.mp4", "prompt": "What?"}, media)
+    clip, builder = Clip.read(request, 8), predictor.builders["video"]
+    plan = predict._plan(request, clip)
+    film, shown = predictor._film(clip, plan, builder), builder.frame_indices(plan)
+    assert (film is None) == (fps == 0)
+    if film:
+        np.testing.assert_allclose(film.times(film.fps), times, atol=1e-6)
+        again = film.play(clip.frames_read.timestamps[shown].astype(float))
+        np.testing.assert_array_equal(np.stack(list(again)), builder.build(plan, 0)["frames"])
+    masks = np.ones((len(times), 64, 96), bool)
+    result = {"masks": Rles.of(masks) if film else masks, "boxes": [[0, 0, 1, 1]] * len(times),
+              "presence": [1.0] * len(times), "times": times.tolist()}
+    answer = RoutedAnswer("", "<mask>", True, (Event("mask", 1, result),))
+    frames, drawn_at = predictor._to_draw(answer, film, clip, shown)
+    assert len(drawn_at) == len(times)
+    out = epath.Path(tmp_path)
+    record = predict.write_prediction(out, request, answer, frames, drawn_at, "video")
+    assert len(record["events"][0]["result"]["masks"]) == len(times)
+    with av.open(str(tmp_path / "x.mp4")) as container:
+        drawn = list(container.decode(video=0))
+    assert [frame.time for frame in drawn] == pytest.approx(times, abs=0.3)
+    # An answer without a mask is drawn on what the language model is shown.
+    plain = dataclasses.replace(answer, events=())
+    assert len(predictor._to_draw(plain, film, clip, shown)[1]) == 8
 
 
 def write_list(path, *entries):
@@ -183,6 +219,33 @@ def test_a_box_is_drawn_on_the_frame_of_its_time(folder, media):
             Clip.read(request, 8)
 
 
+def test_several_boxes_and_points_reach_the_batch(folder, media):
+    entry = {"id": "x", "video": "clip.mp4", "prompt": "Where do <box> and <box> go?",
+             "box": [[0.1, 0.1, 0.5, 0.5], [0.2, 0.2, 0.4, 0.9]], "box_time": [None, 3.1],
+             "points": [[0.5, 0.25], [0.75, 1, 0]]}
+    pointing = {"id": "y", "video": "clip.mp4", "prompt": "What?", "points": [[0, 0]],
+                "point_time": 1.1}  # fmt: skip
+    requests = [make_request("line", given, media) for given in (entry, pointing)]
+    predictor = predict.Predictor(*load_model(folder), prompt_tokens=48, batch_size=3, max_new=8,
+                                  boxes=2, points=2)
+    builder = predictor.builders["video"]
+    rows = [builder.build(predict._plan(request, Clip.read(request, 8)), 0) for request in requests]
+    box = rows[0]["slots"]["box"]
+    assert box["valid"].tolist() == [True, True] and box["frame"].tolist() == [0, 6]
+    np.testing.assert_allclose(box["boxes"], entry["box"])
+    points = predictor._points(requests, rows)
+    np.testing.assert_allclose(points["points"][:2], [[[0.5, 0.25], [0.75, 1]], [[0, 0], [0, 0]]])
+    assert points["labels"].tolist() == [[1, 0], [1, -1], [-1, -1]]
+    assert points["frame"].tolist() == [0, 2, 0]  # of the first box; 1.25 s is near
+    with pytest.raises(RequestError, match=r"x: points: .* read none; .* \['sam2'\]"):
+        predict.most_points(predictor.config, requests)
+    sam2 = dataclasses.replace(predictor.config, heads=("region", "sam2"))
+    assert predict.most_points(sam2, requests) == 2
+    late = make_request("line", pointing | {"point_time": 9.0}, media)
+    with pytest.raises(RequestError, match="point_time: 9.0, expected seconds of the clip"):
+        Clip.read(late, 8)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"prompt": ""}, "prompt: ''"),
     ({"video": 3}, "video: 3"),
@@ -197,6 +260,19 @@ def test_a_box_is_drawn_on_the_frame_of_its_time(folder, media):
     ({"box_time": "x"}, "box_time: 'x'"),
     ({"box_time": 1.0}, "box_time: 1.0 without a box"),
     ({"end": "late"}, "end: 'late'"),
+    ({"box": [[0.1, 0.2, 0.3, 0.4], [0, 0, 0, 1]], "prompt": "<box> <box>"}, r"box: \[0, 0, 0, 1"),
+    ({"box": [[0.1, 0.2, 0.3, 0.4]] * 2, "prompt": "<box>"}, "prompt: 1 places <box> for 2 box"),
+    ({"box": [[0.1, 0.2, 0.3, 0.4]] * 2, "box_time": [1], "prompt": "<box> <box>"},
+     "box_time: 1 times for 2 boxes"),
+    ({"points": [[0.5, 1.2]]}, r"points\[0\]: \[0.5, 1.2\] is outside the frame"),
+    ({"points": [[0.5, 0.5], [-3, 0.1]]}, r"points\[1\]: \[-3, 0.1\] is outside"),
+    ({"points": [[0.5, 0.5, 2]]}, r"points\[0\]: \[0.5, 0.5, 2\], expected x and y"),
+    ({"points": [0.5, 0.5]}, r"points\[0\]: 0.5, expected"),
+    ({"points": []}, r"points: \[\], expected a list"),
+    ({"points": [[0.5, 0.5, 0]]}, "points: .* none is on the thing"),
+    ({"point_time": 1.0}, "point_time: 1.0: there are no points"),
+    ({"points": [[0.5, 0.5]], "point_time": 1.0, "box": [0.1, 0.2, 0.3, 0.4], "prompt": "<box>"},
+     "point_time: 1.0: box_time is that of both"),
 ])
 def test_bad_requests_name_the_field(media, change, message):
     entry = {"id": "a", "video": "clip.mp4", "prompt": "What?"}

@@ -8,10 +8,14 @@
     python -m tpo_jax.predict --model=runs/demo/stage3/model --input=list.jsonl --out=predictions
 
 A line of the list is {"video": FILE, "prompt": TEXT} and, if wanted, "id", "box" (normalised x1,
-y1, x2, y2; its place in the prompt is <box>), "box_time" (seconds: the frame that this box is drawn
-on; by default the first that is shown), "time" (seconds: the frame that a box in the answer is
-for), "start" and "end" (seconds). Files are relative to the list. The folder then holds one
-annotated mp4 (video) or PNG (image) per question beside NAME.json, or results.jsonl for a list. A
+y1, x2, y2; its place in the prompt is <box>; or a list of such boxes, one for each <box>),
+"box_time" (seconds: the frame that this box is drawn on; by default the first that is shown; or a
+list), "points" (normalised [x, y] each, [x, y, 0] for one that is not on the thing that is meant;
+for the SAM 2 head), "point_time", "time" (seconds: the frame that a box in the answer is for),
+"start" and "end" (seconds). Files are relative to the list. The folder then holds one
+annotated mp4 (video) or PNG (image) per question beside NAME.json, or results.jsonl for a list.
+Masks are made of every frame of the file, not only of those that the language model is shown, and
+the mp4 then has them all; --mask_fps=5 takes five a second, --mask_fps=0 those that are shown. A
 list that was stopped, even by kill -9, goes on after its last whole batch; lines that failed are
 tried again. The exit status is 1 if a question failed. Model, list and --out may be gs:// paths;
 videos are local files.
@@ -20,12 +24,11 @@ videos are local files.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +41,7 @@ from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.clip_features import FeatureStore
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, Turn
-from tpo_jax.data.rows import BranchPlan, RowPlan, row_id, stack_rows
+from tpo_jax.data.rows import BranchPlan, RowBuilder, RowPlan, row_id, stack_rows
 from tpo_jax.data.text import TextCodec
 from tpo_jax.errors import MissingFile, Parser, UserError, report
 from tpo_jax.generation import draw
@@ -50,11 +53,13 @@ from tpo_jax.generation.requests import (
     prompt_length,
     read_list,
 )
+from tpo_jax.generation.rles import Rles
 from tpo_jax.generation.routing import RoutedAnswer, Router
 from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys
+from tpo_jax.generation.whole_video import Film
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ModelConfig
-from tpo_jax.models.heads import ClipInfo
+from tpo_jax.models.heads import HEADS, ClipInfo
 from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.models.video_language import FunctionalModel
 
@@ -65,8 +70,9 @@ class Predictor:
     """One model, ready to answer requests in batches of fixed shapes."""
 
     def __init__(self, config: ModelConfig, params: Any, codec: TextCodec, *, prompt_tokens: int,
-                 batch_size: int, max_new: int, features: FeatureStore | None = None):
-        self.features = features
+                 batch_size: int, max_new: int, features: FeatureStore | None = None,
+                 mask_fps: float | None = 0.0, boxes: int = 1, points: int = 0):
+        self.features, self.mask_fps, self.points = features, mask_fps, points
         self.kinds = [kind for kind in ("clip_features", "text_features") if getattr(config, kind)]
         self.config, self.codec, self.batch_size = config, codec, batch_size
         self.params = jax.tree.map(jax.numpy.asarray, params)
@@ -77,15 +83,17 @@ class Predictor:
             media: row_builder(codec, config, Bucket(
                 name=f"predict_{media}", media=media, batch_size=batch_size,
                 frames=config.vision.max_frames if media == "video" else 1, branches=1,
-                branch_tokens=prompt_tokens, answers=1, windows=1, mask_size=config.mask_size))
+                branch_tokens=prompt_tokens, answers=1, windows=1, mask_size=config.mask_size,
+                slots={"box": boxes} if config.heads else {}))
             for media in ("video", "image")}
 
     def answer(self, requests: Sequence[Request], clips: Sequence[Clip]
-               ) -> list[tuple[RoutedAnswer, np.ndarray, np.ndarray]]:
-        """At most `batch_size` requests of one medium: answer, frames shown and their times.
+               ) -> list[tuple[RoutedAnswer, Iterable[np.ndarray], np.ndarray]]:
+        """At most `batch_size` requests of one medium: answer, frames to draw and their times.
 
         Returns:
-          (answer, uint8[n, h, w, 3], float32[n] seconds) per request.
+          (answer, n of uint8[h, w, 3], float[n] seconds) per request: the frames that the language
+          model is shown, or those that masks are made of.
         """
         builder = self.builders[clips[0].media]
         plans = [_plan(request, clip) for request, clip in zip(requests, clips, strict=True)]
@@ -96,17 +104,52 @@ class Predictor:
         generation = self.sampler.generate(self.params, context, batch, keys)
         infos = [_clip_info(request, clip, plan, row) for request, clip, plan, row in zip(
             requests, clips, plans, rows, strict=True)]
-        answers = self.router.route(self.params, context, batch, generation, infos)
-        shown = [builder.frame_indices(plan) for plan in plans]
-        return [(answers[i][0], clip.frames("", shown[i]), clip.frames_read.timestamps[shown[i]])
-                for i, clip in enumerate(clips)]
+        films = [self._film(clip, plan, builder) for clip, plan in zip(clips, plans, strict=True)]
+        answers = self.router.route(self.params, context, batch, generation, infos, films=films,
+                                    points=self._points(requests, rows))
+        return [(answer, *self._to_draw(answer, film, clip, builder.frame_indices(plan)))
+                for (answer,), film, clip, plan in zip(answers, films, clips, plans, strict=True)]
+
+    def _points(self, requests: Sequence[Request], rows: Sequence[Mapping[str, Any]]
+                ) -> dict[str, np.ndarray] | None:
+        """What `Router.route` takes; None where nobody points."""
+        if not self.points:
+            return None
+        B, P = self.batch_size, self.points
+        points = {"points": np.zeros((B, P, 2), np.float32),
+                  "labels": np.full((B, P), -1, np.int32), "frame": np.zeros(B, np.int32)}
+        for i, (request, row) in enumerate(zip(requests, rows, strict=True)):
+            for j, (x, y, label) in enumerate(request.points):
+                points["points"][i, j], points["labels"][i, j] = (x, y), label
+            if request.boxes:
+                points["frame"][i] = row["slots"]["box"]["frame"][0]
+            elif request.point_time is not None:
+                times = row["frame_times"][row["frame_valid"]]
+                points["frame"][i] = np.abs(times - request.point_time).argmin()
+        return points
+
+    def _film(self, clip: Clip, plan: RowPlan, builder: RowBuilder) -> Film | None:
+        """The file, whose frames masks are made of beyond those that are shown; a model that sees
+        one frame of a video has no place for others."""
+        if clip.media == "image" or self.mask_fps == 0 or builder.bucket.frames == 1:
+            return None
+        return Film(clip.path, clip.frames_read.frames.shape[1:3], plan.start, plan.end,
+                    self.mask_fps, builder.prepare)
+
+    def _to_draw(self, answer: RoutedAnswer, film: Film | None, clip: Clip, shown: np.ndarray
+                 ) -> tuple[Iterable[np.ndarray], np.ndarray]:
+        """Frames and their times; `shown` int[n], the numbers of those that are shown."""
+        masks = [event.result for event in answer.events if event.task == "mask"]
+        if film and masks and isinstance(masks[0]["masks"], Rles):
+            return film.pictures(), np.asarray(masks[0]["times"])
+        return clip.frames("", shown), clip.frames_read.timestamps[shown]
 
 
 def _plan(request: Request, clip: Clip) -> RowPlan:
     end = request.end if request.end is not None else clip.frames_read.duration
     targets = {}
-    if request.box:
-        targets = {"input_box": list(request.box), "input_time": request.box_time}
+    if request.boxes:
+        targets = {"input_boxes": request.boxes, "input_times": request.box_times}
     example = Example(request.id, request.id, clip.media, "conversation", "predict",
                       request.start, end, (Turn(request.prompt, ""),), targets)
     branch = BranchPlan(example, 0, request.prompt, None)
@@ -126,16 +169,17 @@ def _clip_info(request: Request, clip: Clip, plan: RowPlan, row: dict[str, Any])
 
 
 def write_prediction(out: epath.Path, request: Request, answer: RoutedAnswer,
-                     frames: np.ndarray, times: np.ndarray, media: str) -> dict[str, Any]:
+                     frames: Iterable[np.ndarray], times: np.ndarray, media: str
+                     ) -> dict[str, Any]:
     """Draws the answer and returns its record."""
-    events = [dataclasses.asdict(event) for event in answer.events]
-    pages = list(draw.annotate(frames, times, request.prompt, answer.text, events))
+    events = [vars(event) for event in answer.events]
+    pages = draw.annotate(frames, times, request.prompt, answer.text, events)
     name = f"{request.id}.mp4" if media == "video" else f"{request.id}.png"
     if media == "video":
         interval = float(times[-1] - times[0]) / max(len(times) - 1, 1)
         draw.write_mp4(out / name, pages, 1 / interval if interval else 1.0)
     else:
-        draw.write_png(out / name, pages[0])
+        draw.write_png(out / name, next(pages))
     return {"id": request.id, "video": str(request.video), "prompt": request.prompt,
             "media": media, **answer.to_json(), "annotated": name}
 
@@ -231,10 +275,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--video", help="video or image file")
     what.add_argument("--input", help="JSONL list of questions")
     add("--prompt", help="question about --video; <box> stands for --box")
-    add("--box", help="normalised x1,y1,x2,y2 of a box that the question is about")
-    add("--box_time", type=float,
+    add("--box", action="append",
+        help="normalised x1,y1,x2,y2 of a box that the question is about; once for every <box>")
+    add("--box_time", type=float, action="append",
         help="seconds of the frame that --box is drawn on (default: the first that is shown)")
+    add("--point", action="append",
+        help="normalised x,y of a point on the thing that is meant, or x,y,0 of one that is not on "
+             "it; for a model with a head that reads points (sam2); as often as you like")
+    add("--point_time", type=float,
+        help="seconds of the frame that the points are on (default: the first that is shown)")
     add("--time", type=float, help="seconds of the frame that a box in the answer is for")
+    add("--mask_fps", type=float,
+        help="frames a second that masks are made of; 0: those that the language model is shown "
+             "(default: every frame of the file)")
     add("--features", default="",
         help="folder with the clip features of the videos, and the text features of the questions, "
              "for a model whose head reads them")
@@ -245,10 +298,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if flags.video and not flags.prompt:
         parser.error("--video needs --prompt")
-    times = (flags.box_time, flags.time)
-    if flags.input and (flags.prompt or flags.box or times != (None, None)):
+    if flags.mask_fps is not None and not 0 <= flags.mask_fps < 1e4:
+        parser.error(f"--mask_fps: {flags.mask_fps:g}, expected frames a second, 0 or more")
+    own = ("prompt", "box", "box_time", "point", "point_time", "time")
+    if flags.input and any(getattr(flags, name) is not None for name in own):
         parser.error(
-            "--prompt, --box, --box_time and --time belong to --video; a list has its own")
+            f"{', '.join(f'--{name}' for name in own)} belong to --video; a list has its own")
     return flags
 
 
@@ -256,14 +311,27 @@ def requests_of(flags: argparse.Namespace) -> list[Request]:
     """The list, or the one question of the command line."""
     if flags.input:
         return read_list(epath.Path(flags.input))
-    box = flags.box and [_number(value) for value in flags.box.split(",")]
+    boxes, points = ([[_number(value) for value in text.split(",")] for text in given or ()]
+                     for given in (flags.box, flags.point))
     stem = re.sub(r"[^\w.-]", "_", pathlib.Path(flags.video).stem)
-    entry = {"id": stem, "video": flags.video, "prompt": flags.prompt, "box": box or None,
-             "box_time": flags.box_time, "time": flags.time}
+    entry = {"id": stem, "video": flags.video, "prompt": flags.prompt,
+             "box": boxes or None, "box_time": flags.box_time, "points": points or None,
+             "point_time": flags.point_time, "time": flags.time}
     request = make_request("command line", entry, pathlib.Path())
     if not request.video.exists():  # of a list, such a line is one that failed
         raise MissingFile(f"--video: {flags.video} does not exist; correct the path")
     return [request]
+
+
+def most_points(config: ModelConfig, requests: Sequence[Request]) -> int:
+    """Of one request; RequestError where no head of the model reads points."""
+    pointing = next((request for request in requests if request.points), None)
+    if pointing and not any(HEADS[name].reads_points for name in config.heads):
+        raise RequestError(
+            f"{pointing.id}: points: {list(pointing.points)}: the heads of the model, "
+            f"{list(config.heads)}, read none; draw a box, or take a model with "
+            f"{[name for name, head in HEADS.items() if head.reads_points]}")
+    return max(len(request.points) for request in requests)
 
 
 def _number(text: str) -> float | str:
@@ -301,7 +369,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         predictor = Predictor(
             config, params, codec, prompt_tokens=prompt_length(codec, requests),
             batch_size=min(flags.batch_size, len(requests)), max_new=flags.max_new,
-            features=open_features(flags.features, config))
+            features=open_features(flags.features, config), mask_fps=flags.mask_fps,
+            boxes=max(1, *(len(request.boxes) for request in requests)),
+            points=most_points(config, requests))
         out.mkdir(parents=True, exist_ok=True)
         if flags.video:
             return run_one(predictor, requests[0], out)

@@ -13,6 +13,7 @@ from media_samples import write_media
 from pycocotools import mask as coco_mask
 
 from tpo_jax.data import formats, validation
+from tpo_jax.data.ingest.statistics import count_examples
 from tpo_jax.data.media import MediaFolder
 from tpo_jax.data.records import Example, Turn
 
@@ -248,6 +249,68 @@ def test_any_question_may_be_about_a_box():
         assert validation.check_example(timed, 4.0).targets["input_time"] == 4.0
 
 
+TRACKS = {
+    "each": [{"times": [0, 1], "boxes": [[0, 0, 0.5, 0.5], None]},
+             {"times": [1], "boxes": [[0.5, 0.5, 1, 1]], "rles": [None]}],
+    "input_boxes": [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]], "input_times": [None, 1.0],
+}  # fmt: skip
+SEVERAL = [
+    ("temporal", "When?", "First at <temporal>, then at <temporal>.",
+     {"each": [{"windows": [[0, 1]]}, {"windows": [[1, 2], [3, 4]]}]}),
+    ("mask", "Which?", "<mask> and <mask>", {"each": [{"times": [0], "rles": [None]}] * 2}),
+    ("tracking", "Follow <box> and <box>.", "<mask> and <mask>", TRACKS),
+    ("conversation", "Is <box> left of <box>?", "yes",
+     {key: TRACKS[key] for key in ("input_boxes", "input_times")}),
+]  # fmt: skip
+
+
+def several(task, question, answer, targets):
+    return Example("a", "v", "video", task, "train", 0.0, 4.0, (Turn(question, answer),), targets)
+
+
+@pytest.mark.parametrize("given", SEVERAL, ids=[given[0] for given in SEVERAL])
+def test_an_example_may_have_several_of_one_kind(given):
+    example = several(*given)
+    assert validation.check_example(example, 4.0) == example
+    assert Example.from_json(json.loads(json.dumps(example.to_json()))) == example
+
+
+def test_statistics_count_what_is_in_them():
+    counts = count_examples(several(*given) for given in SEVERAL)
+    assert (counts["windows"]["count"], counts["windows"]["sum"]) == (3, 3.0)
+    assert (counts["boxes"], counts["masks"]) == (2, 0)
+
+
+@pytest.mark.parametrize(("kind", "change", "field", "reason"), [
+    (0, {"each": [{"windows": [[0, 1]]}]}, "targets.each", "1 entries for 2 <temporal>"),
+    (0, {"each": []}, "targets.each", "0 entries for 2"),
+    (0, {"each": {}}, "targets.each", "a list"),
+    (0, {"each": [{"windows": [[0, 1]]}, {"windows": [[3, 9]]}]},
+     "targets.each[1].windows[0]", "beyond the duration"),
+    (0, {"each": [{"windows": [[0, 1]]}, {"window": [[3, 4]]}]},
+     "targets.each[1].window", "unknown key"),
+    (0, {"windows": [[0, 1]]}, "targets.windows", "unknown key"),
+    (1, {"each": [{"times": [0], "rles": [None]}, {"times": [0], "rles": [None, None]}]},
+     "targets.each[1]", "as many"),
+    (2, {"input_boxes": TRACKS["input_boxes"][:1]}, "turns", "stands 2 times"),
+    (2, {"input_times": [1.0]}, "targets", "as many"),
+    (2, {"input_box": [0, 0, 1, 1]}, "targets.input_box", "input_boxes as well"),
+    (2, {"input_boxes": [[0, 0, 2, 1]] * 2}, "targets.input_boxes[0]", "outside"),
+])
+def test_bad_entries_of_several_are_named(kind, change, field, reason):
+    task, question, answer, targets = SEVERAL[kind]
+    with pytest.raises(validation.Invalid) as error:
+        validation.check_example(several(task, question, answer, targets | change), 4.0)
+    assert error.value.field == field and reason in error.value.reason
+
+
+def test_tracks_and_boxes_of_a_turn_belong_together():
+    example = several("tracking", "Follow <box>.", "<mask> and <mask>", TRACKS)
+    turns = (*example.turns, Turn("And <box>?", "As well."))
+    with pytest.raises(validation.Invalid, match="1 <box> in the question for 2 <mask>"):
+        validation.check_example(dataclasses.replace(example, turns=turns), 4.0)
+
+
 def damaged(tmp_path, folder):
     return pathlib.Path(shutil.copytree(SAMPLES / folder, tmp_path / folder))
 
@@ -354,7 +417,7 @@ def test_ambiguous_name(tmp_path):
 
 
 def test_rle_pixels_agree_with_pycocotools():
-    from tpo_jax.data.validation import rle_pixels
+    from tpo_jax.data.rles import rle_pixels
 
     rng = np.random.default_rng(0)
     for _ in range(200):

@@ -99,6 +99,29 @@ def test_markers_of_a_later_turn_take_the_later_boxes(codec, model):
     assert region["boxes"][0].tolist() == [0.5, 0.5, 1, 1]
 
 
+def test_several_tracks_of_one_answer_have_a_slot_each(codec, model):
+    """Two boxes in the question, two masks in the answer; the second of each is its own."""
+    dataset = fake_dataset(videos=1, images=0)
+    times, whole = [0.5, 4.5], [0.0, 0.0, 1.0, 1.0]
+    both = example("both", "v0", "tracking", [Turn("Follow <box> and <box>", "<mask> <mask>")], {
+        "each": [{"times": times, "boxes": boxes} for boxes in ([whole, None], [None, whole])],
+        "input_boxes": [whole, [0.5, 0.5, 1.0, 1.0]], "input_times": [0.5, 4.5]})
+    turn = both.turns[0]
+    plan = RowPlan(dataset, "v0", 0.0, 8.0, (BranchPlan(both, 0, turn.question, turn.answer),))
+    small = row_builder(codec, model, VIDEO)
+    with pytest.raises(RowError, match=r"2 <\w+> slots, but the bucket has 1"):
+        small.check(plan)
+    bucket = dataclasses.replace(VIDEO, slots={"mask": 2, "box": 2})
+    builder = row_builder(codec, model, bucket)
+    builder.check(plan)
+    slots = builder.build(plan, 0)["slots"]
+    assert slots["mask"]["valid"].all() and slots["box"]["valid"].all()
+    shown = slots["mask"]["masks"].any((-2, -1)) & slots["mask"]["labelled"]
+    assert shown[0, 0] and shown[1, 4] and not shown[0, 4] and not shown[1, 0]
+    assert slots["box"]["frame"].tolist() == [0, 4]
+    assert slots["box"]["boxes"].tolist() == [whole, [0.5, 0.5, 1.0, 1.0]]
+
+
 def test_frames_are_those_of_their_times(codec, model):
     name, batch = make(codec, model).batch(0)
     assert name == "video" and batch["frame_valid"].all()

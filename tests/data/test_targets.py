@@ -138,6 +138,40 @@ def test_another_box_is_on_the_frame_nearest_to_its_time():
     assert slot_target("box", "region").fill(targets, 0, VIEW, BUCKET)["frame"] == 0
 
 
+EACH = {
+    "temporal": {"each": [{"windows": [[1, 2]]}, {"windows": [[4, 8], [0, 2]]}]},
+    "mask": {"each": [{"times": [1.0], "rles": [square_rle()]}, {"times": [6.5], "rles": [None]}]},
+    "box": {"input_boxes": [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]], "input_times": [None, 3.4]},
+}
+
+
+def test_several_of_one_kind_are_one_slot_each():
+    filled = {}
+    for head, targets in EACH.items():
+        TARGETS[head].check(targets, 2, VIEW, BUCKET)
+        filled[head] = [TARGETS[head].fill(targets, i, VIEW, BUCKET) for i in range(2)]
+    first, second = filled["temporal"]
+    assert first["windows"].tolist() == [[0.125, 0.25], [0, 0]]
+    assert second["windows"].tolist() == [[0.5, 1], [0, 0.25]] and second["window_valid"].all()
+    first, second = filled["mask"]
+    assert np.flatnonzero(first["labelled"]).tolist() == [0, 1] and first["masks"].any()
+    assert np.flatnonzero(second["labelled"]).tolist() == [6] and not second["masks"].any()
+    first, second = filled["box"]
+    assert first["boxes"].tolist() == [0, 0, 0.5, 0.5] and first["frame"] == 0
+    assert second["boxes"].tolist() == [0.5, 0.5, 1, 1] and second["frame"] == 3
+
+
+def test_each_track_follows_its_own_box():
+    """The second is drawn, and labelled, at 6.5 s; the first has no time, so its first label."""
+    targets = {
+        "each": [{"times": [2.5], "boxes": [[0, 0, 0.5, 0.5]]},
+                 {"times": [6.5], "boxes": [[0.5, 0.5, 1, 1]]}],
+        "input_boxes": [[0, 0, 0.25, 0.5], [0.5, 0.5, 0.75, 1]], "input_times": [None, 6.5]}
+    fills = [slot_target("box", "tracking").fill(targets, i, VIEW, BUCKET) for i in range(2)]
+    assert [fill["frame"].tolist() for fill in fills] == [2, 6]
+    assert [fill["boxes"].tolist() for fill in fills] == targets["input_boxes"]
+
+
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
 def test_area_resize_keeps_the_mean_and_constants(h, w, size):
     image = np.random.default_rng(h * 41 + w).integers(0, 255, (1, h, w)).astype(np.uint8)
@@ -165,6 +199,11 @@ def test_area_resize_by_a_whole_factor_is_the_block_mean():
     ("mask", {"times": [0]}, 1, "targets.boxes: missing"),
     ("mask", {"times": [0, 1], "rles": [None]}, 1, "lengths"),
     ("box", {"input_box": [0, 0, 0, 1]}, 1, "input_box"),
+    ("temporal", EACH["temporal"], 3, "targets.each: 2 entries for 3 <temporal>"),
+    ("temporal", {"each": [{"windows": [[1, 2]]}, {}]}, 2, "targets.windows: missing"),
+    ("mask", EACH["mask"], 1, "targets.each: 2 entries for 1 <mask>"),
+    ("box", EACH["box"], 1, "targets.input_boxes: 2 entries for 1 <box>"),
+    ("box", {"input_box": [0, 0, 1, 1]}, 2, "2 markers <box>, expected one"),
 ])
 def test_wrong_targets_are_named(head, targets, markers, message):
     with pytest.raises(TargetError, match=message):

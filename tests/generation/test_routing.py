@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -12,13 +13,19 @@ from tpo_jax.data.records import Turn
 from tpo_jax.data.rows import BranchPlan, RowPlan, stack_rows
 from tpo_jax.generation.routing import Router, inline
 from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys
+from tpo_jax.generation.whole_video import Film
 from tpo_jax.models.heads import HEADS, ClipInfo
 
 QUESTION = "What does the red circle do?"
 
 
 @pytest.fixture(scope="module")
-def routed(model, params, codec):
+def router(model, codec):
+    return Router(model, codec)
+
+
+@pytest.fixture(scope="module")
+def routed(model, params, codec, router):
     """Answers "it <region> <temporal> <mask> it <region>" to two questions about two videos."""
     ids = codec.special_ids
     word, = codec.encode("it")[:1]
@@ -49,7 +56,7 @@ def routed(model, params, codec):
     clips = [ClipInfo(0.0, 12.0, batch["frame_times"][i], batch["frame_valid"][i], 32, 32)
              for i in range(2)]
     asked = np.array([[0, 2], [0, 0], [0, 0]], np.int32)
-    answers = Router(model, codec).route(speaking, context, batch, generation, clips, asked)
+    answers = router.route(speaking, context, batch, generation, clips, asked)
     return answers, speaking, context, batch, generation
 
 
@@ -103,6 +110,46 @@ def test_json_form_has_rles_and_survives_json(routed):
             assert not mask.any()
         else:
             np.testing.assert_array_equal(coco_mask.decode(rle).astype(bool), mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryFilm(Film):
+    """Frames of `MemoryDataset`: video 0, those at `at`."""
+
+    at: tuple = ()
+
+    def times(self, fps):
+        return np.array(self.at)
+
+    def play(self, times):
+        return iter(MemoryDataset().frames("video0", (np.asarray(times) * 2).astype(int)))
+
+
+def test_a_film_is_answered_frame_by_frame_in_place_of_the_shown_frames(router, routed):
+    answers, params, context, batch, generation = routed
+    clips = [ClipInfo(0.0, 12.0, batch["frame_times"][i], batch["frame_valid"][i], 32, 32)
+             for i in range(2)]
+    asked = np.array([[0, 2], [0, 0], [0, 0]], np.int32)
+    shown = batch["frame_times"][0]
+
+    def route(times):
+        film = MemoryFilm("video0", (32, 32), 0.0, 12.0, None, lambda x: x, tuple(times))
+        return router.route(params, context, batch, generation, clips, asked, [film, None])
+
+    # The shown frames alone: what the head says of them in any case.
+    for branch, given in enumerate(route(shown.tolist())[0]):
+        expected, found = answers[0][branch].events[-1].result, given.events[-1].result
+        np.testing.assert_allclose(found["presence"], expected["presence"], atol=1e-5)
+        np.testing.assert_allclose(found["times"], expected["times"])
+        different = np.mean(np.stack(list(found["masks"])) != expected["masks"])
+        assert different < 1e-3  # logits next to 0
+    every = route(np.arange(24) / 2)
+    result = every[0][0].events[-1].result
+    assert result["times"] == (np.arange(24) / 2).tolist() and len(result["presence"]) == 24
+    assert len(every[0][0].to_json()["events"][-1]["result"]["masks"]) == 24
+    # The head calls of other tasks, and of rows without a film, are answered as ever.
+    assert every[0][0].events[0] == answers[0][0].events[0]
+    assert every[1][1].events[-1].result["times"] == answers[1][1].events[-1].result["times"]
 
 
 @pytest.mark.parametrize("task, result, words", [

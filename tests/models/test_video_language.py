@@ -9,7 +9,7 @@ import pytest
 from tests.models.batches import model_batch
 from tpo_jax.models.heads import HEADS
 from tpo_jax.models.presets import micro
-from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.models.video_language import FunctionalModel, VideoLanguageModel, order_in_branch
 
 NAMES = ("region", "temporal", "mask")
 CONFIG = micro(NAMES)
@@ -114,6 +114,23 @@ def test_the_mask_head_reads_the_box_on_the_frame_that_it_is_drawn_on(params, fo
     for name in ("masks", "presence"):
         np.testing.assert_array_equal(late["mask"][name][0], first["mask"][name][0])
         assert np.abs(late["mask"][name][1] - first["mask"][name][1]).max() > 1e-5
+
+
+def test_slots_take_the_boxes_of_their_question_in_turn():
+    """Branch 0 has the boxes 1 and 2, branch 1 the box 0, branch 2 none."""
+    corners = np.arange(4.0)[None, :, None] * np.ones((1, 4, 4))  # the last one is not valid
+    box = {"branch": np.array([[1, 0, 0, 0]]), "valid": np.array([[True, True, True, False]]),
+           "boxes": corners.astype(np.float32), "frame": np.array([[5, 6, 7, 8]])}  # fmt: skip
+    branch, valid = np.array([[0, 1, 0, 1, 0, 2]]), np.ones((1, 6), bool)
+    order = order_in_branch(branch, valid)
+    assert order.tolist() == [[0, 0, 1, 1, 2, 0]]
+    assert order_in_branch(branch, valid & [[False, *[True] * 5]]).tolist() == [[0, 0, 0, 1, 1, 0]]
+    slots = {"branch": branch, "order": order}
+    found = VideoLanguageModel.drawn_boxes(None, {"slots": {"box": box}}, slots)
+    assert found["box_valid"].tolist() == [[True] * 5 + [False]]
+    # A third answer to two boxes, and a second to one, read the last of them.
+    assert found["boxes"][0, :5, 0].tolist() == [1, 0, 2, 0, 2]
+    assert found["box_frame"][0, :5].tolist() == [6, 5, 7, 5, 7]
 
 
 def test_slot_tokens_are_task_vectors_and_invalid_boxes_are_dropped(model, params):

@@ -22,6 +22,7 @@ from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.records import PreparedDataset, known_tasks
 from tpo_jax.data.row_plans import preference_plan
 from tpo_jax.data.rows import RowPlan
+from tpo_jax.data.target_parts import window_count
 from tpo_jax.data.text import TASK_TOKENS, TextCodec, add_task_tokens, texts_of, train_tokenizer
 from tpo_jax.errors import UserError
 from tpo_jax.models.heads import HEADS
@@ -285,7 +286,7 @@ def pipeline_of_folder(path: str, model: str | None) -> tuple[Pipeline, TextCode
     examples = [example for video in dataset.videos for example in dataset.examples(video)]
     tasks = {task: 1.0 for task in known_tasks() if any(e.task == task for e in examples)}
     found = {(example.media, kind_of(example)) for example in examples}
-    windows = max([1, *(len(example.targets.get("windows", ())) for example in examples)])
+    windows = max([1, *map(window_count, examples)])
     longest = max(len(codec.encode(text)) for text in texts_of(dataset))
     size = 4 * longest + 64  # a question with four options of this length and its answer
     most = max([2, *(len(preference_plan(dataset, example).branches) for example in examples

@@ -325,13 +325,14 @@ class RowBuilder:
                      view: View) -> None:
         n = len(indices)
         row["frame_times"][:n] = view.times
-        frames = plan.dataset.frames(plan.video_id, indices)
-        size = self.image_size
-        if frames.shape[1:3] != (size, size):
-            # Boxes and windows are normalised, so they survive the change of aspect ratio.
-            frames = self.resize(frames, size)
-        row["frames"][:n] = frames
+        row["frames"][:n] = self.prepare(plan.dataset.frames(plan.video_id, indices))
         row["frame_valid"][:n] = True
+
+    def prepare(self, frames: np.ndarray) -> np.ndarray:
+        """uint8[n, h, w, 3] -> uint8[n, S, S, 3], as the vision encoder is shown them."""
+        size = self.image_size
+        # Boxes and windows are normalised, so they survive the change of aspect ratio.
+        return frames if frames.shape[1:3] == (size, size) else self.resize(frames, size)
 
     def _has_features(self, plan: RowPlan) -> bool:
         """Whether the row brings clip features; they, and text features, are refused by name where

@@ -16,6 +16,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.target_parts import part
 from tpo_jax.errors import UserError
 from tpo_jax.models.heads import HEADS
 
@@ -87,11 +88,19 @@ def _require(targets: Mapping[str, Any], marker: str, *keys: str) -> None:
                 f"{sorted(targets)}.")
 
 
-def _require_single(markers: int, marker: str) -> None:
-    if markers > 1:
+def _parts(targets: Mapping[str, Any], markers: int, marker: str, each: str) -> list[
+        Mapping[str, Any]]:
+    """The targets of each marker; `each` is the key that several of them are under."""
+    if each not in targets:
+        if markers > 1:
+            raise TargetError(
+                f"turns: {markers} markers {marker}, expected one, as the targets are of one. Give "
+                f"targets.{each}, one entry per marker.")
+        return [targets]
+    if len(targets[each]) != markers:
         raise TargetError(
-            f"turns: {markers} markers {marker}, expected one: an example has one such target. "
-            "Make one example per target.")
+            f"targets.{each}: {len(targets[each])} entries for {markers} {marker} markers.")
+    return [part(targets, i) for i in range(markers)]
 
 
 def _require_same_length(targets: Mapping[str, Any], *keys: str) -> None:
@@ -149,11 +158,15 @@ def _clipped_windows(targets: Mapping[str, Any], view: View) -> np.ndarray:
 
 
 def _temporal_check(targets: Mapping[str, Any], markers: int, view: View, bucket: Bucket) -> None:
-    _require(targets, "<temporal>", "windows")
-    _require_single(markers, "<temporal>")
     if not view.end > view.start:
         raise TargetError(f"start {view.start} s, end {view.end} s: a clip of no length has no "
                           "windows.")
+    for one in _parts(targets, markers, "<temporal>", "each"):
+        _windows_check(one, view, bucket)
+
+
+def _windows_check(targets: Mapping[str, Any], view: View, bucket: Bucket) -> None:
+    _require(targets, "<temporal>", "windows")
     inside = _clipped_windows(targets, view)
     if not len(inside):
         raise TargetError(
@@ -169,6 +182,7 @@ def _temporal_check(targets: Mapping[str, Any], markers: int, view: View, bucket
 
 def _temporal_fill(targets: Mapping[str, Any], occurrence: int, view: View,
                    bucket: Bucket) -> Arrays:
+    targets = part(targets, occurrence)
     arrays = _temporal_blank(bucket)
     inside = _clipped_windows(targets, view)
     arrays["windows"][: len(inside)] = inside
@@ -192,8 +206,12 @@ def _mask_blank(bucket: Bucket) -> Arrays:
 
 
 def _mask_check(targets: Mapping[str, Any], markers: int, view: View, bucket: Bucket) -> None:
+    for one in _parts(targets, markers, "<mask>", "each"):
+        _track_check(one)
+
+
+def _track_check(targets: Mapping[str, Any]) -> None:
     _require(targets, "<mask>", "times")
-    _require_single(markers, "<mask>")
     kind = "rles" if targets.get("rles") is not None else "boxes"
     _require(targets, "<mask>", kind)
     _require_same_length(targets, "times", kind)
@@ -209,6 +227,7 @@ def _mask_fill(targets: Mapping[str, Any], occurrence: int, view: View, bucket: 
     A frame further from every annotation than half the larger of both spacings is not labelled; an
     annotation of null says that the object is absent there: labelled, empty.
     """
+    targets = part(targets, occurrence)
     arrays = _mask_blank(bucket)
     nearest, close = _nearest_labels(targets["times"], view)
     arrays["labelled"][close] = True
@@ -257,7 +276,7 @@ def _fill_boxes(boxes: Sequence[Sequence[float]], size: int) -> np.ndarray:
     return (inside_y[:, :, None] & inside_x[:, None, :]).astype(np.uint8)
 
 
-# Box: the box that a user drew, an input, and the frame that it was drawn on.
+# Box: each box that a user drew, an input, and the frame that it was drawn on.
 
 
 def _box_blank(bucket: Bucket) -> Arrays:
@@ -265,13 +284,14 @@ def _box_blank(bucket: Bucket) -> Arrays:
 
 
 def _box_check(targets: Mapping[str, Any], markers: int, view: View, bucket: Bucket) -> None:
-    _require(targets, "<box>", "input_box")
-    _require_single(markers, "<box>")
-    _check_box(targets["input_box"], "input_box")
+    for one in _parts(targets, markers, "<box>", "input_boxes"):
+        _require(one, "<box>", "input_box")
+        _check_box(one["input_box"], "input_box")
 
 
 def _box_fill(targets: Mapping[str, Any], occurrence: int, view: View, bucket: Bucket) -> Arrays:
     """The box on the shown frame nearest to its time; on the first where it has none."""
+    targets = part(targets, occurrence)
     time = targets.get("input_time")
     frame = 0 if time is None else int(np.abs(view.times - time).argmin())
     return _drawn(targets["input_box"], frame)
@@ -288,6 +308,7 @@ def _followed_fill(targets: Mapping[str, Any], occurrence: int, view: View,
     As it was drawn, where that frame is shown (without a time, it is that of the first label);
     else the label of the first shown frame that has one. Where no shown frame has any, the nearest.
     """
+    targets = part(targets, occurrence)
     times, boxes = np.asarray(targets["times"], np.float64), targets["boxes"]
     time = targets.get("input_time")
     if time is None:

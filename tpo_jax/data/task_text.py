@@ -19,6 +19,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
+from tpo_jax.data.target_parts import part
 from tpo_jax.data.text_features import Texts
 from tpo_jax.errors import UserError
 from tpo_jax.models.config import ClipFeaturesConfig
@@ -92,7 +93,7 @@ def with_text(example: Example, where: str = "example") -> Example:
     def write(marker: re.Match[str]) -> str:
         name = marker[1]
         try:
-            text = _WRITERS[name](example.targets, seen[name], example)
+            text = _WRITERS[name](part(example.targets, seen[name]), seen[name], example)
         except (KeyError, IndexError) as error:
             raise UserError(
                 f"{where}: {example.example_id!r}: the text has {marker[0]}, but targets, which "

@@ -7,17 +7,14 @@ true duration is known. Field names are those of the native schema (docs/own_dat
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from pycocotools import mask as coco_mask
-
 from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import MARKERS, MEDIA, Example, Turn, known_tasks
+from tpo_jax.data.rles import rle_pixels
 
 # Published windows and times are rounded; what ends this little after the video is cut to its end.
 END_TOLERANCE = 0.5  # seconds
@@ -30,9 +27,11 @@ ANSWER_MARKERS = {
     "tracking": "<mask>",
 }
 # Tasks whose questions may say <box>, a box that the user draws: targets.input_box, on the frame at
-# targets.input_time.
+# targets.input_time; several are targets.input_boxes and input_times.
 BOX_TASKS = ("conversation", "temporal", "region", "mask", "tracking")
-DRAWN = ("input_box", "input_time")
+DRAWN = ("input_box", "input_time", "input_boxes", "input_times")
+# Tasks whose answers may have several markers: targets.each has the targets of one each.
+EACH_TASKS = ("temporal", "mask", "tracking")
 TARGET_KEYS = {
     "conversation": frozenset(DRAWN),
     "temporal": frozenset(
@@ -60,9 +59,16 @@ def check_example(example: Example, duration: float = math.inf) -> Example:
     # The targets of a task that a registered head brings are checked by the head.
     known = TARGET_KEYS.get(example.task)
     if known is not None:
-        check_keys(example.targets, known, required=(), field="targets")
-    targets = _CHECKS.get(example.task, _conversation)(example, example.targets, duration)
-    targets |= _input_box(example, duration)
+        several = ("each",) if example.task in EACH_TASKS else ()
+        check_keys(example.targets, {*known, *several}, required=(), field="targets")
+    check = _CHECKS.get(example.task, _conversation)
+    if known is not None and "each" in example.targets:
+        targets = _each(check, example, duration)
+    else:
+        if example.task in EACH_TASKS:
+            _need_one_marker(example)
+        targets = check(example, example.targets, duration)
+    targets |= _input_boxes(example, duration)
     return dataclasses.replace(example, targets=targets)
 
 
@@ -184,36 +190,6 @@ def check_rle(field: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def merge_rles(rles: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The union of masks of one size."""
-    merged = coco_mask.merge([dict(rle) for rle in rles], intersect=False)
-    return {"size": list(merged["size"]), "counts": merged["counts"].decode()}
-
-
-@functools.lru_cache(maxsize=4096)
-def rle_pixels(counts: str) -> int:
-    """The number of pixels that compressed counts describe; -1 when they are not COCO's code.
-
-    COCO writes each run as a signed variable-length number of 5-bit groups in characters from "0",
-    and from the fourth run on only the difference to the run two before.
-    """
-    groups = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
-    last = groups & 32 == 0  # of its number
-    if not len(groups) or groups.min() < 0 or groups.max() > 63 or not last[-1]:
-        return -1
-    ends = np.flatnonzero(last)
-    starts = np.append(0, ends[:-1] + 1)
-    lengths = ends - starts + 1
-    if lengths.max() > 7:  # 35 bits: no picture is so large
-        return -1
-    shift = 5 * (np.arange(len(groups)) - np.repeat(starts, lengths))
-    runs = np.add.reduceat((groups & 31) << shift, starts)
-    runs -= np.where(groups[ends] & 16, np.int64(1) << 5 * lengths, 0)
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return int(runs.sum()) if runs.min() >= 0 else -1
-
-
 def _one_of(field: str, value: Any, known: Sequence[str]) -> None:
     if value not in known:
         raise Invalid(field, value, f"expected one of {', '.join(known)}", "correct it")
@@ -299,34 +275,72 @@ def _need_one_marker(example: Example) -> None:
             "turns",
             [turn.answer for turn in example.turns],
             f"expected {marker} once in the answers, it is there {count} times",
-            f"write {marker} where the answer points; make one example per target",
+            f"write {marker} where the answer points; for several give targets.each",
         )
 
 
-def _input_box(example: Example, duration: float) -> dict[str, Any]:
-    """{"input_box": checked}, with its "input_time" if it has one, where a question says <box>;
-    else {}."""
-    marks, given = _count(example, "<box>", "question"), "input_box" in example.targets
-    if marks != given:
+def _each(
+    check: Callable[..., dict[str, Any]], example: Example, duration: float
+) -> dict[str, Any]:
+    """{"each": checked}: one entry a marker, in the order of the text."""
+    marker, each = ANSWER_MARKERS[example.task], check_list("targets.each", example.targets["each"])
+    own = TARGET_KEYS[example.task] - set(DRAWN)
+    check_keys(example.targets, {"each", *DRAWN}, (), "targets")
+    count = _count(example, marker)
+    if not each or len(each) != count:
+        raise Invalid(
+            "targets.each", each, f"{len(each)} entries for {count} {marker} in the answers",
+            f"give one entry per {marker}, in the order of the text",
+        )  # fmt: skip
+    checked = []
+    for i, part in enumerate(each):
+        check_keys(part, own, (), f"targets.each[{i}]")
+        try:
+            checked.append(check(example, part, duration))
+        except Invalid as error:
+            field = error.field.replace("targets", f"targets.each[{i}]", 1)
+            raise Invalid(field, error.value, error.reason, error.fix) from error
+    return {"each": checked}
+
+
+def _input_boxes(example: Example, duration: float) -> dict[str, Any]:
+    """The boxes that the questions mean by <box>, checked, under the keys that they have."""
+    targets, marks = example.targets, _count(example, "<box>", "question")
+    several = "input_boxes" in targets
+    box_key, time_key = ("input_boxes", "input_times") if several else ("input_box", "input_time")
+    for key in DRAWN:
+        if key in targets and targets[key] is not None and key not in (box_key, time_key):
+            raise Invalid(
+                f"targets.{key}", targets[key], "there are targets.input_boxes as well",
+                "give all boxes as input_boxes and input_times",
+            )  # fmt: skip
+    boxes = check_list("targets.input_boxes", targets["input_boxes"]) if several else [
+        targets[key] for key in ("input_box",) if key in targets]  # fmt: skip
+    if marks != len(boxes):
         raise Invalid(
             "turns",
             [turn.question for turn in example.turns],
-            f"<box> stands {marks} times in the questions for {int(given)} targets.input_box",
-            "write <box> once where a question means targets.input_box",
+            f"<box> stands {marks} times in the questions for {len(boxes)} targets.{box_key}",
+            f"write <box> where a question means targets.{box_key}; several are input_boxes",
         )
-    time = example.targets.get("input_time")
-    if not given and time is not None:
+    times = targets.get(time_key)
+    if times is not None and not boxes:
         raise Invalid(
-            "targets.input_time", time, "there is no targets.input_box that it belongs to",
+            f"targets.{time_key}", times, f"there is no targets.{box_key} that it belongs to",
             "add the box, or remove the time",
         )  # fmt: skip
-    if not given:
+    if not boxes:
         return {}
-    drawn: dict[str, Any] = {
-        "input_box": check_box("targets.input_box", example.targets["input_box"])
-    }
-    if time is not None:
-        drawn["input_time"] = check_time("targets.input_time", time, duration)
+    if not several:
+        drawn = {box_key: check_box("targets.input_box", boxes[0])}
+        return drawn if times is None else drawn | {
+            time_key: check_time("targets.input_time", times, duration)}  # fmt: skip
+    drawn = {box_key: [check_box(f"targets.{box_key}[{i}]", box) for i, box in enumerate(boxes)]}
+    if times is not None:
+        _same_length(targets, box_key, time_key)
+        drawn[time_key] = [
+            None if time is None else check_time(f"targets.{time_key}[{i}]", time, duration)
+            for i, time in enumerate(times)]  # fmt: skip
     return drawn
 
 
@@ -347,7 +361,6 @@ def _conversation(example: Example, targets: Mapping[str, Any], duration: float)
 
 def _temporal(example: Example, targets: Mapping[str, Any], duration: float):
     check_keys(targets, TARGET_KEYS["temporal"], ("windows",), "targets")
-    _need_one_marker(example)
     windows = check_list("targets.windows", targets["windows"])
     if not windows:
         raise Invalid("targets.windows", windows, "expected at least one window", "add it")
@@ -388,7 +401,6 @@ def _region(example: Example, targets: Mapping[str, Any], duration: float):
 
 
 def _check_masks(example: Example, targets: Mapping[str, Any], duration: float):
-    _need_one_marker(example)
     _same_length(targets, "times", "rles")
     present = [i for i, rle in enumerate(targets["rles"]) if rle is not None]
     for i in present:
@@ -407,16 +419,13 @@ def _mask(example: Example, targets: Mapping[str, Any], duration: float):
 
 
 def _tracking(example: Example, targets: Mapping[str, Any], duration: float):
-    check_keys(targets, ("rles", *DRAWN), ("times", "boxes", "input_box"), "targets")
-    _need_one_marker(example)
+    several = "each" in example.targets
+    check_keys(
+        targets, ("rles", *DRAWN), ("times", "boxes", *(() if several else ("input_box",))),
+        "targets",
+    )  # fmt: skip
     _same_length(targets, "times", "boxes")
-    if _count(example, "<box>", "question") != 1:
-        raise Invalid(
-            "turns[0].question",
-            example.turns[0].question,
-            "expected <box> once in the questions of a tracking example",
-            "write <box> where the question means targets.input_box",
-        )
+    _check_tracked(example, several)
     checked = dict(targets)
     checked["boxes"] = [
         None if box is None else check_box(f"targets.boxes[{i}]", box)
@@ -426,6 +435,26 @@ def _tracking(example: Example, targets: Mapping[str, Any], duration: float):
     if targets.get("rles") is not None:
         _check_masks(example, targets, duration)
     return checked
+
+
+def _check_tracked(example: Example, several: bool) -> None:
+    """One <box> in the questions; of several tracks as many as <mask> in the answer of each."""
+    counts = [(t.question.count("<box>"), t.answer.count("<mask>")) for t in example.turns]
+    if not several and sum(boxes for boxes, _ in counts) != 1:
+        raise Invalid(
+            "turns[0].question",
+            example.turns[0].question,
+            "expected <box> once in the questions of a tracking example",
+            "write <box> where the question means targets.input_box",
+        )
+    for i, (boxes, masks) in enumerate(counts if several else ()):
+        if boxes != masks:
+            raise Invalid(
+                f"turns[{i}].question",
+                example.turns[i].question,
+                f"{boxes} <box> in the question for {masks} <mask> in its answer",
+                "write one <box> per track; the answers follow the boxes in order",
+            )
 
 
 def _action(example: Example, targets: Mapping[str, Any], duration: float):

@@ -17,7 +17,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import av
 import numpy as np
@@ -189,9 +189,13 @@ class Decoder:
         self.duration = math.nan
 
     def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
+        return ((time, convert()) for time, convert in self.lazily())
+
+    def lazily(self) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+        """(time, what makes the frame) of the same frames; one that is not made costs no pixels."""
         if self.media == "image":
             self.duration = 0.0
-            yield 0.0, _image_to_array(self.path, self.size)
+            yield 0.0, lambda: _image_to_array(self.path, self.size)
             return
         if pathlib.Path(self.path).is_dir():
             source = self._pictures()
@@ -201,7 +205,7 @@ class Decoder:
             source = self._video()
         count = 0
         for time, convert in self._at_ticks(source):
-            yield time, convert()
+            yield time, convert
             count += 1
         if not count:
             raise VideoError(

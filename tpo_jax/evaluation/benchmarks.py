@@ -16,6 +16,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from tpo_jax.data.records import Example
+from tpo_jax.data.target_parts import about
 from tpo_jax.evaluation.bootstrap import ItemScores
 from tpo_jax.evaluation.metrics import highlight, mask, region, temporal, tracking
 from tpo_jax.models.heads import HEADS, task_tokens
@@ -112,16 +113,17 @@ def score_call(
       prediction: what the head's decode returned (`models/heads`), None if it was not called.
       times: float[frames] seconds of the frames that the model saw.
     """
-    targets = call.example.targets
+    example = about(call.example, call.occurrence)
+    targets = example.targets
     own = next((head.score for head in HEADS.values() if head.task == call.head), None)
     if own is not None:
-        return own(targets, call.occurrence, prediction)
+        return own(call.example.targets, call.occurrence, prediction)
     if call.head == "region":
         return score_region(targets["boxes"][call.occurrence], prediction)
     if call.head == "temporal":
         scores = score_windows(targets["windows"], prediction)
         return scores | (
-            score_saliency(call.example, prediction) if targets.get("saliency") else {}
+            score_saliency(example, prediction) if targets.get("saliency") else {}
         )
     if call.example.task == "tracking":
         return score_track(targets, prediction, times)

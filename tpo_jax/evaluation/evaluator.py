@@ -23,6 +23,7 @@ from tpo_jax.data.evidence import apply_evidence
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.data.rows import RowBuilder, RowPlan
+from tpo_jax.data.target_parts import window_count
 from tpo_jax.data.task_text import TextDataset
 from tpo_jax.data.text import Branch, TextCodec, render_options
 from tpo_jax.errors import UserError
@@ -428,7 +429,7 @@ class Evaluator:
             branches=min(self.settings.branches, max(questions.values())),
             frames=self._clip_frames(media),
             slots=slots,
-            windows=max(1, *(len(e.targets.get("windows", ())) for e in examples)),
+            windows=max(1, *map(window_count, examples)),
         )
 
 

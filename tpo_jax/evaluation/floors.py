@@ -18,6 +18,7 @@ import numpy as np
 
 from tpo_jax.data import sampling
 from tpo_jax.data.records import Example, PreparedDataset
+from tpo_jax.data.target_parts import about, parts
 from tpo_jax.evaluation import benchmarks
 from tpo_jax.evaluation.metrics import mask, qa, region, temporal, tracking
 
@@ -92,6 +93,11 @@ class _Split:
     examples: list[Example]
     frames: int
 
+    @property
+    def parts(self) -> list[Example]:
+        """Of an example with several windows, masks or tracks one for each."""
+        return [part for example in self.examples for part in parts(example)]
+
     def times(self, example: Example) -> np.ndarray:
         """float64[frames] seconds: the frames that the model would be shown."""
         timestamps = self.dataset.video_info(example.video_id).timestamps
@@ -127,7 +133,8 @@ def _candidates(
             times = split.times(example)
             for turn in range(len(example.turns)):
                 for call in benchmarks.find_calls(example, turn):
-                    scores = benchmarks.score_call(call, predict(example, times), times)
+                    one = predict(about(example, call.occurrence), times)
+                    scores = benchmarks.score_call(call, one, times)
                     table.add(call.item, example.video_id, scores)
         means.append({metric: scores.mean() for metric, scores in table.item_scores().items()})
     return {
@@ -140,7 +147,7 @@ def _candidates(
 
 def _temporal(train: _Split, test: _Split) -> Floors:
     grid = _windows(WINDOW_STEPS)
-    ious = np.stack([_grid_ious(example, grid) for example in train.examples])
+    ious = np.stack([_grid_ious(example, grid) for example in train.parts])
     mean = ious.mean(0)
     goals = {f"temporal/r1@{t}": (ious >= t).mean(0) + TIE * mean for t in benchmarks.R1_THRESHOLDS}
     goals["temporal/miou"] = mean
@@ -187,7 +194,7 @@ def _constant_window(window: np.ndarray, curve: np.ndarray) -> Callable[..., Any
 
 def _clip_rates(train: _Split, over_raters: Callable[[np.ndarray], Any]) -> np.ndarray:
     """float64[clips]: how often each clip, by its place, is a highlight in training."""
-    labelled = [e for e in train.examples if e.targets.get("saliency")]
+    labelled = [e for e in train.parts if e.targets.get("saliency")]
     rates = [
         np.array([float(over_raters(clip)) for clip in benchmarks.positive_clips(e)[0]])
         for e in labelled
@@ -273,7 +280,7 @@ def _mean_jaccard(filled: np.ndarray, masks: np.ndarray) -> np.ndarray:
 
 def _training_masks(train: _Split) -> np.ndarray:
     """bool[n, h, w]: labelled masks spread evenly over the training tracks, empty ones included."""
-    labels = [rle for example in train.examples for rle in example.targets["rles"]]
+    labels = [rle for example in train.parts for rle in example.targets["rles"]]
     size = next((tuple(rle["size"]) for rle in labels if rle is not None), (1, 1))
     masks = [benchmarks.decode_rles([rle], size) for rle in _thin(labels, MAX_SAMPLES)]
     return np.concatenate([benchmarks.resize_nearest(m, *size) for m in masks])
@@ -287,7 +294,7 @@ def _constant_mask(picture: np.ndarray) -> Callable[..., Any]:
 
 
 def _tracking(train: _Split, test: _Split) -> Floors:
-    visible = [box for example in train.examples for box in example.targets["boxes"] if box]
+    visible = [box for example in train.parts for box in example.targets["boxes"] if box]
     grid = _boxes(BOX_STEPS)
     iou = _iou_table(grid, _thin(visible, MAX_SAMPLES))
     auc = np.mean([(iou > threshold).mean(axis=1) for threshold in tracking.THRESHOLDS], axis=0)

@@ -15,6 +15,7 @@ from etils import epath
 
 from tpo_jax.data import files
 from tpo_jax.data.records import Example, PreparedDataset
+from tpo_jax.data.target_parts import about
 from tpo_jax.evaluation import benchmarks, charts, pictures, results
 from tpo_jax.evaluation.page import CSS
 from tpo_jax.evaluation.summary import LEARNT, QUESTIONS, SHOWN, STAGES
@@ -232,7 +233,8 @@ def _result(sample: Mapping[str, Any], example: Example) -> Mapping[str, Any] | 
 
 
 def _draw_temporal(dataset: PreparedDataset, example: Example, sample: Mapping[str, Any]) -> str:
-    result, targets = _result(sample, example), example.targets
+    result = _result(sample, example)
+    targets = about(example, sample["occurrence"]).targets
     steps: list[tuple[float, float]] = []
     if targets.get("saliency"):
         interval = targets["saliency_interval"]
@@ -256,11 +258,15 @@ def _draw_region(dataset: PreparedDataset, example: Example, sample: Mapping[str
 
 
 def _draw_mask(dataset: PreparedDataset, example: Example, sample: Mapping[str, Any]) -> str:
-    return pictures.masks(dataset, example, _result(sample, example))
+    return pictures.masks(
+        dataset, about(example, sample["occurrence"]), _result(sample, example)
+    )
 
 
 def _draw_track(dataset: PreparedDataset, example: Example, sample: Mapping[str, Any]) -> str:
-    return pictures.track(dataset, example, _result(sample, example))
+    return pictures.track(
+        dataset, about(example, sample["occurrence"]), _result(sample, example)
+    )
 
 
 def _draw_qa(dataset: PreparedDataset, example: Example, sample: Mapping[str, Any]) -> str:

@@ -6,7 +6,8 @@ Takes events as `routing` returns them ({"task", "slot", "result"}); knows nothi
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -24,6 +25,7 @@ COLOURS = ((255, 140, 0), (0, 170, 255), (230, 60, 180), (120, 200, 0), (250, 22
 MIN_WIDTH = 384  # pixels; smaller frames are enlarged so that the text can be read
 TIMELINE_HEIGHT = 72  # pixels
 CAPTION_LINE = 14  # pixels
+REGION_SECONDS = 0.25  # for how long before and after its time a region is seen
 
 
 def enlarge(frame: np.ndarray, min_width: int = MIN_WIDTH) -> Image.Image:
@@ -88,20 +90,23 @@ def wrap(text: str, width: int) -> list[str]:
     return lines
 
 
-def annotate(frames: np.ndarray, times: np.ndarray, prompt: str, text: str,
+def annotate(frames: Iterable[np.ndarray], times: np.ndarray, prompt: str, text: str,
              events: Sequence[Mapping[str, Any]]) -> Iterator[np.ndarray]:
     """Yields uint8[H, W, 3] per frame: the frame with boxes and masks, timeline, then the text.
 
     Args:
-      frames: uint8[F, h, w, 3].
+      frames: F of uint8[h, w, 3], read one by one.
       times: float32[F] seconds.
       prompt: the user's words.
       text: the answer with results inlined.
       events: {"task", "result"} with results of the heads' `decode`: a region is drawn on the frame
-        of its time, a mask with its box on each of the F frames, a window on the timeline.
+        of its time and those within REGION_SECONDS of it, a mask with its box on each of the F
+        frames, a window on the timeline.
     """
     painted = list(zip(events, _cycle_colours(len(events)), strict=True))
-    base = enlarge(frames[0])
+    frames = iter(frames)
+    first = next(frames)
+    base = enlarge(first)
     width, height = base.size
     lines = wrap(f"> {prompt}", width - 8) + wrap(text, width - 8)
     tracks = [(event["result"], colour) for event, colour in painted if event["task"] == "temporal"]
@@ -109,7 +114,7 @@ def annotate(frames: np.ndarray, times: np.ndarray, prompt: str, text: str,
     strip = timeline(width, float(times[0]), float(times[-1]), tracks) if has_timeline else None
     top = height + (TIMELINE_HEIGHT if strip else 0)
     total = top + CAPTION_LINE * len(lines) + 8
-    for index, frame in enumerate(frames):
+    for index, frame in enumerate(itertools.chain([first], frames)):
         page = Image.new("RGB", (width, total + total % 2), (24, 24, 24))
         page.paste(_paint(enlarge(frame), painted, index, times), (0, 0))
         pen = ImageDraw.Draw(page)
@@ -137,7 +142,8 @@ def _paint(image: Image.Image, painted: Sequence[tuple[Mapping[str, Any], Any]],
     for event, colour in painted:
         result = event["result"]
         if event["task"] == "region":
-            if index == int(np.argmin(np.abs(times - result["time"]))):
+            away = np.abs(times - result["time"])
+            if index == int(np.argmin(away)) or away[index] < REGION_SECONDS:
                 draw_box(image, result["box"], colour)
         elif event["task"] == "mask":
             image = draw_mask(image, result["masks"][index], colour)
@@ -153,16 +159,19 @@ def write_png(path: epath.PathLike, page: np.ndarray) -> None:
     files.write(path, buffer.getvalue())
 
 
-def write_mp4(path: epath.PathLike, pages: Sequence[np.ndarray], fps: float) -> None:
-    """Writes uint8[H, W, 3] pages of even size as H.264 (temporary name, then rename)."""
+def write_mp4(path: epath.PathLike, pages: Iterable[np.ndarray], fps: float) -> None:
+    """Writes uint8[H, W, 3] pages of even size, one by one, as H.264 (temporary name, then
+    rename)."""
+    pages = iter(pages)
+    first = next(pages)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         rate = Fraction(fps).limit_denominator(1000)
         stream = container.add_stream("libx264", rate=rate)
-        height, width = pages[0].shape[:2]
+        height, width = first.shape[:2]
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "20"}
-        for page in pages:
+        for page in itertools.chain([first], pages):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(page, format="rgb24")))
         container.mux(stream.encode())
     files.write(path, buffer.getvalue())

@@ -26,6 +26,7 @@ import numpy as np
 
 from tpo_jax.data import sampling
 from tpo_jax.data.records import Example, PreparedDataset, Turn
+from tpo_jax.data.target_parts import parts
 from tpo_jax.data.text import render_options
 from tpo_jax.errors import UserError
 
@@ -211,7 +212,7 @@ def evidence_segment(example: Example, turn: Turn, examples: Sequence[Example],
     for other in examples:
         asked = content_words(other.turns[0].question) if other.task == "temporal" else None
         if asked and asked <= words:
-            windows += other.targets["windows"]
+            windows += [window for one in parts(other) for window in one.targets["windows"]]
     if not windows:
         return None
     start, end = float(min(s for s, _ in windows)), float(max(e for _, e in windows))

@@ -22,7 +22,9 @@ from tpo_jax.models.config import ClipFeaturesConfig
 
 LONG_SIDE = 512  # pixels; larger frames are read at this size
 OVERSAMPLING = 4  # frames read per frame shown, so that sampling finds the right times
-KEYS = ("video", "prompt", "id", "box", "box_time", "time", "start", "end")
+KEYS = (
+    "video", "prompt", "id", "box", "box_time", "points", "point_time", "time", "start", "end",
+)  # fmt: skip
 
 
 class RequestError(UserError):
@@ -36,9 +38,11 @@ class Request:
     Attributes:
       id: name of the outputs.
       video: video or image file.
-      prompt: question; "<box>" in it stands for `box`.
-      box: normalised [x1, y1, x2, y2], or None.
-      box_time: seconds of the frame that `box` is drawn on; None: the first that is shown.
+      prompt: question; each "<box>" in it stands for one of `boxes`, in order.
+      boxes: normalised [x1, y1, x2, y2] each.
+      box_times: for each box, seconds of the frame that it is drawn on; None: the first shown.
+      points: normalised (x, y, label) each; 1 on the thing that is meant, 0 not on it.
+      point_time: seconds of the frame that they are on; None: the first shown.
       time: seconds of the frame that a box in the answer is for, or None.
       start, end: part of the video in seconds; end None is its end.
     """
@@ -46,8 +50,10 @@ class Request:
     id: str
     video: pathlib.Path
     prompt: str
-    box: tuple[float, ...] | None = None
-    box_time: float | None = None
+    boxes: tuple[tuple[float, ...], ...] = ()
+    box_times: tuple[float | None, ...] = ()
+    points: tuple[tuple[float, float, int], ...] = ()
+    point_time: float | None = None
     time: float | None = None
     start: float = 0.0
     end: float | None = None
@@ -79,10 +85,12 @@ class Clip:
         size = (round(probe.height * scale), round(probe.width * scale))
         end = request.end if request.end is not None else float("inf")
         last = min(end, probe.duration)
-        if probe.duration and not request.start <= (request.box_time or request.start) <= last:
-            raise RequestError(
-                f"box_time: {request.box_time}, expected seconds of the clip, from "
-                f"{request.start:g} to {last:g}: the frame that the box is drawn on")
+        drawn = [("box_time", time) for time in request.box_times]
+        for field, time in (*drawn, ("point_time", request.point_time)):
+            if probe.duration and time is not None and not request.start <= time <= last:
+                raise RequestError(
+                    f"{field}: {time}, expected seconds of the clip, from {request.start:g} to "
+                    f"{last:g}: the frame that it is drawn on")
         length = last - request.start
         fps = OVERSAMPLING * frames / length if probe.duration and length > 0 else None
         read = video.read_video(request.video, fps, request.start, end, size)
@@ -150,31 +158,80 @@ def make_request(where: str, entry: dict[str, Any], folder: epath.PathLike) -> R
     if not re.fullmatch(r"[\w.-]+", entry["id"]):
         raise RequestError(f"{where}: id: {entry['id']!r}, expected letters, digits and '_.-': it "
                            "names a file")
-    for key in ("time", "box_time", "start", "end"):
-        value = entry.get(key)
-        if value is not None and (not isinstance(value, int | float) or not 0 <= value < 1e9):
-            raise RequestError(f"{where}: {key}: {value!r}, expected seconds, 0 or more")
-    box = entry.get("box")
-    if box is not None:
-        box = tuple(box) if isinstance(box, list | tuple) else (box,)
-        numbers = len(box) == 4 and all(isinstance(v, int | float) for v in box)
-        if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-            raise RequestError(f"{where}: box: {entry['box']!r}, expected normalised x1, y1, x2, "
-                               "y2 with 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1")
-    if box is None and entry.get("box_time") is not None:
-        raise RequestError(f"{where}: box_time: {entry['box_time']!r} without a box; give the box "
-                           "that is drawn then, or remove it")
-    marks = entry["prompt"].count("<box>")
-    if marks != (box is not None):
-        raise RequestError(
-            f"{where}: prompt: {marks} places <box> for {int(box is not None)} box; write <box> "
-            "where the box belongs, as in 'Where does the circle at <box> go?'")
+    for key in ("time", "point_time", "start", "end"):
+        _check_seconds(f"{where}: {key}", entry.get(key))
+    boxes, box_times = _boxes(where, entry)
+    points = _points(where, entry, len(boxes))
     file = epath.Path(folder) / entry["video"]
     if files.is_remote(file) or files.is_remote(entry["video"]):
         raise RequestError(f"{where}: video: {entry['video']!r}, expected a local file; copy it "
                            "here, or mount the bucket")
-    return Request(entry["id"], pathlib.Path(file), entry["prompt"], box, entry.get("box_time"),
-                   entry.get("time"), float(entry.get("start") or 0.0), entry.get("end"))
+    return Request(entry["id"], pathlib.Path(file), entry["prompt"], boxes, box_times, points,
+                   entry.get("point_time"), entry.get("time"), float(entry.get("start") or 0.0),
+                   entry.get("end"))
+
+
+def _check_seconds(field: str, value: Any) -> None:
+    if value is not None and not (_is_number(value) and 0 <= value < 1e9):
+        raise RequestError(f"{field}: {value!r}, expected seconds, 0 or more")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _boxes(where: str, entry: dict[str, Any]
+           ) -> tuple[tuple[tuple[float, ...], ...], tuple[float | None, ...]]:  # fmt: skip
+    """The boxes of a request, one or a list of them, and the time of each."""
+    given, times = entry.get("box"), entry.get("box_time")
+    if given is None:
+        given = []
+    several = isinstance(given, list | tuple) and any(isinstance(v, list | tuple) for v in given)
+    boxes = list(given) if several or given == [] else [given]
+    for box in boxes:
+        numbers = isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_number, box))
+        if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            raise RequestError(f"{where}: box: {box!r}, expected normalised x1, y1, x2, y2 with "
+                               "0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1")
+    if not boxes and times not in (None, []):
+        raise RequestError(f"{where}: box_time: {times!r} without a box; give the box that is "
+                           "drawn then, or remove it")
+    times = list(times) if isinstance(times, list | tuple) else [times] * len(boxes)
+    for time in times:
+        _check_seconds(f"{where}: box_time", time)
+    if times and len(times) != len(boxes):
+        raise RequestError(f"{where}: box_time: {len(times)} times for {len(boxes)} boxes; give "
+                           "one for each (null: the first frame shown), or one for all")
+    marks = entry["prompt"].count("<box>")
+    if marks != len(boxes):
+        raise RequestError(
+            f"{where}: prompt: {marks} places <box> for {len(boxes)} box; write <box> where the "
+            "box belongs, as in 'Where does the circle at <box> go?'")
+    return tuple(map(tuple, boxes)), tuple(times or [None] * len(boxes))
+
+
+def _points(where: str, entry: dict[str, Any], boxes: int) -> tuple[tuple[float, float, int], ...]:
+    """The points of a request, all about one thing: [x, y] on it, [x, y, 0] not on it."""
+    given, time = entry.get("points"), entry.get("point_time")
+    if given is not None and not (isinstance(given, list | tuple) and given):
+        raise RequestError(f"{where}: points: {given!r}, expected a list of [x, y] or [x, y, 0]")
+    points = []
+    for i, point in enumerate(given or ()):
+        numbers = isinstance(point, list | tuple) and all(map(_is_number, point))
+        if not numbers or len(point) not in (2, 3) or (*point, 1)[2] not in (0, 1):
+            raise RequestError(f"{where}: points[{i}]: {point!r}, expected x and y, and as a third "
+                               "1 (on the thing that is meant) or 0 (not on it)")
+        if not (0 <= point[0] <= 1 and 0 <= point[1] <= 1):
+            raise RequestError(f"{where}: points[{i}]: {point!r} is outside the frame, expected x "
+                               "and y from 0 to 1; divide pixels by its width and height")
+        points.append((float(point[0]), float(point[1]), int((*point, 1)[2])))
+    if points and not any(label for *_, label in points) and not boxes:
+        raise RequestError(f"{where}: points: {given!r}: none is on the thing that is meant; give "
+                           "one that is, or a box")
+    if time is not None and (not points or boxes):
+        reason = "box_time is that of both" if points else "there are no points"
+        raise RequestError(f"{where}: point_time: {time!r}: {reason}; remove it")
+    return tuple(points)
 
 
 def prompt_length(codec: TextCodec, requests: Sequence[Request]) -> int:

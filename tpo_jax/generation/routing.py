@@ -5,20 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from tpo_jax.data.text import TextCodec
+from tpo_jax.generation.rles import Rles
 from tpo_jax.generation.sampler import Arrays, Context, Generation
+from tpo_jax.generation.whole_video import Film, WholeVideo, slot_inputs
 from tpo_jax.models.heads import HEADS, ClipInfo
 from tpo_jax.models.video_language import FunctionalModel
 
 Result = dict[str, Any]
+Place = tuple[int, int, int]  # row, branch, number of the call in its answer
 # A temporal answer names every window with at least this share of the best one's score.
 NAMED_WINDOWS = 0.8
 # Head calls of one video that are answered together, where there are several.
@@ -70,32 +72,21 @@ class Router:
     def __init__(self, model: FunctionalModel, codec: TextCodec):
         self.model, self.codec = model, codec
         self.heads = tuple(model.config.heads)
+        self.over_video = WholeVideo(model)
         self._run = jax.jit(self._run_head, static_argnames="name")
         self._tokenise = jax.jit(lambda params, x: model.bind(params).tokenise(x))
 
     def _run_head(self, params: Any, features: Any, frames: jax.Array, frame_valid: jax.Array,
-                  states: jax.Array, frame: jax.Array, prompts: Mapping[str, jax.Array],
-                  branch: jax.Array, box: Mapping[str, jax.Array] | None,
-                  tokens: jax.Array | None, clip_features: jax.Array | None,
-                  texts: Mapping[str, jax.Array], *, name: str) -> dict[str, jax.Array]:
+                  tokens: jax.Array | None, asked: Mapping[str, Any], *, name: str
+                  ) -> dict[str, jax.Array]:
         model = self.model.bind(params)
-        more = {"tokens": tokens, "clip_features": clip_features}
-        if prompts:
-            slots = {} if box is None else {"box": box}
-            prompts = prompts | {"embeds": model.embed_branches(prompts["tokens"], slots)}
-            rows = jnp.arange(len(branch))[:, None]
-            for key, entry in (("prompt", "states"), ("prompt_embeds", "embeds"),
-                               ("prompt_valid", "valid")):
-                more[key] = prompts[entry][rows, branch]
-        if texts:
-            more |= model.texts(texts, {"branch": branch})
-        if box is not None:
-            more |= model.drawn_boxes({"slots": {"box": box}}, {"branch": branch})
-        return model.run_head(name, states, features, frames, frame_valid, frame, **more)
+        return model.run_head(name, asked["states"], features, frames, frame_valid, asked["frame"],
+                              tokens=tokens, **slot_inputs(model, asked))
 
     def route(self, params: Any, context: Context, batch: Arrays, generation: Generation,
-              clips: Sequence[ClipInfo], frames_asked: np.ndarray | None = None
-              ) -> list[list[RoutedAnswer | None]]:
+              clips: Sequence[ClipInfo], frames_asked: np.ndarray | None = None,
+              films: Sequence[Film | None] = (),
+              points: Mapping[str, np.ndarray] | None = None) -> list[list[RoutedAnswer | None]]:
         """Decodes all answers of a batch, heads included.
 
         Args:
@@ -106,6 +97,11 @@ class Router:
           clips: one a row (may be fewer than B: the rest is filling).
           frames_asked: int32[B, K], frame that a region call answers for; None is each row's
             `ClipInfo.frame`.
+          films: one a row, or none; the file of a row, whose every frame a head with
+            `whole_video` answers for instead of those in the batch.
+          points: where users point: "points" float32[B, P, 2], normalised, "labels" int32[B, P] (1
+            on the object, 0 not, -1 no point) and "frame" int32[B]. They are of the first call of a
+            head with `reads_points` in an answer.
 
         Returns:
           [row][branch]; None for an unused branch.
@@ -113,17 +109,23 @@ class Router:
         # Prompts stay on the device, where the heads read them.
         prompts = {"states": generation.prompt_states, "valid": generation.prompt_valid,
                    "tokens": batch["branch_tokens"]}
+        batch = {**batch, "points": points}
         host = jax.device_get(
             dataclasses.replace(generation, prompt_states=None, prompt_valid=None))
         rows, branches = host.lengths.shape
         if frames_asked is None:
             asked = [clip.frame for clip in clips] + [0] * (rows - len(clips))
             frames_asked = np.repeat(np.asarray(asked, np.int32)[:, None], branches, axis=1)
-        results: dict[tuple[int, int, int], Result] = {}
+        results: dict[Place, Result] = {}
         tokens = None  # of the clips, for all heads that read them
         for index, name in enumerate(self.heads):
             places = [tuple(int(i) for i in place)
                       for place in np.argwhere(host.event_heads[: len(clips)] == index)]
+            filmed = bool(HEADS[name].whole_video and films)
+            whole = [place for place in places if filmed and films[place[0]]]
+            places = [place for place in places if place not in whole]
+            results |= self._whole(params, name, whole, batch, host, frames_asked, prompts, clips,
+                                   films)
             if places and tokens is None and HEADS[name].reads_tokens:
                 tokens = self._tokenise(params, context.encoded.features)
             for places_now, predictions in self._predictions(
@@ -135,42 +137,67 @@ class Router:
         return [[self._answer(host, row, branch, results, clips[row].frame_valid)
                  for branch in range(branches)] for row in range(len(clips))]
 
-    def _predictions(self, params: Any, name: str, places: Sequence[tuple[int, int, int]],
-                     context: Context, batch: Arrays, host: Generation, asked: np.ndarray,
+    def _predictions(self, params: Any, name: str, places: Sequence[Place],
+                     context: Context, batch: Arrays, host: Generation, frames_asked: np.ndarray,
                      prompts: Mapping[str, jax.Array | None],
                      tokens: jax.Array | None):
         """Yields (places, predictions of each) with a few events of every row at a time.
 
         The mask head's memory is that of so many clips, however many calls an answer makes.
         """
-        rows, of_row = host.lengths.shape[0], defaultdict(list)
-        texts = {}
-        if HEADS[name].reads_text_features and "text_features" in batch:
-            texts = {key: batch[key] for key in ("text_features", "text_valid")}
-        for place in places:
-            of_row[place[0]].append(place)
-        most = max(map(len, of_row.values()), default=0)
-        slots = 1 if most == 1 else SLOTS_AT_ONCE  # few shapes to compile
-        for first in range(0, most, slots):
-            now = [(slot, place) for given in of_row.values()
-                   for slot, place in enumerate(given[first : first + slots])]
-            states = np.zeros((rows, slots, host.event_states.shape[-1]), np.float32)
-            frame, branches = np.zeros((2, rows, slots), np.int32)
-            for slot, (row, branch, event) in now:
-                states[row, slot] = host.event_states[row, branch, event]
-                frame[row, slot], branches[row, slot] = asked[row, branch], branch
+        for slots, now in _together(places):
+            asked = self._asked(name, slots, now, batch, host, frames_asked, prompts)
             predictions = jax.device_get(self._run(
                 params, context.encoded.features, jnp.asarray(batch["frames"]),
-                jnp.asarray(batch["frame_valid"]), states, frame,
-                {} if texts or not HEADS[name].reads_prompt else prompts, branches,
-                batch["slots"].get("box"), tokens if HEADS[name].reads_tokens else None,
-                batch.get("clip_features") if HEADS[name].reads_clip_features else None,
-                texts, name=name))
+                jnp.asarray(batch["frame_valid"]), tokens if HEADS[name].reads_tokens else None,
+                asked, name=name))
             yield [place for _, place in now], [
                 _of_slot(predictions, place[0], slot) for slot, place in now]
 
+    def _asked(self, name: str, slots: int, now: Sequence[tuple[int, Place]], batch: Arrays,
+               host: Generation, frames_asked: np.ndarray,
+               prompts: Mapping[str, jax.Array | None]) -> dict[str, Any]:
+        """Arrays of all rows about the calls `now`, (slot, place) each, as `slot_inputs` takes
+        them, with "states" and "frame" of the slots."""
+        rows, texts = host.lengths.shape[0], {}
+        if HEADS[name].reads_text_features and "text_features" in batch:
+            texts = {key: batch[key] for key in ("text_features", "text_valid")}
+        states = np.zeros((rows, slots, host.event_states.shape[-1]), np.float32)
+        frame, branches, order = np.zeros((3, rows, slots), np.int32)
+        for slot, (row, branch, event) in now:
+            earlier = host.event_heads[row, branch, :event]
+            order[row, slot] = np.sum(earlier == host.event_heads[row, branch, event])
+            states[row, slot] = host.event_states[row, branch, event]
+            frame[row, slot], branches[row, slot] = frames_asked[row, branch], branch
+        return {
+            "states": states, "frame": frame, "branch": branches, "order": order,
+            "texts": texts,
+            "prompts": {} if texts or not HEADS[name].reads_prompt else prompts,
+            "box": batch["slots"].get("box"),
+            "points": batch["points"] if HEADS[name].reads_points else None,
+            "clip_features":
+                batch.get("clip_features") if HEADS[name].reads_clip_features else None,
+        }
+
+    def _whole(self, params: Any, name: str, places: Sequence[Place], batch: Arrays,
+               host: Generation, frames_asked: np.ndarray,
+               prompts: Mapping[str, jax.Array | None], clips: Sequence[ClipInfo],
+               films: Sequence[Film | None]) -> dict[Place, Result]:
+        """Results of calls over all frames of their films, one row at a time."""
+        results: dict[Place, Result] = {}
+        for row in sorted({place[0] for place in places}):
+            for slots, now in _together([place for place in places if place[0] == row]):
+                asked = self._asked(name, slots, now, batch, host, frames_asked, prompts)
+                one = jax.tree.map(lambda x, row=row: x[row : row + 1], asked)
+                shown = {key: np.asarray(batch[key][row : row + 1])
+                         for key in ("frames", "frame_valid", "frame_times")}
+                found = self.over_video.results(
+                    params, name, shown, one, len(now), films[row], clips[row])
+                results |= dict(zip([place for _, place in now], found, strict=True))
+        return results
+
     def _answer(self, host: Generation, row: int, branch: int,
-                results: Mapping[tuple[int, int, int], Result],
+                results: Mapping[Place, Result],
                 frame_valid: np.ndarray) -> RoutedAnswer | None:
         length = int(host.lengths[row, branch])
         if not length:
@@ -190,6 +217,18 @@ class Router:
         text = "".join([*pieces, self.codec.decode(tokens[begin:])])
         return RoutedAnswer(text.strip(), self.codec.decode(tokens).strip(),
                             bool(host.finished[row, branch]), tuple(events))
+
+
+def _together(places: Sequence[Place]) -> Iterator[tuple[int, list[tuple[int, Place]]]]:
+    """Slots of a program, and (slot, place) of so many calls of every row at a time."""
+    of_row = defaultdict(list)
+    for place in places:
+        of_row[place[0]].append(place)
+    most = max(map(len, of_row.values()), default=0)
+    slots = 1 if most == 1 else SLOTS_AT_ONCE  # few shapes to compile
+    for first in range(0, most, slots):
+        yield slots, [(slot, place) for given in of_row.values()
+                      for slot, place in enumerate(given[first : first + slots])]
 
 
 def _of_slot(predictions: Mapping[str, np.ndarray], row: int, slot: int
@@ -239,7 +278,8 @@ def _jsonable(value: Any) -> Any:
 
 @_jsonable.register
 def _(value: dict) -> Any:
-    return {key: _rles(item) if key == "masks" else _jsonable(item) for key, item in value.items()}
+    return {key: list(Rles.of(item).items) if key == "masks" else _jsonable(item)
+            for key, item in value.items()}
 
 
 @_jsonable.register
@@ -251,9 +291,3 @@ def _(value: list) -> Any:
 def _(value: np.ndarray) -> Any:
     return value.tolist()
 
-
-def _rles(masks: np.ndarray) -> list[dict[str, Any] | None]:
-    """COCO RLE of bool[n, h, w] masks, None for an empty one."""
-    encoded = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
-    return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} if mask.any() else None
-            for rle, mask in zip(encoded, masks, strict=True)]

@@ -230,18 +230,27 @@ class VideoLanguageModel(nnx.Module):
     def drawn_boxes(
         self, batch: Mapping[str, Any], slots: Mapping[str, jax.Array]
     ) -> dict[str, jax.Array]:
-        """Entries of `HeadInputs` about the user's box in the branch of each slot.
+        """Entries of `HeadInputs` about the user's box of each slot.
+
+        The slots of an answer take the boxes of their question in turn, and the last one when there
+        are no more: "<mask> and <mask>" to "Follow <box> and <box>.", all to a single box.
+
+        Args:
+          slots: "branch" and "order" int32[B, S], as of `order_in_branch`.
 
         Returns: "boxes" float[B, S, 4] normalised xyxy, "box_valid" bool[B, S], "box_frame"
           int32[B, S].
         """
         box = batch["slots"]["box"]
         same = box["valid"][:, None] & (box["branch"][:, None] == slots["branch"][..., None])
-        first = jnp.argmax(same, axis=-1)
+        last = jnp.sum(same, axis=-1) - 1
+        order = order_in_branch(box["branch"], box["valid"])
+        own = same & (order[:, None] == jnp.minimum(slots["order"], last)[..., None])
+        chosen = jnp.argmax(own, axis=-1)
         return {
-            "boxes": jnp.take_along_axis(box["boxes"], first[..., None], axis=1),
+            "boxes": jnp.take_along_axis(box["boxes"], chosen[..., None], axis=1),
             "box_valid": jnp.any(same, axis=-1),
-            "box_frame": jnp.take_along_axis(box["frame"], first, axis=1),
+            "box_frame": jnp.take_along_axis(box["frame"], chosen, axis=1),
         }
 
     def run_heads(
@@ -271,7 +280,8 @@ class VideoLanguageModel(nnx.Module):
             if head(name).reads_clip_features:
                 more["clip_features"] = batch.get("clip_features")
             if "box" in batch["slots"]:
-                more |= self.drawn_boxes(batch, slots)
+                order = order_in_branch(slots["branch"], slots["valid"])
+                more |= self.drawn_boxes(batch, {"branch": slots["branch"], "order": order})
             if for_losses:
                 more |= {"targets": slots, "video_ids": batch.get("video_ids")}
             predictions[name] = self.run_head(
@@ -284,7 +294,11 @@ class VideoLanguageModel(nnx.Module):
         """Tokens float32[B, F, h1 * w1, C] for all heads with `reads_tokens`."""
         return self.heads[FRAME_TOKENS](as_float32(features))
 
-    def run_head(
+    def run_head(self, name: str, *args: Any, **more: Any) -> dict[str, jax.Array]:
+        """One head on slots; arguments of `head_inputs`."""
+        return self.heads[name](self.head_inputs(name, *args, **more))
+
+    def head_inputs(
         self,
         name: str,
         slot_states: jax.Array,
@@ -300,11 +314,14 @@ class VideoLanguageModel(nnx.Module):
         boxes: jax.Array | None = None,
         box_valid: jax.Array | None = None,
         box_frame: jax.Array | None = None,
+        points: jax.Array | None = None,
+        point_labels: jax.Array | None = None,
+        point_frame: jax.Array | None = None,
         clip_features: jax.Array | None = None,
         targets: Mapping[str, jax.Array] | None = None,
         video_ids: jax.Array | None = None,
-    ) -> dict[str, jax.Array]:
-        """One head on slots.
+    ) -> HeadInputs:
+        """What a head reads of slots.
 
         Args:
           slot_states: float32[B, S, D].
@@ -312,8 +329,8 @@ class VideoLanguageModel(nnx.Module):
           frames: uint8[B, F, H, W, 3]; frame_valid: bool[B, F].
           frame: int32[B, S], frame asked about; None is the first.
           tokens: of `tokenise`; None computes them, where the head reads them.
-          prompt, prompt_embeds, prompt_valid, boxes, box_valid, box_frame, clip_features,
-            targets, video_ids: see `HeadInputs`.
+          prompt, prompt_embeds, prompt_valid, boxes, box_valid, box_frame, points, point_labels,
+            point_frame, clip_features, targets, video_ids: see `HeadInputs`.
         """
         if frame is None:
             frame = jnp.zeros(slot_states.shape[:2], jnp.int32)
@@ -323,12 +340,20 @@ class VideoLanguageModel(nnx.Module):
             prompt = prompt.astype(jnp.float32)
         if prompt_embeds is not None:
             prompt_embeds = prompt_embeds.astype(jnp.float32)
-        inputs = HeadInputs(
+        return HeadInputs(
             slot_states.astype(jnp.float32), as_float32(features), normalise(frames), frame_valid,
             frame, tokens, prompt, prompt_embeds, prompt_valid, boxes, box_valid,
-            box_frame, clip_features, targets, video_ids,
+            box_frame, points, point_labels, point_frame, clip_features, targets, video_ids,
         )  # fmt: skip
-        return self.heads[name](inputs)
+
+
+def order_in_branch(branch: jax.Array, valid: jax.Array) -> jax.Array:
+    """int32[B, S]: how many valid slots before a slot are in its branch; of branch int32[B, S] and
+    valid bool[B, S]."""
+    S = branch.shape[1]
+    before = jnp.arange(S) < jnp.arange(S)[:, None]
+    same = (branch[:, None] == branch[..., None]) & valid[:, None]
+    return jnp.sum(same & before, axis=-1, dtype=jnp.int32)
 
 
 def as_float32(features: VisionFeatures) -> VisionFeatures:

@@ -164,6 +164,44 @@ def test_a_box_prompts_the_frame_that_it_is_drawn_on():
 
 
 @pytest.mark.long
+def test_a_video_in_windows_is_tracked_as_the_whole_clip_is():
+    """Two objects prompted on frames 2 and 0, followed two frames at a time: all that `track` says,
+    frame by frame."""
+    frames, slots = np.array(_inputs().frames[:1]), np.array([[2, 0]], np.int32)
+    whole = dataclasses.replace(
+        _inputs(), targets=None, frames=frames, slot_states=_inputs().slot_states[:1],
+        frame_valid=np.ones((1, F), bool), box_frame=slots, box_valid=np.ones((1, S), bool),
+        boxes=np.array([[[0.2, 0.1, 0.7, 0.6], [0.5, 0.4, 0.9, 0.8]]], np.float32),
+    )  # fmt: skip
+    expected = _predict()(_start(), whole)
+
+    def bound(params):
+        return nnx.merge(STRUCTURE, nnx.State(jax.tree.map(nnx.Param, params)))
+
+    begin = jax.jit(lambda params, inputs: bound(params).begin(inputs))
+    go_on = jax.jit(lambda params, *given: bound(params).go_on(*given))
+    start, prompted, followed = begin(_start(), whole)
+    assert start.tolist() == [[2, 0]]
+    found = {name: np.full(x.shape, np.nan) for name, x in expected.items()}
+    for name, x in prompted.items():
+        found[name][0, [0, 1], [2, 0]] = x[0, :, 0]
+    # The last frame of the second window is a filling: what it says is not kept.
+    for direction, windows in ((1, [([1, 2], 2), ([3, 3], 1)]), (-1, [([1, 0], 2)])):
+        if direction < 0:
+            followed = _head().turned(followed)
+        for window, count in windows:
+            index, there = np.array(window, np.int32), np.arange(2) < count
+            followed, now = go_on(_start(), followed, frames[0, index], start, (index, there),
+                                  np.int32(F), np.int32(direction))  # fmt: skip
+            for place, frame in enumerate(window[:count]):
+                for s in np.flatnonzero(direction * (frame - slots[0]) > 0):
+                    for name, x in now.items():
+                        found[name][0, s, frame] = x[0, s, place]
+    for name, x in expected.items():
+        np.testing.assert_allclose(found[name], x, atol=1e-4)
+
+
+@pytest.mark.long
 def test_what_a_video_needs_does_not_grow_with_its_length():
     """Frames are encoded inside the loop: 4 times as many need the same working memory, apart from
     the frames and the answers themselves."""

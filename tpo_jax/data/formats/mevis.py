@@ -16,6 +16,7 @@ from tpo_jax.data.formats import asking
 from tpo_jax.data.formats.reading import Context, Format, Record, as_object, expand, load_json
 from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example
+from tpo_jax.data.rles import merge_rles
 
 EXPRESSIONS, MASKS = "meta_expressions.json", "mask_dict.json"
 
@@ -84,7 +85,7 @@ def _merge(rles: Sequence[Any], field: str) -> Mapping[str, Any] | None:
     present = [validation.check_rle(field, rle) for rle in rles if rle is not None]
     if len({tuple(rle["size"]) for rle in present}) > 1:
         raise Invalid(field, None, "masks of different sizes", "use one size")
-    return validation.merge_rles(present) if present else None
+    return merge_rles(present) if present else None
 
 
 FORMAT = Format("mevis", "referring masks over time, meta_expressions + mask_dict", records, parse)

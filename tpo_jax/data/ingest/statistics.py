@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tpo_jax.data.records import Example, IndexEntry
+from tpo_jax.data.target_parts import parts
 
 
 def summarise(
@@ -49,10 +50,11 @@ def count_examples(examples: Iterable[Example]) -> dict[str, Any]:
             choices += [len(turn.options)] if turn.options else []
             words += len(turn.answer.split())
         turns += len(example.turns)
-        pieces = example.targets.get("windows") or example.targets.get("segments") or []
-        windows += [end - start for start, end in pieces]
-        boxes += sum(box is not None for box in example.targets.get("boxes") or [])
-        masks += sum(rle is not None for rle in example.targets.get("rles") or [])
+        for targets in (one.targets for one in parts(example)):
+            pieces = targets.get("windows") or targets.get("segments") or []
+            windows += [end - start for start, end in pieces]
+            boxes += sum(box is not None for box in targets.get("boxes") or [])
+            masks += sum(rle is not None for rle in targets.get("rles") or [])
     return {
         "examples": len(tasks),
         "turns": turns,

@@ -57,6 +57,10 @@ class HeadInputs:
     boxes: float32[B, S, 4], normalised xyxy, of the slot's question; box_valid: bool[B, S];
     box_frame: int32[B, S], the frame that each is drawn on.
 
+    Only where the user points, for heads with `reads_points`:
+    points: float32[B, S, P, 2], normalised x and y; point_labels: int32[B, S, P], 1 on the object,
+    0 not on it, -1 for no point; point_frame: int32[B, S], the frame that they are on.
+
     Only when a loss follows, so that a head can compute what nothing but its loss needs:
     targets: the slots' arrays of the batch, "valid" bool[B, S] among them.
     video_ids: uint32[B], equal for rows of one video.
@@ -74,6 +78,9 @@ class HeadInputs:
     boxes: jax.Array | None = None
     box_valid: jax.Array | None = None
     box_frame: jax.Array | None = None
+    points: jax.Array | None = None
+    point_labels: jax.Array | None = None
+    point_frame: jax.Array | None = None
     clip_features: jax.Array | None = None
     targets: Mapping[str, jax.Array] | None = None
     video_ids: jax.Array | None = None
@@ -120,6 +127,12 @@ class Head:
       config of the model has them.
     reads_text_features: whether its `HeadInputs.prompt` are text features where the config of the
       model has them.
+    reads_points: whether it takes `HeadInputs.points`, where the user points.
+    whole_video: how `predict` takes a head that says something of every frame beyond the frames
+      that the language model is shown ("": not at all). Its `decode` gives "masks", "times" and
+      other lists with an entry a frame. "spread": `module` runs again, with other frames of the
+      file in the places of the shown ones; "follow": `module` has `begin`, `go_on` and `turned`
+      as `sam2.Sam2Head` has them (`generation.whole_video`).
 
     A head with a task of its own says what the built-in tasks have in their rooms:
     target: data.targets.SlotTarget, from the targets of an example to arrays.
@@ -141,6 +154,8 @@ class Head:
     reads_prompt: bool = False
     reads_clip_features: bool = False
     reads_text_features: bool = False
+    reads_points: bool = False
+    whole_video: str = ""
     target: Any = None
     words: Callable[[Mapping[str, Any]], str] | None = None
     score: Callable[[Mapping[str, Any], int, Mapping | None], dict[str, float]] | None = None
@@ -151,6 +166,11 @@ class Head:
         if self.marker != f"<{self.task}>":
             raise ValueError(
                 f"head {self.name!r}: marker={self.marker!r}: must be '<{self.task}>', its task"
+            )
+        if self.whole_video not in ("", "spread", "follow"):
+            raise ValueError(
+                f"head {self.name!r}: whole_video={self.whole_video!r}: must be '', 'spread' or "
+                "'follow'"
             )
 
 

@@ -237,4 +237,5 @@ HEAD = Head(
     decode=decode,
     reads_tokens=True,
     reads_prompt=True,
+    whole_video="spread",
 )

@@ -16,6 +16,8 @@ HEAD = Head(
     module=Sam2Head,
     loss=loss,
     decode=decode,
+    whole_video="follow",
+    reads_points=True,
 )
 
 __all__ = ["HEAD", "Sam2Head", "decode", "loss", "published_weights"]

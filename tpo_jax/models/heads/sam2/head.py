@@ -4,11 +4,12 @@ The adapter is that of Task Preference Optimization (2412.19326): two linear lay
 state into the three tokens that a box would be. It is tried on every frame by itself; the frame
 where SAM 2 is surest that the object is there, and of its mask, becomes the prompted one, and the
 object is tracked from it in both directions. So it need not be there when the clip starts. A drawn
-box prompts the frame that it is drawn on.
+box, or points, prompt the frame that they are drawn on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
@@ -21,7 +22,17 @@ from tpo_jax.models.heads.sam2.image_encoder import ImageFeatures
 from tpo_jax.models.heads.sam2.layers import resize_masks
 from tpo_jax.models.heads.sam2.mask_decoder import MASKS, Decoded, choose, pick
 from tpo_jax.models.heads.sam2.model import Sam2
-from tpo_jax.models.heads.sam2.tracking import Prompt, stills, track
+from tpo_jax.models.heads.sam2.prompt_encoder import FILLING, PromptEncoder
+from tpo_jax.models.heads.sam2.tracking import (
+    Followed,
+    Prompt,
+    Tracked,
+    begin,
+    go_on,
+    stills,
+    track,
+    turned,
+)
 from tpo_jax.models.layers import Mlp, Rngs
 from tpo_jax.models.towers.interpolate import resize_grid
 
@@ -47,27 +58,14 @@ class Sam2Head(nnx.Module):
         [B, S, F, 4, m, m], their "iou" [B, S, F, 4] and which were "asked" for, bool; and
         "prompt_error" [B, S], what lies between the adapter's tokens and those of the labelled box.
         """
-        B, F = inputs.frame_valid.shape
+        F = inputs.frame_valid.shape[1]
         training = inputs.targets is not None
         read = self._reader(self._pixels(inputs.frames), keep=training)
-        tokens = self.adapter(inputs.slot_states)
-        tokens = tokens.reshape(*tokens.shape[:2], BOX_TOKENS, self.config.width)
-        prompted = tokens
-        if inputs.boxes is not None:
-            drawn = self.network.prompt_encoder.boxes(inputs.boxes * self.config.image_size)
-            prompted = jnp.where(inputs.box_valid[..., None, None], drawn, tokens)
-        alone = stills(self.network, read, prompted, F)
-        start = best_frame(alone, inputs.frame_valid)
-        if training:
-            start = best_labelled_frame(inputs.targets, inputs.frame_valid, start)
-        if inputs.boxes is not None:
-            start = jnp.where(inputs.box_valid, inputs.box_frame, start)
-        prompt = Prompt(prompted, start, jnp.ones(start.shape, bool))
+        prompt, tokens, alone = self._prompt(inputs, read)
+        start = prompt.frame
         count = jnp.sum(inputs.frame_valid, axis=-1)
         tracked = track(self.network, read, prompt, F, count, keep=training)
-        found = {
-            "masks": resize_masks(tracked.masks, self.mask_size), "presence": tracked.presence
-        }  # fmt: skip
+        found = self._said(tracked)
         if not training:
             return found
         single = jnp.arange(MASKS) == 0
@@ -76,6 +74,64 @@ class Sam2Head(nnx.Module):
         asked = jnp.broadcast_to(single, alone.iou.shape)
         found |= self._candidates(alone, "still_", asked)
         return found | {"prompt_error": self._prompt_error(tokens, inputs.targets, start)}
+
+    def begin(
+        self, inputs: HeadInputs
+    ) -> tuple[jax.Array, dict[str, jax.Array], Followed]:
+        """Which shown frame int32[B, S] each object is prompted on, "masks" [B, S, 1, m, m] and
+        "presence" [B, S, 1] there, logits, and what `go_on` carries."""
+        read = self._reader(self._pixels(inputs.frames), keep=False)
+        prompt, *_ = self._prompt(inputs, read)
+        found, followed = begin(self.network, read(prompt.frame), prompt)
+        return prompt.frame, self._said(found), followed
+
+    def turned(self, followed: Followed) -> Followed:
+        return turned(followed)
+
+    def go_on(
+        self,
+        followed: Followed,
+        pictures: jax.Array,
+        start: jax.Array,
+        frames: tuple[jax.Array, jax.Array],
+        count: jax.Array,
+        direction: jax.Array,
+    ) -> tuple[Followed, dict[str, jax.Array]]:
+        """The next W frames of a pass, "masks" [B, S, W, m, m] and "presence" [B, S, W].
+
+        Args:
+          pictures: float32[W, H, W', 3] in [-1, 1], of one video (B = 1).
+          start, frames, count, direction: as in `tracking.go_on`.
+        """
+
+        def read(place: jax.Array) -> ImageFeatures:
+            return self.network.features(self._pixels(pictures[place][None, None]))
+
+        followed, found = go_on(self.network, read, followed, start, frames, count, direction)
+        return followed, self._said(found)
+
+    def _said(self, found: Tracked) -> dict[str, jax.Array]:
+        return {"masks": resize_masks(found.masks, self.mask_size), "presence": found.presence}
+
+    def _prompt(
+        self, inputs: HeadInputs, read: Callable[[jax.Array], ImageFeatures]
+    ) -> tuple[Prompt, jax.Array, Decoded]:
+        """The prompt of every object, the adapter's tokens, and every shown frame by itself."""
+        tokens = self.adapter(inputs.slot_states)
+        tokens = tokens.reshape(*tokens.shape[:2], BOX_TOKENS, self.config.width)
+        prompted = prompt_tokens(self.network.prompt_encoder, tokens, inputs)
+        alone = stills(
+            self.network, read, prompted.tokens, inputs.frame_valid.shape[1], prompted.valid
+        )
+        start = best_frame(alone, inputs.frame_valid)
+        if inputs.targets is not None:
+            start = best_labelled_frame(inputs.targets, inputs.frame_valid, start)
+        if inputs.boxes is not None:
+            start = jnp.where(inputs.box_valid, inputs.box_frame, start)
+        if inputs.points is not None:
+            given = jnp.any(inputs.point_labels != FILLING, axis=-1)
+            start = jnp.where(given, inputs.point_frame, start)
+        return dataclasses.replace(prompted, frame=start), tokens, alone
 
     def _pixels(self, frames: jax.Array) -> jax.Array:
         """float32[B, F, H, W, 3] in [-1, 1] -> [B, F, image_size, image_size, 3] as published."""
@@ -113,6 +169,34 @@ class Sam2Head(nnx.Module):
         boxes = extents(masks) * self.config.image_size
         wanted = jax.lax.stop_gradient(self.network.prompt_encoder.boxes(boxes))
         return jnp.mean(jnp.abs(tokens - wanted), axis=(-2, -1))
+
+
+def prompt_tokens(encoder: PromptEncoder, tokens: jax.Array, inputs: HeadInputs) -> Prompt:
+    """The adapter's `tokens` float32[B, S, 3, C], or what the user drew in their place: a box, some
+    points, or both, in that order and with one filling behind, as published. The frame is not
+    chosen yet (0).
+
+    A single point leaves open which of the things at it is meant.
+    """
+    drawn = jnp.zeros(tokens.shape[:2], bool)
+    if inputs.boxes is not None:
+        drawn = inputs.box_valid
+        boxes = encoder.boxes(inputs.boxes * encoder.image_size)
+        tokens = jnp.where(drawn[..., None, None], boxes, tokens)
+    start, single = jnp.zeros(drawn.shape, jnp.int32), jnp.ones(drawn.shape, bool)
+    if inputs.points is None:
+        return Prompt(tokens, start, single)
+    labels = inputs.point_labels
+    count = jnp.sum(labels != FILLING, axis=-1)
+    pointed = count > 0
+    tokens = tokens.at[:, :, -1].set(
+        jnp.where(pointed[..., None], encoder.filling[0], tokens[:, :, -1])
+    )
+    points = encoder.points(inputs.points * encoder.image_size, labels)
+    kept = jnp.repeat((drawn | ~pointed)[..., None], BOX_TOKENS - 1, axis=-1)
+    valid = jnp.concatenate([kept, jnp.ones((*start.shape, 1), bool), labels != FILLING], axis=-1)
+    single = drawn | (count != 1)
+    return Prompt(jnp.concatenate([tokens, points], axis=2), start, single, valid=valid)
 
 
 def best_frame(decoded: Decoded, frame_valid: jax.Array) -> jax.Array:

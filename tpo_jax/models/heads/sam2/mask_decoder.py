@@ -59,23 +59,25 @@ class TwoWayLayer(nnx.Module):
         cells: jax.Array,
         prompt: jax.Array,
         position: jax.Array,
+        visible: jax.Array | None,
         *,
         first: bool,
     ) -> tuple[jax.Array, jax.Array]:
-        """tokens, prompt float[rows, n, C]; cells float[rows, hw, C]; position float[hw, C].
+        """tokens, prompt float[rows, n, C]; cells float[rows, hw, C]; position float[hw, C];
+        visible bool[rows, n], the tokens that are there, None: all.
 
         The first layer gets the prompt as its tokens, so they are not their own position there.
         """
         if first:
-            tokens = self.self_attn(tokens, tokens, tokens)
+            tokens = self.self_attn(tokens, tokens, tokens, visible)
         else:
             placed = tokens + prompt
-            tokens = tokens + self.self_attn(placed, placed, tokens)
+            tokens = tokens + self.self_attn(placed, placed, tokens, visible)
         tokens = self.layer_norm1(tokens)
         read = self.token_to_image(tokens + prompt, cells + position, cells)
         tokens = self.layer_norm2(tokens + read)
         tokens = self.layer_norm3(tokens + self.fc2(jax.nn.relu(self.fc1(tokens))))
-        read = self.image_to_token(cells + position, tokens + prompt, tokens)
+        read = self.image_to_token(cells + position, tokens + prompt, tokens, visible)
         return tokens, self.layer_norm4(cells + read)
 
 
@@ -100,7 +102,12 @@ class MaskDecoder(nnx.Module):
         self.presence_mlp = FeedForward(width, width, 1, rngs=rngs)
 
     def __call__(
-        self, top: jax.Array, features: ImageFeatures, prompt: jax.Array, position: jax.Array
+        self,
+        top: jax.Array,
+        features: ImageFeatures,
+        prompt: jax.Array,
+        position: jax.Array,
+        prompt_valid: jax.Array | None = None,
     ) -> Decoded:
         """
         Args:
@@ -109,6 +116,7 @@ class MaskDecoder(nnx.Module):
           features: [B, S or 1, ...], of which `fine` and `middle` are read.
           prompt: float32[B, S, n, C].
           position: float32[h, w, C].
+          prompt_valid: bool[B, S, n], tokens of the prompt that are there; None: all.
         """
         B, S, h, w, C = top.shape
         own = jnp.concatenate(
@@ -117,9 +125,13 @@ class MaskDecoder(nnx.Module):
         prompt = prompt.reshape(B * S, -1, C)
         prompt = jnp.concatenate([jnp.broadcast_to(own, (B * S, *own.shape)), prompt], axis=1)
         cells, position = top.reshape(B * S, h * w, C), position.reshape(h * w, C)
+        visible = None
+        if prompt_valid is not None:
+            visible = prompt_valid.reshape(B * S, -1)
+            visible = jnp.pad(visible, ((0, 0), (len(own), 0)), constant_values=True)
         tokens = prompt
         for number, layer in enumerate(self.layers.values()):
-            tokens, cells = layer(tokens, cells, prompt, position, first=number == 0)
+            tokens, cells = layer(tokens, cells, prompt, position, visible, first=number == 0)
         read = self.final_attn(tokens + prompt, cells + position, cells)
         tokens = self.final_norm(tokens + read).reshape(B, S, -1, C)
         pixels = self._pixels(cells.reshape(top.shape), features)

@@ -60,6 +60,7 @@ class Sam2(nnx.Module):
         features: ImageFeatures,
         prompt: jax.Array,
         mask: jax.Array | None = None,
+        prompt_valid: jax.Array | None = None,
     ) -> Decoded:
         """Masks of S objects in each of B frames.
 
@@ -68,12 +69,13 @@ class Sam2(nnx.Module):
           features: [B, S or 1, ...].
           prompt: float32[B, S, n, C], of the prompt encoder.
           mask: float32[B, S, m, m], logits of a mask prompt.
+          prompt_valid: bool[B, S, n], tokens that are there; None: all.
         """
         grid = self.config.grid
         position = self.image_positions(cell_centres(grid, grid)).reshape(grid, grid, -1)
         top = top + self.prompt_encoder.masks(mask)
         top = jnp.broadcast_to(top, (*prompt.shape[:2], *top.shape[2:]))
-        return self.mask_decoder(top, features, prompt, position)
+        return self.mask_decoder(top, features, prompt, position, prompt_valid)
 
     def pointer(self, token: jax.Array, present: jax.Array) -> jax.Array:
         """float32[..., C] of the decoder, bool[...] -> float32[..., C]."""

@@ -4,6 +4,9 @@ Every object has its own prompted frame, so every object reads the frames in its
 step. What is carried from step to step does not grow: the memories of the last few frames and the
 pointers of some more, each in a ring; the prompted frame's never leave. Going back starts with
 empty rings.
+
+`track` has the whole clip at hand. `begin`, `go_on` and `turned` follow the same objects through a
+video of any length that comes in windows, all objects in one pass forward and one back.
 """
 
 from __future__ import annotations
@@ -35,12 +38,14 @@ class Prompt:
     single: bool[B, S], whether it leaves nothing open, as a box or several points do.
     masks: float32[B, S, H, W] in {0, 1} at image_size; where given, they are what is tracked and
       `tokens` are not read.
+    valid: bool[B, S, n], tokens that are there; None: all.
     """
 
     tokens: jax.Array
     frame: jax.Array
     single: jax.Array
     masks: jax.Array | None = None
+    valid: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -137,20 +142,100 @@ def track(
     )  # fmt: skip
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Followed:
+    """What is carried through a video that comes in windows; its size does not depend on them.
+
+    memory: of the prompted frames. rings: of the frames since. step: int32[], number that the next
+    frame has, 1 where a pass begins.
+    """
+
+    memory: _Memory
+    rings: _Rings
+    step: jax.Array
+
+
+def begin(sam: Sam2, features: ImageFeatures, prompt: Prompt) -> tuple[Tracked, Followed]:
+    """The prompted frames by themselves, [B, S, 1, ...], and what is carried on from them.
+
+    Args:
+      features: [B, S, ...], of the prompted frame of each object.
+    """
+    decoded, memory = _prompted(sam, features, prompt)
+    found = _answer(decoded, prompt.single, keep=False)
+    found = jax.tree.map(lambda x: x[:, :, None], found)
+    return found, Followed(memory, _empty_rings(sam, memory), jnp.ones((), jnp.int32))
+
+
+def turned(followed: Followed) -> Followed:
+    """As it was before the first frame, for the pass back."""
+    everything = jnp.ones(followed.rings.cells_valid.shape[:2], bool)
+    return Followed(
+        followed.memory, _emptied(followed.rings, everything), jnp.ones((), jnp.int32)
+    )
+
+
+def go_on(
+    sam: Sam2,
+    read: Callable[[jax.Array], ImageFeatures],
+    followed: Followed,
+    start: jax.Array,
+    frames: tuple[jax.Array, jax.Array],
+    count: jax.Array,
+    direction: jax.Array,
+) -> tuple[Followed, Tracked]:
+    """Objects through the next W frames of a pass; [B, S, W, ...].
+
+    An object enters the pass behind its prompted frame; what is said of frames before says nothing.
+
+    Args:
+      read: features [B, 1, ...] of frame int32[] of the window.
+      start: int32[B, S], number in the video of each object's prompted frame.
+      frames: int32[W], numbers in the video, and bool[W], False for fillings at the end.
+      count: int32[], frames of the video.
+      direction: int32[], 1 forward and -1 back.
+    """
+
+    def body(followed: Followed, given: tuple[jax.Array, jax.Array, jax.Array]):
+        place, frame, there = given
+        features = read(place)
+        distance = direction * (frame - start)
+        top = _remembering(
+            sam, features, followed.memory, followed.rings, followed.step, jnp.abs(distance), count
+        )
+        decoded, new = _found(sam, features, top)
+        rings = _written(followed.rings, new, followed.step, distance > 0)
+        after = Followed(followed.memory, rings, followed.step + 1)
+        after = jax.tree.map(lambda new, old: jnp.where(there, new, old), after, followed)
+        return after, _answer(decoded, jnp.zeros(start.shape, bool), keep=False)
+
+    places = jnp.arange(len(frames[0]))
+    followed, found = jax.lax.scan(body, followed, (places, *frames))
+    return followed, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), found)
+
+
 def stills(
-    sam: Sam2, read: Callable[[jax.Array], ImageFeatures], prompt: jax.Array, frames: int
+    sam: Sam2,
+    read: Callable[[jax.Array], ImageFeatures],
+    prompt: jax.Array,
+    frames: int,
+    prompt_valid: jax.Array | None = None,
 ) -> Decoded:
     """Every frame by itself as if it were the prompted one.
 
     Args:
       prompt: float32[B, S, n, C].
+      prompt_valid: bool[B, S, n], tokens that are there; None: all.
 
     Returns: [B, S, F, ...] each.
     """
 
     def body(_, frame: jax.Array):
         features = read(jnp.full(prompt.shape[:2], frame, jnp.int32))
-        return None, sam.decode(features.top + sam.no_memory[0, 0], features, prompt)
+        return None, sam.decode(
+            features.top + sam.no_memory[0, 0], features, prompt, prompt_valid=prompt_valid
+        )
 
     body = checkpointed(body, sam.config.remat)
     _, decoded = jax.lax.scan(body, None, jnp.arange(frames))
@@ -166,7 +251,9 @@ def _prompted(sam: Sam2, features: ImageFeatures, prompt: Prompt) -> tuple[Decod
     """The prompted frame, which reads no memory."""
     if prompt.masks is not None:
         return _given(sam, features, prompt)
-    decoded = sam.decode(features.top + sam.no_memory[0, 0], features, prompt.tokens)
+    decoded = sam.decode(
+        features.top + sam.no_memory[0, 0], features, prompt.tokens, prompt_valid=prompt.valid
+    )
     present = decoded.presence > 0
     answer, told = choose(decoded, prompt.single)
     cells = sam.remember(features.top, pick(decoded.masks, answer), present, binary=True)
@@ -260,14 +347,18 @@ def _emptied(rings: _Rings, turned: jax.Array) -> _Rings:
     )
 
 
-def _written(rings: _Rings, new: _Memory, step: jax.Array) -> _Rings:
-    """Rings with the memory of a step in the place of the oldest."""
+def _written(
+    rings: _Rings, new: _Memory, step: jax.Array, seen: jax.Array | None = None
+) -> _Rings:
+    """Rings with the memory of a step in the place of the oldest; it counts for objects `seen`
+    bool[B, S], by default for all."""
 
     def put(ring: jax.Array, value: jax.Array) -> jax.Array:
         place = step % ring.shape[2]
         return jax.lax.dynamic_update_index_in_dim(ring, value, place, axis=2)
 
-    seen = jnp.ones(rings.cells_valid.shape[:2], bool)
+    if seen is None:
+        seen = jnp.ones(rings.cells_valid.shape[:2], bool)
     return _Rings(
         put(rings.cells, new.cells), put(rings.cells_valid, seen),
         put(rings.pointers, new.pointer), put(rings.pointers_valid, seen),
