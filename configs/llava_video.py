@@ -5,22 +5,24 @@
     python -m tpo_jax.plan --config=configs/llava_video.py:frames=32 --topology=v5e:16x16
 
 Learning rate 1e-5, 2e-6 for the tower, cosine with 3 % warm-up, one epoch of 2.7 M samples (1.6 M
-of videos, 1.1 M of images; `samples`: another number). The published global batch is 256 (128
+of videos, 1.1 M of images; `samples`: another number; `tiles` adds images, of that many tiles at
+most, 36: all). The published global batch is 256 (128
 devices, 1 each, accumulated twice).
 """
 
 from ml_collections import ConfigDict
 
 from tpo_jax.training.config import parse_arg
-from tpo_jax.training.families import family_config, set_epochs
+from tpo_jax.training.families import add_images, family_config, set_epochs
 
 BATCH, SAMPLES = 256, 2_700_000
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = parse_arg(arg, init="", data="runs/data", tiny=False, frames=64, samples=0)
+    arg = parse_arg(arg, init="", data="runs/data", tiny=False, frames=64, samples=0, tiles=0)
     config = family_config("llava_video", arg, frames=arg.frames, batch=BATCH)
     config.time_instruction = not arg.init  # which says so itself
+    add_images(config, arg)
     config.trainable = [["vision/", 2e-6], [".*", 1e-5]]
     set_epochs(config, arg, SAMPLES, BATCH)
     return config

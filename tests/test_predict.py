@@ -77,7 +77,7 @@ def test_masks_are_of_every_frame_of_the_file_and_drawn_on_them(folder, media, t
     predictor = predict.Predictor(*load_model(folder), prompt_tokens=48, batch_size=1, max_new=8,
                                   mask_fps=fps)
     request = make_request("line", {"id": "x", "video": "clip.mp4", "prompt": "What?"}, media)
-    clip, builder = Clip.read(request, 8), predictor.builders["video"]
+    clip, builder = Clip.read(request, 8), predictor.builder("video", 0)
     plan = predict._plan(request, clip)
     film, shown = predictor._film(clip, plan, builder), builder.frame_indices(plan)
     assert (film is None) == (fps == 0)
@@ -211,7 +211,7 @@ def test_a_box_is_drawn_on_the_frame_of_its_time(folder, media):
     for time, frame in ((None, 0), (1.0, 0), (2.1, 4), (3.0, 7)):
         request = make_request("line", entry | {"box_time": time}, media)
         clip = Clip.read(request, 8)
-        row = predictor.builders["video"].build(predict._plan(request, clip), 0)
+        row = predictor.builder("video", 0).build(predict._plan(request, clip), 0)
         assert row["slots"]["box"]["frame"][0] == frame, (time, row["frame_times"])
     for time in (0.5, 3.5):
         request = make_request("line", entry | {"box_time": time}, media)
@@ -228,7 +228,7 @@ def test_several_boxes_and_points_reach_the_batch(folder, media):
     requests = [make_request("line", given, media) for given in (entry, pointing)]
     predictor = predict.Predictor(*load_model(folder), prompt_tokens=48, batch_size=3, max_new=8,
                                   boxes=2, points=2)
-    builder = predictor.builders["video"]
+    builder = predictor.builder("video", 0)
     rows = [builder.build(predict._plan(request, Clip.read(request, 8)), 0) for request in requests]
     box = rows[0]["slots"]["box"]
     assert box["valid"].tolist() == [True, True] and box["frame"].tolist() == [0, 6]

@@ -1,14 +1,14 @@
 """Moves models between this program and PyTorch.
 
-    python -m tpo_jax.convert export --model=runs/demo/dpo/model --out=exported
-    python -m tpo_jax.convert import --source=exported --out=model
-    python -m tpo_jax.convert import --source=Qwen2-7B --out=qwen2   (a Hugging Face folder)
-    python -m tpo_jax.convert import --source=LongVA-7B --out=longva   (a multimodal family)
-    python -m tpo_jax.convert import --source=sam2.1-hiera-large --into=model --out=model2
-    python -m tpo_jax.convert import --source=siglip2-so400m-patch16-naflex --into=qwen3 --out=model
-    python -m tpo_jax.convert export --model=longva --out=exported --like=LongVA-7B
-    python -m tpo_jax.convert check  --model=model --exported=exported   (needs torch, transformers)
-    python -m tpo_jax.convert check  --model=longva --exported=LongVA-7B
+python -m tpo_jax.convert export --model=runs/demo/dpo/model --out=exported
+python -m tpo_jax.convert import --source=exported --out=model
+python -m tpo_jax.convert import --source=Qwen2-7B --out=qwen2   (a Hugging Face folder)
+python -m tpo_jax.convert import --source=LongVA-7B --out=longva   (a multimodal family)
+python -m tpo_jax.convert import --source=sam2.1-hiera-large --into=model --out=model2
+python -m tpo_jax.convert import --source=siglip2-so400m-patch16-naflex --into=qwen3 --out=model
+python -m tpo_jax.convert export --model=longva --out=exported --like=LongVA-7B
+python -m tpo_jax.convert check  --model=model --exported=exported   (needs torch, transformers)
+python -m tpo_jax.convert check  --model=longva --exported=LongVA-7B
 """
 
 import argparse
@@ -102,8 +102,12 @@ def _import(flags: argparse.Namespace) -> int:
 def _check(flags: argparse.Namespace) -> int:
     from tpo_jax.interop import check, check_family, check_language
 
+    notes: list[str] = []
     if source.is_family(flags.exported):
-        differences = check_family.compare_family(flags.model, flags.exported, dict(flags.set))
+        found = check_family.compare_family(flags.model, flags.exported, dict(flags.set))
+        differences = found.differences
+        notes = [f"compared: {part}, with {theirs}" for part, theirs in found.parts.items()]
+        notes.append("not compared (glue): " + "; ".join(found.glue))
     else:
         _refuse(flags, "a folder that is no multimodal checkpoint", "set")
         alone = folder.holds_language_only(flags.model)
@@ -118,6 +122,8 @@ def _check(flags: argparse.Namespace) -> int:
     width = max(map(len, differences))
     for part, difference in differences.items():
         print(f"{part:{width}s}  {difference:.2e}")
+    for note in notes:
+        print(note)
     wrong = [part for part, difference in differences.items() if difference > flags.tolerance]
     if wrong:
         print(f"first difference above {flags.tolerance}: {wrong[0]}", file=sys.stderr)
@@ -171,7 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--model", required=True, help="model folder")
     command.add_argument(
-        "--exported", required=True, type=local_path,
+        "--exported",
+        required=True,
+        type=local_path,
         help="what `export` wrote from it, or the published folder; PyTorch reads local files",
     )
     command.add_argument("--tolerance", type=float, default=2e-4, help="largest difference")

@@ -43,6 +43,7 @@ from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.data.rows import BranchPlan, RowBuilder, RowPlan, row_id, stack_rows
 from tpo_jax.data.text import TextCodec
+from tpo_jax.data.tiles import level_of
 from tpo_jax.errors import MissingFile, Parser, UserError, report
 from tpo_jax.generation import draw
 from tpo_jax.generation.requests import (
@@ -59,6 +60,7 @@ from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys
 from tpo_jax.generation.whole_video import Film
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.connectors.tiling import tiling_of
 from tpo_jax.models.heads import HEADS, ClipInfo
 from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.models.video_language import FunctionalModel
@@ -79,23 +81,36 @@ class Predictor:
         model = FunctionalModel(config)
         self.sampler = Sampler(model, codec, Sampling(max_new=max_new, events=4))
         self.router = Router(model, codec)
-        self.builders = {
-            media: row_builder(codec, config, Bucket(
-                name=f"predict_{media}", media=media, batch_size=batch_size,
-                frames=config.vision.max_frames if media == "video" else 1, branches=1,
-                branch_tokens=prompt_tokens, answers=1, windows=1, mask_size=config.mask_size,
-                slots={"box": boxes} if config.heads else {}))
-            for media in ("video", "image")}
+        self.prompt_tokens, self.boxes = prompt_tokens, boxes
+        self.tiled = tiling_of(config) is not None
+        self._builders: dict[tuple[str, int], RowBuilder] = {}
+
+    def shape_of(self, clip: Clip) -> tuple[str, int]:
+        """Medium and tiles of the rows that a clip belongs to; those of one shape go together."""
+        if clip.media == "video":
+            return "video", 0
+        return "image", level_of(self.config, clip.video_info(""))
+
+    def builder(self, media: str, tiles: int) -> RowBuilder:
+        """The builder of the rows of one shape."""
+        if (media, tiles) not in self._builders:
+            self._builders[media, tiles] = row_builder(self.codec, self.config, Bucket(
+                name=f"predict_{media}", media=media, batch_size=self.batch_size,
+                frames=self.config.vision.max_frames if media == "video" else 1, branches=1,
+                branch_tokens=self.prompt_tokens, answers=1, windows=1,
+                mask_size=self.config.mask_size, tiles=tiles,
+                slots={"box": self.boxes} if self.config.heads else {}))
+        return self._builders[media, tiles]
 
     def answer(self, requests: Sequence[Request], clips: Sequence[Clip]
                ) -> list[tuple[RoutedAnswer, Iterable[np.ndarray], np.ndarray]]:
-        """At most `batch_size` requests of one medium: answer, frames to draw and their times.
+        """At most `batch_size` requests of one shape: answer, frames to draw and their times.
 
         Returns:
           (answer, n of uint8[h, w, 3], float[n] seconds) per request: the frames that the language
           model is shown, or those that masks are made of.
         """
-        builder = self.builders[clips[0].media]
+        builder = self.builder(*self.shape_of(clips[0]))
         plans = [_plan(request, clip) for request, clip in zip(requests, clips, strict=True)]
         rows = [builder.build(plan, row_id("predict", i)) for i, plan in enumerate(plans)]
         batch = stack_rows(rows + [builder.blank()] * (self.batch_size - len(rows)))
@@ -208,28 +223,28 @@ def read_results(path: epath.Path, requests: Sequence[Request]) -> dict[str, dic
 def records_of(predictor: Predictor, requests: Sequence[Request],
                out: epath.Path) -> Iterator[list[dict[str, Any]]]:
     """The records of each batch; a file that cannot be read gives one {"id", "error"} by itself."""
-    waiting: dict[str, list[tuple[Request, Clip]]] = {"video": [], "image": []}
+    waiting: dict[tuple[str, int], list[tuple[Request, Clip]]] = {}
 
-    def answer(media: str) -> list[dict[str, Any]]:
-        asked, waiting[media] = waiting[media], []
+    def answer(shape: tuple[str, int]) -> list[dict[str, Any]]:
+        asked = waiting.pop(shape)
         results = predictor.answer(*zip(*asked, strict=True))
-        return [write_prediction(out, request, *result, media)
+        return [write_prediction(out, request, *result, shape[0])
                 for (request, _), result in zip(asked, results, strict=True)]
 
     for request in requests:
         try:
             clip = Clip.read(request, predictor.config.vision.max_frames, predictor.features,
-                             predictor.kinds)
+                             predictor.kinds, whole_images=predictor.tiled)
         except (video.VideoError, ValueError) as error:
             yield [{"id": request.id, "video": str(request.video), "prompt": request.prompt,
                     "error": str(error)}]
             continue
-        waiting[clip.media].append((request, clip))
-        if len(waiting[clip.media]) == predictor.batch_size:
-            yield answer(clip.media)
-    for media in waiting:
-        if waiting[media]:
-            yield answer(media)
+        shape = predictor.shape_of(clip)
+        waiting.setdefault(shape, []).append((request, clip))
+        if len(waiting[shape]) == predictor.batch_size:
+            yield answer(shape)
+    for shape in sorted(waiting, reverse=True):
+        yield answer(shape)
 
 
 def run_list(predictor: Predictor, requests: Sequence[Request], out: epath.Path) -> int:

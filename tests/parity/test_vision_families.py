@@ -16,6 +16,7 @@ import safetensors.numpy
 from tests.interop.families.configs import LLAVA_ONEVISION, VIDEO_LLAVA
 from tests.parity.towers import difference, randomise
 from tpo_jax.interop.families.registry import family_of, from_leaves, to_leaves
+from tpo_jax.models.connectors.tiling import tiling_of
 from tpo_jax.models.towers.registry import normalise_pixels
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.paths import unflatten
@@ -62,6 +63,20 @@ class Pair:
         """uint8[B, F, S, S, 3] -> float[B, V, D]."""
         valid, times = np.ones(frames.shape[:2], bool), np.zeros(frames.shape[:2], np.float32)
         return self.call(lambda m, *x: m.encode(*x).visual, frames, valid, times)
+
+    def tiled(self, tiles, size, room=4):
+        """float[1, V, D] of an image of `size` in tiles uint8[1 + n, S, S, 3], the whole first, in
+        the arrays of a bucket of `room` tiles."""
+        tiling = tiling_of(self.config)
+        index, weight = tiling.tokens(size, room)
+        spare = ((0, 0), (0, tiling.num_tokens(room) - len(index)), (0, 0))
+        missing = np.zeros((room + 1 - len(tiles), *tiles.shape[1:]), np.uint8)
+        batch = {
+            "frames": tiles[None, :1], "frame_valid": np.ones((1, 1), bool),
+            "tiles": np.concatenate([tiles[1:], missing])[None],
+            "tile_index": np.pad(index[None], spare), "tile_weight": np.pad(weight[None], spare),
+        }  # fmt: skip
+        return self.call(lambda m, b: m.encode_batch(b).visual, batch)[:, : len(index)]
 
     def logits(self, ids, visual, segments):
         """Logits float[B, P, V] of ids int[B, P] whose marked places hold `visual`, row by row."""
@@ -135,14 +150,12 @@ def test_onevision_image_of_any_resolution_and_video_in_one_batch(onevision, siz
     import torch
 
     rng = np.random.default_rng(size[0])
-    connector = onevision.config.connector
     # 20 x 50 fits 24 x 48 best, 44 x 40 fits 48 x 48: 2 and 4 tiles after the whole image.
     tiles = _frames(rng, 3 if size[0] == 20 else 5)
-    image = onevision.call(lambda m, t: m.encode_tiles(t, size), tiles)
+    image = onevision.tiled(tiles, size)
     clip = _frames(rng, 1, 3)
     video = onevision.encode(clip)
     assert video.shape[1] == 3 * 4 + 1 == onevision.config.num_visual_tokens(3)
-    assert connector.max_tiles == 9
     rows = [
         _ids(rng, 3, image.shape[1], IMAGE_ID, 5), _ids(rng, 2, video.shape[1], VIDEO_ID, 4)
     ]  # fmt: skip

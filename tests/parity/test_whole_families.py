@@ -6,12 +6,14 @@ with float64 NumPy between them, all from the published tensors by name.
     python -m tests.parity.test_whole_families     # writes tests/interop/families/whole_logits.npz
 """
 
+import dataclasses
 import pathlib
 import re
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.interop.families.configs import (
     CONFIGS,
@@ -32,9 +34,15 @@ from tests.interop.families.folders import (
 from tests.models.connectors.oracle import project, video_tokens
 from tests.models.towers import oracle
 from tests.parity.towers import difference
+from tpo_jax.data.rows import stack_rows
+from tpo_jax.generation.requests import Clip, make_request
 from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys
 from tpo_jax.interop.families.folder import export_family, import_family
 from tpo_jax.interop.huggingface import read_tensors
+from tpo_jax.models.connectors.tiling import tiling_of
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.predict import Predictor
+from tpo_jax.predict import _plan as plan_of
 
 pytestmark = pytest.mark.parity
 TOLERANCE, STEPS = 2e-4, 64
@@ -121,6 +129,65 @@ def test_states_of_every_decoder_layer_and_logits_of_the_exported_folder(full):
     assert float(np.std(ours.logits)) > 0.1
 
 
+def rows_of_images(ours, folder, sizes):
+    """Our model, and for images of (height, width) that `predict` reads from files: pixels, the
+    batch of one row, its tokens int64[T] with the visual ones as -1, and logits float[T, V]."""
+    config = dataclasses.replace(ours.model.config, visual_offset=ours.codec.template.visual_offset)
+    predictor = Predictor(
+        config, ours.params, ours.codec, prompt_tokens=24, batch_size=1, max_new=1
+    )
+    run = jax.jit(lambda params, batch: forward(FunctionalModel(config), params, batch, False)[1])
+    rng, builder = np.random.default_rng(4), predictor.builder("image", 4)  # for all sizes
+    for number, size in enumerate(sizes):
+        pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        entry = {"id": "a", "video": f"{number}.png", "prompt": "what is it?"}
+        request = make_request("test", entry, folder)
+        clip = Clip.read(request, 8, whole_images=predictor.tiled)
+        assert predictor.shape_of(clip) == ("image", tiling_of(config).tiles(size))
+        batch = stack_rows([builder.build(plan_of(request, clip), 0)])
+        ids = np.concatenate([batch["prefix_tokens"][0], batch["branch_tokens"][0, 0]])
+        ids[config.visual_offset :][: batch["tile_index"].shape[1]] = -1
+        valid = np.concatenate([batch["prefix_segments"][0], batch["branch_segments"][0, 0]]) > 0
+        yield pixels, ids[valid].astype(np.int64), run(ours.params, batch)[valid]
+
+
+def published_tiles(ours, pixels):
+    """float64[1 + n, S, S, 3], normalised, of the image processor of `transformers`."""
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+        LlavaOnevisionImageProcessorPil,
+    )
+
+    vision, grid = ours.model.config.vision, ours.model.config.connector.resolutions
+    processor = LlavaOnevisionImageProcessorPil(
+        size={"height": vision.image_size, "width": vision.image_size}, do_pad=False,
+        image_grid_pinpoints=[list(pair) for pair in grid], image_mean=list(vision.mean),
+        image_std=list(vision.std),
+    )  # fmt: skip
+    tiles = processor(pixels, return_tensors="np")["pixel_values"][0]
+    return np.moveaxis(np.asarray(tiles, np.float64), 1, -1)
+
+
+@pytest.mark.parametrize("full", ["llava_onevision"], indirect=True)
+def test_images_in_tiles_from_files_to_logits(full, tmp_path):
+    import torch
+
+    ours, theirs = full
+    lengths = []
+    for pixels, ids, logits in rows_of_images(ours, tmp_path, [(12, 50), (44, 40)]):
+        tiles = np.moveaxis(published_tiles(ours, pixels), -1, 1)[None].astype(np.float32)
+        tokens = torch.from_numpy(np.where(ids < 0, IMAGE_ID, ids)[None])
+        with torch.no_grad():
+            expected = theirs(
+                input_ids=tokens, attention_mask=torch.ones_like(tokens),
+                pixel_values=torch.from_numpy(tiles), image_sizes=torch.tensor([pixels.shape[:2]]),
+            ).logits[0]  # fmt: skip
+        assert difference(logits, expected) < TOLERANCE
+        lengths.append((tiles.shape[1], int((ids < 0).sum())))
+    # 3 x 3 patches a tile. Of the first image one of three rows is no padding.
+    assert lengths == [(3, 9 + 1 * 7), (5, 9 + 6 * 7)]
+
+
 # A table for both ends changes nothing here.
 @pytest.mark.parametrize("full", ["llava_onevision", "video_llava"], indirect=True)
 def test_the_sampler_gives_the_same_64_tokens(full):
@@ -143,22 +210,34 @@ def test_the_sampler_gives_the_same_64_tokens(full):
 
 @pytest.mark.parametrize("name", COMPOSED)
 def test_a_composed_family_from_frames_to_logits(name, tmp_path):
-    """Of three frames of a clip and a question about it."""
-    import torch
-
+    """Of three frames of a clip and a question about it; of LongVA also of images in tiles."""
     ours = Imported(tmp_path, CONFIGS[name])
     tensors = {k: np.array(v) for k, v in read_tensors(tmp_path / "source").items()}
     visual = VISUAL[name](ours, tensors)
     language = language_of(name, ours.data, tensors)
-    embeds = language.get_input_embeddings()(torch.from_numpy(np.maximum(ours.ids, 0)))
-    embeds = embeds.detach().numpy()
-    assert (ours.ids < 0).sum() == len(visual)
-    embeds[ours.ids < 0] = visual
-    with torch.no_grad():
-        out = language(inputs_embeds=torch.from_numpy(embeds[None]), output_hidden_states=True)
+    out = answered(language, ours.ids, visual)
     assert difference(ours.states[-1], out.hidden_states[-1][0]) < TOLERANCE
     assert difference(ours.logits, out.logits[0]) < TOLERANCE
     assert float(np.std(ours.logits)) > 0.1
+    if name == "longva":  # UniRes: each tile by itself, like a frame, and not the whole image
+        for pixels, ids, logits in rows_of_images(ours, tmp_path, [(20, 50), (24, 20)]):
+            visual = llava_visual(ours, tensors, published_tiles(ours, pixels)[1:])
+            assert len(visual) == len(published_tiles(ours, pixels)) - 1  # 3 x 3 patches, pooled
+            out = answered(language, ids, visual)
+            assert difference(logits, out.logits[0]) < TOLERANCE
+
+
+def answered(language, ids, visual):
+    """Output of a language model of `transformers` for ids int64[T], at the places of -1 float[V,
+    D]."""
+    import torch
+
+    embeds = language.get_input_embeddings()(torch.from_numpy(np.maximum(ids, 0)))
+    embeds = embeds.detach().numpy()
+    assert (ids < 0).sum() == len(visual)
+    embeds[ids < 0] = visual
+    with torch.no_grad():
+        return language(inputs_embeds=torch.from_numpy(embeds[None]), output_hidden_states=True)
 
 
 def fill(module, tensors, pattern):
@@ -194,10 +273,12 @@ def mlp_params(tensors):
     return params | {"image_newline": tensors.get("model.image_newline")}
 
 
-def llava_visual(ours, tensors):
+def llava_visual(ours, tensors, pixels=None):
+    """float64[V, D] of a clip float64[F, S, S, 3], normalised: the one of `ours` by default."""
+    pixels = ours.pixels() if pixels is None else pixels
     clip = ours.data["vision_config"]["model_type"] == "clip_vision_model"
     kind, layer = ("CLIP", -2) if clip else ("Siglip", -1)
-    states = last_states(kind, ours.data, tensors, ours.pixels(), layer)[:, int(clip) :]
+    states = last_states(kind, ours.data, tensors, pixels, layer)[:, int(clip) :]
     params = mlp_params(tensors)
     grids = project(params, states).reshape(len(states), 3, 3, -1)
     return np.stack(video_tokens(ours.model.config.connector, params, grids))

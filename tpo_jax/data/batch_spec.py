@@ -14,6 +14,7 @@ from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.rows import CONTRAST_FIELDS
 from tpo_jax.data.targets import TARGETS
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.connectors.tiling import tiling_of, visual_frames
 from tpo_jax.models.heads import heads_of
 
 
@@ -30,8 +31,8 @@ def batch_spec(
     """
     B, K, R, A = bucket.batch_size, bucket.branches, bucket.branch_tokens, bucket.answers
     F, size = bucket.frames, model_config.vision.image_size
-    P = model_config.visual_offset + model_config.num_visual_tokens(F)
-    P += bucket.after_visual + bucket.question
+    V = len(visual_frames(model_config, F, bucket.tiles))
+    P = model_config.visual_offset + V + bucket.after_visual + bucket.question
     spec: dict[str, Any] = {
         "example_ids": _spec(jnp.uint32, B),
         "video_ids": _spec(jnp.uint32, B),
@@ -50,6 +51,10 @@ def batch_spec(
         "answer_weights": _spec(jnp.float32, B, K, A),
         "slots": _slots(bucket, model_config),
     }
+    if tiling := bucket.tiles and tiling_of(model_config):
+        spec["tiles"] = _spec(jnp.uint8, B, bucket.tiles, size, size, 3)
+        spec["tile_index"] = _spec(jnp.int32, B, V, tiling.terms)
+        spec["tile_weight"] = _spec(jnp.float32, B, V, tiling.terms)
     if model_config.clip_features is not None:
         spec["clip_features"] = _spec(jnp.float32, B, F, model_config.clip_features.width)
     if (texts := model_config.text_features) is not None:

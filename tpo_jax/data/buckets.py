@@ -21,6 +21,8 @@ class Bucket:
       media: "video" or "image".
       batch_size: B, rows over all hosts.
       frames: F.
+      tiles: T, tiles of an image beside the whole one, for a family that publishes them; an image
+        of more goes to another bucket. 0: images are one view.
       branches: K.
       branch_tokens: R, question and answer of one branch.
       answers: A, answer tokens of one branch with the end token.
@@ -52,6 +54,7 @@ class Bucket:
     weight: float = 1.0
     beside: str = ""
     idle: tuple[str, ...] = ()
+    tiles: int = 0
     after_visual: int = 1
 
     def __post_init__(self) -> None:
@@ -59,7 +62,7 @@ class Bucket:
         if self.media not in ("video", "image"):
             raise UserError(f"{where}.media: {self.media!r}, expected 'video' or 'image'.")
         least = {"batch_size": 1, "frames": 1, "branches": 1, "branch_tokens": 1, "answers": 1,
-                 "windows": 0, "mask_size": 0}
+                 "windows": 0, "mask_size": 0, "tiles": 0}
         for field, bound in least.items():
             if getattr(self, field) < bound:
                 raise UserError(
@@ -72,6 +75,10 @@ class Bucket:
             raise UserError(
                 f"{where}: question {self.question} and branches {self.branches}, expected "
                 "question 0, or at least 2 branches (chosen, rejected, ...) with question > 0.")
+        if self.tiles and (self.media, self.frames, self.kind) != ("image", 1, "conversation"):
+            raise UserError(
+                f"{where}.tiles: {self.tiles} with media {self.media!r}, frames {self.frames}, "
+                f"question {self.question}, expected images of one frame and no pairs.")
         if not self.weight > 0:
             raise UserError(f"{where}.weight: {self.weight}, expected > 0. Remove the bucket.")
         if unknown := set(self.slots) - set(TASK_TOKENS):

@@ -22,6 +22,18 @@ from tpo_jax.data.rows import (
 from tpo_jax.data.text import render_options
 
 
+def media_of(dataset: PreparedDataset) -> list[str]:
+    """What a folder holds: "image", "video" or both."""
+    return sorted({dataset.video_info(video).media for video in dataset.videos})
+
+
+def examples_of(dataset: PreparedDataset, media: str) -> Iterator[Example]:
+    """The examples about videos, or about images."""
+    for video in dataset.videos:
+        if dataset.video_info(video).media == media:
+            yield from dataset.examples(video)
+
+
 @dataclasses.dataclass(frozen=True)
 class OptionBranch:
     """Which option of which question a branch scores."""

@@ -22,7 +22,7 @@ def apply_evidence(batch: dict[str, Any], mode: str) -> dict[str, Any]:
     Args:
       batch: nested dict of NumPy arrays with `frames` uint8[B, F, H, W, 3], `frame_valid`
         bool[B, F], `prefix_tokens` and `prefix_segments` int32[B, P], and if there are any
-        `clip_features` float32[B, F, D]; the rest passes through.
+        `clip_features` float32[B, F, D] and `tiles` uint8[B, T, S, S, 3]; the rest passes through.
       mode: "full" leaves the batch alone; "blind" hides every frame; "middle_frame" keeps the
         middle one of the valid frames of each row.
     """
@@ -41,6 +41,9 @@ def apply_evidence(batch: dict[str, Any], mode: str) -> dict[str, Any]:
     }
     if "clip_features" in batch:
         hidden["clip_features"] = np.where(kept[:, :, None], batch["clip_features"], np.float32(0))
+    if "tiles" in batch:  # of an image, the one frame of its row
+        shown = kept[:, :1, None, None, None]
+        hidden["tiles"] = np.where(shown, batch["tiles"], 0).astype(np.uint8)
     return batch | hidden
 
 

@@ -29,8 +29,10 @@ from tpo_jax.data.shares import SourceTable, change, number_sources
 from tpo_jax.data.task_text import TextDataset
 from tpo_jax.data.text import TextCodec
 from tpo_jax.data.text_features import RowTexts
+from tpo_jax.data.tiles import RowTiles
 from tpo_jax.errors import UserError
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.connectors.tiling import tiling_of, visual_frames
 from tpo_jax.models.heads import HEADS, heads_of
 from tpo_jax.models.heads.listed import load_listed
 
@@ -77,9 +79,11 @@ def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
     if model_config.text_features is not None:
         readers = {task for task, name in tasks.items() if HEADS[name].reads_text_features}
         texts = RowTexts(model_config.text_features, frozenset(readers))
+    frames = visual_frames(model_config, bucket.frames, bucket.tiles)
+    tiling = bucket.tiles and tiling_of(model_config)
     return RowBuilder(codec, bucket, tuple(tasks), model_config.vision.image_size,
-                      model_config.visual_frames(bucket.frames), reference,
-                      model_config.vision.resize, contrast, features, texts)
+                      frames, reference, model_config.vision.resize, contrast, features, texts,
+                      RowTiles(tiling, bucket.tiles) if tiling else None)
 
 
 def blank_batch(builder: RowBuilder, rows: int | None = None) -> Batch:
@@ -169,22 +173,28 @@ class Pipeline:
     def _group(self, media: str, kind: str) -> list[RowBuilder]:
         """Builders of the buckets of one media and kind, the smallest first.
 
-        Pairs go by the frames of their clip, conversations by the length of their branches.
+        Pairs go by the frames of their clip, conversations by the length of their branches and,
+        where these are equal, the tiles of their image.
 
         Raises:
           ValueError: two of them are as large, so that neither goes first.
         """
-        field, what = (
-            ("frames", "pair") if kind == "preference" else ("branch_tokens", "question"))
+        fields, what = ((("frames",), "pair") if kind == "preference" else
+                        (("branch_tokens", "tiles"), "question"))
+
+        def room(bucket: Bucket) -> tuple[int, ...]:
+            return tuple(getattr(bucket, field) for field in fields)
+
         group = sorted(
             (builder for builder in self.row_builders.values()
              if (builder.bucket.media, builder.bucket.kind) == (media, kind)),
-            key=lambda builder: getattr(builder.bucket, field))
+            key=lambda builder: room(builder.bucket))
         for one, other in itertools.pairwise(builder.bucket for builder in group):
-            if getattr(one, field) == getattr(other, field):
+            if room(one) == room(other):
+                field, size = fields[0], room(one)[0]
                 raise UserError(
                     f"buckets.{one.name} and buckets.{other.name}: both {one.media} with "
-                    f"{field} {getattr(one, field)}; a {what} goes to the smallest that it "
+                    f"{field} {size}; a {what} goes to the smallest that it "
                     "fits, so give them different ones or merge them.")
         return group
 

@@ -25,6 +25,7 @@ from tpo_jax.data.row_plans import BranchPlan, RowError, RowPlan, clip_frames
 from tpo_jax.data.targets import TARGETS, TargetError, View, slot_target
 from tpo_jax.data.text import LONGEST_SECONDS, Branch, TextCodec
 from tpo_jax.data.text_features import RowTexts
+from tpo_jax.data.tiles import RowTiles
 
 # (pair id, `shown_frames`, prefix tokens int32[P], branch tokens int32[n, R]) -> float32[n, A] of
 # the n answers that the pair has. The frames and tokens let the sidecar refuse a pair that changed.
@@ -88,6 +89,7 @@ class RowBuilder:
       resize: how frames of another size become image_size, of preprocess.RESIZES.
       reference: reference log-probabilities of pairs; None leaves them out (scoring).
       contrast: whether pairs bring their manipulated frames as well.
+      tiles: how images are cut into tiles; None: one view, or videos.
       clip_features, text_features: what a head of the model reads of the videos, and of the
         questions; None: nothing.
     """
@@ -96,9 +98,10 @@ class RowBuilder:
                  visual_frames: np.ndarray, reference: Reference | None = None,
                  resize: str = "area", contrast: bool = False,
                  clip_features: RowFeatures | None = None,
-                 text_features: RowTexts | None = None):
+                 text_features: RowTexts | None = None, tiles: RowTiles | None = None):
         self.contrast = contrast and bucket.kind == "preference"
         self.clip_features, self.text_features = clip_features, text_features
+        self.tiles = tiles
         if missing := set(tasks) - set(codec.heads):
             raise ValueError(
                 f"heads: {sorted(missing)} have no tokens in the tokenizer (it has "
@@ -190,9 +193,12 @@ class RowBuilder:
         return branch
 
     def fits(self, plan: RowPlan) -> bool:
-        """Whether the clip of a pair, or every branch of a conversation, is short enough."""
+        """Whether the clip of a pair, or every branch of a conversation, is short enough, and an
+        image has no more tiles."""
         if self.bucket.kind == "preference":
             return clip_frames(plan) <= self.bucket.frames
+        if self.tiles is not None and not self.tiles.fits(plan.dataset.video_info(plan.video_id)):
+            return False
         built = [self.codec.build_branch(b.question, b.answer, self.where(plan, b))
                  for b in plan.branches]
         return all(len(b.ids) <= self.bucket.branch_tokens
@@ -226,7 +232,7 @@ class RowBuilder:
                     + (f"Take {head!r} out of buckets.{self.bucket.name}.idle."
                        if head in self.bucket.idle
                        else f"Raise buckets.{self.bucket.name}.slots.{head}."))
-        self._has_features(plan)
+        self._has_given(plan)
         if plan.question is not None and self.contrast:
             self._prefix(self._contrast(plan))
         if plan.question is not None and self.reference is not None:
@@ -242,14 +248,18 @@ class RowBuilder:
         row["video_ids"][...] = video_number(plan.video_id)
         indices = self.frame_indices(plan)
         prefix, branches = self.tokens(plan)
-        view = self._view(plan, indices)
+        view, given = self._view(plan, indices), self._has_given(plan)
         if read_frames:
             self._fill_frames(row, plan, indices, view)
-        if self._has_features(plan):
+        if given:
             row["clip_features"][: len(indices)] = self.clip_features.of_row(plan, len(indices))
         if self.text_features is not None:
             self.text_features.fill(row, plan)
-        length = self._fill_prefix(row, prefix, len(indices))
+        there = self.visual_frames < len(indices)
+        if self.tiles is not None:
+            there = np.arange(self.visual_tokens) < self.tiles.fill(
+                row, plan.dataset.video_info(plan.video_id))
+        length = self._fill_prefix(row, prefix, there)
         for k, branch in enumerate(branches):
             self._fill_branch(row, k, branch, length)
         asked = plan.branches if plan.question is None else plan.branches[:1]  # one pair
@@ -285,6 +295,8 @@ class RowBuilder:
             "answer_weights": np.zeros((b.branches, b.answers), np.float32),
             "slots": {head: self._blank_slots(head) for head in self.slot_heads},
         }
+        if self.tiles is not None:
+            row |= self.tiles.blank()
         if self.clip_features is not None:
             row["clip_features"] = np.zeros((f, self.clip_features.about.width), np.float32)
         if self.text_features is not None:
@@ -325,7 +337,10 @@ class RowBuilder:
                      view: View) -> None:
         n = len(indices)
         row["frame_times"][:n] = view.times
-        row["frames"][:n] = self.prepare(plan.dataset.frames(plan.video_id, indices))
+        frames = plan.dataset.frames(plan.video_id, indices)
+        if self.tiles is not None:
+            frames = self.tiles.fill_pixels(row, frames)
+        row["frames"][:n] = self.prepare(frames)
         row["frame_valid"][:n] = True
 
     def prepare(self, frames: np.ndarray) -> np.ndarray:
@@ -334,10 +349,12 @@ class RowBuilder:
         # Boxes and windows are normalised, so they survive the change of aspect ratio.
         return frames if frames.shape[1:3] == (size, size) else self.resize(frames, size)
 
-    def _has_features(self, plan: RowPlan) -> bool:
+    def _has_given(self, plan: RowPlan) -> bool:
         """Whether the row brings clip features; they, and text features, are refused by name where
-        they are missing."""
+        they are missing, and an image where it has too many tiles."""
         try:
+            if self.tiles is not None:
+                self.tiles.check(plan.dataset.video_info(plan.video_id))
             given = self.clip_features is not None and self.clip_features.check(plan)
             if self.text_features is not None:
                 self.text_features.check(plan)
@@ -345,11 +362,15 @@ class RowBuilder:
         except Invalid as invalid:
             raise RowError(f"{self.where(plan, plan.branches[0])}: {invalid}") from invalid
 
-    def _fill_prefix(self, row: dict[str, Any], prefix: np.ndarray, frames: int) -> int:
-        """Fills the prefix and returns its length without padding and absent frames."""
+    def _fill_prefix(self, row: dict[str, Any], prefix: np.ndarray, there: np.ndarray) -> int:
+        """Fills the prefix and returns its length without padding and absent visual tokens.
+
+        Args:
+          there: bool[V], the visual tokens that are there.
+        """
         offset = self.codec.template.visual_offset
         valid = np.ones(len(prefix), bool)
-        valid[offset : offset + self.visual_tokens] = self.visual_frames < frames
+        valid[offset : offset + self.visual_tokens] = there
         n = len(prefix)
         row["prefix_tokens"][:n] = prefix
         row["prefix_segments"][:n] = valid
@@ -393,7 +414,8 @@ class RowBuilder:
             other, indices = self._contrast(plan), self.manipulated_indices(plan)
             contrast = {name: row[f"contrast_{name}"] for name in CONTRAST_FIELDS}
             self._fill_frames(contrast, other, indices, self._view(other, indices))
-            self._fill_prefix(contrast, self._prefix(other), len(indices))
+            self._fill_prefix(
+                contrast, self._prefix(other), self.visual_frames < len(indices))
 
     def _contrast(self, plan: RowPlan) -> RowPlan:
         """The same question about the manipulated frames."""

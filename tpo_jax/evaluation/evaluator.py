@@ -19,6 +19,7 @@ import tqdm
 
 from tpo_jax.data import evaluation_rows
 from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.evaluation_rows import examples_of, media_of
 from tpo_jax.data.evidence import apply_evidence
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, PreparedDataset
@@ -26,6 +27,7 @@ from tpo_jax.data.rows import RowBuilder, RowPlan
 from tpo_jax.data.target_parts import window_count
 from tpo_jax.data.task_text import TextDataset
 from tpo_jax.data.text import Branch, TextCodec, render_options
+from tpo_jax.data.tiles import tiles_of
 from tpo_jax.errors import UserError
 from tpo_jax.evaluation import benchmarks
 from tpo_jax.evaluation.benchmarks import Call, Table
@@ -123,10 +125,10 @@ class Evaluator:
 
     def questions(self, dataset: PreparedDataset) -> None:
         """Multiple choice by option likelihood: see `qa.scores`."""
-        for media in _media(dataset):
+        for media in media_of(dataset):
             turns = [
                 (turn, render_options(turn.question, turn.options), option)
-                for example in _examples(dataset, media)
+                for example in examples_of(dataset, media)
                 for turn in example.turns
                 for option in turn.options
             ]
@@ -134,6 +136,7 @@ class Evaluator:
                 continue
             widest = max(len(turn.options) for turn, _, _ in turns)
             bucket = self._bucket(
+                dataset,
                 media,
                 [self.codec.build_branch(question, option) for _, question, option in turns],
                 branches=max(self.settings.branches, widest),
@@ -151,18 +154,20 @@ class Evaluator:
 
     def heads(self, dataset: PreparedDataset, tasks: Sequence[str]) -> None:
         """Head metrics of some tasks, from free generation and with forced routing."""
-        for media in _media(dataset):
-            examples = [e for e in _examples(dataset, media) if e.task in tasks]
+        for media in media_of(dataset):
+            examples = [e for e in examples_of(dataset, media) if e.task in tasks]
             if examples:
-                builder = row_builder(self.codec, self.config, self._head_bucket(media, examples))
+                bucket = self._head_bucket(dataset, media, examples)
+                builder = row_builder(self.codec, self.config, bucket)
                 self._ask_heads(dataset, builder, tasks)
 
     def task_text(self, dataset: PreparedDataset, tasks: Sequence[str]) -> None:
         """The same metrics from the words of the answers; nothing is forced."""
         written = TextDataset(dataset)
-        for media in _media(dataset):
-            if examples := [e for e in _examples(written, media) if e.task in tasks]:
-                builder = row_builder(self.codec, self.config, self._head_bucket(media, examples))
+        for media in media_of(dataset):
+            if examples := [e for e in examples_of(written, media) if e.task in tasks]:
+                bucket = self._head_bucket(dataset, media, examples)
+                builder = row_builder(self.codec, self.config, bucket)
                 self._read_answers(written, builder, tasks)
 
     def preferences(self, dataset: PreparedDataset) -> None:
@@ -178,9 +183,9 @@ class Evaluator:
             - len(self.codec.build_prefix(0, "video"))
             for row in rows
         )
-        frames = self._clip_frames("video")
         most = max(len(row.branches) for row in rows)
-        bucket = self._bucket("video", answers, branches=most, frames=frames, question=question)
+        shape = {"branches": most, "frames": self._clip_frames("video"), "question": question}
+        bucket = self._bucket(dataset, "video", answers, **shape)
         builder = row_builder(self.codec, self.config, bucket)
         for batch, plans in self._batches(builder, rows, "preference"):
             seen = self._answer_logps(batch)
@@ -382,6 +387,7 @@ class Evaluator:
 
     def _bucket(
         self,
+        dataset: PreparedDataset,
         media: str,
         built: Sequence[Branch],
         *,
@@ -390,7 +396,8 @@ class Evaluator:
         windows: int = 1,
         **more: Any,
     ) -> Bucket:
-        """Shapes that hold all of `built`, the branches that will be asked."""
+        """Shapes that hold all of `built`, the branches that will be asked, and every image."""
+        images = map(dataset.video_info, dataset.videos) if media == "image" else ()
         answers = max(len(branch.ids) - branch.answer for branch in built)
         return Bucket(
             name=f"evaluation_{media}",
@@ -402,10 +409,13 @@ class Evaluator:
             answers=answers,
             windows=windows,
             mask_size=self.config.mask_size,
+            tiles=tiles_of(self.config, images),
             **more,
         )
 
-    def _head_bucket(self, media: str, examples: Sequence[Example]) -> Bucket:
+    def _head_bucket(
+        self, dataset: PreparedDataset, media: str, examples: Sequence[Example]
+    ) -> Bucket:
         """Holds every question; all those about one video in one row, up to the limits."""
         built: list[Branch] = []
         calls: dict[str, Counter[str]] = defaultdict(Counter)  # video -> slots by head
@@ -424,6 +434,7 @@ class Evaluator:
             for head in (*heads_of(self.config.heads), "box")
         }
         return self._bucket(
+            dataset,
             media,
             built,
             branches=min(self.settings.branches, max(questions.values())),
@@ -431,16 +442,6 @@ class Evaluator:
             slots=slots,
             windows=max(1, *map(window_count, examples)),
         )
-
-
-def _media(dataset: PreparedDataset) -> list[str]:
-    return sorted({dataset.video_info(video).media for video in dataset.videos})
-
-
-def _examples(dataset: PreparedDataset, media: str) -> Iterator[Example]:
-    for video in dataset.videos:
-        if dataset.video_info(video).media == media:
-            yield from dataset.examples(video)
 
 
 def _clip(dataset: PreparedDataset, plan: RowPlan, batch: dict[str, Any], row: int) -> ClipInfo:

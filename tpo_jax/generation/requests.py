@@ -72,16 +72,18 @@ class Clip:
     @classmethod
     def read(
         cls, request: Request, frames: int, features: FeatureStore | None = None,
-        kinds: Collection[str] = ("clip_features",),
+        kinds: Collection[str] = ("clip_features",), *, whole_images: bool = False,
     ) -> Clip:
         """Reads about OVERSAMPLING * frames frames, at most LONG_SIDE pixels wide and high.
 
         Args:
           features: where the features of the file and of the prompt are; None: they are not read.
           kinds: which of them are, "clip_features" and "text_features".
+          whole_images: whether images are read at their own size, for a model that tiles them.
         """
         probe = video.probe(request.video)
-        scale = min(1.0, LONG_SIDE / max(probe.height, probe.width))
+        whole = whole_images and probe.media == "image"
+        scale = 1.0 if whole else min(1.0, LONG_SIDE / max(probe.height, probe.width))
         size = (round(probe.height * scale), round(probe.width * scale))
         end = request.end if request.end is not None else float("inf")
         last = min(end, probe.duration)

@@ -41,6 +41,7 @@ Arrays = dict[str, Any]
 PREFIX_ARRAYS = (
     "frames", "frame_valid", "frame_times", "prefix_tokens", "prefix_positions", "prefix_segments",
 )  # fmt: skip
+TILE_ARRAYS = ("tiles", "tile_index", "tile_weight")  # of images in tiles
 BRANCH_ARRAYS = ("branch_tokens", "branch_positions", "branch_segments", "slots")
 ANSWER_ARRAYS = ("answer_positions", "answer_tokens")
 
@@ -184,9 +185,11 @@ class Sampler:
 
         Args:
           params: nested dict of arrays.
-          batch: as `data.rows` builds it; the entries of `PREFIX_ARRAYS` are read.
+          batch: as `data.rows` builds it; the entries of `PREFIX_ARRAYS` are read, and those
+            of `TILE_ARRAYS` if it has them.
         """
-        return self._prefill(params, self._rows({name: batch[name] for name in PREFIX_ARRAYS}))
+        names = PREFIX_ARRAYS + (TILE_ARRAYS if "tiles" in batch else ())
+        return self._prefill(params, self._rows({name: batch[name] for name in names}))
 
     def generate(self, params: Any, context: Context, batch: Arrays, keys: jax.Array,
                  first: np.ndarray | None = None) -> Generation:
@@ -230,7 +233,7 @@ class Sampler:
 
     def _prefill_rows(self, params: Any, batch: Arrays) -> Context:
         model = self.model.bind(params)
-        encoded = model.encode(batch["frames"], batch["frame_valid"], batch["frame_times"])
+        encoded = model.encode_batch(batch)
         embeds = model.embed_prefix(batch["prefix_tokens"], encoded.visual)
         segments = batch["prefix_segments"]
         _, cache = model.language.prefill(embeds, batch["prefix_positions"], segments)

@@ -65,9 +65,18 @@ MISTRAL_7B = LanguageConfig(
     norm_epsilon=1e-5, rope_theta=1e6,
 )  # fmt: skip
 
-ANYRES = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
+
+def grids(side: int, most: int) -> tuple[tuple[int, int], ...]:
+    """Resolutions of images in tiles of `side` pixels, from 1 x 1 to most x most of them."""
+    return tuple(
+        (side * rows, side * columns)
+        for rows in range(1, most + 1)
+        for columns in range(1, most + 1)
+    )
+
+
 ONEVISION_CONNECTOR = MlpConnectorConfig(
-    pool="bilinear", newline="one_token", image="newline", resolutions=ANYRES, max_tiles=9
+    pool="bilinear", newline="one_token", image="newline", resolutions=grids(384, 6), max_tiles=9
 )
 # Of no checkpoint: a model of SigLIP 2 and Qwen3 begins with a new connector.
 SIGLIP2_CONNECTOR = MlpConnectorConfig(pool="average", newline="no_token", image="plain")
@@ -87,7 +96,9 @@ _FULL: dict[str, tuple[Any, Any, LanguageConfig, dict[str, Any]]] = {
     ),
     "longva_7b": (
         CLIP_L_336,
-        MlpConnectorConfig(pool="average", newline="no_token", image="pool"),
+        MlpConnectorConfig(
+            pool="average", newline="no_token", image="pool", resolutions=grids(336, 7)
+        ),
         dataclasses.replace(QWEN2_7B, rope_theta=1e9),
         {},
     ),
@@ -124,7 +135,7 @@ def tiny(name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | Non
     """The same parts at the size of the `micro` preset; trains on a CPU."""
     vision, connector, language, more = _FULL[name]
     vision = _whole_frames(vision, heads)
-    frames = {"languagebind": 4, "umt": 4}.get(vision.kind, 0)
+    frames, side = {"languagebind": 4, "umt": 4}.get(vision.kind, 0), vision.image_size
     vision = dataclasses.replace(
         vision, image_size=32, patch_size=8, width=32, heads=2, depth=2, mlp_width=64,
         max_frames=frames or 8, frames=frames,
@@ -135,7 +146,10 @@ def tiny(name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | Non
         )
     else:
         connector = dataclasses.replace(
-            connector, resolutions=tuple((h // 12, w // 12) for h, w in connector.resolutions)
+            connector,
+            resolutions=tuple(
+                (32 * (h // side), 32 * (w // side)) for h, w in connector.resolutions
+            ),
         )
     language = dataclasses.replace(
         language, vocab_size=1024, num_tokens=1024, width=32, depth=2, heads=4,
@@ -153,9 +167,7 @@ def _whole_frames(vision: TowerConfig, heads: tuple[str, ...]) -> TowerConfig:
     return dataclasses.replace(vision, resize="stretch") if heads else vision
 
 
-def _tokens(
-    heads: tuple[str, ...], tokens: Mapping[str, int] | None, last: int
-) -> dict[str, int]:
+def _tokens(heads: tuple[str, ...], tokens: Mapping[str, int] | None, last: int) -> dict[str, int]:
     """Ids of the task tokens: the last ones of the vocabulary, where nobody gives others."""
     if tokens is not None:
         return dict(tokens)

@@ -119,16 +119,15 @@ class VideoLanguageModel(nnx.Module):
         args = (parameters, frames, frame_valid)
         return per_device(local, args, (whole, split, split), split)
 
-    def encode_tiles(self, tiles: jax.Array, size: tuple[int, int]) -> jax.Array:
-        """Visual tokens float[1, V, D] of one image of any resolution.
-
-        Args:
-          tiles: uint8[1 + n, S, S, 3], of data.preprocess.anyres_tiles.
-          size: (height, width) of the image, static.
-        """
-        valid = jnp.ones((1, tiles.shape[0]), bool)
-        pixels = normalise_pixels(self.config.vision, tiles)[None].astype(self.dtype)
-        return self.connector.tiles(self.vision(pixels, valid), size, self.config.vision)
+    def encode_batch(self, batch: Mapping[str, Any]) -> Encoded:
+        """`encode` of a batch; images that it brings in tiles give the tokens of their tiles, and
+        heads the features of the whole image."""
+        if "tiles" not in batch:
+            return self.encode(batch["frames"], batch["frame_valid"], batch["frame_times"])
+        features = self._see(batch["frames"], batch["frame_valid"])
+        tiles = self._see(batch["tiles"], jnp.ones(batch["tiles"].shape[:2], bool))
+        visual = self.connector.tiles(features, tiles, batch["tile_index"], batch["tile_weight"])
+        return Encoded(visual, features)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """int32[...] -> float[..., D]; slot tokens of heads give the head's task vector."""
@@ -173,10 +172,10 @@ class VideoLanguageModel(nnx.Module):
 
         Args:
           batch: the data pipeline's dict (frames, frame_valid, frame_times, prefix_*, branch_*,
-            slots).
+            slots; tiles, tile_* of images in tiles).
           keys: key array [B], one a row, for dropout; None for none.
         """
-        encoded = self.encode(batch["frames"], batch["frame_valid"], batch["frame_times"])
+        encoded = self.encode_batch(batch)
         prefix = self.embed_prefix(batch["prefix_tokens"], encoded.visual)
         branches = self.embed_branches(batch["branch_tokens"], batch["slots"])
         prefix_hidden, branch_hidden = self.language(

@@ -148,6 +148,7 @@ def bucket_config(
     weight: float = 1.0,
     beside: str = "",
     idle: Sequence[str] = (),
+    tiles: int = 0,
 ) -> dict[str, Any]:
     """One entry of buckets: fields as in data.pipeline.Bucket, sizes per row except batch_size."""
     return {
@@ -164,6 +165,7 @@ def bucket_config(
         "weight": weight,
         "beside": beside,
         "idle": list(idle),
+        "tiles": tiles,
     }
 
 

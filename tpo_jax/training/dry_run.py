@@ -187,7 +187,8 @@ class DryRun:
                 wrong.append(str(error))
             prefix, branches = spec["prefix_tokens"].shape[1], spec["branch_tokens"].shape[1:]
             lines.append(
-                f"{bucket.name}: {bucket.batch_size} rows of {bucket.frames} frames, prefix "
+                f"{bucket.name}: {bucket.batch_size} rows of {bucket.frames} frames"
+                f"{f' and {bucket.tiles} tiles' if bucket.tiles else ''}, prefix "
                 f"{prefix}, branches {branches[0]} x {branches[1]}"
             )
         if wrong:

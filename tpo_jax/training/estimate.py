@@ -25,6 +25,7 @@ from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.models.attention import SPLASH_BLOCK
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.connectors.tiling import visual_frames
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.context import AXIS, ContextLayout
 from tpo_jax.parallel.mesh import AXES, BATCH_AXES, check_batch_divides
@@ -279,10 +280,11 @@ def _row_split(
         blocks = [-(-n // SPLASH_BLOCK) * SPLASH_BLOCK
                   for n in (layout.length // devices, layout.length)]  # fmt: skip
         lengths |= dict.fromkeys((layout.tokens, layout.length, *blocks), devices)
-        if vision.per_frame and frames % devices == 0:
-            clips[frames] = devices
-            sizes = (frames * vision.grid**2, model_config.num_visual_tokens(frames))
-            lengths |= dict.fromkeys(sizes, devices)
+        visual = len(visual_frames(model_config, frames, bucket.tiles))
+        for views in (frames, bucket.tiles):
+            if vision.per_frame and views and views % devices == 0:
+                clips[views] = devices
+                lengths |= dict.fromkeys((views * vision.grid**2, visual), devices)
     return memory.Split(lengths=lengths, clips=clips)
 
 

@@ -59,6 +59,13 @@ def set_epochs(config: ConfigDict, arg: ConfigDict, published: int, batch: int, 
         config.steps = -(-(arg.samples or published) * epochs // batch)
 
 
-def image_bucket(video: ConfigDict) -> ConfigDict:
-    """The bucket of still images that goes with one of videos."""
-    return ConfigDict(video.to_dict() | {"media": "image", "frames": 1})
+def image_bucket(video: ConfigDict, tiles: int = 0) -> ConfigDict:
+    """The bucket of still images that goes with one of videos; of `tiles` tiles at most, 0: one
+    view."""
+    return ConfigDict(video.to_dict() | {"media": "image", "frames": 1, "tiles": tiles})
+
+
+def add_images(config: ConfigDict, arg: ConfigDict) -> None:
+    """A bucket of images beside that of videos, where `arg` gives `tiles`."""
+    if arg.tiles:
+        config.buckets.image = image_bucket(config.buckets.video, arg.tiles)

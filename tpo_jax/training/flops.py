@@ -62,8 +62,7 @@ def forward_flops(model_config: ModelConfig, batch: Any) -> dict[str, float]:
     params = model.abstract()
 
     def encode(params: Any, batch: Any) -> Any:
-        clip = (batch[name] for name in ("frames", "frame_valid", "frame_times"))
-        return model.bind(params).encode(*clip)
+        return model.bind(params).encode_batch(batch)
 
     def decode(params: Any, batch: Any) -> Any:
         return model.bind(params)(batch)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from tests.models.connectors.oracle import pool_grid, project, video_tokens
 from tests.models.towers import oracle
 from tpo_jax.models.connectors.config import MlpConnectorConfig
 from tpo_jax.models.connectors.registry import make_connector
-from tpo_jax.models.towers.config import TowerConfig
 from tpo_jax.models.vision import VisionFeatures
 
 GRID, WIDTH, LANGUAGE = 5, 3, 4
@@ -62,21 +60,6 @@ def test_image_tokens(image, count):
             expected.append(params["image_newline"])
         np.testing.assert_allclose(row, expected, atol=1e-5)
     assert found.shape[1] == len(config.visual_frames(1, GRID)) == count
-
-
-def test_unires_tiles_are_frames_and_the_whole_image_is_not_used():
-    config = _config("average", "no_token", "pool", resolutions=((10, 10), (10, 20)))
-    connector, features = _connector(config), _features(3)
-    tower = TowerConfig(
-        kind="clip", image_size=10, patch_size=2, width=3, depth=1, heads=1, mlp_width=4,
-        activation="gelu", epsilon=1e-5, layer=-1, max_frames=8,
-    )  # fmt: skip
-    first = jax.tree.map(lambda x: x[:1], features)
-    found = connector.tiles(first, (10, 20), tower)
-    grids = project(oracle.params_of(connector), features.patches)[0, 1:]
-    pooled = [pool_grid(grid, "average", 2).reshape(-1, LANGUAGE) for grid in grids]
-    expected = np.concatenate(pooled)
-    np.testing.assert_allclose(found[0], expected, atol=1e-5)
 
 
 def test_the_class_token_goes_before_the_patches_of_its_frame():

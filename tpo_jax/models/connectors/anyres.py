@@ -1,19 +1,13 @@
-"""Images of any resolution as tiles (LLaVA-NeXT, LLaVA-OneVision): from tile features to tokens.
+"""Images of any resolution (LLaVA-NeXT, LLaVA-OneVision): the sizes that they go through.
 
 An image is resized to fit into the best of several resolutions, padded to it and cut into tiles of
-the tower's size; the whole image, resized to one tile, comes first. All numbers here are known
-before anything is computed, so shapes are static for an image size.
+the tower's size; the whole image, resized to one tile, comes first.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-import jax
-
-from tpo_jax.models.connectors.pooling import append_token
-from tpo_jax.models.towers.interpolate import resize_grid
 
 Size = tuple[int, int]
 
@@ -45,53 +39,13 @@ def unpadded(size: Size, canvas: Size) -> tuple[Size, Size]:
     return (0, left), (height, width - 2 * left)
 
 
-def pack_tiles(
-    tiles: jax.Array,
-    newline: jax.Array,
-    size: Size,
-    resolutions: Sequence[Size],
-    tile_size: int,
-    max_tiles: int,
-) -> jax.Array:
-    """Tokens of one image: the whole image, then its tiles as one grid without the padding.
+def packed_size(h: int, w: int, max_tiles: int, grid: int) -> Size:
+    """(rows, columns) that a grid of h x w patches without padding becomes.
 
     Args:
-      tiles: float[1 + rows * columns, g * g, D], projected; the whole image first.
-      newline: float[D], after every row of the grid.
-      size: (height, width) of the original image.
-      resolutions: (height, width) that the image may have become, in pixels.
-      tile_size: side of a tile in pixels.
       max_tiles: a grid of more patches than that many tiles have is resized to about as many
         (anyres_max_9: 9), where the sides differ by more than a tenth.
-
-    Returns: float[V, D].
+      grid: patches along the side of a tile.
     """
-    height, width = best_resolution(size, resolutions)
-    rows, columns = height // tile_size, width // tile_size
-    g, D = math.isqrt(tiles.shape[1]), tiles.shape[-1]
-    if tiles.shape[0] != 1 + rows * columns:
-        raise ValueError(
-            f"image of {size[0]} x {size[1]} pixels: {tiles.shape[0]} tiles, but the best "
-            f"resolution {height} x {width} has 1 + {rows} x {columns}"
-        )
-    grid = tiles[1:].reshape(rows, columns, g, g, D).transpose(0, 2, 1, 3, 4)
-    grid = grid.reshape(rows * g, columns * g, D)
-    (top, left), (h, w) = unpadded(size, grid.shape[:2])
-    grid = grid[top : top + h, left : left + w]
-    ratio = math.sqrt(h * w / (max_tiles * g * g))
-    if ratio > 1.1:
-        grid = resize_grid(grid, (int(h // ratio), int(w // ratio)))
-    grid = append_token(grid, newline).reshape(-1, D)
-    return jax.numpy.concatenate([tiles[0], grid])
-
-
-def packed_tokens(
-    size: Size, resolutions: Sequence[Size], tile_size: int, max_tiles: int, grid: int
-) -> int:
-    """How many tokens `pack_tiles` gives for an image of `size`."""
-    shape = tuple(side // tile_size * grid for side in best_resolution(size, resolutions))
-    _, (h, w) = unpadded(size, shape)
     ratio = math.sqrt(h * w / (max_tiles * grid * grid))
-    if ratio > 1.1:
-        h, w = int(h // ratio), int(w // ratio)
-    return grid * grid + h * (w + 1)
+    return (int(h // ratio), int(w // ratio)) if ratio > 1.1 else (h, w)

@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tpo_jax.models.connectors.anyres import Size, pack_tiles
 from tpo_jax.models.connectors.config import MlpConnectorConfig
 from tpo_jax.models.connectors.pooling import append_token, interleave, pool_grid, with_newlines
 from tpo_jax.models.layers import Linear, Rngs
-from tpo_jax.models.towers.config import TowerConfig
 from tpo_jax.models.vision import VisionFeatures
 
 
@@ -50,22 +48,29 @@ class MlpConnector(nnx.Module):
         x = pool_grid(x, self.config.pool, self.config.stride)
         return with_newlines(x, newline, self.config.newline)
 
-    def tiles(self, features: VisionFeatures, size: Size, tower: TowerConfig) -> jax.Array:
-        """float[1, V, D] of an image in tiles; the tiles are the frames of `features`.
+    def tiles(
+        self, whole: VisionFeatures, tiles: VisionFeatures, index: jax.Array, weight: jax.Array
+    ) -> jax.Array:
+        """Tokens float[B, V, D] of images in tiles.
 
         Args:
-          size: (height, width) of the image in pixels.
+          whole: of one frame, the whole image; UniRes does not use it.
+          tiles: the T tiles as frames.
+          index, weight: int32, float32[B, V, K], of `tiling.Tiling.tokens`; weights of tokens that
+            are not there are 0.
         """
-        x = self.project(features.patches)
-        if self.config.image == "pool":  # UniRes: tiles are frames, the whole image is not used
-            x = pool_grid(x[:, 1:], self.config.pool, self.config.stride)
-            return x.reshape(1, -1, x.shape[-1])
-        tiles = x.reshape(x.shape[1], -1, x.shape[-1])
-        packed = pack_tiles(
-            tiles, self.image_newline[...], size, self.config.resolutions, tower.image_size,
-            self.config.max_tiles,
-        )
-        return packed[None]
+        patches = tiles.patches
+        if self.config.image == "newline":
+            patches = jnp.concatenate([whole.patches, patches], axis=1)
+        x = self.project(patches)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        if self.config.image == "newline":
+            x = append_token(x, self.image_newline[...])
+        tokens = jnp.zeros((*index.shape[:2], x.shape[-1]), jnp.float32)
+        for k in range(index.shape[2]):  # K gathers: one of [B, V, K, D] would be K times as large
+            part = jnp.take_along_axis(x, index[:, :, k, None], axis=1)
+            tokens = tokens + weight[:, :, k, None] * part.astype(jnp.float32)
+        return tokens.astype(x.dtype)
 
     def _image(self, x: jax.Array) -> jax.Array:
         if self.config.image == "pool":

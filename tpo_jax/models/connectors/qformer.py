@@ -110,10 +110,28 @@ class QFormer(nnx.Module):
 
     def read(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
         """float[B, S, C], bool[B, S] -> float[B, Q, D_qformer]."""
+        x, _ = run_layers(
+            self.layers, lambda layer, x, _: (layer(x, tokens, valid), None), self._first(tokens)
+        )
+        return x
+
+    def states(self, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+        """What `read` computes on the way: float[1 + depth, B, Q, D_qformer], before the first
+        layer and after each."""
+
+        def both(pair: LayerPair, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+            even = pair.even(x, tokens, valid)
+            odd = pair.odd(even, tokens, valid)
+            return odd, jnp.stack([even, odd])
+
+        first = self._first(tokens)
+        _, outputs = run_layers(self.layers, both, first)
+        return jnp.concatenate([first[None], outputs.reshape(-1, *first.shape)])
+
+    def _first(self, tokens: jax.Array) -> jax.Array:
+        """The queries as they enter the first layer, float[B, Q, D_qformer]."""
         queries = self.query_tokens[...]
         if self.config.extra_queries:
             queries = jnp.concatenate([queries, self.extra_query_tokens[...]], axis=1)
         queries = jnp.broadcast_to(queries, (tokens.shape[0], *queries.shape[1:]))
-        x = self.embeddings_norm(queries.astype(tokens.dtype))
-        x, _ = run_layers(self.layers, lambda layer, x, _: (layer(x, tokens, valid), None), x)
-        return x
+        return self.embeddings_norm(queries.astype(tokens.dtype))
