@@ -17,6 +17,7 @@ from tpo_jax.generation.requests import Clip, Request, RequestError, make_reques
 from tpo_jax.generation.rles import Rles
 from tpo_jax.generation.routing import Event, RoutedAnswer
 from tpo_jax.interop.folder import load_model, save_model
+from tpo_jax.models.sam2_config import sam2_size
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +240,8 @@ def test_several_boxes_and_points_reach_the_batch(folder, media):
     assert points["frame"].tolist() == [0, 2, 0]  # of the first box; 1.25 s is near
     with pytest.raises(RequestError, match=r"x: points: .* read none; .* \['sam2'\]"):
         predict.most_points(predictor.config, requests)
-    sam2 = dataclasses.replace(predictor.config, heads=("region", "sam2"))
+    sam2 = dataclasses.replace(
+        predictor.config, heads=("region", "sam2"), sam2=sam2_size("micro"))
     assert predict.most_points(sam2, requests) == 2
     late = make_request("line", pointing | {"point_time": 9.0}, media)
     with pytest.raises(RequestError, match="point_time: 9.0, expected seconds of the clip"):

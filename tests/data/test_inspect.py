@@ -148,11 +148,11 @@ def test_command_on_a_prepared_folder(tmp_path, capsys):
     assert prepare.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "step 4, bucket still, row 2" in printed
-    assert "1 of 1 frames" in printed and "[1 visual tokens]" in printed
+    assert "image " in printed and "[1 visual tokens]" in printed and "hidden" not in printed
     # What `train` would be given, whatever the config says.
     assert prepare.main([*arguments, "--config.data.evidence=blind"]) == 0
     printed = capsys.readouterr().out
-    assert "0 of 1 frames" in printed and "[0 visual tokens]" in printed
+    assert ", hidden" in printed and "[0 visual tokens]" in printed
     assert prepare.main([*arguments, "--config.data.evidence=deaf"]) == 2
     assert "data.evidence = 'deaf': unknown" in capsys.readouterr().err
     assert prepare.main(["inspect", "--data", str(tmp_path / "prepared"), "--row", "5"]) == 2

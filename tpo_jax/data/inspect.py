@@ -53,7 +53,7 @@ def describe_row(row: Mapping[str, Any], codec: TextCodec, plan: RowPlan) -> lis
       plan: that they were built from.
     """
     shown = int(row["frame_valid"].sum())
-    what = f"image {plan.video_id}"
+    what = f"image {plan.video_id}" + ("" if shown else ", hidden")
     if plan.branches[0].example.media == "video":
         what = (f"video {plan.video_id}, {plan.start:g} to {plan.end:g} s, {shown} of "
                 f"{len(row['frame_valid'])} frames")
