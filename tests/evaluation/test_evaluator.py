@@ -102,7 +102,7 @@ def test_options_are_scored_as_training_scores_them(model, dataset):
              for i, turn in enumerate(e.turns) if turn.options]  # fmt: skip
     assert set(scores) == {f"{e.example_id}/{i}" for e, i in asked}
     builder = row_builder(codec, config, evaluator(model)._bucket(
-        "video", [codec.build_branch("x" * 60, "y" * 12)], branches=8,
+        dataset, "video", [codec.build_branch("x" * 60, "y" * 12)], branches=8,
         frames=config.vision.max_frames,
     ))  # fmt: skip
     rows = evaluation_rows.build_option_rows(dataset, builder)[:2]
