@@ -20,7 +20,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -29,11 +29,9 @@ from tpo_jax.data import text_features, validation
 from tpo_jax.data.media import SUFFIXES, safe_name
 from tpo_jax.data.problems import Invalid, Problem, differs
 from tpo_jax.data.records import RecordError, prepared_features, read_settings
+from tpo_jax.data.row_plans import RowPlan
 from tpo_jax.errors import UserError
 from tpo_jax.models.config import ClipFeaturesConfig, TextFeaturesConfig
-
-if TYPE_CHECKING:
-    from tpo_jax.data.rows import RowPlan
 
 FORMAT_VERSION = 1
 ABOUT = "features.json"

@@ -24,11 +24,11 @@ from tpo_jax.data.clip_features import RowFeatures
 from tpo_jax.data.evidence import apply_evidence
 from tpo_jax.data.mixture import Mixture, Parts, Source, find_entries
 from tpo_jax.data.pairs import PairedDataset
+from tpo_jax.data.row_texts import RowTexts
 from tpo_jax.data.rows import Reference, RowBuilder, RowPlan, row_id, stack_rows
 from tpo_jax.data.shares import SourceTable, change, number_sources
 from tpo_jax.data.task_text import TextDataset
 from tpo_jax.data.text import TextCodec
-from tpo_jax.data.text_features import RowTexts
 from tpo_jax.data.tiles import RowTiles
 from tpo_jax.errors import UserError
 from tpo_jax.models.config import ModelConfig

@@ -22,9 +22,9 @@ from tpo_jax.data.preprocess import RESIZES
 from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example, task_number
 from tpo_jax.data.row_plans import BranchPlan, RowError, RowPlan, clip_frames
+from tpo_jax.data.row_texts import RowTexts
 from tpo_jax.data.targets import TARGETS, TargetError, View, slot_target
 from tpo_jax.data.text import LONGEST_SECONDS, Branch, TextCodec
-from tpo_jax.data.text_features import RowTexts
 from tpo_jax.data.tiles import RowTiles
 
 # (pair id, `shown_frames`, prefix tokens int32[P], branch tokens int32[n, R]) -> float32[n, A] of
