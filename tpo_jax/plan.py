@@ -250,9 +250,10 @@ def run(argv: list[str]) -> int:
     """The command; returns its exit status: 1 where a program does not fit."""
     if len(argv) > 1:
         raise UserError(f"unexpected arguments {argv[1:]}; see --help")
-    config, topology = flags.FLAGS.config, TOPOLOGY.value
+    config = flags.FLAGS.config
     if config is None:
         raise UserError("--config is missing; give one such as configs/demo.py:stage=1")
+    topology = TOPOLOGY.value
     chip, _ = parse_topology(topology)
     training_config.validate(config)
     plans = plan(config, topology, NUM_SLICES.value)
