@@ -280,6 +280,7 @@ SHIPPED = [
     ("tiny_base.py", None),
     ("tiny_base.py", "stage=pictures"),
     ("tiny_base.py", "stage=events"),
+    ("tiny_base.py", "stage=times"),
     ("tiny_base.py", "tiny,runs=somewhere"),
     *(("demo.py", f"stage={stage}") for stage in ("1", "2", "3", "dpo")),
     ("demo.py", "stage=1,tiny"),
