@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image
 
 from tpo_jax import predict
-from tpo_jax.data import files
+from tpo_jax.data import files, video
 from tpo_jax.generation import draw
 from tpo_jax.generation.requests import Clip, Request, RequestError, make_request, read_list
 from tpo_jax.generation.rles import Rles
@@ -146,6 +146,35 @@ def test_list_reports_failures_and_is_resumed(folder, media, tmp_path, monkeypat
     # The same id for another question is refused.
     write_list(media / "list.jsonl", entries[0] | {"prompt": "Something else?"})
     assert run(folder, out, f"--input={path}") == 2
+
+
+def test_a_file_that_cannot_be_read_twice_fails_alone(media, tmp_path, monkeypatch):
+    """Masks of every frame read it again; the others of its batch are answered."""
+    (media / "odd.mp4").write_bytes((media / "clip.mp4").read_bytes())
+    requests = [
+        make_request("line", {"id": name, "video": file, "prompt": "What?"}, media)
+        for name, file in (("a", "clip.mp4"), ("odd", "odd.mp4"), ("b", "clip.mp4"))
+    ]
+
+    class Once:
+        config = micro_model.make_model(micro_model.make_codec()).config
+        features, kinds, tiled, batch_size = None, (), False, 3
+
+        def shape_of(self, clip):
+            return "video", 0
+
+        def answer(self, requests, clips):
+            for clip in clips:
+                if clip.path.name == "odd.mp4":
+                    raise video.VideoError(clip.path, "the frame is not found again", "convert it")
+            return [(request.id,) for request in requests]
+
+    monkeypatch.setattr(predict, "write_prediction", lambda out, request, answer, media: {
+        "id": request.id, "text": answer, "media": media})  # fmt: skip
+    (records,) = predict.records_of(Once(), requests, tmp_path)
+    assert [record["id"] for record in records] == ["odd", "a", "b"]
+    assert "odd.mp4: the frame is not found again; convert it" in records[0]["error"]
+    assert records[1:] == [{"id": name, "text": name, "media": "video"} for name in "ab"]
 
 
 def test_a_bucket_has_what_a_folder_has_after_a_kill_at_any_batch(folder, media, tmp_path,

@@ -225,19 +225,31 @@ def records_of(predictor: Predictor, requests: Sequence[Request],
     """The records of each batch; a file that cannot be read gives one {"id", "error"} by itself."""
     waiting: dict[tuple[str, int], list[tuple[Request, Clip]]] = {}
 
+    def failed(request: Request, error: Exception) -> dict[str, Any]:
+        return {"id": request.id, "video": str(request.video), "prompt": request.prompt,
+                "error": str(error)}
+
     def answer(shape: tuple[str, int]) -> list[dict[str, Any]]:
-        asked = waiting.pop(shape)
-        results = predictor.answer(*zip(*asked, strict=True))
-        return [write_prediction(out, request, *result, shape[0])
-                for (request, _), result in zip(asked, results, strict=True)]
+        asked, unread = waiting.pop(shape), []
+        while asked:
+            try:
+                results = predictor.answer(*zip(*asked, strict=True))
+                return unread + [write_prediction(out, request, *result, shape[0])
+                                 for (request, _), result in zip(asked, results, strict=True)]
+            except video.VideoError as error:  # masks read it again, from its middle
+                bad = [request for request, clip in asked if str(clip.path) == error.file]
+                if not bad:
+                    raise
+                unread += [failed(request, error) for request in bad]
+                asked = [(request, clip) for request, clip in asked if request not in bad]
+        return unread
 
     for request in requests:
         try:
             clip = Clip.read(request, predictor.config.vision.max_frames, predictor.features,
                              predictor.kinds, whole_images=predictor.tiled)
         except (video.VideoError, ValueError) as error:
-            yield [{"id": request.id, "video": str(request.video), "prompt": request.prompt,
-                    "error": str(error)}]
+            yield [failed(request, error)]
             continue
         shape = predictor.shape_of(clip)
         waiting.setdefault(shape, []).append((request, clip))

@@ -119,11 +119,12 @@ def _rows(summary: Mapping[str, Any], stages: Sequence[str], metrics: Iterable[s
             continue
         floor = summary["floors"].get(metric.removeprefix("forced/"))
         best = max(value for value in values if value is not None)
+        compared = len(stages) > 1 and not metric.endswith("_blind")  # of a floor none is best
         cells = [f"<td class='n faint'>{_figure(floor)}</td>"]
         for stage, value in zip(stages, values, strict=True):
             low_high = summary["intervals"][stage].get(metric)
             note = f"<small>{low_high[0]:.2f}–{low_high[1]:.2f}</small>" if low_high else ""
-            strong = " best" if value == best and len(stages) > 1 else ""
+            strong = " best" if value == best and compared else ""
             cells.append(f"<td class='n{strong}'>{_figure(value)}{note}</td>")
         name = "&ensp;" + metric.split("/")[-1] if metric.startswith("qa/accuracy/") else metric
         rows.append(f"<tr><td>{name}</td>{''.join(cells)}</tr>")
@@ -148,7 +149,7 @@ def _floor_training(summary: Mapping[str, Any]) -> str:
     rows = "".join(
         f"<tr><td>{_escape(name)}</td><td class='n'>{at['step']}</td>"
         + "".join(f"<td class='n'>{_figure(at[figure])}</td>" for figure in LEARNT)
-        + f"<td>{'chosen' if at['step'] == trained['chosen_step'] else ''}</td></tr>"
+        + f"<td>{'&ensp;chosen' if at['step'] == trained['chosen_step'] else ''}</td></tr>"
         for name, trained in summary["floor_training"].items()
         for at in trained["validations"]
     )
