@@ -1,8 +1,9 @@
 """Trains the shipped base model from nothing: `make base`.
 
 Renders videos and still images, prepares them, makes a tokenizer, trains the stages of
-`configs/tiny_base.py`, evaluates each on other videos and draws the losses. Run again after an
-interruption, it goes on where it stopped. The model folder is OUT/videos/model.
+`configs/tiny_base.py`, evaluates each on videos of the validation split, the last one on those of
+the test split, and draws the losses. Run again after an interruption, it goes on where it stopped.
+The model folder is OUT/videos/model.
 
     python -m experiments.base --out runs/base
 """
@@ -54,6 +55,8 @@ def prepare(steps: Steps) -> None:
 
 def train_and_evaluate(steps: Steps) -> None:
     for stage in STAGES:
+        # What a stage lacks decides on the next one: nothing is chosen on the test split.
+        split = "test" if stage == STAGES[-1] else "validation"
         steps.run(
             f"train {stage}", "tpo_jax.train",
             f"--config=configs/tiny_base.py:stage={stage},runs={steps.out}",
@@ -61,7 +64,7 @@ def train_and_evaluate(steps: Steps) -> None:
         )  # fmt: skip
         steps.run(
             f"evaluate {stage}", "tpo_jax.evaluate", "--model", steps.out / stage / "model",
-            "--data", steps.out / "data" / "test", "--tasks", "qa",
+            "--data", steps.out / "data" / split, "--tasks", "qa",
             "--out", steps.out / "eval" / f"{stage}.json",
         )  # fmt: skip
 

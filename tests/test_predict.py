@@ -108,7 +108,7 @@ def write_list(path, *entries):
     return path
 
 
-def test_list_reports_failures_and_is_resumed(folder, media, tmp_path, monkeypatch):
+def test_list_reports_failures_and_is_resumed(folder, media, tmp_path, monkeypatch, capsys):
     entries = [
         {"id": "a", "video": "clip.mp4", "prompt": "What happens?"},
         {"id": "bad", "video": "cut.mp4", "prompt": "What happens?"},
@@ -123,7 +123,8 @@ def test_list_reports_failures_and_is_resumed(folder, media, tmp_path, monkeypat
         json.loads, (out / "results.jsonl").read_text().splitlines())}
     assert set(records) == {"a", "bad", "b", "c"}
     assert "cut.mp4" in records["bad"]["error"]
-    assert sorted(p.name for p in out.iterdir()) == ["a.mp4", "b.png", "c.mp4", "results.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "a.mp4", "b.png", "c.mp4", "results.jsonl", "settings.json"]
     assert records["b"]["media"] == "image"
     windows = records["c"]["events"][0]["result"]["windows"]
     assert all(1.0 <= s < e <= 3.0 for s, e, _ in windows)
@@ -146,6 +147,11 @@ def test_list_reports_failures_and_is_resumed(folder, media, tmp_path, monkeypat
     # The same id for another question is refused.
     write_list(media / "list.jsonl", entries[0] | {"prompt": "Something else?"})
     assert run(folder, out, f"--input={path}") == 2
+    # So are answers that would be made otherwise.
+    write_list(path, *entries)
+    capsys.readouterr()
+    assert run(folder, out, f"--input={path}", "--batch_size=2", "--mask_fps=0") == 2
+    assert "mask_fps: there None, now 0.0\ngive another --out" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_read_twice_fails_alone(media, tmp_path, monkeypatch):

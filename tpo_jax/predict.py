@@ -17,8 +17,9 @@ annotated mp4 (video) or PNG (image) per question beside NAME.json, or results.j
 Masks are made of every frame of the file, not only of those that the language model is shown, and
 the mp4 then has them all; --mask_fps=5 takes five a second, --mask_fps=0 those that are shown. A
 list that was stopped, even by kill -9, goes on after its last whole batch; lines that failed are
-tried again. The exit status is 1 if a question failed. Model, list and --out may be gs:// paths;
-videos are local files.
+tried again; settings.json keeps what the answers were made with, and with another model or other
+options it does not go on. The exit status is 1 if a question failed. Model, list and --out may be
+gs:// paths; videos are local files.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from tpo_jax.generation.requests import (
 from tpo_jax.generation.rles import Rles
 from tpo_jax.generation.routing import RoutedAnswer, Router
 from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys
+from tpo_jax.generation.sidecar import hash_weights
 from tpo_jax.generation.whole_video import Film
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ModelConfig
@@ -65,6 +67,7 @@ from tpo_jax.models.heads import HEADS, ClipInfo
 from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.models.video_language import FunctionalModel
 
+SETTINGS, RESULTS = "settings.json", "results.jsonl"
 _TIME_IN_PROMPT = re.compile(r"\bat (\d+(?:\.\d+)?) s\b")
 
 
@@ -75,6 +78,7 @@ class Predictor:
                  batch_size: int, max_new: int, features: FeatureStore | None = None,
                  mask_fps: float | None = 0.0, boxes: int = 1, points: int = 0):
         self.features, self.mask_fps, self.points = features, mask_fps, points
+        self.max_new = max_new
         self.kinds = [kind for kind in ("clip_features", "text_features") if getattr(config, kind)]
         self.config, self.codec, self.batch_size = config, codec, batch_size
         self.params = jax.tree.map(jax.numpy.asarray, params)
@@ -259,10 +263,26 @@ def records_of(predictor: Predictor, requests: Sequence[Request],
         yield answer(shape)
 
 
+def keep_settings(out: epath.Path, settings: Mapping[str, Any]) -> None:
+    """Writes what the answers of a list are made with; RequestError where others are there."""
+    path = out / SETTINGS
+    if (out / RESULTS).exists():
+        there = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        lines = [f"  {name}: there {there.get(name)!r}, now {settings[name]!r}"
+                 for name in settings if there.get(name) != settings[name]]
+        if lines:
+            raise RequestError("\n".join([
+                f"{out / RESULTS}: holds answers that were made otherwise:",
+                *lines, "give another --out"]))
+    files.write(path, json.dumps(settings, indent=2) + "\n")
+
+
 def run_list(predictor: Predictor, requests: Sequence[Request], out: epath.Path) -> int:
     """Answers into results.jsonl what is not there yet; returns the number of failed requests."""
-    path = out / "results.jsonl"
+    path = out / RESULTS
     done = read_results(path, requests)
+    keep_settings(out, {"weights": hash_weights(predictor.params), "mask_fps": predictor.mask_fps,
+                        "max_new": predictor.max_new})
     # Without failures and a cut line.
     lines = files.Lines(path, [json.dumps(record) for record in done.values()])
     todo = [request for request in requests if request.id not in done]
@@ -405,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = run_list(predictor, requests, out)
     except UserError as error:
         return report(error)
-    print(f"{out / 'results.jsonl'}: {len(requests) - failed} answered, {failed} failed")
+    print(f"{out / RESULTS}: {len(requests) - failed} answered, {failed} failed")
     return 1 if failed else 0
 
 
