@@ -30,6 +30,7 @@ from tpo_jax.data.shares import SourceTable, change, number_sources
 from tpo_jax.data.task_text import TextDataset
 from tpo_jax.data.text import TextCodec
 from tpo_jax.data.tiles import RowTiles
+from tpo_jax.data.workers import end_with_parent
 from tpo_jax.errors import UserError
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.connectors.tiling import tiling_of, visual_frames
@@ -356,6 +357,7 @@ _installed: list[Pipeline] = []  # the pipeline of a worker process
 
 
 def _install(pipeline: Pipeline) -> None:
+    end_with_parent()
     load_listed()
     _installed[:] = [pipeline]
 

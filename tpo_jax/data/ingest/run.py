@@ -7,10 +7,8 @@ import contextlib
 import fcntl
 import json
 import multiprocessing
-import os
 import pathlib
 import shutil
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -21,6 +19,7 @@ from tpo_jax.data.clip_features import FeatureStore
 from tpo_jax.data.ingest.assemble import assemble
 from tpo_jax.data.ingest.plan import Piece, Plan, PrepareError, Settings, Source, make_plan
 from tpo_jax.data.ingest.work import do_piece
+from tpo_jax.data.workers import end_with_parent
 from tpo_jax.models.heads.listed import load_listed
 
 
@@ -131,12 +130,5 @@ def _results(
 
 
 def _start_worker() -> None:
-    """A worker of a killed run would wait for work for ever; it ends as soon as its parent does."""
+    end_with_parent()
     load_listed()
-    parent = multiprocessing.parent_process()
-
-    def watch():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -16,6 +16,7 @@ from tpo_jax.data.moving_shapes.published import split_files
 from tpo_jax.data.moving_shapes.render import render
 from tpo_jax.data.moving_shapes.scene import simulate, simulate_image
 from tpo_jax.data.moving_shapes.world import WorldConfig
+from tpo_jax.data.workers import end_with_parent
 from tpo_jax.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -169,7 +170,7 @@ def _run_all(
             progress(len(job.indices))
         return labels
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(processes, context, end_with_parent) as pool:
         for job, result in zip(jobs, pool.map(run_job, jobs), strict=True):
             labels[job.split, job.media] += result
             progress(len(job.indices))
