@@ -222,7 +222,7 @@ def test_a_bucket_has_what_a_folder_has_after_a_kill_at_any_batch(folder, media,
     assert asked == ["ab", "cd", "cd", "cd", "e"]
     out = epath.Path("gs://bucket/out")
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert {file.name for file in out.iterdir()} == names and len(names) == 6
+    assert {file.name for file in out.iterdir()} == names and len(names) == 7
     for name in names:
         assert (out / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     assert {file.name for file in tmp_path.iterdir()} == {"list.jsonl", "out"}
