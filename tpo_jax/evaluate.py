@@ -164,13 +164,13 @@ def score_model(
         frames=frames,
         mask_frames=flags.mask_frames,
     )
+    dataset = Part(PreparedDataset(flags.data), flags.limit, flags.calls_per_video)
+    if flags.submission:
+        track_files.check(flags.benchmark, dataset.dataset, tasks, flags.mask_frames)
     if before is not None and _same_model(before, config, codec):
         evaluator = before.with_params(params)
     else:
         evaluator = Evaluator(config, params, codec, settings, preemption.check)
-    dataset = Part(PreparedDataset(flags.data), flags.limit, flags.calls_per_video)
-    if flags.submission:
-        track_files.check(flags.benchmark, dataset.dataset, tasks, flags.mask_frames)
     if "qa" in tasks:
         evaluator.questions(dataset)
     if called:

@@ -57,9 +57,9 @@ class Grey:
 
 @pytest.fixture(scope="module")
 def model():
-    """(config, params, codec)"""
+    """An evaluator without weights."""
     codec = micro_model.make_codec()
-    return micro_model.make_model(codec).config, {}, codec
+    return Evaluator(micro_model.make_model(codec).config, {}, codec, Settings())
 
 
 def head(frames, slots):
@@ -81,10 +81,11 @@ def answers(codec, batch, said):
 
 
 def evaluator(model, said=True, seen=None, **settings):
-    scorer = Evaluator(*model, Settings(batch_size=2, progress=False, **settings))
+    scorer = model.with_params({})
+    scorer.settings = Settings(batch_size=2, progress=False, **settings)
     context = SimpleNamespace(encoded=SimpleNamespace(features=None))
     scorer._scorer = SimpleNamespace(prefill=lambda params, batch: context)
-    scorer._generate = lambda sampler, context, batch: answers(model[2], batch, said)
+    scorer._generate = lambda sampler, context, batch: answers(model.codec, batch, said)
 
     def shown(params, features, frames, valid, tokens, asked, *, name):
         return head(np.asarray(frames), asked["states"].shape[1])
@@ -175,9 +176,9 @@ def test_where_it_means_nothing_it_is_refused(heads, called, task_text, message)
 def run(model, monkeypatch, tmp_path, dataset, *more):
     """The command with the stand-ins; returns its record."""
     def make(config, params, codec, settings, poll):
-        return evaluator((config, params, codec), seen=[], mask_frames=settings.mask_frames)
+        return evaluator(model, seen=[], mask_frames=settings.mask_frames)
 
-    monkeypatch.setattr(evaluate, "load_model", lambda path: model)
+    monkeypatch.setattr(evaluate, "load_model", lambda path: (model.config, {}, model.codec))
     monkeypatch.setattr(evaluate, "PreparedDataset", lambda path: dataset)
     monkeypatch.setattr(evaluate, "Evaluator", make)
     out = tmp_path / "out.json"
