@@ -13,10 +13,16 @@
         --pairs=runs/demo/pairs/test/pairs.jsonl \\
         --model=runs/demo/stage1/model --out=stage1.json \\
         --model=runs/demo/stage2/model --out=stage2.json
+    python -m tpo_jax.evaluate --model=runs/mine/model --data=prepared/valid_u --tasks=mask \\
+        --mask_frames=all --benchmark=mevis --submission=out/valid_u --out=eval.json
     python -m tpo_jax.evaluate --predictions=preds.jsonl --benchmark=qvhighlights \\
         --annotations=highlight_val_release.jsonl
 
-Multiple choice is decided by the likelihood of the options. Head metrics come from free generation:
+Multiple choice is decided by the likelihood of the options. Masks and tracks are scored on the
+frames that the language model is shown; with --mask_frames=all the heads are taken over every frame
+that the prepared folder stores, and every annotated frame is scored once, as benchmarks do (prepare
+with --fps of the annotations' rate). --submission then writes the files that the programs of
+MeViS, Ref-YouTube-VOS, DAVIS, GOT-10k and LaSOT score. Head metrics come from free generation:
 where the model does not emit the head's routing token they are 0. Metrics under "forced/" give the
 head its slot in the labelled answer instead. Intervals are 95 % bootstrap intervals over videos.
 A submission file is scored as the benchmark's official program scores it, in percent; no model is
@@ -43,7 +49,14 @@ from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
 from tpo_jax.data.text import TextCodec
 from tpo_jax.data.text_features import Texts
 from tpo_jax.errors import Parser, UserError, report
-from tpo_jax.evaluation import benchmarks, floors, results, submissions
+from tpo_jax.evaluation import (
+    all_frames,
+    benchmarks,
+    floors,
+    results,
+    submissions,
+    track_files,
+)
 from tpo_jax.evaluation.evaluator import Evaluator, Settings, called_by_task, evaluable_tasks
 from tpo_jax.generation.task_text import TEXT_TASKS
 from tpo_jax.interop.folder import load_model
@@ -141,15 +154,26 @@ def score_model(
     frames = flags.frames or config.vision.max_frames
     if frames > config.vision.max_frames:
         raise UserError(f"--frames={frames}: the model takes at most {config.vision.max_frames}")
-    settings = Settings(batch_size=flags.batch_size, evidence=flags.evidence, frames=frames)
+    called = [task for task in tasks if task in called_by_task()]
+    if flags.mask_frames == "all":
+        heads = {called_by_task()[task] for task in called}
+        all_frames.check(config.heads, heads, task_text=flags.task_text)
+    settings = Settings(
+        batch_size=flags.batch_size,
+        evidence=flags.evidence,
+        frames=frames,
+        mask_frames=flags.mask_frames,
+    )
+    dataset = Part(PreparedDataset(flags.data), flags.limit, flags.calls_per_video)
+    if flags.submission:
+        track_files.check(flags.benchmark, dataset.dataset, tasks, flags.mask_frames)
     if before is not None and _same_model(before, config, codec):
         evaluator = before.with_params(params)
     else:
         evaluator = Evaluator(config, params, codec, settings, preemption.check)
-    dataset = Part(PreparedDataset(flags.data), flags.limit, flags.calls_per_video)
     if "qa" in tasks:
         evaluator.questions(dataset)
-    if called := [task for task in tasks if task in called_by_task()]:
+    if called:
         (evaluator.task_text if flags.task_text else evaluator.heads)(dataset, called)
     if "preference" in tasks:
         evaluator.preferences(Part(PairedDataset(flags.data, flags.pairs), flags.limit, 0))
@@ -162,6 +186,8 @@ def score_model(
             "pairs": flags.pairs,
             "evidence": flags.evidence,
             "frames": frames,
+            "mask_frames": flags.mask_frames,
+            "frames_of_masks": evaluator.results.frames,
             "task_text": flags.task_text,
             "tasks": tasks,
             "floors": beside,
@@ -171,7 +197,13 @@ def score_model(
     results.write_json(out, record)
     results.write_samples(out, evaluator.results.samples)
     print(results.format_metrics(record))
+    if flags.mask_frames == "all":
+        print(results.format_frames(record))
     print(out)
+    if flags.submission:
+        samples = evaluator.results.samples
+        count = track_files.write(flags.submission, flags.benchmark, dataset, samples)
+        print(f"{flags.submission}: {count} files")
     return evaluator
 
 
@@ -272,6 +304,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="frames of a video that are shown; 0: as many as the model takes, 32 for the floors",
     )  # fmt: skip
     parser.add_argument(
+        "--mask_frames",
+        choices=all_frames.MASK_FRAMES,
+        default="shown",
+        help="frames that masks and tracks are made of and scored on: those that the language "
+        "model is shown, or all that the folder stores (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--submission", default="", metavar="FOLDER",
+        help="with --mask_frames=all: also write masks or boxes of every annotated frame, as the "
+        "program of --benchmark reads them",
+    )  # fmt: skip
+    parser.add_argument(
         "--task_text",
         action="store_true",
         help="read places and times from the words of answers, as models of data.task_text give "
@@ -287,7 +331,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--annotations", default="", help="labels of a submission file")
     parser.add_argument(
-        "--benchmark", choices=tuple(submissions.BENCHMARKS), help="how a submission is scored"
+        "--benchmark",
+        choices=(*submissions.BENCHMARKS, *track_files.LAYOUTS),
+        help=f"how --predictions are scored ({', '.join(submissions.BENCHMARKS)}), or --submission "
+        f"is written ({', '.join(track_files.LAYOUTS)})",
     )
     parser.add_argument("--answers", default="", help="chosen options of a submission (nextgqa)")
     flags = parser.parse_args(arguments)
@@ -296,6 +343,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         needed = {"--annotations": flags.annotations, "--benchmark": flags.benchmark}
     if missing := [name for name, given in needed.items() if not given]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
+    _check_mask_frames(parser, flags)
     files, expected = len(set(flags.outs)), max(1, len(flags.models))
     if flags.outs and (files != expected or files != len(flags.outs)):
         parser.error(
@@ -303,6 +351,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             "give each --model its own"
         )
     return flags
+
+
+def _check_mask_frames(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
+    """Refuses options that belong to a model's masks where there are none, and the reverse."""
+    given = {"--mask_frames=all": flags.mask_frames == "all", "--submission": flags.submission}
+    if stray := [name for name, there in given.items() if there and not flags.models]:
+        parser.error(f"{stray[0]} belongs to --model; leave it out")
+    if flags.submission and len(flags.models) > 1:
+        parser.error(f"--submission: is of one model, got {len(flags.models)}; score one at a time")
+    known = {
+        "--predictions": (flags.predictions, submissions.BENCHMARKS),
+        "--submission": (flags.submission, track_files.LAYOUTS),
+    }
+    for name, (there, benchmarks_of) in known.items():
+        if there and flags.benchmark not in benchmarks_of:
+            parser.error(
+                f"--benchmark: {flags.benchmark} is not one that {name} is for; known: "
+                f"{', '.join(benchmarks_of)}"
+            )
 
 
 def _count(text: str) -> int:

@@ -6,6 +6,7 @@ from pycocotools import mask as coco_mask
 
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.evaluation import benchmarks
+from tpo_jax.generation.rles import Rles
 
 TIMES = np.arange(8) * 1.0
 
@@ -128,6 +129,45 @@ def test_frames_without_a_label_near_are_not_matched():
     np.testing.assert_array_equal(labels, [0, 0, 1, 1])
     with pytest.raises(ValueError, match="no frame of"):
         benchmarks.match_times([50.0], [0.0, 1.0])
+
+
+def test_a_label_counts_once_where_benchmarks_count():
+    """Labels at 0, 1 and 2 s; frames in between are near one, but not its nearest."""
+    times = [0.0, 0.4, 0.6, 0.9, 1.25, 9.0]
+    for once, found in ((False, [0, 1, 2, 3, 4]), (True, [0, 3])):
+        frames, labels = benchmarks.match_times(times, [0.0, 1.0, 2.0], once=once)
+        assert frames.tolist() == found
+        assert labels.tolist() == [round(times[frame]) for frame in found]
+    # Fewer frames than labels: every frame has a label of its own either way.
+    for once in (False, True):
+        frames, labels = benchmarks.match_times([0.1, 2.0], np.arange(25) / 10, once=once)
+        assert (frames.tolist(), labels.tolist()) == ([0, 1], [1, 20])
+    targets = {"times": [0.0, 1.0, 2.0], "rles": [rle(square(4, 12)), None, None]}
+    held = {"times": times, "masks": np.stack([square(4, 12)] * 2 + [square(0, 0)] * 4)}
+    assert benchmarks.score_masks(targets, held, once=True)["mask/j"] == 1
+    assert benchmarks.score_masks(targets, held)["mask/j"] == 1
+    held["masks"][1] = False
+    assert benchmarks.score_masks(targets, held, once=True)["mask/j"] == 1
+    assert benchmarks.score_masks(targets, held)["mask/j"] == 4 / 5
+
+
+def test_long_tracks_are_scored_piece_by_piece(monkeypatch):
+    rng = np.random.default_rng(0)
+    masks = rng.random((7, 9, 9)) < 0.5
+    targets = {"times": TIMES[:7].tolist(), "rles": [rle(square(2, 6, 9))] * 3 + [None] * 4}
+    whole = benchmarks.score_masks(targets, {"times": TIMES[:7], "masks": masks})
+    monkeypatch.setattr(benchmarks, "PIECE", 2)
+    read = Rles.of(masks)
+    assert benchmarks.score_masks(targets, {"times": TIMES[:7], "masks": read}) == whole
+
+
+def test_annotated_frames_are_those_of_the_part_that_is_asked_about():
+    asked = example("mask", ["<mask>"], {"times": TIMES.tolist(), "rles": [None] * 8}, 2.0, 5.0)
+    (call,) = benchmarks.find_calls(asked, 0)
+    assert benchmarks.annotated_frames(call, [2.0, 4.0], once=True) == (4, 2)
+    assert benchmarks.annotated_frames(call, [2.0, 2.2, 3.0, 4.0, 5.0], once=True) == (4, 4)
+    assert benchmarks.annotated_frames(call, [2.0, 2.2], once=False) == (4, 1)
+    assert benchmarks.annotated_frames(call, [50.0, 51.0], once=True) == (4, 0)
 
 
 def test_a_track_that_shows_nothing_to_track_is_left_out():

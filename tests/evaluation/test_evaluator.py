@@ -18,6 +18,7 @@ from tpo_jax.data.rows import BranchPlan, RowPlan
 from tpo_jax.data.task_text import with_text
 from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
 from tpo_jax.evaluation import benchmarks, results
+from tpo_jax.evaluation.all_frames import Watched
 from tpo_jax.evaluation.evaluator import Evaluator, Settings
 from tpo_jax.generation.routing import Event, RoutedAnswer
 from tpo_jax.generation.sampler import Sampler
@@ -177,11 +178,11 @@ def test_an_answer_as_labelled_is_not_forced_again(model, dataset, as_labelled):
     plan = RowPlan(dataset, video, 0.0, 16.0, (BranchPlan(example, 0, "", answer),))
     said = answer if as_labelled else f"{answer} indeed"
     events = (Event("region", 0, {"box": box}),)
-    scorer, times = evaluator(model), np.zeros(1)
-    same = scorer._score_answer(plan, example, 0, RoutedAnswer("", said, True, events), times)
+    scorer, watched = evaluator(model), Watched(np.zeros(1))
+    same = scorer._score_answer(plan, example, 0, RoutedAnswer("", said, True, events), watched)
     assert len(same) == as_labelled
     if as_labelled:  # no prediction is there to be read
-        scorer._score_forced(plan, None, {}, {}, 0, same)
+        scorer._score_forced(plan, 0, None, watched, None, same)
         scores = scorer.results.table.item_scores()
         assert scores["region/miou"].mean() == scores["forced/region/miou"].mean() > 0.99
 

@@ -11,7 +11,7 @@ from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Turn
 from tpo_jax.data.rows import BranchPlan, RowPlan, stack_rows
-from tpo_jax.generation.routing import Router, inline
+from tpo_jax.generation.routing import Router, _drawn_alike, inline
 from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys
 from tpo_jax.generation.whole_video import Film
 from tpo_jax.models.heads import HEADS, ClipInfo
@@ -150,6 +150,20 @@ def test_a_film_is_answered_frame_by_frame_in_place_of_the_shown_frames(router, 
     # The head calls of other tasks, and of rows without a film, are answered as ever.
     assert every[0][0].events[0] == answers[0][0].events[0]
     assert every[1][1].events[-1].result["times"] == answers[1][1].events[-1].result["times"]
+
+
+@pytest.mark.parametrize("name, groups", [
+    ("mask", [(0, [(0, 0, 0), (0, 2, 0)]), (0, [(0, 1, 0), (0, 1, 1)]), (0, [(0, 3, 0)]),
+              (1, [(1, 1, 0)])]),
+    ("sam2", [(0, [(0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 3, 0)]), (1, [(1, 1, 0)])]),
+])
+def test_calls_whose_boxes_are_on_the_same_frames_go_together(name, groups):
+    """Question 0 has a box on frame 5, as question 2; question 1 on 1 and 5, question 3 none."""
+    box = {"branch": np.array([[0, 1, 1, 2, 3], [1, 0, 0, 0, 0]]),
+           "frame": np.array([[5, 5, 1, 5, 7], [5, 0, 0, 0, 0]]),
+           "valid": np.array([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0]], bool)}  # fmt: skip
+    places = [(1, 1, 0), (0, 3, 0), (0, 0, 0), (0, 1, 0), (0, 1, 1), (0, 2, 0)]
+    assert list(_drawn_alike(name, places, box)) == groups
 
 
 @pytest.mark.parametrize("task, result, words", [

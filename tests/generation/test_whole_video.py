@@ -12,10 +12,12 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from tpo_jax.data import video
+from tpo_jax.data.records import VideoInfo
+from tpo_jax.errors import UserError
 from tpo_jax.generation import draw, whole_video
 from tpo_jax.generation.rles import Rles
 from tpo_jax.generation.routing import Event, RoutedAnswer
-from tpo_jax.generation.whole_video import Film, WholeVideo
+from tpo_jax.generation.whole_video import Film, StoredFilm, WholeVideo
 from tpo_jax.models.heads import ClipInfo
 
 FRAMES, RATE = 22, 10.0
@@ -67,11 +69,12 @@ CLIP = ClipInfo(0.0, 2.2, np.zeros(5), np.zeros(5, bool), 32, 48)
 
 
 def asked(slots, box=None):
-    return {"box": box, "states": np.zeros((1, slots, 2))}
+    return {"box": box, "states": np.zeros((1, slots, 2)), "branch": np.zeros((1, slots), int)}
 
 
-def box_on(place):
-    return {"frame": np.array([[0, place]]), "valid": np.array([[False, True]])}
+def box_on(place, branch=0):
+    return {"frame": np.array([[0, place]]), "valid": np.array([[False, True]]),
+            "branch": np.array([[0, branch]])}  # fmt: skip
 
 
 def spread(monkeypatch, film, box=None, shown=None):
@@ -112,6 +115,18 @@ def test_a_frame_with_a_box_keeps_its_place(file, monkeypatch):
     assert seen[:, 1].tolist() == [7] * 8
     assert seen[0].tolist()[:4] == [0, 7, 8, 15] and seen[7].tolist()[:4] == [7, 7, 12, 17]
     assert [mask.all() for mask in result["masks"]] == expected(0)  # frame 7 as well
+
+
+def test_the_box_of_another_question_takes_no_place(file, monkeypatch):
+    (result, _), seen, _ = spread(monkeypatch, film(file), box_on(1, branch=1))
+    assert seen[0, :4].tolist() == [0, 6, 12, 17] and len(seen) == 6
+
+
+def test_boxes_on_every_shown_frame_are_an_error(file, monkeypatch):
+    full = {key: value[:, :2] for key, value in row().items()}
+    both = {"frame": np.array([[0, 1]]), "valid": np.ones((1, 2), bool)}
+    with pytest.raises(UserError, match="boxes are drawn on all 2 frames .* ask about fewer boxes"):
+        spread(monkeypatch, film(file), both | {"branch": np.zeros((1, 2), int)}, full)
 
 
 def test_one_shown_frame_with_a_box_leaves_the_others_a_place(file, monkeypatch):
@@ -180,6 +195,35 @@ def test_following_at_a_rate_reads_the_prompted_frames_too(file, monkeypatch):
     for slot, result in enumerate(results):
         np.testing.assert_allclose(result["times"], [0, 0.4, 0.8, 1.2, 1.6, 2.0], atol=1e-6)
         assert [mask.all() for mask in result["masks"]] == expected(slot, range(0, 22, 4))
+
+
+class Table:
+    """70 frames, 10 a second, in records of 32; frame i is as bright as i."""
+
+    def __init__(self):
+        self.read = []
+
+    def video_info(self, video_id):
+        return VideoInfo("video", 7.0, 70, (np.arange(70) / 10).astype(np.float32), 32, 48)
+
+    def frames(self, video_id, indices):
+        self.read.append(np.asarray(indices).tolist())
+        bright = np.uint8(indices)[:, None, None, None]
+        return np.zeros((len(indices), 32, 48, 3), np.uint8) + bright
+
+
+def test_a_prepared_folder_is_read_a_record_at_a_time(monkeypatch):
+    table = Table()
+    stored = StoredFilm(table, "v", 1.0, 6.5, lambda frames: frames[:, :16, :16])
+    times = stored.times()
+    np.testing.assert_allclose(times, np.arange(10, 66) / 10, atol=1e-6)
+    played = np.stack(list(stored.play(times)))
+    assert played.shape == (56, 16, 16, 3) and played[:, 0, 0, 0].tolist() == [*range(10, 66)]
+    assert table.read == [[*range(10, 32)], [*range(32, 64)], [64, 65]]
+    monkeypatch.setattr(whole_video, "BLOCK", 3)
+    back = whole_video._play_back(stored, times[[40, 22, 21, 5]])
+    assert [frame[0, 0, 0] for frame in back] == [50, 32, 31, 15]
+    assert table.read[3:] == [[31], [32, 50], [15]]
 
 
 def test_frames_that_are_not_found_again_are_an_error(file):

@@ -29,6 +29,8 @@ TASK_METRICS: dict[str, tuple[str, ...]] = {
     "mask": ("mask/j", "mask/f", "mask/j&f"),
     "tracking": ("tracking/auc",),
 }
+# Masks or distances that are looked at together: a track may have thousands of frames.
+PIECE = 64
 # A clip is "very good" when a rater gives 4 on the scale 0..4 (QVHighlights).
 VERY_GOOD = 4
 _MARKER = re.compile(r"<(\w+)>")
@@ -104,7 +106,7 @@ def match_events(calls: Sequence[Call], events: Sequence[tuple[str, Any]]) -> li
 
 
 def score_call(
-    call: Call, prediction: Prediction | None, times: Sequence[float]
+    call: Call, prediction: Prediction | None, times: Sequence[float], *, once: bool = False
 ) -> dict[str, float]:
     """{metric: value} of one head call.
 
@@ -112,6 +114,7 @@ def score_call(
       call: what was asked.
       prediction: what the head's decode returned (`models/heads`), None if it was not called.
       times: float[frames] seconds of the frames that the model saw.
+      once: as of `match_times`, for a head that answers frame by frame.
     """
     example = about(call.example, call.occurrence)
     targets = example.targets
@@ -126,8 +129,23 @@ def score_call(
             score_saliency(example, prediction) if targets.get("saliency") else {}
         )
     if call.example.task == "tracking":
-        return score_track(targets, prediction, times)
-    return score_masks(targets, prediction)
+        return score_track(targets, prediction, times, once=once)
+    return score_masks(targets, prediction, once=once)
+
+
+def annotated_frames(call: Call, times: Sequence[float], *, once: bool) -> tuple[int, int]:
+    """How many frames of the part that a call is about are annotated, and how many are scored.
+
+    Args:
+      call: of a head that answers frame by frame, with targets at "times".
+      times, once: as of `score_call`.
+    """
+    example = about(call.example, call.occurrence)
+    labels = np.asarray(example.targets["times"], np.float64)
+    inside = (labels >= example.start - 1e-3) & (labels <= example.end + 1e-3)
+    _, matched = _match(times, labels, once)
+    inside[matched] = True
+    return int(inside.sum()), len(np.unique(matched))
 
 
 def score_region(target: Sequence[float], prediction: Prediction | None) -> dict[str, float]:
@@ -196,21 +214,32 @@ def positive_clips(example: Example) -> tuple[np.ndarray, int, float]:
     return ratings[first:last] >= VERY_GOOD, first, interval
 
 
-def score_masks(targets: Mapping[str, Any], prediction: Prediction | None) -> dict[str, float]:
+def score_masks(
+    targets: Mapping[str, Any], prediction: Prediction | None, *, once: bool = False
+) -> dict[str, float]:
     """J, F and J&F of a track, means over the predicted frames that are labelled."""
     if prediction is None:
         return zeros("mask")
-    frames, labels = match_times(prediction["times"], targets["times"])
-    predicted = np.asarray(prediction["masks"], bool)[frames]
-    wanted = decode_rles([targets["rles"][label] for label in labels], predicted.shape[1:])
-    predicted = resize_nearest(predicted, *wanted.shape[1:])
-    j = float(mask.region_similarity(predicted, wanted).mean())
-    f = float(mask.boundary_accuracy(predicted, wanted).mean())
+    frames, labels = match_times(prediction["times"], targets["times"], once=once)
+    rles, masks = [targets["rles"][label] for label in labels], prediction["masks"]
+    size = rle_size(rles) or np.shape(masks[0])
+    similarity, accuracy = [], []
+    for first in range(0, len(frames), PIECE):
+        now = slice(first, first + PIECE)
+        predicted = resize_nearest(np.stack([masks[frame] for frame in frames[now]]), *size)
+        wanted = decode_rles(rles[now], size)
+        similarity.append(mask.region_similarity(predicted, wanted))
+        accuracy.append(mask.boundary_accuracy(predicted, wanted))
+    j, f = (float(np.concatenate(values).mean()) for values in (similarity, accuracy))
     return {"mask/j": j, "mask/f": f, "mask/j&f": (j + f) / 2}
 
 
 def score_track(
-    targets: Mapping[str, Any], prediction: Prediction | None, times: Sequence[float]
+    targets: Mapping[str, Any],
+    prediction: Prediction | None,
+    times: Sequence[float],
+    *,
+    once: bool = False,
 ) -> dict[str, float]:
     """Success AUC of boxes over the frames that are labelled.
 
@@ -218,7 +247,7 @@ def score_track(
     """
     if prediction is None:
         prediction = {"times": times, "boxes": [None] * len(times)}
-    frames, labels = match_times(prediction["times"], targets["times"])
+    frames, labels = match_times(prediction["times"], targets["times"], once=once)
     ious = tracking.track_ious(
         [prediction["boxes"][frame] for frame in frames],
         [targets["boxes"][label] for label in labels],
@@ -232,37 +261,59 @@ def zeros(task: str) -> dict[str, float]:
 
 
 def match_times(
-    times: Sequence[float], label_times: Sequence[float]
+    times: Sequence[float], label_times: Sequence[float], *, once: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Frames that have a label, and which: (int64[n], int64[n]).
 
     A frame takes the label nearest in time, if that is not further than half the larger of the two
-    spacings; the rule that training targets are made by.
+    spacings; the rule that training targets are made by. With `once` a label counts for the nearest
+    of its frames alone, as benchmarks count: frames between two annotations are not scored.
     """
-    times, label_times = np.asarray(times, np.float64), np.asarray(label_times, np.float64)
-    distance = np.abs(times[:, None] - label_times[None])
-    spacing = max((_spacing(t) for t in (times, label_times) if len(t) > 1), default=0.0)
-    frames = np.flatnonzero(distance.min(axis=1) <= spacing / 2 + 1e-3)
+    frames, labels = _match(times, np.asarray(label_times, np.float64), once)
     if not frames.size:
         raise ValueError(
-            f"times: no frame of {times.tolist()} s has a label; labels are at "
-            f"{label_times.tolist()} s"
+            f"times: no frame of {np.asarray(times).tolist()} s has a label; labels are at "
+            f"{np.asarray(label_times).tolist()} s"
         )
-    return frames, distance[frames].argmin(axis=1)
+    return frames, labels
+
+
+def _match(
+    times: Sequence[float], label_times: np.ndarray, once: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `match_times` says; empty where no frame has a label."""
+    times = np.asarray(times, np.float64)
+    nearest, distance = np.zeros(len(times), np.int64), np.zeros(len(times))
+    for first in range(0, len(times), PIECE):
+        now = slice(first, first + PIECE)
+        apart = np.abs(times[now, None] - label_times[None])
+        nearest[now], distance[now] = apart.argmin(axis=1), apart.min(axis=1)
+    spacing = max((_spacing(t) for t in (times, label_times) if len(t) > 1), default=0.0)
+    frames = np.flatnonzero(distance <= spacing / 2 + 1e-3)
+    if once:
+        closest = frames[np.lexsort((frames, distance[frames], nearest[frames]))]
+        _, first_of_label = np.unique(nearest[closest], return_index=True)
+        frames = np.sort(closest[first_of_label])
+    return frames, nearest[frames]
 
 
 def decode_rles(
     rles: Sequence[Mapping[str, Any] | None], default_size: tuple[int, ...]
 ) -> np.ndarray:
     """bool[n, h, w] of COCO RLEs; None is an empty mask, of the default size if all are."""
-    sizes = {tuple(rle["size"]) for rle in rles if rle is not None} or {tuple(default_size)}
-    if len(sizes) > 1:
-        raise ValueError(f"rles: masks of one track have different sizes {sorted(sizes)}")
-    masks = np.zeros((len(rles), *sizes.pop()), bool)
+    masks = np.zeros((len(rles), *(rle_size(rles) or default_size)), bool)
     given = [index for index, rle in enumerate(rles) if rle is not None]
     if given:
         masks[given] = np.moveaxis(coco_mask.decode([dict(rles[index]) for index in given]), 2, 0)
     return masks
+
+
+def rle_size(rles: Sequence[Mapping[str, Any] | None]) -> tuple[int, int] | None:
+    """(height, width) of COCO RLEs of one track; None where all are empty."""
+    sizes = {tuple(rle["size"]) for rle in rles if rle is not None}
+    if len(sizes) > 1:
+        raise ValueError(f"rles: masks of one track have different sizes {sorted(sizes)}")
+    return sizes.pop() if sizes else None
 
 
 def resize_nearest(masks: np.ndarray, height: int, width: int) -> np.ndarray:

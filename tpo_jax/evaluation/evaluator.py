@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,11 +30,20 @@ from tpo_jax.data.text import Branch, TextCodec, render_options
 from tpo_jax.data.tiles import tiles_of
 from tpo_jax.errors import UserError
 from tpo_jax.evaluation import benchmarks
+from tpo_jax.evaluation.all_frames import (
+    Forced,
+    Watched,
+    by_frame,
+    forced_over_films,
+    stored_film,
+)
+from tpo_jax.evaluation.asked import clip_info, frames_asked, sample, slots_of
 from tpo_jax.evaluation.benchmarks import Call, Table
 from tpo_jax.evaluation.metrics import preference, qa
 from tpo_jax.generation.routing import RoutedAnswer, Router
-from tpo_jax.generation.sampler import Context, Sampler, Sampling, branch_keys
+from tpo_jax.generation.sampler import Context, Generation, Sampler, Sampling, branch_keys
 from tpo_jax.generation.task_text import read_answer
+from tpo_jax.generation.whole_video import StoredFilm
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import HEADS, ClipInfo, heads_of, task_tokens
 from tpo_jax.models.video_language import FunctionalModel, Outputs
@@ -66,11 +75,13 @@ class Results:
       table: scores per item and metric.
       samples: one JSON-able record per head call and question, for the report.
       pairs: calls and generated events per answer, for the routing counts.
+      frames: {task: {"annotated", "scored"}}, frames of masks and tracks, over all calls.
     """
 
     table: Table = dataclasses.field(default_factory=Table)
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     pairs: list[tuple[list[Call], list[tuple[str, Any]]]] = dataclasses.field(default_factory=list)
+    frames: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +94,7 @@ class Settings:
       evidence: "full", "blind" or "middle_frame"; see `data.evidence`. Without "full", questions
         are asked about a clip of the middle frame alone: the others would only be hidden.
       frames: of a video; 0: as many as the model takes.
+      mask_frames: "shown", or "all": heads that answer frame by frame do so for every stored frame.
       progress: whether to show progress bars.
     """
 
@@ -90,6 +102,7 @@ class Settings:
     branches: int = 24
     evidence: str = "full"
     frames: int = 0
+    mask_frames: str = "shown"
     progress: bool = True
 
 
@@ -203,8 +216,9 @@ class Evaluator:
 
     def _forced_heads(
         self, params: Any, context: Context, batch: Any
-    ) -> dict[str, dict[str, jax.Array]]:
-        """Head predictions at the slots of labelled answers, on videos that are encoded already."""
+    ) -> tuple[dict[str, dict[str, jax.Array]], dict[str, jax.Array]]:
+        """Head predictions at the slots of labelled answers, on videos that are encoded already,
+        and {task: float32[B, S, D]}, those slots of the heads that answer frame by frame."""
         model = self.model.bind(params)
         hidden, _ = model.language.extend(
             model.embed_branches(batch["branch_tokens"], batch["slots"]),
@@ -214,7 +228,9 @@ class Evaluator:
             context.prefix_segments,
         )
         outputs = Outputs(hidden, hidden[:, 0], context.encoded)
-        return model.run_heads(outputs, batch, for_losses=False)
+        slots = {task: batch["slots"][task] for task in by_frame(self.config.heads)}
+        states = {task: model.slot_states(outputs, slot) for task, slot in slots.items()}
+        return model.run_heads(outputs, batch, for_losses=False), states
 
     def _answer_logps(self, batch: dict[str, Any]) -> np.ndarray:
         """float64[B, K]: summed log-probability of each branch's answer."""
@@ -253,7 +269,7 @@ class Evaluator:
             scores = qa.scores(value, group[0][0].kind, example.media)
             self.results.table.add(item, plan.video_id, scores)
             self.results.samples.append(
-                _sample("qa", item, plan, example, turn, scores)
+                sample("qa", item, plan, example, turn, scores)
                 | {"option_logps": logps.round(4).tolist(), "chosen": int(np.argmax(logps))}
             )
 
@@ -273,19 +289,43 @@ class Evaluator:
         )
         for (batch, rows), (labels, _) in both:
             context = self._scorer.prefill(self.params, batch)
-            clips = [_clip(dataset, plan, batch, row) for row, plan in enumerate(rows)]
-            routed = self._answer(sampler, context, batch, clips, _frames_asked(rows, batch))
+            clips = [clip_info(dataset, plan, batch, row) for row, plan in enumerate(rows)]
+            films = [self._film(builder, plan) for plan in rows]
+            found = self._generate(sampler, context, batch)
+            routed = self._router.route(
+                self.params, context, batch, found, clips, frames_asked(rows, batch), films
+            )
+            tasks = by_frame(self.config.heads)
+            watched = [Watched(c.times, f, tasks) for c, f in zip(clips, films, strict=True)]
             same: dict[str, dict[str, float]] = {}
+            for plan, answers, seen in zip(rows, routed, watched, strict=True):
+                for branch, answer in zip(plan.branches, answers, strict=False):
+                    same |= self._score_answer(plan, branch.example, branch.turn, answer, seen)
+            forced = None
+            if any(call.item not in same for plan in rows for call, *_ in slots_of(plan)):
+                here = list(zip(rows, clips, films, strict=True))
+                forced = self._force(context, batch, found, labels, here, same)
             for row, plan in enumerate(rows):
-                for branch, answer in zip(plan.branches, routed[row], strict=False):
-                    same |= self._score_answer(
-                        plan, branch.example, branch.turn, answer, clips[row].times
-                    )
-            forced = {}
-            if any(call.item not in same for plan in rows for call, _ in _slots(plan)):
-                forced = jax.device_get(self._forced(self.params, context, labels))
-            for row, plan in enumerate(rows):
-                self._score_forced(plan, clips[row], labels, forced, row, same)
+                self._score_forced(plan, row, clips[row], watched[row], forced, same)
+
+    def _film(self, builder: RowBuilder, plan: RowPlan) -> StoredFilm | None:
+        return stored_film(builder, plan) if self.settings.mask_frames == "all" else None
+
+    def _force(
+        self,
+        context: Context,
+        batch: dict[str, Any],
+        generation: Generation,
+        labels: dict[str, Any],
+        rows: Sequence[tuple[RowPlan, ClipInfo, StoredFilm | None]],
+        same: Collection[str],
+    ) -> Forced:
+        """What heads say at the slots of labelled answers; `same` are items that need none."""
+        predictions, states = jax.device_get(self._forced(self.params, context, labels))
+        filmed = forced_over_films(
+            self._router, self.params, batch, generation, rows, states, same
+        )
+        return Forced(labels, predictions, filmed)
 
     def _read_answers(
         self, dataset: TextDataset, builder: RowBuilder, tasks: Sequence[str]
@@ -295,7 +335,7 @@ class Evaluator:
         sampler = self._sampler(builder)
         for batch, plans in self._batches(builder, rows, "answers"):
             context = self._scorer.prefill(self.params, batch)
-            clips = [_clip(dataset, plan, batch, row) for row, plan in enumerate(plans)]
+            clips = [clip_info(dataset, plan, batch, row) for row, plan in enumerate(plans)]
             answers = self._answer(sampler, context, batch, clips)
             for plan, clip, given in zip(plans, clips, answers, strict=False):
                 labelled = {e.example_id: e for e in dataset.labelled.examples(plan.video_id)}
@@ -303,24 +343,23 @@ class Evaluator:
                     example = labelled[branch.example.example_id]
                     calls = benchmarks.find_calls(example, branch.turn)
                     answer = read_answer(answer, [call.head for call in calls], clip)
-                    self._score_answer(plan, example, branch.turn, answer, clip.times)
+                    self._score_answer(plan, example, branch.turn, answer, Watched(clip.times))
 
     def _sampler(self, builder: RowBuilder) -> Sampler:
         sampling = Sampling(max_new=builder.bucket.answers + SPARE_TOKENS)
         return Sampler(self.model, self.codec, sampling)
 
+    def _generate(self, sampler: Sampler, context: Context, batch: dict[str, Any]) -> Generation:
+        """Greedy answers."""
+        unused = branch_keys(0, np.zeros(batch["branch_tokens"].shape[:2], np.uint32))
+        return sampler.generate(self.params, context, batch, unused)
+
     def _answer(
-        self,
-        sampler: Sampler,
-        context: Context,
-        batch: dict[str, Any],
-        clips: Sequence[ClipInfo],
-        frames_asked: np.ndarray | None = None,
+        self, sampler: Sampler, context: Context, batch: dict[str, Any], clips: Sequence[ClipInfo]
     ) -> list[list[RoutedAnswer | None]]:
         """[row][branch] greedy answers, heads called."""
-        unused = branch_keys(0, np.zeros(batch["branch_tokens"].shape[:2], np.uint32))
-        found = sampler.generate(self.params, context, batch, unused)
-        return self._router.route(self.params, context, batch, found, clips, frames_asked)
+        found = self._generate(sampler, context, batch)
+        return self._router.route(self.params, context, batch, found, clips)
 
     def _score_answer(
         self,
@@ -328,7 +367,7 @@ class Evaluator:
         example: Example,
         turn: int,
         answer: RoutedAnswer,
-        times: np.ndarray,
+        watched: Watched,
     ) -> dict[str, dict[str, float]]:
         """Returns {item: scores} where forcing the labelled answer would show the head the same.
 
@@ -338,10 +377,11 @@ class Evaluator:
         events = [(event.task, event.result) for event in answer.events]
         self.results.pairs.append((calls, [(task, None) for task, _ in events]))
         for call, result in zip(calls, benchmarks.match_events(calls, events), strict=True):
-            scores = benchmarks.score_call(call, result, times)
+            scores = watched.score(call, result)
+            watched.count(call, self.results.frames)
             self.results.table.add(call.item, plan.video_id, scores)
             self.results.samples.append(
-                _sample(example.task, call.item, plan, example, turn, scores)
+                sample(example.task, call.item, plan, example, turn, scores)
                 | {"place": call.place, "occurrence": call.occurrence, "answer": answer.to_json()}
             )
         as_labelled = len(calls) == 1 and answer.marked == example.turns[turn].answer
@@ -350,25 +390,35 @@ class Evaluator:
     def _score_forced(
         self,
         plan: RowPlan,
-        clip: ClipInfo,
-        labels: dict[str, Any],
-        predictions: dict[str, dict[str, np.ndarray]],
         row: int,
+        clip: ClipInfo,
+        watched: Watched,
+        forced: Forced | None,
         same: dict[str, dict[str, float]],
     ) -> None:
-        """The head read its slot in the labelled answer, whatever the model would have said."""
-        for call, slot in _slots(plan):
-            if call.item in same:
-                self.results.table.add(call.item, plan.video_id, same[call.item], prefix="forced/")
-                continue
-            name = heads_of(self.config.heads)[call.head]
-            # What a head gives per row, without an axis of slots, its decode does not read.
-            head = {key: value[row, slot] for key, value in predictions[name].items()}
-            if call.head == "region":
-                frame = int(labels["slots"]["region"]["frame"][row, slot])
-                clip = dataclasses.replace(clip, frame=frame)
-            scores = benchmarks.score_call(call, HEADS[name].decode(head, clip), clip.times)
+        """The head read its slot in the labelled answer, whatever the model would have said.
+
+        `forced` may be None where all calls of the batch are in `same`.
+        """
+        for call, _, slot in slots_of(plan):
+            scores = same.get(call.item)
+            if scores is None:
+                result = self._forced_result(call, forced, row, slot, clip)
+                scores = watched.score(call, result)
             self.results.table.add(call.item, plan.video_id, scores, prefix="forced/")
+
+    def _forced_result(
+        self, call: Call, forced: Forced, row: int, slot: int, clip: ClipInfo
+    ) -> Mapping[str, Any]:
+        if call.item in forced.filmed:
+            return forced.filmed[call.item]
+        name = heads_of(self.config.heads)[call.head]
+        # What a head gives per row, without an axis of slots, its decode does not read.
+        head = {key: value[row, slot] for key, value in forced.predictions[name].items()}
+        if call.head == "region":
+            frame = int(forced.labels["slots"]["region"]["frame"][row, slot])
+            clip = dataclasses.replace(clip, frame=frame)
+        return HEADS[name].decode(head, clip)
 
     def _batches(self, builder: RowBuilder, plans: Sequence[RowPlan], label: str) -> Batches:
         total = -(-len(plans) // builder.bucket.batch_size)
@@ -442,56 +492,6 @@ class Evaluator:
             slots=slots,
             windows=max(1, *map(window_count, examples)),
         )
-
-
-def _clip(dataset: PreparedDataset, plan: RowPlan, batch: dict[str, Any], row: int) -> ClipInfo:
-    """What turns predictions about a row into seconds and pixels."""
-    info = dataset.video_info(plan.video_id)
-    return ClipInfo(
-        start=plan.start,
-        end=plan.end,
-        times=batch["frame_times"][row],
-        frame_valid=batch["frame_valid"][row],
-        height=info.height,
-        width=info.width,
-    )
-
-
-def _frames_asked(plans: Sequence[RowPlan], batch: dict[str, Any]) -> np.ndarray:
-    """int32[B, K]: the frame that a question about a region names, 0 elsewhere."""
-    asked = np.zeros(batch["branch_tokens"].shape[:2], np.int32)
-    for row, plan in enumerate(plans):
-        times = np.where(batch["frame_valid"][row], batch["frame_times"][row], np.inf)
-        for branch, planned in enumerate(plan.branches):
-            for call in benchmarks.find_calls(planned.example, planned.turn):
-                if call.head == "region":
-                    target = planned.example.targets["times"][call.occurrence]
-                    asked[row, branch] = int(np.argmin(np.abs(times - target)))
-                    break
-    return asked
-
-
-def _slots(plan: RowPlan) -> Iterator[tuple[Call, int]]:
-    """Each call of a row's labelled answers, with its slot number in the batch."""
-    used: dict[str, int] = defaultdict(int)
-    for branch in plan.branches:
-        for call in benchmarks.find_calls(branch.example, branch.turn):
-            yield call, used[call.head]
-            used[call.head] += 1
-
-
-def _sample(
-    task: str, item: str, plan: RowPlan, example: Example, turn: int, scores: dict[str, float]
-) -> dict[str, Any]:
-    return {
-        "task": task,
-        "item": item,
-        "video": plan.video_id,
-        "example": example.example_id,
-        "turn": turn,
-        "question": example.turns[turn].question,
-        "scores": {metric: round(value, 4) for metric, value in scores.items()},
-    }
 
 
 def _round_up(value: int, multiple: int) -> int:

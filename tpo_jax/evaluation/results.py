@@ -136,6 +136,20 @@ def format_metrics(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def format_frames(record: Mapping[str, Any]) -> str:
+    """One line per task: how many annotated frames are scored, and what to do about the others."""
+    lines = []
+    for task, count in record["frames_of_masks"].items():
+        line = f"frames of {task}: {count['scored']} of {count['annotated']} annotated are scored"
+        if count["scored"] < count["annotated"]:
+            line += (
+                f"; the others are not stored in {record['data']}: prepare it with --fps of the "
+                "annotations' rate"
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def format_floors(record: Mapping[str, Any]) -> str:
     """One line per candidate, the best of each metric marked."""
     lines = [f"{'floor':28s} {'test':>7s} {'train':>7s}  chosen on the training split"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from tpo_jax.data.text import TextCodec
 from tpo_jax.generation.rles import Rles
 from tpo_jax.generation.sampler import Arrays, Context, Generation
-from tpo_jax.generation.whole_video import Film, WholeVideo, slot_inputs
+from tpo_jax.generation.whole_video import Frames, WholeVideo, drawn_on, slot_inputs
 from tpo_jax.models.heads import HEADS, ClipInfo
 from tpo_jax.models.video_language import FunctionalModel
 
@@ -85,7 +85,7 @@ class Router:
 
     def route(self, params: Any, context: Context, batch: Arrays, generation: Generation,
               clips: Sequence[ClipInfo], frames_asked: np.ndarray | None = None,
-              films: Sequence[Film | None] = (),
+              films: Sequence[Frames | None] = (),
               points: Mapping[str, np.ndarray] | None = None) -> list[list[RoutedAnswer | None]]:
         """Decodes all answers of a batch, heads included.
 
@@ -97,7 +97,7 @@ class Router:
           clips: one a row (may be fewer than B: the rest is filling).
           frames_asked: int32[B, K], frame that a region call answers for; None is each row's
             `ClipInfo.frame`.
-          films: one a row, or none; the file of a row, whose every frame a head with
+          films: one a row, or none; the video of a row, whose every frame a head with
             `whole_video` answers for instead of those in the batch.
           points: where users point: "points" float32[B, P, 2], normalised, "labels" int32[B, P] (1
             on the object, 0 not, -1 no point) and "frame" int32[B]. They are of the first call of a
@@ -106,12 +106,8 @@ class Router:
         Returns:
           [row][branch]; None for an unused branch.
         """
-        # Prompts stay on the device, where the heads read them.
-        prompts = {"states": generation.prompt_states, "valid": generation.prompt_valid,
-                   "tokens": batch["branch_tokens"]}
+        host, prompts = _on_host(generation, batch)
         batch = {**batch, "points": points}
-        host = jax.device_get(
-            dataclasses.replace(generation, prompt_states=None, prompt_valid=None))
         rows, branches = host.lengths.shape
         if frames_asked is None:
             asked = [clip.frame for clip in clips] + [0] * (rows - len(clips))
@@ -136,6 +132,24 @@ class Router:
                     results[place] = HEADS[name].decode(one, clip)
         return [[self._answer(host, row, branch, results, clips[row].frame_valid)
                  for branch in range(branches)] for row in range(len(clips))]
+
+    def over_films(self, params: Any, batch: Arrays, generation: Generation,
+                   clips: Sequence[ClipInfo], films: Sequence[Frames | None],
+                   wanted: Collection[Place]) -> dict[Place, Result]:
+        """Results of the calls `wanted` alone, of heads with `whole_video`, over their films.
+
+        Args:
+          batch, clips, films: as of `route`.
+          generation: its events are read, and what it has of the questions.
+        """
+        host, prompts = _on_host(generation, batch)
+        batch, frames_asked = {**batch, "points": None}, np.zeros(host.lengths.shape, np.int32)
+        results: dict[Place, Result] = {}
+        for index, name in enumerate(self.heads):
+            places = [place for place in wanted if host.event_heads[place] == index]
+            results |= self._whole(params, name, places, batch, host, frames_asked, prompts, clips,
+                                   films)
+        return results
 
     def _predictions(self, params: Any, name: str, places: Sequence[Place],
                      context: Context, batch: Arrays, host: Generation, frames_asked: np.ndarray,
@@ -182,11 +196,11 @@ class Router:
     def _whole(self, params: Any, name: str, places: Sequence[Place], batch: Arrays,
                host: Generation, frames_asked: np.ndarray,
                prompts: Mapping[str, jax.Array | None], clips: Sequence[ClipInfo],
-               films: Sequence[Film | None]) -> dict[Place, Result]:
+               films: Sequence[Frames | None]) -> dict[Place, Result]:
         """Results of calls over all frames of their films, one row at a time."""
         results: dict[Place, Result] = {}
-        for row in sorted({place[0] for place in places}):
-            for slots, now in _together([place for place in places if place[0] == row]):
+        for row, alike in _drawn_alike(name, places, batch["slots"].get("box")):
+            for slots, now in _together(alike):
                 asked = self._asked(name, slots, now, batch, host, frames_asked, prompts)
                 one = jax.tree.map(lambda x, row=row: x[row : row + 1], asked)
                 shown = {key: np.asarray(batch[key][row : row + 1])
@@ -217,6 +231,30 @@ class Router:
         text = "".join([*pieces, self.codec.decode(tokens[begin:])])
         return RoutedAnswer(text.strip(), self.codec.decode(tokens).strip(),
                             bool(host.finished[row, branch]), tuple(events))
+
+
+def _on_host(generation: Generation, batch: Arrays) -> tuple[Generation, dict[str, Any]]:
+    """A generation on the host, and its prompts, which stay where the heads read them."""
+    prompts = {"states": generation.prompt_states, "valid": generation.prompt_valid,
+               "tokens": batch["branch_tokens"]}
+    host = dataclasses.replace(generation, prompt_states=None, prompt_valid=None)
+    return jax.device_get(host), prompts
+
+
+def _drawn_alike(name: str, places: Sequence[Place], box: Mapping[str, np.ndarray] | None
+                 ) -> Iterator[tuple[int, list[Place]]]:
+    """(row, some calls in it); a "spread" head is shown the frames with boxes in every round, so
+    that calls with boxes on other frames are not among them: they would take each other's places.
+    """
+    alike: dict[tuple[int, tuple[int, ...]], list[Place]] = defaultdict(list)
+    for place in sorted(places):
+        row, branch, _ = place
+        frames = np.zeros(0, int)
+        if box is not None and HEADS[name].whole_video == "spread":
+            one = {key: value[row : row + 1] for key, value in box.items()}
+            frames = drawn_on(one, np.array([[branch]]))
+        alike[row, tuple(frames.tolist())].append(place)
+    yield from ((row, some) for (row, _), some in alike.items())
 
 
 def _together(places: Sequence[Place]) -> Iterator[tuple[int, list[tuple[int, Place]]]]:

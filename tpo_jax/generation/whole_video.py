@@ -1,13 +1,14 @@
-"""Mask heads over every frame of a file, not only over those that the language model is shown.
+"""Mask heads over every frame of a video, not only over those that the language model is shown.
 
 What a head is told (the state of its slot, its question, a box that the user drew) does not change;
-frames are decoded, shown to it and forgotten, in programs of one shape, so that memory does not
-grow with the file. Only results do, as RLEs.
+frames are read, shown to it and forgotten, in programs of one shape, so that memory does not grow
+with the video. Only results do, as RLEs. Frames come from a file (`Film`) or from the table of a
+prepared folder (`StoredFilm`).
 
 "spread": the head sees the clip as it was trained to, one frame for every part of it. The frames of
-the file are cut into as many runs as there are places; in each round every place shows the next
+the video are cut into as many runs as there are places; in each round every place shows the next
 frame of its run. A frame that a box is drawn on keeps its place, and its share of frames goes to
-the others. One decoder is open for each place.
+the others. One decoder, or one record of a table, is open for each place.
 
 "follow": the head chooses a frame of each object among those shown (`begin`), and follows all
 objects from there to the end and then back to the start, WINDOW frames a program (`go_on`).
@@ -16,23 +17,43 @@ objects from there to the end and then back to the start, WINDOW frames a progra
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpo_jax.data import video
+from tpo_jax.data import sampling, video
+from tpo_jax.data.records import CLIP_FRAMES
+from tpo_jax.errors import UserError
 from tpo_jax.generation.rles import Rles
 from tpo_jax.models.heads import HEADS, ClipInfo
 from tpo_jax.models.video_language import FunctionalModel, VideoLanguageModel, normalise
 
 WINDOW = 8  # frames that a program follows objects through
-BLOCK = 64  # frames decoded at a time on the way back, at the size that the model sees
+BLOCK = 64  # frames read at a time on the way back, at the size that the model sees
+
+
+class Frames(Protocol):
+    """What a head is taken over.
+
+    Attributes:
+      fps: frames a second that results are wanted of; None: every frame.
+    """
+
+    @property
+    def fps(self) -> float | None: ...
+
+    def times(self, fps: float | None) -> np.ndarray:
+        """float64[n]: rising seconds of the frames that there are, or of those at a rate."""
+
+    def play(self, times: Sequence[float]) -> Iterator[np.ndarray]:
+        """uint8[S, S, 3] of the frames at these rising times."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +98,45 @@ class Film:
                 self.path, f"the frame at {wanted:.3f} s is not found again when the file is read "
                 "from its middle", "convert it to H.264 in mp4")  # fmt: skip
 
-    def play_back(self, times: Sequence[float]) -> Iterator[np.ndarray]:
-        """The same for falling times."""
-        for first in range(0, len(times), BLOCK):
-            yield from reversed(list(self.play(times[first : first + BLOCK][::-1])))
-
     def pictures(self) -> Iterator[np.ndarray]:
         """uint8[height, width, 3] of the frames that results are of."""
         decoder = video.Decoder(self.path, self.fps, self.start, self.end, self.size)
         return (frame for _, frame in decoder)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFilm:
+    """The frames that a prepared folder stores of a video; results are of every one.
+
+    Attributes:
+      dataset: with the interface of `records.PreparedDataset`.
+      video_id: of one of its videos.
+      start, end: seconds, the part of it that a question is about.
+      prepare: as of `Film`.
+    """
+
+    dataset: Any
+    video_id: str
+    start: float
+    end: float
+    prepare: Callable[[np.ndarray], np.ndarray]
+    fps: ClassVar[None] = None
+
+    def times(self, fps: None = None) -> np.ndarray:
+        """float64[n]: seconds of the stored frames of the part."""
+        stored = self._stored()
+        return stored[sampling.frames_between(stored, self.start, self.end)]
+
+    def play(self, times: Sequence[float]) -> Iterator[np.ndarray]:
+        """uint8[S, S, 3] of the frames at these of `times`; a record is read at a time."""
+        numbers = np.searchsorted(self._stored(), np.asarray(times, np.float64))
+        chunks = numbers // CLIP_FRAMES
+        for chunk in np.unique(chunks):
+            yield from self.prepare(self.dataset.frames(self.video_id, numbers[chunks == chunk]))
+
+    def _stored(self) -> np.ndarray:
+        """float64[n]: seconds of all stored frames of the video."""
+        return np.asarray(self.dataset.video_info(self.video_id).timestamps, np.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +193,7 @@ class WholeVideo:
 
     def results(
         self, params: Any, name: str, row: Mapping[str, Any], asked: Mapping[str, Any], slots: int,
-        film: Film, clip: ClipInfo,
+        film: Frames, clip: ClipInfo,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """What `decode` of a head says of all frames of a film, for each of the first `slots`.
 
@@ -171,11 +222,18 @@ class WholeVideo:
                               asked["frame"], **slot_inputs(model, asked))  # fmt: skip
 
     def _pieces_spread(self, params: Any, name: str, row: Mapping, asked: Mapping, slots: int,
-                       film: Film) -> Iterator[_Piece]:  # fmt: skip
+                       film: Frames) -> Iterator[_Piece]:  # fmt: skip
         shown, times = row["frame_valid"][0], film.times(film.fps)
-        free = np.setdiff1d(np.flatnonzero(shown), _drawn_on(asked["box"]))
+        drawn = drawn_on(asked["box"], asked["branch"][:, :slots])
+        free = np.setdiff1d(np.flatnonzero(shown), drawn)
         if not len(free):  # one frame is shown, with a box: the others come behind it
             free = np.flatnonzero(~shown)[:1]
+        if not len(free):
+            raise UserError(
+                f"head {name!r}: boxes are drawn on all {np.sum(shown)} frames that the language "
+                "model is shown, which leaves no place for other frames; ask about fewer boxes at "
+                "once, or for the shown frames (predict --mask_fps=0, evaluate "
+                "--mask_frames=shown)")
         runs = [zip(run, film.play(run), strict=True) for run in np.array_split(times, len(free))]
         for _ in range(math.ceil(len(times) / len(free))):
             now = {key: row[key].copy() for key in ("frames", "frame_valid", "frame_times")}
@@ -204,7 +262,7 @@ class WholeVideo:
         return head.go_on(followed, normalise(pictures), start, frames, count, direction)
 
     def _pieces_followed(self, params: Any, name: str, row: Mapping, asked: Mapping, slots: int,
-                         film: Film) -> Iterator[_Piece]:  # fmt: skip
+                         film: Frames) -> Iterator[_Piece]:  # fmt: skip
         places, found, followed = self._begin(params, row, asked, name=name)
         times, start = _with_prompts(film, row["frame_times"][0][np.asarray(places)[0]])
         wanted = np.isin(times, film.times(film.fps))
@@ -217,7 +275,7 @@ class WholeVideo:
         ):  # fmt: skip
             if direction < 0:
                 followed = self._turned(params, followed, name=name)
-            play = film.play if direction > 0 else film.play_back
+            play = film.play if direction > 0 else functools.partial(_play_back, film)
             for frames, now in _windows(play(times[numbers]), numbers):
                 there = np.arange(WINDOW) < len(now)
                 index = np.resize(now, WINDOW).astype(np.int32)
@@ -228,12 +286,24 @@ class WholeVideo:
                 yield _Piece(found, times[index], said)
 
 
-def _drawn_on(box: Mapping[str, Any] | None) -> np.ndarray:
-    """int[n]: the frames of a row that boxes are drawn on."""
-    return np.zeros(0, int) if box is None else box["frame"][0][box["valid"][0]]
+def drawn_on(box: Mapping[str, Any] | None, branch: np.ndarray) -> np.ndarray:
+    """int[n]: the frames that the questions of some branches, int[1, S], have boxes on.
+
+    Args:
+      box: the box slots of one row, [1, ...] each; None where the batch has none.
+    """
+    if box is None:
+        return np.zeros(0, int)
+    return np.unique(box["frame"][0][box["valid"][0] & np.isin(box["branch"][0], branch)])
 
 
-def _with_prompts(film: Film, prompted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _play_back(film: Frames, times: Sequence[float]) -> Iterator[np.ndarray]:
+    """uint8[S, S, 3] of the frames at these falling times."""
+    for first in range(0, len(times), BLOCK):
+        yield from reversed(list(film.play(times[first : first + BLOCK][::-1])))
+
+
+def _with_prompts(film: Frames, prompted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Times of the frames to go through, rising: those wanted and those that objects are prompted
     on, which lie at `prompted` float32[S]; and int32[S], the numbers of the latter."""
     every = film.times(None)

@@ -128,11 +128,12 @@ class Head:
     reads_text_features: whether its `HeadInputs.prompt` are text features where the config of the
       model has them.
     reads_points: whether it takes `HeadInputs.points`, where the user points.
-    whole_video: how `predict` takes a head that says something of every frame beyond the frames
-      that the language model is shown ("": not at all). Its `decode` gives "masks", "times" and
-      other lists with an entry a frame. "spread": `module` runs again, with other frames of the
-      file in the places of the shown ones; "follow": `module` has `begin`, `go_on` and `turned`
-      as `sam2.Sam2Head` has them (`generation.whole_video`).
+    whole_video: how `predict`, and `evaluate` where all frames are asked for, take a head that says
+      something of every frame beyond the frames that the language model is shown ("": not at all).
+      Its `decode` gives "masks", "times" and other lists with an entry a frame. "spread": `module`
+      runs again, with other frames of the video in the places of the shown ones; "follow":
+      `module` has `begin`, `go_on` and `turned` as `sam2.Sam2Head` has them
+      (`generation.whole_video`).
 
     A head with a task of its own says what the built-in tasks have in their rooms:
     target: data.targets.SlotTarget, from the targets of an example to arrays.
