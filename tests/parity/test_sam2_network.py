@@ -11,13 +11,16 @@ import jax.numpy as jnp
 import memory_bucket
 import numpy as np
 import pytest
+from fake_batches import small_params
 from flax import nnx
 
 from tests.parity.towers import difference, randomise, run, tensors_of, with_weights
-from tpo_jax.data.text import TextCodec, train_tokenizer
+from tpo_jax import convert
+from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
 from tpo_jax.interop.export import largest_difference
 from tpo_jax.interop.families.base import FamilyError
-from tpo_jax.interop.folder import load_config, open_leaves, save_model
+from tpo_jax.interop.folder import load_config, load_into, open_leaves, save_model
+from tpo_jax.interop.huggingface import read_tensors
 from tpo_jax.interop.mapping import MappingError, export_leaves, import_leaves
 from tpo_jax.interop.sam2 import (
     IGNORED,
@@ -31,6 +34,8 @@ from tpo_jax.models.heads.sam2.model import Sam2
 from tpo_jax.models.heads.sam2.prompt_encoder import FILLING
 from tpo_jax.models.heads.sam2.tracking import Prompt, track
 from tpo_jax.models.presets import preset
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.paths import flatten, unflatten
 
 pytestmark = pytest.mark.parity
 TOLERANCE = 2e-4
@@ -330,7 +335,11 @@ def test_a_folder_of_transformers_is_imported_and_exported(tmp_path, monkeypatch
         assert key in IGNORED or np.array_equal(tensor, tensors[key]), key
     codec = TextCodec(train_tokenizer(["a red square moves"], 300))
     save_model(tmp_path / "model", preset("micro"), {"scale": np.ones(3, np.float32)}, codec)
-    add_to_model(tmp_path / "published", tmp_path / "model", tmp_path / "both")
+    lines = add_to_model(tmp_path / "published", tmp_path / "model", tmp_path / "both")
+    assert lines[1:] == [
+        'train with model.preset="", model.heads=["sam2"] and init_missing=["heads/sam2/adapter", '
+        '"task_tokens/mask", "box_encoder"]'
+    ]
     assert load_config(tmp_path / "both") == dataclasses.replace(preset("micro"), sam2=config)
     have = open_leaves(tmp_path / "both")
     assert have.keys() == {"scale", *(f"heads/sam2/network/{name}" for name in leaves)}
@@ -345,3 +354,53 @@ def test_a_folder_of_transformers_is_imported_and_exported(tmp_path, monkeypatch
     file.write_text(json.dumps(about))
     with pytest.raises(FamilyError, match="num_multimask_outputs=4"):
         import_folder(tmp_path / "published")
+
+
+def test_a_model_with_a_sam2_goes_out_by_parts_and_comes_back(tmp_path, capsys):
+    """Its light mask head makes room; what it had beside that head stays its own."""
+    theirs, ours = pair()
+    theirs.save_pretrained(tmp_path / "published")
+    codec = TextCodec(train_tokenizer(["a red square moves"], 300))
+    add_task_tokens(codec.tokenizer, ("mask",))
+    codec = TextCodec(codec.tokenizer)
+    capsys.readouterr()  # what `transformers` said of its own
+    light = preset("micro", ("mask",), codec.task_tokens)
+    save_model(tmp_path / "light", light, small_params(FunctionalModel(light).abstract()), codec)
+
+    def convert_main(command, *names):
+        flags = [f"--{flag}={tmp_path / name}" for flag, name in names]
+        status = convert.main([command, *flags])
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    status, said = convert_main(
+        "import", ("source", "published"), ("into", "light"), ("out", "start"))  # fmt: skip
+    assert status == 0 and "left out: head mask, whose task sam2 answers" in said
+    assert said.endswith('heads=["sam2"] and init_missing=["heads/sam2/adapter"]\n')
+    config = dataclasses.replace(light, heads=("sam2",), sam2=ours.config)
+    abstract = FunctionalModel(config).abstract()
+    loaded = load_into(abstract, tmp_path / "start", init_missing=["heads/sam2/adapter"])
+    drawn = flatten(small_params(abstract))
+    params = {name: loaded.leaves.get(name, drawn[name]) for name in drawn}
+    save_model(tmp_path / "tuned", config, unflatten(params), codec)
+
+    status, said = convert_main("export", ("model", "tuned"), ("out", "exported"))
+    assert status == 2 and "give the folder of SAM 2 that its network came from with --like" in said
+    status, said = convert_main(
+        "export", ("model", "light"), ("out", "exported"), ("like", "published"))  # fmt: skip
+    assert status == 2 and "without sam2" in said
+    assert not (tmp_path / "exported").exists()
+    status, _ = convert_main(
+        "export", ("model", "tuned"), ("out", "exported"), ("like", "published"))  # fmt: skip
+    assert status == 0
+    for file in (tmp_path / "published").iterdir():
+        there = tmp_path / "exported" / "sam2" / file.name
+        if file.suffix == ".json":
+            assert there.read_bytes() == file.read_bytes()
+    tensors, again = (read_tensors(tmp_path / name) for name in ("published", "exported/sam2"))
+    assert tensors.keys() == again.keys()
+    for name in tensors:
+        assert np.asarray(tensors[name]).tobytes() == np.asarray(again[name]).tobytes(), name
+    assert convert_main("import", ("source", "exported"), ("out", "back"))[0] == 0
+    assert largest_difference(tmp_path / "tuned", tmp_path / "back") == 0.0
+    assert load_config(tmp_path / "back") == config

@@ -6,6 +6,7 @@ A tiny random model is saved by `transformers`; our side reads config.json and t
 import copy
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.interop.families.configs import LLAVA_ONEVISION, VIDEO_LLAVA
+from tests.interop.families.configs import LLAVA_ONEVISION, LLAVA_VIDEO, VIDEO_LLAVA
 from tests.parity.towers import difference, randomise
 from tpo_jax.interop.families.registry import family_of, from_leaves, to_leaves
 from tpo_jax.models.connectors.tiling import tiling_of
@@ -194,6 +195,37 @@ def test_onevision_single_view_and_videos_of_other_lengths(onevision):
         ).logits
         found = onevision.logits([row], [visual[0]], [[1] * len(row)])
         assert difference(found, expected) < TOLERANCE
+
+
+def test_plain_anyres_packs_every_patch_as_llava_next_does():
+    """A grid of more patches than "anyres_max_9" lets pass is not resized."""
+    import torch
+    from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
+
+    data = LLAVA_VIDEO | {
+        "image_aspect_ratio": "anyres", "image_grid_pinpoints": "(1x1),...,(4x4)"
+    }  # fmt: skip
+    config = family_of(data).model_config(data, {})
+    tiling, rng, lengths = tiling_of(config), np.random.default_rng(5), []
+    sizes = types.SimpleNamespace(image_size=24, patch_size=8)
+    about = types.SimpleNamespace(
+        vision_config=sizes, image_grid_pinpoints=[list(x) for x in config.connector.resolutions]
+    )
+    for size in ((20, 50), (96, 90), (31, 95)):
+        index, weight = tiling.tokens(size, 16)
+        patches = rng.normal(size=(17, 9, 4)).astype(np.float32)  # the whole, and room for 16
+        newline = rng.normal(size=4).astype(np.float32)
+        flat = np.concatenate([patches.reshape(-1, 4), newline[None]])
+        (expected,), _ = LlavaNextModel.pack_image_features(
+            types.SimpleNamespace(config=about),
+            [torch.from_numpy(patches[: 1 + tiling.tiles(size)])], torch.tensor([size]), "full",
+            torch.from_numpy(newline),
+        )  # fmt: skip
+        found = np.einsum("nk,nkd->nd", weight, flat[index])
+        assert difference(found, expected) < 1e-6
+        lengths.append(len(found))
+    # 12 x 12 patches, and a newline after every row.
+    assert lengths[1] == 9 + 12 * 13 and max(lengths) <= tiling.num_tokens(16)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -12,6 +12,7 @@ from fake_batches import HEADS, bucket, micro, train_config
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.models.config import LoraConfig
 from tpo_jax.models.connector import TIME_WAVES
+from tpo_jax.models.presets import PRESETS
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.paths import flatten
@@ -164,3 +165,19 @@ def test_peak_of_all_devices_is_that_of_each_kind(kind, peak):
     assert peak_flops([device] * 2) == (None if peak is None else 2 * peak)
     if peak is not None:
         assert peak_flops([device, types.SimpleNamespace(device_kind="TPU v1")]) is None
+
+
+def test_the_view_that_heads_alone_read_counts_where_there_are_heads():
+    """UniRes shows the tiles of an image and not the whole of it, which heads answer about."""
+
+    def vision(tiles, heads=()):
+        config = PRESETS["longva_tiny"](heads)
+        slots = {"temporal": 1} if heads else {}
+        image = bucket(2, media="image", frames=1, tiles=tiles, slots=slots)
+        return config, forward_flops(config, batch_spec(image, config))["vision"]
+
+    (config, one), (_, four), (_, seen) = vision(1), vision(4), vision(4, ("temporal",))
+    patches, widths = 2 * config.vision.grid**2, (config.vision.width, config.language.width)
+    connector = 2 * patches * widths[1] * sum(widths)
+    assert four == 4 * one > 0
+    assert seen == four + one - connector

@@ -11,7 +11,8 @@ from etils import epath
 
 from tpo_jax.data.text import TextCodec
 from tpo_jax.interop.check_language import compare_language
-from tpo_jax.interop.folder import load_model
+from tpo_jax.interop.export import RUNTIME_HEADS
+from tpo_jax.interop.folder import load_config, load_model
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import HEADS
 from tpo_jax.models.video_language import FunctionalModel
@@ -39,7 +40,7 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
     visual, features = other.encode(frames, times)
     layers = compare_language(model, epath.Path(exported) / "language_model")
     differences = {}
-    for name in config.heads or ("",):
+    for name in _run(config) or ("",):
         answer = HEADS[name].marker if name else "nothing"
         ours = _forward(functional_model, params, codec, frames, times, answer, name, given)
         differences["vision/patches"] = _difference(ours["patches"], features["patches"])
@@ -65,6 +66,16 @@ def compare(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> d
             states = getattr(other, name)(theirs[:, -1:], features, **more)
             differences |= _head_differences(name, ours["head"], states)
     return differences
+
+
+def not_run(model: epath.PathLike) -> list[str]:
+    """Heads of a model that the PyTorch file does not run, so that `compare` leaves them out."""
+    heads = load_config(model).heads
+    return [name for name in heads if name not in RUNTIME_HEADS]
+
+
+def _run(config: ModelConfig) -> list[str]:
+    return [name for name in config.heads if name in RUNTIME_HEADS]
 
 
 def _features(config: ModelConfig, frames: int, seed: int) -> dict[str, np.ndarray]:

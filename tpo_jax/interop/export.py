@@ -6,6 +6,7 @@
     preprocessor_config.json   how frames become input
     tpo_torch.py               runs encoder, task tokens and heads on these files
     adapter/                   LoRA adapters in PEFT's layout, where they are kept apart
+    sam2/                      network of the head sam2, a folder that `Sam2VideoModel` loads
 
 A language folder becomes the Hugging Face folder itself, and is imported from one.
 """
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 
 from tpo_jax.data.text import ChatTemplate, TextCodec
 from tpo_jax.errors import UserError
-from tpo_jax.interop import folder, huggingface, peft
+from tpo_jax.interop import folder, huggingface, peft, sam2, sam2_model
 from tpo_jax.interop.folder import SIDE_FILES, preprocessor
 from tpo_jax.interop.mapping import export_leaves, import_leaves
 from tpo_jax.interop.tensors import LazyArray, read_file, write_file
@@ -30,7 +31,7 @@ from tpo_jax.models.config import ConnectorConfig, LanguageConfig, ModelConfig, 
 FORMAT_VERSION = 1
 _RUNTIME = "tpo_torch.py"
 RUNTIME_HEADS = ("region", "temporal", "cg_detr", "mask")  # that the PyTorch file runs
-_ADAPTER = "adapter"
+_ADAPTER, _SAM2 = "adapter", "sam2"
 
 
 class ExportFolderError(UserError):
@@ -38,15 +39,20 @@ class ExportFolderError(UserError):
 
 
 def export_model(
-    model: epath.PathLike, out: epath.PathLike, keep_adapters: bool = False
-) -> list[str]:
+    model: epath.PathLike, out: epath.PathLike, keep_adapters: bool = False,
+    sam2_like: epath.PathLike | None = None,
+) -> list[str]:  # fmt: skip
     """Writes the exported folder; returns the names in it.
 
     LoRA adapters are merged into their kernels, or kept apart where PEFT has a place for all of
     them: in the language model. The folder appears whole or not at all.
 
+    Args:
+      sam2_like: folder of SAM 2 in whose layout the network of the head sam2 goes out.
+
     Raises:
-      ExportFolderError, HuggingFaceError, MappingError, ModelFolderError: name what does not fit.
+      ExportFolderError, FamilyError, HuggingFaceError, MappingError, ModelFolderError: name what
+        does not fit.
     """
     final = epath.Path(out)
     temporary = final.with_name(final.name + ".tmp")
@@ -55,9 +61,11 @@ def export_model(
     temporary.mkdir(parents=True)
     try:
         if folder.holds_language_only(model):
+            if sam2_like is not None:
+                raise ExportFolderError(f"{model}: language model without SAM 2; leave --like out")
             _write_language(epath.Path(model), temporary)
         else:
-            _write_whole(epath.Path(model), temporary, keep_adapters)
+            _write_whole(epath.Path(model), temporary, keep_adapters, sam2_like)
     except UserError:  # nothing is left; what a kill leaves, the next call removes
         temporary.rmtree()
         raise
@@ -67,7 +75,9 @@ def export_model(
     return sorted(path.name for path in final.iterdir())
 
 
-def _write_whole(model: epath.Path, out: epath.Path, keep_adapters: bool) -> None:
+def _write_whole(
+    model: epath.Path, out: epath.Path, keep_adapters: bool, sam2_like: epath.PathLike | None
+) -> None:
     config, codec = folder.load_config(model), folder.load_codec(model)
     own = {"vision": VisionConfig, "connector": ConnectorConfig}
     for part, kind in own.items():
@@ -77,11 +87,7 @@ def _write_whole(model: epath.Path, out: epath.Path, keep_adapters: bool) -> Non
                 f"itself, {_RUNTIME} runs only this project's own; give the published folder that "
                 "the model came from with --like"
             )
-    if unknown := [name for name in config.heads if name not in RUNTIME_HEADS]:
-        raise ExportFolderError(
-            f"{model}: model.heads: {unknown} cannot be exported, {_RUNTIME} runs only "
-            f"{list(RUNTIME_HEADS)}; add them there and to RUNTIME_HEADS, or train without them"
-        )
+    _check_heads(model, config, sam2_like)
     if config.heads and config.box_encoder != "own":
         raise ExportFolderError(
             f"{model}: box_encoder={config.box_encoder!r} cannot be exported, {_RUNTIME} runs only "
@@ -99,6 +105,8 @@ def _write_whole(model: epath.Path, out: epath.Path, keep_adapters: bool) -> Non
         config = dataclasses.replace(config, lora=None)
     language = {path: leaf for path, leaf in leaves.items() if path.startswith("language/")}
     rest = {path: leaf for path, leaf in leaves.items() if path not in language}
+    if sam2_like is not None:
+        rest = _write_sam2(out / _SAM2, config, rest, sam2_like)
     write_language_model(out / "language_model", config.language, language, codec)
     write_file(out / "tpo.safetensors", rest, {"format": "pt"})
     huggingface.write_json(out / "preprocessor_config.json", preprocessor(config))
@@ -112,6 +120,35 @@ def _write_whole(model: epath.Path, out: epath.Path, keep_adapters: bool) -> Non
     )
     runtime = epath.resource_path("tpo_jax") / "interop" / "torch_runtime" / _RUNTIME
     (out / _RUNTIME).write_bytes(runtime.read_bytes())
+
+
+def _write_sam2(
+    out: epath.Path, config: ModelConfig, leaves: Mapping[str, LazyArray], like: epath.PathLike
+) -> dict[str, LazyArray]:
+    """Writes the network of SAM 2 in the layout of `like`; returns the other leaves."""
+    network = {path: leaf for path, leaf in leaves.items() if path.startswith(sam2.PREFIX)}
+    sam2_model.write_network(out, config.sam2, network, like)
+    return {path: leaf for path, leaf in leaves.items() if path not in network}
+
+
+def _check_heads(
+    model: epath.Path, config: ModelConfig, sam2_like: epath.PathLike | None
+) -> None:
+    """Refuses heads that have no place in the export, and a SAM 2 that the model does not have."""
+    apart = [sam2_model.NAME] if sam2_like is not None else []
+    if unknown := [name for name in config.heads if name not in (*RUNTIME_HEADS, *apart)]:
+        fix = "add them there and to RUNTIME_HEADS, or train without them"
+        if unknown == [sam2_model.NAME]:
+            fix = "give the folder of SAM 2 that its network came from with --like"
+        raise ExportFolderError(
+            f"{model}: model.heads: {unknown} cannot be exported, {_RUNTIME} runs only "
+            f"{list(RUNTIME_HEADS)}; {fix}"
+        )
+    if apart and sam2_model.NAME not in config.heads:
+        raise ExportFolderError(
+            f"{model}: model.heads: {list(config.heads)}, without {sam2_model.NAME}, so nothing "
+            f"goes out as {sam2_like}; leave --like out"
+        )
 
 
 def write_language_model(
@@ -183,6 +220,9 @@ def import_model(
     rows = huggingface.language_rows(config.language, config.language.vocab_size)
     leaves = import_leaves(rows, huggingface.read_tensors(path / "language_model"))
     leaves |= read_file(path / "tpo.safetensors")
+    if sam2_model.NAME in config.heads:
+        _, network = sam2.import_folder(path / _SAM2)
+        leaves |= {sam2.PREFIX + name: leaf for name, leaf in network.items()}
     if config.lora is not None:
         adapters, _ = peft.read_adapter(path / _ADAPTER, rows, leaves)
         leaves = peft.with_adapters(leaves, adapters)

@@ -12,12 +12,14 @@ from typing import Any
 
 from etils import epath
 
+from tpo_jax.errors import MissingFile
 from tpo_jax.interop.families.base import FamilyError, only, said
 from tpo_jax.interop.families.towers import linear, norm
 from tpo_jax.interop.huggingface import read_tensors, write_tensors
 from tpo_jax.interop.mapping import Row, export_leaves, import_leaves
 from tpo_jax.models.sam2_config import STAGES, Sam2Config
 
+MODEL_TYPE = "sam2_video"
 # Where the network lies in a model.
 PREFIX = "heads/sam2/network/"
 # Saved with every checkpoint and read by nothing, there or here.
@@ -32,6 +34,11 @@ def import_folder(path: epath.PathLike) -> tuple[Sam2Config, dict[str, Any]]:
       FamilyError, MappingError: name what does not fit.
     """
     path = epath.Path(path)
+    if not (path / "config.json").exists():
+        raise MissingFile(
+            f"{path / 'config.json'}: missing; give the folder of SAM 2 as `transformers` saves it "
+            f'(model_type "{MODEL_TYPE}")'
+        )
     config = sam2_config(json.loads((path / "config.json").read_text()))
     return config, import_leaves(sam2_rows(config), read_tensors(path), IGNORED)
 
@@ -47,7 +54,7 @@ def sam2_config(config: Mapping[str, Any]) -> Sam2Config:
     Raises:
       FamilyError: an option that all published checkpoints agree on has another value.
     """
-    only(config, "model_type", "sam2_video")
+    only(config, "model_type", MODEL_TYPE)
     vision, decoder = said(config, "vision_config"), said(config, "mask_decoder_config")
     prompts, backbone = said(config, "prompt_encoder_config"), said(vision, "backbone_config")
     _same(config, vision, decoder, prompts, backbone)

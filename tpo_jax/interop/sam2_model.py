@@ -1,34 +1,104 @@
-"""Puts a published SAM 2 into a model folder."""
+"""Puts a published SAM 2 into a model folder, and takes it out again."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
-from tpo_jax.interop import folder
-from tpo_jax.interop.sam2 import PREFIX, import_folder
+from tpo_jax.interop import folder, huggingface
+from tpo_jax.interop.chat_template import read_json
+from tpo_jax.interop.families.base import FamilyError
+from tpo_jax.interop.mapping import export_leaves
+from tpo_jax.interop.sam2 import IGNORED, MODEL_TYPE, PREFIX, import_folder, sam2_rows
+from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.heads import head
+from tpo_jax.models.heads.base import FRAME_TOKENS
+from tpo_jax.models.sam2_config import Sam2Config
+
+NAME = "sam2"
+# What the head needs beside the network; a model that has had no such head lacks some of it.
+_ADAPTER, _BOXES = f"heads/{NAME}/adapter", "box_encoder"
+
+
+def is_sam2(source: epath.PathLike) -> bool:
+    """Whether a folder holds SAM 2 in the layout of `transformers`."""
+    return read_json(epath.Path(source) / "config.json").get("model_type") == MODEL_TYPE
 
 
 def add_to_model(source: epath.PathLike, model: epath.PathLike, out: epath.PathLike) -> list[str]:
-    """Writes a model folder with the network of `source` beside all that `model` has; training that
-    starts from it and names the head sam2 has only the adapter to draw. Returns what was done.
+    """Writes a model folder with the network of `source` beside all that `model` has, but for
+    another head of its task: one answers a task. Training that starts from it and names the head
+    sam2 has what the last line says to draw. Returns what was done.
 
     Raises:
       FamilyError, MappingError, ModelFolderError: name what does not fit.
     """
     config, leaves = import_folder(source)
-    about = dataclasses.replace(folder.load_config(model), sam2=config)
+    before = folder.load_config(model)
+    others = tuple(h for h in before.heads if h != NAME and head(h).task == head(NAME).task)
+    kept = tuple(h for h in before.heads if h not in others)
+    about = dataclasses.replace(before, heads=kept, sam2=config)
+    gone = _prefixes_without(before, others, kept)
     own = {
         name: leaf
         for name, leaf in folder.open_leaves(model).items()
-        if not name.startswith(PREFIX)
+        if not name.startswith((PREFIX, *gone))
     }
+    new = {PREFIX + name: leaf for name, leaf in leaves.items()}
     folder.write_model(
-        out, about.to_dict(), own | {PREFIX + name: leaf for name, leaf in leaves.items()},
-        folder.load_codec(model), preprocessor=folder.preprocessor(about),
+        out, about.to_dict(), own | new, folder.load_codec(model),
+        preprocessor=folder.preprocessor(about),
     )  # fmt: skip
     return [
         f"{out}: {model} and SAM 2 of {source}, {len(leaves)} parameters",
-        'train with the head "sam2" and init_missing=["heads/sam2/adapter"]',
+        *(f"  left out: head {name}, whose task {NAME} answers" for name in others),
+        _how_to_train(kept, own),
     ]
+
+
+def _prefixes_without(
+    config: ModelConfig, others: tuple[str, ...], kept: tuple[str, ...]
+) -> list[str]:
+    """Where the parameters lie that only the heads `others` read."""
+    gone = [f"heads/{name}/" for name in others]
+    shared = any(head(name).reads_tokens for name in config.heads)
+    if shared and not any(head(name).reads_tokens for name in kept):
+        gone.append(f"heads/{FRAME_TOKENS}/")
+    return gone
+
+
+def _how_to_train(kept: tuple[str, ...], own: Mapping[str, Any]) -> str:
+    """The options of a config that starts from the folder."""
+    heads = [*kept, *[NAME] * (NAME not in kept)]
+    needed = (_ADAPTER, f"task_tokens/{head(NAME).task}", _BOXES)
+    missing = [name for name in needed if not any(path.startswith(name) for path in own)]
+    lacks = f" and init_missing={json.dumps(missing)}" if missing else ""
+    return f'train with model.preset="", model.heads={json.dumps(heads)}{lacks}'
+
+
+def write_network(
+    out: epath.Path, config: Sam2Config, leaves: Mapping[str, Any], like: epath.PathLike
+) -> None:
+    """Writes a model's network as the folder of SAM 2 that `like` is, with its small files and the
+    tensor that nothing reads.
+
+    Args:
+      config: of the model.
+      leaves: those of the model below `PREFIX`, by their whole paths.
+
+    Raises:
+      FamilyError: `like` is of another size.
+    """
+    published, _ = import_folder(like)
+    if dataclasses.replace(config, remat=published.remat) != published:
+        raise FamilyError(f"the model: sam2 is {config}, but {like} is {published}")
+    tensors = huggingface.read_tensors(like)
+    carried = {name: tensors[name] for name in IGNORED if name in tensors}
+    out.mkdir()
+    huggingface.write_tensors(out, export_leaves(sam2_rows(config, PREFIX), leaves) | carried)
+    for name, content in huggingface.side_files(epath.Path(like)).items():
+        (out / name).write_bytes(content)

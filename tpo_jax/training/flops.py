@@ -69,9 +69,13 @@ def forward_flops(model_config: ModelConfig, batch: Any) -> dict[str, float]:
 
     decoded, outputs = jax.make_jaxpr(decode, return_shape=True)(params, batch)
     vision = matmul_flops(encode, params, batch)
+    rest = _count(decoded.jaxpr) - vision
+    if not model_config.heads:
+        # What heads alone read does not run, such as the whole of an image whose tiles are shown.
+        vision = matmul_flops(lambda p, b: encode(p, b).visual, params, batch)
     return {
         "vision": vision,
-        "language": _count(decoded.jaxpr) - vision,
+        "language": rest,
         "lm_head": matmul_flops(lambda p, o, b: answer_scores(model.bind(p), o, b), params,
                                 outputs, batch),
         "heads": matmul_flops(lambda p, o, b: model.bind(p).run_heads(o, b), params, outputs,

@@ -8,7 +8,7 @@ of transformers 4 ("language_model.model."), the model in memory those of transf
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tpo_jax.data.text import ChatTemplate
@@ -25,6 +25,7 @@ from tpo_jax.interop.families.base import (
 from tpo_jax.interop.families.towers import tower_rows
 from tpo_jax.interop.mapping import Row
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.connectors.anyres import Size
 from tpo_jax.models.connectors.config import MlpConnectorConfig
 
 # That of llava-hf's chat_template.json, for a folder without one; it has no system turn.
@@ -43,10 +44,12 @@ def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> 
     if not isinstance(layer, int):
         raise FamilyError(f"config.json: vision_feature_layer={layer!r}: this program reads one")
     vision = tower_config(config["vision_config"], layer=layer, preprocessor=preprocessor)
+    grid = tuple(map(tuple, config.get("image_grid_pinpoints") or ()))
     connector = MlpConnectorConfig(
-        pool="bilinear", newline="one_token", image="newline", stride=2,
-        resolutions=tuple(map(tuple, config.get("image_grid_pinpoints") or ())),
-        max_tiles=max_tiles(config.get("vision_aspect_ratio", "anyres_max_9")),
+        pool="bilinear", newline="one_token", image="newline", stride=2, resolutions=grid,
+        max_tiles=max_tiles(
+            config.get("vision_aspect_ratio", "anyres_max_9"), grid, vision.image_size
+        ),
     )  # fmt: skip
     language = dict(config["text_config"])
     language["tie_word_embeddings"] = bool(
@@ -55,8 +58,12 @@ def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> 
     return assemble(vision, connector, language)
 
 
-def max_tiles(ratio: str) -> int:
-    """9 of "anyres_max_9"; 0 for a mode without tiles."""
+def max_tiles(ratio: str, resolutions: Sequence[Size], tile_size: int) -> int:
+    """9 of "anyres_max_9"; of "anyres", which resizes no grid, the tiles of the largest resolution;
+    0 for a mode without tiles."""
+    if ratio == "anyres":
+        numbers = ((h // tile_size) * (w // tile_size) for h, w in resolutions)
+        return max(numbers, default=0)
     head, _, number = ratio.rpartition("_")
     return int(number) if head == "anyres_max" and number.isdigit() else 0
 

@@ -72,7 +72,7 @@ def connector_config(config: Mapping[str, Any], tile_size: int) -> MlpConnectorC
     return MlpConnectorConfig(
         pool=pool, newline=said(config, "mm_newline_position", NEWLINES), image="newline",
         stride=stride, slow_every=slow_every, resolutions=grid,
-        max_tiles=max_tiles(config.get("image_aspect_ratio") or ""),
+        max_tiles=max_tiles(config.get("image_aspect_ratio") or "", grid, tile_size),
     )  # fmt: skip
 
 
