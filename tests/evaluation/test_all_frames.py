@@ -4,6 +4,7 @@ Language model and head are stand-ins: every answer calls the mask head, which f
 left half of every third frame. The heads themselves: tests/generation/test_whole_video.py.
 """
 
+import dataclasses
 import pathlib
 from types import SimpleNamespace
 
@@ -320,3 +321,16 @@ def test_pictures_have_the_names_and_the_size_of_the_labels(tmp_path):
     assert found.keys() == expected.keys()
     for file, picture in expected.items():
         np.testing.assert_array_equal(found[file], picture)
+
+
+@pytest.mark.parametrize("name", ["a/../../out", "/etc/a", "a//0", ".."])
+def test_names_of_annotations_do_not_lead_out_of_the_folder(name, tmp_path):
+    class Hostile(Grey):
+        def examples(self, video_id):
+            example, _ = super().examples(video_id)
+            return [dataclasses.replace(example, example_id=f"{example.source}/{name}")]
+
+    samples = [sample(Hostile(v=2), 0, None)]
+    with pytest.raises(UserError, match="lead out of the folder"):
+        track_files.write(tmp_path / "s", "mevis", Hostile(v=2), samples)
+    assert not list(tmp_path.iterdir())

@@ -160,10 +160,21 @@ def write(
         for sample in samples
         if sample["task"] == task
     ]
+    for track in tracks:
+        _check_name(track.name)
     for name, content in LAYOUTS[layout].files(tracks):
         files.write(epath.Path(folder) / name, content)
         count += 1
     return count
+
+
+def _check_name(name: str) -> None:
+    """Refuses a name, taken from the annotations, that leads out of the folder."""
+    if not {"", ".", ".."}.isdisjoint(name.split("/")):
+        raise UserError(
+            f"--submission: the record {name!r} of the annotations names the files of its answer, "
+            "and would lead out of the folder; rename it there and prepare again"
+        )
 
 
 def _track(info: VideoInfo, examples: Sequence[Example], sample: Mapping[str, Any]) -> Track:
