@@ -1,7 +1,11 @@
 """Names of topologies; compiling for them is in tests/plan."""
 
+import importlib.util
+
 import pytest
 
+from tpo_jax.errors import UserError
+from tpo_jax.parallel import topologies
 from tpo_jax.parallel.topologies import CHIPS, GIB, parse_topology
 
 
@@ -27,3 +31,11 @@ def test_names(name, sizes, hbm):
 def test_names_that_are_wrong(name, message):
     with pytest.raises(ValueError, match=message):
         parse_topology(name)
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(topologies.os, "environ", {})
+    topologies.prepare_environment()  # --help and mistakes in a config need none
+    with pytest.raises(UserError, match=r"'v5e:2x4': libtpu.*pip install 'tpo_jax\[plan\]'"):
+        topologies.topology_devices("v5e:2x4")

@@ -133,7 +133,7 @@ class Fingerprint:
                 f"{where}: the reference log-probabilities were scored under other conditions:\n"
                 + "\n".join(lines)
                 + "\nRun `python -m tpo_jax.preferences score` again with this run's reference "
-                "model, data and bucket.")
+                "model, data and bucket (--frames).")
 
 
 def _as_first_written(model: dict[str, Any], attention: str) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def prepare_environment() -> None:
     # Several compilers at a time disturb nobody; the lock is for programs that own the chips.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_LIBRARY_PATH", _libtpu_path())
+    if library := _libtpu():
+        os.environ.setdefault("TPU_LIBRARY_PATH", library)
 
 
 def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
@@ -83,8 +84,16 @@ def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
 
     With several slices (each of this topology, joined by the data centre network) slice after
     slice.
+
+    Raises:
+      UserError: no such topology, or libtpu is not installed.
     """
     chip, sizes = parse_topology(name)
+    if not _libtpu():
+        raise UserError(
+            f"topology {name!r}: libtpu, which compiles for it, is not installed; install the "
+            "extra: pip install 'tpo_jax[plan]'"
+        )
     prepare_environment()
     host = tuple(min(size, bound) for size, bound in zip(sizes, chip.host, strict=True))
     host = host + (1,) * (3 - len(host))
@@ -104,10 +113,9 @@ def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
     return devices
 
 
-def _libtpu_path() -> str:
+def _libtpu() -> str | None:
+    """Its file; None where it is not installed."""
     spec = importlib.util.find_spec("libtpu")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "libtpu is not installed; install the extra: pip install 'tpo_jax[plan]'"
-        )
+        return None
     return os.path.join(spec.submodule_search_locations[0], "libtpu.so")
