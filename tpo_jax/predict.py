@@ -17,9 +17,9 @@ annotated mp4 (video) or PNG (image) per question beside NAME.json, or results.j
 Masks are made of every frame of the file, not only of those that the language model is shown, and
 the mp4 then has them all; --mask_fps=5 takes five a second, --mask_fps=0 those that are shown. A
 list that was stopped, even by kill -9, goes on after its last whole batch; lines that failed are
-tried again; settings.json keeps what the answers were made with, and with another model or other
-options it does not go on. The exit status is 1 if a question failed. Model, list and --out may be
-gs:// paths; videos are local files.
+tried again; settings.json keeps what the answers were made with, and with other weights,
+--mask_fps or --max_new it does not go on. The exit status is 1 if a question failed. Model, list
+and --out may be gs:// paths; videos are local files.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Workers of a program that is killed."""
 
+import concurrent.futures
+import importlib
 import os
 import select
 import signal
@@ -7,6 +9,9 @@ import subprocess
 import sys
 
 import pytest
+
+from tpo_jax.data import pipeline
+from tpo_jax.data.ingest import run
 
 # A worker that is asked for its process id, and a program that waits until it is killed.
 PROGRAM = """
@@ -39,3 +44,25 @@ def test_a_worker_ends_with_a_parent_that_is_killed(start, ends, tmp_path):
         if not readable:
             signal.pidfd_send_signal(handle, signal.SIGKILL)
         os.close(handle)
+
+
+def test_every_pool_starts_its_workers_so(monkeypatch):
+    class Started(Exception):
+        pass
+
+    def watched():
+        raise Started
+
+    def pool(processes, context, initializer, arguments=()):
+        initializer(*arguments)
+
+    build = importlib.import_module("tpo_jax.data.moving_shapes.build")  # a function has the name
+    for module in (pipeline, run, build):
+        monkeypatch.setattr(module, "end_with_parent", watched)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", pool)
+    with pytest.raises(Started):
+        build._run_all([], 2, print)
+    with pytest.raises(Started):
+        pipeline._WorkerSteps(None, 2)
+    with pytest.raises(Started):
+        list(run._results([], None, None, 2))

@@ -334,3 +334,15 @@ def test_names_of_annotations_do_not_lead_out_of_the_folder(name, tmp_path):
     with pytest.raises(UserError, match="lead out of the folder"):
         track_files.write(tmp_path / "s", "mevis", Hostile(v=2), samples)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["v/dog", "v/0", "v/256"])
+def test_records_that_are_no_objects_of_davis_are_refused(name, tmp_path):
+    class Other(Tracks):
+        def examples(self, video_id):
+            example, _ = super().examples(video_id)
+            return [dataclasses.replace(example, example_id=f"x/{name}")]
+
+    with pytest.raises(UserError, match="expected VIDEO/NUMBER"):
+        track_files.write(tmp_path / "s", "davis", Other(), [sample(Other(), 0, None)])
+    assert not list(tmp_path.iterdir())

@@ -71,6 +71,12 @@ def _davis(tracks: Sequence[Track]) -> Files:
     videos: dict[str, list[tuple[int, Track]]] = defaultdict(list)
     for track in tracks:
         video, _, number = track.name.rpartition("/")
+        if not (number.isdecimal() and 0 < int(number) < 256):
+            raise UserError(
+                f"--submission: --benchmark=davis: record {track.name!r}, expected VIDEO/NUMBER "
+                "with a number of 1 to 255; prepare with --format=davis, or name the benchmark "
+                "that the data are of"
+            )
         videos[video].append((int(number), track))
     for video, objects in videos.items():
         pictures = [track.pictures() for _, track in objects]
