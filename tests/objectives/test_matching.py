@@ -64,6 +64,18 @@ def test_what_stands_in_padding_is_not_read():
     np.testing.assert_array_equal(solve(cost, valid), expected)
 
 
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf, 3e38])
+def test_costs_that_are_not_finite_end_the_search_with_an_assignment(spoilt):
+    """A diverged step has them; without an end the guard against divergence would not be reached."""
+    cost = costs("uniform", 300, 5, 10)
+    expected = solve(cost, np.ones((300, 5), bool))
+    cost[:100, 1] = spoilt
+    cost[100:200, :, 4] = spoilt
+    found = np.asarray(solve(cost, np.ones((300, 5), bool)))
+    np.testing.assert_array_equal(found[200:], expected[200:])
+    assert all(len(set(row)) == 5 and min(row) >= 0 for row in found)
+
+
 def test_more_rows_than_columns_are_refused():
     with pytest.raises(ValueError, match="11 rows for 10 columns.*buckets.*windows"):
         match(jnp.zeros((11, 10)), jnp.ones(11, bool))

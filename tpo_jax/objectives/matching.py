@@ -13,6 +13,10 @@ import jax
 import jax.numpy as jnp
 
 
+# Sums of costs within it are finite; what is beyond it counts as that.
+_LARGEST = 1e30
+
+
 class _State(NamedTuple):
     """Dual variables float32[rows], float32[columns] and the partners found so far, -1 for none."""
 
@@ -44,7 +48,8 @@ def match(cost: jax.Array, valid: jax.Array) -> jax.Array:
     """Assignment of least total cost of the valid rows to different columns.
 
     Args:
-      cost: float32[..., rows, columns], finite on valid rows; rows <= columns.
+      cost: float32[..., rows, columns]; rows <= columns. NaN counts as 0: the search would not
+        end with it, and a loss that is NaN is told where losses are.
       valid: bool[..., rows]; the others are padding.
 
     Returns: int32[..., rows], the column of each row, -1 on padding. It has no gradient.
@@ -63,7 +68,8 @@ def match(cost: jax.Array, valid: jax.Array) -> jax.Array:
 
 def _match_one(cost: jax.Array, valid: jax.Array) -> jax.Array:
     rows, columns = cost.shape
-    cost = jnp.where(valid[:, None], cost, 0.0)
+    cost = jnp.where(valid[:, None] & ~jnp.isnan(cost), cost, 0.0)
+    cost = jnp.clip(cost, -_LARGEST, _LARGEST)
     start = _State(
         jnp.zeros(rows, cost.dtype), jnp.zeros(columns, cost.dtype),
         jnp.full(rows, -1, jnp.int32), jnp.full(columns, -1, jnp.int32),
