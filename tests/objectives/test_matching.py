@@ -66,7 +66,7 @@ def test_what_stands_in_padding_is_not_read():
 
 @pytest.mark.parametrize("spoilt", [np.nan, np.inf, -np.inf, 3e38])
 def test_costs_that_are_not_finite_end_the_search_with_an_assignment(spoilt):
-    """A diverged step has them; without an end the guard against divergence would not be reached."""
+    """A diverged step has them; without an end no guard against divergence is reached."""
     cost = costs("uniform", 300, 5, 10)
     expected = solve(cost, np.ones((300, 5), bool))
     cost[:100, 1] = spoilt

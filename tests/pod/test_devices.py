@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from fake_batches import (
+    HEADS,
     SMOOTH,
     bucket,
     means,
@@ -65,7 +66,7 @@ def one_device():
     [
         ((), {"data": 8}, 1),
         ((), {"data": 2, "fsdp": 4}, 1),
-        (("temporal",), {"data": 2, "fsdp": 2, "tensor": 2}, 2),
+        (HEADS, {"data": 2, "fsdp": 2, "tensor": 2}, 2),
     ],
 )
 def test_eight_devices_equal_one(one_device, heads, sizes, accumulation):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import pathlib
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +28,14 @@ from tpo_jax.parallel.paths import flatten, unflatten
 from tpo_jax.parallel.weighted_sum import WeightedSum
 from tpo_jax.training.flops import forward_flops, matmul_flops
 from tpo_jax.training.objective import SftObjective, denominators
+from tpo_jax.training.optimizer import assign_groups
 from tpo_jax.training.program import Program, make_program
 from tpo_jax.training.step import accumulate, row_keys
 
+# A softmax over keys does not see what is added to all of them: no gradient but round-off.
+NO_GRADIENT = "k_proj/bias"
 B = 4
+DEMO = pathlib.Path(__file__).resolve().parents[2] / "configs" / "demo.py"
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +106,8 @@ def test_micro_batches_equal_one_batch_with_dropout_and_every_head(host_params):
         assert {"language", "region/giou", "temporal/saliency", "mask/dice"} < set(sums)
         assert means(added) == pytest.approx(means(sums), rel=1e-4, abs=1e-5)
         size = max(float(np.abs(leaf).max()) for leaf in flatten(whole).values())
+        still = {path for path, leaf in flatten(whole).items() if not np.any(leaf)}
+        assert all(path.endswith(NO_GRADIENT) for path in still)
         assert difference(whole, parts) < 1e-5 * size < np.inf
     # Dropout was on: another step drops other things, and without it the loss is another one.
     first, second = (float(found[1, step][1]["language"].mean()) for step in (0, 1))
@@ -137,25 +145,27 @@ def test_denominators_do_not_run_the_model(host_params):
         assert float(weight) > 0, name
 
 
-def test_frozen_leaves_stay_bit_identical_and_all_others_move(host_params):
-    groups = [["heads/region/", 1e-2], ["task_tokens/region", 1e-3], ["language/lm_head", 1e-3]]
-    batch = random_batch(bucket(B), micro(("region",)))
-    host_params = select(host_params, program_of(("region",)))
-    program = program_of(("region",), trainable=groups)
-    before = flatten(jax.tree.map(np.array, host_params))
+def demo_stage(stage):
+    return runpy.run_path(str(DEMO))["get_config"](f"stage={stage}")
+
+
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_frozen_leaves_stay_bit_identical_and_all_others_move(host_params, stage):
+    """What stages of the demo train, with their optimizer and losses; stage 3 trains everything."""
+    shipped = demo_stage(stage)
+    batch = random_batch(bucket(B), micro(HEADS))
+    program = program_of(
+        HEADS, trainable=shipped.trainable, losses=shipped.losses, optimizer=shipped.optimizer
+    )
+    before = flatten(host_params)
     state, _ = run(program, host_params, batch)
     after = flatten(jax.tree.map(np.asarray, state.params))
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
-    wanted = {
-        path
-        for path in before
-        if path.startswith(("heads/region/", "task_tokens/region", "language/lm_head"))
-    }
-    # A softmax over keys does not see what is added to all of them: no gradient, ever.
-    blind = {path for path in wanted if path.endswith("k_proj/bias")}
-    assert moved == wanted - blind
+    trained = set(assign_groups(shipped.trainable, list(before)))
+    assert moved <= trained and all(path.endswith(NO_GRADIENT) for path in trained - moved)
     state_paths = "\n".join(flatten(state.opt_state))
-    assert "vision" not in state_paths and "heads/region/" in state_paths
+    assert "vision" not in state_paths and "language/lm_head" in state_paths
+    assert ("heads/region/" in state_paths) == (stage == "2")
 
 
 def test_overfits_one_batch(host_params):
@@ -166,10 +176,10 @@ def test_overfits_one_batch(host_params):
 
 
 def test_preference_loss_starts_at_log_two_and_can_be_overfitted(host_params):
-    config = micro()
+    config, groups = micro(), demo_stage("dpo").trainable
     batch = random_batch(pair_bucket(B), config)
     program = program_of(
-        objective="preference", trainable=[[".*", 3e-3]],
+        objective="preference", trainable=[[groups[0][0], 3e-3]],
         preference={"loss": "sigmoid", "beta": 0.3, "sft": 0.5},
     )  # fmt: skip
     params = program.init_state(without_heads(host_params)).params
@@ -179,6 +189,9 @@ def test_preference_loss_starts_at_log_two_and_can_be_overfitted(host_params):
     assert history[0]["preference/margin"] == pytest.approx(0, abs=1e-4)
     total = history[0]["preference/sigmoid"] + 0.5 * history[0]["preference/sft"]
     assert history[0]["loss"] == pytest.approx(total, rel=1e-6)
+    before, after = flatten(params), flatten(state.params)
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert moved == {path for path in before if path.startswith("language/")}
     assert history[-1]["preference/sigmoid"] < 0.1
     assert history[-1]["preference/accuracy"] == 1.0
     scores = program.score_step(state.params, batch)

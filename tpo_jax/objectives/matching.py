@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-
 # Sums of costs within it are finite; what is beyond it counts as that.
 _LARGEST = 1e30
 
