@@ -29,12 +29,13 @@ def eight_devices():
         pytest.fail(f"got {jax.device_count()} devices; see XLA_FLAGS in tests/conftest.py")
 
 
-def two_steps(heads, sizes, devices, accumulation=1):
+def two_steps(heads, sizes, devices, accumulation=1, optimizer="adamw"):
     """(metrics of both steps, parameters after them as {path: numpy})."""
     config = micro(heads)
     params = jax.tree.map(np.asarray, FunctionalModel(config).init(jax.random.key(1)))
     mesh = make_mesh(sizes, jax.devices()[:devices])
-    options = train_config(heads, dropout=0.1, optimizer=SMOOTH, accumulation=accumulation)
+    options = train_config(heads, dropout=0.1, optimizer=SMOOTH | {"name": optimizer},
+                           accumulation=accumulation)
     program = make_program(options, config, mesh)
     local = random_batch(bucket(8), config)
     compiled = program.compile_train_step(local)
@@ -53,25 +54,25 @@ def two_steps(heads, sizes, devices, accumulation=1):
 def one_device():
     results = {}
 
-    def get(heads):
-        if heads not in results:
-            results[heads] = two_steps(heads, {}, 1)
-        return results[heads]
+    def get(heads, optimizer):
+        if (heads, optimizer) not in results:
+            results[heads, optimizer] = two_steps(heads, {}, 1, optimizer=optimizer)
+        return results[heads, optimizer]
 
     return get
 
 
 @pytest.mark.parametrize(
-    ("heads", "sizes", "accumulation"),
+    ("heads", "sizes", "accumulation", "optimizer"),
     [
-        ((), {"data": 8}, 1),
-        ((), {"data": 2, "fsdp": 4}, 1),
-        (HEADS, {"data": 2, "fsdp": 2, "tensor": 2}, 2),
+        ((), {"data": 8}, 1, "adamw"),
+        ((), {"data": 2, "fsdp": 4}, 1, "muon"),
+        (HEADS, {"data": 2, "fsdp": 2, "tensor": 2}, 2, "adamw"),
     ],
 )
-def test_eight_devices_equal_one(one_device, heads, sizes, accumulation):
-    want_metrics, want = one_device(heads)
-    got_metrics, got = two_steps(heads, sizes, 8, accumulation)
+def test_eight_devices_equal_one(one_device, heads, sizes, accumulation, optimizer):
+    want_metrics, want = one_device(heads, optimizer)
+    got_metrics, got = two_steps(heads, sizes, 8, accumulation, optimizer)
     for one, other in zip(got_metrics, want_metrics, strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
     worst = max(got, key=lambda path: np.abs(got[path] - want[path]).max())
