@@ -18,6 +18,51 @@ def test_both_take_the_same_steps_and_are_timed():
     assert found["losses"]["ours"][2] < found["losses"]["ours"][0]
     assert found["losses"].keys() == {"ours", *train_step.usable_settings()}
     assert found["torch / ours, wall"]["median"] > 0
+    assert found["seconds, first step"].keys() == found["losses"].keys()
+    assert min(*found["seconds, first step"].values(), *found["seconds, compile"].values()) > 0
+
+
+def test_programs_are_lowered_and_compiled_one_after_the_other():
+    clock, done = iter([10.0, 12.0, 17.0]), []
+
+    class Lowered:
+        def compile(self):
+            done.append("compile")
+            return "program"
+
+    def lower():
+        done.append("lower")
+        return [Lowered(), Lowered()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_step.time, "perf_counter", lambda: next(clock))
+        programs, seconds = train_step.timed_compile(lower)
+    assert done == ["lower", "compile", "compile"] and programs == ["program"] * 2
+    assert seconds == {"lower": 2.0, "compile": 5.0}
+
+
+def test_first_steps_are_timed_once_and_losses_that_differ_are_refused(monkeypatch):
+    clock = iter([0.0, 3.0, 4.0, 11.0, 0.0, 1.0, 2.0, 3.0])
+    monkeypatch.setattr(train_step.time, "perf_counter", lambda: next(clock))
+    same = {name: iter([3.0, 2.0, 1.0]).__next__ for name in ("ours", "eager")}
+    assert train_step.agree(same) == {
+        "losses": {"ours": [3.0, 2.0, 1.0], "eager": [3.0, 2.0, 1.0]},
+        "seconds, first step": {"ours": 3.0, "eager": 7.0},
+    }
+    with pytest.raises(AssertionError, match="losses differ"):
+        train_step.agree({"ours": lambda: 1.0, "eager": lambda: 1.01})
+
+
+def test_compile_times_are_a_table_of_what_was_measured():
+    step = {"seconds, compile": {"lower": 1.0, "compile": 2.5},
+            "seconds, first step": {"ours": 0.25, "eager": 0.5}}  # fmt: skip
+    found = {"step": {"result": step},
+             "compile": {"result": {"longva": {"lower": 3.0, "compile": 4.0}}}}  # fmt: skip
+    assert train_step.compile_table(found).splitlines()[2:] == [
+        "| ours | 1.00 | 2.50 | 0.25 |", "| eager |  |  | 0.50 |",
+        "| configs/longva.py:tiny | 3.00 | 4.00 |  |",
+    ]  # fmt: skip
+    assert train_step.compile_table({"memory": {}}) == ""
 
 
 def test_a_step_that_does_nothing_is_dispatched():

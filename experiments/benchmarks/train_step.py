@@ -11,12 +11,17 @@ steps have to agree.
 
   step      rounds time all one after the other, in turning order; a ratio is taken within a round,
             and the median of rounds is reported, in wall and in CPU time of the process, to the
-            setting of PyTorch that is fastest in that time, which the row names
+            setting of PyTorch that is fastest in that time, which the row names; beside it, once:
+            seconds to lower and to compile our two programs, and of each setting's first step,
+            which under torch.compile holds the compiling of its model and of the backward pass
   memory    peak resident set of a process that does one side, over what it holds between steps
             (parameters and state of the optimizer on both sides), to the least of the settings
   dispatch  from the call of a compiled step to its return, with a body that does nothing on the
             same pytrees (state and batch of the step), the state donated
   compile   seconds to lower and compile both programs of a config's tiny variant, on one device
+
+JAX keeps no compile cache and PyTorch's starts empty. Compile times are printed as a table of
+Markdown, too.
 """
 
 from __future__ import annotations
@@ -58,6 +63,7 @@ from tpo_jax.training import config as training_config
 from tpo_jax.training.families import TOKENIZER
 from tpo_jax.training.program import Program, make_program, needs_contrast
 from tpo_jax.training.start import make_model_config
+from tpo_jax.training.step import TrainStep
 
 RATE, CLIP, EPSILON = 1e-4, 1.0, 1e-8
 TOLERANCE = 2e-3  # relative, of the loss of three steps
@@ -182,8 +188,13 @@ class Ours:
         self.state, metrics = self.compiled(self.state, batch, self.key)
         return float(metrics["loss"].mean())
 
-    def compile(self, batch: Any) -> None:
-        self.compiled = self.program.compile_train_step(batch)
+    def compile(self, batch: Any) -> dict[str, float]:
+        """Seconds, as of `timed_compile`."""
+        programs, seconds = timed_compile(
+            lambda: [self.program.lower_gradient(batch), self.program.lower_update()]
+        )
+        self.compiled = TrainStep(*programs)
+        return seconds
 
 
 def make_batches(ours: Ours, sizes: Sizes, seed: int = 0) -> tuple[dict, dict[str, np.ndarray]]:
@@ -216,12 +227,27 @@ def usable_settings() -> list[str]:
     return [name for name, setting in SETTINGS.items() if compiler or not setting["compiled"]]
 
 
-def agree(steps: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Losses of three steps of all, from the same weights; raises where they differ."""
-    losses = {name: [step() for _ in range(3)] for name, step in steps.items()}
+def timed_compile(lower: Callable[[], list[Any]]) -> tuple[list[Any], dict[str, float]]:
+    """Programs of what `lower` traces and lowers; seconds {"lower", "compile"}."""
+    begin = time.perf_counter()
+    lowered = lower()
+    between = time.perf_counter()
+    programs = [each.compile() for each in lowered]
+    return programs, {"lower": between - begin, "compile": time.perf_counter() - between}
+
+
+def agree(steps: dict[str, Callable[[], float]]) -> dict[str, dict[str, Any]]:
+    """Losses of three steps of all, from the same weights, and the wall seconds of the first;
+    raises where losses differ."""
+    losses, first = {}, {}
+    for name, step in steps.items():
+        begin = time.perf_counter()
+        losses[name] = [step()]
+        first[name] = time.perf_counter() - begin
+        losses[name] += [step(), step()]
     if not all(np.allclose(losses["ours"], found, rtol=TOLERANCE) for found in losses.values()):
         raise AssertionError(f"losses differ: {losses}")
-    return losses
+    return {"losses": losses, "seconds, first step": first}
 
 
 def step_times(sizes: Sizes, rounds: int, threads: int) -> dict[str, Any]:
@@ -233,11 +259,10 @@ def step_times(sizes: Sizes, rounds: int, threads: int) -> dict[str, Any]:
     ours = Ours(sizes, state)
     batch, arrays = make_batches(ours, sizes)
     tensors = {name: sides["eager"].torch.from_numpy(x) for name, x in arrays.items()}
-    ours.compile(batch)
+    rows: dict[str, Any] = {"seconds, compile": ours.compile(batch)}
     runs: dict[str, Callable[[], Any]] = {"ours": lambda: ours.step(batch)}
     runs |= {name: functools.partial(side.step, tensors) for name, side in sides.items()}
-    rows: dict[str, Any] = {"losses": agree(runs)}
-    return rows | compared(measure(runs, rounds))
+    return rows | agree(runs) | compared(measure(runs, rounds))
 
 
 def compared(found: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
@@ -317,7 +342,7 @@ def dispatch_milliseconds(program: Program, state: Any, batch: Any, calls: int =
 
 
 def compile_seconds(name: str, preset: str) -> dict[str, float]:
-    """Seconds of a config's tiny variant: lowering and compiling the update and all buckets."""
+    """Seconds, as of `timed_compile`, of a config's tiny variant: the update and all buckets."""
     config = runpy.run_path(f"configs/{name}.py")["get_config"]("tiny")
     if preset:
         config.model.preset, config.init_from, config.tokenizer = preset, "", TOKENIZER
@@ -326,17 +351,34 @@ def compile_seconds(name: str, preset: str) -> dict[str, float]:
     found = read_buckets(training_config.to_dict(config)["buckets"], codec)
     buckets = {bucket.name: bucket for bucket in found}
     contrast = needs_contrast(config)
-    begin = time.perf_counter()
-    lowered = [program.lower_update()]
-    for bucket in scheduled(tuple(buckets.values())):
-        batch = batch_spec(bucket, model_config, contrast=contrast)
-        if bucket.beside:
-            batch["beside"] = batch_spec(buckets[bucket.beside], model_config, contrast=contrast)
-        lowered.append(program.lower_gradient(batch))
-    between = time.perf_counter()
-    for each in lowered:
-        each.compile()
-    return {"lower": between - begin, "compile": time.perf_counter() - between}
+
+    def lower() -> list[Any]:
+        lowered = [program.lower_update()]
+        for bucket in scheduled(tuple(buckets.values())):
+            batch = batch_spec(bucket, model_config, contrast=contrast)
+            if bucket.beside:
+                beside = batch_spec(buckets[bucket.beside], model_config, contrast=contrast)
+                batch["beside"] = beside
+            lowered.append(program.lower_gradient(batch))
+        return lowered
+
+    return timed_compile(lower)[1]
+
+
+def compile_table(found: dict[str, Any]) -> str:
+    """Compile times of the parts that were measured, as a table of Markdown; "" without any."""
+    rows: dict[str, dict[str, float]] = {}
+    if "step" in found:
+        step = found["step"]["result"]
+        rows |= {name: {"first": s} for name, s in step["seconds, first step"].items()}
+        rows["ours"] |= step["seconds, compile"]
+    if "compile" in found:
+        rows |= {f"configs/{name}.py:tiny": s for name, s in found["compile"]["result"].items()}
+    lines = ["| | trace and lower, s | compile, s | first step, s |", "|---|---|---|---|"]
+    for name, seconds in rows.items():
+        cells = [f"{seconds[k]:.2f}" if k in seconds else "" for k in ("lower", "compile", "first")]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines) if rows else ""
 
 
 def memory_of_all(sizes: Sizes, threads: int) -> dict[str, Any]:
@@ -397,16 +439,22 @@ def main() -> None:
     add("--side", choices=("ours", *SETTINGS), help="only the memory of this side; PyTorch reads "
         "the inputs.npz that ours left beside --out")
     flags = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
     sizes = Sizes(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Sizes)})
     if flags.side:
         inputs = flags.out.with_name("inputs.npz")
         result = {"MiB": memory_of(flags.side, sizes, flags.threads, inputs)}
     else:
         old = json.loads(flags.out.read_text()) if flags.out.exists() else {}
-        result = old | run(sizes, flags.rounds, flags.threads, flags.parts.split(","))
+        with tempfile.TemporaryDirectory() as cache:  # empty; the processes of `memory` share it
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+            found = run(sizes, flags.rounds, flags.threads, flags.parts.split(","))
+        result = old | found
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     flags.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
+    if not flags.side:
+        print(compile_table(found))
 
 
 if __name__ == "__main__":

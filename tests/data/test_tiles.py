@@ -14,12 +14,14 @@ from tpo_jax.data.preprocess import anyres_tiles
 from tpo_jax.data.records import Example, Turn, VideoInfo
 from tpo_jax.data.row_plans import BranchPlan, RowError, RowPlan
 from tpo_jax.data.rows import choose_builder, stack_rows
-from tpo_jax.data.text import TextCodec, train_tokenizer
+from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
 from tpo_jax.data.tiles import level_of, tiles_of
 from tpo_jax.errors import UserError
+from tpo_jax.generation.sampler import PREFIX_ARRAYS, TILE_ARRAYS, Sampler, Sampling
 from tpo_jax.models.connectors.tiling import tiling_of
 from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.training.flops import matmul_flops
 
 CODEC = TextCodec(train_tokenizer(["a red square moves"], 300))
 MODELS = {name: preset(f"{name}_tiny") for name in ("llava_onevision", "longva")}
@@ -70,7 +72,30 @@ def test_shapes_equal_those_that_are_planned(name):
     # most newlines; or 2 x 2 of each tile.
     count = {"llava_onevision": 16 + 16 * 5, "longva": 4 * 4}[name]
     assert outputs.encoded.visual.shape == (2, count, 32)
-    assert outputs.encoded.features.patches.shape == (2, 1, 4, 4, 32)  # what heads see
+    assert outputs.encoded.features is None  # nothing reads them
+    model = FunctionalModel(preset(f"{name}_tiny", ("temporal",)))
+    encoded = jax.eval_shape(lambda p, b: model.bind(p).encode_batch(b), model.abstract(), spec)
+    assert encoded.visual.shape == (2, count, 32)
+    assert encoded.features.patches.shape == (2, 1, 4, 4, 32)  # what heads see
+
+
+def test_the_tower_runs_on_the_whole_image_for_a_head_alone():
+    """UniRes before an answer: four tiles, and the whole image if a head may be called."""
+    tokenizer = train_tokenizer(["a red square moves"], 300)
+    add_task_tokens(tokenizer, ("temporal",))
+    spec = batch_spec(shapes(4), MODELS["longva"])
+    batch = {name: spec[name] for name in PREFIX_ARRAYS + TILE_ARRAYS}
+
+    def prefill_flops(heads):
+        model = FunctionalModel(preset("longva_tiny", heads))
+        sampler = Sampler(model, TextCodec(tokenizer), Sampling())
+        return matmul_flops(sampler._prefill_rows, model.abstract(), batch)
+
+    tower = MODELS["longva"].vision
+    width, patches, tokens = tower.width, tower.grid**2, tower.grid**2 + 1
+    layer = 2 * tokens * (4 * width**2 + 2 * width * tower.mlp_width) + 4 * tokens**2 * width
+    image = 2 * patches * 3 * tower.patch_size**2 * width + tower.layers_run * layer
+    assert prefill_flops(("temporal",)) - prefill_flops(()) == 2 * image > 0
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -167,17 +167,18 @@ def test_peak_of_all_devices_is_that_of_each_kind(kind, peak):
         assert peak_flops([device, types.SimpleNamespace(device_kind="TPU v1")]) is None
 
 
-def test_the_view_that_heads_alone_read_counts_where_there_are_heads():
+def test_the_view_that_heads_alone_read_counts_where_they_run():
     """UniRes shows the tiles of an image and not the whole of it, which heads answer about."""
 
-    def vision(tiles, heads=()):
+    def vision(tiles, heads=(), idle=()):
         config = PRESETS["longva_tiny"](heads)
-        slots = {"temporal": 1} if heads else {}
-        image = bucket(2, media="image", frames=1, tiles=tiles, slots=slots)
+        image = bucket(2, media="image", frames=1, tiles=tiles, slots={}, idle=idle)
         return config, forward_flops(config, batch_spec(image, config))["vision"]
 
-    (config, one), (_, four), (_, seen) = vision(1), vision(4), vision(4, ("temporal",))
+    head = ("temporal",)
+    (config, one), (_, four) = vision(1), vision(4)
+    (_, seen), (_, idle) = vision(4, head), vision(4, head, head)
     patches, widths = 2 * config.vision.grid**2, (config.vision.width, config.language.width)
     connector = 2 * patches * widths[1] * sum(widths)
-    assert four == 4 * one > 0
+    assert idle == four == 4 * one > 0
     assert seen == four + one - connector

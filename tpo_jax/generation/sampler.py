@@ -79,7 +79,7 @@ class Context:
     """Encoded videos with their prefixes in the cache.
 
     Attributes:
-      encoded: of the vision encoder; heads read its features.
+      encoded: of the vision encoder; heads read its features, which a model without heads has not.
       prefix: keys and values of the prefix.
       prefix_segments: int32[B, P].
     """

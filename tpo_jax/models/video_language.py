@@ -34,11 +34,12 @@ from tpo_jax.parallel.context import AXIS, context_devices, per_device
 class Encoded:
     """One encoded clip a row.
 
-    visual: float[B, Vt, D], tokens for the prefix. features: what heads read.
+    visual: float[B, Vt, D], tokens for the prefix. features: what heads read; None where
+    `encode_batch` found no head.
     """
 
     visual: jax.Array
-    features: VisionFeatures
+    features: VisionFeatures | None
 
 
 @jax.tree_util.register_dataclass
@@ -121,13 +122,19 @@ class VideoLanguageModel(nnx.Module):
 
     def encode_batch(self, batch: Mapping[str, Any]) -> Encoded:
         """`encode` of a batch; images that it brings in tiles give the tokens of their tiles, and
-        heads the features of the whole image."""
+        heads the features of the whole image.
+
+        Without heads there are no features: as a result of a program they would be computed and
+        kept. So UniRes, which makes no token of the whole image, does not run the tower on it.
+        """
+        clip, heads = (batch["frames"], batch["frame_valid"]), bool(self.config.heads)
         if "tiles" not in batch:
-            return self.encode(batch["frames"], batch["frame_valid"], batch["frame_times"])
-        features = self._see(batch["frames"], batch["frame_valid"])
+            encoded = self.encode(*clip, batch["frame_times"])
+            return encoded if heads else Encoded(encoded.visual, None)
+        whole = self._see(*clip) if heads or self.connector.shows_whole else None
         tiles = self._see(batch["tiles"], jnp.ones(batch["tiles"].shape[:2], bool))
-        visual = self.connector.tiles(features, tiles, batch["tile_index"], batch["tile_weight"])
-        return Encoded(visual, features)
+        visual = self.connector.tiles(whole, tiles, batch["tile_index"], batch["tile_weight"])
+        return Encoded(visual, whole if heads else None)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """int32[...] -> float[..., D]; slot tokens of heads give the head's task vector."""

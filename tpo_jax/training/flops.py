@@ -67,19 +67,23 @@ def forward_flops(model_config: ModelConfig, batch: Any) -> dict[str, float]:
     def decode(params: Any, batch: Any) -> Any:
         return model.bind(params)(batch)
 
+    def run_heads(params: Any, outputs: Any, batch: Any) -> Any:
+        return model.bind(params).run_heads(outputs, batch)
+
     decoded, outputs = jax.make_jaxpr(decode, return_shape=True)(params, batch)
     vision = matmul_flops(encode, params, batch)
     rest = _count(decoded.jaxpr) - vision
-    if not model_config.heads:
-        # What heads alone read does not run, such as the whole of an image whose tiles are shown.
+    heads, predictions = jax.make_jaxpr(run_heads, return_shape=True)(params, outputs, batch)
+    if not predictions:
+        # What heads alone read does not run, such as the whole of an image whose tiles are shown:
+        # the compiler drops it where heads have no slot in a batch.
         vision = matmul_flops(lambda p, b: encode(p, b).visual, params, batch)
     return {
         "vision": vision,
         "language": rest,
         "lm_head": matmul_flops(lambda p, o, b: answer_scores(model.bind(p), o, b), params,
                                 outputs, batch),
-        "heads": matmul_flops(lambda p, o, b: model.bind(p).run_heads(o, b), params, outputs,
-                              batch),
+        "heads": traced_flops(heads),
     }  # fmt: skip
 
 

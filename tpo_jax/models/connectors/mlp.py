@@ -48,23 +48,32 @@ class MlpConnector(nnx.Module):
         x = pool_grid(x, self.config.pool, self.config.stride)
         return with_newlines(x, newline, self.config.newline)
 
+    @property
+    def shows_whole(self) -> bool:
+        """Whether tokens of an image in tiles are made of the whole image, too."""
+        return self.config.image == "newline"
+
     def tiles(
-        self, whole: VisionFeatures, tiles: VisionFeatures, index: jax.Array, weight: jax.Array
+        self,
+        whole: VisionFeatures | None,
+        tiles: VisionFeatures,
+        index: jax.Array,
+        weight: jax.Array,
     ) -> jax.Array:
         """Tokens float[B, V, D] of images in tiles.
 
         Args:
-          whole: of one frame, the whole image; UniRes does not use it.
+          whole: of one frame, the whole image; read if `shows_whole`.
           tiles: the T tiles as frames.
           index, weight: int32, float32[B, V, K], of `tiling.Tiling.tokens`; weights of tokens that
             are not there are 0.
         """
         patches = tiles.patches
-        if self.config.image == "newline":
+        if self.shows_whole:
             patches = jnp.concatenate([whole.patches, patches], axis=1)
         x = self.project(patches)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
-        if self.config.image == "newline":
+        if self.shows_whole:
             x = append_token(x, self.image_newline[...])
         tokens = jnp.zeros((*index.shape[:2], x.shape[-1]), jnp.float32)
         for k in range(index.shape[2]):  # K gathers: one of [B, V, K, D] would be K times as large
