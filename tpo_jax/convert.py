@@ -8,6 +8,7 @@ python -m tpo_jax.convert import --source=sam2.1-hiera-large --into=model --out=
 python -m tpo_jax.convert import --source=siglip2-so400m-patch16-naflex --into=qwen3 --out=model
 python -m tpo_jax.convert export --model=longva --out=exported --like=LongVA-7B
 python -m tpo_jax.convert export --model=model2 --out=exported --like=sam2.1-hiera-large
+python -m tpo_jax.convert export --model=onevision --out=exported --like=ONEVISION --like=SAM2
 python -m tpo_jax.convert check  --model=model --exported=exported   (needs torch, transformers)
 python -m tpo_jax.convert check  --model=longva --exported=LongVA-7B
 """
@@ -21,7 +22,7 @@ from etils import epath
 
 from tpo_jax.data.files import local_path, read_text
 from tpo_jax.errors import MissingFile, Parser, UserError, report
-from tpo_jax.interop import export, folder, sam2_model, siglip
+from tpo_jax.interop import export, folder, sam2, sam2_model, siglip
 from tpo_jax.interop.families import folder as families
 from tpo_jax.interop.families import source
 from tpo_jax.models.heads.listed import load_listed
@@ -32,8 +33,10 @@ EXPORT_EXAMPLES = """examples:
   python -m tpo_jax.convert export --model=tuned --out=exported --keep_adapters
   # back into the layout of a multimodal family that was imported
   python -m tpo_jax.convert export --model=longva --out=exported --like=LongVA-7B
-  # a model with the head sam2, its network as `transformers` has it
+  # a model with the head sam2, its network as `transformers` has it; one of a family likewise
   python -m tpo_jax.convert export --model=tuned --out=exported --like=sam2.1-hiera-large
+  python -m tpo_jax.convert export --model=tuned --out=exported \
+      --like=llava-onevision-qwen2-7b-ov-hf --like=sam2.1-hiera-large
 """
 IMPORT_EXAMPLES = """examples:
   # what `export` wrote, a Hugging Face language model, a multimodal family (docs/families.md)
@@ -66,21 +69,29 @@ def _refuse(flags: argparse.Namespace, what: str, *options: str) -> None:
 
 
 def _export(flags: argparse.Namespace) -> int:
-    if flags.like and siglip.is_tower(flags.like):
+    like, network = _likes(flags.like)
+    if like and siglip.is_tower(like):
         _refuse(flags, "a model of two parts", "set", "keep_adapters")
-        files = siglip.export_parts(flags.model, flags.out, flags.like)
-    elif flags.like and sam2_model.is_sam2(flags.like):
-        _refuse(flags, "a model with SAM 2", "set")
-        files = export.export_model(flags.model, flags.out, flags.keep_adapters, flags.like)
-    elif flags.like:
+        files = siglip.export_parts(flags.model, flags.out, like, network)
+    elif like:
         files = families.export_family(
-            flags.model, flags.out, flags.like, dict(flags.set), flags.keep_adapters
+            flags.model, flags.out, like, dict(flags.set), flags.keep_adapters, network
         )
     else:
-        _refuse(flags, "an export without --like", "set")
-        files = export.export_model(flags.model, flags.out, flags.keep_adapters)
+        _refuse(flags, "an export without --like of a published model", "set")
+        files = export.export_model(flags.model, flags.out, flags.keep_adapters, network)
     print(f"{flags.out}: " + ", ".join(files))
     return 0
+
+
+def _likes(folders: Sequence[str]) -> tuple[str | None, str | None]:
+    """(published folder of the model, that of its SAM 2), as many of the two as were given."""
+    networks = [like for like in folders if sam2.is_sam2(like)]
+    models = [like for like in folders if like not in networks]
+    for kind, found in (("a published model", models), ("SAM 2", networks)):
+        if len(found) > 1:
+            raise OptionError(f"--like: {', '.join(found)}: expected at most one folder of {kind}")
+    return next(iter(models), None), next(iter(networks), None)
 
 
 def _import(flags: argparse.Namespace) -> int:
@@ -163,8 +174,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--like",
-        help="published folder that the model was imported from, or the SAM 2 in it; writes its "
-        "layout",
+        action="append",
+        default=[],
+        help="published folder that the model was imported from, whose layout is written; once "
+        "more for the SAM 2 in it",
     )
     _add_set(command)
     command.set_defaults(run=_export)

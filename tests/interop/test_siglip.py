@@ -10,6 +10,7 @@ from tests.interop.language_folders import write_folder
 from tpo_jax import convert
 from tpo_jax.interop import folder, siglip
 from tpo_jax.interop.export import import_model
+from tpo_jax.interop.tensors import lazy
 from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.paths import flatten
@@ -93,6 +94,14 @@ def test_a_model_of_two_parts_lacks_its_connector_alone(parts, monkeypatch, caps
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(again[name]), name)
     assert run(monkeypatch, "import", given[0], f"--into={model}", f"--out={tmp_path / 'x'}") == 2
     assert "has eyes already" in capsys.readouterr().err
+    # What is of no part goes out beside them.
+    leaves["heads/sam2/network/no_memory"] = lazy(np.arange(3.0, dtype=np.float32))
+    folder.write_model(model, config.to_dict(), leaves, folder.load_codec(model))
+    assert run(monkeypatch, "export", *back, f"--out={out}") == 0
+    others = safetensors.numpy.load_file(out / "tpo.safetensors")
+    assert {name: list(x) for name, x in others.items()} == {
+        "heads/sam2/network/no_memory": [0.0, 1.0, 2.0]
+    }
 
 
 @pytest.mark.parametrize("kind, side", [("siglip", 224), ("siglip2", 256)])

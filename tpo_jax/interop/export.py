@@ -22,16 +22,16 @@ from tokenizers import Tokenizer
 
 from tpo_jax.data.text import ChatTemplate, TextCodec
 from tpo_jax.errors import UserError
-from tpo_jax.interop import folder, huggingface, peft, sam2, sam2_model
+from tpo_jax.interop import folder, huggingface, peft, sam2
+from tpo_jax.interop.families import beside
 from tpo_jax.interop.folder import SIDE_FILES, preprocessor
 from tpo_jax.interop.mapping import export_leaves, import_leaves
-from tpo_jax.interop.tensors import LazyArray, read_file, write_file
+from tpo_jax.interop.tensors import LazyArray, write_file
 from tpo_jax.models.config import ConnectorConfig, LanguageConfig, ModelConfig, VisionConfig
 
-FORMAT_VERSION = 1
 _RUNTIME = "tpo_torch.py"
 RUNTIME_HEADS = ("region", "temporal", "cg_detr", "mask")  # that the PyTorch file runs
-_ADAPTER, _SAM2 = "adapter", "sam2"
+_ADAPTER = "adapter"
 
 
 class ExportFolderError(UserError):
@@ -85,7 +85,7 @@ def _write_whole(
             raise ExportFolderError(
                 f"{model}: {part}.kind={getattr(config, part).kind!r} cannot be exported by "
                 f"itself, {_RUNTIME} runs only this project's own; give the published folder that "
-                "the model came from with --like"
+                f"the model came from with {'a --like of its own' if sam2_like else '--like'}"
             )
     _check_heads(model, config, sam2_like)
     if config.heads and config.box_encoder != "own":
@@ -106,14 +106,14 @@ def _write_whole(
     language = {path: leaf for path, leaf in leaves.items() if path.startswith("language/")}
     rest = {path: leaf for path, leaf in leaves.items() if path not in language}
     if sam2_like is not None:
-        rest = _write_sam2(out / _SAM2, config, rest, sam2_like)
+        rest = sam2.split_network(out / beside.SAM2, config.sam2, rest, sam2_like)
     write_language_model(out / "language_model", config.language, language, codec)
-    write_file(out / "tpo.safetensors", rest, {"format": "pt"})
+    write_file(out / beside.TENSORS, rest, {"format": "pt"})
     huggingface.write_json(out / "preprocessor_config.json", preprocessor(config))
     huggingface.write_json(
-        out / "tpo_config.json",
+        out / beside.CONFIG,
         {
-            "format_version": FORMAT_VERSION,
+            "format_version": beside.FORMAT_VERSION,
             "model": config.to_dict(),
             "template": codec.template.to_json(),
         },
@@ -122,31 +122,22 @@ def _write_whole(
     (out / _RUNTIME).write_bytes(runtime.read_bytes())
 
 
-def _write_sam2(
-    out: epath.Path, config: ModelConfig, leaves: Mapping[str, LazyArray], like: epath.PathLike
-) -> dict[str, LazyArray]:
-    """Writes the network of SAM 2 in the layout of `like`; returns the other leaves."""
-    network = {path: leaf for path, leaf in leaves.items() if path.startswith(sam2.PREFIX)}
-    sam2_model.write_network(out, config.sam2, network, like)
-    return {path: leaf for path, leaf in leaves.items() if path not in network}
-
-
 def _check_heads(
     model: epath.Path, config: ModelConfig, sam2_like: epath.PathLike | None
 ) -> None:
     """Refuses heads that have no place in the export, and a SAM 2 that the model does not have."""
-    apart = [sam2_model.NAME] if sam2_like is not None else []
+    apart = [sam2.NAME] if sam2_like is not None else []
     if unknown := [name for name in config.heads if name not in (*RUNTIME_HEADS, *apart)]:
         fix = "add them there and to RUNTIME_HEADS, or train without them"
-        if unknown == [sam2_model.NAME]:
+        if unknown == [sam2.NAME]:
             fix = "give the folder of SAM 2 that its network came from with --like"
         raise ExportFolderError(
             f"{model}: model.heads: {unknown} cannot be exported, {_RUNTIME} runs only "
             f"{list(RUNTIME_HEADS)}; {fix}"
         )
-    if apart and sam2_model.NAME not in config.heads:
+    if apart and sam2.NAME not in config.heads:
         raise ExportFolderError(
-            f"{model}: model.heads: {list(config.heads)}, without {sam2_model.NAME}, so nothing "
+            f"{model}: model.heads: {list(config.heads)}, without {sam2.NAME}, so nothing "
             f"goes out as {sam2_like}; leave --like out"
         )
 
@@ -207,11 +198,11 @@ def import_model(
     Returns: what to tell about it: {"kind", "heads", "ignored"}.
 
     Raises:
-      ExportFolderError: neither of them, or an export of another format version.
+      ExportFolderError, FamilyError: neither of them, or an export of another format version.
       MappingError: a tensor is missing, or one that no leaf uses is there.
     """
     path = epath.Path(source)
-    if not (path / "tpo_config.json").exists() and huggingface.model_type(path):
+    if not (path / beside.CONFIG).exists() and huggingface.model_type(path):
         return _import_language(path, out, chat_template, adapter)
     about = _read_config(path)
     if chat_template is not None:
@@ -219,10 +210,7 @@ def import_model(
     config = ModelConfig.from_dict(about["model"])
     rows = huggingface.language_rows(config.language, config.language.vocab_size)
     leaves = import_leaves(rows, huggingface.read_tensors(path / "language_model"))
-    leaves |= read_file(path / "tpo.safetensors")
-    if sam2_model.NAME in config.heads:
-        _, network = sam2.import_folder(path / _SAM2)
-        leaves |= {sam2.PREFIX + name: leaf for name, leaf in network.items()}
+    leaves |= beside.read_leaves(path, config.heads)
     if config.lora is not None:
         adapters, _ = peft.read_adapter(path / _ADAPTER, rows, leaves)
         leaves = peft.with_adapters(leaves, adapters)
@@ -273,16 +261,16 @@ def _difference(a: LazyArray, b: LazyArray) -> float:
 
 
 def _read_config(path: epath.Path) -> dict[str, Any]:
-    file = path / "tpo_config.json"
+    file = path / beside.CONFIG
     if not file.exists():
         raise ExportFolderError(
             f"{path}: has no tpo_config.json, so it is not a folder that `convert export` wrote, "
             f"and no config.json of {', '.join(huggingface.FAMILIES)}"
         )
-    about = json.loads(file.read_text())
-    if about["format_version"] != FORMAT_VERSION:
+    about = beside.read_about(file)
+    if "template" not in about:
         raise ExportFolderError(
-            f"{file}: format_version {about['format_version']}, this program reads "
-            f"{FORMAT_VERSION}; export the model again"
+            f"{file}: lay beside config.json of a multimodal family, which is missing or of no "
+            "family that this program has; copy the folder again"
         )
     return about

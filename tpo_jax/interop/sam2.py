@@ -6,6 +6,7 @@ the adapter beside it belongs to Task Preference Optimization and is in no publi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -13,17 +14,24 @@ from typing import Any
 from etils import epath
 
 from tpo_jax.errors import MissingFile
+from tpo_jax.interop.chat_template import read_json
 from tpo_jax.interop.families.base import FamilyError, only, said
 from tpo_jax.interop.families.towers import linear, norm
-from tpo_jax.interop.huggingface import read_tensors, write_tensors
+from tpo_jax.interop.huggingface import read_tensors, side_files, write_tensors
 from tpo_jax.interop.mapping import Row, export_leaves, import_leaves
 from tpo_jax.models.sam2_config import STAGES, Sam2Config
 
 MODEL_TYPE = "sam2_video"
-# Where the network lies in a model.
-PREFIX = "heads/sam2/network/"
+# The head, and where its network lies in a model.
+NAME = "sam2"
+PREFIX = f"heads/{NAME}/network/"
 # Saved with every checkpoint and read by nothing, there or here.
 IGNORED = ("no_memory_positional_encoding",)
+
+
+def is_sam2(source: epath.PathLike) -> bool:
+    """Whether a folder holds SAM 2 in the layout of `transformers`."""
+    return read_json(epath.Path(source) / "config.json").get("model_type") == MODEL_TYPE
 
 
 def import_folder(path: epath.PathLike) -> tuple[Sam2Config, dict[str, Any]]:
@@ -46,6 +54,32 @@ def import_folder(path: epath.PathLike) -> tuple[Sam2Config, dict[str, Any]]:
 def export_folder(out: epath.PathLike, config: Sam2Config, leaves: Mapping[str, Any]) -> None:
     """The inverse of `import_folder`, without its config.json."""
     write_tensors(epath.Path(out), export_leaves(sam2_rows(config), leaves))
+
+
+def split_network(
+    out: epath.Path, config: Sam2Config, leaves: Mapping[str, Any], like: epath.PathLike
+) -> dict[str, Any]:
+    """Writes a model's network as the folder of SAM 2 that `like` is, with its small files and the
+    tensor that nothing reads; returns the other leaves.
+
+    Args:
+      config: of the model.
+      leaves: of the model, by their whole paths.
+
+    Raises:
+      FamilyError: `like` is of another size.
+    """
+    published, _ = import_folder(like)
+    if dataclasses.replace(config, remat=published.remat) != published:
+        raise FamilyError(f"the model: sam2 is {config}, but {like} is {published}")
+    network = {path: leaf for path, leaf in leaves.items() if path.startswith(PREFIX)}
+    tensors = read_tensors(like)
+    carried = {name: tensors[name] for name in IGNORED if name in tensors}
+    out.mkdir()
+    write_tensors(out, export_leaves(sam2_rows(config, PREFIX), network) | carried)
+    for name, content in side_files(epath.Path(like)).items():
+        (out / name).write_bytes(content)
+    return {path: leaf for path, leaf in leaves.items() if path not in network}
 
 
 def sam2_config(config: Mapping[str, Any]) -> Sam2Config:

@@ -1,4 +1,4 @@
-"""Puts a published SAM 2 into a model folder, and takes it out again."""
+"""Puts a published SAM 2 into a model folder."""
 
 from __future__ import annotations
 
@@ -9,24 +9,14 @@ from typing import Any
 
 from etils import epath
 
-from tpo_jax.interop import folder, huggingface
-from tpo_jax.interop.chat_template import read_json
-from tpo_jax.interop.families.base import FamilyError
-from tpo_jax.interop.mapping import export_leaves
-from tpo_jax.interop.sam2 import IGNORED, MODEL_TYPE, PREFIX, import_folder, sam2_rows
+from tpo_jax.interop import folder
+from tpo_jax.interop.sam2 import NAME, PREFIX, import_folder
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import head
 from tpo_jax.models.heads.base import FRAME_TOKENS
-from tpo_jax.models.sam2_config import Sam2Config
 
-NAME = "sam2"
 # What the head needs beside the network; a model that has had no such head lacks some of it.
 _ADAPTER, _BOXES = f"heads/{NAME}/adapter", "box_encoder"
-
-
-def is_sam2(source: epath.PathLike) -> bool:
-    """Whether a folder holds SAM 2 in the layout of `transformers`."""
-    return read_json(epath.Path(source) / "config.json").get("model_type") == MODEL_TYPE
 
 
 def add_to_model(source: epath.PathLike, model: epath.PathLike, out: epath.PathLike) -> list[str]:
@@ -78,27 +68,3 @@ def _how_to_train(kept: tuple[str, ...], own: Mapping[str, Any]) -> str:
     missing = [name for name in needed if not any(path.startswith(name) for path in own)]
     lacks = f" and init_missing={json.dumps(missing)}" if missing else ""
     return f'train with model.preset="", model.heads={json.dumps(heads)}{lacks}'
-
-
-def write_network(
-    out: epath.Path, config: Sam2Config, leaves: Mapping[str, Any], like: epath.PathLike
-) -> None:
-    """Writes a model's network as the folder of SAM 2 that `like` is, with its small files and the
-    tensor that nothing reads.
-
-    Args:
-      config: of the model.
-      leaves: those of the model below `PREFIX`, by their whole paths.
-
-    Raises:
-      FamilyError: `like` is of another size.
-    """
-    published, _ = import_folder(like)
-    if dataclasses.replace(config, remat=published.remat) != published:
-        raise FamilyError(f"the model: sam2 is {config}, but {like} is {published}")
-    tensors = huggingface.read_tensors(like)
-    carried = {name: tensors[name] for name in IGNORED if name in tensors}
-    out.mkdir()
-    huggingface.write_tensors(out, export_leaves(sam2_rows(config, PREFIX), leaves) | carried)
-    for name, content in huggingface.side_files(epath.Path(like)).items():
-        (out / name).write_bytes(content)

@@ -15,6 +15,7 @@ from etils import epath
 from tpo_jax.interop import folder, huggingface, peft
 from tpo_jax.interop.chat_template import read_json
 from tpo_jax.interop.export import write_language_model
+from tpo_jax.interop.families import beside
 from tpo_jax.interop.families.base import FamilyError, assemble_parts, only, tower_config
 from tpo_jax.interop.families.towers import tower_rows
 from tpo_jax.interop.mapping import export_leaves, import_leaves
@@ -94,13 +95,20 @@ def add_to_language(
     ]
 
 
-def export_parts(model: epath.PathLike, out: epath.PathLike, like: epath.PathLike) -> list[str]:
+def export_parts(
+    model: epath.PathLike, out: epath.PathLike, like: epath.PathLike,
+    sam2_like: epath.PathLike | None = None,
+) -> list[str]:  # fmt: skip
     """Writes a model of `add_to_language` as it came: `vision`, in the layout of the SigLIP folder
-    `like` and with its text half, `language_model`, a Hugging Face folder, and the connector.
-    Returns what is in the folder, which appears whole or not at all.
+    `like` and with its text half, `language_model`, a Hugging Face folder, and the connector; heads
+    beside them (families/beside.py). Returns what is in the folder, which appears whole or not at
+    all.
+
+    Args:
+      sam2_like: folder of SAM 2 in whose layout the network of the head sam2 goes out.
 
     Raises:
-      FamilyError: the model has other eyes than `like`, or heads.
+      FamilyError: the model has other eyes than `like`, or another SAM 2 than `sam2_like`.
     """
     source, final = epath.Path(like), epath.Path(out)
     config, codec = folder.load_config(model), folder.load_codec(model)
@@ -108,10 +116,10 @@ def export_parts(model: epath.PathLike, out: epath.PathLike, like: epath.PathLik
     running = {name: getattr(tower, name) for name in ("remat", "unroll", "max_frames")}
     if config.vision.kind != tower.kind or dataclasses.replace(config.vision, **running) != tower:
         raise FamilyError(f"{model}: vision is {config.vision}, but {like} is {tower}")
-    if config.heads:
-        raise FamilyError(f"{model}: heads {list(config.heads)} have no place in the parts")
+    beside.check_sam2(model, config, like, sam2_like)
     leaves = folder.open_leaves(model)
     leaves = peft.merged_leaves(leaves, config.lora) if config.lora else leaves
+    leaves, others = beside.split(config, leaves)
     parts = {
         name: {path: leaf for path, leaf in leaves.items() if path.startswith(f"{name}/")}
         for name in ("vision", "connector", "language")
@@ -120,6 +128,8 @@ def export_parts(model: epath.PathLike, out: epath.PathLike, like: epath.PathLik
     if temporary.exists():
         temporary.rmtree()
     (temporary / "vision").mkdir(parents=True)
+    if others:
+        beside.write(temporary, config, others, sam2_like)
     tensors = export_leaves(tower_rows(tower, PREFIX, "vision_model."), parts["vision"])
     huggingface.write_tensors(temporary / "vision", huggingface.read_tensors(source) | tensors)
     for name, content in huggingface.side_files(source).items():

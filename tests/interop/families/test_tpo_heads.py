@@ -16,8 +16,10 @@ from flax import nnx
 from tokenizers import AddedToken
 
 from tests.interop.families.configs import VIDEOCHAT
+from tests.interop.families.test_beside import same_tensors, train_heads
 from tpo_jax.data.text import train_tokenizer
 from tpo_jax.interop import folder
+from tpo_jax.interop.export import largest_difference
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.folder import export_family, import_family
 from tpo_jax.interop.families.registry import family_of, from_leaves, to_leaves
@@ -138,6 +140,34 @@ def test_in_and_out_again(source, model, tmp_path):
         left, right = np.asarray(theirs[name]), np.asarray(ours[name])
         assert left.dtype == right.dtype and left.shape == right.shape, name
         assert left.tobytes() == right.tobytes(), name
+
+
+def test_heads_that_were_trained_without_those_of_the_release_lie_beside(source, tmp_path):
+    """Theirs stay carried, ours have another box encoder, which their layout has no place for."""
+    import_family(source, tmp_path / "base", {"heads": []})
+    train_heads(tmp_path / "base", tmp_path / "model", ("region",))
+    files = export_family(tmp_path / "model", tmp_path / "out", source)
+    assert {"tpo.safetensors", "tpo_config.json"} < set(files)
+    same_tensors(source, tmp_path / "out")
+    lines = import_family(tmp_path / "out", tmp_path / "back")
+    assert "heads: region" in lines and "  carried, not used: loc_decoder.0.weight" in lines
+    assert folder.load_config(tmp_path / "back") == folder.load_config(tmp_path / "model")
+    assert largest_difference(tmp_path / "back", tmp_path / "model") == 0.0
+
+
+def test_a_network_with_a_place_in_the_layout_does_not_go_out_apart(source, model, tmp_path):
+    with pytest.raises(FamilyError, match="which have their place in .*, so nothing goes out"):
+        export_family(model[0], tmp_path / "out", source, sam2_like="sam2.1")
+
+
+def test_a_network_of_another_size_has_no_place_in_the_layout(source, model, tmp_path):
+    config = folder.load_config(model[0])
+    other = dataclasses.replace(config, sam2=dataclasses.replace(config.sam2, memories=5))
+    leaves, codec = folder.open_leaves(model[0]), folder.load_codec(model[0])
+    folder.write_model(tmp_path / "model", other.to_dict(), leaves, codec)
+    wanted = "sam2 is .*memories=5.* is .*memories=4.*; put a SAM 2 of that size into the model"
+    with pytest.raises(FamilyError, match=wanted):
+        export_family(tmp_path / "model", tmp_path / "out", source)
 
 
 def float64(tensors, name):

@@ -1,7 +1,7 @@
 """Folders of published multimodal checkpoints, in and out, leaf by leaf.
 
 An import keeps the published folder as it is: what goes back out takes its config.json, its other
-files and its carried tensors from there.
+files and its carried tensors from there. Heads that have no place in its layout are in beside.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
+from tokenizers import Tokenizer
 
+from tpo_jax.data.text import TextCodec
 from tpo_jax.interop import folder, huggingface, peft
+from tpo_jax.interop.families import beside
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.registry import from_leaves, to_leaves
 from tpo_jax.interop.families.source import headed, open_source, read_config
@@ -22,6 +25,8 @@ from tpo_jax.models.config import ModelConfig
 ADAPTER = "adapter"
 # Modules have the names of `transformers` 5 in memory, on disk those of version 4.
 IN_MEMORY = ("model.",)
+# What to do about a part of another size, where the layout has a place for one size alone.
+_FIXES = {"sam2": "; put a SAM 2 of that size into the model, with import --into"}
 
 
 def option(text: str) -> tuple[str, Any]:
@@ -56,7 +61,8 @@ def import_family(
     opened = open_source(source, options, jinja)
     leaves = opened.leaves
     if adapter is not None:
-        rows = opened.family.rows(opened.config, peft.module_names(adapter))
+        config = beside.in_layout(opened.config)
+        rows = opened.family.rows(config, peft.module_names(adapter))
         leaves = peft.with_merged(leaves, adapter, rows)
     folder.write_model(
         out, opened.config.to_dict(), leaves, opened.codec,
@@ -76,15 +82,18 @@ def import_family(
 def export_family(
     model: epath.PathLike, out: epath.PathLike, like: epath.PathLike,
     options: Mapping[str, Any] | None = None, keep_adapters: bool = False,
+    sam2_like: epath.PathLike | None = None,
 ) -> list[str]:  # fmt: skip
     """Writes a model in the layout of the published folder `like`; returns the names of files.
 
     LoRA adapters are merged into their kernels, or written beside the model in PEFT's layout;
     where the published model has adapters itself (VideoChat), they go back to their place in it.
+    The tokenizer is the model's, which has the tokens of its heads.
 
     Args:
       options: entries of config.json that `like` lacks, as they were given to the import.
       keep_adapters: do not merge.
+      sam2_like: folder of SAM 2 in whose layout the network of the head sam2 goes out.
 
     Raises:
       AdapterError, FamilyError, MappingError: the model has other sizes than `like`, or parts that
@@ -93,45 +102,62 @@ def export_family(
     source, final = epath.Path(like), epath.Path(out)
     config, leaves = folder.load_config(model), folder.open_leaves(model)
     family, published, data = read_config(source, options or {})
+    beside.check_sam2(model, config, like, sam2_like)
     _same_sizes(model, config, like, published, ["vision", "connector", "language"])
     tensors = huggingface.read_tensors(source)
-    published = headed(family, published, data, tensors, config.heads)
-    _same_sizes(model, config, like, published, _further_parts(config, published))
-    apart = {}  # leaves of a model with adapters that are not merged
-    if config.lora is not None and published.lora is None:
-        lora, config = config.lora, dataclasses.replace(config, lora=None)
-        if keep_adapters:
-            apart, leaves = leaves, peft.without_adapters(leaves)
-        else:
-            leaves = peft.merged_leaves(leaves, lora)
+    layout, lora, with_adapters = beside.in_layout(config), config.lora, leaves
+    published = headed(family, published, data, tensors, layout.heads)
+    apart = lora is not None and published.lora is None  # its layout has no place for adapters
+    if apart:
+        layout = dataclasses.replace(layout, lora=None)
+        leaves = (peft.without_adapters(leaves) if keep_adapters
+                  else peft.merged_leaves(leaves, lora))  # fmt: skip
+    _same_sizes(model, layout, like, published, _further_parts(layout, published))
+    own, others = beside.split(config, leaves)
     _, carried = to_leaves(family, published, tensors)
-    theirs = from_leaves(family, config, leaves, carried, tensors.keys())
-    for name in theirs.keys() & tensors.keys():
-        if tuple(theirs[name].shape) != tuple(tensors[name].shape):
-            raise FamilyError(f"{model}: {name} would be {list(theirs[name].shape)}, but in {like} "
-                              f"it is {list(tensors[name].shape)}")  # fmt: skip
+    theirs = from_leaves(family, layout, own, carried, tensors.keys())
+    _same_shapes(model, theirs, like, tensors)
     temporary = final.with_name(final.name + ".tmp")
     if temporary.exists():
         temporary.rmtree()
     temporary.mkdir(parents=True)
-    if apart:
-        rows = family.rows(config, IN_MEMORY)
-        peft.write_adapter(temporary / ADAPTER, apart, lora, rows, whole_names=True)
+    if others:
+        beside.write(temporary, config, others, sam2_like)
+    if apart and keep_adapters:
+        rows = family.rows(layout, IN_MEMORY)
+        peft.write_adapter(temporary / ADAPTER, with_adapters, lora, rows, whole_names=True)
     huggingface.write_tensors(temporary, theirs)
-    for name, content in huggingface.side_files(source).items():
-        (temporary / name).write_bytes(content)
+    _write_side_files(temporary, source, folder.load_codec(model))
     if final.exists():
         final.rmtree()
     temporary.rename(final)
     return sorted(file.name for file in final.iterdir())
 
 
+def _write_side_files(out: epath.Path, source: epath.Path, codec: TextCodec) -> None:
+    """The small files of the published folder; the model's tokenizer where it has other tokens."""
+    for name, content in huggingface.side_files(source).items():
+        if name != beside.CONFIG:  # of another model that went out
+            (out / name).write_bytes(content)
+    file, tokenizer = out / "tokenizer.json", codec.tokenizer
+    if Tokenizer.from_str(file.read_text()).get_vocab() != tokenizer.get_vocab():
+        file.write_text(tokenizer.to_str(pretty=True))
+
+
 def _further_parts(config: ModelConfig, published: ModelConfig) -> list[str]:
     """What the heads of a model and the adapters of a published one make part of its layout."""
-    parts = ["box_encoder"] * bool(config.heads)
     sized = {"sam2": "sam2", "cg_detr": "head"}
-    parts += [part for name, part in sized.items() if name in config.heads]
+    parts = [part for name, part in sized.items() if name in config.heads]
     return parts + ["lora"] * (published.lora is not None)  # its adapters go where theirs are
+
+
+def _same_shapes(
+    model: epath.PathLike, ours: Mapping[str, Any], like: epath.PathLike, theirs: Mapping[str, Any]
+) -> None:
+    for name in ours.keys() & theirs.keys():
+        if tuple(ours[name].shape) != tuple(theirs[name].shape):
+            raise FamilyError(f"{model}: {name} would be {list(ours[name].shape)}, but in {like} "
+                              f"it is {list(theirs[name].shape)}")  # fmt: skip
 
 
 def _same_sizes(
@@ -141,7 +167,8 @@ def _same_sizes(
     for part in parts:
         ours, theirs = getattr(config, part), getattr(published, part)
         if _sizes(ours) != _sizes(theirs):
-            raise FamilyError(f"{model}: {part} is {ours}, but {like} is {theirs}")
+            fix = _FIXES.get(part, "")
+            raise FamilyError(f"{model}: {part} is {ours}, but {like} is {theirs}{fix}")
 
 
 def _sizes(part: Any) -> Any:

@@ -21,6 +21,7 @@ from tpo_jax.interop.chat_template import (
     read_processor_template,
     template_ids,
 )
+from tpo_jax.interop.families import beside
 from tpo_jax.interop.families.base import Family, FamilyError, Sampling
 from tpo_jax.interop.families.registry import FAMILIES, family_of, to_leaves
 from tpo_jax.interop.tensors import LazyArray
@@ -67,8 +68,14 @@ def open_source(
     tensors = huggingface.read_tensors(path)
     chosen = data.get("heads")
     chosen = [chosen] if isinstance(chosen, str) else chosen  # --set heads=region_mlp
-    config = headed(family, config, data, tensors, chosen)
+    others = beside.read(path)
+    if others is not None and chosen is not None:
+        raise FamilyError(f"heads: {chosen}: {path / beside.CONFIG} says which there are; leave "
+                          "--set heads out")  # fmt: skip
+    config = headed(family, config, data, tensors, [] if others else chosen)
     leaves, carried = to_leaves(family, config, tensors)
+    if others is not None:
+        config, leaves = others.joined(config), leaves | others.leaves
     codec = open_codec(path, options, jinja)
     if missing := set(tokens_of(config.heads)) - codec.task_tokens.keys():
         raise FamilyError(
