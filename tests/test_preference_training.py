@@ -22,7 +22,7 @@ from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.data.rows import kind_id
 from tpo_jax.generation import scoring, sidecar
-from tpo_jax.interop.folder import load_model, save_model
+from tpo_jax.interop.folder import load_model, save_model, write_model
 from tpo_jax.models.config import DTYPES
 from tpo_jax.models.presets import PRESETS
 from tpo_jax.parallel.mesh import make_mesh
@@ -31,6 +31,7 @@ from tpo_jax.training import config as training_config
 from tpo_jax.training import references
 from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.preemption import Preemption
+from tpo_jax.training.start import make_model_config
 from tpo_jax.training.writers import read_scalars
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
@@ -244,6 +245,22 @@ def test_the_second_round_refuses_the_sidecar_of_the_first(runs, tmp_path):
     message = str(error.value)
     assert f"weights: sidecar '{scored}', this run '{sidecar.hash_weights(params)}'" in message
     assert "preferences score` again" in message
+
+
+@pytest.mark.parametrize("preset", ["", "micro"])
+def test_the_second_round_does_not_switch_off_the_adapters_of_the_first(runs, tmp_path, preset):
+    """They are part of its reference. Whatever of the model a preset describes."""
+    config = get_config("longva_tpo.py", "recipe=realign", runs)
+    config.preference.reference, config.data.references = "adapters_off", []
+    training_config.validate(config)
+    model_config, codec = make_model_config(config)  # new adapters, on the base
+    round1 = tmp_path / "round1"
+    write_model(round1, model_config.to_dict(), {}, codec)
+    config.init_from, config.model.preset = str(round1), preset
+    with pytest.raises(ValueError, match=f"'adapters_off': {round1} has a LoRA.*Merge it.*'sidec"):
+        make_model_config(config)
+    config.preference.reference = "sidecar"
+    assert make_model_config(config)[0].lora == model_config.lora
 
 
 def test_a_row_brings_the_manipulated_frames_its_kind_and_its_duration(runs):
