@@ -132,6 +132,11 @@ def test_half_a_profiler_window_is_refused(profile):
             lambda c: c.update(accumulation=2, **_heads({"cg_detr/align": 1.0})),
             ["losses.cg_detr/align = 1.0", "compares rows of the whole batch", "accumulation=2"],
         ),
+        (
+            lambda c: c.update(_heads({"cg_detr/align": 1.0}))
+            or c.buckets.video.update(beside="image"),
+            ["buckets.video.beside = 'image'", "would change cg_detr/align"],
+        ),
     ],
 )
 def test_errors_name_option_value_reason_and_fix(change, expected):
@@ -206,6 +211,17 @@ def test_preference_options_that_cannot_be_used_are_named(options, accumulation,
     config.accumulation = accumulation
     with pytest.raises(ConfigError, match=expected):
         validate(config)
+
+
+def test_a_bucket_beside_another_is_refused_with_a_loss_that_compares_a_batch():
+    config = preference_config(loss="aot")
+    config.buckets.long = config.buckets.video.copy_and_resolve_references()
+    config.buckets.video.beside = "long"
+    expected = r"buckets.video.beside = 'long': would change aot, .*; set it to ''"
+    with pytest.raises(ConfigError, match=expected):
+        validate(config)
+    config.preference.loss = "sigmoid"
+    validate(config)
 
 
 def test_a_contrast_is_not_shown_to_a_blind_model():

@@ -16,7 +16,12 @@ from tpo_jax.data.evidence import MODES
 from tpo_jax.data.records import known_tasks
 from tpo_jax.errors import UserError
 from tpo_jax.models.heads import HEADS, heads_of
-from tpo_jax.training.config_checks import check_objective, check_optimizer, check_running
+from tpo_jax.training.config_checks import (
+    check_beside,
+    check_objective,
+    check_optimizer,
+    check_running,
+)
 from tpo_jax.training.config_checks import problem as _problem
 from tpo_jax.training.save_policy import SavePolicy
 
@@ -427,10 +432,12 @@ def _check_heads(config: ConfigDict) -> list[str]:
         if head and weight and head.task in set.intersection(*idle):
             fix = "take its task out of the idle of one, or set the weight to 0"
             problems.append(_problem(f"losses.{term}", weight, "runs in no bucket", fix))
-        coupled = any(term in HEADS[name].coupled for name in names)
-        if coupled and weight and config.accumulation > 1:
+        if not weight or not any(term in HEADS[name].coupled for name in names):
+            continue
+        if config.accumulation > 1:
             reason = f"compares rows of the whole batch, but accumulation={config.accumulation}"
             problems.append(_problem(f"losses.{term}", weight, reason, "set one to 0, or 1"))
+        problems += check_beside(config, f"would change {term}, which compares a whole batch")
     return problems
 
 
