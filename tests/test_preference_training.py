@@ -295,6 +295,21 @@ def test_contrast_needs_as_many_manipulated_frames_as_the_pair_shows(runs, tmp_p
     assert "error: " in error and "manipulated_indices: [1, 2], expected 8 frames" in error
 
 
+def test_a_fingerprint_is_of_the_kernel_for_rows_that_devices_share(runs, tmp_path, monkeypatch):
+    """On a GPU another one than for whole rows, so whoever scores has to say how many share."""
+    monkeypatch.setattr(sidecar, "best_backend", lambda *about: f"kernel for {about[-1]}")
+    config = get_config("longva_tpo.py", "recipe=realign", runs)
+    for context, name in ((1, "kernel for 1"), (2, "kernel for 2"), (-1, "kernel for 8")):
+        config.mesh.update(data=1, fsdp=1, context=context)
+        with pytest.raises(sidecar.SidecarMismatch, match=f"this run '{name}'"):
+            references.read_references(config)
+    made = {}
+    monkeypatch.setattr(scoring, "Parts", lambda out, fingerprint, *_: made.update(f=fingerprint))
+    with pytest.raises(AttributeError):  # of None
+        score(runs, tmp_path / "r.npz", "--context=2")
+    assert made["f"].attention == "kernel for 2"
+
+
 def test_every_dtype_has_a_tolerance():
     assert set(references.TOLERANCE) == set(DTYPES)
 

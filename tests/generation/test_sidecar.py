@@ -72,6 +72,14 @@ def test_older_sidecars_hold_however_the_model_runs():
     assert large.attention == "splash"
 
 
+def test_the_kernel_is_that_of_the_devices_and_of_how_many_share_a_row():
+    codec = TextCodec(train_tokenizer(["a red square"], 270))
+    gpus = {devices: sidecar.Fingerprint.of(preset("llava_video_7b"), {}, codec, 8, platform="gpu",
+                                            context=devices) for devices in (1, 2)}
+    assert {devices: found.attention for devices, found in gpus.items()} == {1: "cudnn", 2: "xla"}
+    assert gpus[1].model != gpus[2].model
+
+
 def test_merge_joins_and_refuses_twice_and_mixed_conditions():
     joined = sidecar.merge([make(["a"]), make(["b", "c"])])
     assert sorted(joined.logps) == ["a", "b", "c"]

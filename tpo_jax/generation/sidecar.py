@@ -96,16 +96,19 @@ class Fingerprint:
 
     @classmethod
     def of(cls, config: ModelConfig, params: Any, codec: TextCodec, frames: int | Iterable[int],
-           media: str = "video", contrast: bool = False, platform: str = "") -> Fingerprint:
+           media: str = "video", contrast: bool = False, platform: str = "",
+           context: int = 1) -> Fingerprint:
         """The fingerprint of a model that scores clips in buckets of `frames` frames.
 
         With `contrast` chosen answers are scored under the manipulated frames as well. `platform`
-        is that of the devices that score, "" this process's own.
+        is that of the devices that score, "" this process's own, and `context` how many of them
+        share a row: both choose the kernel.
         """
         attention = config.language.attention
         if attention == "auto":
             attention = best_backend(
-                platform or jax.default_backend(), config.dtype, config.language.head_dim)
+                platform or jax.default_backend(), config.dtype, config.language.head_dim,
+                context)
         sizes = sorted({frames} if isinstance(frames, int) else set(frames))
         # What changes speed and memory only, or training only, is no difference.
         language = dataclasses.replace(config.language, dropout=0.0)
