@@ -198,8 +198,8 @@ def test_sidecars_must_belong_to_the_weights_and_to_every_pair(data, tmp_path):
     fingerprint = sidecar.Fingerprint.of(model_config, params, codec, 4, platform="tpu")
     seen = {}
 
-    def note(pair, frames, prefix, tokens):
-        seen[pair] = sidecar.hash_row(frames, prefix, tokens, pad_id=codec.pad_id)
+    def note(pair, frames, stored, prefix, tokens):
+        seen[pair] = sidecar.hash_row(frames, stored, prefix, tokens, pad_id=codec.pad_id)
         return np.zeros((2, 16), np.float32)
 
     Pipeline(to_dict(config)["data"]["train"], codec, model_config, (),

@@ -258,7 +258,9 @@ def digest_of(builder: RowBuilder, plan: RowPlan) -> str:
     """`hash_row` of a pair, as the data pipeline asks for it."""
     prefix, branches = builder.tokens(plan)
     rows = [branch.ids for branch in branches]
-    return sidecar.hash_row(builder.shown_frames(plan), prefix, *rows, pad_id=builder.codec.pad_id)
+    stored = plan.dataset.video_info(plan.video_id).stored
+    return sidecar.hash_row(
+        builder.shown_frames(plan), stored, prefix, *rows, pad_id=builder.codec.pad_id)
 
 
 def frame_counts(text: str) -> tuple[int, ...]:
