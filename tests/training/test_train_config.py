@@ -256,21 +256,27 @@ def test_parse_arg_is_typed():
     assert (arg.stage, arg.tiny, arg.rate, arg.data) == (2, True, 1e-3, "gs://a/b=c")
     assert parse_arg(None, stage=1).stage == 1
     assert parse_arg("tiny=false", tiny=True).tiny is False
+    assert parse_arg("frames=8+16", frames=()).frames == (8, 16)
+    assert parse_arg("frames=8", frames=()).frames == (8,) != parse_arg("", frames=()).frames
 
 
 @pytest.mark.parametrize(
     ("arg", "match"),
     [
-        ("stag=2", r"unknown key 'stag'; known: stage=1, tiny=False"),
+        ("stag=2", r"unknown key 'stag'; known: stage=1, tiny=False, frames=\(\)"),
         ("stage=two", "expected int, got 'two'"),
         ("stage", "expected int, got 'true'"),
         ("tiny=yes", "expected true or false"),
         ("stage=1,stage=2", "given twice"),
+        ("frames=8+x", r"'frames=8\+x': expected a whole number.*8\+16\+32, got '8\+x'"),
+        ("frames=8+8", "different ones"),
+        ("frames=-8", "whole number"),
+        ("frames", "got 'true'"),
     ],
 )
 def test_parse_arg_errors(arg, match):
     with pytest.raises(ConfigError, match=match):
-        parse_arg(arg, stage=1, tiny=False)
+        parse_arg(arg, stage=1, tiny=False, frames=())
 
 
 def test_resume_may_change_only_what_does_not_change_the_run():
