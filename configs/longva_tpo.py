@@ -9,13 +9,14 @@
 `runs` holds base/ (the model folder to start from), data/train and pairs/. `recipe` is one of
 
   tpo      DPO + 0.5 SFT, beta 0.3, 4e-6, 64 pairs a step, one epoch, language model and projector
-  hound    LLaVA-Hound-DPO (2404.01258): beta 0.1, no SFT, 5e-7, 128 pairs, 3 epochs, language model
+  hound    LLaVA-Hound-DPO (2404.01258): beta 0.1, no SFT, 5e-7, 128 pairs, 3 epochs, language
+           model, 10 frames (published: 8 to 10)
   realign  Re-Align's rDPO (2502.13146): beta 0.1, DPO + the conditional term, whose contrast here
            is the pair's manipulated frames; LoRA of rank 128, 1e-6. Score with --contrast
   mdpo     mDPO (2406.11839): as realign with the anchor term, LoRA of rank 64, 1e-5, 3 epochs, 32
 
 `pairs` is how many the manifest holds, from which steps follow; `frames` those of a clip, 8 to 512,
-without it 32; several make a bucket each (frames=8+16+32; weights and
+without it the recipe's (32, of hound 10); several make a bucket each (frames=8+16+32; weights and
 `--frames` of the other commands: docs/preferences.md, "Clips of several lengths"); `context` the
 devices that share a row, for long ones (docs/preferences.md); `tiny` a few steps on small shapes,
 for tests, of at most 8 frames.
@@ -37,7 +38,7 @@ ARGUMENTS = {
     "context": 1, "tiny": False,
 }  # fmt: skip
 # Where the argument names none. Re-Align and mDPO were published on images: theirs are tpo's.
-FRAMES = {"tpo": 32, "hound": 32, "realign": 32, "mdpo": 32}
+FRAMES = {"tpo": 32, "hound": 10, "realign": 32, "mdpo": 32}
 # The eight kinds of the published questions.
 KINDS = [
     "temporal", "action", "causal", "information_extraction", "descriptive", "summarization",
