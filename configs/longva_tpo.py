@@ -9,14 +9,17 @@
 `runs` holds base/ (the model folder to start from), data/train and pairs/. `recipe` is one of
 
   tpo      DPO + 0.5 SFT, beta 0.3, 4e-6, 64 pairs a step, one epoch, language model and projector
-  hound    LLaVA-Hound-DPO (2404.01258): beta 0.1, no SFT, 5e-7, 128 pairs, 3 epochs, language model
+  hound    LLaVA-Hound-DPO (2404.01258): beta 0.1, no SFT, 5e-7, 128 pairs, 3 epochs, language
+           model, 10 frames (published: 8 to 10)
   realign  Re-Align's rDPO (2502.13146): beta 0.1, DPO + the conditional term, whose contrast here
            is the pair's manipulated frames; LoRA of rank 128, 1e-6. Score with --contrast
   mdpo     mDPO (2406.11839): as realign with the anchor term, LoRA of rank 64, 1e-5, 3 epochs, 32
 
-`pairs` is how many the manifest holds, from which steps follow; `frames` those of a clip, 8 to 512;
-`context` the devices that share a row, for long ones (docs/preferences.md); `tiny` a few steps on
-small shapes, for tests.
+`pairs` is how many the manifest holds, from which steps follow; `frames` those of a clip, 8 to 512,
+without it the recipe's (32, of hound 10); several make a bucket each (frames=8+16+32; weights and
+`--frames` of the other commands: docs/preferences.md, "Clips of several lengths"); `context` the
+devices that share a row, for long ones (docs/preferences.md); `tiny` a few steps on small shapes,
+for tests, of at most 8 frames.
 """
 
 from ml_collections import ConfigDict
@@ -31,9 +34,11 @@ from tpo_jax.training.config import (
 from tpo_jax.training.families import run_large
 
 ARGUMENTS = {
-    "recipe": "tpo", "runs": "runs/longva", "init": "", "pairs": 10_000, "frames": 32,
+    "recipe": "tpo", "runs": "runs/longva", "init": "", "pairs": 10_000, "frames": (),
     "context": 1, "tiny": False,
 }  # fmt: skip
+# Where the argument names none. Re-Align and mDPO were published on images: theirs are tpo's.
+FRAMES = {"tpo": 32, "hound": 10, "realign": 32, "mdpo": 32}
 # The eight kinds of the published questions.
 KINDS = [
     "temporal", "action", "causal", "information_extraction", "descriptive", "summarization",
@@ -75,18 +80,25 @@ def make_config(arg: ConfigDict, *, beta: float, sft: float, rate: float) -> Con
     if arg.tiny:
         batch_size, config.steps = 4, 4
         config.lora.rank = min(config.lora.rank, 2)
-    config.buckets = {
-        "pairs": bucket_config(
-            media="video", batch_size=batch_size, frames=8 if arg.tiny else arg.frames,
-            question=48 if arg.tiny else 256, branches=2, branch_tokens=64 if arg.tiny else 320,
-            answers=48 if arg.tiny else 256, windows=1,
-        )
-    }  # fmt: skip
+    frames = arg.frames or (FRAMES[arg.recipe],)
+    config.buckets = _buckets(batch_size, frames, arg.tiny)
     config.mesh = {"data": 1, "fsdp": -1, "context": arg.context, "tensor": 1}
     config.checkpoint.update(every=50, keep=1)
     config.log_every = 1 if arg.tiny else 5
     config.eval_every = 0
     return config
+
+
+def _buckets(batch_size: int, frames: tuple[int, ...], tiny: bool) -> dict[str, dict]:
+    """One of pairs for each number of frames, all of one weight."""
+    sizes = sorted({min(count, 8) for count in frames} if tiny else frames)
+    return {
+        "pairs" if len(sizes) == 1 else f"pairs{count}": bucket_config(
+            media="video", batch_size=batch_size, frames=count, question=48 if tiny else 256,
+            branches=2, branch_tokens=64 if tiny else 320, answers=48 if tiny else 256, windows=1,
+        )
+        for count in sizes
+    }  # fmt: skip
 
 
 def _tpo(config: ConfigDict) -> tuple[int, int]:

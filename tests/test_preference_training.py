@@ -22,7 +22,7 @@ from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.data.rows import kind_id
 from tpo_jax.generation import scoring, sidecar
-from tpo_jax.interop.folder import load_model, save_model
+from tpo_jax.interop.folder import load_model, save_model, write_model
 from tpo_jax.models.config import DTYPES
 from tpo_jax.models.presets import PRESETS
 from tpo_jax.parallel.mesh import make_mesh
@@ -31,6 +31,7 @@ from tpo_jax.training import config as training_config
 from tpo_jax.training import references
 from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.preemption import Preemption
+from tpo_jax.training.start import make_model_config
 from tpo_jax.training.writers import read_scalars
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
@@ -195,21 +196,17 @@ def test_pairs_come_in_buckets_of_the_frames_of_their_clips(runs, tmp_path, caps
     manifest = tmp_path / "both.jsonl"
     manifest.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     score(runs, tmp_path / "both.npz", "--frames=4,8", pairs=manifest)
-    config = get_config("longva_tpo.py", "recipe=tpo", runs)
+    config = get_config("longva_tpo.py", "recipe=tpo,frames=8+4", runs)
     config.data.references = [str(tmp_path / "both.npz")]
     config.data.train[0]["pairs"] = str(tmp_path / "both.jsonl")
-    long = config.buckets.pairs
-    long.branches = 3
-    short = long.copy_and_resolve_references()
-    short.frames = 4
-    config.buckets = {"long": long, "short": short}
-    training_config.validate(config)
+    for bucket in config.buckets.values():
+        bucket.branches = 3
     records = train(config, tmp_path / "run")
     said = capsys.readouterr().err
-    assert "compiled bucket 'short'" in said and "compiled bucket 'long'" in said
+    assert "compiled bucket 'pairs4'" in said and "compiled bucket 'pairs8'" in said
     assert "references hold: " in said
     used = {name for record in records for name in record if name.startswith("train/padding/")}
-    assert used == {"train/padding/short", "train/padding/long"}
+    assert used == {"train/padding/pairs4", "train/padding/pairs8"}
     assert records[0]["train/preference/sigmoid"] == pytest.approx(np.log(2), abs=1e-4)
 
     config.data.references = [str(runs / "pairs" / "reference.npz")]
@@ -246,6 +243,22 @@ def test_the_second_round_refuses_the_sidecar_of_the_first(runs, tmp_path):
     assert "preferences score` again" in message
 
 
+@pytest.mark.parametrize("preset", ["", "micro"])
+def test_the_second_round_does_not_switch_off_the_adapters_of_the_first(runs, tmp_path, preset):
+    """They are part of its reference. Whatever of the model a preset describes."""
+    config = get_config("longva_tpo.py", "recipe=realign", runs)
+    config.preference.reference, config.data.references = "adapters_off", []
+    training_config.validate(config)
+    model_config, codec = make_model_config(config)  # new adapters, on the base
+    round1 = tmp_path / "round1"
+    write_model(round1, model_config.to_dict(), {}, codec)
+    config.init_from, config.model.preset = str(round1), preset
+    with pytest.raises(ValueError, match=f"'adapters_off': {round1} has a LoRA.*Merge it.*'sidec"):
+        make_model_config(config)
+    config.preference.reference = "sidecar"
+    assert make_model_config(config)[0].lora == model_config.lora
+
+
 def test_a_row_brings_the_manipulated_frames_its_kind_and_its_duration(runs):
     config, _, codec = load_model(runs / "base")
     dataset = PairedDataset("memory", runs / "pairs" / "pairs.jsonl")
@@ -278,26 +291,41 @@ def test_contrast_needs_as_many_manipulated_frames_as_the_pair_shows(runs, tmp_p
     assert "error: " in error and "manipulated_indices: [1, 2], expected 8 frames" in error
 
 
+def test_a_fingerprint_is_of_the_kernel_for_rows_that_devices_share(runs, tmp_path, monkeypatch):
+    """On a GPU another one than for whole rows, so whoever scores has to say how many share."""
+    monkeypatch.setattr(sidecar, "best_backend", lambda *about: f"kernel for {about[-1]}")
+    config = get_config("longva_tpo.py", "recipe=realign", runs)
+    for context, name in ((1, "kernel for 1"), (2, "kernel for 2"), (-1, "kernel for 8")):
+        config.mesh.update(data=1, fsdp=1, context=context)
+        with pytest.raises(sidecar.SidecarMismatch, match=f"this run '{name}'"):
+            references.read_references(config)
+    made = {}
+    monkeypatch.setattr(scoring, "Parts", lambda out, fingerprint, *_: made.update(f=fingerprint))
+    with pytest.raises(AttributeError):  # of None
+        score(runs, tmp_path / "r.npz", "--context=2")
+    assert made["f"].attention == "kernel for 2"
+
+
 def test_every_dtype_has_a_tolerance():
     assert set(references.TOLERANCE) == set(DTYPES)
 
 
 @pytest.mark.parametrize(
-    ("file", "recipe", "loss", "beta", "sft", "rate", "steps"),
+    ("file", "recipe", "loss", "beta", "sft", "rate", "steps", "frames"),
     [
-        ("longva_tpo.py", "tpo", "sigmoid", 0.3, 0.5, 4e-6, 157),
-        ("llava_video_tpo.py", "tpo", "sigmoid", 0.2, 1.0, 3e-7, 157),
-        ("longva_tpo.py", "hound,pairs=17000", "sigmoid", 0.1, 0.0, 5e-7, 399),
-        ("longva_tpo.py", "mdpo", ["sigmoid", "conditional", "anchor"], 0.1, 0.0, 1e-5, 938),
+        ("longva_tpo.py", "tpo", "sigmoid", 0.3, 0.5, 4e-6, 157, 32),
+        ("llava_video_tpo.py", "tpo", "sigmoid", 0.2, 1.0, 3e-7, 157, 32),
+        ("longva_tpo.py", "hound,pairs=17000", "sigmoid", 0.1, 0.0, 5e-7, 399, 10),
+        ("longva_tpo.py", "mdpo", ["sigmoid", "conditional", "anchor"], 0.1, 0.0, 1e-5, 938, 32),
     ],
 )
-def test_published_numbers(file, recipe, loss, beta, sft, rate, steps):
+def test_published_numbers(file, recipe, loss, beta, sft, rate, steps, frames):
     config = runpy.run_path(str(CONFIGS / file))["get_config"](f"recipe={recipe}")
     training_config.validate(config)
     got = config.preference
     assert (got.loss, got.beta, got.sft, config.steps) == (loss, beta, sft, steps)
     assert config.trainable[0][1] == rate and config.optimizer.warmup == 0.1
-    assert config.buckets.pairs.frames == 32
+    assert config.buckets.pairs.frames == frames
 
 
 @pytest.mark.parametrize("frames", [8, 16, 32, 64, 96, 128, 256, 512])
@@ -315,6 +343,17 @@ def test_every_number_of_frames_can_be_declared(file, preset, a_frame, frames):
     bucket = Bucket.from_config("pairs", config.buckets.pairs.to_dict())
     prefix = batch_spec(bucket, model_config)["prefix_tokens"].shape[1]
     assert prefix == model_config.visual_offset + frames * a_frame + 1 + bucket.question
+
+
+def test_several_numbers_of_frames_are_a_bucket_each():
+    get_config = runpy.run_path(str(CONFIGS / "longva_tpo.py"))["get_config"]
+    config = get_config("frames=64+8+16,recipe=hound")
+    training_config.validate(config)
+    frames = {name: bucket.frames for name, bucket in config.buckets.items()}
+    assert frames == {"pairs8": 8, "pairs16": 16, "pairs64": 64}
+    assert {bucket.weight for bucket in config.buckets.values()} == {1.0}
+    with pytest.raises(training_config.ConfigError, match="unknown key '16'; known: .*frames"):
+        get_config("frames=8,16")
 
 
 def test_an_unknown_recipe_is_named():

@@ -7,6 +7,7 @@ import pytest
 from processes import QUICK, finish, start
 
 from experiments.temporal_preference import needles, report, runs, studies
+from experiments.temporal_preference.__main__ import RESULTS
 from tpo_jax.data.moving_shapes import render, simulate
 from tpo_jax.evaluation import results
 from tpo_jax.evaluation.bootstrap import ItemScores
@@ -160,6 +161,21 @@ def test_every_study_is_judged_drawn_and_written(name, tmp_path):
     seen = sum("hidden" not in condition for condition in conditions)
     assert page.count(f"| {study.models[1]} | 0.750 [") >= seen
     assert (tmp_path / "results" / f"{name}.png").stat().st_size > 1000
+
+
+def test_the_page_is_of_the_figures_beside_it_and_says_what_the_untrained_base_gains():
+    files = {name: RESULTS / f"{name}.json" for name in studies.STUDIES}
+    records = [json.loads(file.read_text()) for file in files.values()]
+    page = report.render(records)
+    assert page == (RESULTS / "README.md").read_text()
+    assert page.count("which no pair trained") == 1
+    assert "gives +0.143. Between the same two the base, " in page and "gains +0.170 (0.5" in page
+    assert "(0.552 to 0.723), no less: this comparison **says nothing about preferences**." in page
+    frames = records[list(files).index("frames")]
+    for row in frames["rows"]:
+        if (row["model"], row["condition"], row["metric"]) == ("base", "8 frames", studies.QA):
+            row["value"] = 0.7
+    assert "gains +0.023 (0.700 to 0.723), less." in report.render(records)
 
 
 def test_a_needle_is_the_same_wherever_it_is_and_everything_around_is_still():

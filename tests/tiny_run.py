@@ -64,7 +64,8 @@ def write_prepared(folder: pathlib.Path, videos: int, seed: int) -> None:
         writer.close()
         tables.write_metadata(path, table, "raw", [len(rows)])
     (folder / "index.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in index))
-    (folder / "prepared.json").write_text(json.dumps({"format_version": FORMAT_VERSION}))
+    settings = {"format_version": FORMAT_VERSION, "encoding": "raw"}
+    (folder / "prepared.json").write_text(json.dumps(settings))
 
 
 def _example(video: str, task: str, turns: tuple[Turn, ...], targets: dict) -> Example:

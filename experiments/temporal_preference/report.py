@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -142,9 +143,35 @@ def render(records: list[Mapping[str, Any]]) -> str:
                 f"| {record['study']}: {claim['text']} | {claim['published']} | "
                 f"{_signed(claim['difference'])} | {claim['verdict']} |"
             )
+    for note in (note for record in records for note in _untrained(record)):
+        lines += ["", note]
     for record in records:
         lines += ["", *_section(record)]
     return "\n".join(lines) + "\n"
+
+
+def _untrained(record: Mapping[str, Any]) -> list[str]:
+    """What the untrained base does between the conditions of each claim that compares one trained
+    model under two of them: a gain that it has as well is none of training."""
+    study, scale = STUDIES[record["study"]], types.SimpleNamespace(**record["scale"])
+    values = {(r["model"], r["condition"], r["metric"]): r["value"] for r in record["rows"]}
+    notes = []
+    for claim, judged in zip(study.claims, record["claims"], strict=True):
+        more, less = claim.more(scale), claim.less(scale)
+        if more.model != less.model:
+            continue
+        low, high = (values[study.models[0], at.condition, at.metric] for at in (less, more))
+        gain = judged["difference"]["value"]
+        means = (
+            "no less: this comparison **says nothing about preferences**"
+            if high - low >= gain else "less"
+        )  # fmt: skip
+        notes.append(
+            f"`{record['study']}: {claim.text}` compares one model under two conditions and gives "
+            f"{gain:+.3f}. Between the same two the {study.models[0]}, which no pair trained, "
+            f"gains {high - low:+.3f} ({low:.3f} to {high:.3f}), {means}."
+        )
+    return notes
 
 
 def _section(record: Mapping[str, Any]) -> list[str]:

@@ -55,7 +55,9 @@ def test_frames_are_those_of_the_decoder(prepared):
     assert (info.media, info.num_frames, info.height, info.width) == ("video", 80, 48, 64)
     assert info.duration == pytest.approx(10)
     np.testing.assert_allclose(info.timestamps, truth.timestamps)
-    tolerance = 0 if dataset.settings["encoding"] == "raw" else 2
+    encoding = dataset.settings["encoding"]
+    assert info.stored == f"48 x 64 {encoding}"
+    tolerance = 0 if encoding == "raw" else 2
     for indices in ([0, 79, 31, 32, 32, 5], [33, 33], list(range(80)), []):
         got = dataset.frames("long.mp4", np.array(indices, int))
         want = truth.frames[indices].astype(int) if indices else np.zeros((0, 48, 64, 3))

@@ -209,13 +209,13 @@ def test_pair_rows_hold_the_question_once_and_both_answers(codec, model):
 def test_reference_logps_are_looked_up_with_what_they_belong_to(codec, model):
     calls = []
 
-    def reference(pair, frames, prefix, branches):
-        calls.append((pair, frames[:, 0].tolist(), prefix.shape, branches.shape))
+    def reference(pair, frames, stored, prefix, branches):
+        calls.append((pair, frames[:, 0].tolist(), stored, prefix.shape, branches.shape))
         return np.full((2, 36), float(pair[1]), np.float32)
 
     pipeline = make(codec, model, buckets=[PAIR], reference=reference)
     assert sorted({c[0] for c in calls}) == [f"v{i}/pair" for i in range(5)]  # checked up front
-    assert calls[0][1:] == ([0, 8, 16, 24], (27,), (2, 40))
+    assert calls[0][1:] == ([0, 8, 16, 24], "32 x 32 raw", (27,), (2, 40))
     _, _, plans = pipeline.plans(0)
     _, batch = pipeline.batch(0)
     assert [float(plan.video_id[1]) for plan in plans] == batch["reference_logps"][:, 0, 0].tolist()
@@ -250,7 +250,7 @@ def test_a_row_holds_every_rejected_answer_and_room_for_more(codec, model):
     bucket = dataclasses.replace(PAIR, branches=4)
     shapes = []
 
-    def reference(name, frames, prefix, branches):
+    def reference(name, frames, stored, prefix, branches):
         shapes.append(branches.shape)
         return np.arange(3, dtype=np.float32)[:, None] * np.ones(PAIR.answers, np.float32) - 5
 

@@ -108,7 +108,7 @@ def test_the_same_sources_in_another_order_change_nothing(codec):
 def test_four_hosts_then_two_then_eight_read_the_same_global_batches(codec):
     """With weights, two buckets, shared prefixes and reference log-probabilities."""
 
-    def reference(pair, frames, prefix, branches):
+    def reference(pair, frames, stored, prefix, branches):
         return np.full((2, 40), float(len(pair) + branches.sum() % 97), np.float32)
 
     whole = make(codec, {"a": 1.0, "b": 2.0}, reference=reference)

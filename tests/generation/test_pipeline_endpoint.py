@@ -192,6 +192,43 @@ def test_the_budget_of_money_and_what_malformed_replies_cost(server, clock):
     assert len(server.requests) == 3
 
 
+@pytest.mark.parametrize(
+    ("body", "most"),
+    [
+        ({}, 20),
+        ({"max_tokens": 300}, 300),
+        ({"max_tokens": None, "max_completion_tokens": 400}, 400),
+        ({"max_completion_tokens": 7}, 20),  # beside max_tokens, which may be the one that holds
+        ({"n": 3}, 60),
+        ({"max_tokens": None, "max_completion_tokens": 400, "n": 2}, 800),
+    ],
+)
+def test_a_budget_reserves_the_reply_that_the_body_allows(server, clock, body, most):
+    """15 are spent by the first request; the next may need 10 and the longest reply."""
+    enough = client(server, clock, Budget(max_tokens=15 + 10 + most), body=body)
+    ask(enough)
+    ask(enough)
+    short = client(server, clock, Budget(max_tokens=15 + 10 + most - 1), body=body)
+    ask(short)
+    with pytest.raises(BudgetSpent, match=f"15 are spent .* may need {10 + most}. Raise"):
+        ask(short)
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"max_tokens": None}, "max_tokens: null and no max_completion_tokens.*any length"),
+        ({"n": 0}, "--endpoint_body: n: 0, expected a whole number"),
+        ({"max_tokens": "400"}, "--endpoint_body: max_tokens: '400', expected a whole number"),
+    ],
+)
+def test_a_body_without_a_limit_is_refused_with_a_budget_alone(server, clock, body, message):
+    with pytest.raises(ValueError, match=message):
+        client(server, clock, Budget(max_tokens=100), body=body)
+    assert ask(client(server, clock, body=body)).text == "fine" and len(server.requests) == 1
+
+
 def test_a_budget_needs_prices_and_replies_that_tell_their_usage(server, clock):
     with pytest.raises(ValueError, match="--max_cost=1: needs --prompt_price"):
         Budget(max_cost=1)

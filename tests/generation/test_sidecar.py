@@ -72,6 +72,14 @@ def test_older_sidecars_hold_however_the_model_runs():
     assert large.attention == "splash"
 
 
+def test_the_kernel_is_that_of_the_devices_and_of_how_many_share_a_row():
+    codec = TextCodec(train_tokenizer(["a red square"], 270))
+    gpus = {devices: sidecar.Fingerprint.of(preset("llava_video_7b"), {}, codec, 8, platform="gpu",
+                                            context=devices) for devices in (1, 2)}
+    assert {devices: found.attention for devices, found in gpus.items()} == {1: "cudnn", 2: "xla"}
+    assert gpus[1].model != gpus[2].model
+
+
 def test_merge_joins_and_refuses_twice_and_mixed_conditions():
     joined = sidecar.merge([make(["a"]), make(["b", "c"])])
     assert sorted(joined.logps) == ["a", "b", "c"]
@@ -96,22 +104,24 @@ def test_weight_hash_sees_value_dtype_path_but_not_sharding():
 
 
 def test_row_digest_sees_frames_their_times_and_token_boundaries():
-    frames = np.array([[1, 0.5], [2, 1.0]])
-    row = sidecar.hash_row(frames, np.array([1, 2]), np.array([3]))
-    assert row == sidecar.hash_row(frames, np.array([1, 2], np.int64), np.array([3]))
-    assert row != sidecar.hash_row([[1, 0.5], [3, 1.0]], np.array([1, 2]), np.array([3]))
-    assert row != sidecar.hash_row([[1, 0.5], [2, 1.5]], np.array([1, 2]), np.array([3]))
-    assert row != sidecar.hash_row(frames, np.array([1]), np.array([2, 3]))
+    frames, stored = np.array([[1, 0.5], [2, 1.0]]), "32 x 48 raw"
+    row = sidecar.hash_row(frames, stored, np.array([1, 2]), np.array([3]))
+    assert row == sidecar.hash_row(frames, stored, np.array([1, 2], np.int64), np.array([3]))
+    assert row != sidecar.hash_row([[1, 0.5], [3, 1.0]], stored, np.array([1, 2]), np.array([3]))
+    assert row != sidecar.hash_row([[1, 0.5], [2, 1.5]], stored, np.array([1, 2]), np.array([3]))
+    assert row != sidecar.hash_row(frames, stored, np.array([1]), np.array([2, 3]))
     # Padding at the end is not part of a row, inside it is.
-    assert row == sidecar.hash_row(frames, np.array([1, 2, 0, 0]), np.array([3, 0]))
-    assert row != sidecar.hash_row(frames, np.array([1, 0, 2]), np.array([3]))
+    assert row == sidecar.hash_row(frames, stored, np.array([1, 2, 0, 0]), np.array([3, 0]))
+    assert row != sidecar.hash_row(frames, stored, np.array([1, 0, 2]), np.array([3]))
+    for other in ("32 x 48 jpeg", "32 x 32 raw"):
+        assert row != sidecar.hash_row(frames, other, np.array([1, 2]), np.array([3]))
 
 
 def test_a_sidecar_of_an_older_format_is_refused_by_name(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sidecar, "FORMAT_VERSION", 1)
+        patch.setattr(sidecar, "FORMAT_VERSION", 2)
         sidecar.write(tmp_path / "ref.npz", make(["a"]))
-    with pytest.raises(sidecar.SidecarMismatch, match="ref.npz: format_version 1, expected 2"):
+    with pytest.raises(sidecar.SidecarMismatch, match="ref.npz: format_version 2, expected 3"):
         sidecar.read(tmp_path / "ref.npz")
 
 

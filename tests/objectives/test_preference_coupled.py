@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_batches import micro, train_config
+from fake_batches import micro, pair_bucket, random_batch, train_config
 from fake_pairs import golden_pairs, random_pairs
 
 from tpo_jax.objectives.preference import (
@@ -134,3 +134,14 @@ def test_accumulation_is_refused_by_name(name):
         make_program(config, micro(), mesh)
     config.preference.loss = "sigmoid"
     assert make_program(config, micro(), mesh).objective.coupled == ()
+
+
+def test_a_second_batch_in_the_step_is_refused_by_name():
+    """Pairs of one would not be compared with those of the other: another loss."""
+    mesh = make_mesh({}, jax.devices()[:1])
+    config = train_config(objective="preference")
+    config.preference.update(loss="kto_pair", beta=BETA)
+    batch = random_batch(pair_bucket(2), micro())
+    message = "a second batch in the step would change preference/kto_pair.*buckets.*beside"
+    with pytest.raises(ValueError, match=message):
+        make_program(config, micro(), mesh).lower_gradient(batch | {"beside": batch})

@@ -198,8 +198,8 @@ def test_sidecars_must_belong_to_the_weights_and_to_every_pair(data, tmp_path):
     fingerprint = sidecar.Fingerprint.of(model_config, params, codec, 4, platform="tpu")
     seen = {}
 
-    def note(pair, frames, prefix, tokens):
-        seen[pair] = sidecar.hash_row(frames, prefix, tokens, pad_id=codec.pad_id)
+    def note(pair, frames, stored, prefix, tokens):
+        seen[pair] = sidecar.hash_row(frames, stored, prefix, tokens, pad_id=codec.pad_id)
         return np.zeros((2, 16), np.float32)
 
     Pipeline(to_dict(config)["data"]["train"], codec, model_config, (),
@@ -219,6 +219,12 @@ def test_sidecars_must_belong_to_the_weights_and_to_every_pair(data, tmp_path):
     with pytest.raises(sidecar.SidecarMismatch, match="sidecar 'splash', this run 'xla'"):
         dry_run._references()
     config.model.attention = "auto"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sidecar, "best_backend", lambda *about: f"{about[0]} for {about[-1]}")
+        config.mesh.context = 2
+        with pytest.raises(sidecar.SidecarMismatch, match="this run 'tpu for 2'"):
+            dry_run._references()
+    config.mesh.context = 1
     params["language"]["embed"]["table"] = params["language"]["embed"]["table"] + 1
     save_model(tmp_path / "model", model_config, params, codec)
     with pytest.raises(sidecar.SidecarMismatch, match="weights: sidecar"):

@@ -132,6 +132,11 @@ def test_half_a_profiler_window_is_refused(profile):
             lambda c: c.update(accumulation=2, **_heads({"cg_detr/align": 1.0})),
             ["losses.cg_detr/align = 1.0", "compares rows of the whole batch", "accumulation=2"],
         ),
+        (
+            lambda c: c.update(_heads({"cg_detr/align": 1.0}))
+            or c.buckets.video.update(beside="image"),
+            ["buckets.video.beside = 'image'", "would change cg_detr/align"],
+        ),
     ],
 )
 def test_errors_name_option_value_reason_and_fix(change, expected):
@@ -208,6 +213,17 @@ def test_preference_options_that_cannot_be_used_are_named(options, accumulation,
         validate(config)
 
 
+def test_a_bucket_beside_another_is_refused_with_a_loss_that_compares_a_batch():
+    config = preference_config(loss="aot")
+    config.buckets.long = config.buckets.video.copy_and_resolve_references()
+    config.buckets.video.beside = "long"
+    expected = r"buckets.video.beside = 'long': would change aot, .*; set it to ''"
+    with pytest.raises(ConfigError, match=expected):
+        validate(config)
+    config.preference.loss = "sigmoid"
+    validate(config)
+
+
 def test_a_contrast_is_not_shown_to_a_blind_model():
     config = preference_config(loss="conditional")
     validate(config)
@@ -240,21 +256,27 @@ def test_parse_arg_is_typed():
     assert (arg.stage, arg.tiny, arg.rate, arg.data) == (2, True, 1e-3, "gs://a/b=c")
     assert parse_arg(None, stage=1).stage == 1
     assert parse_arg("tiny=false", tiny=True).tiny is False
+    assert parse_arg("frames=8+16", frames=()).frames == (8, 16)
+    assert parse_arg("frames=8", frames=()).frames == (8,) != parse_arg("", frames=()).frames
 
 
 @pytest.mark.parametrize(
     ("arg", "match"),
     [
-        ("stag=2", r"unknown key 'stag'; known: stage=1, tiny=False"),
+        ("stag=2", r"unknown key 'stag'; known: stage=1, tiny=False, frames=\(\)"),
         ("stage=two", "expected int, got 'two'"),
         ("stage", "expected int, got 'true'"),
         ("tiny=yes", "expected true or false"),
         ("stage=1,stage=2", "given twice"),
+        ("frames=8+x", r"'frames=8\+x': expected a whole number.*8\+16\+32, got '8\+x'"),
+        ("frames=8+8", "different ones"),
+        ("frames=-8", "whole number"),
+        ("frames", "got 'true'"),
     ],
 )
 def test_parse_arg_errors(arg, match):
     with pytest.raises(ConfigError, match=match):
-        parse_arg(arg, stage=1, tiny=False)
+        parse_arg(arg, stage=1, tiny=False, frames=())
 
 
 def test_resume_may_change_only_what_does_not_change_the_run():

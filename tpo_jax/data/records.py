@@ -199,7 +199,8 @@ class VideoInfo:
     """What is known of a prepared video without reading its frames.
 
     `timestamps` is float32[num_frames], the true times of the stored frames in seconds; `height`
-    and `width` are those of the stored frames, in pixels. An image has duration 0 and one frame.
+    and `width` are those of the stored frames, in pixels, and `encoding` is theirs. An image has
+    duration 0 and one frame.
     """
 
     media: str
@@ -208,6 +209,12 @@ class VideoInfo:
     timestamps: np.ndarray
     height: int
     width: int
+    encoding: str = "raw"
+
+    @property
+    def stored(self) -> str:
+        """What was done to the pixels before they were stored, such as "336 x 336 jpeg"."""
+        return f"{self.height} x {self.width} {self.encoding}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +248,8 @@ class IndexEntry:
         } | {kind: value for kind, value in given.items() if value is not None}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> IndexEntry:
+    def from_json(cls, data: Mapping[str, Any], encoding: str) -> IndexEntry:
+        """The line `data` of a folder that stores frames in `encoding`."""
         timestamps = np.asarray(data["timestamps"], np.float32)
         info = VideoInfo(
             data["media"],
@@ -250,6 +258,7 @@ class IndexEntry:
             timestamps,
             data["height"],
             data["width"],
+            encoding,
         )
         texts = data.get("text_features")
         rows = tuple(data["clips"]), tuple(data["examples"]), data.get("clip_features")
@@ -272,7 +281,7 @@ class PreparedDataset:
         self.path = epath.Path(path) / split if split else epath.Path(path)
         self.settings = read_settings(self.path)
         entries = [
-            IndexEntry.from_json(json.loads(line))
+            IndexEntry.from_json(json.loads(line), self.settings["encoding"])
             for line in (self.path / "index.jsonl").read_text("utf-8").splitlines()
         ]
         self._entries = {entry.video_id: entry for entry in entries}

@@ -27,10 +27,10 @@ from tpo_jax.data.targets import TARGETS, TargetError, View, slot_target
 from tpo_jax.data.text import LONGEST_SECONDS, Branch, TextCodec
 from tpo_jax.data.tiles import RowTiles
 
-# (pair id, `shown_frames`, prefix tokens int32[P], branch tokens int32[n, R]) -> float32[n, A] of
-# the n answers that the pair has. The frames and tokens let the sidecar refuse a pair that changed.
-# With contrast [n + 1, A]: last is the chosen answer under the manipulated frames.
-Reference = Callable[[str, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+# (pair id, `shown_frames`, `VideoInfo.stored`, prefix tokens int32[P], branch tokens int32[n, R])
+# -> float32[n, A] of the n answers that the pair has. What follows the id lets the sidecar refuse a
+# pair that changed. With contrast [n + 1, A]: last is the chosen answer under manipulated frames.
+Reference = Callable[[str, np.ndarray, str, np.ndarray, np.ndarray], np.ndarray]
 
 CLIP_FIELDS = ("frames", "frame_valid", "frame_times")
 # What a row has twice where a loss scores the manipulated clip: the prefix may tell its times.
@@ -454,7 +454,8 @@ class RowBuilder:
         for k, branch in enumerate(branches):
             tokens[k, : len(branch.ids)] = branch.ids
         pair = plan.branches[0].example.example_id
-        logps = np.float32(self.reference(pair, self.shown_frames(plan), padded, tokens))
+        stored = plan.dataset.video_info(plan.video_id).stored
+        logps = np.float32(self.reference(pair, self.shown_frames(plan), stored, padded, tokens))
         expected = (len(branches) + self.contrast, self.bucket.answers)
         if logps.shape != expected:
             raise RowError(

@@ -33,6 +33,7 @@ from tpo_jax.generation import sidecar
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ATTENTION_BACKENDS, DTYPES, ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.context import AXIS
 from tpo_jax.parallel.mesh import (
     batch_sharding,
     global_batch,
@@ -60,7 +61,9 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     if not plans:
         raise UserError(f"{flags.pairs}: no pairs; generate some first")
     frames = sorted(set(flags.frames)) or [config.vision.max_frames]
-    fingerprint = sidecar.Fingerprint.of(config, params, codec, frames, contrast=flags.contrast)
+    fingerprint = sidecar.Fingerprint.of(
+        config, params, codec, frames, contrast=flags.contrast,
+        context=mesh_of_devices(mesh_sizes(flags)).shape[AXIS])
     bucket = pair_bucket(codec, config, plans, frames[-1], flags.batch_size)
     builders = [
         row_builder(codec, config, dataclasses.replace(bucket, name=f"pairs{count}", frames=count),
@@ -255,7 +258,9 @@ def digest_of(builder: RowBuilder, plan: RowPlan) -> str:
     """`hash_row` of a pair, as the data pipeline asks for it."""
     prefix, branches = builder.tokens(plan)
     rows = [branch.ids for branch in branches]
-    return sidecar.hash_row(builder.shown_frames(plan), prefix, *rows, pad_id=builder.codec.pad_id)
+    stored = plan.dataset.video_info(plan.video_id).stored
+    return sidecar.hash_row(
+        builder.shown_frames(plan), stored, prefix, *rows, pad_id=builder.codec.pad_id)
 
 
 def frame_counts(text: str) -> tuple[int, ...]:

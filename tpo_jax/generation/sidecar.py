@@ -3,8 +3,8 @@
 A sidecar holds float32[n, A] per-token log-probabilities per pair (chosen, and every rejected
 answer that it has), together with a fingerprint of everything that can change them: weights,
 tokenizer, template, preprocessing, bucket, compute type and attention backend for the whole file,
-and one digest per pair of its frames, their times and its token ids. Reading with another
-fingerprint or digest fails and names both sides.
+and one digest per pair of its frames, their times, how they are stored and its token ids. Reading
+with another fingerprint or digest fails and names both sides.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.towers.config import TowerConfig
 from tpo_jax.parallel import paths
 
-# 1 had digests without the times of frames, and two answers a pair.
-FORMAT_VERSION = 2
+# 1 had digests without the times of frames, and two answers a pair; 2 had digests without how
+# frames are stored.
+FORMAT_VERSION = 3
 
 
 class SidecarMismatch(UserError):
@@ -58,17 +59,20 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def hash_row(frames: np.ndarray, *tokens: np.ndarray, pad_id: int = 0) -> str:
-    """Digest of what one pair shows the model: its frames, their times and its token arrays.
+def hash_row(frames: np.ndarray, stored: str, *tokens: np.ndarray, pad_id: int = 0) -> str:
+    """Digest of what one pair shows the model: its frames, their times, their preprocessing before
+    the model's own, and its token arrays.
 
     Padding at the end of a sequence is left out, so that the size of the bucket does not matter.
 
     Args:
       frames: float64[n, 2], index and seconds of each (`RowBuilder.shown_frames`).
+      stored: size and encoding of the frames in their table (`VideoInfo.stored`).
       tokens: int32[..., n] each.
       pad_id: of the tokenizer.
     """
     digest = hashlib.sha256(np.asarray(frames, np.float64).tobytes())
+    digest.update(f"{stored};".encode())
     for array in tokens:
         for row in np.asarray(array, np.int32).reshape(-1, array.shape[-1]):
             real = np.flatnonzero(row != pad_id)
@@ -96,16 +100,19 @@ class Fingerprint:
 
     @classmethod
     def of(cls, config: ModelConfig, params: Any, codec: TextCodec, frames: int | Iterable[int],
-           media: str = "video", contrast: bool = False, platform: str = "") -> Fingerprint:
+           media: str = "video", contrast: bool = False, platform: str = "",
+           context: int = 1) -> Fingerprint:
         """The fingerprint of a model that scores clips in buckets of `frames` frames.
 
         With `contrast` chosen answers are scored under the manipulated frames as well. `platform`
-        is that of the devices that score, "" this process's own.
+        is that of the devices that score, "" this process's own, and `context` how many of them
+        share a row: both choose the kernel.
         """
         attention = config.language.attention
         if attention == "auto":
             attention = best_backend(
-                platform or jax.default_backend(), config.dtype, config.language.head_dim)
+                platform or jax.default_backend(), config.dtype, config.language.head_dim,
+                context)
         sizes = sorted({frames} if isinstance(frames, int) else set(frames))
         # What changes speed and memory only, or training only, is no difference.
         language = dataclasses.replace(config.language, dropout=0.0)
@@ -186,7 +193,8 @@ class Sidecar:
             raise SidecarMismatch(
                 f"{self.path}: pair {pair_id!r} was scored with frames and tokens "
                 f"{self.digests[pair_id]}, but is read with {digest}. The pair, its frames, "
-                "their times or its text changed since; score again.")
+                "their times, the size or encoding that they are stored in or its text changed "
+                "since; score again.")
         logps = self.logps[pair_id]
         if answers is None:
             return logps
@@ -276,9 +284,9 @@ def reference(files: Sequence[epath.PathLike], expected: Fingerprint, answers: i
     """
     merged = merge([read(file, expected) for file in files])
 
-    def look_up(pair_id: str, frames: np.ndarray, prefix_tokens: np.ndarray,
+    def look_up(pair_id: str, frames: np.ndarray, stored: str, prefix_tokens: np.ndarray,
                 branch_tokens: np.ndarray) -> np.ndarray:
-        digest = hash_row(frames, prefix_tokens, branch_tokens, pad_id=pad_id)
+        digest = hash_row(frames, stored, prefix_tokens, branch_tokens, pad_id=pad_id)
         return merged.lookup(pair_id, digest, answers)
 
     return look_up

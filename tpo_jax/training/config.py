@@ -16,7 +16,12 @@ from tpo_jax.data.evidence import MODES
 from tpo_jax.data.records import known_tasks
 from tpo_jax.errors import UserError
 from tpo_jax.models.heads import HEADS, heads_of
-from tpo_jax.training.config_checks import check_objective, check_optimizer, check_running
+from tpo_jax.training.config_checks import (
+    check_beside,
+    check_objective,
+    check_optimizer,
+    check_running,
+)
 from tpo_jax.training.config_checks import problem as _problem
 from tpo_jax.training.save_policy import SavePolicy
 
@@ -169,11 +174,14 @@ def bucket_config(
     }
 
 
-def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDict:
+def parse_arg(
+    arg: str | None, **defaults: bool | int | float | str | tuple[int, ...]
+) -> ConfigDict:
     """Parses the part of --config=file.py:ARG behind the colon, "key=value,flag,...".
 
     Types come from the defaults; a bare name is a bool set to True. `parse_arg("stage=2,tiny",
-    stage=1, tiny=False)` gives stage 2 (an int) and tiny True.
+    stage=1, tiny=False)` gives stage 2 (an int) and tiny True. Where the default is a tuple,
+    "8+16" gives (8, 16): different whole numbers.
 
     Raises:
       ConfigError: an unknown key, a key given twice, or a value of the wrong type.
@@ -192,17 +200,31 @@ def parse_arg(arg: str | None, **defaults: bool | int | float | str) -> ConfigDi
     return values
 
 
-def _parse_value(item: str, text: str, kind: type) -> bool | int | float | str:
+def _parse_value(
+    item: str, text: str, kind: type
+) -> bool | int | float | str | tuple[int, ...]:
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ConfigError(f"config argument {item!r}: expected true or false, got {text!r}")
         return text.lower() == "true"
+    if kind is tuple:
+        return _parse_numbers(item, text)
     try:
         return kind(text)
     except ValueError as error:
         raise ConfigError(
             f"config argument {item!r}: expected {kind.__name__}, got {text!r}"
         ) from error
+
+
+def _parse_numbers(item: str, text: str) -> tuple[int, ...]:
+    parts = text.split("+")
+    if not all(part.isdecimal() for part in parts) or len({*map(int, parts)}) < len(parts):
+        raise ConfigError(
+            f"config argument {item!r}: expected a whole number, or different ones such as "
+            f"8+16+32, got {text!r}"
+        )
+    return tuple(map(int, parts))
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:
@@ -427,10 +449,12 @@ def _check_heads(config: ConfigDict) -> list[str]:
         if head and weight and head.task in set.intersection(*idle):
             fix = "take its task out of the idle of one, or set the weight to 0"
             problems.append(_problem(f"losses.{term}", weight, "runs in no bucket", fix))
-        coupled = any(term in HEADS[name].coupled for name in names)
-        if coupled and weight and config.accumulation > 1:
+        if not weight or not any(term in HEADS[name].coupled for name in names):
+            continue
+        if config.accumulation > 1:
             reason = f"compares rows of the whole batch, but accumulation={config.accumulation}"
             problems.append(_problem(f"losses.{term}", weight, reason, "set one to 0, or 1"))
+        problems += check_beside(config, f"would change {term}, which compares a whole batch")
     return problems
 
 

@@ -93,8 +93,21 @@ def _check_preference(config: ConfigDict) -> list[str]:
         problems.append(
             problem("data.evidence", config.data.evidence, reason, "use 'full' or another loss")
         )
+    reason = f"would change {', '.join(preference.coupled)}, which compares a whole batch"
     if preference.coupled and config.accumulation > 1:
-        reason = f"would change {', '.join(preference.coupled)}, which compares a whole batch"
         fix = "set it to 1 (a smaller batch_size, or more devices)"
         problems.append(problem("accumulation", config.accumulation, reason, fix))
+    if preference.coupled:
+        problems += check_beside(config, reason)
     return problems
+
+
+def check_beside(config: ConfigDict, reason: str) -> list[str]:
+    """A problem for each bucket with another beside it: a step then has two batches of rows, and
+    each would be compared by itself."""
+    fix = "set it to '': each bucket then has steps of its own"
+    return [
+        problem(f"buckets.{name}.beside", bucket.beside, reason, fix)
+        for name, bucket in config.buckets.items()
+        if bucket.beside
+    ]

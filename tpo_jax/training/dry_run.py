@@ -22,6 +22,7 @@ from tpo_jax.data.rows import Reference, row_id
 from tpo_jax.generation import sidecar
 from tpo_jax.interop import folder
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.context import AXIS
 from tpo_jax.parallel.mesh import (
     AXES,
     check_batch_divides,
@@ -224,7 +225,7 @@ class DryRun:
             model_config, params, codec = folder.load_config(start), {}, folder.load_codec(start)
         expected = sidecar.Fingerprint.of(
             run_as(self.config, model_config), params, codec, {b.frames for b in self.buckets},
-            contrast=contrast, platform=self._platform,
+            contrast=contrast, platform=self._platform, context=self._mesh()[0].shape[AXIS],
         )  # fmt: skip
         if not small:
             expected = dataclasses.replace(expected, weights=stored.weights)

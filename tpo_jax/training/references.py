@@ -19,7 +19,8 @@ from tpo_jax.data.rows import Reference
 from tpo_jax.generation import sidecar
 from tpo_jax.generation.sidecar import SidecarMismatch
 from tpo_jax.interop.folder import load_model
-from tpo_jax.parallel.mesh import global_batch, replicated
+from tpo_jax.parallel.context import AXIS
+from tpo_jax.parallel.mesh import global_batch, mesh_shape, replicated
 from tpo_jax.training.preemption import Preemption
 from tpo_jax.training.program import Program, needs_contrast, run_as
 
@@ -40,9 +41,17 @@ def read_references(config: ConfigDict) -> Reference | None:
     frames = {bucket.frames for bucket in config.buckets.values()}
     (answers,) = {bucket.answers for bucket in config.buckets.values()}
     expected = sidecar.Fingerprint.of(
-        model_config, params, codec, frames, contrast=needs_contrast(config)
-    )
+        model_config, params, codec, frames, contrast=needs_contrast(config),
+        context=row_devices(config),
+    )  # fmt: skip
     return sidecar.reference(config.data.references, expected, answers, codec.pad_id)
+
+
+def row_devices(config: ConfigDict) -> int:
+    """Devices that share a row on the mesh of the config, over this run's devices."""
+    sizes = config.mesh.to_dict()
+    given = sizes[AXIS]
+    return given if given > 0 else mesh_shape(sizes, jax.device_count())[AXIS]
 
 
 def verify_references(

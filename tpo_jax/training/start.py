@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from tpo_jax.data import files
 from tpo_jax.data.clip_features import config_of_folders
 from tpo_jax.data.text import ChatTemplate, TextCodec, add_task_tokens
+from tpo_jax.errors import UserError
 from tpo_jax.interop.folder import (
     added_tokens,
     holds_language_only,
@@ -30,7 +31,11 @@ from tpo_jax.training.references import read_references
 
 
 def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
-    """The model that the config asks for, and its tokenizer with the tokens of its heads."""
+    """The model that the config asks for, and its tokenizer with the tokens of its heads.
+
+    Raises:
+      ValueError: init_from is not what the config takes it for.
+    """
     if config.init_from:
         codec = load_codec(config.init_from)
     else:
@@ -47,7 +52,10 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     if config.init_from:
         # A published table has rows that no id of its tokenizer uses (Qwen2-7B: some 400). They
         # are part of the checkpoint, take part in its softmax and go back out with it.
-        used = max(used, load_config(config.init_from, base).language.num_tokens)
+        there = load_config(config.init_from, base)
+        used = max(used, there.language.num_tokens)
+        if config.objective == "preference" and there.lora:
+            refuse_trained_adapters(config)
     rows = -(-used // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     language = dataclasses.replace(
         base.language, num_tokens=used, vocab_size=max(base.language.vocab_size, rows)
@@ -64,6 +72,22 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
         elif not any(getattr(head(name), f"reads_{kind}") for name in heads):
             changes[kind] = None  # init_from had a head that read them
     return run_as(config, dataclasses.replace(base, **changes)), codec
+
+
+def refuse_trained_adapters(config: ConfigDict) -> None:
+    """Raises ValueError where a LoRA of init_from would be switched off for the reference.
+
+    It belongs to the model that training starts from: without it the reference is the model before
+    the last round.
+    """
+    if config.preference.reference == "adapters_off":
+        raise UserError(
+            f"preference.reference='adapters_off': {config.init_from} has a LoRA of its own, which "
+            "is switched off as well: the reference would be the model before it, not the one "
+            "that training starts from. Merge it (`python -m tpo_jax.convert export`, then "
+            "`import`) and start from the merged folder, or score a sidecar with `python -m "
+            "tpo_jax.preferences score` and set preference.reference='sidecar'"
+        )
 
 
 def pipeline_options(

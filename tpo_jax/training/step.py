@@ -101,13 +101,9 @@ def make_gradient_step(
       `tasks.count_examples` gives.
     """
     trainable_paths = frozenset(optimizer.learning_rates)
-    # Asked by getattr: an objective without coupled terms need not say so.
-    if accumulation > 1 and (coupled := getattr(objective, "coupled", ())):
-        raise UserError(
-            f"accumulation={accumulation} would change {', '.join(coupled)}, which compares the "
-            "pairs of a whole batch; set config.accumulation=1 (a smaller batch_size, or more "
-            "devices) or use a loss that is not coupled"
-        )
+    if accumulation > 1:
+        fix = "set config.accumulation=1 (a smaller batch_size, or more devices)"
+        _refuse_coupled(objective, f"accumulation={accumulation}", fix)
 
     def micro_loss(
         trainable: Any, frozen: Any, batch: Batch, keys: jax.Array | None, weights: Any
@@ -121,6 +117,9 @@ def make_gradient_step(
     gradient = jax.value_and_grad(micro_loss, has_aux=True)
 
     def gradient_step(state: TrainState, batch: Batch, base_key: jax.Array) -> tuple[Any, Sums]:
+        if "beside" in batch:
+            fix = 'set config.buckets.*.beside="", which gives each bucket steps of its own'
+            _refuse_coupled(objective, "a second batch in the step", fix)
         trainable, frozen = partition(state.params, trainable_paths)
         parts = [
             (part, row_keys(base_key, state.step, part["example_ids"]) if dropout else None)
@@ -144,6 +143,16 @@ def make_gradient_step(
         return grads, sums | objective_parts(objective.weights, weighted) | more
 
     return gradient_step
+
+
+def _refuse_coupled(objective: Objective, what: str, fix: str) -> None:
+    """Raises ValueError where an objective has terms that a batch in parts would change."""
+    # Asked by getattr: an objective without coupled terms need not say so.
+    if coupled := getattr(objective, "coupled", ()):
+        raise UserError(
+            f"{what} would change {', '.join(coupled)}, which compares the pairs of a whole batch; "
+            f"{fix} or use a loss that is not coupled"
+        )
 
 
 def weighted_terms(

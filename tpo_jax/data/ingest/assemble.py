@@ -25,7 +25,11 @@ def assemble(plan: Plan, parts: pathlib.Path, out: pathlib.Path) -> dict[str, An
     for piece in plan.pieces:
         quarantine += read_lines(parts / piece.key / "quarantine.jsonl")
     folders = [parts / piece.key for piece in plan.pieces]
-    indices = [[IndexEntry.from_json(e) for e in read_lines(f / "index.jsonl")] for f in folders]
+    encoding = plan.settings.encoding
+    indices = [
+        [IndexEntry.from_json(entry, encoding) for entry in read_lines(f / "index.jsonl")]
+        for f in folders
+    ]
     used = [(folder, index) for folder, index in zip(folders, indices, strict=True) if index]
     if not used:
         raise PrepareError(_nothing_left(quarantine, out))
@@ -38,7 +42,7 @@ def assemble(plan: Plan, parts: pathlib.Path, out: pathlib.Path) -> dict[str, An
     if any(_rows(entry, "text_features") for entry in entries):
         settings["text_features"] = dataclasses.asdict(plan.features.text)
     for table in ("clips", "examples", *settings.keys() & {"clip_features", "text_features"}):
-        _build_table(building / table, table, plan.settings.encoding, used)
+        _build_table(building / table, table, encoding, used)
     write_lines(building / "index.jsonl", [entry.to_json() for entry in entries])
     write_lines(building / "quarantine.jsonl", quarantine)
     statistics = summarise(entries, _examples(building), quarantine)

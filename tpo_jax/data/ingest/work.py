@@ -122,7 +122,8 @@ def _decode(item: MediaItem, settings: Settings, spool) -> VideoInfo:
     if frames:
         flush()
     timestamps = np.asarray(times, np.float32)
-    return VideoInfo(decoder.media, decoder.duration, len(times), timestamps, *shape[:2])
+    info = (decoder.media, decoder.duration, len(times), timestamps, *shape[:2])
+    return VideoInfo(*info, settings.encoding)
 
 
 def _unspool(spool) -> Iterator[bytes]:

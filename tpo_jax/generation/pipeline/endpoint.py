@@ -34,6 +34,7 @@ REFUSED = (400, 413, 422)  # statuses that may be about this one request
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; doubled with every try
 LONGEST_ASKED = 900.0  # seconds of Retry-After that are waited for
 SLICE = 0.5  # seconds between two looks for a signal while waiting
+_LIMITS = ("max_tokens", "max_completion_tokens")  # of a choice, in the body of a request
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -141,7 +142,7 @@ class Budget:
     """What may be spent on requests, over all starts of a command. Safe to share by threads.
 
     A request is let through if it fits with all that are under way, each taken for as long as its
-    reply may be and as the longest prompt so far, which is 0 before the first reply.
+    reply may be (`most_tokens`) and as the longest prompt so far, which is 0 before the first one.
 
     Args:
       max_tokens: of prompts and replies together; 0 is no limit.
@@ -204,6 +205,26 @@ class Budget:
             self._open, self._open_completion = self._open - 1, self._open_completion - completion
 
 
+def most_tokens(body: Mapping[str, Any]) -> int:
+    """The longest reply that the body of a request allows, in tokens over all its `n` choices.
+
+    Of two limits the larger counts: which of them holds is up to the server.
+
+    Raises:
+      ValueError: there is none, or an entry is no number.
+    """
+    given = {name: body[name] for name in (*_LIMITS, "n") if body.get(name) is not None}
+    for name, value in given.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"--endpoint_body: {name}: {value!r}, expected a whole number from 1 "
+                            "on: --max_tokens and --max_cost count with it")
+    if not any(name in given for name in _LIMITS):
+        raise UserError("--endpoint_body: max_tokens: null and no max_completion_tokens, so that a "
+                        "reply may have any length and --max_tokens and --max_cost cannot be kept; "
+                        "give one of both a number, or leave out the limits")
+    return max(given[name] for name in _LIMITS if name in given) * given.get("n", 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """A reply. `usage` is {"prompt_tokens", "completion_tokens"}, None if it was not told."""
@@ -221,11 +242,16 @@ class Endpoint:
       budget: of all requests.
       clock: for waits.
       jitter: random number in [0, 1) that spreads waits.
+
+    Raises:
+      ValueError: the budget has limits, which the settings' body makes impossible to keep.
     """
 
     def __init__(self, settings: EndpointSettings, budget: Budget, clock: Clock | None = None,
                  jitter: Callable[[], float] = random.random):
         self.settings, self.budget = settings, budget
+        if budget.limits:
+            most_tokens({"max_tokens": 1} | settings.body)  # refused before anything is done
         self._key = settings.key()
         self._clock, self._jitter = clock or Clock(), jitter
         self._lock = threading.Lock()
@@ -243,7 +269,7 @@ class Endpoint:
         Args:
           text: of the user.
           pictures: uint8[h, w, 3] each, sent as JPEG before the text.
-          max_tokens: of the reply.
+          max_tokens: of the reply, where the settings' body says nothing else.
           seed: of the reply, uint31, for endpoints that read it.
 
         Raises:
@@ -256,11 +282,12 @@ class Endpoint:
                 "messages": [{"role": "user", "content": content(text, pictures)}]}
         body |= self.settings.body
         data = json.dumps({k: v for k, v in body.items() if v is not None}).encode()
-        self.budget.open(max_tokens)
+        reserved = most_tokens(body) if self.budget.limits else 0
+        self.budget.open(reserved)
         try:
             completion = self._try(data)
         finally:
-            self.budget.close(max_tokens)
+            self.budget.close(reserved)
         self._answered = True
         return completion
 
