@@ -44,6 +44,7 @@ from typing import Any
 import numpy as np
 
 from tpo_jax.data import evidence
+from tpo_jax.data.evaluation_rows import count_unlabelled
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
 from tpo_jax.data.text import TextCodec
@@ -188,6 +189,7 @@ def score_model(
             "frames": frames,
             "mask_frames": flags.mask_frames,
             "frames_of_masks": evaluator.results.frames,
+            "unlabelled": count_unlabelled(dataset, called),
             "task_text": flags.task_text,
             "tasks": tasks,
             "floors": beside,
@@ -197,6 +199,7 @@ def score_model(
     results.write_json(out, record)
     results.write_samples(out, evaluator.results.samples)
     print(results.format_metrics(record))
+    print(results.format_unlabelled(record), end="")
     if flags.mask_frames == "all":
         print(results.format_frames(record))
     print(out)

@@ -3,6 +3,7 @@
 Beside it, optional as in the release: absence.label (1 = the object is not in this frame),
 meta_info.ini (anno_fps, resolution, object_class, ...) and the frames 00000001.jpg, ...; the labels
 cover.label and cut_by_image.label are not used. The sequence folder has the name of its video.
+The split test is published with the box of the first frame alone.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tpo_jax.data.formats import asking, tracks
-from tpo_jax.data.formats.reading import Context, Format, Record, load_text
+from tpo_jax.data.formats import asking, tracks, unlabelled
+from tpo_jax.data.formats.reading import Context, Format, Record, load_text, pixel_box
 from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example
 
@@ -31,6 +32,8 @@ def records(context: Context) -> Iterator[Record]:
 
 def _read(truth: pathlib.Path, context: Context) -> Any:
     boxes = tracks.read_boxes(truth)
+    # One box is where a track begins; the label of a track is the boxes after it.
+    unlabelled.check_labels(context, tracks.TRUTH, len(boxes) != 1)
     absent = tracks.read_flags(truth.with_name("absence.label"), len(boxes))
     meta = _meta(truth.with_name(META))
     context.keys(meta, (), META_KEYS, META)
@@ -45,8 +48,14 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
     size = re.findall(r"\d+", meta.get("resolution", ""))
     width, height = map(int, size) if len(size) == 2 else context.frame_size(name, "resolution")
     fps = float(rate[0]) if rate else context.frame_rate(name, "anno_fps")
-    times = [i / fps for i in range(len(boxes))]
-    targets = tracks.targets(boxes, absent, times, (width, height))
+    if context.unlabelled:
+        frames = unlabelled.picture_numbers(context, name, "sequence")
+        times = [(number - frames[0]) / fps for number in frames]
+        box = pixel_box(f"{tracks.TRUTH} line 1", boxes[0], width, height)
+        targets = unlabelled.targets(frames, times, (width, height), input_box=box)
+    else:
+        times = [i / fps for i in range(len(boxes))]
+        targets = tracks.targets(boxes, absent, times, (width, height))
     return [context.example(name, label, "tracking", [asking.tracking()], targets)]
 
 
@@ -61,4 +70,6 @@ def _meta(path: pathlib.Path) -> Mapping[str, str]:
     return {key: value for section in parser.sections() for key, value in parser[section].items()}
 
 
-FORMAT = Format("got10k", "GOT-10k tracking boxes, one folder per sequence", records, parse)
+FORMAT = Format(
+    *("got10k", "GOT-10k tracking boxes, one folder per sequence", records, parse), unlabelled=True
+)
