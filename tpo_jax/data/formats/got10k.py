@@ -11,7 +11,7 @@ from __future__ import annotations
 import configparser
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tpo_jax.data.formats import asking, tracks, unlabelled
@@ -32,8 +32,6 @@ def records(context: Context) -> Iterator[Record]:
 
 def _read(truth: pathlib.Path, context: Context) -> Any:
     boxes = tracks.read_boxes(truth)
-    # One box is where a track begins; the label of a track is the boxes after it.
-    unlabelled.check_labels(context, tracks.TRUTH, len(boxes) != 1)
     absent = tracks.read_flags(truth.with_name("absence.label"), len(boxes))
     meta = _meta(truth.with_name(META))
     context.keys(meta, (), META_KEYS, META)
@@ -48,15 +46,25 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
     size = re.findall(r"\d+", meta.get("resolution", ""))
     width, height = map(int, size) if len(size) == 2 else context.frame_size(name, "resolution")
     fps = float(rate[0]) if rate else context.frame_rate(name, "anno_fps")
+    there = len(boxes) > 1  # one box is where a track begins; its label is the boxes after it
     if context.unlabelled:
-        frames = unlabelled.picture_numbers(context, name, "sequence")
-        times = [(number - frames[0]) / fps for number in frames]
-        box = pixel_box(f"{tracks.TRUTH} line 1", boxes[0], width, height)
-        targets = unlabelled.targets(frames, times, (width, height), input_box=box)
+        unlabelled.check_labels(context, tracks.TRUTH, there)
+        targets = _first_frame(boxes, name, fps, (width, height), context)
     else:
         times = [i / fps for i in range(len(boxes))]
         targets = tracks.targets(boxes, absent, times, (width, height))
+        unlabelled.check_labels(context, tracks.TRUTH, there)
     return [context.example(name, label, "tracking", [asking.tracking()], targets)]
+
+
+def _first_frame(
+    boxes: Sequence[Sequence[float]], name: str, fps: float, size: tuple[int, int], context: Context
+) -> dict[str, Any]:
+    """Targets without labels; the frames are all pictures of the video, the first has the box."""
+    box = pixel_box(f"{tracks.TRUTH} line 1", boxes[0] if boxes else None, *size)
+    frames = unlabelled.picture_numbers(context, name, "sequence")
+    times = [(number - frames[0]) / fps for number in frames]
+    return unlabelled.targets(frames, times, size, input_box=box)
 
 
 def _meta(path: pathlib.Path) -> Mapping[str, str]:
