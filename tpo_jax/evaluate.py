@@ -22,7 +22,8 @@ Multiple choice is decided by the likelihood of the options. Masks and tracks ar
 frames that the language model is shown; with --mask_frames=all the heads are taken over every frame
 that the prepared folder stores, and every annotated frame is scored once, as benchmarks do (prepare
 with --fps of the annotations' rate). --submission then writes the files that the programs of
-MeViS, Ref-YouTube-VOS, DAVIS, GOT-10k and LaSOT score. Head metrics come from free generation:
+MeViS, Ref-YouTube-VOS, DAVIS, GOT-10k and LaSOT score, also about splits that are published without
+labels (prepare with --unlabelled), which are in no metric. Head metrics come from free generation:
 where the model does not emit the head's routing token they are 0. Metrics under "forced/" give the
 head its slot in the labelled answer instead. Intervals are 95 % bootstrap intervals over videos.
 A submission file is scored as the benchmark's official program scores it, in percent; no model is
