@@ -18,7 +18,7 @@ from tpo_jax.data.media import MediaFolder
 from tpo_jax.data.mixture import Source
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.problems import Invalid
-from tpo_jax.data.records import Turn
+from tpo_jax.data.records import PreparedDataset, Turn
 from tpo_jax.data.rows import RowError
 from tpo_jax.data.targets import TARGETS, View, slot_target
 
@@ -191,3 +191,21 @@ def test_the_commands_say_it(folder, tmp_path, capsys):
     assert "annotations[0].unlabelled: 'yes': expected true or false" in capsys.readouterr().err
     assert prepare.main([*out, "--unlabelled"]) == 2
     assert "--unlabelled=True: is not read beside --data" in capsys.readouterr().err
+
+
+def test_a_data_set_says_it_of_its_splits(folder, tmp_path):
+    labelled = {"format": "mevis", "path": "mevis"}
+    kept_back = {"format": "davis", "path": "davis_test_dev", "unlabelled": True}
+    shutil.copytree(SAMPLES, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "media").symlink_to(folder)
+    listed = {"name": "x", "media": "media", "annotations": [labelled, kept_back]}
+    (tmp_path / "dataset.json").write_text(json.dumps(listed))
+    out = tmp_path / "out"
+    assert prepare.main(["run", f"--data={tmp_path}", f"--out={out}", "--size=16"]) == 0
+    dataset = PreparedDataset(out)
+    assert count_unlabelled(dataset, ("mask", "tracking")) == {"tracking": 1}
+    assert [e.labelled for e in dataset.examples("clip_a.mp4")] == [True, True]
+    (example,) = dataset.examples("strip")
+    assert example.targets["size"] == [48, 64]  # of the mask, not of the stored frames
+    found = json.loads((out / "statistics.json").read_text())
+    assert (found["examples"], found["unlabelled"], found["quarantined"]) == (3, 1, 0)

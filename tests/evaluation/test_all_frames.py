@@ -487,3 +487,6 @@ def test_labelled_and_unlabelled_together(model, monkeypatch, tmp_path, capsys):
     best = [floors.best(floors.constant_floors(Grey(a=24), dataset, 8))
             for dataset in (Grey(a=24), Mixed(a=24, b=24))]  # fmt: skip
     assert best[0] == best[1] and best[0]["tracking/auc"] > 0
+    with pytest.raises(UserError, match="d: no question .* nothing scored"):
+        about = {"data": "d", "tasks": ["mask"], "unlabelled": {}}
+        results.evaluation_record({}, routing={}, about=about)
