@@ -22,7 +22,8 @@ Multiple choice is decided by the likelihood of the options. Masks and tracks ar
 frames that the language model is shown; with --mask_frames=all the heads are taken over every frame
 that the prepared folder stores, and every annotated frame is scored once, as benchmarks do (prepare
 with --fps of the annotations' rate). --submission then writes the files that the programs of
-MeViS, Ref-YouTube-VOS, DAVIS, GOT-10k and LaSOT score. Head metrics come from free generation:
+MeViS, Ref-YouTube-VOS, DAVIS, GOT-10k and LaSOT score, also about splits that are published without
+labels (prepare with --unlabelled), which are in no metric. Head metrics come from free generation:
 where the model does not emit the head's routing token they are 0. Metrics under "forced/" give the
 head its slot in the labelled answer instead. Intervals are 95 % bootstrap intervals over videos.
 A submission file is scored as the benchmark's official program scores it, in percent; no model is
@@ -44,6 +45,7 @@ from typing import Any
 import numpy as np
 
 from tpo_jax.data import evidence
+from tpo_jax.data.evaluation_rows import count_unlabelled
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
 from tpo_jax.data.text import TextCodec
@@ -188,6 +190,7 @@ def score_model(
             "frames": frames,
             "mask_frames": flags.mask_frames,
             "frames_of_masks": evaluator.results.frames,
+            "unlabelled": count_unlabelled(dataset, called),
             "task_text": flags.task_text,
             "tasks": tasks,
             "floors": beside,
@@ -197,6 +200,7 @@ def score_model(
     results.write_json(out, record)
     results.write_samples(out, evaluator.results.samples)
     print(results.format_metrics(record))
+    print(results.format_unlabelled(record), end="")
     if flags.mask_frames == "all":
         print(results.format_frames(record))
     print(out)

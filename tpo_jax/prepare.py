@@ -78,6 +78,9 @@ CHECK_EXAMPLES = """examples:
   python -m tpo_jax.prepare check --format native --annotations my.jsonl --media videos
   python -m tpo_jax.prepare check --format mevis --annotations mevis/train --frame_rate 6 \\
       --media mevis/train/JPEGImages
+  # a split that is published without labels
+  python -m tpo_jax.prepare check --format mevis --annotations mevis/valid --frame_rate 6 \\
+      --media mevis/valid/JPEGImages --unlabelled
 
 The exit status is 1 when a record is invalid.
 """
@@ -92,7 +95,7 @@ INSPECT_EXAMPLES = """examples:
 """
 KNOWN = "one of the formats below"
 SETTINGS = ("fps", "size", "encoding")
-_OF_SOURCE = ("format", "annotations", "frame_rate")
+_OF_SOURCE = ("format", "annotations", "frame_rate", "unlabelled")
 # What says where the data is, and the options that it leaves no room for.
 NOT_READ = {
     "config": (*SETTINGS, "processes", *_OF_SOURCE, "ignore_keys"),
@@ -172,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--annotations", type=files.local_path, required=True)
     check.add_argument("--media", type=files.local_path, help="also look the media up")
     _add_frame_rate(check)
+    _add_unlabelled(check)
     _add_ignore_keys(check)
 
     features = commands.add_parser(
@@ -236,6 +240,7 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=formats.FORMATS, metavar="NAME", help=KNOWN)
     parser.add_argument("--annotations", type=files.local_path, help="annotation file or folder")
     _add_frame_rate(parser)
+    _add_unlabelled(parser)
     _add_ignore_keys(parser)
 
 
@@ -254,6 +259,17 @@ def _add_frame_rate(parser: argparse.ArgumentParser) -> None:
         type=_frame_rate,
         metavar="N",
         help="pictures a second of folders of pictures whose annotations do not say it",
+    )
+
+
+def _add_unlabelled(parser: argparse.ArgumentParser) -> None:
+    reads = (form.name for form in formats.FORMATS.values() if form.unlabelled)
+    parser.add_argument(
+        "--unlabelled",
+        action="store_true",
+        default=None,  # what is given beside --data or --config is refused
+        help="the split is published without labels: it can be answered for a submission, not "
+        f"scored or trained on ({', '.join(reads)})",
     )
 
 
@@ -332,6 +348,7 @@ def _sources(
         options.annotations.stem,
         ignore_keys,
         options.frame_rate,
+        bool(options.unlabelled),
     )
     return [source], None, None
 
@@ -433,6 +450,7 @@ def _check(options: argparse.Namespace) -> int:
         "check",
         options.ignore_keys or frozenset(),
         options.frame_rate,
+        bool(options.unlabelled),
     )
     drafts, problems = read_source(source, media)
     for problem in problems:

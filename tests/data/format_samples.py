@@ -32,11 +32,18 @@ FILES = {
     "lasot": "lasot",
     "thumos": "thumos.json",
 }
+# Splits that are published without labels.
+UNLABELLED = {
+    "mevis": "mevis_valid",
+    "ref_youtube_vos": "ref_youtube_vos/meta_expressions/valid/meta_expressions.json",
+    "davis": "davis_test_dev/ImageSets/2017/test-dev.txt",
+    "got10k": "got10k_test",
+}
 
 
-def read(name, path, media, ignore=(), frame_rate=None):
+def read(name, path, media, ignore=(), frame_rate=None, unlabelled=False):
     """(examples, problems) of a file."""
-    context = Context(path, "test", media, frozenset(ignore), frame_rate)
+    context = Context(path, "test", media, frozenset(ignore), frame_rate, unlabelled)
     drafts, problems = formats.get(name).read(context)
     return [draft.example for draft in drafts], problems
 

@@ -169,6 +169,11 @@ def test_run_on_a_config(world, tmp_path, monkeypatch, capsys):
             "'ignore_keys': (), 'frame_rate': -1},)",
             r"config.sources\[0\].frame_rate: -1: expected a number",
         ),
+        (
+            "config.sources = ({'media': 'x', 'format': 'davis', 'annotations': 'y', 'name': 'z', "
+            "'ignore_keys': (), 'unlabelled': 1},)",
+            r"config.sources\[0\].unlabelled: 1: expected true or false",
+        ),
     ],
 )
 def test_bad_config(body, message, world, tmp_path, capsys):

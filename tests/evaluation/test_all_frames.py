@@ -5,6 +5,7 @@ left half of every third frame. The heads themselves: tests/generation/test_whol
 """
 
 import dataclasses
+import json
 import pathlib
 from types import SimpleNamespace
 
@@ -14,10 +15,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from tpo_jax import evaluate
-from tpo_jax.data.records import Example, Turn, VideoInfo
+from tpo_jax import evaluate, prepare
+from tpo_jax.data.records import Example, PreparedDataset, Turn, VideoInfo
 from tpo_jax.errors import UserError
-from tpo_jax.evaluation import all_frames, results, track_files
+from tpo_jax.evaluation import all_frames, floors, results, track_files
 from tpo_jax.evaluation.evaluator import Evaluator, Settings
 from tpo_jax.generation.sampler import Generation
 
@@ -267,7 +268,8 @@ def sample(dataset, number, result):
     example = dataset.examples(video)[number]
     events = [] if result is None else [{"task": "mask", "result": result}]
     return {"task": example.task, "video": video, "example": example.example_id,
-            "place": 0, "occurrence": 0, "answer": {"events": events}}  # fmt: skip
+            "item": f"{example.example_id}/0/0", "place": 0, "occurrence": 0,
+            "answer": {"events": events}}  # fmt: skip
 
 
 class Tracks(Grey):
@@ -346,3 +348,145 @@ def test_records_that_are_no_objects_of_davis_are_refused(name, tmp_path):
     with pytest.raises(UserError, match="expected VIDEO/NUMBER"):
         track_files.write(tmp_path / "s", "davis", Other(), [sample(Other(), 0, None)])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("layout", "names", "place"),
+    [
+        ("davis", ("one/v/3", "two/v/03"), "v/3"),
+        ("mevis", ("one/v/3", "two/v/3"), "v/3"),
+        ("lasot", ("one/a/3", "one/b/3"), "3.txt"),
+    ],
+)
+def test_what_is_asked_twice_is_refused_by_both_names(layout, names, place, tmp_path):
+    class Twice(Tracks):
+        def examples(self, video_id):
+            task = track_files.LAYOUTS[layout].task
+            both = zip(super().examples(video_id), names, strict=True)
+            return [dataclasses.replace(example, example_id=name, source=name[:3], task=task)
+                    for example, name in both]  # fmt: skip
+
+    samples = [sample(Twice(), i, None) for i in range(2)]
+    message = f"{names[0]}/0/0 and {names[1]}/0/0 are both answers about {place};"
+    with pytest.raises(UserError, match=message):
+        track_files.write(tmp_path / "s", layout, Twice(), samples)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"times": [0.0, 0.5, 1.0], "boxes": [BOX] * 3}, "3/0/0 has 4 frames of .*7/0/0 has 3"),
+        ({"times": [0.0, 0.5, 1.0, 2.0]}, "expected the same times"),
+        ({"size": [16, 32]}, r"x/v/3/0/0 has 4 .* x/v/7/0/0 has 4 of \(16, 32\)"),
+    ],
+)
+def test_objects_of_a_video_have_the_same_frames(changes, message, tmp_path):
+    class Apart(Tracks):
+        def examples(self, video_id):
+            one, two = super().examples(video_id)
+            return [one, dataclasses.replace(two, targets={**two.targets, **changes})]
+
+    with pytest.raises(UserError, match=message):
+        track_files.write(
+            tmp_path / "s", "davis", Apart(), [sample(Apart(), i, None) for i in range(2)]
+        )
+    assert not list(tmp_path.iterdir())
+
+
+# Splits without labels: prepared, asked and written as they are published.
+
+
+def expressions(folder, frames):
+    names = [f"{frame:05d}" for frame in frames]
+    data = {"videos": {"v": {"frames": names, "expressions": {"0": {"exp": "the corner"}}}}}
+    (folder / "meta_expressions.json").write_text(json.dumps(data))
+    return folder / "meta_expressions.json"
+
+
+def first_mask(folder):
+    (folder / "v").mkdir()
+    labels = np.zeros((48, 64), np.uint8)
+    labels[:24, :32] = 5
+    Image.fromarray(labels).save(folder / "v/00000.png")
+    return folder
+
+
+def first_box(folder):
+    (folder / "v").mkdir()
+    (folder / "v/groundtruth.txt").write_text("0,0,32,24\n")
+    return folder
+
+
+FRAMES = range(10, 58, 4)  # 12 pictures of which 8 are shown
+SPLITS = [
+    ("mevis", lambda f: expressions(f, range(12)), range(12), 6, "v/0/{:05d}.png"),
+    ("ref_youtube_vos", lambda f: expressions(f, FRAMES), FRAMES, 7.5, "v/0/{:05d}.png"),
+    ("davis", first_mask, range(12), 24, "v/{:05d}.png"),
+    ("got10k", first_box, range(1, 13), 10, "v/v_001.txt"),
+]
+
+
+@pytest.mark.parametrize(("name", "annotate", "frames", "rate", "file"), SPLITS)
+def test_a_split_without_labels_is_prepared_asked_and_written(
+    name, annotate, frames, rate, file, model, monkeypatch, tmp_path, capsys
+):
+    (tmp_path / "a").mkdir()
+    annotations, media = annotate(tmp_path / "a"), tmp_path / "media"
+    (media / "v").mkdir(parents=True)
+    for i, frame in enumerate(frames):
+        Image.new("RGB", (64, 48), (i, i, i)).save(media / f"v/{frame:05d}.png")
+    size = [] if name == "got10k" else ["--size=32"]
+    command = ["run", f"--media={media}", f"--format={name}", f"--annotations={annotations}",
+               f"--out={tmp_path / 'data'}", f"--fps={rate}", *size, "--unlabelled"]  # fmt: skip
+    command += [] if name in ("ref_youtube_vos", "davis") else [f"--frame_rate={rate}"]
+    assert prepare.main(command) == 0
+    task, folder = track_files.LAYOUTS[name].task, tmp_path / "s"
+    more = [f"--tasks={task}", "--mask_frames=all", f"--benchmark={name}", f"--submission={folder}"]
+    dataset = PreparedDataset(tmp_path / "data")
+    status, record = run(model, monkeypatch, tmp_path, dataset, *more)
+    assert status == 0 and record["metrics"] == {} and record["unlabelled"] == {task: 1}
+    assert record["frames_of_masks"] == {task: {"asked": 12, "answered": 12}}
+    printed = capsys.readouterr().out
+    assert f"1 of {task} are unlabelled: answered, in no metric\n" in printed
+    assert f"frames of {task}: 12 of 12 asked are answered\n" in printed
+    found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    if name == "got10k":  # picture i is found where i is 1 modulo 3, in its left half
+        assert found == [file]
+        lines = ["0.000,0.000,32.000,24.000\n", *["0.000,0.000,32.000,48.000\n"] * 11]
+        assert (folder / file).read_text() == "".join(lines)
+        return
+    assert found == [file.format(frame) for frame in frames]
+    for i, path in enumerate(found):
+        picture, full = np.asarray(Image.open(folder / path)), 5 if name == "davis" else 255
+        expected = np.where((np.arange(64) < 32) & (i % 3 == 1), full, 0)
+        np.testing.assert_array_equal(picture, np.tile(expected, (48, 1)))
+
+
+def test_labelled_and_unlabelled_together(model, monkeypatch, tmp_path, capsys):
+    """Those without labels are in no metric, floor or forced pass; the others as before."""
+    class Mixed(Grey):
+        def examples(self, video_id):
+            examples = super().examples(video_id)
+            if video_id == "a":
+                return examples
+            targets = {"unlabelled": True, "size": [32, 32]}
+            return [dataclasses.replace(e, targets=targets | {
+                "times": e.targets["times"], "frames": list(range(24)), "input_box": BOX,
+            }) for e in examples]  # fmt: skip
+
+    alone, both = (run(model, monkeypatch, tmp_path, dataset, "--mask_frames=all")[1]
+                   for dataset in (Grey(a=24), Mixed(a=24, b=24)))  # fmt: skip
+    assert both["metrics"] == alone["metrics"] and both["items"] == alone["items"]
+    assert both["unlabelled"] == {"mask": 1, "tracking": 1} and alone["unlabelled"] == {}
+    counts = {"annotated": 24, "scored": 24, "asked": 24, "answered": 24}
+    assert both["frames_of_masks"] == {"mask": counts, "tracking": counts}
+    samples = results.read_samples(tmp_path / "out.json")
+    assert [s["scores"] == {} for s in samples] == [s["video"] == "b" for s in samples]
+    assert all(s["answer"]["events"] for s in samples) and len(samples) == 4
+    best = [floors.best(floors.constant_floors(Grey(a=24), dataset, 8))
+            for dataset in (Grey(a=24), Mixed(a=24, b=24))]  # fmt: skip
+    assert best[0] == best[1] and best[0]["tracking/auc"] > 0
+    with pytest.raises(UserError, match="d: no question .* nothing scored"):
+        about = {"data": "d", "tasks": ["mask"], "unlabelled": {}}
+        results.evaluation_record({}, routing={}, about=about)

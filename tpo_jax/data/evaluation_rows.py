@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,12 @@ def examples_of(dataset: PreparedDataset, media: str) -> Iterator[Example]:
     for video in dataset.videos:
         if dataset.video_info(video).media == media:
             yield from dataset.examples(video)
+
+
+def count_unlabelled(dataset: PreparedDataset, tasks: Sequence[str]) -> dict[str, int]:
+    """{task: examples without labels}, of those of some tasks that have any."""
+    found = (example for video in dataset.videos for example in dataset.examples(video))
+    return dict(Counter(e.task for e in found if e.task in tasks and not e.labelled))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,6 +127,18 @@ class MediaFolder:
         """What `set_frame_rate` was told; None for a file."""
         return self._frame_rates.get(name)
 
+    def picture_numbers(self, name: str, field: str) -> list[int]:
+        """Numbers of the pictures of a folder that `find` returned; raises Invalid for a file."""
+        if not self.path(name).is_dir():
+            raise Invalid(
+                field, name, "expected a folder of pictures, whose frames can be counted",
+                "extract the frames",
+            )  # fmt: skip
+        try:
+            return [number for number, _ in video.pictures(self.path(name))]
+        except video.VideoError as error:
+            raise Invalid(field, name, error.reason, error.fix) from error
+
     def probe(self, name: str, field: str) -> video.Probe:
         """The header of a file that `find` returned; raises Invalid when it cannot be read."""
         if name not in self._probes:

@@ -135,6 +135,11 @@ class Example:
     turns: tuple[Turn, ...]
     targets: Mapping[str, Any]
 
+    @property
+    def labelled(self) -> bool:
+        """False of a split whose labels are not published: to be answered, not scored or learnt."""
+        return not self.targets.get("unlabelled")
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict that `from_json` reads back equal."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

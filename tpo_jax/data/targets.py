@@ -206,6 +206,10 @@ def _mask_blank(bucket: Bucket) -> Arrays:
 
 
 def _mask_check(targets: Mapping[str, Any], markers: int, view: View, bucket: Bucket) -> None:
+    if targets.get("unlabelled"):
+        raise TargetError(
+            "targets.unlabelled: the example has no labels to learn from: its split is published "
+            "without. Leave its task out of the weights of the source, or name another split.")
     for one in _parts(targets, markers, "<mask>", "each"):
         _track_check(one)
 
@@ -225,10 +229,13 @@ def _mask_fill(targets: Mapping[str, Any], occurrence: int, view: View, bucket: 
     """Masks at the nearest annotated time; boxes stand in, filled, where there are no RLEs.
 
     A frame further from every annotation than half the larger of both spacings is not labelled; an
-    annotation of null says that the object is absent there: labelled, empty.
+    annotation of null says that the object is absent there: labelled, empty. Without labels, which
+    `_mask_check` refuses and evaluation asks about, no frame is labelled.
     """
     targets = part(targets, occurrence)
     arrays = _mask_blank(bucket)
+    if targets.get("unlabelled"):
+        return arrays
     nearest, close = _nearest_labels(targets["times"], view)
     arrays["labelled"][close] = True
     annotations = targets["rles"] if targets.get("rles") is not None else targets["boxes"]
@@ -306,9 +313,12 @@ def _followed_fill(targets: Mapping[str, Any], occurrence: int, view: View,
     """A box whose object is labelled over time, on a frame that shows the object.
 
     As it was drawn, where that frame is shown (without a time, it is that of the first label);
-    else the label of the first shown frame that has one. Where no shown frame has any, the nearest.
+    else the label of the first shown frame that has one. Where no shown frame has any, the nearest;
+    so too without labels, where a track begins at the first frame.
     """
     targets = part(targets, occurrence)
+    if targets.get("unlabelled"):
+        return _box_fill({"input_time": targets["times"][0]} | targets, 0, view, bucket)
     times, boxes = np.asarray(targets["times"], np.float64), targets["boxes"]
     time = targets.get("input_time")
     if time is None:

@@ -21,25 +21,24 @@ END_TOLERANCE = 0.5  # seconds
 BOX_TOLERANCE = 2e-3  # of the frame: a rounding of the last pixel, cut to the frame
 
 ANSWER_MARKERS = {
-    "temporal": "<temporal>",
-    "region": "<region>",
-    "mask": "<mask>",
-    "tracking": "<mask>",
-}
+    "temporal": "<temporal>", "region": "<region>", "mask": "<mask>", "tracking": "<mask>",
+}  # fmt: skip
 # Tasks whose questions may say <box>, a box that the user draws: targets.input_box, on the frame at
 # targets.input_time; several are targets.input_boxes and input_times.
 BOX_TASKS = ("conversation", "temporal", "region", "mask", "tracking")
 DRAWN = ("input_box", "input_time", "input_boxes", "input_times")
 # Tasks whose answers may have several markers: targets.each has the targets of one each.
 EACH_TASKS = ("temporal", "mask", "tracking")
+# Of a mask or track without labels: true, the numbers of its frames, [height, width] of its masks.
+UNLABELLED = ("unlabelled", "frames", "size")
 TARGET_KEYS = {
     "conversation": frozenset(DRAWN),
     "temporal": frozenset(
         {"windows", "saliency", "saliency_interval", "saliency_scores", "relevant_clip_ids", *DRAWN}
     ),
     "region": frozenset({"boxes", "times", *DRAWN}),
-    "mask": frozenset({"times", "rles", *DRAWN}),
-    "tracking": frozenset({"times", "boxes", "rles", *DRAWN}),
+    "mask": frozenset({"times", "rles", *UNLABELLED, *DRAWN}),
+    "tracking": frozenset({"times", "boxes", "rles", *UNLABELLED, *DRAWN}),
     "action": frozenset({"segments", "labels"}),
     "preference": None,  # evidence and provenance fields are the pair maker's
 }
@@ -62,6 +61,8 @@ def check_example(example: Example, duration: float = math.inf) -> Example:
         several = ("each",) if example.task in EACH_TASKS else ()
         check_keys(example.targets, {*known, *several}, required=(), field="targets")
     check = _CHECKS.get(example.task, _conversation)
+    if known is not None and "unlabelled" in example.targets:
+        check = _unlabelled
     if known is not None and "each" in example.targets:
         targets = _each(check, example, duration)
     else:
@@ -169,16 +170,12 @@ def check_box(field: str, value: Any) -> list[float]:
 def check_rle(field: str, value: Any) -> Mapping[str, Any]:
     """A COCO run-length encoding {"size": [h, w], "counts": str} that decodes."""
     check_keys(value, (), ("size", "counts"), field)
-    size = check_list(f"{field}.size", value["size"])
-    if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-        raise Invalid(f"{field}.size", size, "expected [height, width] in pixels", "correct it")
+    size = _check_size(f"{field}.size", value["size"])
     if not isinstance(value["counts"], str):
         raise Invalid(
-            f"{field}.counts",
-            value["counts"],
-            "expected COCO's compressed counts (text)",
+            f"{field}.counts", value["counts"], "expected COCO's compressed counts (text)",
             "compress it with pycocotools.mask.frPyObjects",
-        )
+        )  # fmt: skip
     covered = rle_pixels(value["counts"])
     if covered != size[0] * size[1]:
         raise Invalid(
@@ -188,6 +185,12 @@ def check_rle(field: str, value: Any) -> Mapping[str, Any]:
             "encode the mask again at its own size",
         )
     return value
+
+
+def _check_size(field: str, size: Any) -> Sequence[int]:
+    if len(check_list(field, size)) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise Invalid(field, size, "expected [height, width] in pixels", "correct it")
+    return size
 
 
 def _one_of(field: str, value: Any, known: Sequence[str]) -> None:
@@ -272,11 +275,10 @@ def _need_one_marker(example: Example) -> None:
     count = _count(example, marker)
     if count != 1:
         raise Invalid(
-            "turns",
-            [turn.answer for turn in example.turns],
+            "turns", [turn.answer for turn in example.turns],
             f"expected {marker} once in the answers, it is there {count} times",
             f"write {marker} where the answer points; for several give targets.each",
-        )
+        )  # fmt: skip
 
 
 def _each(
@@ -284,7 +286,7 @@ def _each(
 ) -> dict[str, Any]:
     """{"each": checked}: one entry a marker, in the order of the text."""
     marker, each = ANSWER_MARKERS[example.task], check_list("targets.each", example.targets["each"])
-    own = TARGET_KEYS[example.task] - set(DRAWN)
+    own = TARGET_KEYS[example.task] - {*DRAWN, *UNLABELLED}
     check_keys(example.targets, {"each", *DRAWN}, (), "targets")
     count = _count(example, marker)
     if not each or len(each) != count:
@@ -351,8 +353,7 @@ def _same_length(targets: Mapping[str, Any], *keys: str) -> None:
 
 
 def _check_times(targets: Mapping[str, Any], duration: float) -> list[float]:
-    times = [check_time(f"targets.times[{i}]", t, duration) for i, t in enumerate(targets["times"])]
-    return times
+    return [check_time(f"targets.times[{i}]", t, duration) for i, t in enumerate(targets["times"])]
 
 
 def _conversation(example: Example, targets: Mapping[str, Any], duration: float):
@@ -376,12 +377,10 @@ def _temporal(example: Example, targets: Mapping[str, Any], duration: float):
             check_number(f"targets.saliency[{i}]", value, 0, 1, "")
         if (len(targets["saliency"]) - 1) * interval >= duration + END_TOLERANCE:
             raise Invalid(
-                "targets.saliency",
-                targets["saliency"],
+                "targets.saliency", targets["saliency"],
                 f"{len(targets['saliency'])} values every {interval:g} s go beyond the duration "
-                f"of the video, {duration:.3f} s",
-                "give one value per interval of the video",
-            )
+                f"of the video, {duration:.3f} s", "give one value per interval of the video",
+            )  # fmt: skip
     return checked
 
 
@@ -391,11 +390,10 @@ def _region(example: Example, targets: Mapping[str, Any], duration: float):
     markers = _count(example, "<region>")
     if markers != len(targets["boxes"]):
         raise Invalid(
-            "targets.boxes",
-            targets["boxes"],
+            "targets.boxes", targets["boxes"],
             f"{len(targets['boxes'])} boxes for {markers} <region> in the answers",
             "give one box and one time per <region>, in the order of the text",
-        )
+        )  # fmt: skip
     boxes = [check_box(f"targets.boxes[{i}]", box) for i, box in enumerate(targets["boxes"])]
     return {"boxes": boxes, "times": _check_times(targets, duration)}
 
@@ -442,19 +440,31 @@ def _check_tracked(example: Example, several: bool) -> None:
     counts = [(t.question.count("<box>"), t.answer.count("<mask>")) for t in example.turns]
     if not several and sum(boxes for boxes, _ in counts) != 1:
         raise Invalid(
-            "turns[0].question",
-            example.turns[0].question,
+            "turns[0].question", example.turns[0].question,
             "expected <box> once in the questions of a tracking example",
             "write <box> where the question means targets.input_box",
-        )
+        )  # fmt: skip
     for i, (boxes, masks) in enumerate(counts if several else ()):
         if boxes != masks:
             raise Invalid(
-                f"turns[{i}].question",
-                example.turns[i].question,
+                f"turns[{i}].question", example.turns[i].question,
                 f"{boxes} <box> in the question for {masks} <mask> in its answer",
                 "write one <box> per track; the answers follow the boxes in order",
-            )
+            )  # fmt: skip
+
+
+def _unlabelled(example: Example, targets: Mapping[str, Any], duration: float):
+    begin = ("input_box",) if example.task == "tracking" else ()
+    check_keys(targets, DRAWN, ("times", *UNLABELLED, *begin), "targets")
+    if targets["unlabelled"] is not True:
+        raise Invalid("targets.unlabelled", targets["unlabelled"], "expected true", "remove it")
+    _same_length(targets, "times", "frames")
+    _check_size("targets.size", targets["size"])
+    if not all(isinstance(number, int) and number >= 0 for number in targets["frames"]):
+        raise Invalid("targets.frames", targets["frames"], "expected whole numbers", "correct it")
+    if example.task == "tracking":
+        _check_tracked(example, several=False)
+    return dict(targets) | {"times": _check_times(targets, duration)}
 
 
 def _action(example: Example, targets: Mapping[str, Any], duration: float):
@@ -483,11 +493,6 @@ def _preference(example: Example, targets: Mapping[str, Any], duration: float):
 
 
 _CHECKS: dict[str, Callable[[Example, Mapping[str, Any], float], dict[str, Any]]] = {
-    "conversation": _conversation,
-    "temporal": _temporal,
-    "region": _region,
-    "mask": _mask,
-    "tracking": _tracking,
-    "action": _action,
-    "preference": _preference,
-}
+    "conversation": _conversation, "temporal": _temporal, "region": _region, "mask": _mask,
+    "tracking": _tracking, "action": _action, "preference": _preference,
+}  # fmt: skip

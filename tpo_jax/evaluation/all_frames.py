@@ -90,13 +90,14 @@ class Watched:
         return benchmarks.score_call(call, prediction, times, once=once)
 
     def count(self, call: Call, counts: dict[str, Counter[str]]) -> None:
-        """Adds the frames that a mask or track is annotated on, and those that are scored."""
+        """Adds the frames that a mask or track is annotated on, and those that are scored; without
+        labels those that are asked for, and those of them that are answered."""
         if call.head != "mask":
             return
         times, once = self._frames(call)
-        annotated, scored = benchmarks.annotated_frames(call, times, once=once)
-        here = counts.setdefault(call.example.task, Counter())
-        here.update({"annotated": annotated, "scored": scored})
+        names = ("annotated", "scored") if call.example.labelled else ("asked", "answered")
+        found = benchmarks.annotated_frames(call, times, once=once)
+        counts.setdefault(call.example.task, Counter()).update(dict(zip(names, found, strict=True)))
 
     def _frames(self, call: Call) -> tuple[np.ndarray, bool]:
         return (self.film.times(), True) if self.filmed(call) else (self.shown, False)

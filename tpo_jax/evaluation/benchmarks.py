@@ -115,7 +115,11 @@ def score_call(
       prediction: what the head's decode returned (`models/heads`), None if it was not called.
       times: float[frames] seconds of the frames that the model saw.
       once: as of `match_times`, for a head that answers frame by frame.
+
+    Returns: {} of an example without labels.
     """
+    if not call.example.labelled:
+        return {}
     example = about(call.example, call.occurrence)
     targets = example.targets
     own = next((head.score for head in HEADS.values() if head.task == call.head), None)

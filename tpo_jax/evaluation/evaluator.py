@@ -75,7 +75,7 @@ class Results:
       table: scores per item and metric.
       samples: one JSON-able record per head call and question, for the report.
       pairs: calls and generated events per answer, for the routing counts.
-      frames: {task: {"annotated", "scored"}}, frames of masks and tracks, over all calls.
+      frames: {task: counts of frames of masks and tracks}, over all calls; see `Watched.count`.
     """
 
     table: Table = dataclasses.field(default_factory=Table)
@@ -371,7 +371,7 @@ class Evaluator:
     ) -> dict[str, dict[str, float]]:
         """Returns {item: scores} where forcing the labelled answer would show the head the same.
 
-        That is an answer of one call, word for word as labelled.
+        That is an answer of one call, word for word as labelled; without labels nothing is shown.
         """
         calls = benchmarks.find_calls(example, turn)
         events = [(event.task, event.result) for event in answer.events]
@@ -384,8 +384,8 @@ class Evaluator:
                 sample(example.task, call.item, plan, example, turn, scores)
                 | {"place": call.place, "occurrence": call.occurrence, "answer": answer.to_json()}
             )
-        as_labelled = len(calls) == 1 and answer.marked == example.turns[turn].answer
-        return {calls[0].item: scores} if as_labelled else {}
+        same = not example.labelled or answer.marked == example.turns[turn].answer
+        return {calls[0].item: scores} if len(calls) == 1 and same else {}
 
     def _score_forced(
         self,

@@ -106,11 +106,12 @@ class _Split:
 
 
 def _by_task(dataset: PreparedDataset) -> dict[str, list[Example]]:
-    """{task: examples} of a split, read once."""
+    """{task: examples} of a split that have labels, read once."""
     examples: dict[str, list[Example]] = collections.defaultdict(list)
     for video in dataset.videos:
         for example in dataset.examples(video):
-            examples[example.task].append(example)
+            if example.labelled:
+                examples[example.task].append(example)
     return examples
 
 

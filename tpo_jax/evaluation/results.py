@@ -28,7 +28,7 @@ def evaluation_record(
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The JSON of one evaluation."""
-    if not scores:
+    if not scores and not about["unlabelled"]:
         raise UserError(f"{about['data']}: no question of tasks {about['tasks']}; nothing scored")
     return {
         "format_version": FORMAT_VERSION,
@@ -140,14 +140,25 @@ def format_frames(record: Mapping[str, Any]) -> str:
     """One line per task: how many annotated frames are scored, and what to do about the others."""
     lines = []
     for task, count in record["frames_of_masks"].items():
-        line = f"frames of {task}: {count['scored']} of {count['annotated']} annotated are scored"
-        if count["scored"] < count["annotated"]:
-            line += (
-                f"; the others are not stored in {record['data']}: prepare it with --fps of the "
-                "annotations' rate"
-            )
-        lines.append(line)
+        for wanted, done in (("annotated", "scored"), ("asked", "answered")):
+            if wanted not in count:
+                continue
+            line = f"frames of {task}: {count[done]} of {count[wanted]} {wanted} are {done}"
+            if count[done] < count[wanted]:
+                line += (
+                    f"; the others are not stored in {record['data']}: prepare it with --fps of "
+                    "the annotations' rate"
+                )
+            lines.append(line)
     return "\n".join(lines)
+
+
+def format_unlabelled(record: Mapping[str, Any]) -> str:
+    """One line per task that has examples without labels."""
+    return "".join(
+        f"{count} of {task} are unlabelled: answered, in no metric\n"
+        for task, count in record["unlabelled"].items()
+    )
 
 
 def format_floors(record: Mapping[str, Any]) -> str:

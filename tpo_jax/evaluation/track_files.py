@@ -4,7 +4,8 @@
         --mask_frames=all --benchmark=mevis --submission=out/valid_u --out=eval.json
 
 The free answers are written: of a call that the model did not make, empty masks, or the box that
-the question has. A frame that the folder does not store has what is said of the nearest one.
+the question has. A frame that the folder does not store has what is said of the nearest one. Of a
+split whose labels are not published the frames are those that its reader says are asked for.
 """
 
 from __future__ import annotations
@@ -36,15 +37,19 @@ class Track:
     """What was answered about one thing, at its n annotated times.
 
     Attributes:
+      item: the question that was answered.
       name: of the record that was read: "VIDEO/EXPRESSION", "VIDEO/OBJECT" or "SEQUENCE".
       times: seconds of the annotations.
+      frames: numbers of the files of these frames, where the annotations say them.
       size: (height, width) of masks, and of the frames that boxes are in, pixels.
       masks: n COCO RLEs or None; boxes: n normalised xyxy or None; presence: float[n].
       given: the box of the question, if it has one.
     """
 
+    item: str
     name: str
     times: Sequence[float]
+    frames: Sequence[int] | None
     size: tuple[int, int]
     masks: Sequence[Mapping[str, Any] | None]
     boxes: Sequence[Sequence[float] | None]
@@ -58,12 +63,24 @@ class Track:
             yield benchmarks.resize_nearest(mask, *self.size)[0]
 
 
+def _refuse_twice(names: Iterable[str], tracks: Iterable[Track]) -> None:
+    """Refuses two answers that would be in the same place of the files, before any is written."""
+    first: dict[str, Track] = {}
+    for name, track in zip(names, tracks, strict=True):
+        if (other := first.setdefault(name, track)) is not track:
+            raise UserError(
+                f"--submission: {other.item} and {track.item} are both answers about {name}; "
+                "prepare the split alone, with each object or expression once"
+            )
+
+
 def _referred(tracks: Sequence[Track], number: Callable[[int, float], int]) -> Files:
     """VIDEO/EXPRESSION/00000.png, 255 where the thing is."""
+    _refuse_twice((track.name for track in tracks), tracks)
     for track in tracks:
-        for i, mask in enumerate(track.pictures()):
-            name = f"{track.name}/{number(i, track.times[i]):05d}.png"
-            yield name, _png(np.where(mask, 255, 0))
+        numbers = track.frames or [number(i, time) for i, time in enumerate(track.times)]
+        for frame, mask in zip(numbers, track.pictures(), strict=True):
+            yield f"{track.name}/{frame:05d}.png", _png(np.where(mask, 255, 0))
 
 
 def _davis(tracks: Sequence[Track]) -> Files:
@@ -79,17 +96,36 @@ def _davis(tracks: Sequence[Track]) -> Files:
             )
         videos[video].append((int(number), track))
     for video, objects in videos.items():
+        _refuse_twice((f"{video}/{number}" for number, _ in objects), (t for _, t in objects))
+        _refuse_other_frames([track for _, track in objects])
+    for video, objects in videos.items():
         pictures = [track.pictures() for _, track in objects]
-        for i, masks in enumerate(zip(*pictures, strict=True)):
+        numbers = objects[0][1].frames or range(len(objects[0][1].times))
+        for i, (frame, *masks) in enumerate(zip(numbers, *pictures, strict=True)):
             labels = np.zeros(masks[0].shape, np.uint8)
             for k in np.argsort([track.presence[i] for _, track in objects], kind="stable"):
                 labels[masks[k]] = objects[k][0]
-            yield f"{video}/{i:05d}.png", _png(labels, palette=True)
+            yield f"{video}/{frame:05d}.png", _png(labels, palette=True)
+
+
+def _refuse_other_frames(tracks: Sequence[Track]) -> None:
+    """Refuses objects of one video that cannot be in the same pictures."""
+    first, *others = tracks
+    for other in others:
+        one, two = ((list(track.times), track.size) for track in (first, other))
+        if one != two:
+            raise UserError(
+                f"--submission: {first.item} has {len(one[0])} frames of {one[1]} pixels, "
+                f"{other.item} has {len(two[0])} of {two[1]}, expected the same times and size: "
+                "they are objects of one video; prepare the split alone, from its own masks"
+            )
 
 
 def _boxes(tracks: Sequence[Track], name: str) -> Files:
     """x,y,w,h in pixels, a line a frame; where there is none, the last one."""
-    for track in tracks:
+    places = [name.format(track.name.rpartition("/")[2]) for track in tracks]
+    _refuse_twice(places, tracks)
+    for place, track in zip(places, tracks, strict=True):
         last, lines = track.given, []
         height, width = track.size
         for box in track.boxes:
@@ -97,7 +133,7 @@ def _boxes(tracks: Sequence[Track], name: str) -> Files:
             x1, y1, x2, y2 = last
             sides = x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height
             lines.append(",".join(f"{side:.3f}" for side in sides) + "\n")
-        yield name.format(track.name.rpartition("/")[2]), "".join(lines).encode()
+        yield place, "".join(lines).encode()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,10 +230,13 @@ def _track(info: VideoInfo, examples: Sequence[Example], sample: Mapping[str, An
         found = {"times": times, "masks": nobody, "boxes": nobody, "presence": [0.0] * len(times)}
     seconds = np.asarray(found["times"])
     nearest = [int(np.abs(seconds - time).argmin()) for time in times]
+    size = targets.get("size") or benchmarks.rle_size(targets.get("rles") or ())
     return Track(
+        item=sample["item"],
         name=example.example_id.removeprefix(f"{example.source}/"),  # of the record
         times=times,
-        size=benchmarks.rle_size(targets.get("rles") or ()) or (info.height, info.width),
+        frames=targets.get("frames"),
+        size=tuple(size or (info.height, info.width)),
         masks=[found["masks"][i] for i in nearest],
         boxes=[found["boxes"][i] for i in nearest],
         presence=np.asarray(found["presence"])[nearest],

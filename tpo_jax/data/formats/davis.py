@@ -3,6 +3,7 @@
 --annotations is the folder DAVIS (all videos), one of its lists (ImageSets/2017/train.txt), or a
 folder with a folder of PNGs per video. Frames are 24 a second; 255 is void. No object has words:
 each is a tracking example with masks. (Ref-DAVIS in the form of ref_youtube_vos has words.)
+The split test-dev is published with the mask of the first frame alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from tpo_jax.data.formats import asking, masks
+from tpo_jax.data.formats import asking, masks, unlabelled
 from tpo_jax.data.formats.reading import Context, Format, Record, expand, inside, load_text
 from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example
@@ -25,7 +26,7 @@ FOLDERS = (
 
 def records(context: Context) -> Iterator[Record]:
     """One record per object of a video."""
-    return expand(_videos(context.file), _objects)
+    return expand(_videos(context.file), lambda *video: _objects(context, *video))
 
 
 def _videos(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
@@ -53,10 +54,12 @@ def _is_list(path: pathlib.Path, folder: str) -> bool:
     return len(path.parents) > 2 and (path.parents[2] / folder).is_dir()
 
 
-def _objects(video: str, folder: pathlib.Path) -> Iterator[Record]:
+def _objects(context: Context, video: str, folder: pathlib.Path) -> Iterator[Record]:
     files = sorted(folder.glob("*.png"))
     if not files:
         raise Invalid("video", video, f"no .png in {folder}", "correct the list")
+    # One mask is where a track begins; the label of a track is the masks after it.
+    unlabelled.check_labels(context, "masks", len(files) > 1)
     numbers = masks.objects([masks.read_labels(file) for file in files])
     if not numbers:
         raise Invalid("masks", None, "no object: expected pixels of 1..254", "remove the video")
@@ -69,10 +72,29 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
     rate = context.picture_rate or FRAME_RATE
     name = context.find(video, "video", frame_rate=rate)
     numbers = [masks.frame_number(file.name, "masks") for file in files]
+    if context.unlabelled:
+        targets = _first_frame(files[0], number, name, rate, context)
+        return [context.example(name, label, "tracking", [asking.tracking()], targets)]
     times = masks.frame_times(numbers, rate, "masks")
     rles = [masks.encode(masks.read_labels(file) == number) for file in files]
     targets = masks.tracking_targets(times, rles)
     return [context.example(name, label, "tracking", [asking.tracking()], targets)]
 
 
-FORMAT = Format("davis", "DAVIS 2017 palette masks", records, parse)
+def _first_frame(
+    file: pathlib.Path, number: int, name: str, rate: float, context: Context
+) -> dict[str, Any]:
+    """Targets without labels; the frames are all pictures of the video, the first has the mask."""
+    frames = unlabelled.picture_numbers(context, name, "masks")
+    if masks.frame_number(file.name, "masks") != frames[0]:
+        raise Invalid(
+            "masks", file.name, f"the first picture of the video is number {frames[0]}",
+            "expected the mask of the first picture",
+        )  # fmt: skip
+    labels = masks.read_labels(file)
+    times = masks.frame_times(frames, rate, "masks")
+    box = masks.box(masks.encode(labels == number))
+    return unlabelled.targets(frames, times, labels.shape[::-1], input_box=box)
+
+
+FORMAT = Format("davis", "DAVIS 2017 palette masks", records, parse, unlabelled=True)

@@ -3,6 +3,7 @@
 Beside it, optional as in the release: absence.label (1 = the object is not in this frame),
 meta_info.ini (anno_fps, resolution, object_class, ...) and the frames 00000001.jpg, ...; the labels
 cover.label and cut_by_image.label are not used. The sequence folder has the name of its video.
+The split test is published with the box of the first frame alone.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 import configparser
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tpo_jax.data.formats import asking, tracks
-from tpo_jax.data.formats.reading import Context, Format, Record, load_text
+from tpo_jax.data.formats import asking, tracks, unlabelled
+from tpo_jax.data.formats.reading import Context, Format, Record, load_text, pixel_box
 from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example
 
@@ -45,9 +46,25 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
     size = re.findall(r"\d+", meta.get("resolution", ""))
     width, height = map(int, size) if len(size) == 2 else context.frame_size(name, "resolution")
     fps = float(rate[0]) if rate else context.frame_rate(name, "anno_fps")
-    times = [i / fps for i in range(len(boxes))]
-    targets = tracks.targets(boxes, absent, times, (width, height))
+    there = len(boxes) > 1  # one box is where a track begins; its label is the boxes after it
+    if context.unlabelled:
+        unlabelled.check_labels(context, tracks.TRUTH, there)
+        targets = _first_frame(boxes, name, fps, (width, height), context)
+    else:
+        times = [i / fps for i in range(len(boxes))]
+        targets = tracks.targets(boxes, absent, times, (width, height))
+        unlabelled.check_labels(context, tracks.TRUTH, there)
     return [context.example(name, label, "tracking", [asking.tracking()], targets)]
+
+
+def _first_frame(
+    boxes: Sequence[Sequence[float]], name: str, fps: float, size: tuple[int, int], context: Context
+) -> dict[str, Any]:
+    """Targets without labels; the frames are all pictures of the video, the first has the box."""
+    box = pixel_box(f"{tracks.TRUTH} line 1", boxes[0] if boxes else None, *size)
+    frames = unlabelled.picture_numbers(context, name, "sequence")
+    times = [(number - frames[0]) / fps for number in frames]
+    return unlabelled.targets(frames, times, size, input_box=box)
 
 
 def _meta(path: pathlib.Path) -> Mapping[str, str]:
@@ -61,4 +78,6 @@ def _meta(path: pathlib.Path) -> Mapping[str, str]:
     return {key: value for section in parser.sections() for key, value in parser[section].items()}
 
 
-FORMAT = Format("got10k", "GOT-10k tracking boxes, one folder per sequence", records, parse)
+FORMAT = Format(
+    *("got10k", "GOT-10k tracking boxes, one folder per sequence", records, parse), unlabelled=True
+)

@@ -4,6 +4,7 @@
  "vid_id"?, "fps"?}}} and {anno_id: [RLE or null per frame]}. An expression that means several
 objects is the union of their masks. Frame i is at i / fps seconds; the release has no `fps`, the
 frame rate of the video file is used then, or --frame_rate for folders of pictures (JPEGImages).
+The split `valid` is published without mask_dict.json, obj_id and anno_id.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tpo_jax.data import validation
-from tpo_jax.data.formats import asking
+from tpo_jax.data.formats import asking, unlabelled
+from tpo_jax.data.formats.masks import frame_number
 from tpo_jax.data.formats.reading import Context, Format, Record, as_object, expand, load_json
 from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example
@@ -25,7 +27,8 @@ def records(context: Context) -> Iterator[Record]:
     """One record per expression; the file is the folder, or meta_expressions.json in it."""
     path = context.file / EXPRESSIONS if context.file.is_dir() else context.file
     data = load_json(path, dict)
-    masks = load_json(path.with_name(MASKS), dict)
+    unlabelled.check_labels(context, MASKS, path.with_name(MASKS).is_file())
+    masks = {} if context.unlabelled else load_json(path.with_name(MASKS), dict)
     context.keys(data, ("videos",), ("info",))
     yield from expand(
         as_object("videos", data["videos"]).items(),
@@ -45,16 +48,18 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
     if fps is not None:
         fps = validation.check_number("fps", fps, 1e-6, float("inf"), "frames a second")
     name = context.find(video, "videos", frame_rate=fps)
-    count = len(validation.check_list("frames", entry["frames"]))
+    frames = validation.check_list("frames", entry["frames"])
     fps = fps or context.frame_rate(name, "fps")
-    context.keys(item, ("exp", "anno_id"), ("obj_id",))
-    text = validation.check_text("exp", item["exp"])
-    ids = validation.check_list("anno_id", item["anno_id"])
-    turn = asking.referred_mask(text)
-    targets = {
-        "times": [i / fps for i in range(count)],
-        "rles": _union([_masks(masks, i, count) for i in ids]),
-    }
+    context.keys(item, ("exp",), ("anno_id", "obj_id"))
+    unlabelled.check_labels(context, "anno_id", "anno_id" in item)
+    turn = asking.referred_mask(validation.check_text("exp", item["exp"]))
+    times = [i / fps for i in range(len(frames))]
+    if context.unlabelled:
+        numbers = [frame_number(frame, f"frames[{i}]") for i, frame in enumerate(frames)]
+        targets = unlabelled.targets(numbers, times, context.frame_size(name, "size"))
+    else:
+        ids = validation.check_list("anno_id", item["anno_id"])
+        targets = {"times": times, "rles": _union([_masks(masks, i, len(frames)) for i in ids])}
     return [context.example(name, label, "mask", [turn], targets)]
 
 
@@ -88,4 +93,7 @@ def _merge(rles: Sequence[Any], field: str) -> Mapping[str, Any] | None:
     return merge_rles(present) if present else None
 
 
-FORMAT = Format("mevis", "referring masks over time, meta_expressions + mask_dict", records, parse)
+FORMAT = Format(
+    *("mevis", "referring masks over time, meta_expressions + mask_dict", records, parse),
+    unlabelled=True,
+)

@@ -34,7 +34,8 @@ class Context:
 
     `media` is None when the annotations are checked without their media; then names are only
     checked for safety. `source` names the data set in every example. `picture_rate` is the frame
-    rate of folders of pictures where the annotations do not say it.
+    rate of folders of pictures where the annotations do not say it; `unlabelled`, whether the split
+    is one that is published without labels.
     """
 
     file: pathlib.Path
@@ -42,6 +43,7 @@ class Context:
     media: media_lib.MediaFolder | None = None
     ignore_keys: frozenset[str] = frozenset()
     picture_rate: float | None = None
+    unlabelled: bool = False
 
     def keys(self, data: Any, required: Sequence[str], optional: Sequence[str] = (), field=""):
         """Refuses missing and unknown keys."""
@@ -131,12 +133,14 @@ class Format:
     """A published annotation format.
 
     `records` walks a file or folder; `parse` makes examples of one record and raises Invalid.
+    `unlabelled`: whether it also reads splits that are published without labels.
     """
 
     name: str
     description: str
     records: Callable[[Context], Iterator[Record]]
     parse: Callable[[Any, str, Context], Sequence[Example]]
+    unlabelled: bool = False
 
     def read(self, context: Context) -> tuple[list[Draft], list[Problem]]:
         """All good examples of a file, and what is wrong with the others."""

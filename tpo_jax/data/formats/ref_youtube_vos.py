@@ -2,17 +2,18 @@
 
 {"videos": {video: {"expressions": {id: {"exp", "obj_id"}}, "frames": ["00000", "00005", ...]}}} in
 meta_expressions/train/meta_expressions.json, masks in train/Annotations/VIDEO/00005.png. The names
-of frames count pictures of a video of 30 a second.
+of frames count pictures of a video of 30 a second. The split `valid` is published without masks and
+obj_id; its JSON also has the videos of the split `test`.
 """
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tpo_jax.data import validation
-from tpo_jax.data.formats import asking, masks
+from tpo_jax.data.formats import asking, masks, unlabelled
 from tpo_jax.data.formats.reading import (
     Context,
     Format,
@@ -33,7 +34,7 @@ def records(context: Context) -> Iterator[Record]:
     """One record per expression."""
     data = load_json(context.file, dict)
     context.keys(data, ("videos",))
-    folder = _masks(context.file)
+    folder = None if context.unlabelled else _masks(context.file)
 
     def expressions(video: str, entry: Any) -> Iterator[Record]:
         context.keys(entry, ("expressions", "frames"))
@@ -51,28 +52,44 @@ def _masks(path: pathlib.Path) -> pathlib.Path:
         if place.is_dir():
             return place
     shown = " or ".join(map(str, places))
-    raise Invalid("", None, f"there are no masks: no folder {shown}", "use the training split")
+    raise Invalid(
+        *("", None, f"there are no masks: no folder {shown}"),
+        "use the training split; of one that is published without labels say --unlabelled",
+    )
 
 
 def parse(record: Any, label: str, context: Context) -> list[Example]:
     video, frames, item, folder = record
     rate = context.picture_rate or FRAME_RATE
     name = context.find(video, "videos", frame_rate=rate)
-    context.keys(item, ("exp", "obj_id"))
-    expression = validation.check_text("exp", item["exp"])
-    number = masks.frame_number(str(item["obj_id"]), "obj_id")
+    context.keys(item, ("exp",), ("obj_id",))
+    unlabelled.check_labels(context, "obj_id", "obj_id" in item)
+    turn = asking.referred_mask(validation.check_text("exp", item["exp"]))
     frames = validation.check_list("frames", frames)
     numbers = [masks.frame_number(frame, f"frames[{i}]") for i, frame in enumerate(frames)]
     times = masks.frame_times(numbers, rate, "frames")
+    if context.unlabelled:
+        targets = unlabelled.targets(numbers, times, context.frame_size(name, "size"))
+    else:
+        targets = {"times": times, "rles": _rles(folder, video, frames, item["obj_id"])}
+    return [context.example(name, label, "mask", [turn], targets)]
+
+
+def _rles(
+    folder: pathlib.Path, video: str, frames: Sequence[str], obj_id: Any
+) -> list[masks.RLE | None]:
+    """The masks of an object, one a frame."""
+    number = masks.frame_number(str(obj_id), "obj_id")
     rles = [
         masks.encode(masks.read_labels(inside(folder, f"{video}/{frame}.png", "frames")) == number)
         for frame in frames
     ]
     if not any(rles):
-        raise Invalid("obj_id", item["obj_id"], "no mask has this object", "correct the id")
-    targets = {"times": times, "rles": rles}
-    turn = asking.referred_mask(expression)
-    return [context.example(name, label, "mask", [turn], targets)]
+        raise Invalid("obj_id", obj_id, "no mask has this object", "correct the id")
+    return rles
 
 
-FORMAT = Format("ref_youtube_vos", "Ref-YouTube-VOS expressions, palette masks", records, parse)
+FORMAT = Format(
+    *("ref_youtube_vos", "Ref-YouTube-VOS expressions, palette masks", records, parse),
+    unlabelled=True,
+)

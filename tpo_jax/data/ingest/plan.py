@@ -66,6 +66,7 @@ class Source:
     name: str
     ignore_keys: frozenset[str] = frozenset()
     frame_rate: float | None = None  # of folders of pictures whose annotations do not say it
+    unlabelled: bool = False  # whether the split is published without labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,10 +168,21 @@ def check_names(features: FeatureStore, video_ids: Iterable[str]) -> None:
 
 
 def read_source(source: Source, folder: MediaFolder | None) -> tuple[list[Draft], list[Problem]]:
-    """The drafts of one annotation file and the problems in it."""
+    """The drafts of one annotation file and the problems in it.
+
+    Raises:
+      PrepareError: it is said to have no labels, and its format reads no such splits.
+    """
+    if source.unlabelled and not formats.get(source.format).unlabelled:
+        known = [name for name, form in formats.FORMATS.items() if form.unlabelled]
+        raise PrepareError(
+            f"unlabelled: the format {source.format} reads no splits without labels, "
+            f"{', '.join(known)} do; leave it out"
+        )
     context = Context(
-        source.annotations, source.name, folder, source.ignore_keys, source.frame_rate
-    )
+        source.annotations, source.name, folder, source.ignore_keys, source.frame_rate,
+        source.unlabelled,
+    )  # fmt: skip
     return formats.get(source.format).read(context)
 
 

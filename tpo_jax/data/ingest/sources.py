@@ -5,7 +5,8 @@ A manifest is `dataset.json` in the folder of the data set:
     {"name": "...", "media": "media", "annotations": [{"format": "native", "path": "a.jsonl"}]}
 
 Paths are relative to the folder and stay inside it. An entry may have a `frame_rate`, of folders of
-pictures whose annotations do not say it.
+pictures whose annotations do not say it, and `"unlabelled": true` of a split that is published
+without labels.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tpo_jax.data.problems import Invalid
 MANIFEST = "dataset.json"
 SETTING_KEYS = ("fps", "size", "encoding", "processes")
 SOURCE_KEYS = ("media", "format", "annotations", "name", "ignore_keys")
-OPTIONAL_KEYS = ("frame_rate",)
+OPTIONAL_KEYS = ("frame_rate", "unlabelled")
 
 
 def from_manifest(folder: pathlib.Path, ignore_keys: frozenset[str] = frozenset()) -> list[Source]:
@@ -53,6 +54,7 @@ def _manifest_source(
     validation.check_keys(entry, OPTIONAL_KEYS, ("format", "path"), field)
     _check_format(f"{field}.format", entry["format"])
     _check_rate(f"{field}.frame_rate", entry.get("frame_rate"))
+    _check_switch(f"{field}.unlabelled", entry.get("unlabelled", False))
     return Source(
         folder / safe_name(data["media"], "media"),
         entry["format"],
@@ -60,6 +62,7 @@ def _manifest_source(
         f"{data['name']}/{entry['format']}",
         ignore_keys,
         entry.get("frame_rate"),
+        entry.get("unlabelled", False),
     )
 
 
@@ -74,6 +77,7 @@ def check_config(config: ConfigDict) -> None:
             validation.check_keys(source, OPTIONAL_KEYS, SOURCE_KEYS, f"sources[{i}]")
             _check_format(f"sources[{i}].format", source["format"])
             _check_rate(f"sources[{i}].frame_rate", source.get("frame_rate"))
+            _check_switch(f"sources[{i}].unlabelled", source.get("unlabelled", False))
     except Invalid as error:
         raise PrepareError(f"config.{error}") from error
 
@@ -88,6 +92,7 @@ def from_config(config: ConfigDict) -> tuple[list[Source], Settings, int]:
             source["name"],
             frozenset(source["ignore_keys"]),
             source.get("frame_rate"),
+            source.get("unlabelled", False),
         )
         for i, source in enumerate(config.to_dict().get("sources", ()))
     ]
@@ -113,3 +118,8 @@ def _check_format(field: str, name: Any) -> None:
 def _check_rate(field: str, rate: Any) -> None:
     if rate is not None:
         validation.check_number(field, rate, 1e-6, float("inf"), "pictures a second")
+
+
+def _check_switch(field: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise Invalid(field, value, "expected true or false", "correct it")

@@ -41,7 +41,7 @@ def count_examples(examples: Iterable[Example]) -> dict[str, Any]:
     """The part of the statistics that needs no video."""
     tasks, sources, kinds, choices = [], [], [], []
     windows: list[float] = []
-    turns = words = boxes = masks = 0
+    turns = words = boxes = masks = unlabelled = 0
     for example in examples:
         tasks.append(example.task)
         sources.append(example.source)
@@ -50,6 +50,7 @@ def count_examples(examples: Iterable[Example]) -> dict[str, Any]:
             choices += [len(turn.options)] if turn.options else []
             words += len(turn.answer.split())
         turns += len(example.turns)
+        unlabelled += not example.labelled
         for targets in (one.targets for one in parts(example)):
             pieces = targets.get("windows") or targets.get("segments") or []
             windows += [end - start for start, end in pieces]
@@ -66,6 +67,7 @@ def count_examples(examples: Iterable[Example]) -> dict[str, Any]:
         "windows": spread(windows),
         "boxes": boxes,
         "masks": masks,
+        "unlabelled": unlabelled,
     }
 
 
