@@ -168,7 +168,10 @@ def _parser() -> argparse.ArgumentParser:
         commands, "export", EXPORT_EXAMPLES, "model folder -> Hugging Face and PyTorch files"
     )
     command.add_argument("--model", required=True, help="model folder")
-    command.add_argument("--out", required=True, help="folder to write")
+    command.add_argument(
+        "--out", required=True,
+        help="folder to write; in place of an earlier export, not of another folder",
+    )  # fmt: skip
     command.add_argument(
         "--keep_adapters", action="store_true", help="LoRA in PEFT's layout instead of merged"
     )
@@ -187,7 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--source", required=True, help="folder that `export` wrote, or a Hugging Face folder"
     )
-    command.add_argument("--out", required=True, help="model folder to write")
+    command.add_argument(
+        "--out", required=True,
+        help="model folder to write; in place of an earlier one, not of another folder",
+    )  # fmt: skip
     command.add_argument(
         "--into",
         help="model folder that gets the SAM 2 of --source, or language folder for its SigLIP",

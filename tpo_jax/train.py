@@ -41,9 +41,8 @@ from ml_collections import ConfigDict
 from tpo_jax.data import files
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.errors import UserError, report
-from tpo_jax.interop.folder import (
-    save_model,
-)
+from tpo_jax.interop import output
+from tpo_jax.interop.folder import save_model
 from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.parallel.distributed import initialize_distributed
 from tpo_jax.parallel.mesh import describe_shape, global_batch, make_mesh, reader_shard
@@ -123,6 +122,9 @@ def train(
     is_writer = jax.process_index() == 0
     plain_config = training_config.to_dict(config)
     with ledger.measure("init"):
+        for name in ("model", "best_model"):  # which would be refused only after the training
+            output.check(workdir / name, output.MODEL, config.init_from)
+
         ####################################################################### Mesh and model
         mesh = make_mesh(config.mesh.to_dict())
         model_config, codec = make_model_config(config)

@@ -1,5 +1,7 @@
 """Export to PyTorch and back: same numbers there, same bits here."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
 from tpo_jax.interop import export
 from tpo_jax.interop.folder import load_model, save_model
 from tpo_jax.interop.mapping import MappingError, Row, export_leaves, import_leaves
+from tpo_jax.interop.output import OutputError
 from tpo_jax.models import presets
 from tpo_jax.models.video_language import FunctionalModel
 
@@ -46,6 +49,47 @@ def test_a_head_that_the_pytorch_file_does_not_run_is_refused(model_folder, tmp_
     with pytest.raises(export.ExportFolderError, match=r"\['temporal'\] cannot be exported"):
         export.export_model(model_folder, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_an_export_that_fails_leaves_what_was_there(model_folder, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    export.export_model(model_folder, tmp_path / "exported")
+    before = sorted(path.name for path in (tmp_path / "exported").iterdir())
+    monkeypatch.setattr(export, "write_file", fail)  # after the language model
+    with pytest.raises(type(error)):
+        export.export_model(model_folder, tmp_path / "exported")
+    assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]
+    monkeypatch.undo()
+    (tmp_path / "exported/stale.txt").write_text("old")
+    export.export_model(model_folder, tmp_path / "exported")  # an export gives way to another
+    assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == before
+
+
+def test_an_export_takes_the_place_of_nothing_else(model_folder, tmp_path):
+    before = sorted(model_folder.iterdir())
+    with pytest.raises(OutputError, match="is, holds or lies in .*, which is read for it"):
+        export.export_model(model_folder, model_folder)
+    with pytest.raises(OutputError, match="is, holds or lies in"):
+        export.export_model(model_folder, model_folder / "exported")
+    copied = tmp_path / "model"  # a model folder, though not the one that is exported
+    shutil.copytree(model_folder, copied)
+    with pytest.raises(OutputError, match="holds files and is no export that this program wrote"):
+        export.export_model(model_folder, copied)
+    assert sorted(model_folder.iterdir()) == before
+    assert sorted(p.name for p in copied.iterdir()) == [p.name for p in before]
+    export.export_model(model_folder, tmp_path / "exported")
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "page.md").write_text("mine")
+    with pytest.raises(OutputError, match="no model folder that this program wrote"):
+        export.import_model(tmp_path / "exported", docs)
+    with pytest.raises(OutputError, match="is, holds or lies in"):
+        export.import_model(tmp_path / "exported", tmp_path / "exported")
+    assert (tmp_path / "exported/tpo_config.json").exists() and (docs / "page.md").exists()
 
 
 def test_a_tensor_that_no_leaf_uses_is_refused(model_folder, tmp_path):

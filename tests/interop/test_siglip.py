@@ -62,6 +62,10 @@ def run(monkeypatch, *arguments):
     return convert.main()
 
 
+def fail(*_):
+    raise OSError("disk full")
+
+
 def test_a_model_of_two_parts_lacks_its_connector_alone(parts, monkeypatch, capsys, tmp_path):
     path, tensors = parts
     model = tmp_path / "model"
@@ -102,6 +106,21 @@ def test_a_model_of_two_parts_lacks_its_connector_alone(parts, monkeypatch, caps
     assert {name: list(x) for name, x in others.items()} == {
         "heads/sam2/network/no_memory": [0.0, 1.0, 2.0]
     }
+
+    files = sorted(out.rglob("*"))
+    assert run(monkeypatch, "export", *back, f"--out={out}") == 0
+    assert sorted(out.rglob("*")) == files
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/page.md").write_text("mine")
+    assert run(monkeypatch, "export", *back, f"--out={tmp_path / 'docs'}") == 2
+    assert "docs: holds files and is no export" in capsys.readouterr().err
+    again = f"--out={path / 'qwen3'}"  # a model folder, of which the other one is made
+    assert run(monkeypatch, "import", *given[:2], again) == 2
+    assert "which is read for it" in capsys.readouterr().err
+    monkeypatch.setattr(siglip, "write_file", fail)  # at the last file
+    with pytest.raises(OSError, match="disk full"):
+        run(monkeypatch, "export", *back, f"--out={tmp_path / 'new'}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "docs", "model", "out"]
 
 
 @pytest.mark.parametrize("kind, side", [("siglip", 224), ("siglip2", 256)])

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from tpo_jax.data.text import ChatTemplate, TextCodec
 from tpo_jax.errors import UserError
-from tpo_jax.interop import folder, huggingface, peft, sam2
+from tpo_jax.interop import folder, huggingface, output, peft, sam2
 from tpo_jax.interop.families import beside
 from tpo_jax.interop.folder import SIDE_FILES, preprocessor
 from tpo_jax.interop.mapping import export_leaves, import_leaves
@@ -53,26 +53,16 @@ def export_model(
     Raises:
       ExportFolderError, FamilyError, HuggingFaceError, MappingError, ModelFolderError: name what
         does not fit.
+      OutputError: `out` holds something else.
     """
-    final = epath.Path(out)
-    temporary = final.with_name(final.name + ".tmp")
-    if temporary.exists():
-        temporary.rmtree()
-    temporary.mkdir(parents=True)
-    try:
+    with output.replacing(out, output.EXPORT, model, sam2_like) as temporary:
         if folder.holds_language_only(model):
             if sam2_like is not None:
                 raise ExportFolderError(f"{model}: language model without SAM 2; leave --like out")
             _write_language(epath.Path(model), temporary)
         else:
             _write_whole(epath.Path(model), temporary, keep_adapters, sam2_like)
-    except UserError:  # nothing is left; what a kill leaves, the next call removes
-        temporary.rmtree()
-        raise
-    if final.exists():
-        final.rmtree()
-    temporary.rename(final)
-    return sorted(path.name for path in final.iterdir())
+    return sorted(path.name for path in epath.Path(out).iterdir())
 
 
 def _write_whole(
@@ -200,6 +190,7 @@ def import_model(
     Raises:
       ExportFolderError, FamilyError: neither of them, or an export of another format version.
       MappingError: a tensor is missing, or one that no leaf uses is there.
+      OutputError: `out` holds something else.
     """
     path = epath.Path(source)
     if not (path / beside.CONFIG).exists() and huggingface.model_type(path):
@@ -219,8 +210,9 @@ def import_model(
     tokenizer = Tokenizer.from_str((path / "language_model" / "tokenizer.json").read_text())
     codec = TextCodec(tokenizer, ChatTemplate.from_json(about["template"]))
     folder.write_model(
-        out, config.to_dict(), leaves, codec, preprocessor=preprocessor(config)
-    )
+        out, config.to_dict(), leaves, codec, preprocessor=preprocessor(config),
+        reads=(path, adapter),
+    )  # fmt: skip
     return {"kind": "model", "heads": config.heads, "ignored": ()}
 
 
@@ -237,7 +229,8 @@ def _import_language(
         leaves = peft.with_merged(leaves, adapter, rows)
     codec = huggingface.open_codec(path, chat_template)
     about = folder.language_config_dict(language.config, language.dtype)
-    folder.write_model(out, about, leaves, codec, huggingface.side_files(path))
+    side_files = huggingface.side_files(path)
+    folder.write_model(out, about, leaves, codec, side_files, reads=(path, adapter))
     return {"kind": huggingface.model_type(path), "heads": (), "ignored": language.ignored}
 
 

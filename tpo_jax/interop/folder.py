@@ -14,6 +14,7 @@ family (families/) serves as a whole model folder.
 A folder appears whole or not at all: it is written beside its final name and renamed.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -27,7 +28,7 @@ from jax.experimental import multihost_utils
 
 from tpo_jax.data.text import TextCodec
 from tpo_jax.errors import UserError
-from tpo_jax.interop import huggingface
+from tpo_jax.interop import huggingface, output
 from tpo_jax.interop.families import source
 from tpo_jax.interop.tensors import (
     LazyArray,
@@ -45,7 +46,6 @@ from tpo_jax.parallel.paths import flatten, unflatten
 
 SHARD_BYTES = 15 * 2**20
 SIDE_FILES = "huggingface"
-_METADATA = {"format": "tpo_jax"}
 _LANGUAGE_KEYS = {"format_version", "language", "dtype"}
 # Options of LanguageConfig that say how it runs, not what it computes.
 _RUNNING = ("dropout", "unroll")
@@ -75,30 +75,32 @@ class Loaded:
 def save_model(
     directory: epath.PathLike, model_config: ModelConfig, params: Any, codec: TextCodec
 ) -> None:
-    """Writes a model folder, replacing one that is there.
+    """Writes a model folder, replacing one that is there, and nothing else.
 
     With several processes every one calls this (leaves that no process holds whole are gathered
     one at a time); process 0 writes.
 
     Args:
       params: nested dict of jax.Array or numpy arrays.
+
+    Raises:
+      OutputError: something else is there.
     """
     leaves = flatten(params)
     writes = jax.process_index() == 0
-    final = epath.Path(directory)
-    temporary = _start(final) if writes else None
     shards = assign_shards(leaves, SHARD_BYTES)
-    for index, paths in enumerate(shards, start=1):
-        tensors = {path: lazy(_to_host(leaves[path])) for path in paths}
+    place = output.replacing(directory, output.MODEL) if writes else contextlib.nullcontext()
+    with place as temporary:
+        for index, paths in enumerate(shards, start=1):
+            tensors = {path: lazy(_to_host(leaves[path])) for path in paths}
+            if writes:
+                _write_shard(temporary, index, len(shards), tensors)
         if writes:
-            write_file(temporary / shard_name(index, len(shards)), tensors, _METADATA)
-    if writes:
-        codec.save(temporary)
-        _write_json(temporary / "preprocessor.json", preprocessor(model_config))
-        _write_json(temporary / "config.json", model_config.to_dict())
-        _replace(temporary, final)
+            codec.save(temporary)
+            _write_json(temporary / "preprocessor.json", preprocessor(model_config))
+            _write_json(temporary / "config.json", model_config.to_dict())
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"save_model:{final}")
+        multihost_utils.sync_global_devices(f"save_model:{directory}")
 
 
 def write_model(
@@ -108,36 +110,36 @@ def write_model(
     codec: TextCodec,
     side_files: Mapping[str, bytes] | None = None,
     preprocessor: Mapping[str, Any] | None = None,
+    reads: Sequence[epath.PathLike | None] = (),
 ) -> None:
     """Writes a folder leaf by leaf from a source that is read on demand; one process.
 
     Args:
       config: what config.json holds.
       side_files: files to keep below huggingface/.
+      reads: folders that the leaves are read from.
+
+    Raises:
+      OutputError: something else is there, or a folder that is read.
     """
-    final = epath.Path(directory)
-    temporary = _start(final)
     shards = assign_shards(leaves, SHARD_BYTES)
-    for index, paths in enumerate(shards, start=1):
-        tensors = {path: leaves[path] for path in paths}
-        write_file(temporary / shard_name(index, len(shards)), tensors, _METADATA)
-    codec.save(temporary)
-    if side_files:
-        (temporary / SIDE_FILES).mkdir()
-        for name, data in side_files.items():
-            (temporary / SIDE_FILES / name).write_bytes(data)
-    if preprocessor:
-        _write_json(temporary / "preprocessor.json", preprocessor)
-    _write_json(temporary / "config.json", config)
-    _replace(temporary, final)
+    with output.replacing(directory, output.MODEL, *reads) as temporary:
+        for index, paths in enumerate(shards, start=1):
+            _write_shard(temporary, index, len(shards), {path: leaves[path] for path in paths})
+        codec.save(temporary)
+        if side_files:
+            (temporary / SIDE_FILES).mkdir()
+            for name, data in side_files.items():
+                (temporary / SIDE_FILES / name).write_bytes(data)
+        if preprocessor:
+            _write_json(temporary / "preprocessor.json", preprocessor)
+        _write_json(temporary / "config.json", config)
 
 
-def _start(final: epath.Path) -> epath.Path:
-    temporary = final.with_name(final.name + ".tmp")
-    if temporary.exists():
-        temporary.rmtree()
-    temporary.mkdir(parents=True)
-    return temporary
+def _write_shard(
+    folder: epath.Path, index: int, count: int, tensors: Mapping[str, LazyArray]
+) -> None:
+    write_file(folder / shard_name(index, count), tensors, output.MODEL_METADATA)
 
 
 def preprocessor(model_config: ModelConfig) -> dict[str, Any]:
@@ -357,18 +359,6 @@ def _to_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
 
 def _write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _replace(temporary: epath.Path, final: epath.Path) -> None:
-    """Puts `temporary` in the place of `final`; the old folder is removed last."""
-    old = final.with_name(final.name + ".old")
-    if old.exists():
-        old.rmtree()
-    if final.exists():
-        final.rename(old)
-    temporary.rename(final)
-    if old.exists():
-        old.rmtree()
 
 
 def _shard_files(path: epath.Path) -> list[epath.Path]:

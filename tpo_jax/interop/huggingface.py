@@ -20,6 +20,7 @@ from tpo_jax.interop.chat_template import (
     special_tokens,
 )
 from tpo_jax.interop.mapping import Row, import_leaves, llama_rows
+from tpo_jax.interop.output import EXPORT_METADATA
 from tpo_jax.interop.tensors import (
     LazyArray,
     TensorFileError,
@@ -401,15 +402,13 @@ def write_tensors(
 ) -> None:
     """model.safetensors, or numbered files of at most `limit` bytes and their index."""
     shards = assign_shards(tensors, limit or SHARD_BYTES)
-    # transformers refuses a file without this entry.
-    metadata = {"format": "pt"}
     if len(shards) == 1:
-        write_file(directory / "model.safetensors", tensors, metadata)
+        write_file(directory / "model.safetensors", tensors, EXPORT_METADATA)
         return
     where = {}
     for number, names in enumerate(shards, start=1):
         file = shard_name(number, len(shards))
-        write_file(directory / file, {name: tensors[name] for name in names}, metadata)
+        write_file(directory / file, {name: tensors[name] for name in names}, EXPORT_METADATA)
         where |= dict.fromkeys(names, file)
     total = sum(array.nbytes for array in tensors.values())
     write_json(

@@ -25,7 +25,7 @@ def add_to_model(source: epath.PathLike, model: epath.PathLike, out: epath.PathL
     sam2 has what the last line says to draw. Returns what was done.
 
     Raises:
-      FamilyError, MappingError, ModelFolderError: name what does not fit.
+      FamilyError, MappingError, ModelFolderError, OutputError: name what does not fit.
     """
     config, leaves = import_folder(source)
     before = folder.load_config(model)
@@ -41,7 +41,7 @@ def add_to_model(source: epath.PathLike, model: epath.PathLike, out: epath.PathL
     new = {PREFIX + name: leaf for name, leaf in leaves.items()}
     folder.write_model(
         out, about.to_dict(), own | new, folder.load_codec(model),
-        preprocessor=folder.preprocessor(about),
+        preprocessor=folder.preprocessor(about), reads=(source, model),
     )  # fmt: skip
     return [
         f"{out}: {model} and SAM 2 of {source}, {len(leaves)} parameters",

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from tpo_jax.interop import folder, huggingface, peft
+from tpo_jax.interop import folder, huggingface, output, peft
 from tpo_jax.interop.chat_template import read_json
 from tpo_jax.interop.export import write_language_model
 from tpo_jax.interop.families import beside
@@ -71,7 +71,7 @@ def add_to_language(
     """Writes a model folder of the tower of `source` and a language folder; returns what was done.
 
     Raises:
-      FamilyError, MappingError, ModelFolderError: name what does not fit.
+      FamilyError, MappingError, ModelFolderError, OutputError: name what does not fit.
     """
     if not folder.holds_language_only(language):
         raise FamilyError(
@@ -87,7 +87,7 @@ def add_to_language(
     eyes = {PREFIX + name: leaf for name, leaf in leaves.items()}
     folder.write_model(
         out, about.to_dict(), dict(folder.open_leaves(language)) | eyes, codec,
-        preprocessor=folder.preprocessor(about),
+        preprocessor=folder.preprocessor(about), reads=(source, language),
     )  # fmt: skip
     return [
         f"{out}: {language} and the {tower.kind} tower of {source}, {len(leaves)} parameters",
@@ -109,8 +109,9 @@ def export_parts(
 
     Raises:
       FamilyError: the model has other eyes than `like`, or another SAM 2 than `sam2_like`.
+      OutputError: `out` holds something else.
     """
-    source, final = epath.Path(like), epath.Path(out)
+    source = epath.Path(like)
     config, codec = folder.load_config(model), folder.load_codec(model)
     tower, _ = import_folder(source)
     running = {name: getattr(tower, name) for name in ("remat", "unroll", "max_frames")}
@@ -124,20 +125,17 @@ def export_parts(
         name: {path: leaf for path, leaf in leaves.items() if path.startswith(f"{name}/")}
         for name in ("vision", "connector", "language")
     }
-    temporary = final.with_name(final.name + ".tmp")
-    if temporary.exists():
-        temporary.rmtree()
-    (temporary / "vision").mkdir(parents=True)
-    if others:
-        beside.write(temporary, config, others, sam2_like)
-    tensors = export_leaves(tower_rows(tower, PREFIX, "vision_model."), parts["vision"])
-    huggingface.write_tensors(temporary / "vision", huggingface.read_tensors(source) | tensors)
-    for name, content in huggingface.side_files(source).items():
-        (temporary / "vision" / name).write_bytes(content)
-    inner = temporary / "language_model"
-    write_language_model(inner, config.language, parts["language"], codec)
-    write_file(temporary / "connector.safetensors", parts["connector"], {"format": "pt"})
-    if final.exists():
-        final.rmtree()
-    temporary.rename(final)
-    return sorted(file.name for file in final.iterdir())
+    with output.replacing(out, output.EXPORT, model, like, sam2_like) as temporary:
+        if others:
+            beside.write(temporary, config, others, sam2_like)
+        vision = temporary / "vision"
+        vision.mkdir()
+        tensors = export_leaves(tower_rows(tower, PREFIX, "vision_model."), parts["vision"])
+        huggingface.write_tensors(vision, huggingface.read_tensors(source) | tensors)
+        for name, content in huggingface.side_files(source).items():
+            (vision / name).write_bytes(content)
+        inner = temporary / "language_model"
+        write_language_model(inner, config.language, parts["language"], codec)
+        connector = temporary / "connector.safetensors"
+        write_file(connector, parts["connector"], output.EXPORT_METADATA)
+    return sorted(file.name for file in epath.Path(out).iterdir())

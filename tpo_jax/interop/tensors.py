@@ -190,16 +190,7 @@ def read_file(path: epath.PathLike) -> dict[str, LazyArray]:
       TensorFileError: not a safetensors file, cut off, or with a dtype that we do not have.
     """
     path = epath.Path(path)
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, OverflowError, MemoryError, LookupError, AttributeError) as error:
-            raise TensorFileError(
-                f"{path}: not a safetensors file ({error}); copy it again"
-            ) from error
+    header, _, length, end = _read_header(path)
     size = path.stat().length
     if size != 8 + length + end:
         raise TensorFileError(
@@ -215,6 +206,32 @@ def read_file(path: epath.PathLike) -> dict[str, LazyArray]:
         start = 8 + length + value["data_offsets"][0]
         arrays[name] = _file_array(path, start, tuple(value["shape"]), DTYPES[value["dtype"]])
     return arrays
+
+
+def read_metadata(path: epath.PathLike) -> dict[str, str]:
+    """What the writer of a safetensors file says of it.
+
+    Raises:
+      TensorFileError: not a safetensors file.
+    """
+    return _read_header(epath.Path(path))[1]
+
+
+def _read_header(path: epath.Path) -> tuple[dict[str, Any], dict[str, str], int, int]:
+    """({name: dtype, shape, data_offsets}, metadata, bytes of the header, bytes of the data)."""
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(length))
+            metadata = dict(header.pop("__metadata__", None) or {})
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (
+            ValueError, OverflowError, MemoryError, LookupError, AttributeError, TypeError,
+        ) as error:  # fmt: skip
+            raise TensorFileError(
+                f"{path}: not a safetensors file ({error}); copy it again"
+            ) from error
+    return header, metadata, length, end
 
 
 def _file_array(path: epath.Path, start: int, shape: tuple[int, ...], dtype: Any) -> LazyArray:

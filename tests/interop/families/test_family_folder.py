@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 
 import gcs_server
@@ -16,11 +17,12 @@ from tpo_jax import convert
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pipeline import read_buckets, row_builder
-from tpo_jax.interop import folder
+from tpo_jax.interop import folder, huggingface
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.folder import export_family, import_family, option
 from tpo_jax.interop.families.source import is_family
 from tpo_jax.interop.huggingface import read_tensors
+from tpo_jax.interop.output import OutputError
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.training.config import validate
 from tpo_jax.training.start import make_model_config
@@ -70,6 +72,26 @@ def test_in_and_out_again(source, tmp_path):
         left, right = np.asarray(theirs[name]), np.asarray(ours[name])
         assert left.dtype == right.dtype and left.tobytes() == right.tobytes(), name
     assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_an_export_replaces_an_export_whole_and_nothing_else(model, source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    files = export_family(model, out, source)
+    assert export_family(model, out, source) == files
+    published = tmp_path / "published"  # the layout of an export, though nobody's here
+    shutil.copytree(source, published)
+    with pytest.raises(OutputError, match="published: holds files and is no export"):
+        export_family(model, published, source)
+    with pytest.raises(OutputError, match="published: is, holds or lies in"):
+        export_family(model, published, published)
+    with pytest.raises(OutputError, match="published: holds files and is no model folder"):
+        import_family(source, published)
+    monkeypatch.setattr(huggingface, "side_files", lambda _: 1 / 0)  # after the weights
+    with pytest.raises(ZeroDivisionError):
+        export_family(model, out, source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "published"]
+    assert sorted(path.name for path in out.iterdir()) == files
+    assert sorted(p.name for p in published.iterdir()) == sorted(p.name for p in source.iterdir())
 
 
 def test_a_trained_model_goes_back_out(model, source, tmp_path):

@@ -15,7 +15,7 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from tpo_jax.data.text import TextCodec
-from tpo_jax.interop import folder, huggingface, peft
+from tpo_jax.interop import folder, huggingface, output, peft
 from tpo_jax.interop.families import beside
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.registry import from_leaves, to_leaves
@@ -55,8 +55,8 @@ def import_family(
       jinja: text of a chat template that takes the place of the checkpoint's.
 
     Raises:
-      AdapterError, FamilyError, MappingError, HuggingFaceError, TensorFileError: name what does
-        not fit.
+      AdapterError, FamilyError, MappingError, HuggingFaceError, OutputError, TensorFileError: name
+        what does not fit.
     """
     opened = open_source(source, options, jinja)
     leaves = opened.leaves
@@ -66,7 +66,7 @@ def import_family(
         leaves = peft.with_merged(leaves, adapter, rows)
     folder.write_model(
         out, opened.config.to_dict(), leaves, opened.codec,
-        preprocessor=folder.preprocessor(opened.config),
+        preprocessor=folder.preprocessor(opened.config), reads=(source, adapter),
     )  # fmt: skip
     sampling = opened.sampling
     lines = [
@@ -98,8 +98,9 @@ def export_family(
     Raises:
       AdapterError, FamilyError, MappingError: the model has other sizes than `like`, or parts that
         have no place in it.
+      OutputError: `out` holds something else.
     """
-    source, final = epath.Path(like), epath.Path(out)
+    source = epath.Path(like)
     config, leaves = folder.load_config(model), folder.open_leaves(model)
     family, published, data = read_config(source, options or {})
     beside.check_sam2(model, config, like, sam2_like)
@@ -117,21 +118,15 @@ def export_family(
     _, carried = to_leaves(family, published, tensors)
     theirs = from_leaves(family, layout, own, carried, tensors.keys())
     _same_shapes(model, theirs, like, tensors)
-    temporary = final.with_name(final.name + ".tmp")
-    if temporary.exists():
-        temporary.rmtree()
-    temporary.mkdir(parents=True)
-    if others:
-        beside.write(temporary, config, others, sam2_like)
-    if apart and keep_adapters:
-        rows = family.rows(layout, IN_MEMORY)
-        peft.write_adapter(temporary / ADAPTER, with_adapters, lora, rows, whole_names=True)
-    huggingface.write_tensors(temporary, theirs)
-    _write_side_files(temporary, source, folder.load_codec(model))
-    if final.exists():
-        final.rmtree()
-    temporary.rename(final)
-    return sorted(file.name for file in final.iterdir())
+    with output.replacing(out, output.EXPORT, model, like, sam2_like) as temporary:
+        if others:
+            beside.write(temporary, config, others, sam2_like)
+        if apart and keep_adapters:
+            rows = family.rows(layout, IN_MEMORY)
+            peft.write_adapter(temporary / ADAPTER, with_adapters, lora, rows, whole_names=True)
+        huggingface.write_tensors(temporary, theirs)
+        _write_side_files(temporary, source, folder.load_codec(model))
+    return sorted(file.name for file in epath.Path(out).iterdir())
 
 
 def _write_side_files(out: epath.Path, source: epath.Path, codec: TextCodec) -> None:
