@@ -189,6 +189,7 @@ def train(
             say(unnamed)
         iterator.start_prefetch()  # the first batch is read while the program compiles
         base_key = program.base_key(config.seed)
+        workdir.mkdir(parents=True, exist_ok=True)  # what was wrong has been told by now
         if is_writer:
             write_json(workdir / "config.json", plain_config)
 
@@ -486,10 +487,8 @@ def run(argv: list[str]) -> int:
             preemption.joined()
             if config.compile_cache:
                 keep_programs(config.compile_cache)
-            workdir = epath.Path(_WORKDIR.value)
-            workdir.mkdir(parents=True, exist_ok=True)
         return train(
-            config, workdir, preemption, ledger,
+            config, epath.Path(_WORKDIR.value), preemption, ledger,
             resume_from=_RESUME_FROM.value, new_mixture=_NEW_MIXTURE.value,
         )  # fmt: skip
 

@@ -226,7 +226,7 @@ def test_nothing_usable_is_an_error(many, tmp_path):
         video.write_bytes(b"")
     with pytest.raises(PrepareError, match="(?s)all 12 records are in quarantine.*0 bytes"):
         prepare([source(media, annotations)], tmp_path / "out", Settings(), progress=False)
-    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "media"]
     write_native(annotations, [question("nowhere.mp4")])
     with pytest.raises(PrepareError, match="(?s)no usable record.*unknown video"):
         prepare([source(media, annotations)], tmp_path / "out", Settings(), progress=False)

@@ -87,7 +87,7 @@ class Checkpoints:
         policy: SavePolicy | None,
         local: LocalCheckpoints | None = None,
     ) -> None:
-        """Opens (or creates) `directory`.
+        """Opens `directory`, which the first save makes where it is not there.
 
         Args:
           policy: decides which checkpoints stay. None: to look only, nothing is changed.
@@ -103,8 +103,7 @@ class Checkpoints:
         self._local = local
         self._local_step: int | None = None  # which `latest` has found there
         self._saves: dict[int, Save] = {}  # what is known of the steps that are there
-        if policy is not None and jax.process_index() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
+        if policy is not None and jax.process_index() == 0 and self.directory.exists():
             for leftover in self._leftovers():
                 leftover.rmtree()
 
@@ -165,6 +164,8 @@ class Checkpoints:
         if step in self.steps():
             return
         path = self.directory / str(step)
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
         with _orbax_context():
             written = ocp.save_checkpointables_async(
                 path, {_STATE: flatten(checkpoint.state), _RUN: run}

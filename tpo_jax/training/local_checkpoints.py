@@ -26,6 +26,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from tpo_jax.data import files
 from tpo_jax.interop.tensors import BLOCK_BYTES, lazy, read_file, write_file
 from tpo_jax.parallel.paths import flatten, map_with_path
 from tpo_jax.training import checksums
@@ -305,9 +306,7 @@ def _run_name(workdir: epath.Path) -> str:
     """Name of the run in `workdir`: another one if that was copied, or emptied and used anew."""
     file = workdir / "run_id"
     if not file.exists():
-        temporary = file.with_name("run_id.tmp")
-        temporary.write_text(secrets.token_hex(8))
-        temporary.replace(file)
+        files.write(file, secrets.token_hex(8))
     where = workdir if "://" in str(workdir) else workdir.resolve()
     digest = hashlib.sha256(f"{where} {file.read_text()}".encode())
     return f"{workdir.name}-{digest.hexdigest()[:12]}"

@@ -15,11 +15,18 @@ from tpo_jax.data.ingest.statistics import summarise
 from tpo_jax.data.records import FORMAT_VERSION, Example, IndexEntry
 
 
+class NothingLeft(PrepareError):
+    """Every record is in quarantine; the message shows the first ones."""
+
+
 def assemble(plan: Plan, parts: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
     """Joins the pieces of a plan into `out`; returns the statistics.
 
     The files of the pieces become the shards of the tables as they are. Nothing carries the name
     `out` before it is complete, and the pieces stay until then.
+
+    Raises:
+      NothingLeft: no piece has a usable record.
     """
     quarantine = [problem.to_json() for problem in plan.problems]
     for piece in plan.pieces:
@@ -32,7 +39,7 @@ def assemble(plan: Plan, parts: pathlib.Path, out: pathlib.Path) -> dict[str, An
     ]
     used = [(folder, index) for folder, index in zip(folders, indices, strict=True) if index]
     if not used:
-        raise PrepareError(_nothing_left(quarantine, out))
+        raise NothingLeft(_nothing_left(quarantine, out))
     building = parts.parent / "assembling"
     shutil.rmtree(building, ignore_errors=True)
     entries = _join([index for _, index in used])

@@ -16,7 +16,7 @@ from typing import Any
 import tqdm
 
 from tpo_jax.data.clip_features import FeatureStore
-from tpo_jax.data.ingest.assemble import assemble
+from tpo_jax.data.ingest.assemble import NothingLeft, assemble
 from tpo_jax.data.ingest.plan import Piece, Plan, PrepareError, Settings, Source, make_plan
 from tpo_jax.data.ingest.work import do_piece
 from tpo_jax.data.workers import end_with_parent
@@ -33,8 +33,9 @@ def prepare(
 ) -> dict[str, Any]:
     """Makes the prepared folder `out` and returns its statistics.
 
-    Unfinished work is kept in `<out>.partial`; the same call continues it, however it ended. A
-    folder that is already there is returned as it is when it was made from the same inputs.
+    Unfinished work is kept in `<out>.partial`; the same call continues it, however it ended.
+    Nothing is kept where all of it is done and nothing of it is usable. A folder that is there
+    already is returned as it is when it was made from the same inputs.
 
     Raises:
       PrepareError: `out` holds something else, another process works on it, or nothing is usable.
@@ -48,7 +49,11 @@ def prepare(
     with _locked(partial, out):
         _remove_leftovers(parts, plan)
         _work(plan, parts, processes, progress)
-        statistics = assemble(plan, parts, out)
+        try:
+            statistics = assemble(plan, parts, out)
+        except NothingLeft:  # the pieces hold no row to go on from
+            shutil.rmtree(partial)
+            raise
     shutil.rmtree(partial)
     return statistics
 
