@@ -387,6 +387,26 @@ def test_a_step_that_diverges_is_written_down_undone_and_skipped(
     assert all(r["train/nonfinite"] == 0 for r in records)
 
 
+def test_a_run_without_a_finite_step_ends_with_what_to_change(data, tmp_path, monkeypatch, capsys):
+    config = tiny_run.get_config(f"data={data}")
+
+    def poison(local, mesh):
+        local["answer_weights"][0] = np.inf
+        return global_batch(local, mesh)
+
+    monkeypatch.setattr(tpo_jax.train, "global_batch", poison)
+    monkeypatch.setattr(tpo_jax.train, "run", lambda argv: run(config, tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        tpo_jax.train.main(["train"])
+    assert stopped.value.code == 2
+    assert (
+        f"error: step 2: no step since the last record had a finite loss and gradient ({tmp_path}/"
+        "divergence/ has their examples and norms); lower the learning rates (config.trainable) or "
+        "raise config.optimizer.warmup, in another --workdir\n"
+    ) in capsys.readouterr().err
+    assert (tmp_path / "divergence/step_1.json").exists()
+
+
 def test_a_stage_starts_from_a_model_folder_and_trains_only_its_group(data, whole, tmp_path):
     arg = f"data={data},heads=True,steps=2,buckets=1,init_from={whole / 'model'}"
     config = tiny_run.get_config(arg)

@@ -54,7 +54,13 @@ from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
 from tpo_jax.training.clock import Clock
 from tpo_jax.training.compiled import CompiledBucket, compile_buckets, keep_programs
 from tpo_jax.training.config_flag import define_config, define_dry_run, parse_flags
-from tpo_jax.training.divergence import Divergence, Guard, rolled_back, write_report
+from tpo_jax.training.divergence import (
+    Divergence,
+    Guard,
+    check_finite,
+    rolled_back,
+    write_report,
+)
 from tpo_jax.training.dry_run import DryRun
 from tpo_jax.training.flops import peak_flops
 from tpo_jax.training.ledger import Ledger
@@ -260,7 +266,7 @@ def train(
         window.add(metrics)
         if at % config.log_every == 0 or at == config.steps:
             scalars = window.means("train/")
-            check_finite(at, scalars)
+            check_finite(at, scalars, workdir)
             scalars |= example_scalars(progress["examples"])
             with ledger.measure("other"):
                 measured = clock.record(at, tokens_then) | device_memory()
@@ -370,15 +376,6 @@ def train(
         say(describe_models(step, progress))
     say(f"{'stopped' if stop else 'finished'} at step {step}: {ledger.summary()}")
     return EXIT_STATUS if stop else 0
-
-
-def check_finite(step: int, scalars: dict[str, float]) -> None:
-    """Stops a run of which nothing is left: no finite step since the last record."""
-    if scalars["train/nonfinite"] == 1.0:
-        raise FloatingPointError(
-            f"no step up to {step} since the last record had a finite loss and gradient; "
-            "lower the learning rates (trainable) or raise optimizer.warmup"
-        )
 
 
 def evaluate(

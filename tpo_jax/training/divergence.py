@@ -17,6 +17,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from tpo_jax.errors import UserError
+
 HISTORY, ENOUGH = 64, 16  # losses kept a bucket, and how many make a median
 
 
@@ -61,6 +63,20 @@ class Guard:
                 )  # fmt: skip
         losses.append(loss)
         return None
+
+
+class NothingFinite(UserError, FloatingPointError):
+    """A run that changes nothing any more."""
+
+
+def check_finite(step: int, scalars: dict[str, float], workdir: epath.Path) -> None:
+    """Stops a run of which nothing is left: no finite step since the last record."""
+    if scalars["train/nonfinite"] == 1.0:
+        raise NothingFinite(
+            f"step {step}: no step since the last record had a finite loss and gradient "
+            f"({workdir}/divergence/ has their examples and norms); lower the learning rates "
+            "(config.trainable) or raise config.optimizer.warmup, in another --workdir"
+        )
 
 
 def write_report(
