@@ -1,9 +1,12 @@
 """Every subcommand shows how it is called."""
 
-import pytest
-from absl import flags
+import sys
 
-from tpo_jax import convert, plan, preferences, train
+import pytest
+from absl import app, flags
+
+from tpo_jax import convert, plan, predict, preferences, train
+from tpo_jax.data.moving_shapes import __main__ as moving_shapes
 from tpo_jax.training.config_flag import parse_flags
 
 
@@ -15,14 +18,44 @@ from tpo_jax.training.config_flag import parse_flags
         (convert.main, "convert export"),
         (convert.main, "convert import"),
         (convert.main, "convert check"),
+        (moving_shapes.main, "data.moving_shapes"),
     ],
 )
 def test_help_has_examples(main, command, capsys):
     with pytest.raises(SystemExit) as caught:
-        main([command.split()[1], "--help"])
+        main([*command.split()[1:], "--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
     assert "examples:" in printed and f"  python -m tpo_jax.{command} --" in printed
+
+
+def test_help_of_predict_has_examples(capsys):
+    with pytest.raises(SystemExit) as caught:
+        predict.main(["--help"])
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert "    python -m tpo_jax.predict --model=runs/demo/stage3/model --video=" in printed
+    assert "--model=runs/demo/stage3/model --input=list.jsonl --out=predictions\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "example", "own"),
+    [
+        (train, "--config=configs/demo.py:stage=1 --workdir=runs/demo/stage1", "--workdir:"),
+        (plan, "--config=configs/demo.py:stage=1 --topology=v5e:2x4", "--topology:"),
+    ],
+)
+def test_help_of_commands_with_a_config_has_examples(command, example, own, monkeypatch, capsys):
+    """What absl prints for the module that Python runs."""
+    monkeypatch.setitem(sys.modules, "__main__", command)
+    monkeypatch.setattr(sys, "argv", [command.__name__, "--help"])
+    app.define_help_flags()  # as `app.run` does first
+    with pytest.raises(SystemExit) as caught:
+        parse_flags(sys.argv)
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"    python -m {command.__name__} {example}\n" in printed
+    assert f"  {own} " in printed and "  --config: " in printed
 
 
 @pytest.mark.parametrize(
