@@ -39,6 +39,14 @@ def write_video(
     return path
 
 
+def write_header(path: pathlib.Path) -> pathlib.Path:
+    """An mp4 that begins as a video does and has no frame: a recording that was never fed."""
+    fragments = {"movflags": "empty_moov+default_base_moof+frag_keyframe"}
+    data = write_video(path, steady(1), fragments).read_bytes()
+    path.write_bytes(data[: data.index(b"moof") - 4])
+    return path
+
+
 def steady(seconds: float = 4.0, fps: float = 8.0) -> list[float]:
     return [i / fps for i in range(round(seconds * fps))]
 

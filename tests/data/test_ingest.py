@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from media_samples import steady, write_media, write_video
+from media_samples import steady, write_header, write_media, write_video
 
 from tpo_jax.data.ingest import plan as plan_lib
 from tpo_jax.data.ingest.plan import PrepareError, Settings, Source, make_plan
@@ -88,6 +88,7 @@ def test_a_bad_file_takes_its_own_records_only(many, small_pieces, tmp_path):
     whole = (media / "01.mp4").read_bytes()
     (media / "01.mp4").write_bytes(whole[: len(whole) // 2])
     (media / "05.mp4").write_bytes(b"")
+    write_header(media / "07.mp4")
     records = [json.loads(line) for line in annotations.read_text().splitlines()]
     records.append(question("01.mp4"))
     records.append(
@@ -102,20 +103,21 @@ def test_a_bad_file_takes_its_own_records_only(many, small_pieces, tmp_path):
     out = tmp_path / "out"
     statistics = prepare([source(media, annotations)], out, Settings(size=16), progress=False)
     quarantine = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
-    assert statistics["quarantined"] == len(quarantine) == 4
-    assert statistics["examples"] == 10 and statistics["videos"] == 10
-    assert sum(statistics["quarantined_by_reason"].values()) == 4
+    assert statistics["quarantined"] == len(quarantine) == 5
+    assert statistics["examples"] == 9 and statistics["videos"] == 9
+    assert sum(statistics["quarantined_by_reason"].values()) == 5
     by_record = {entry["record"]: entry for entry in quarantine}
-    assert set(by_record) == {"line 2", "line 6", "line 13", "line 14"}
+    assert set(by_record) == {"line 2", "line 6", "line 8", "line 13", "line 14"}
     for entry in quarantine:
         assert set(entry) == {"file", "record", "field", "value", "reason", "fix"}
         assert entry["file"] == str(annotations) and entry["reason"] and entry["fix"]
     assert "01.mp4" in by_record["line 2"]["value"] and by_record["line 13"]["field"] == "video"
     assert "0 bytes" in by_record["line 6"]["reason"]
+    assert "it has no frame" in by_record["line 8"]["reason"]
     assert by_record["line 14"]["field"] == "targets.windows[0]"
     assert "1.000 s" in by_record["line 14"]["reason"]
     dataset = PreparedDataset(out)
-    assert {"01.mp4", "05.mp4"}.isdisjoint(dataset.videos)
+    assert {"01.mp4", "05.mp4", "07.mp4"}.isdisjoint(dataset.videos)
     for video_id in dataset.videos:  # rows of later pieces are not shifted by what is missing
         assert dataset.frames(video_id, [1]).shape == (1, 16, 16, 3)
         assert [e.video_id for e in dataset.examples(video_id)] == [video_id]

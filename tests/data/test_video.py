@@ -8,6 +8,7 @@ from media_samples import (
     picture,
     rotate_clockwise,
     steady,
+    write_header,
     write_image,
     write_pictures,
     write_video,
@@ -153,6 +154,22 @@ def test_errors_name_file_reason_and_fix(folder, clip):
         read_video(clip, start=9, end=10)
     with pytest.raises(ValueError, match="start < end"):
         read_video(clip, start=3, end=2)
+
+
+def test_a_video_of_no_length_is_named(folder, clip):
+    """A header, and nothing after it; or nothing that a decoder knows."""
+    header = write_header(folder / "header.mp4")
+    unknown = folder / "unknown.mp4"
+    unknown.write_bytes(clip.read_bytes().replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzC"))
+    for path, reason in (
+        (header, "it has no frame"),
+        (unknown, "its video stream has no usable codec header (truncated, or an unknown codec)"),
+    ):
+        for read in (read_video, video.probe):
+            with pytest.raises(VideoError) as caught:
+                read(path)
+            assert (caught.value.file, caught.value.reason) == (str(path), reason)
+            assert caught.value.fix.startswith("copy or download it again")
 
 
 def test_video_error_survives_pickling(folder):
