@@ -304,7 +304,7 @@ SHIPPED = [
     ("tiny_base.py", "stage=events"),
     ("tiny_base.py", "stage=times"),
     ("tiny_base.py", "tiny,runs=somewhere"),
-    *(("demo.py", f"stage={stage}") for stage in ("1", "2", "3", "dpo")),
+    *(("demo.py", f"stage={stage}") for stage in ("1", "2", "3", "dpo", "floor")),
     ("demo.py", "stage=1,tiny"),
     ("seven_b.py", None),
     ("seven_b.py", "tiny,init=somewhere"),
@@ -337,5 +337,5 @@ def test_a_stage_of_the_demo_trains_its_parts_whole_and_nothing_else(stage, trai
 
 
 def test_an_unknown_stage_lists_the_stages():
-    with pytest.raises(ValueError, match="stage=4: expected one of 1, 2, 3, dpo"):
+    with pytest.raises(ValueError, match="stage=4: expected one of 1, 2, 3, dpo, floor$"):
         runpy.run_path(str(CONFIGS / "demo.py"))["get_config"]("stage=4")
