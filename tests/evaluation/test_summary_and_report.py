@@ -1,10 +1,13 @@
 """summary.json and report.html of a run made by a noisy oracle."""
 
 import json
+import os
+import platform
 import re
 import statistics
 
 import fake_run
+import jax
 import pytest
 from promised_metrics import METRICS, PREFERENCE
 
@@ -51,6 +54,14 @@ def test_summary_has_the_promised_keys(found):
     assert found["counts"]["data"]["test"]["videos"] == 3
     test = found["counts"]["test"]
     assert (test["videos"], test["images"]) == (3, 1)
+
+
+def test_the_device_is_named_with_the_cores_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 7})
+    assert summary.describe_device() == "8 x cpu"
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+    assert summary.describe_device() == "cpu (x86_64, 2 cores)"
 
 
 def test_the_accuracy_of_videos_stands_beside_that_of_all(run_dir, found, page):

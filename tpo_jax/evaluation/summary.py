@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -159,10 +160,12 @@ def collect_counts(run_dir: epath.Path, records: Mapping[str, Mapping[str, Any]]
 
 
 def describe_device() -> str:
-    """For example "8 x TPU v5 lite" or "cpu (x86_64, 2 cores)"."""
+    """For example "8 x TPU v5 lite" or "cpu (x86_64, 2 cores)": those that this process may use."""
     devices = jax.devices()
     kind = devices[0].device_kind
-    return f"{len(devices)} x {kind}" if len(devices) > 1 else f"{kind} ({platform.machine()})"
+    if len(devices) > 1:
+        return f"{len(devices)} x {kind}"
+    return f"{kind} ({platform.machine()}, {len(os.sched_getaffinity(0))} cores)"
 
 
 def versions() -> dict[str, str]:
