@@ -36,6 +36,8 @@ CHOICES = [
     "image_attribute", "image_counting", "image_existence", "image_position",
 ]  # fmt: skip
 HEADS = ["region", "temporal", "mask"]
+# Not `action`: it asks for a list of labels in words, and no metric is of it; the segments are
+# prepared for localization.
 TASKS = {"conversation": 1.5, "temporal": 1.5, "region": 4.0, "mask": 1.0, "tracking": 1.0}
 HEAD_LOSSES = {
     "region/l1": 5.0,
