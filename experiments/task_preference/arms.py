@@ -20,6 +20,7 @@ from typing import Any
 from experiments import demo
 from experiments.steps import StepFailed, Steps
 from experiments.task_preference import page
+from experiments.task_preference.trained import trained
 from tpo_jax.data import files
 from tpo_jax.evaluation import results
 from tpo_jax.evaluation.summary import describe_device, versions
@@ -151,24 +152,27 @@ class Study:
         """What the study found, once all evaluations are there.
 
         "arms" is {arm: {metric: [of each seed]}}, "floors" {metric: [of each seed]};
-        "training_cpu_seconds" {arm: [of each seed]}, "cpu_seconds" of all steps in OUT until now.
+        "trained" {arm: [of each seed, by `trained`]}, "training_cpu_seconds" {arm: [of each seed]},
+        "cpu_seconds" of all steps in OUT until now.
         """
         self.wait()
         arms: dict[str, dict[str, list[float]]] = {}
-        trained: dict[str, list[float]] = {}
+        seen: dict[str, list[dict[str, Any]]] = {}
+        spent: dict[str, list[float]] = {}
         for arm, of_seeds in files.items():
             found = [results.read_json(of_seeds[seed])["metrics"] for seed in self.seeds]
             arms[arm] = {m: [f[m] for f in found] for m in found[0] if all(m in f for f in found)}
             if arm in ARMS:
                 run = of_seeds[0].stem.removesuffix("_test")
-                trained[arm] = [self._steps[s].cpu_seconds[f"train {run}"] for s in self.seeds]
+                seen[arm] = [trained(self._steps[s].out / run) for s in self.seeds]
+                spent[arm] = [self._steps[s].cpu_seconds[f"train {run}"] for s in self.seeds]
         lowest = [results.read_json(floors[seed])["floors"] for seed in self.seeds]
         return {
             "device": describe_device(), "versions": versions(), "tiny": self.options.tiny,
             "seeds": list(self.seeds), "share_of_steps": self.options.steps,
             "videos": self.scale.train, "test_videos": self.scale.test, "arms": arms,
             "floors": {m: [f[m] for f in lowest] for m in lowest[0]},
-            "training_cpu_seconds": trained,
+            "trained": seen, "training_cpu_seconds": spent,
             "cpu_seconds": sum(sum(s.cpu_seconds.values()) for s in self._steps.values()),
         } | more  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.task_preference.claims import CLAIMS, Claim, Estimate, difference, verdict
+from experiments.task_preference.notes import notes, trained_table
 from tpo_jax.data import files
 
 METRICS = (
@@ -20,18 +21,6 @@ TITLES = {
     "central": "Conversation, targets in words, task heads",
     "temporal_head": "Temporal heads",
     "mask_loss": "Objectives of the mask head",
-}
-NOTES = {
-    "central": (
-        "Every arm is one joint stage of `configs/task_preference.py`, and asks as many questions "
-        "of each of its kinds as `heads`. Words give a mask as three boxes: true ones reach about "
-        "0.7 of tracking AUC (`tests/evaluation/test_evaluator.py`)."
-    ),
-    "temporal_head": "Temporal questions beside conversation; published beside all other heads.",
-    "mask_loss": (
-        "One SAM 2 for all seeds, which learned to follow drawn boxes in the videos of seed 0 and "
-        "is frozen from then on."
-    ),
 }
 COST = "cost"
 
@@ -73,7 +62,10 @@ def page(folder: pathlib.Path) -> str:
 def section(name: str, title: str, record: Mapping[str, Any]) -> str:
     """Tables of one study."""
     seeds = f"`{record['command']}`; seeds: {len(record['seeds'])}."
-    lines = [f"## {title}", "", seeds, NOTES[name]]
+    lines = [f"## {title}", "", seeds]
+    for note in notes(name, record):
+        lines += ["", note]
+    lines.append("")
     if record["tiny"]:
         lines.append(
             "**A test of the command on a handful of videos: these figures mean nothing.**"
@@ -88,12 +80,10 @@ def section(name: str, title: str, record: Mapping[str, Any]) -> str:
         followed = 100 * record["tracker"]["forced/tracking/auc"]
         lines.append(f"SAM 2 itself, by a drawn box: tracking AUC {followed:.1f}.")
     lines += ["", *_claims_table(CLAIMS[name], record), "", *_arms_table(record), ""]
-    spent = ", ".join(
-        f"{arm} {sum(s) / len(s) / 60:.1f}" for arm, s in record["training_cpu_seconds"].items()
-    )
     lines += [
-        f"Processor minutes of training a seed: {spent}. Everything in the folder of runs until "
-        f"then, evaluations, floors and other studies among it: {record['cpu_seconds'] / 60:.0f}.",
+        *trained_table(record), "",
+        "Processor minutes of everything in the folder of runs until then, evaluations, floors and "
+        f"other studies among it: {record['cpu_seconds'] / 60:.0f}.",
         "", f"![{title}]({name}.png)", "",
     ]  # fmt: skip
     return "\n".join(lines)

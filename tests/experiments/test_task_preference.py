@@ -15,6 +15,7 @@ from experiments.task_preference import page
 from experiments.task_preference.arms import Options
 from experiments.task_preference.claims import CLAIMS, Claim, Estimate, difference, verdict
 from experiments.task_preference.first_frame import first_frame
+from experiments.task_preference.trained import trained
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.pipeline import read_buckets
 from tpo_jax.data.records import Example, Turn
@@ -58,7 +59,14 @@ def record(name):
         "arms": {arm: dict.fromkeys(metrics, score[arm]) for arm in arms},
         "floors": dict.fromkeys(metrics, [0.05, 0.07]), "cpu_seconds": 600.0,
         "training_cpu_seconds": {arm: [60.0, 120.0] for arm in arms},
+        "trained": {arm: [trained_on(1.0), trained_on(3.0)] for arm in arms},
     }  # fmt: skip
+
+
+def trained_on(share):
+    """Of one seed, as `trained` gives it."""
+    examples = {"conversation": round(share * 100), "mask": round(share * 10)}
+    return {"steps": 120, "positions": round(share * 1e4), "examples": examples}
 
 
 def test_the_page_is_made_of_what_is_there(tmp_path):
@@ -72,6 +80,44 @@ def test_the_page_is_made_of_what_is_there(tmp_path):
     assert (tmp_path / "temporal_head.png").stat().st_size > 1000
     page.write(tmp_path, "mask_loss", record("mask_loss"))
     assert "no published direction" in (tmp_path / "README.md").read_text()
+
+
+def test_the_page_says_what_each_arm_was_trained_on():
+    found = record("central")
+    # Twice the positions of heads, 1.5 times the conversation and 0.8 of the masks.
+    found["trained"]["text"] = [
+        {"steps": 120, "positions": 40000, "examples": {"conversation": 300, "mask": 16}}
+    ] * 2
+    text = page.section("central", "Central", found)
+    assert (
+        "`text` 1.00 of the steps, 2.00 of the positions, 1.50 of the conversation questions, "
+        "0.80 of the mask questions; `conversation` 1.00 of the steps" in text
+    )
+    head = "| trained on | conversation questions | mask questions | positions | steps |"
+    assert f"{head} CPU seconds |" in text
+    assert "| text | 300 | 16 | 40000 | 120 | 90 |" in text
+    assert "| heads | 200 | 20 | 20000 | 120 | 90 |" in text
+
+
+def test_what_a_run_was_trained_on_is_read_from_its_log(tmp_path):
+    """Rates are those of the steps since the last line: 10 of 40 positions, 10 of 60, 3 of 40."""
+    lines = [
+        {"step": 10, "train/loss": 3.0, "time/tokens_per_second": 80.0, "time/steps_per_second": 2,
+         "train/examples/mask": 4},
+        {"step": 20, "train/loss": 2.0, "time/tokens_per_second": 30.0,
+         "time/steps_per_second": 0.5, "train/examples/mask": 9, "train/examples/region": 1},
+        {"step": 23, "train/loss": 2.0, "time/tokens_per_second": 40.0, "time/steps_per_second": 1,
+         "train/examples/mask": 11, "train/examples/region": 3},
+        {"step": 23, "validation/loss": 2.0},
+    ]  # fmt: skip
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert trained(tmp_path) == {
+        "steps": 23, "positions": 1120, "examples": {"mask": 11, "region": 3}
+    }  # fmt: skip
+    file.write_text(json.dumps(lines[-1]) + "\n")
+    with pytest.raises(ValueError, match="metrics.jsonl: no record of a training step"):
+        trained(tmp_path)
 
 
 def test_the_committed_page_is_made_of_the_committed_records():
@@ -105,7 +151,10 @@ def test_every_term_of_an_arm_has_a_weight(arm):
 
 
 def test_arms_ask_what_heads_asks():
-    """Expected questions of a task in all rows of the bucket that most are in."""
+    """Expected questions of a task in all rows of the bucket that most are in, if none runs out.
+
+    `text` reads twice as much and asks more, which the page of the study says.
+    """
 
     def asked(arm):
         config = CONFIG["get_config"](f"arm={arm}")
@@ -129,8 +178,9 @@ def test_arms_ask_what_heads_asks():
     assert text.data.task_text and not text.model.heads
     short, long = text.buckets.video, text.buckets.video_long
     assert short.beside == "video_long" and long.batch_size == short.batch_size
-    tokens = [b.branches * b.branch_tokens for b in (short, long, heads.buckets.video)]
-    assert tokens[0] + tokens[1] > tokens[2]
+    shown = (short, long, heads.buckets.video, heads.buckets.video_long)
+    positions = [b.branches * b.branch_tokens for b in shown]
+    assert positions == [760, 700, 720, 768]  # both of the first in every step, one of the others
 
 
 def test_what_the_first_frame_teaches():
@@ -189,6 +239,9 @@ def test_a_study_runs_and_goes_on_where_it_stopped(base, study, tmp_path):
             (value,) = found["arms"][arm][claim.metric]
             assert 0 <= value <= 1
     assert found["tiny"] and found["floors"]
+    for arm, (seen,) in found["trained"].items():
+        assert seen["steps"] == CONFIG["get_config"](f"arm={arm},tiny").steps
+        assert seen["positions"] > 0 and sum(seen["examples"].values()) > 0
     text = (tmp_path / "results" / "README.md").read_text()
     assert "these figures mean nothing" in text
     assert "one seed" in text or study == "mask_loss"
