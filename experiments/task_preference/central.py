@@ -16,7 +16,10 @@ from typing import Any
 
 from experiments.task_preference import arms
 from experiments.task_preference.arms import Study
+from experiments.task_preference.ceilings import words_at_best
+from tpo_jax.data.records import PreparedDataset
 from tpo_jax.evaluation import results
+from tpo_jax.interop.folder import load_config
 
 RATES = (0.5, 1.0, 2.0)
 ARMS = ("conversation", "text", "heads", "TRM", "T", "R", "M")
@@ -36,7 +39,16 @@ def run(study: Study) -> dict[str, Any]:
         for arm in ARMS:
             model = study.train(seed, arm, rate=rates.get(arm, rates["heads"]))
             files[arm][seed] = study.evaluate(seed, arm, model)
-    return study.record(files, floors, rates=rates, search=search)
+    return study.record(files, floors, rates=rates, search=search, words_at_best=ceilings(study))
+
+
+def ceilings(study: Study) -> dict[str, list[float]]:
+    """{metric: [of each seed]}: the labels of the test videos in the words of `text`, read back."""
+    frames = load_config(study.options.base).vision.max_frames
+    folders = [study.steps(seed).out / "data" / "test" for seed in study.seeds]
+    found = [words_at_best(PreparedDataset(folder), frames) for folder in folders]
+    shared = [metric for metric in found[0] if all(metric in seed for seed in found)]
+    return {metric: [statistics.fmean(seed[metric]) for seed in found] for metric in shared}
 
 
 def choose_rates(study: Study) -> tuple[dict[str, float], dict[str, dict[str, float]]]:

@@ -18,19 +18,61 @@ ABOUT = {
         "is frozen from then on."
     ),
 }
+FLOORS = (
+    "*floor* is the best of answers that do not look: constant ones, chosen on the training "
+    "videos, and for tracks the drawn box held still"
+)
+MIDDLE_FRAME = (
+    "; for questions also a model that was trained on conversation about the middle frame alone, "
+    "at rate 1 without a search, with its last weights"
+)
+MINUTES, CORES = 90, 2  # that all studies should take
 
 
 def notes(name: str, record: Mapping[str, Any]) -> list[str]:
     """Paragraphs under a study's title."""
-    return [ABOUT[name], *(_central(record) if name == "central" else [])]
+    asks = "qa/accuracy" in record["floors"]
+    own = _central(record) if name == "central" else []
+    return [ABOUT[name], *own, f"{FLOORS}{MIDDLE_FRAME if asks else ''}."]
 
 
 def _central(record: Mapping[str, Any]) -> list[str]:
     return [
         "`text` has longer answers, so that a step of it has two batches of rows. Trained on, over "
         f"what `heads` was: {over_heads(record, 'text')}; {over_heads(record, 'conversation')}. An "
-        "arm that was asked more, or read more, has that in its favour."
+        "arm that was asked more, or read more, has that in its favour.",
+        "`text` is read by rules, and what its words cannot say is lost: *words at best* are the "
+        "labels themselves, written and read back. A mask is boxes at three times, in which "
+        "everything counts as object. Words have no saliency: its highlight metrics come from the "
+        "reader, for which a clip is the better the nearer it is to the middle of the named "
+        "window, and say nothing of the model beyond its windows.",
+        _searched(record),
     ]
+
+
+def _searched(record: Mapping[str, Any]) -> str:
+    """How the rates were found, and whether better ones may lie beyond those tried."""
+    found = []
+    for arm, means in record["search"].items():
+        tried = ", ".join(f"{rate}: {100 * mean:.1f}" for rate, mean in means.items())
+        found.append(f"`{arm}` {record['rates'][arm]:g}{_at_an_end(record, arm)} ({tried})")
+    searched = " and ".join(f"`{arm}`" for arm in record["search"])
+    return (
+        "Learning rates, times those of the demo, each chosen by the mean of validation metrics of "
+        f"seed 0 (in brackets, in percent): {'; '.join(found)}. Only {searched} were searched; all "
+        "other arms, `conversation` among them, run at the rate of `heads`, which need not be "
+        "their best."
+    )
+
+
+def _at_an_end(record: Mapping[str, Any], arm: str) -> str:
+    tried, chosen = sorted(map(float, record["search"][arm])), record["rates"][arm]
+    if len(tried) == 1:
+        return ", the only one tried"
+    if chosen not in (tried[0], tried[-1]):
+        return ", between others that were tried"
+    which = "lowest" if chosen == tried[0] else "highest"
+    return f", the {which} that was tried: a better one may lie beyond"
 
 
 def over_heads(record: Mapping[str, Any], arm: str) -> str:
@@ -42,6 +84,14 @@ def over_heads(record: Mapping[str, Any], arm: str) -> str:
         for kind, count in run["examples"].items()
     }
     return f"`{arm}` " + ", ".join(f"{share:.2f} of the {name}" for name, share in shares.items())
+
+
+def spent(record: Mapping[str, Any]) -> str:
+    return (
+        "Processor minutes of everything in the folder of runs until then, evaluations, floors and "
+        f"other studies among it: {record['cpu_seconds'] / 60:.0f}. All studies together should "
+        f"take about {MINUTES} minutes on {CORES} cores, which is {MINUTES * CORES}."
+    )
 
 
 def trained_table(record: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.task_preference.claims import CLAIMS, Claim, Estimate, difference, verdict
-from experiments.task_preference.notes import notes, trained_table
+from experiments.task_preference.notes import notes, spent, trained_table
 from tpo_jax.data import files
 
 METRICS = (
@@ -62,28 +62,18 @@ def page(folder: pathlib.Path) -> str:
 def section(name: str, title: str, record: Mapping[str, Any]) -> str:
     """Tables of one study."""
     seeds = f"`{record['command']}`; seeds: {len(record['seeds'])}."
-    lines = [f"## {title}", "", seeds]
-    for note in notes(name, record):
-        lines += ["", note]
-    lines.append("")
+    paragraphs = [f"## {title}", seeds, *notes(name, record)]
     if record["tiny"]:
-        lines.append(
+        paragraphs.append(
             "**A test of the command on a handful of videos: these figures mean nothing.**"
         )
-    if "rates" in record:
-        chosen = ", ".join(f"{arm} {rate:g}" for arm, rate in record["rates"].items())
-        lines.append(f"Learning rates, times those of the demo, chosen on validation: {chosen}.")
-        for arm, means in record["search"].items():
-            tried = ", ".join(f"{rate}: {100 * mean:.1f}" for rate, mean in means.items())
-            lines.append(f"Mean of validation metrics of {arm}: {tried}.")
     if "tracker" in record:
         followed = 100 * record["tracker"]["forced/tracking/auc"]
-        lines.append(f"SAM 2 itself, by a drawn box: tracking AUC {followed:.1f}.")
+        paragraphs.append(f"SAM 2 itself, by a drawn box: tracking AUC {followed:.1f}.")
+    lines = ["\n\n".join(paragraphs)]
     lines += ["", *_claims_table(CLAIMS[name], record), "", *_arms_table(record), ""]
     lines += [
-        *trained_table(record), "",
-        "Processor minutes of everything in the folder of runs until then, evaluations, floors and "
-        f"other studies among it: {record['cpu_seconds'] / 60:.0f}.",
+        *trained_table(record), "", spent(record),
         "", f"![{title}]({name}.png)", "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -92,7 +82,8 @@ def section(name: str, title: str, record: Mapping[str, Any]) -> str:
 def _claims_table(claims: Sequence[Claim], record: Mapping[str, Any]) -> list[str]:
     arms, floors = record["arms"], record["floors"]
     rows = [
-        "| metric | from | to | difference | floor | published | |", "|---|---|---|---|---|---|---|"
+        "| metric | from | to | difference | floor | published | |",
+        "|---|---|---|---|---|---|---|",
     ]
     for claim in claims:
         found = difference(claim, arms)
@@ -115,7 +106,10 @@ def _arms_table(record: Mapping[str, Any]) -> list[str]:
     arms = record["arms"]
     shown = [metric for metric in METRICS if any(metric in found for found in arms.values())]
     rows = ["| | " + " | ".join(shown) + " |", "|---" * (1 + len(shown)) + "|"]
-    for arm, found in [*arms.items(), ("floor", record["floors"])]:
+    ends = {"floor": record["floors"]}
+    if "words_at_best" in record:
+        ends["words at best"] = record["words_at_best"]
+    for arm, found in [*arms.items(), *ends.items()]:
         cells = (Estimate.of(found[m]).percent() if m in found else "" for m in shown)
         rows.append(f"| {arm} | " + " | ".join(cells) + " |")
     return rows

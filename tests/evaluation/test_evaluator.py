@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.task_preference.ceilings import words_at_best
 from tpo_jax import evaluate
 from tpo_jax.data import evaluation_rows, sampling
 from tpo_jax.data.pipeline import row_builder
@@ -22,9 +23,7 @@ from tpo_jax.evaluation.all_frames import Watched
 from tpo_jax.evaluation.evaluator import Evaluator, Settings
 from tpo_jax.generation.routing import Event, RoutedAnswer
 from tpo_jax.generation.sampler import Sampler
-from tpo_jax.generation.task_text import read_results
 from tpo_jax.interop.folder import save_model
-from tpo_jax.models.heads import ClipInfo
 from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.training.step import make_score_step
@@ -219,22 +218,8 @@ def test_answers_in_words_are_read_and_scored(model, dataset, monkeypatch):
 
 def test_what_the_words_can_say_at_best(prepared):
     """The format's own limits: hundredths, three boxes a track, filled boxes for masks."""
-    found = {"temporal/miou": [], "highlight/hit@1": [], "tracking/auc": [], "mask/j": []}
-    splits = [PreparedDataset(prepared / split) for split in ("train", "test")]
-    for dataset, video in ((split, video) for split in splits for video in split.videos):
-        info = dataset.video_info(video)
-        if info.media == "image":
-            continue
-        shown = sampling.uniform(info.timestamps, 16)
-        clip = ClipInfo(0.0, info.duration, info.timestamps[shown], np.ones(16, bool), 64, 64)
-        for example in dataset.examples(video):
-            for turn, written in enumerate(with_text(example).turns):
-                calls = benchmarks.find_calls(example, turn)
-                read = read_results(written.answer, [call.head for call in calls], clip)
-                for call, result in zip(calls, read, strict=True):
-                    scores = benchmarks.score_call(call, result, clip.times)
-                    for name in found.keys() & scores.keys():
-                        found[name].append(scores[name])
+    splits = [words_at_best(PreparedDataset(prepared / split), 16) for split in ("train", "test")]
+    found = {metric: [v for split in splits for v in split[metric]] for metric in splits[0]}
     best = {name: np.mean(values) for name, values in found.items()}
     assert best["temporal/miou"] > 0.99 and best["highlight/hit@1"] > 0.6
     assert len(found["tracking/auc"]) == 5  # a track more or less is of some weight

@@ -60,7 +60,15 @@ def record(name):
         "floors": dict.fromkeys(metrics, [0.05, 0.07]), "cpu_seconds": 600.0,
         "training_cpu_seconds": {arm: [60.0, 120.0] for arm in arms},
         "trained": {arm: [trained_on(1.0), trained_on(3.0)] for arm in arms},
-    }  # fmt: skip
+    } | (SEARCHED if name == "central" else {})  # fmt: skip
+
+
+# Both ways that a search can end.
+SEARCHED = {
+    "rates": {"text": 2.0, "heads": 1.0},
+    "search": {"text": {"0.5": 0.1, "1": 0.2, "2": 0.4}, "heads": {"0.5": 0.3, "1": 0.5, "2": 0.2}},
+    "words_at_best": {"temporal/r1@0.5": [1.0, 1.0], "mask/j&f": [0.66, 0.68]},
+}
 
 
 def trained_on(share):
@@ -97,6 +105,21 @@ def test_the_page_says_what_each_arm_was_trained_on():
     assert f"{head} CPU seconds |" in text
     assert "| text | 300 | 16 | 40000 | 120 | 90 |" in text
     assert "| heads | 200 | 20 | 20000 | 120 | 90 |" in text
+
+
+def test_the_page_says_how_rates_floors_and_words_are_meant():
+    text = page.section("central", "Central", record("central"))
+    assert (
+        "`text` 2, the highest that was tried: a better one may lie beyond (0.5: 10.0, 1: 20.0, 2: "
+        "40.0); `heads` 1, between others that were tried (0.5: 30.0, 1: 50.0, 2: 20.0). Only "
+        "`text` and `heads` were searched; all other arms, `conversation` among them" in text
+    )
+    assert "| words at best |  | 100.0 ± 0.0 |  | 67.0 ± 1.0 |  |" in text
+    assert "its highlight metrics come from the reader" in text
+    assert "a model that was trained on conversation about the middle frame alone" in text
+    assert ": 10. All studies together should take about 90 minutes on 2 cores, which is" in text
+    # Nothing is asked but masks: its floors know no such model.
+    assert "middle frame" not in page.section("mask_loss", "Masks", record("mask_loss"))
 
 
 def test_what_a_run_was_trained_on_is_read_from_its_log(tmp_path):
