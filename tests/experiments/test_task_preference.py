@@ -118,8 +118,11 @@ def test_the_page_says_how_rates_floors_and_words_are_meant():
     assert "its highlight metrics come from the reader" in text
     assert "a model that was trained on conversation about the middle frame alone" in text
     assert ": 10. All studies together should take about 90 minutes on 2 cores, which is" in text
-    # Nothing is asked but masks: its floors know no such model.
-    assert "middle frame" not in page.section("mask_loss", "Masks", record("mask_loss"))
+    text = page.section("mask_loss", "Masks", record("mask_loss"))
+    assert "middle frame" not in text  # nothing is asked but masks: its floors know no such model
+    assert "no conversation beside them" in text and "no rate was searched" in text
+    text = page.section("temporal_head", "Heads", record("temporal_head"))
+    assert "No rate was searched" in text and "tuned for the light head" in text
 
 
 def test_what_a_run_was_trained_on_is_read_from_its_log(tmp_path):
