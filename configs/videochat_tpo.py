@@ -66,7 +66,9 @@ REFERRING = ("refcoco", "refcoco_plus", "refcocog")
 SPATIAL = ("as_v2", "visual_genome", *REFERRING)
 LORA, TOKENS = "language/.*lora_", "task_tokens/|box_encoder/"
 ADAPTER = "heads/sam2/adapter"
-SLOTS = {"region": 4, "temporal": 1, "mask": 1, "box": 1}
+# Answers of AS-V2 name many objects, and one that does not fit ends the run; `region_mlp` is two
+# layers on so many states.
+SLOTS = {"region": 16, "temporal": 1, "mask": 1, "box": 1}
 # Slots that a question of each task takes.
 TAKES = {
     "conversation": (), "temporal": ("temporal",), "region": ("region",), "mask": ("mask",),

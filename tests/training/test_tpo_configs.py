@@ -128,7 +128,7 @@ def test_a_folder_of_ones_own_is_asked_for_everything():
     assert source["tasks"] == {"temporal": 50_000, "region": 50_000, "tracking": 25_000,
                                "mask": 25_000}  # fmt: skip
     # Half of the questions in each medium; of images only regions can be asked.
-    assert config.buckets.image.slots.to_dict() == {"region": 4}
+    assert config.buckets.image.slots.to_dict() == {"region": 16}
     assert config.buckets.image.weight == 25_000 and config.buckets.video.weight == 75_000
     videos = config_of("videochat_tpo", "stage=1,sets=mine,media=video")
     assert list(videos.buckets) == ["video"] and videos.buckets.video.idle == []
