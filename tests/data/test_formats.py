@@ -27,8 +27,11 @@ def test_videochat2(media):
     a, b, c = read_sample("videochat2", media)
     options = ("the red circle", "the blue square", "nothing")
     assert a.video_id == "clip_a.mp4" and a.task == "conversation" and a.media == "video"
-    assert a.turns[0] == Turn("What moves first?", "the blue square", options, "")
-    assert a.turns[1] == Turn("How many shapes are there?", "two", (), "counting")
+    # The instruction heads the conversation, whose turns are asked one by one.
+    question = "Answer the question. What moves first?"
+    assert a.turns[0] == Turn(question, "the blue square", options, "")
+    question = "Answer the question. How many shapes are there?"
+    assert a.turns[1] == Turn(question, "two", (), "counting")
     assert (b.start, b.end) == (0.5, 1.5)
     assert b.turns == (Turn("Describe the clip.", "A square moves.", (), "caption"),)
     assert (c.media, c.video_id, c.end) == ("image", "still.png", 0)

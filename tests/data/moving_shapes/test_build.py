@@ -83,7 +83,8 @@ def test_conversations_name_kind_and_right_option(folder):
     for path in (folder / "train" / "conversation").glob("*.json"):
         for record in _json(path):
             for turn in record["QA"]:
-                assert turn["kind"] == path.stem
+                # An instruction would stand before every question.
+                assert turn["kind"] == path.stem and turn["i"] == ""
                 if "Options:" in turn["q"]:
                     lines = turn["q"].split("\n")
                     assert [line[:3] for line in lines[2:]] == ["(A)", "(B)", "(C)", "(D)"]

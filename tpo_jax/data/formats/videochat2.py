@@ -2,11 +2,14 @@
 
 Multiple choice is written inside the text there ("Question: ... Options: (A) ... (B) ...", answer
 "Answer: (B) ..."); it is taken apart into a question, options and the text of the right option.
-Captions have an empty `q`; the instruction `i` of the first turn is the question then.
+Captions have an empty `q`; the instruction `i` is the question then. Elsewhere the release puts the
+`i` of the first turn before the video, where all turns see it. Here turns are asked by themselves
+and share the video with others, so it stands before each question.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,6 +42,7 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
     }
     qa = validation.check_list("QA", record["QA"])
     turns = [_turn(item, i, context) for i, item in enumerate(qa)]
+    turns = [_instructed(turn, item, qa[0]) for turn, item in zip(turns, qa, strict=True)]
     number = label.removeprefix("record ")
     return [
         context.example(
@@ -70,6 +74,14 @@ def _turn(item: Any, index: int, context: Context) -> Turn:
         return Turn(stem, answer, (), kind)
     options = _options(pieces[1], f"{field}.q")
     return Turn(stem, _chosen(answer, options, f"{field}.a"), tuple(options.values()), kind)
+
+
+def _instructed(turn: Turn, item: Mapping[str, Any], first: Mapping[str, Any]) -> Turn:
+    """The turn with its instruction, or that of the first turn, before a question of its own."""
+    instruction = item.get("i", "").strip() or first.get("i", "").strip()
+    if not instruction or not item["q"].strip():
+        return turn
+    return dataclasses.replace(turn, question=f"{instruction} {turn.question}")
 
 
 def _options(text: str, field: str) -> Mapping[str, str]:

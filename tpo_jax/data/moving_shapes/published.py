@@ -14,7 +14,6 @@ from tpo_jax.data.moving_shapes.questions import Question
 from tpo_jax.data.moving_shapes.world import ACTION_WEIGHTS, FORMS, WorldConfig
 
 Files = dict[str, str]
-INSTRUCTION = "Look at the {media} and answer the question with one of the options."
 LETTERS = "ABCD"
 TASKS = {
     "videochat2": "conversation",
@@ -84,17 +83,18 @@ def _dump(value: Any) -> str:
     return json.dumps(value, separators=(",", ":")) + "\n"
 
 
-def turn(question: Question, media: str) -> dict[str, str]:
-    """One question and answer as in VideoChat2-IT."""
+def turn(question: Question) -> dict[str, str]:
+    """One question and answer as in VideoChat2-IT.
+
+    Without an instruction: questions are short, and the reader puts it before each of them.
+    """
+    asked = {"i": "", "q": question.question, "a": question.answer, "kind": question.kind}
     if not question.options:
-        return {"i": "", "q": question.question, "a": question.answer, "kind": question.kind}
+        return asked
     options = [f"({letter}) {o}" for letter, o in zip(LETTERS, question.options, strict=True)]
-    answer = options[question.options.index(question.answer)]
-    return {
-        "i": INSTRUCTION.format(media=media),
+    return asked | {
         "q": "\n".join([question.question, "Options:", *options]),
-        "a": answer,
-        "kind": question.kind,
+        "a": options[question.options.index(question.answer)],
     }
 
 
@@ -109,7 +109,7 @@ def conversations(videos: Sequence[Annotations], images: Sequence[Annotations]) 
             grouped: dict[tuple[str, Any], list[dict[str, str]]] = {}
             for question in item.questions:
                 group = question.kind, question.clip
-                grouped.setdefault(group, []).append(turn(question, media))
+                grouped.setdefault(group, []).append(turn(question))
             for (kind, clip), turns in grouped.items():
                 record = {media: f"{folder}/{item.name}.{suffix}", "QA": turns}
                 if clip is not None:
