@@ -20,6 +20,7 @@ from tpo_jax.data.task_text import with_text
 from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
 from tpo_jax.evaluation import benchmarks, results
 from tpo_jax.evaluation.all_frames import Watched
+from tpo_jax.evaluation.asked import frames_asked
 from tpo_jax.evaluation.evaluator import Evaluator, Settings
 from tpo_jax.generation.routing import Event, RoutedAnswer
 from tpo_jax.generation.sampler import Sampler
@@ -214,6 +215,24 @@ def test_answers_in_words_are_read_and_scored(model, dataset, monkeypatch):
     assert 0.9 * right < scores["region/miou"].mean() * len(examples) < right
     assert not any(metric.startswith("forced/") for metric in scores)
     json.dumps(scorer.results.samples)
+
+
+def test_every_region_of_an_answer_names_its_frame(dataset):
+    """Frames at 0, 2, 4, 6 s; the last row shows two of them and fills up."""
+
+    def plan(*times):
+        turn = Turn("Where?", "<region>" * len(times), (), "region")
+        targets = {"boxes": [[0, 0, 1, 1]] * len(times), "times": list(times)}
+        example = Example("e", "v", "video", "region", "t", 0.0, 8.0, (turn,), targets)
+        return RowPlan(dataset, "v", 0.0, 8.0, (BranchPlan(example, 0, "Where?", None),))
+
+    batch = {
+        "frame_times": np.array([[0.0, 2, 4, 6]] * 2 + [[0.0, 2, 2, 2]]),
+        "frame_valid": np.array([[True] * 4] * 2 + [[True, True, False, False]]),
+        "branch_tokens": np.zeros((3, 2, 5), np.int32),
+    }
+    asked = frames_asked([plan(6.0, 0.4, 3.9), plan(1.8), plan(6.0)], batch)
+    assert asked.tolist() == [[[3, 0, 2], [0, 0, 0]], [[1, 1, 1], [0, 0, 0]], [[1, 1, 1], [0] * 3]]
 
 
 def test_what_the_words_can_say_at_best(prepared):

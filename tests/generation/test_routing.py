@@ -55,7 +55,7 @@ def routed(model, params, codec, router):
         speaking, context, batch, branch_keys(0, np.zeros((3, 2), np.uint32)), first)
     clips = [ClipInfo(0.0, 12.0, batch["frame_times"][i], batch["frame_valid"][i], 32, 32)
              for i in range(2)]
-    asked = np.array([[0, 2], [0, 0], [0, 0]], np.int32)
+    asked = np.array([[0, 2], [0, 0], [0, 0]], np.int32)[..., None]
     answers = router.route(speaking, context, batch, generation, clips, asked)
     return answers, speaking, context, batch, generation
 
@@ -100,6 +100,31 @@ def test_results_equal_the_heads_run_on_the_slot_states(model, routed):
     assert answers[0][1].events[0].result["time"] == pytest.approx(batch["frame_times"][0][2])
 
 
+def test_regions_of_one_answer_are_on_frames_of_their_own(router, routed, monkeypatch):
+    """Three regions in an answer, two frames: the third is where the second is."""
+    _, params, context, batch, generation = routed
+    times = batch["frame_times"][0]
+    clip = ClipInfo(0.0, 12.0, times, batch["frame_valid"][0], 32, 32)
+    heads = np.array(generation.event_heads)
+    heads[0, 1] = 0  # all are regions now
+    several = dataclasses.replace(generation, event_heads=heads)
+    asked = np.zeros((3, 2, 2), np.int32)
+    asked[0, 1] = [3, 1]
+
+    def run(params, features, frames, frame_valid, tokens, asked, name):
+        """Boxes that tell which frame the head was given."""
+        boxes = 0.1 * np.ones(4) * asked["frame"][..., None]
+        return {"boxes": boxes} if name == "region" else unchanged(
+            params, features, frames, frame_valid, tokens, asked, name=name)
+
+    unchanged = router._run
+    monkeypatch.setattr(router, "_run", run)
+    answers = router.route(params, context, batch, several, [clip], asked)
+    results = [event.result for event in answers[0][1].events]
+    assert [result["time"] for result in results] == times[[3, 1, 1]].tolist()
+    assert [result["box"][0] for result in results] == pytest.approx([0.3, 0.1, 0.1])
+
+
 def test_json_form_has_rles_and_survives_json(routed):
     answer = routed[0][0][1]
     data = json.loads(json.dumps(answer.to_json()))
@@ -129,7 +154,7 @@ def test_a_film_is_answered_frame_by_frame_in_place_of_the_shown_frames(router, 
     answers, params, context, batch, generation = routed
     clips = [ClipInfo(0.0, 12.0, batch["frame_times"][i], batch["frame_valid"][i], 32, 32)
              for i in range(2)]
-    asked = np.array([[0, 2], [0, 0], [0, 0]], np.int32)
+    asked = np.array([[0, 2], [0, 0], [0, 0]], np.int32)[..., None]
     shown = batch["frame_times"][0]
 
     def route(times):

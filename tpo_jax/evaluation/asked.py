@@ -31,16 +31,23 @@ def clip_info(
 
 
 def frames_asked(plans: Sequence[RowPlan], batch: Mapping[str, Any]) -> np.ndarray:
-    """int32[B, K]: the frame that a question about a region names, 0 elsewhere."""
-    asked = np.zeros(batch["branch_tokens"].shape[:2], np.int32)
+    """int32[B, K, C]: the frames that the regions of a labelled answer are on, in its order.
+
+    An answer with fewer than C repeats its last; 0 where no region is asked about.
+    """
+    named: dict[tuple[int, int], list[int]] = {}
     for row, plan in enumerate(plans):
         times = np.where(batch["frame_valid"][row], batch["frame_times"][row], np.inf)
         for branch, planned in enumerate(plan.branches):
-            for call in benchmarks.find_calls(planned.example, planned.turn):
-                if call.head == "region":
-                    target = planned.example.targets["times"][call.occurrence]
-                    asked[row, branch] = int(np.argmin(np.abs(times - target)))
-                    break
+            calls = benchmarks.find_calls(planned.example, planned.turn)
+            targets = [planned.example.targets["times"][call.occurrence]
+                       for call in calls if call.head == "region"]
+            if targets:
+                named[row, branch] = [int(np.argmin(np.abs(times - time))) for time in targets]
+    most = max(map(len, named.values()), default=1)
+    asked = np.zeros((*batch["branch_tokens"].shape[:2], most), np.int32)
+    for place, frames in named.items():
+        asked[place] = frames + frames[-1:] * (most - len(frames))
     return asked
 
 

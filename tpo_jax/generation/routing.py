@@ -95,8 +95,8 @@ class Router:
             and slots are read, and clip_features and text features where it has them.
           generation: of `Sampler.generate`.
           clips: one a row (may be fewer than B: the rest is filling).
-          frames_asked: int32[B, K], frame that a region call answers for; None is each row's
-            `ClipInfo.frame`.
+          frames_asked: int32[B, K, C], frame that each region call of an answer answers for, the
+            last also for calls beyond C; None is each row's `ClipInfo.frame`.
           films: one a row, or none; the video of a row, whose every frame a head with
             `whole_video` answers for instead of those in the batch.
           points: where users point: "points" float32[B, P, 2], normalised, "labels" int32[B, P] (1
@@ -111,7 +111,7 @@ class Router:
         rows, branches = host.lengths.shape
         if frames_asked is None:
             asked = [clip.frame for clip in clips] + [0] * (rows - len(clips))
-            frames_asked = np.repeat(np.asarray(asked, np.int32)[:, None], branches, axis=1)
+            frames_asked = np.tile(np.asarray(asked, np.int32)[:, None, None], (branches, 1))
         results: dict[Place, Result] = {}
         tokens = None  # of the clips, for all heads that read them
         for index, name in enumerate(self.heads):
@@ -127,8 +127,8 @@ class Router:
             for places_now, predictions in self._predictions(
                     params, name, places, context, batch, host, frames_asked, prompts, tokens):
                 for place, one in zip(places_now, predictions, strict=True):
-                    row, branch, _ = place
-                    clip = dataclasses.replace(clips[row], frame=int(frames_asked[row, branch]))
+                    frame = _frame_of(frames_asked, place, _earlier(host, place))
+                    clip = dataclasses.replace(clips[place[0]], frame=frame)
                     results[place] = HEADS[name].decode(one, clip)
         return [[self._answer(host, row, branch, results, clips[row].frame_valid)
                  for branch in range(branches)] for row in range(len(clips))]
@@ -143,7 +143,8 @@ class Router:
           generation: its events are read, and what it has of the questions.
         """
         host, prompts = _on_host(generation, batch)
-        batch, frames_asked = {**batch, "points": None}, np.zeros(host.lengths.shape, np.int32)
+        batch = {**batch, "points": None}
+        frames_asked = np.zeros((*host.lengths.shape, 1), np.int32)  # no head of films reads it
         results: dict[Place, Result] = {}
         for index, name in enumerate(self.heads):
             places = [place for place in wanted if host.event_heads[place] == index]
@@ -179,10 +180,10 @@ class Router:
         states = np.zeros((rows, slots, host.event_states.shape[-1]), np.float32)
         frame, branches, order = np.zeros((3, rows, slots), np.int32)
         for slot, (row, branch, event) in now:
-            earlier = host.event_heads[row, branch, :event]
-            order[row, slot] = np.sum(earlier == host.event_heads[row, branch, event])
+            order[row, slot] = _earlier(host, (row, branch, event))
             states[row, slot] = host.event_states[row, branch, event]
-            frame[row, slot], branches[row, slot] = frames_asked[row, branch], branch
+            frame[row, slot] = _frame_of(frames_asked, (row, branch, event), order[row, slot])
+            branches[row, slot] = branch
         return {
             "states": states, "frame": frame, "branch": branches, "order": order,
             "texts": texts,
@@ -239,6 +240,19 @@ def _on_host(generation: Generation, batch: Arrays) -> tuple[Generation, dict[st
                "tokens": batch["branch_tokens"]}
     host = dataclasses.replace(generation, prompt_states=None, prompt_valid=None)
     return jax.device_get(host), prompts
+
+
+def _earlier(host: Generation, place: Place) -> int:
+    """How many calls of the same head an answer makes before one."""
+    row, branch, event = place
+    heads = host.event_heads[row, branch]
+    return int(np.sum(heads[:event] == heads[event]))
+
+
+def _frame_of(frames_asked: np.ndarray, place: Place, earlier: int) -> int:
+    """The frame that a call answers for; see `Router.route`."""
+    row, branch, _ = place
+    return int(frames_asked[row, branch, min(earlier, frames_asked.shape[2] - 1)])
 
 
 def _drawn_alike(name: str, places: Sequence[Place], box: Mapping[str, np.ndarray] | None
