@@ -11,14 +11,16 @@ import pytest
 from processes import QUICK, finish, start
 from pycocotools import mask as coco_mask
 
+from experiments.steps import Steps
 from experiments.task_preference import page
-from experiments.task_preference.arms import Options
+from experiments.task_preference.arms import Options, Study
 from experiments.task_preference.claims import CLAIMS, Claim, Estimate, difference, verdict
 from experiments.task_preference.first_frame import first_frame
 from experiments.task_preference.trained import trained
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.pipeline import read_buckets
 from tpo_jax.data.records import Example, Turn
+from tpo_jax.evaluation import results
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.training.config import to_dict, validate
 from tpo_jax.training.program import make_program
@@ -144,6 +146,31 @@ def test_what_a_run_was_trained_on_is_read_from_its_log(tmp_path):
     file.write_text(json.dumps(lines[-1]) + "\n")
     with pytest.raises(ValueError, match="metrics.jsonl: no record of a training step"):
         trained(tmp_path)
+
+
+def test_the_record_has_what_the_chosen_run_was_trained_on(tmp_path):
+    """Of the folder of its rate, by the name of its evaluation."""
+    study = Study(Options(tmp_path, tmp_path, tmp_path / "base", 1, 1.0, True))
+    seed, version = tmp_path / "seed0", {"format_version": results.FORMAT_VERSION}
+    files = {
+        "text_rate2/metrics.jsonl": {
+            "step": 4, "train/loss": 1.0, "time/tokens_per_second": 60.0,
+            "time/steps_per_second": 2.0, "train/examples/mask": 7,
+        },
+        "steps.jsonl": {"step": "train text_rate2", "cpu_seconds": 5.0},
+        "eval/text_rate2_test.json": {"metrics": {"mask/j": 0.5}} | version,
+        "eval/floors.json": {"floors": {"mask/j": 0.25}} | version,
+    }  # fmt: skip
+    for name, content in files.items():
+        (seed / name).parent.mkdir(parents=True, exist_ok=True)
+        (seed / name).write_text(json.dumps(content) + "\n")
+    study._steps[0] = Steps(seed)
+    found = study.record(
+        {"text": {0: seed / "eval/text_rate2_test.json"}}, {0: seed / "eval/floors.json"}
+    )
+    assert found["arms"] == {"text": {"mask/j": [0.5]}} and found["floors"] == {"mask/j": [0.25]}
+    assert found["training_cpu_seconds"] == {"text": [5.0]} and found["cpu_seconds"] == 5.0
+    assert found["trained"] == {"text": [{"steps": 4, "positions": 120, "examples": {"mask": 7}}]}
 
 
 def test_the_committed_page_is_made_of_the_committed_records():
