@@ -118,7 +118,7 @@ def test_every_class_of_error_is_the_users_or_says_why_not():
     text = "".join(path.read_text() for path in sorted(package.rglob("*.py")))
     others = re.findall(r"^class (\w+)\((?:\w+Error|Exception)\):", text, re.MULTILINE)
     users = {name for name, base in re.findall(r"^class (\w+)\((\w+)", text, re.MULTILINE)
-             if base in ("UserError", "CheckpointError", "ManifestError")}  # fmt: skip
+             if base in ("UserError", "CheckpointError", "ManifestError", "PrepareError")}
     assert {"ManifestError", "RecordError", "SidecarMismatch", "DamagedCheckpoint"} <= users
     assert set(others) - users == {"UserError", "Preempted", "DryRunError", "RequestRefused",
                                    "BudgetSpent"}  # fmt: skip
