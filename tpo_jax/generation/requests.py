@@ -164,8 +164,10 @@ def make_request(where: str, entry: dict[str, Any], folder: epath.PathLike) -> R
         _check_seconds(f"{where}: {key}", entry.get(key))
     boxes, box_times = _boxes(where, entry)
     points = _points(where, entry, len(boxes))
-    file = epath.Path(folder) / entry["video"]
-    if files.is_remote(file) or files.is_remote(entry["video"]):
+    file = epath.Path(entry["video"])
+    # From Python 3.13 on, a bucket joined with an absolute path is that path in the bucket.
+    file = file if file.is_absolute() else epath.Path(folder) / file
+    if files.is_remote(file):
         raise RequestError(f"{where}: video: {entry['video']!r}, expected a local file; copy it "
                            "here, or mount the bucket")
     return Request(entry["id"], pathlib.Path(file), entry["prompt"], boxes, box_times, points,
