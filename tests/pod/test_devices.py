@@ -66,8 +66,8 @@ def one_device():
     ("heads", "sizes", "accumulation", "optimizer"),
     [
         ((), {"data": 8}, 1, "adamw"),
-        ((), {"data": 2, "fsdp": 4}, 1, "muon"),
-        (HEADS, {"data": 2, "fsdp": 2, "tensor": 2}, 2, "adamw"),
+        ((), {"fsdp": 4, "tensor": 2}, 2, "muon"),
+        (HEADS, {"data": 2, "fsdp": 2, "tensor": 2}, 1, "adamw"),
     ],
 )
 def test_eight_devices_equal_one(one_device, heads, sizes, accumulation, optimizer):

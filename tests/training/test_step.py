@@ -151,12 +151,10 @@ def demo_stage(stage):
 
 @pytest.mark.parametrize("stage", ["1", "2"])
 def test_frozen_leaves_stay_bit_identical_and_all_others_move(host_params, stage):
-    """What stages of the demo train, with their optimizer and losses; stage 3 trains everything."""
+    """What stages of the demo train, with their losses; stage 3 trains everything."""
     shipped = demo_stage(stage)
     batch = random_batch(bucket(B), micro(HEADS))
-    program = program_of(
-        HEADS, trainable=shipped.trainable, losses=shipped.losses, optimizer=shipped.optimizer
-    )
+    program = program_of(HEADS, trainable=shipped.trainable, losses=shipped.losses)
     before = flatten(host_params)
     state, _ = run(program, host_params, batch)
     after = flatten(jax.tree.map(np.asarray, state.params))
