@@ -42,5 +42,5 @@ def random_pairs(rows=8, answers=7, seed=0, invalid=(2,)) -> PairTokens:
         policy=draw(rows, 2, answers), reference=draw(rows, 2, answers),
         weights=jnp.asarray(np.arange(answers) < lengths, jnp.float32), valid=jnp.asarray(valid),
         log_collision=draw(rows, 2, answers), contrast_policy=draw(rows, answers),
-        contrast_reference=draw(rows, answers),
+        contrast_reference=draw(rows, answers), vocabulary_kl=-draw(rows, 2, answers),
     )  # fmt: skip

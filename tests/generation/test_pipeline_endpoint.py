@@ -192,6 +192,62 @@ def test_the_budget_of_money_and_what_malformed_replies_cost(server, clock):
     assert len(server.requests) == 3
 
 
+MALFORMED = '{"usage": {"prompt_tokens": 10, "completion_tokens": 5}}'
+
+
+def test_tries_after_malformed_replies_keep_the_budget_of_tokens(server, clock):
+    """15 each; every try may need 10 + 20 more, so that the fourth is not sent."""
+    server.script = [(200, {}, MALFORMED)] * 9
+    budget = Budget(max_tokens=70)
+    asked = client(server, clock, budget, tries=9)
+    expected = "--max_tokens=70: 45 are spent.*need 30.*The last try: malformed reply"
+    with pytest.raises(BudgetSpent, match=expected):
+        ask(asked)
+    assert len(server.requests) == 3 and (budget.prompt, budget.completion) == (30, 15)
+
+
+def test_malformed_replies_of_several_workers_keep_the_budget_of_money(server, clock):
+    """20 millionths a reply; with two others under way, and so far as it is known."""
+    server.script = [(200, {}, reply()), *[(200, {}, MALFORMED)] * 90]
+    budget = Budget(max_cost=300e-6, prompt_price=1.0, completion_price=2.0)
+    asked = EndpointSpeaker(client(server, clock, budget, tries=40), MemoryDataset(1), 7, 20, 3)
+    said = []
+    with pytest.raises(BudgetSpent, match="--max_cost=0.0003"):
+        said.extend(asked.say(requests(9), ()))
+    assert [name for name, _ in said] == ["r0"]
+    assert 250e-6 < budget.cost <= 300e-6 and len(server.requests) == round(budget.cost / 20e-6)
+
+
+def test_replies_that_tell_nothing_count_as_they_were_reserved(server, clock):
+    """The first request tells a prompt of 10; then each try is taken for 10 + 20."""
+    server.script = [(200, {}, reply()), *[(200, {}, "<html>")] * 9]
+    budget = Budget(max_tokens=80)
+    asked = client(server, clock, budget, tries=9)
+    ask(asked)
+    with pytest.raises(BudgetSpent, match="--max_tokens=80: 75 are spent.*The last try: malformed"):
+        ask(asked)
+    assert len(server.requests) == 3
+    without = Budget()
+    server.script = [(200, {}, "<html>")]
+    ask(client(server, clock, without))
+    assert (without.prompt, without.completion) == (10, 5)  # nobody told, nobody asked
+
+
+def test_a_record_has_the_usage_of_all_tries_of_its_request(server, clock):
+    """So that the next start, which reads it, counts it; without taking prompts for longer."""
+    server.script = [(200, {}, MALFORMED), (503, {}, ""), (200, {}, MALFORMED)]
+    one = EndpointSpeaker(client(server, clock), MemoryDataset(1), 7, 20, 1)
+    (_, said), = one.say(requests(1), ())
+    assert said.fields()["usage"] == {
+        "prompt_tokens": 30, "completion_tokens": 15, "replies": 3}  # fmt: skip
+    server.script = [(200, {}, MALFORMED), (422, {}, "no pictures of this")]
+    (_, refused), = one.say(requests(1), ())
+    assert refused.failed and refused.fields()["usage"]["completion_tokens"] == 5
+    later = Budget(max_tokens=45 + 10 + 20)
+    later.spend(said.usage)
+    assert ask(client(server, clock, later)).text == "fine"
+
+
 @pytest.mark.parametrize(
     ("body", "most"),
     [

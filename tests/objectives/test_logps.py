@@ -1,4 +1,4 @@
-"""Chunked log-probabilities against the plain softmax."""
+"""Chunked log-probabilities and KL divergences against the plain softmax."""
 
 import functools
 
@@ -66,15 +66,84 @@ def test_correct_marks_the_arg_max():
     np.testing.assert_array_equal(token_scores(hidden, table, targets).correct, best == targets)
 
 
-def test_nothing_of_the_size_of_all_logits_is_made():
-    """The largest array of forward and backward is a chunk of logits."""
+def two_models(shape, vocab=V):
+    """hidden, table and targets of a model; hidden and table of its reference."""
+    return draw(shape, vocab=vocab), draw(shape, seed=1, vocab=vocab)[:2]
+
+
+def dense_kl(hidden, table, reference, vocab=V):
+    """float64[...], of NumPy alone."""
+
+    def logps(hidden, table):
+        logits = (np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T)[..., :vocab]
+        logits -= logits.max(-1, keepdims=True)
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    there, here = logps(*reference), logps(hidden, table)
+    return (np.exp(there) * (there - here)).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk"), [((2, 3), 1), ((2, 2, 3), 8), ((3, 2, 5), 24), ((1, 1, 1), 512)]
+)
+@pytest.mark.parametrize("vocab", [V - 3, V])
+def test_kl_is_the_sum_over_the_vocabulary_for_any_chunk(shape, chunk, vocab):
+    (hidden, table, targets), reference = two_models(shape, vocab)
+    options = {"vocab_size": vocab, "chunk": chunk}
+    got = token_scores(hidden, table, targets, reference=reference, **options)
+    want = dense_kl(hidden, table, reference, vocab)
+    assert want.min() > 0.01
+    np.testing.assert_allclose(got.kl, want, rtol=1e-5, atol=1e-6)
+    for logps, model in ((got.logp, (hidden, table)), (got.reference_logp, reference)):
+        np.testing.assert_allclose(logps, plain(*model, targets, vocab), rtol=1e-5, atol=1e-5)
+    same = token_scores(hidden, table, targets, reference=(hidden, table), **options)
+    np.testing.assert_allclose(same.kl, 0.0, atol=1e-6)
+    assert token_scores(hidden, table, targets).kl is None
+
+
+def test_gradients_of_kl_equal_the_dense_ones_and_leave_the_reference():
+    (hidden, table, targets), reference = two_models((2, 7), vocab=20)
+    weights = jnp.arange(14, dtype=jnp.float32).reshape(2, 7)
+
+    def chunked(model, reference):
+        scores = token_scores(*model, targets, vocab_size=20, chunk=6, reference=reference)
+        return (scores.kl * weights).sum()
+
+    def dense(model, reference):
+        here, there = (jax.nn.log_softmax((h @ t.T)[..., :20]) for h, t in (model, reference))
+        return ((jnp.exp(there) * (there - here)).sum(-1) * weights).sum()
+
+    got, fixed = jax.grad(chunked, (0, 1))((hidden, table), reference)
+    want = jax.grad(dense)((hidden, table), reference)
+    for mine, theirs in zip(got, want, strict=True):
+        assert np.abs(theirs).max() > 1
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert not any(np.any(x) for x in fixed)
+    assert not np.any(got[0][0, 0])  # of weight 0, as padding is
+
+
+def test_kl_where_the_reference_rules_a_token_out_is_finite():
+    """exp of a hundred and more nats is 0 in float32; what is left is the log of the others."""
+    hidden = np.float32([[[1.0]], [[-1.0]]])
+    table = np.float32([[200.0], [0.0], [1e-3]])
+    scores = token_scores(hidden, table, np.zeros((2, 1), np.int32), reference=(-hidden, table))
+    want = dense_kl(hidden, table, (-hidden, table))
+    np.testing.assert_allclose(scores.kl, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("models", [1, 2])
+def test_nothing_of_the_size_of_all_logits_is_made(models):
+    """The largest array of forward and backward is a chunk of logits: half a one of each model
+    where there are two."""
     rows, answers, vocab = 2, 256, 512
     hidden = jax.ShapeDtypeStruct((rows, answers, D), jnp.float32)
     table = jax.ShapeDtypeStruct((vocab, D), jnp.float32)
     targets = jax.ShapeDtypeStruct((rows, answers), jnp.int32)
 
     def loss(h, t, y):
-        return token_logps(h, t, y, chunk=32).sum()
+        reference = (2 * h, 2 * t) if models == 2 else None
+        scores = token_scores(h, t, y, chunk=32, reference=reference)
+        return (scores.logp if reference is None else scores.logp + scores.kl).sum()
 
     def sizes(jaxpr):
         for equation in jaxpr.eqns:
@@ -85,7 +154,7 @@ def test_nothing_of_the_size_of_all_logits_is_made():
                     yield from sizes(inner)
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, table, targets).jaxpr
-    assert max(sizes(jaxpr)) <= 32 * vocab < rows * answers * vocab
+    assert max(sizes(jaxpr)) == 32 // models * vocab < rows * answers * vocab
 
 
 @pytest.mark.parametrize(("sizes", "chunks"), [({}, 8), ({"data": 2, "fsdp": 4}, 1)])

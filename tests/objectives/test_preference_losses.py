@@ -35,7 +35,7 @@ GOLDEN = {
     "simpo": ([1.362431, 1.063497, 1.446858, 1.600413], 1.368300),
     "orpo": ([0.717461, 0.577373, 0.755688, 0.849713], 0.725059),
 }
-UNPUBLISHED = {"sft", "rpo", "conditional", "anchor", "chosen_kl"}  # tested below
+UNPUBLISHED = {"sft", "rpo", "conditional", "anchor", "chosen_kl", "vocabulary_kl"}  # below
 COUPLED = {"aot", "aot_unpaired", "kto_pair", "bco"}  # test_preference_coupled.py
 DIVERGENCES = {
     "forward_kl": ([0.519365, 0.752310, 0.639938, 0.103627], 0.503810),
@@ -74,7 +74,9 @@ def named(values):
 def golden():
     """{loss: float32[5]}: of each of the four pairs, and of all of them."""
     contrast = {f"contrast_{side}": jnp.zeros((4, 64)) for side in ("policy", "reference")}
-    tokens = dataclasses.replace(golden_pairs(), **contrast)
+    tokens = dataclasses.replace(
+        golden_pairs(), **contrast, vocabulary_kl=jnp.zeros((4, 2, 64))
+    )
     rows = jax.tree.map(lambda x: x[:, None], tokens)
     each = jit(jax.vmap(every_loss))(rows)
     return named(np.concatenate([each, jit(every_loss)(tokens)[None]]))
@@ -141,6 +143,12 @@ def test_token_kl_is_unbiased_where_answers_are_drawn_from_the_reference():
     np.testing.assert_allclose(loss_of("chosen_kl", tokens), kl, rtol=1e-5)
 
 
+def test_rrpo_sums_the_kl_of_the_vocabulary_over_the_tokens_of_the_chosen_answer():
+    tokens = random_pairs(4, 5, invalid=(1,))
+    kl = np.where(np.asarray(tokens.weights) > 0, tokens.vocabulary_kl, 0.0)[[0, 2, 3]].sum(-1)
+    np.testing.assert_allclose(loss_of("vocabulary_kl", tokens), kl[:, 0].mean(), rtol=1e-6)
+
+
 def test_length_desensitised_logps_weigh_the_tail_of_the_longer_answer():
     tokens = PairTokens(
         jnp.full((1, 2, 4), -1.0), jnp.zeros((1, 2, 4)),
@@ -185,14 +193,16 @@ def test_several_losses_with_weights():
 
 @pytest.fixture(scope="module")
 def values_and_gradients():
-    """Function of PairTokens: {loss: value}, {loss: gradient float32[B, 2, A] of the policy}."""
+    """Function of PairTokens: {loss: value}, {loss: gradient float32[B, 2, A]}, of the policy's
+    log-probabilities and of its KL added up."""
 
     @jit
     def run(tokens):
-        def values(policy):
-            return every_loss(dataclasses.replace(tokens, policy=policy))
+        def values(policy, kl):
+            return every_loss(dataclasses.replace(tokens, policy=policy, vocabulary_kl=kl))
 
-        return values(tokens.policy), jax.jacrev(values)(tokens.policy)
+        at = tokens.policy, tokens.vocabulary_kl
+        return values(*at), sum(jax.jacrev(values, (0, 1))(*at))
 
     def both(tokens):
         values, gradients = run(tokens)
@@ -225,9 +235,9 @@ def test_rows_of_several_rejected_answers_are_their_pairs():
     its pairs, each scored alone; and the likelihood of a chosen answer counts once."""
     rows, more = (random_pairs(3, 4, seed, invalid=()) for seed in (0, 7))
     three = {name: jnp.concatenate([getattr(rows, name), getattr(more, name)[:, 1:]], axis=1)
-             for name in ("policy", "reference", "weights", "log_collision")}  # fmt: skip
+             for name in ("policy", "reference", "weights", "log_collision", "vocabulary_kl")}
     three["weights"] = three["weights"].at[1, 2].set(0)  # the second row has one rejected answer
-    names = ("sigmoid", "ipo", "conditional", "hinge")
+    names = ("sigmoid", "ipo", "conditional", "hinge", "vocabulary_kl")
     row, rejected = np.array([0, 0, 1, 2, 2]), np.array([1, 2, 1, 1, 2])
     share = np.array([1 / 6, 1 / 6, 1 / 3, 1 / 6, 1 / 6])
 
@@ -313,4 +323,6 @@ def test_which_losses_need_what():
     assert PreferenceConfig(beta=1.0).needs_reference
     assert PreferenceConfig(beta=1.0, loss="conditional").needs_contrast
     assert not PreferenceConfig(beta=1.0, loss="anchor").needs_contrast
+    assert PreferenceConfig(beta=1.0, loss="vocabulary_kl").needs_vocabulary_kl
+    assert not PreferenceConfig(beta=1.0, loss="chosen_kl").needs_vocabulary_kl
     assert PreferenceConfig(beta=1.0, loss={"aot": 1.0, "bco": 0.0}).coupled == ("aot",)

@@ -53,6 +53,10 @@ def test_kl_per_token_is_a_mean_over_tokens_of_valid_pairs():
     ratio = np.asarray(tokens.policy - tokens.reference, np.float64)[kept]
     got = means(report(scores(tokens), 0.1))["kl_per_token"]
     np.testing.assert_allclose(got, (np.exp(ratio) - 1 - ratio).mean(), rtol=1e-5)
+    exact = means(report(scores(tokens), 0.1))["vocabulary_kl_per_token"]
+    np.testing.assert_allclose(exact, np.asarray(tokens.vocabulary_kl)[kept].mean(), rtol=1e-5)
+    sidecar = dataclasses.replace(tokens, vocabulary_kl=None)
+    assert "vocabulary_kl_per_token" not in report(scores(sidecar), 0.1)
 
 
 def test_contrast_says_whether_the_frames_matter():

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_batches import micro, pair_bucket, random_batch, train_config
@@ -12,12 +13,18 @@ from tpo_jax.models.config import LoraConfig
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.objectives.preference import PreferenceConfig
 from tpo_jax.parallel.mesh import make_mesh
-from tpo_jax.parallel.paths import map_with_path
-from tpo_jax.training.objective import PreferenceObjective, padding
+from tpo_jax.parallel.paths import flatten, map_with_path
+from tpo_jax.training.objective import (
+    PreferenceObjective,
+    answer_hidden,
+    padding,
+    without_adapters,
+)
 from tpo_jax.training.program import make_program
 
 B = 4
-LORA = LoraConfig(pattern="language/.*(q_proj|v_proj)/kernel", rank=2, alpha=8.0)
+# The output table has adapters too: the reference's is another one.
+LORA = LoraConfig(pattern="language/.*(q_proj|v_proj|lm_head)/kernel", rank=2, alpha=8.0)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +80,15 @@ def compiled(objective, model):
 
 
 def moved(params):
-    """The same with adapters that do something."""
+    """The same with adapters that do something, to the output table as well, which does not move
+    where all tokens gain the same."""
+    rng = np.random.default_rng(2)
 
-    return map_with_path(lambda path, x: x + 0.5 if path.endswith("lora_b") else x, params)
+    def move(path, x):
+        moves = path.endswith("lora_b")
+        return x + np.float32(0.5 * rng.normal(size=x.shape)) if moves else x
+
+    return map_with_path(move, params)
 
 
 def test_contrast_and_adapters_off_score_what_they_say(model, params, batch):
@@ -105,6 +118,77 @@ def test_contrast_and_adapters_off_score_what_they_say(model, params, batch):
     assert means["preference/duration/1_to_3_min/margin"] != means["preference/margin"]
     assert "preference/kind/action/accuracy" in means
     assert means["preference/sigmoid"] > 0 and means["preference/conditional"] > 0
+
+
+def separate_rows(batch):
+    """Chosen and rejected answers in rows of their own: [B, K, ...] -> [B * K, 1, ...]."""
+    split = {
+        name: x.reshape(-1, 1, *x.shape[2:]) for name, x in batch.items()
+        if name.startswith(("branch_", "answer_"))
+    }  # fmt: skip
+    shared = {
+        name: np.repeat(x, 2, axis=0) for name, x in batch.items()
+        if name.startswith(("frame", "prefix_"))
+    }  # fmt: skip
+    return batch | split | shared
+
+
+def test_the_kl_of_rrpo_is_that_of_dense_logits_on_separate_rows(model, params, batch):
+    """Of the loss over shared prefixes, and of its gradient by every adapter."""
+    config = PreferenceConfig(beta=0.3, loss={"vocabulary_kl": 1.0, "sigmoid": 0.0})
+    objective = PreferenceObjective(config, "adapters_off")
+    batch = {k: v for k, v in batch.items() if not k.startswith(("reference_", "contrast_"))}
+
+    def loss(params):
+        predictions = objective.predict(model.bind(params), batch, None)
+        sums = objective.terms(predictions, batch) | objective.metrics(predictions, batch)
+        means = {name: x.mean() for name, x in sums.items()}
+        return means["preference/vocabulary_kl"], (means, predictions)
+
+    def dense(params):
+        rows = separate_rows(batch)
+        policy = model.bind(params)
+
+        def logps(model):
+            hidden = answer_hidden(model(rows, None), rows)
+            logits = hidden @ model.language.table.T
+            return jax.nn.log_softmax(logits[..., : model.language.config.num_tokens])
+
+        there, here = jax.lax.stop_gradient(logps(without_adapters(policy))), logps(policy)
+        kl = (jnp.exp(there) * (there - here)).sum(-1).reshape(batch["answer_weights"].shape)
+        counted = kl * batch["answer_weights"] * batch["pair_valid"][:, None, None]
+        return counted[:, 0].sum() / batch["pair_valid"].sum(), (counted, there)
+
+    step, oracle = (jax.jit(jax.value_and_grad(f, has_aux=True)) for f in (loss, dense))
+    (value, (means, at_start)), _ = step(params)
+    assert value == pytest.approx(0, abs=1e-5)
+    (value, (means, later)), gradient = step(moved(params))
+    (want, (kl, there)), wanted = oracle(moved(params))
+    assert value == pytest.approx(float(want), rel=1e-5) and want > 0.1
+    tokens = batch["answer_weights"] * batch["pair_valid"][:, None, None]
+    per_token = float(kl.sum() / tokens.sum())
+    assert means["preference/vocabulary_kl_per_token"] == pytest.approx(per_token, rel=1e-5)
+    assert means["preference/kl_per_token"] != pytest.approx(per_token, rel=0.1)  # an estimate
+    told = jnp.take_along_axis(
+        there.reshape(*tokens.shape, -1), batch["answer_tokens"][..., None], -1
+    )
+    np.testing.assert_allclose(later.reference, told[..., 0], atol=1e-4)
+    np.testing.assert_allclose(later.reference, at_start.reference, atol=1e-5)
+    leaves = flatten(gradient)
+    for path, leaf in flatten(wanted).items():
+        if path.endswith(("lora_a", "lora_b")):
+            largest = float(jnp.abs(leaf).max())
+            assert largest > 1e-4, path
+            np.testing.assert_allclose(
+                leaves[path], leaf, rtol=0, atol=1e-4 * largest, err_msg=path
+            )
+
+
+def test_the_kl_of_rrpo_is_refused_without_the_reference_in_the_step(model, params, batch):
+    objective = PreferenceObjective(PreferenceConfig(beta=0.3, loss="vocabulary_kl"))
+    expected = "reference='sidecar'.*'vocabulary_kl' reads.*adapters_off.*'chosen_kl'"
+    with pytest.raises(ValueError, match=expected):
+        objective.predict(model.bind(params), batch, None)
 
 
 def test_padding_is_the_share_of_empty_positions(model, params, batch):

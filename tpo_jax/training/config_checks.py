@@ -81,6 +81,13 @@ def _check_preference(config: ConfigDict) -> list[str]:
     if source not in REFERENCES:
         fix = f"one of {', '.join(REFERENCES)}"
         problems.append(problem("preference.reference", source, "unknown", fix))
+    elif source == "sidecar" and preference.needs_vocabulary_kl:
+        reason = "'vocabulary_kl' reads the reference's whole distributions, which no sidecar holds"
+        fix = (
+            "train a LoRA alone with 'adapters_off', or use the loss 'chosen_kl', which estimates "
+            "it from the answers' tokens"
+        )
+        problems.append(problem("preference.reference", source, reason, fix))
     elif source == "sidecar" and preference.needs_reference and not config.data.references:
         fix = "name the sidecars that `python -m tpo_jax.preferences score` wrote"
         problems.append(problem("data.references", [], "no reference model's scores", fix))

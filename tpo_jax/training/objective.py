@@ -47,19 +47,32 @@ class Objective(Protocol):
 
 
 def answer_scores(
-    model: Any, outputs: Any, batch: Batch, chunk: int = 512, collision: bool = False
+    model: Any,
+    outputs: Any,
+    batch: Batch,
+    chunk: int = 512,
+    collision: bool = False,
+    reference: tuple[jax.Array, jax.Array] | None = None,
 ) -> TokenScores:
-    """TokenScores float32[B, K, A] of the answer tokens; the LM head runs on those only."""
-    hidden = gather_positions(outputs.branch_hidden, batch["answer_positions"])
+    """TokenScores float32[B, K, A] of the answer tokens; the LM head runs on those only.
+
+    reference: hidden states `answer_hidden` and output table of the reference, for the KL to it.
+    """
     language = model.language
     return token_scores(
-        hidden,
+        answer_hidden(outputs, batch),
         language.table,
         batch["answer_tokens"],
         vocab_size=language.config.num_tokens,
         chunk=chunk,
         collision=collision,
+        reference=reference,
     )
+
+
+def answer_hidden(outputs: Any, batch: Batch) -> jax.Array:
+    """float[B, K, A, D], the hidden states that predict the answer tokens."""
+    return gather_positions(outputs.branch_hidden, batch["answer_positions"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +145,8 @@ class PreferenceObjective:
     clip and the prefix that tells its times, and reference_contrast_logps float32[B, A].
 
     With reference="adapters_off" the log-probabilities of the reference are those of the model
-    without its LoRA, in the same step, and the batch's are not read.
+    without its LoRA, in the same step, and the batch's are not read. A loss that reads the KL over
+    the vocabulary needs that.
     """
 
     config: PreferenceConfig
@@ -149,11 +163,17 @@ class PreferenceObjective:
     def predict(self, model: Any, batch: Batch, keys: jax.Array | None) -> PreferenceScores:
         """Scores float32[B, K, A] of all answers, and what the losses of the config read beside."""
         self._check(batch)
-        scores = answer_scores(model, model(batch, keys), batch, collision=self.config.wpo)
-        reference = contrast = contrast_reference = None
-        off = None
+        contrast = contrast_reference = None
+        off = live = None
         if self.config.needs_reference and self.reference == "adapters_off":
             off = without_adapters(model)
+            if self.config.needs_vocabulary_kl:
+                live = answer_hidden(off(batch, None), batch), off.language.table
+        scores = answer_scores(
+            model, model(batch, keys), batch, collision=self.config.wpo, reference=live
+        )
+        reference = scores.reference_logp
+        if off is not None and live is None:
             reference = _fixed_logps(off, batch)
         if self.config.needs_contrast:
             other = contrast_batch(batch)
@@ -184,6 +204,12 @@ class PreferenceObjective:
 
     def _check(self, batch: Batch) -> None:
         live = self.reference == "adapters_off"
+        if self.config.needs_vocabulary_kl and not live:
+            raise UserError(
+                f"preference.reference={self.reference!r}, but preference.loss="
+                f"{self.config.loss!r} reads the reference's whole distributions; train a LoRA "
+                "with reference='adapters_off', or use 'chosen_kl', the estimate from a sidecar"
+            )
         if self.config.needs_reference and not live and "reference_logps" not in batch:
             raise UserError(
                 f"batch/reference_logps is missing, but preference.loss={self.config.loss!r} reads "
@@ -214,6 +240,7 @@ class PreferenceObjective:
             log_collision=predictions.tokens.log_collision,
             contrast_policy=None if predictions.contrast is None else predictions.contrast[:, 0],
             contrast_reference=contrast_reference,
+            vocabulary_kl=predictions.tokens.kl,
         )
 
 

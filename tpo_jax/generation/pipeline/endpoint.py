@@ -9,6 +9,7 @@ read from an environment variable, sent in the header alone and cut out of every
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import datetime
 import email.utils
@@ -21,7 +22,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; doubled with every try
 LONGEST_ASKED = 900.0  # seconds of Retry-After that are waited for
 SLICE = 0.5  # seconds between two looks for a signal while waiting
 _LIMITS = ("max_tokens", "max_completion_tokens")  # of a choice, in the body of a request
+_USAGE = ("prompt_tokens", "completion_tokens")  # of a reply
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -43,11 +45,26 @@ class EndpointError(UserError, RuntimeError):
 
 
 class RequestRefused(RuntimeError):
-    """The endpoint does not answer this one request, whatever is tried."""
+    """The endpoint does not answer this one request, whatever is tried.
+
+    usage: of malformed replies that it got before, or None.
+    """
+
+    def __init__(self, problem: str, usage: dict[str, int] | None = None):
+        super().__init__(problem)
+        self.usage = usage
 
 
 class BudgetSpent(RuntimeError):
     """The next request might exceed the budget; what is answered is kept."""
+
+
+class _Malformed(Exception):
+    """A reply that is no completion; usage is what it tells to have used, or None."""
+
+    def __init__(self, why: object, usage: dict[str, int] | None = None):
+        super().__init__(why)
+        self.usage = usage
 
 
 class Clock:
@@ -141,8 +158,9 @@ def _without_login(url: str) -> str:
 class Budget:
     """What may be spent on requests, over all starts of a command. Safe to share by threads.
 
-    A request is let through if it fits with all that are under way, each taken for as long as its
-    reply may be (`most_tokens`) and as the longest prompt so far, which is 0 before the first one.
+    Every try of a request is let through if it fits with all that are under way, each taken for as
+    long as its reply may be (`most_tokens`) and as the longest prompt so far, which is 0 before the
+    first one.
 
     Args:
       max_tokens: of prompts and replies together; 0 is no limit.
@@ -177,14 +195,35 @@ class Budget:
         return prompt * self._prices[0] + completion * self._prices[1]
 
     def spend(self, usage: Mapping[str, int]) -> None:
-        """Counts the usage of a reply, also one of an earlier start."""
+        """Counts the usage of a reply, also one of an earlier start, or of a `total_usage`."""
         with self._lock:
             self.prompt += usage["prompt_tokens"]
             self.completion += usage["completion_tokens"]
-            self._longest = max(self._longest, usage["prompt_tokens"])
+            prompt = usage["prompt_tokens"] // usage.get("replies", 1)
+            self._longest = max(self._longest, prompt)
 
-    def open(self, completion: int) -> None:
-        """Lets a request begin whose reply has at most `completion` tokens, or BudgetSpent."""
+    def spend_most(self, completion: int) -> None:
+        """Counts a reply without usage for as long as it may be, where there is a limit."""
+        if self.limits:
+            self.spend({"prompt_tokens": self._longest, "completion_tokens": completion})
+
+    @contextlib.contextmanager
+    def reserved(self, completion: int) -> Iterator[None]:
+        """A try whose reply has at most `completion` tokens is under way in the block; what it took
+        is to be spent there.
+
+        Raises:
+          BudgetSpent: it might exceed the budget.
+        """
+        self._open_one(completion)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open, self._open_completion = (
+                    self._open - 1, self._open_completion - completion)
+
+    def _open_one(self, completion: int) -> None:
         with self._lock:
             prompt = self.prompt + (self._open + 1) * self._longest
             reply = self.completion + self._open_completion + completion
@@ -198,11 +237,6 @@ class Budget:
                         f"need {round(value - spent, 6)}. Raise it and start the same command "
                         "again to go on.")
             self._open, self._open_completion = self._open + 1, self._open_completion + completion
-
-    def close(self, completion: int) -> None:
-        """The request that was let through has ended."""
-        with self._lock:
-            self._open, self._open_completion = self._open - 1, self._open_completion - completion
 
 
 def most_tokens(body: Mapping[str, Any]) -> int:
@@ -227,11 +261,20 @@ def most_tokens(body: Mapping[str, Any]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A reply. `usage` is {"prompt_tokens", "completion_tokens"}, None if it was not told."""
+    """A reply. `usage` is {"prompt_tokens", "completion_tokens"}, None if it was not told; that of
+    the malformed ones before it is in it (`total_usage`)."""
 
     text: str
     finished: bool
     usage: dict[str, int] | None
+
+
+def total_usage(replies: Sequence[dict[str, int]]) -> dict[str, int] | None:
+    """What all replies to one prompt used, with their number as "replies" where it is not one."""
+    if len(replies) < 2:
+        return replies[0] if replies else None
+    total = {name: sum(usage[name] for usage in replies) for name in _USAGE}
+    return total | {"replies": len(replies)}
 
 
 class Endpoint:
@@ -274,7 +317,7 @@ class Endpoint:
 
         Raises:
           RequestRefused: of this request, while others were answered.
-          BudgetSpent: before anything is sent.
+          BudgetSpent: before a try that might exceed the budget is sent.
           EndpointError: of the endpoint.
         """
         body = {"model": self.settings.model, "max_tokens": max_tokens, "seed": seed,
@@ -282,17 +325,14 @@ class Endpoint:
                 "messages": [{"role": "user", "content": content(text, pictures)}]}
         body |= self.settings.body
         data = json.dumps({k: v for k, v in body.items() if v is not None}).encode()
-        reserved = most_tokens(body) if self.budget.limits else 0
-        self.budget.open(reserved)
-        try:
-            completion = self._try(data)
-        finally:
-            self.budget.close(reserved)
+        completion = self._try(data, most_tokens(body) if self.budget.limits else 0)
         self._answered = True
         return completion
 
-    def _try(self, data: bytes) -> Completion:
+    def _try(self, data: bytes, most: int) -> Completion:
+        """Sends a body until it is answered; most: tokens of the reply, 0 without a budget."""
         problem, wait = "", 0.0
+        used: list[dict[str, int]] = []  # by malformed replies
         for number in range(self.settings.tries):
             if number:
                 backoff = min(FIRST_WAIT * 2 ** (number - 1), LONGEST_WAIT)
@@ -300,25 +340,27 @@ class Endpoint:
             self._keep_rate()
             wait = 0.0
             try:
-                reply = self._post(data)
+                with self.budget.reserved(most):
+                    said = self._read(self._post(data), most)
             except urllib.error.HTTPError as error:
                 problem = self._status_problem(error)
                 if error.code not in AGAIN:
                     if error.code in REFUSED and self._answered:
-                        raise RequestRefused(problem) from None
+                        raise RequestRefused(problem, total_usage(used)) from None
                     raise EndpointError(f"{self._where}: {problem}. {_FIXES.get(error.code, '')}"
                                         ) from None
                 wait = self._asked_wait(error.headers.get("Retry-After"), problem)
             except (OSError, urllib.error.URLError) as error:  # refused, cut, timed out, no name
                 problem = self._clean(f"no reply ({error})")
+            except BudgetSpent as error:
+                raise BudgetSpent(f"{error} The last try: {problem}." if problem else str(error)
+                                  ) from None
+            except _Malformed as error:
+                problem = str(error)
+                used += [error.usage] if error.usage else []
             else:
-                try:
-                    return self._read(reply)
-                except EndpointError:
-                    raise
-                except ValueError as error:
-                    text = self._clean(reply.decode("utf-8", "replace"))
-                    problem = f"malformed reply ({error}): {text[:200]!r}"
+                return dataclasses.replace(
+                    said, usage=total_usage([*used, *([said.usage] if said.usage else [])]))
         raise EndpointError(
             f"{self._where}: {problem}, after {self.settings.tries} tries. Start the same command "
             "again later, lower --requests_per_minute or --workers, or raise --tries.")
@@ -352,15 +394,19 @@ class Endpoint:
         if turn > now:
             self._clock.sleep(turn - now)
 
-    def _read(self, reply: bytes) -> Completion:
-        """ValueError where the reply is not a completion; its usage counts all the same."""
-        value = json.loads(reply)
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
+    def _read(self, reply: bytes, most: int) -> Completion:
+        """_Malformed where the reply is not a completion; it is spent all the same."""
+        text = self._clean(reply.decode("utf-8", "replace"))[:200]
+        try:
+            value = json.loads(reply)
+            if not isinstance(value, dict):
+                raise ValueError("not a JSON object")
+        except ValueError as error:
+            self.budget.spend_most(most)
+            raise _Malformed(f"malformed reply ({error}): {text!r}") from None
         usage = value.get("usage")
-        names = ("prompt_tokens", "completion_tokens")
-        if isinstance(usage, dict) and all(isinstance(usage.get(name), int) for name in names):
-            usage = {name: usage[name] for name in names}
+        if isinstance(usage, dict) and all(isinstance(usage.get(name), int) for name in _USAGE):
+            usage = {name: usage[name] for name in _USAGE}
             self.budget.spend(usage)
         elif self.budget.limits:
             raise EndpointError(f"{self._where}: the reply tells no usage.prompt_tokens and "
@@ -368,16 +414,17 @@ class Endpoint:
                                 "cannot be kept; leave them out for this endpoint")
         else:
             usage = None
+        where = "choices[0].message.content"
         try:
             choice = value["choices"][0]
-            text = choice["message"]["content"]
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError("no choices[0].message.content") from error
-        if text is None:  # such as a refusal, or all tokens spent on thinking
-            text = ""
-        if not isinstance(text, str):
-            raise ValueError("choices[0].message.content is no text")
-        return Completion(self._clean(text.strip()), choice.get("finish_reason") != "length", usage)
+            said = choice["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            raise _Malformed(f"malformed reply (no {where}): {text!r}", usage) from None
+        if said is None:  # such as a refusal, or all tokens spent on thinking
+            said = ""
+        if not isinstance(said, str):
+            raise _Malformed(f"malformed reply ({where} is no text): {text!r}", usage)
+        return Completion(self._clean(said.strip()), choice.get("finish_reason") != "length", usage)
 
     def _status_problem(self, error: urllib.error.HTTPError) -> str:
         try:

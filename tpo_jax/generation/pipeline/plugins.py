@@ -51,7 +51,8 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What came back. `failed` says why there is no text; `usage` is that of an endpoint."""
+    """What came back. `failed` says why there is no text; `usage` is that of an endpoint, over all
+    tries of the request."""
 
     text: str = ""
     failed: str | None = None
@@ -155,7 +156,7 @@ class EndpointSpeaker:
         try:
             said = self._endpoint.ask(request.text, pictures, self._max_tokens, seed)
         except RequestRefused as error:
-            return Reply(failed=f"endpoint: {error}")
+            return Reply(failed=f"endpoint: {error}", usage=error.usage)
         return Reply(said.text, None if said.finished else "reply was cut off", said.usage)
 
 

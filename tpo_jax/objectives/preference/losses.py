@@ -166,9 +166,15 @@ def anchor(pair: PairScores, beta: float) -> jax.Array:
 
 
 def chosen_kl(pair: PairScores) -> jax.Array:
-    """RRPO's token-wise tie to the reference, 2504.12083: sum over the tokens of y_w of
-    KL(pi_ref || pi), estimated from the tokens themselves (`pair.token_kl`)."""
+    """`vocabulary_kl`, estimated from the tokens themselves (`pair.token_kl`)."""
     return pair.chosen_kl
+
+
+def vocabulary_kl(pair: PairScores) -> jax.Array:
+    """RRPO's token-wise tie to the reference, 2504.12083: sum over the tokens of y_w of
+    KL(pi_ref || pi), which at each of them is a sum over the vocabulary."""
+    assert pair.chosen_vocabulary_kl is not None
+    return pair.chosen_vocabulary_kl
 
 
 # --- coupled over the batch ---

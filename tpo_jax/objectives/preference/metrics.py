@@ -24,12 +24,13 @@ DURATION_BINS = {
 def preference_metrics(
     pair: PairScores, beta: float, *, reference: bool = True
 ) -> dict[str, WeightedSum]:
-    """Means over pairs (of rows, of which each counts its mean), except for kl_per_token.
+    """Means over pairs (of rows, of which each counts its mean), except for *kl_per_token.
 
     reward_chosen, reward_rejected: beta * r. margin: beta * (r_w - r_l). accuracy: share with a
     margin above 0 (a tie counts one half). chosen_drift, rejected_drift: r in nats an answer, below
     0 when it loses likelihood (chosen: likelihood displacement). kl_per_token: `pair.token_kl` over
-    the tokens of both answers. likelihood_accuracy: share where the policy alone gives the chosen
+    the tokens of both answers. vocabulary_kl_per_token: what that estimates, where a loss reads it.
+    likelihood_accuracy: share where the policy alone gives the chosen
     answer a higher mean log-probability per token. chosen_length, rejected_length: tokens.
     contrast_margin, contrast_accuracy: as margin and accuracy, of the chosen answer under right
     against manipulated frames, where these were scored.
@@ -50,6 +51,10 @@ def preference_metrics(
         return metrics
     difference = pair.chosen_ratio - pair.rejected_ratio
     lengths = WeightedSum.of(pair.chosen_length + pair.rejected_length, pair.valid).total
+
+    def per_token(kl: jax.Array) -> WeightedSum:
+        return WeightedSum(WeightedSum.of(kl, pair.valid).total, lengths)
+
     metrics |= {
         "reward_chosen": mean(beta * pair.chosen_ratio),
         "reward_rejected": mean(beta * pair.rejected_ratio),
@@ -57,8 +62,10 @@ def preference_metrics(
         "accuracy": mean(_wins(difference)),
         "chosen_drift": mean(pair.chosen_ratio),
         "rejected_drift": mean(pair.rejected_ratio),
-        "kl_per_token": WeightedSum(WeightedSum.of(pair.kl, pair.valid).total, lengths),
+        "kl_per_token": per_token(pair.kl),
     }
+    if pair.vocabulary_kl is not None:
+        metrics["vocabulary_kl_per_token"] = per_token(pair.vocabulary_kl)
     if pair.contrast_ratio is not None:
         contrast = pair.chosen_ratio - pair.contrast_ratio
         metrics["contrast_margin"] = mean(beta * contrast)

@@ -34,6 +34,8 @@ class PairTokens:
       contrast_policy, contrast_reference: float32[B, A] log-probabilities of the *chosen* answer
         when the model is shown the manipulated frames (mDPO's conditional term); None where no
         loss asks.
+      vocabulary_kl: float32[B, K, A], KL(pi_ref || pi) over the vocabulary where the token is
+        drawn; None where no loss asks.
     """
 
     policy: jax.Array
@@ -43,6 +45,7 @@ class PairTokens:
     log_collision: jax.Array | None = None
     contrast_policy: jax.Array | None = None
     contrast_reference: jax.Array | None = None
+    vocabulary_kl: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -57,6 +60,8 @@ class PairScores:
     padding.
     contrast_ratio: r of y_w under the manipulated frames, or None.
     wpo: WPO's weight of the pair, or None.
+    chosen_vocabulary_kl: sum over the tokens of y_w of KL(pi_ref || pi) over the vocabulary, or
+    None. vocabulary_kl: the same over both answers.
     """
 
     policy_chosen: jax.Array
@@ -73,6 +78,8 @@ class PairScores:
     valid: jax.Array
     contrast_ratio: jax.Array | None = None
     wpo: jax.Array | None = None
+    chosen_vocabulary_kl: jax.Array | None = None
+    vocabulary_kl: jax.Array | None = None
 
     @property
     def chosen_ratio(self) -> jax.Array:
@@ -134,6 +141,7 @@ def every_pair(tokens: PairTokens) -> PairTokens:
         log_collision=paired(tokens.log_collision),
         contrast_policy=repeated(tokens.contrast_policy),
         contrast_reference=repeated(tokens.contrast_reference),
+        vocabulary_kl=paired(tokens.vocabulary_kl),
     )
 
 
@@ -157,8 +165,8 @@ def pair_scores(
     valid = tokens.valid.astype(jnp.float32)
     counts = (tokens.weights != 0) & (valid != 0)[:, None, None]
 
-    def clean(logps: jax.Array, mask: jax.Array) -> jax.Array:
-        return jnp.where(mask, logps, 0.0)
+    def clean(values: jax.Array, mask: jax.Array) -> jax.Array:
+        return jnp.where(mask, values, 0.0)
 
     policy, reference = clean(tokens.policy, counts), clean(tokens.reference, counts)
     weights = tokens.weights
@@ -170,7 +178,7 @@ def pair_scores(
     scores = divergence_score(sums - reference_sums, divergence, divergence_alpha)
     length = tokens.weights.sum(-1)
     kl = (token_kl(policy, reference) * tokens.weights).sum(-1)
-    wpo = contrast = None
+    wpo = contrast = exact = None
     if tokens.log_collision is not None:
         aligned = (policy - clean(tokens.log_collision, counts)) * tokens.weights
         mean = aligned.sum(-1) / jnp.maximum(length, 1)
@@ -178,6 +186,8 @@ def pair_scores(
     if tokens.contrast_policy is not None and tokens.contrast_reference is not None:
         ratio = tokens.contrast_policy - tokens.contrast_reference
         contrast = (clean(ratio, counts[:, 0]) * tokens.weights[:, 0]).sum(-1)
+    if tokens.vocabulary_kl is not None:
+        exact = (clean(tokens.vocabulary_kl, counts) * tokens.weights).sum(-1)
     return PairScores(
         policy_chosen=sums[:, 0],
         policy_rejected=sums[:, 1],
@@ -193,6 +203,8 @@ def pair_scores(
         valid=valid,
         contrast_ratio=contrast,
         wpo=wpo,
+        chosen_vocabulary_kl=None if exact is None else exact[:, 0],
+        vocabulary_kl=None if exact is None else exact.sum(-1),
     )
 
 
@@ -220,7 +232,7 @@ def token_kl(policy: jax.Array, reference: jax.Array) -> jax.Array:
 
     It is q - 1 - log q with q = pi / pi_ref (J. Schulman's "k3"): never negative, and unbiased
     where the token was drawn from pi_ref, as the answers are that a model generates for its own
-    training. A sidecar holds no whole distributions, from which it would be exact.
+    training. Where both distributions are at hand it is exact: `PairTokens.vocabulary_kl`.
 
     Args:
       policy, reference: float32[...] log-probabilities of the token.

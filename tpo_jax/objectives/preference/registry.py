@@ -30,6 +30,8 @@ class PreferenceLoss:
       divergence: whether it is defined for other f-divergences than reverse KL, that is, reads
         nothing but differences of scores, in which the divergence's normaliser cancels.
       contrast: whether it reads log-probabilities under manipulated frames.
+      vocabulary: whether it reads the KL over the vocabulary, for which the reference's whole
+        distributions have to be in the step.
       coupled: whether pairs change one another's loss beyond a mean, so that the loss of a batch
         is not the mean over its micro-batches.
       ranked: whether a term belongs to a rank in the batch instead of a pair.
@@ -40,6 +42,7 @@ class PreferenceLoss:
     reference: bool = True
     divergence: bool = False
     contrast: bool = False
+    vocabulary: bool = False
     coupled: bool = False
     ranked: bool = False
 
@@ -67,6 +70,7 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
     "conditional": PreferenceLoss(losses.conditional, contrast=True),
     "anchor": PreferenceLoss(losses.anchor),
     "chosen_kl": PreferenceLoss(losses.chosen_kl, (), divergence=True),
+    "vocabulary_kl": PreferenceLoss(losses.vocabulary_kl, (), divergence=True, vocabulary=True),
     "aot": PreferenceLoss(losses.aot, _SMOOTHED, coupled=True, ranked=True),
     "aot_unpaired": PreferenceLoss(losses.aot_unpaired, _SMOOTHED, coupled=True, ranked=True),
     "kto_pair": PreferenceLoss(losses.kto_pair, coupled=True),
@@ -203,6 +207,11 @@ class PreferenceConfig:
     def needs_contrast(self) -> bool:
         """Whether the chosen answer is scored under the manipulated frames as well."""
         return any(PREFERENCE_LOSSES[name].contrast for name in self.weights)
+
+    @property
+    def needs_vocabulary_kl(self) -> bool:
+        """Whether the reference has to be in the step: no sidecar holds its distributions."""
+        return any(PREFERENCE_LOSSES[name].vocabulary for name in self.weights)
 
     @property
     def coupled(self) -> tuple[str, ...]:
