@@ -22,18 +22,17 @@ from tpo_jax.evaluation.metrics import highlight, mask, region, temporal, tracki
 from tpo_jax.models.heads import HEADS, task_tokens
 
 R1_THRESHOLDS = (0.3, 0.5, 0.7)
+# Those of every question of a task; `score_image` and tracks in frames of known size have more.
 TASK_METRICS: dict[str, tuple[str, ...]] = {
     "temporal": (*(f"temporal/r1@{t}" for t in R1_THRESHOLDS), "temporal/miou", "temporal/map"),
     "highlight": ("highlight/map", "highlight/hit@1"),
     "region": ("region/acc@0.5", "region/miou"),
     "mask": ("mask/j", "mask/f", "mask/j&f"),
-    "image": ("mask/giou", "mask/ciou"),  # of a mask, beside those above
     "tracking": (
         "tracking/auc", "tracking/ao", "tracking/sr@0.5", "tracking/sr@0.75", "tracking/lasot_auc",
         "tracking/lasot_p_norm",
     ),
-    "pixels": ("tracking/lasot_p",),  # of a track in frames of known size
-    "masks": ("tracking/j", "tracking/f", "tracking/j&f"),  # of a track that has masks
+    "tracked masks": ("tracking/j", "tracking/f", "tracking/j&f"),
 }  # fmt: skip
 SR_THRESHOLDS = (0.5, 0.75)
 # Masks or distances that are looked at together: a track may have thousands of frames.
@@ -306,7 +305,7 @@ def score_track(
     between = (labels > labels[0]) & (labels < len(targets["times"]) - 1)
     masks = {}
     if targets.get("rles") and between.any():
-        masks = zeros("masks")
+        masks = zeros("tracked masks")
         if prediction is not None:
             rles = [targets["rles"][label] for label in labels[between]]
             values = _j_and_f(rles, prediction["masks"], frames[between])
