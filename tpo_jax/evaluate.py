@@ -23,7 +23,8 @@ frames that the language model is shown; with --mask_frames=all the heads are ta
 that the prepared folder stores, and every annotated frame is scored once, as benchmarks do (prepare
 with --fps of the annotations' rate). --submission then writes the files that the programs of
 MeViS, Ref-YouTube-VOS, DAVIS, GOT-10k and LaSOT score, also about splits that are published without
-labels (prepare with --unlabelled), which are in no metric. Head metrics come from free generation:
+labels (prepare with --unlabelled), which are in no metric. docs/metrics.md says which metrics are
+those of LaSOT, GOT-10k, DAVIS and image segmentation. Head metrics come from free generation:
 where the model does not emit the head's routing token they are 0. Metrics under "forced/" give the
 head its slot in the labelled answer instead. Intervals are 95 % bootstrap intervals over videos.
 A submission file is scored as the benchmark's official program scores it, in percent; no model is
@@ -200,7 +201,7 @@ def score_model(
     results.write_json(out, record)
     results.write_samples(out, evaluator.results.samples)
     print(results.format_metrics(record))
-    print(results.format_unlabelled(record), end="")
+    print(results.format_sizes(record) + results.format_unlabelled(record), end="")
     if flags.mask_frames == "all":
         print(results.format_frames(record))
     print(out)

@@ -100,8 +100,7 @@ def _pool(runs: Mapping[int, Outcome], seeds: Sequence[int], metric: str) -> Ite
         if scores is None:
             rows.append((str(seed), str(seed), runs[seed].final(metric)))
         else:
-            items = zip(scores.items, scores.videos, scores.values, strict=True)
-            rows += [(f"{seed}/{item}", video, value) for item, video, value in items]
+            rows += [(f"{seed}/{item}", video, value) for item, video, value in scores.rows()]
     return ItemScores.of(rows)
 
 

@@ -19,7 +19,7 @@ EVALUATION = "eval.json"  # in a workdir, where `python -m tpo_jax.evaluate --ou
 # Everything else is a loss, an error or a time.
 _HIGHER_IS_BETTER = re.compile(
     r"(accuracy|(^|[/_])m?iou|auc|recall.*|precision|r1@.*|hit@?\d*|map|f1|margin|goodput"
-    r"|per_second|j&f|/j|/f)$"
+    r"|per_second|j&f|/j|/f|mask/[gc]iou|/ao|sr@.*|lasot_p|lasot_p_norm)$"
 )
 
 

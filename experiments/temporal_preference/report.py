@@ -31,7 +31,7 @@ def pool(by_seed: Mapping[int, ItemScores]) -> ItemScores:
     return ItemScores.of(
         (f"{seed}/{item}", video, value)
         for seed, scores in by_seed.items()
-        for item, video, value in zip(scores.items, scores.videos, scores.values, strict=True)
+        for item, video, value in scores.rows()
     )
 
 

@@ -73,6 +73,7 @@ def test_got10k(media):
     assert a.targets["input_box"] == [0, 0, 0.25, 1 / 3]
     assert a.targets["boxes"][2] is None
     np.testing.assert_allclose(a.targets["boxes"][3], [3 / 64, 0, 19 / 64, 1 / 3])
+    assert a.targets["size"] == [48, 64]
 
 
 def test_thumos(media):
@@ -218,6 +219,8 @@ BAD_LINES = [
     ("native", 0, ("targets",), {"input_time": 1.0}, "targets.input_time", "no targets.input_box"),
     ("native", 3, ("turns", 0, "question"), "Follow it.", "turns[0].question", "<box> once"),
     ("native", 3, ("start",), 2.5, "start, end", "start < end"),
+    ("native", 3, ("targets", "size"), [48, 0], "targets.size", "[height, width]"),
+    ("native", 2, ("targets", "size"), [48, 64], "targets.size", "unknown key"),
     ("native", 4, ("targets", "labels"), [""], "targets.labels[0]", "not empty"),
 ]
 
@@ -254,7 +257,7 @@ def test_any_question_may_be_about_a_box():
 
 TRACKS = {
     "each": [{"times": [0, 1], "boxes": [[0, 0, 0.5, 0.5], None]},
-             {"times": [1], "boxes": [[0.5, 0.5, 1, 1]], "rles": [None]}],
+             {"times": [1], "boxes": [[0.5, 0.5, 1, 1]], "rles": [None], "size": [48, 64]}],
     "input_boxes": [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]], "input_times": [None, 1.0],
 }  # fmt: skip
 SEVERAL = [

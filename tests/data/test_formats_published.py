@@ -291,6 +291,7 @@ def test_lasot(media):
     assert a.video_id == "shape-1/img" and a.targets["boxes"][2] is None
     np.testing.assert_allclose(a.targets["times"], np.arange(4) / 30)
     assert a.targets["boxes"][3] == [60 / 64, 0, 1, 1 / 3]  # cut at the border of the frame
+    assert a.targets["size"] == [48, 64]
     assert "wall" not in a.turns[0].question
 
 

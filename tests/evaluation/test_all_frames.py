@@ -124,8 +124,12 @@ def test_every_stored_frame_is_seen_and_every_annotated_one_scored(model, said):
     # The first frame of a track is not scored.
     of_all = {"mask/j": [8 / 24, 23 / 70], "tracking/auc": [8 / 23 * FOUND, 23 / 69 * FOUND]}
     every.heads(dataset, ("mask", "tracking"))
+    # The toolkits' files repeat the last box where there is none, here always that of the label;
+    # LaSOT's does not count labels at the border as met.
+    held = dict.fromkeys(("tracking/ao", "tracking/sr@0.5", "tracking/sr@0.75"), [1, 1])
+    held |= {"tracking/lasot_p_norm": [1, 1], "tracking/lasot_auc": [0, 0]}
     for scorer, values in ((shown, expected), (every, of_all)):
-        values = values | {"mask/f": values["mask/j"], "mask/j&f": values["mask/j"]}
+        values = values | {"mask/f": values["mask/j"], "mask/j&f": values["mask/j"]} | held
         forced = {f"forced/{metric}": value for metric, value in values.items()}
         free = values if said else dict.fromkeys(values, [0, 0])
         assert free | forced == scores(scorer)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tpo_jax.evaluation.bootstrap import ItemScores, interval, paired_difference
+from tpo_jax.evaluation.bootstrap import ItemScores, Weighted, interval, paired_difference
 
 
 def scores(values, videos):
@@ -58,3 +58,47 @@ def test_interval_is_reproducible_and_json_round_trips():
     assert interval(some, seed=5) == interval(some, seed=5)
     with pytest.raises(ValueError, match="without items"):
         ItemScores((), (), ()).mean()
+
+
+def areas(seed):
+    """(intersection, union) of 40 images, some of which are empty."""
+    rng = np.random.default_rng(seed)
+    unions = rng.integers(0, 500, 40) * (rng.random(40) < 0.8)
+    return np.rint(unions * rng.random(40)), unions
+
+
+def pooled(parts, wholes):
+    """Two images a video."""
+    shares = zip(parts, wholes, strict=True)
+    return ItemScores.of(
+        (f"q{i}", f"v{i // 2:02d}", Weighted(part / whole if whole else 1.0, whole))
+        for i, (part, whole) in enumerate(shares)
+    )
+
+
+def test_weighted_values_are_pooled():
+    one, two = pooled(*areas(0)), pooled(*areas(1))
+    (parts, wholes), (others, bases) = areas(0), areas(1)
+    assert one.mean() == pytest.approx(parts.sum() / wholes.sum())
+    again = ItemScores.from_json(one.to_json())
+    assert again.weights == one.weights and again.mean() == pytest.approx(one.mean(), abs=1e-6)
+    assert list(ItemScores.of(one.rows()).rows()) == list(one.rows())
+    # Draws of whole videos, by hand; parts and wholes are summed in each.
+    draws = np.random.default_rng(0).multinomial(20, np.full(20, 1 / 20), size=2000)
+    sums = [draws @ of.reshape(20, 2).sum(1) for of in (parts, wholes, others, bases)]
+    expected = np.quantile(sums[0] / sums[1], [0.025, 0.975])
+    np.testing.assert_allclose(interval(one), expected)
+    change = paired_difference(one, two)
+    assert change.value == pytest.approx(two.mean() - one.mean())
+    expected = np.quantile(sums[2] / sums[3] - sums[0] / sums[1], [0.025, 0.975])
+    np.testing.assert_allclose((change.low, change.high), expected)
+
+
+def test_without_any_weight_items_count():
+    """Images without an object: what is said of each is all there is."""
+    empty = ItemScores.of([("a", "v", Weighted(1.0, 0)), ("b", "w", Weighted(0.0, 0))])
+    assert empty.mean() == 0.5
+    low, high = interval(empty)
+    assert (low, high) == (0, 1)
+    mixed = ItemScores.of([("a", "v", Weighted(1.0, 0)), ("b", "w", Weighted(0.25, 8))])
+    assert mixed.mean() == 0.25 and interval(mixed) == (0.25, 1)

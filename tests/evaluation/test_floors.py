@@ -1,5 +1,7 @@
 """Floors are chosen on the training split, scored on the test split, and find what is constant."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
@@ -92,6 +94,21 @@ def test_boxes_and_masks_come_from_training():
         (3 * 20 + 4 * 7) / (7 * 21), abs=1e-6
     )
     assert set(found["tracking/auc"]) == {name, "input box held still"}
+    assert found["tracking/sr@0.5"]["input box held still"] == 3 / 7
+
+
+def test_tracks_with_masks_have_floors_of_their_masks():
+    """A filled box that stays; only what both splits can say is known of the training split."""
+    box = [0.25, 0.25, 0.5, 0.75]
+    later = [0.25, 0.5, 0.5, 1.0]
+    (_, still), (_, moves) = tracks(0, [box] * 8), tracks(1, [box] * 4 + [later] * 4)
+    rles = [mask_rle(b) for b in moves.targets["boxes"]]
+    moves = dataclasses.replace(moves, targets={**moves.targets, "rles": rles})
+    found = floors.constant_floors(MemoryDataset([still]), MemoryDataset([moves]), 8)
+    (held,) = (c for c in found["tracking/j"] if c.name == "input box held still")
+    # Neither the first frame nor the last: three are right, three overlap by 1/3.
+    assert held.test == pytest.approx((3 + 3 / 3) / 6) and np.isnan(held.train)
+    assert {c.train for c in found["tracking/auc"]} == {20 / 21}
 
 
 def test_no_mask_at_all_is_a_candidate():

@@ -34,7 +34,8 @@ def test_last_and_best_values_go_by_the_direction_of_the_metric(sweep):
         ("train/loss", False), ("train/region/giou", False), ("eval/region/miou", True),
         ("validation/token_accuracy", True), ("eval/temporal/r1@0.5", True),
         ("eval/mask/j&f", True), ("train/grad_norm", False), ("time/goodput", True),
-        ("eval/tracking/auc", True),
+        ("eval/tracking/auc", True), ("eval/tracking/ao", True), ("eval/mask/ciou", True),
+        ("eval/tracking/sr@0.75", True), ("eval/forced/tracking/lasot_p_norm", True),
         ("train/temporal/l1", False), ("train/preference/margin", True),
     ],
 )  # fmt: skip

@@ -29,7 +29,8 @@ BOX_TASKS = ("conversation", "temporal", "region", "mask", "tracking")
 DRAWN = ("input_box", "input_time", "input_boxes", "input_times")
 # Tasks whose answers may have several markers: targets.each has the targets of one each.
 EACH_TASKS = ("temporal", "mask", "tracking")
-# Of a mask or track without labels: true, the numbers of its frames, [height, width] of its masks.
+# Of a mask or track without labels: true, the numbers of its frames, [height, width] of its masks;
+# the last may also be there with the boxes of a track, of the frames that they are on.
 UNLABELLED = ("unlabelled", "frames", "size")
 TARGET_KEYS = {
     "conversation": frozenset(DRAWN),
@@ -286,7 +287,7 @@ def _each(
 ) -> dict[str, Any]:
     """{"each": checked}: one entry a marker, in the order of the text."""
     marker, each = ANSWER_MARKERS[example.task], check_list("targets.each", example.targets["each"])
-    own = TARGET_KEYS[example.task] - {*DRAWN, *UNLABELLED}
+    own = TARGET_KEYS[example.task] - {*DRAWN, "unlabelled", "frames"}
     check_keys(example.targets, {"each", *DRAWN}, (), "targets")
     count = _count(example, marker)
     if not each or len(each) != count:
@@ -419,7 +420,8 @@ def _mask(example: Example, targets: Mapping[str, Any], duration: float):
 def _tracking(example: Example, targets: Mapping[str, Any], duration: float):
     several = "each" in example.targets
     check_keys(
-        targets, ("rles", *DRAWN), ("times", "boxes", *(() if several else ("input_box",))),
+        targets, ("rles", "size", *DRAWN),
+        ("times", "boxes", *(() if several else ("input_box",))),
         "targets",
     )  # fmt: skip
     _same_length(targets, "times", "boxes")
@@ -430,6 +432,8 @@ def _tracking(example: Example, targets: Mapping[str, Any], duration: float):
         for i, box in enumerate(targets["boxes"])
     ]
     checked["times"] = _check_times(targets, duration)
+    if "size" in targets:
+        _check_size("targets.size", targets["size"])
     if targets.get("rles") is not None:
         _check_masks(example, targets, duration)
     return checked

@@ -17,18 +17,24 @@ from pycocotools import mask as coco_mask
 
 from tpo_jax.data.records import Example
 from tpo_jax.data.target_parts import about
-from tpo_jax.evaluation.bootstrap import ItemScores
+from tpo_jax.evaluation.bootstrap import ItemScores, Weighted
 from tpo_jax.evaluation.metrics import highlight, mask, region, temporal, tracking
 from tpo_jax.models.heads import HEADS, task_tokens
 
 R1_THRESHOLDS = (0.3, 0.5, 0.7)
+# Those of every question of a task; `score_image` and tracks in frames of known size have more.
 TASK_METRICS: dict[str, tuple[str, ...]] = {
     "temporal": (*(f"temporal/r1@{t}" for t in R1_THRESHOLDS), "temporal/miou", "temporal/map"),
     "highlight": ("highlight/map", "highlight/hit@1"),
     "region": ("region/acc@0.5", "region/miou"),
     "mask": ("mask/j", "mask/f", "mask/j&f"),
-    "tracking": ("tracking/auc",),
-}
+    "tracking": (
+        "tracking/auc", "tracking/ao", "tracking/sr@0.5", "tracking/sr@0.75", "tracking/lasot_auc",
+        "tracking/lasot_p_norm",
+    ),
+    "tracked masks": ("tracking/j", "tracking/f", "tracking/j&f"),
+}  # fmt: skip
+SR_THRESHOLDS = (0.5, 0.75)
 # Masks or distances that are looked at together: a track may have thousands of frames.
 PIECE = 64
 # A clip is "very good" when a rater gives 4 on the scale 0..4 (QVHighlights).
@@ -69,9 +75,11 @@ class Table:
 
     def add(self, item: str, video: str, scores: Mapping[str, float], prefix: str = "") -> None:
         for metric, value in scores.items():
-            self.rows.setdefault(prefix + metric, []).append((item, video, float(value)))
+            value = value if isinstance(value, Weighted) else float(value)
+            self.rows.setdefault(prefix + metric, []).append((item, video, value))
 
     def item_scores(self) -> dict[str, ItemScores]:
+        """Scores by metric, whose means are the figures of the benchmarks."""
         return {metric: ItemScores.of(rows) for metric, rows in sorted(self.rows.items())}
 
 
@@ -134,7 +142,9 @@ def score_call(
         )
     if call.example.task == "tracking":
         return score_track(targets, prediction, times, once=once)
-    return score_masks(targets, prediction, once=once)
+    scores = score_masks(targets, prediction, once=once)
+    image = score_image(targets, prediction) if example.media == "image" else {}
+    return scores | image
 
 
 def annotated_frames(call: Call, times: Sequence[float], *, once: bool) -> tuple[int, int]:
@@ -225,7 +235,15 @@ def score_masks(
     if prediction is None:
         return zeros("mask")
     frames, labels = match_times(prediction["times"], targets["times"], once=once)
-    rles, masks = [targets["rles"][label] for label in labels], prediction["masks"]
+    rles = [targets["rles"][label] for label in labels]
+    scores = _j_and_f(rles, prediction["masks"], frames)
+    return dict(zip(TASK_METRICS["mask"], scores, strict=True))
+
+
+def _j_and_f(
+    rles: Sequence[Mapping[str, Any] | None], masks: Sequence[np.ndarray], frames: np.ndarray
+) -> tuple[float, float, float]:
+    """J, F and J&F, means over the n `frames` of the predicted `masks`, whose labels are `rles`."""
     size = rle_size(rles) or np.shape(masks[0])
     similarity, accuracy = [], []
     for first in range(0, len(frames), PIECE):
@@ -235,7 +253,23 @@ def score_masks(
         similarity.append(mask.region_similarity(predicted, wanted))
         accuracy.append(mask.boundary_accuracy(predicted, wanted))
     j, f = (float(np.concatenate(values).mean()) for values in (similarity, accuracy))
-    return {"mask/j": j, "mask/f": f, "mask/j&f": (j + f) / 2}
+    return j, f, (j + f) / 2
+
+
+def score_image(targets: Mapping[str, Any], prediction: Prediction | None) -> dict[str, float]:
+    """IoU of the mask of an image, whose mean is gIoU, and as the share of the area that cIoU sums.
+
+    Areas are in pixels of the label; without one, in those of the prediction.
+    """
+    rles = targets["rles"][:1]
+    if prediction is None:
+        area = sum(float(coco_mask.area(dict(rle))) for rle in rles if rle is not None)
+        return {"mask/giou": 0.0, "mask/ciou": Weighted(0.0, area)}
+    predicted = np.asarray(prediction["masks"][0], bool)
+    size = rle_size(rles) or predicted.shape
+    both = mask.areas(resize_nearest(predicted[None], *size), decode_rles(rles, size))
+    iou, union = mask.mean_iou(*both), float(both[1].sum())
+    return {"mask/giou": iou, "mask/ciou": Weighted(iou, union)}
 
 
 def score_track(
@@ -245,23 +279,79 @@ def score_track(
     *,
     once: bool = False,
 ) -> dict[str, float]:
-    """Success AUC of boxes over the frames that are labelled.
+    """Figures of a track over the frames that are labelled, as LaSOT, GOT-10k and DAVIS count.
+
+    All begin at the first frame that shows the object, where the tracker is told its box. Distances
+    in pixels need the size of the frames (targets "size", or that of the masks), J and F masks.
 
     Returns {} where nothing can be scored: no labelled frame shows the object after the first.
     """
+    given = prediction
+    if given is None:
+        given = {"times": times, "boxes": [None] * len(times)}
+    frames, labels = match_times(given["times"], targets["times"], once=once)
+    visible = np.array([targets["boxes"][label] is not None for label in labels])
+    begin = int(visible.argmax())
+    frames, labels, visible = frames[begin:], labels[begin:], visible[begin:]
+    boxes = [given["boxes"][frame] for frame in frames]
+    wanted = [targets["boxes"][label] for label in labels]
+    ious = tracking.track_ious(boxes, wanted)
+    if not ious.size:
+        return {}
+    size = targets.get("size") or rle_size(targets.get("rles") or ())
+    scores = {"tracking/auc": tracking.success_auc(ious)}
+    scores |= _toolkit_scores(boxes, wanted, visible, size)
+    # DAVIS scores neither the frame that is given nor the last annotated one.
+    between = (labels > labels[0]) & (labels < len(targets["times"]) - 1)
+    masks = {}
+    if targets.get("rles") and between.any():
+        masks = zeros("tracked masks")
+        if prediction is not None:
+            rles = [targets["rles"][label] for label in labels[between]]
+            values = _j_and_f(rles, prediction["masks"], frames[between])
+            masks = dict(zip(masks, values, strict=True))
     if prediction is None:
-        prediction = {"times": times, "boxes": [None] * len(times)}
-    frames, labels = match_times(prediction["times"], targets["times"], once=once)
-    ious = tracking.track_ious(
-        [prediction["boxes"][frame] for frame in frames],
-        [targets["boxes"][label] for label in labels],
-    )
-    return {"tracking/auc": tracking.success_auc(ious)} if ious.size else {}
+        scores = {metric: _nothing(value) for metric, value in scores.items()}
+    return scores | masks
+
+
+def _toolkit_scores(
+    boxes: Sequence[tracking.Box | None],
+    wanted: Sequence[tracking.Box | None],
+    visible: np.ndarray,
+    size: tuple[int, int] | None,
+) -> dict[str, float]:
+    """GOT-10k's AO and SR, and LaSOT's three figures, of what a submission would say.
+
+    Args:
+      boxes, wanted: n predicted and labelled ones, normalised; the first label is there.
+      visible: bool[n] whether the object is.
+      size: (height, width) of the frames, if it is known; but for `lasot_p` any does.
+    """
+    height, width = size or (1, 1)
+    predicted, target = (
+        tracking.pixel_boxes(tracking.hold_last(track, wanted[0]), width, height)
+        for track in (boxes, wanted)
+    )  # labels of frames without the object stand, too: these are not compared
+    ious = tracking.got10k_ious(predicted, target, visible, bound=(width, height))
+    lasot = tracking.lasot_scores(predicted, target, ~visible)
+    scores = {"tracking/ao": Weighted(tracking.average_overlap(ious), len(ious))}
+    for threshold in SR_THRESHOLDS:
+        rate = tracking.success_rate(ious, threshold)
+        scores[f"tracking/sr@{threshold}"] = Weighted(rate, len(ious))
+    scores["tracking/lasot_auc"] = lasot["success"]
+    scores["tracking/lasot_p_norm"] = lasot["normalised_precision"]
+    return scores | ({"tracking/lasot_p": lasot["precision"]} if size else {})
 
 
 def zeros(task: str) -> dict[str, float]:
     """The scores of a head that was not called."""
     return dict.fromkeys(TASK_METRICS[task], 0.0)
+
+
+def _nothing(value: float) -> float:
+    """0, of as many frames."""
+    return Weighted(0.0, value.weight) if isinstance(value, Weighted) else 0.0
 
 
 def match_times(

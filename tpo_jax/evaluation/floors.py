@@ -139,7 +139,8 @@ def _candidates(
                     table.add(call.item, example.video_id, scores)
         means.append({metric: scores.mean() for metric, scores in table.item_scores().items()})
     return {
-        metric: [Candidate(name, means[0][metric], value)] for metric, value in means[1].items()
+        metric: [Candidate(name, means[0].get(metric, float("nan")), value)]
+        for metric, value in means[1].items()
     }
 
 
@@ -298,20 +299,31 @@ def _tracking(train: _Split, test: _Split) -> Floors:
     visible = [box for example in train.parts for box in example.targets["boxes"] if box]
     grid = _boxes(BOX_STEPS)
     iou = _iou_table(grid, _thin(visible, MAX_SAMPLES))
+    # The constant box is the best by this AUC, whichever metric it is a floor of.
     auc = np.mean([(iou > threshold).mean(axis=1) for threshold in tracking.THRESHOLDS], axis=0)
     box = grid[int(np.argmax(auc))].tolist()
     ways = {
         f"constant box {_format(box)}": lambda e: box,
         "input box held still": lambda e: e.targets["input_box"],
     }
-    floors: Floors = {"tracking/auc": []}
+    floors: Floors = collections.defaultdict(list)
     for name, choose in ways.items():
 
         def predict(example: Example, times: np.ndarray, choose=choose) -> dict[str, Any]:
-            return {"times": times, "boxes": [choose(example)] * len(times)}
+            return _held(choose(example), example, times)
 
-        floors["tracking/auc"] += _candidates(name, predict, train, test)["tracking/auc"]
-    return floors
+        for metric, found in _candidates(name, predict, train, test).items():
+            floors[metric] += found
+    return dict(floors)
+
+
+def _held(box: Sequence[float], example: Example, times: np.ndarray) -> dict[str, Any]:
+    """One box on every frame; where the track has masks, also as a filled one."""
+    found = {"times": times, "boxes": [box] * len(times)}
+    if rles := example.targets.get("rles"):
+        filled = mask.box_mask(box, *(benchmarks.rle_size(rles) or (1, 1)))
+        found["masks"] = np.broadcast_to(filled, (len(times), *filled.shape))
+    return found
 
 
 # Questions: the option that is most frequent among the training answers of its kind.

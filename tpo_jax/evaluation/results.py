@@ -153,6 +153,19 @@ def format_frames(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def format_sizes(record: Mapping[str, Any]) -> str:
+    """A line where tracks are not in `tracking/lasot_p`, because nothing says their pixels."""
+    counts, none = record["counts"], {"items": 0}
+    tracks = counts.get("tracking/auc", none)["items"]
+    sized = counts.get("tracking/lasot_p", none)["items"]
+    if sized == tracks:
+        return ""
+    return (
+        f"tracking/lasot_p, in pixels: {sized} of {tracks} tracks say the size of their frames; "
+        'prepare LaSOT or GOT-10k again, or give targets "size"\n'
+    )
+
+
 def format_unlabelled(record: Mapping[str, Any]) -> str:
     """One line per task that has examples without labels."""
     return "".join(

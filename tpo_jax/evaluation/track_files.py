@@ -26,6 +26,7 @@ from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
 from tpo_jax.data.target_parts import part
 from tpo_jax.errors import UserError
 from tpo_jax.evaluation import benchmarks
+from tpo_jax.evaluation.metrics import tracking
 
 REF_YOUTUBE_VOS_RATE = 30.0  # frames a second that the names of its pictures count
 
@@ -126,13 +127,9 @@ def _boxes(tracks: Sequence[Track], name: str) -> Files:
     places = [name.format(track.name.rpartition("/")[2]) for track in tracks]
     _refuse_twice(places, tracks)
     for place, track in zip(places, tracks, strict=True):
-        last, lines = track.given, []
         height, width = track.size
-        for box in track.boxes:
-            last = last if box is None else box
-            x1, y1, x2, y2 = last
-            sides = x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height
-            lines.append(",".join(f"{side:.3f}" for side in sides) + "\n")
+        boxes = tracking.pixel_boxes(tracking.hold_last(track.boxes, track.given), width, height)
+        lines = (",".join(f"{side:.3f}" for side in box) + "\n" for box in boxes)
         yield place, "".join(lines).encode()
 
 

@@ -60,10 +60,11 @@ def targets(
     boxes: Sequence[Sequence[float]],
     absent: Sequence[bool],
     times: Sequence[float],
-    size: tuple[float, float],
+    size: tuple[int, int],
     cut: bool = False,
 ) -> dict[str, Any]:
-    """Targets of a tracking example; `size` is (width, height) of the frames in pixels."""
+    """Targets of a tracking example; `size` is (width, height) of the frames in pixels, which
+    distances are measured in."""
     checked = [
         None if gone else pixel_box(f"{TRUTH} line {i + 1}", box, *size, cut)
         for i, (box, gone) in enumerate(zip(boxes, absent, strict=True))
@@ -74,4 +75,5 @@ def targets(
         "times": list(times),
         "boxes": checked,
         "input_box": next(box for box in checked if box is not None),
+        "size": [size[1], size[0]],
     }

@@ -3,7 +3,7 @@
 The success curve is the share of frames whose IoU is strictly above 21 thresholds 0, 0.05 ... 1;
 its area is the mean of the 21 values, so that a perfect track reaches 20/21. `track_ious` counts
 the frames of our own tracks; `lasot_scores` and `got10k_ious` count as the two toolkits do, whose
-boxes are (x, y, width, height) in pixels.
+boxes are (x, y, width, height) in pixels: `hold_last` and `pixel_boxes` make them of our tracks.
 """
 
 from collections.abc import Sequence
@@ -48,6 +48,26 @@ def track_ious(predicted: Sequence[Box | None], target: Sequence[Box | None]) ->
         )
     visible = [index for index, box in enumerate(target) if box is not None][1:]
     return np.array([_frame_iou(predicted[index], target[index]) for index in visible])
+
+
+def hold_last(boxes: Sequence[Box | None], given: Box) -> list[Box]:
+    """Boxes as files of the toolkits have them, one a frame: where there is none, the last one.
+
+    Args:
+      boxes: of the frames.
+      given: what the tracker is told, which stands until there is another.
+    """
+    held = [given]
+    for box in boxes:
+        held.append(held[-1] if box is None else box)
+    return held[1:]
+
+
+def pixel_boxes(boxes: Sequence[Box], width: float, height: float) -> np.ndarray:
+    """float64[n, 4] (x, y, width, height) of normalised (x1, y1, x2, y2) in frames of that size."""
+    scaled = np.asarray(boxes, np.float64) * [width, height, width, height]
+    # They were whole pixels before they were normalised: the toolkits' limits are met exactly.
+    return np.round(np.hstack([scaled[:, :2], scaled[:, 2:] - scaled[:, :2]]), 9)
 
 
 def lasot_scores(
