@@ -178,22 +178,30 @@ def import_model(
     out: epath.PathLike,
     chat_template: str | None = None,
     adapter: epath.PathLike | None = None,
+    keep_adapters: bool = False,
 ) -> dict[str, Any]:
     """Reads an exported folder, or a language model's Hugging Face folder, into a model folder.
 
     Args:
       chat_template: Jinja text, for a Hugging Face folder that has none.
       adapter: PEFT folder to merge into the language model.
+      keep_adapters: `adapter` becomes leaves instead; of a whole model alone.
 
     Returns: what to tell about it: {"kind", "heads", "ignored"}.
 
     Raises:
+      AdapterError: the adapter does not fit, or cannot be kept.
       ExportFolderError, FamilyError: neither of them, or an export of another format version.
       MappingError: a tensor is missing, or one that no leaf uses is there.
       OutputError: `out` holds something else.
     """
     path = epath.Path(source)
     if not (path / beside.CONFIG).exists() and huggingface.model_type(path):
+        if keep_adapters:
+            raise peft.AdapterError(
+                f"{path}: a language model alone has no place for adapters; leave --keep_adapters "
+                f"out, which merges {adapter}"
+            )
         return _import_language(path, out, chat_template, adapter)
     about = _read_config(path)
     if chat_template is not None:
@@ -205,7 +213,10 @@ def import_model(
     if config.lora is not None:
         adapters, _ = peft.read_adapter(path / _ADAPTER, rows, leaves)
         leaves = peft.with_adapters(leaves, adapters)
-    if adapter is not None:
+    if adapter is not None and keep_adapters:
+        leaves, lora = peft.with_kept(leaves, adapter, rows)
+        config = dataclasses.replace(config, lora=lora)
+    elif adapter is not None:
         leaves = peft.with_merged(leaves, adapter, rows)
     tokenizer = Tokenizer.from_str((path / "language_model" / "tokenizer.json").read_text())
     codec = TextCodec(tokenizer, ChatTemplate.from_json(about["template"]))

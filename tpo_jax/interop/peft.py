@@ -165,10 +165,10 @@ def without_adapters(leaves: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     return {p: leaf for p, leaf in leaves.items() if not p.endswith(("/lora_a", "/lora_b"))}
 
 
-def with_merged(
+def with_kept(
     leaves: Mapping[str, LazyArray], directory: epath.PathLike, rows: Sequence[Row]
-) -> dict[str, LazyArray]:
-    """Leaves of a model with the adapter of a PEFT folder merged into them.
+) -> tuple[dict[str, LazyArray], LoraConfig]:
+    """Leaves of a model with the adapter of a PEFT folder as leaves of their own, and its sizes.
 
     Raises:
       AdapterError, MappingError: what `read_adapter` raises, or the model has adapters itself.
@@ -178,7 +178,15 @@ def with_merged(
             f"{directory}: the source has adapters of its own, such as {own[0]}; merge them first"
         )
     adapters, config = read_adapter(directory, rows, leaves)
-    return merged_leaves(with_adapters(leaves, adapters), config)
+    return with_adapters(leaves, adapters), config
+
+
+def with_merged(
+    leaves: Mapping[str, LazyArray], directory: epath.PathLike, rows: Sequence[Row]
+) -> dict[str, LazyArray]:
+    """Leaves of a model with the adapter of a PEFT folder merged into them; raises what `with_kept`
+    raises."""
+    return merged_leaves(*with_kept(leaves, directory, rows))
 
 
 def merged_leaves(leaves: Mapping[str, LazyArray], config: LoraConfig) -> dict[str, LazyArray]:
