@@ -104,6 +104,11 @@ def _import(flags: argparse.Namespace) -> int:
         return 0
     if not flags.adapter:
         _refuse(flags, "an import without --adapter", "keep_adapters")
+    if siglip.is_parts(flags.source):
+        _refuse(flags, "a model of two parts", "adapter", "chat_template", "set")
+        for line in siglip.import_parts(flags.source, flags.out):
+            print(line)
+        return 0
     template = read_text(flags.chat_template, "--chat_template") if flags.chat_template else None
     if source.is_family(flags.source):
         for line in families.import_family(
@@ -130,6 +135,11 @@ def _check(flags: argparse.Namespace) -> int:
         differences = found.differences
         notes = [f"compared: {part}, with {theirs}" for part, theirs in found.parts.items()]
         notes.append("not compared (glue): " + "; ".join(found.glue))
+    elif siglip.is_parts(flags.exported):
+        _refuse(flags, "a model of two parts", "set")
+        inner = epath.Path(flags.exported) / "language_model"
+        differences = check_language.compare_language(flags.model, inner)
+        notes = ["not compared: the tower, the connector, and what puts the parts together"]
     else:
         _refuse(flags, "a folder that is no multimodal checkpoint", "set")
         alone = folder.holds_language_only(flags.model)

@@ -100,16 +100,15 @@ def _write_whole(
     write_language_model(out / "language_model", config.language, language, codec)
     write_file(out / beside.TENSORS, rest, {"format": "pt"})
     huggingface.write_json(out / "preprocessor_config.json", preprocessor(config))
-    huggingface.write_json(
-        out / beside.CONFIG,
-        {
-            "format_version": beside.FORMAT_VERSION,
-            "model": config.to_dict(),
-            "template": codec.template.to_json(),
-        },
-    )
+    write_about(out, config, codec)
     runtime = epath.resource_path("tpo_jax") / "interop" / "torch_runtime" / _RUNTIME
     (out / _RUNTIME).write_bytes(runtime.read_bytes())
+
+
+def write_about(out: epath.Path, config: ModelConfig, codec: TextCodec) -> None:
+    """tpo_config.json: what the files of `language_model` do not say of a whole model."""
+    about = {"model": config.to_dict(), "template": codec.template.to_json()}
+    huggingface.write_json(out / beside.CONFIG, {"format_version": beside.FORMAT_VERSION, **about})
 
 
 def _check_heads(
@@ -203,10 +202,9 @@ def import_model(
                 f"out, which merges {adapter}"
             )
         return _import_language(path, out, chat_template, adapter)
-    about = _read_config(path)
+    config, codec = read_about(path)
     if chat_template is not None:
         raise ExportFolderError(f"{path}: has a template of its own; leave --chat_template out")
-    config = ModelConfig.from_dict(about["model"])
     rows = huggingface.language_rows(config.language, config.language.vocab_size)
     leaves = import_leaves(rows, huggingface.read_tensors(path / "language_model"))
     leaves |= beside.read_leaves(path, config.heads)
@@ -218,8 +216,6 @@ def import_model(
         config = dataclasses.replace(config, lora=lora)
     elif adapter is not None:
         leaves = peft.with_merged(leaves, adapter, rows)
-    tokenizer = Tokenizer.from_str((path / "language_model" / "tokenizer.json").read_text())
-    codec = TextCodec(tokenizer, ChatTemplate.from_json(about["template"]))
     folder.write_model(
         out, config.to_dict(), leaves, codec, preprocessor=preprocessor(config),
         reads=(path, adapter),
@@ -264,7 +260,12 @@ def _difference(a: LazyArray, b: LazyArray) -> float:
     )
 
 
-def _read_config(path: epath.Path) -> dict[str, Any]:
+def read_about(path: epath.Path) -> tuple[ModelConfig, TextCodec]:
+    """Configuration, tokenizer and template of an exported whole model.
+
+    Raises:
+      ExportFolderError, FamilyError: `path` is no such folder, or another version wrote it.
+    """
     file = path / beside.CONFIG
     if not file.exists():
         raise ExportFolderError(
@@ -277,4 +278,6 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
             f"{file}: lay beside config.json of a multimodal family, which is missing or of no "
             "family that this program has; copy the folder again"
         )
-    return about
+    tokenizer = Tokenizer.from_str((path / "language_model" / "tokenizer.json").read_text())
+    codec = TextCodec(tokenizer, ChatTemplate.from_json(about["template"]))
+    return ModelConfig.from_dict(about["model"]), codec
