@@ -16,11 +16,13 @@ import numpy as np
 from etils import epath
 
 from tpo_jax.errors import UserError
+from tpo_jax.interop import huggingface
 from tpo_jax.interop.mapping import MappingError, Row, export_leaves, import_leaves
 from tpo_jax.interop.tensors import Index, LazyArray, read_file, write_file
 from tpo_jax.models.config import LoraConfig
 
 _PREFIX = "base_model.model."
+_PICKLE = "adapter_model.bin"
 # Options of PEFT that change what an adapter computes, with the value that ours has.
 _ONLY = {
     "peft_type": "LORA", "bias": "none", "use_dora": False, "rank_pattern": {},
@@ -156,6 +158,8 @@ def module_names(directory: epath.PathLike) -> list[str]:
 def _weights(path: epath.Path) -> epath.Path:
     file = path / "adapter_model.safetensors"
     if not file.exists():
+        if (path / _PICKLE).exists():  # of older PEFT, and of LLaVA's trainers
+            raise AdapterError(huggingface.pickle_message(path, [_PICKLE], file.name))
         raise AdapterError(f"{file}: missing; copy the folder again")
     return file
 

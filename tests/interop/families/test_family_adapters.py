@@ -142,6 +142,9 @@ def test_an_adapter_of_another_model_is_refused(published, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"r": 3, "lora_alpha": 3}')
     with pytest.raises(AdapterError, match="adapter_model.safetensors: missing"):
         import_family(path / "source", tmp_path / "model", adapter=tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80")
+    with pytest.raises(AdapterError, match=r"(?s)weights_only=True.*/adapter_model.safetensors'"):
+        import_family(path / "source", tmp_path / "model", adapter=tmp_path)
     name = "base_model.model.model.layers.9.mlp.other.lora_A.weight"
     tensors = {name: lazy(np.ones((3, 2), np.float32))}
     write_file(tmp_path / "adapter_model.safetensors", tensors, {"format": "pt"})
