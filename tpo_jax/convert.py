@@ -43,8 +43,9 @@ IMPORT_EXAMPLES = """examples:
   python -m tpo_jax.convert import --source=exported --out=model
   python -m tpo_jax.convert import --source=Qwen2-7B --out=qwen2
   python -m tpo_jax.convert import --source=LongVA-7B --out=longva
-  # with a PEFT adapter merged; the mask network of SAM 2 into a model that has one
+  # with a PEFT adapter merged, or kept apart; the mask network of SAM 2 into a model that has one
   python -m tpo_jax.convert import --source=Qwen2-7B --adapter=tuned --out=qwen2
+  python -m tpo_jax.convert import --source=LongVA-7B --adapter=tuned --keep_adapters --out=longva
   python -m tpo_jax.convert import --source=sam2.1-hiera-large --into=model --out=model2
   # the tower of SigLIP 2 into a language folder
   python -m tpo_jax.convert import --source=siglip2-so400m-patch16-naflex --into=qwen3 --out=parts
@@ -96,20 +97,29 @@ def _likes(folders: Sequence[str]) -> tuple[str | None, str | None]:
 
 def _import(flags: argparse.Namespace) -> int:
     if flags.into:
-        _refuse(flags, "--into", "adapter", "chat_template", "set")
+        _refuse(flags, "--into", "adapter", "keep_adapters", "chat_template", "set")
         add = siglip.add_to_language if siglip.is_tower(flags.source) else sam2_model.add_to_model
         for line in add(flags.source, flags.into, flags.out):
+            print(line)
+        return 0
+    if not flags.adapter:
+        _refuse(flags, "an import without --adapter", "keep_adapters")
+    if siglip.is_parts(flags.source):
+        _refuse(flags, "a model of two parts", "adapter", "chat_template", "set")
+        for line in siglip.import_parts(flags.source, flags.out):
             print(line)
         return 0
     template = read_text(flags.chat_template, "--chat_template") if flags.chat_template else None
     if source.is_family(flags.source):
         for line in families.import_family(
-            flags.source, flags.out, dict(flags.set), flags.adapter, template
+            flags.source, flags.out, dict(flags.set), flags.adapter, template, flags.keep_adapters
         ):
             print(line)
         return 0
     _refuse(flags, "a source that is no multimodal checkpoint", "set")
-    about = export.import_model(flags.source, flags.out, template, flags.adapter)
+    about = export.import_model(
+        flags.source, flags.out, template, flags.adapter, flags.keep_adapters
+    )
     print(f"{flags.out}: {about['kind']}, heads {', '.join(about['heads']) or 'none'}")
     for name in about["ignored"]:
         print(f"  left out: {name}")
@@ -125,6 +135,11 @@ def _check(flags: argparse.Namespace) -> int:
         differences = found.differences
         notes = [f"compared: {part}, with {theirs}" for part, theirs in found.parts.items()]
         notes.append("not compared (glue): " + "; ".join(found.glue))
+    elif siglip.is_parts(flags.exported):
+        _refuse(flags, "a model of two parts", "set")
+        inner = epath.Path(flags.exported) / "language_model"
+        differences = check_language.compare_language(flags.model, inner)
+        notes = ["not compared: the tower, the connector, and what puts the parts together"]
     else:
         _refuse(flags, "a folder that is no multimodal checkpoint", "set")
         alone = folder.holds_language_only(flags.model)
@@ -199,6 +214,10 @@ def _parser() -> argparse.ArgumentParser:
         help="model folder that gets the SAM 2 of --source, or language folder for its SigLIP",
     )
     command.add_argument("--adapter", help="PEFT folder to merge into the model")
+    command.add_argument(
+        "--keep_adapters", action="store_true",
+        help="--adapter as parameters of its own instead, to train on",
+    )  # fmt: skip
     command.add_argument("--chat_template", help="Jinja file in the place of the source's")
     _add_set(command)
     command.set_defaults(run=_import)

@@ -41,3 +41,13 @@ def test_a_square_of_one_colour_around_the_image():
     square = preprocess.pad_to_square(np.zeros((2, 5, 3), np.uint8), (1, 2, 3))
     assert square.shape == (5, 5, 3)
     assert (square[1:3] == 0).all() and (square[0] == [1, 2, 3]).all() and (square[4] == 3).any()
+
+
+def test_padding_is_for_images_and_videos_are_cropped():
+    wide = np.zeros((1, 12, 24, 3), np.uint8)
+    wide[:, :, :2] = 250  # what a crop does not show
+    shown = preprocess.resize_of("pad", "image", (0.4, 0.5, 0.6))(wide, 24)
+    assert shown.shape == (1, 24, 24, 3) and shown[0, 12, 0, 0] == 250
+    assert (shown[0, 0] == [102, 127, 153]).all() and (shown[0, 12, 12] == 0).all()
+    assert (preprocess.resize_of("pad", "video", (0.4, 0.5, 0.6))(wide, 12) == 0).all()
+    assert preprocess.resize_of("crop", "image", (0.5,) * 3) is preprocess.crop

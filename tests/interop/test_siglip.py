@@ -9,7 +9,7 @@ import safetensors.numpy
 from tests.interop.language_folders import write_folder
 from tpo_jax import convert
 from tpo_jax.interop import folder, siglip
-from tpo_jax.interop.export import import_model
+from tpo_jax.interop.export import import_model, largest_difference
 from tpo_jax.interop.tensors import lazy
 from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
@@ -100,12 +100,24 @@ def test_a_model_of_two_parts_lacks_its_connector_alone(parts, monkeypatch, caps
     assert "has eyes already" in capsys.readouterr().err
     # What is of no part goes out beside them.
     leaves["heads/sam2/network/no_memory"] = lazy(np.arange(3.0, dtype=np.float32))
-    folder.write_model(model, config.to_dict(), leaves, folder.load_codec(model))
+    trained = {"connector/linear_1/bias": lazy(np.arange(32.0, dtype=np.float32))}
+    folder.write_model(model, config.to_dict(), leaves | trained, folder.load_codec(model))
     assert run(monkeypatch, "export", *back, f"--out={out}") == 0
     others = safetensors.numpy.load_file(out / "tpo.safetensors")
     assert {name: list(x) for name, x in others.items()} == {
         "heads/sam2/network/no_memory": [0.0, 1.0, 2.0]
     }
+    # All of it comes back.
+    whole = ("import", f"--source={out}", f"--out={tmp_path / 'whole'}")
+    assert run(monkeypatch, *whole) == 0
+    assert "siglip2 and a language model" in capsys.readouterr().out
+    assert largest_difference(model, tmp_path / "whole") == 0.0
+    assert folder.load_config(tmp_path / "whole") == folder.load_config(model)
+    codecs = [folder.load_codec(path) for path in (model, tmp_path / "whole")]
+    assert codecs[0].template == codecs[1].template
+    assert codecs[0].tokenizer.to_str() == codecs[1].tokenizer.to_str()
+    assert run(monkeypatch, *whole, "--adapter=x") == 2
+    assert "--adapter: has no meaning for a model of two parts" in capsys.readouterr().err
 
     files = sorted(out.rglob("*"))
     assert run(monkeypatch, "export", *back, f"--out={out}") == 0
@@ -120,7 +132,7 @@ def test_a_model_of_two_parts_lacks_its_connector_alone(parts, monkeypatch, caps
     monkeypatch.setattr(siglip, "write_file", fail)  # at the last file
     with pytest.raises(OSError, match="disk full"):
         run(monkeypatch, "export", *back, f"--out={tmp_path / 'new'}")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "docs", "model", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "docs", "model", "out", "whole"]
 
 
 @pytest.mark.parametrize("kind, side", [("siglip", 224), ("siglip2", 256)])

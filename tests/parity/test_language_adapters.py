@@ -92,6 +92,15 @@ def test_an_adapter_of_ours_is_read_by_peft_and_comes_back_bit_for_bit(tmp_path)
     assert largest_difference(tmp_path / "model", tmp_path / "back") == 0.0
     assert folder.load_config(tmp_path / "back") == config
 
+    bare = {path: leaf for path, leaf in params.items() if "/lora_" not in path}
+    without = dataclasses.replace(config, lora=None)
+    folder.save_model(tmp_path / "bare", without, unflatten(bare), codec)
+    export_model(tmp_path / "bare", tmp_path / "base")
+    adapter = tmp_path / "apart/adapter"
+    import_model(tmp_path / "base", tmp_path / "kept", adapter=adapter, keep_adapters=True)
+    assert largest_difference(tmp_path / "model", tmp_path / "kept") == 0.0
+    assert folder.load_config(tmp_path / "kept").lora.scale == config.lora.scale
+
 
 def test_an_adapter_of_a_family_is_read_by_peft(tmp_path):
     """LLaVA-OneVision: on disk the names of transformers 4, in memory those of version 5."""

@@ -13,6 +13,7 @@ import safetensors.numpy
 from tests.interop import language_folders
 from tests.interop.families.folders import forward, load, prompt
 from tests.parity.towers import difference, randomise
+from tpo_jax import convert
 from tpo_jax.interop import folder, siglip
 from tpo_jax.interop.export import import_model
 from tpo_jax.interop.tensors import lazy
@@ -114,3 +115,12 @@ def test_frames_to_logits(joined):
     # Rows behind the vocabulary fill the table up.
     assert difference(logits, out.logits[0][:, : logits.shape[1]]) < TOLERANCE
     assert float(np.std(logits)) > 0.1
+
+
+def test_check_compares_the_language_model_and_says_what_not(joined, capsys):
+    command = ["check", f"--model={joined / 'model'}", f"--exported={joined / 'exported'}"]
+    assert convert.main(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"language/layer 2", "language/logits"} <= {line.rsplit(maxsplit=1)[0].strip()
+                                                       for line in lines[:-1]}  # fmt: skip
+    assert lines[-1].startswith("not compared: the tower, the connector")

@@ -257,25 +257,28 @@ def test_frames_that_are_absent_change_nothing(onevision):
     np.testing.assert_allclose(visual, onevision.encode(clip)[0], atol=1e-6)
 
 
-def test_bfloat16_is_as_near_as_pytorch_gets(onevision):
+@pytest.mark.parametrize("name", ["onevision", "video_llava"])
+def test_bfloat16_is_as_near_as_pytorch_gets(name, request):
     """The error of bfloat16 is at most twice that of PyTorch's own."""
     import torch
 
+    pair = request.getfixturevalue(name)
     rng = np.random.default_rng(5)
     clip = _frames(rng, 1, 3)
-    row = _ids(rng, 2, 13, VIDEO_ID, 6)
-    inputs = {"input_ids": torch.tensor([row]), "pixel_values_videos": onevision.pixels(clip)}
-    exact = onevision.theirs(**inputs).logits
+    count = pair.config.num_visual_tokens(3)
+    row = _ids(rng, 2, count, VIDEO_ID, 6)
+    inputs = {"input_ids": torch.tensor([row]), "pixel_values_videos": pair.pixels(clip)}
+    exact = pair.theirs(**inputs).logits
     inputs["pixel_values_videos"] = inputs["pixel_values_videos"].bfloat16()
-    theirs = copy.deepcopy(onevision.theirs).bfloat16()(**inputs).logits.float()
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), onevision.params)
-    model = FunctionalModel(dataclasses.replace(onevision.config, dtype="bfloat16"))
+    theirs = copy.deepcopy(pair.theirs).bfloat16()(**inputs).logits.float()
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), pair.params)
+    model = FunctionalModel(dataclasses.replace(pair.config, dtype="bfloat16"))
 
     @jax.jit
     def run(params, clip, ids):
         bound = model.bind(params)
         visual = bound.encode(clip, jnp.ones((1, 3), bool), jnp.zeros((1, 3))).visual
-        embeds = bound.embed_tokens(ids).at[:, 2:15].set(visual)
+        embeds = bound.embed_tokens(ids).at[:, 2 : 2 + count].set(visual)
         ones = jnp.ones(ids.shape, jnp.int32)
         hidden, _ = bound.language.prefill(embeds, jnp.arange(ids.shape[1])[None], ones)
         return (hidden @ bound.language.table.T).astype(jnp.float32)

@@ -220,6 +220,8 @@ def test_the_published_schedules():
         config = config_of(name, "")
         assert config.trainable == [["vision/", 2e-6], [".*", 1e-5]]
         assert (config.optimizer.warmup, config.optimizer.weight_decay) == (0.03, 0.0)
+        assert config.optimizer.clip == 1.0  # of the Trainer of transformers
     optimizer = config_of("videochat2", "").optimizer
+    assert [config_of("videochat2", arg).optimizer.clip for arg in ("", "tpo")] == [0.0, 1.0]
     # 0.6 of 3 epochs.
     assert (optimizer.warmup, optimizer.min_lr_ratio) == (0.2, 0.25)

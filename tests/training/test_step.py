@@ -1,5 +1,6 @@
 """The train step on the real micro model, on one device."""
 
+import collections
 import dataclasses
 import functools
 import pathlib
@@ -26,7 +27,7 @@ from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.paths import flatten, unflatten
 from tpo_jax.parallel.weighted_sum import WeightedSum
-from tpo_jax.training.flops import forward_flops, matmul_flops
+from tpo_jax.training.flops import forward_flops, matmul_flops, sub_programs
 from tpo_jax.training.objective import SftObjective, denominators
 from tpo_jax.training.optimizer import assign_groups
 from tpo_jax.training.program import Program, make_program
@@ -218,6 +219,37 @@ def test_a_step_that_is_not_finite_is_counted_and_changes_nothing(host_params):
     assert history[0]["nonfinite"] == 1.0 and int(state.step) == 1
     assert difference(state.params, params) == 0.0
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state.opt_state))
+
+
+def products(jaxpr):
+    """{dtype of the operands: matrix products} of a traced program, loops once."""
+    found = collections.Counter()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found[equation.invars[0].aval.dtype.name] += 1
+        for inner in sub_programs(equation):
+            found += products(inner)
+    return found
+
+
+def test_bfloat16_is_computed_in_and_weights_gradients_and_moments_are_float32():
+    config, batch = micro(), random_batch(bucket(B), micro())
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        program = make_program(
+            train_config(), dataclasses.replace(config, dtype=dtype),
+            make_mesh({}, jax.devices()[:1]),
+        )  # fmt: skip
+        state = program.abstract_state
+        floats = [x for x in jax.tree.leaves((state.params, state.opt_state))
+                  if jnp.issubdtype(x.dtype, jnp.floating)]  # fmt: skip
+        assert {x.dtype.name for x in floats} == {"float32"}
+        step = functools.partial(program.train_step.gradient, state, batch)
+        trace, (gradients, _) = jax.make_jaxpr(step, return_shape=True)(jax.random.key(0))
+        assert {x.dtype.name for x in jax.tree.leaves(gradients)} == {"float32"}
+        found[dtype] = products(trace.jaxpr)
+    assert found["float32"].keys() == {"float32"}
+    assert found["bfloat16"]["bfloat16"] > 9 * found["bfloat16"]["float32"]
 
 
 def test_terms_and_weights_must_name_each_other():

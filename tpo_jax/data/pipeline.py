@@ -24,6 +24,7 @@ from tpo_jax.data.clip_features import RowFeatures
 from tpo_jax.data.evidence import apply_evidence
 from tpo_jax.data.mixture import Mixture, Parts, Source, find_entries
 from tpo_jax.data.pairs import PairedDataset
+from tpo_jax.data.preprocess import resize_of
 from tpo_jax.data.row_texts import RowTexts
 from tpo_jax.data.rows import Reference, RowBuilder, RowPlan, row_id, stack_rows
 from tpo_jax.data.shares import SourceTable, change, number_sources
@@ -82,8 +83,10 @@ def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
         texts = RowTexts(model_config.text_features, frozenset(readers))
     frames = visual_frames(model_config, bucket.frames, bucket.tiles)
     tiling = bucket.tiles and tiling_of(model_config)
-    return RowBuilder(codec, bucket, tuple(tasks), model_config.vision.image_size,
-                      frames, reference, model_config.vision.resize, contrast, features, texts,
+    vision = model_config.vision
+    resize = resize_of(vision.resize, bucket.media, vision.mean)
+    return RowBuilder(codec, bucket, tuple(tasks), vision.image_size, frames, reference, resize,
+                      contrast, features, texts,
                       RowTiles(tiling, bucket.tiles) if tiling else None)
 
 

@@ -1,11 +1,13 @@
 """Pixels as published checkpoints want them: uint8 frames in, uint8 frames of the tower's size out.
 
-Resizing is Pillow's bicubic filter, which these checkpoints were trained with; dividing by 255 and
-normalising happen on the device. `area` is this project's own models' way.
+Resizing is Pillow's bicubic filter, as in the processors of `transformers` (docs/families.md says
+whose own code has another); dividing by 255 and normalising happen on the device. `area` is this
+project's own models' way.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -48,9 +50,27 @@ def crop(frames: np.ndarray, size: int) -> np.ndarray:
 
 
 # uint8[n, h, w, 3], size -> uint8[n, size, size, 3]
-RESIZES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
-    "area": area, "stretch": stretch, "crop": crop,
-}  # fmt: skip
+Resize = Callable[[np.ndarray, int], np.ndarray]
+RESIZES: dict[str, Resize] = {"area": area, "stretch": stretch, "crop": crop}
+
+
+def resize_of(name: str, media: str, mean: Sequence[float]) -> Resize:
+    """What a vision encoder's `resize` means for "video" or "image".
+
+    Args:
+      mean: of the encoder's pixels in [0, 1], the colour that "pad" puts around an image.
+    """
+    if name != "pad":
+        return RESIZES[name]
+    if media == "video":
+        return crop
+    return functools.partial(pad, colour=[int(255 * x) for x in mean])
+
+
+def pad(frames: np.ndarray, size: int, colour: Sequence[int]) -> np.ndarray:
+    """uint8[n, h, w, 3] -> uint8[n, size, size, 3]: a square of `colour` around each, then bicubic
+    (images of the original Video-LLaVA)."""
+    return stretch(np.stack([pad_to_square(frame, colour) for frame in frames]), size)
 
 
 def pad_to_square(frame: np.ndarray, colour: Sequence[int]) -> np.ndarray:

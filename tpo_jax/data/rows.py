@@ -18,7 +18,7 @@ import numpy as np
 from tpo_jax.data import sampling
 from tpo_jax.data.buckets import Bucket, fitted
 from tpo_jax.data.clip_features import RowFeatures
-from tpo_jax.data.preprocess import RESIZES
+from tpo_jax.data.preprocess import Resize, area
 from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example, task_number
 from tpo_jax.data.row_plans import BranchPlan, RowError, RowPlan, clip_frames
@@ -86,7 +86,7 @@ class RowBuilder:
       image_size: height and width that the vision encoder expects, in pixels.
       visual_frames: int[V], the frame that must be there for each visual token to be there, of
         `bucket.frames` frames.
-      resize: how frames of another size become image_size, of preprocess.RESIZES.
+      resize: how frames of another size become image_size.
       reference: reference log-probabilities of pairs; None leaves them out (scoring).
       contrast: whether pairs bring their manipulated frames as well.
       tiles: how images are cut into tiles; None: one view, or videos.
@@ -96,7 +96,7 @@ class RowBuilder:
 
     def __init__(self, codec: TextCodec, bucket: Bucket, tasks: Sequence[str], image_size: int,
                  visual_frames: np.ndarray, reference: Reference | None = None,
-                 resize: str = "area", contrast: bool = False,
+                 resize: Resize = area, contrast: bool = False,
                  clip_features: RowFeatures | None = None,
                  text_features: RowTexts | None = None, tiles: RowTiles | None = None):
         self.contrast = contrast and bucket.kind == "preference"
@@ -109,7 +109,7 @@ class RowBuilder:
         bucket = fitted(bucket, codec)
         self.codec, self.bucket, self.image_size = codec, bucket, image_size
         self.visual_frames, self.visual_tokens = visual_frames, len(visual_frames)
-        self.reference, self.resize = reference, RESIZES[resize]
+        self.reference, self.resize = reference, resize
         self.beside: RowBuilder | None = None  # of the bucket whose rows go into the same step
         self.slot_heads = (*(task for task in TARGETS if task in tasks),
                            *(("box",) if tasks else ()))

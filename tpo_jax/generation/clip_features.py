@@ -21,7 +21,7 @@ from etils import epath
 
 from tpo_jax.data.clip_features import FeatureStore
 from tpo_jax.data.ingest.plan import MediaItem
-from tpo_jax.data.preprocess import RESIZES
+from tpo_jax.data.preprocess import resize_of
 from tpo_jax.data.video import TICK_TOLERANCE, Decoder, VideoError
 from tpo_jax.errors import UserError
 from tpo_jax.generation.sidecar import hash_json, hash_weights
@@ -112,7 +112,8 @@ class Extractor:
 
     def _clips(self, item: MediaItem) -> Iterator[list[np.ndarray]]:
         """The frames of every clip of a video; the last may have fewer."""
-        size, resize = self.config.vision.image_size, RESIZES[self.config.vision.resize]
+        vision = self.config.vision
+        size, resize = vision.image_size, resize_of(vision.resize, "video", vision.mean)
         decoder = Decoder(item.path, self.frames / self.clip_seconds, frame_rate=item.frame_rate)
         shown = on_screen(decoder, lambda frame: resize(frame[None], size)[0])
         while clip := list(itertools.islice(shown, self.frames)):

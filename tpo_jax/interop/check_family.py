@@ -24,7 +24,8 @@ from tpo_jax.interop.check_towers import (
     filled,
     named,
 )
-from tpo_jax.interop.families.source import read_config
+from tpo_jax.interop.families.base import FamilyError
+from tpo_jax.interop.families.source import ADAPTER, read_config
 from tpo_jax.interop.families.videochat import MISTRAL_7B
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.connectors.config import QFormerConfig
@@ -61,7 +62,15 @@ def compare_family(
       model: model folder that `import` wrote.
       published: the folder that it came from, or that `export --like` wrote.
       options: entries of config.json that `published` lacks.
+
+    Raises:
+      FamilyError: the folder keeps adapters apart, or is not what it should be.
     """
+    if (epath.Path(published) / ADAPTER).exists():
+        raise FamilyError(
+            f"{published}: has adapters apart, in {ADAPTER}/, which are not run here; export "
+            "without --keep_adapters and check that"
+        )
     family, _, data = read_config(published, options)
     config = folder.load_config(model)
     leaves = folder.open_leaves(model)

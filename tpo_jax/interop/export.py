@@ -100,16 +100,15 @@ def _write_whole(
     write_language_model(out / "language_model", config.language, language, codec)
     write_file(out / beside.TENSORS, rest, {"format": "pt"})
     huggingface.write_json(out / "preprocessor_config.json", preprocessor(config))
-    huggingface.write_json(
-        out / beside.CONFIG,
-        {
-            "format_version": beside.FORMAT_VERSION,
-            "model": config.to_dict(),
-            "template": codec.template.to_json(),
-        },
-    )
+    write_about(out, config, codec)
     runtime = epath.resource_path("tpo_jax") / "interop" / "torch_runtime" / _RUNTIME
     (out / _RUNTIME).write_bytes(runtime.read_bytes())
+
+
+def write_about(out: epath.Path, config: ModelConfig, codec: TextCodec) -> None:
+    """tpo_config.json: what the files of `language_model` do not say of a whole model."""
+    about = {"model": config.to_dict(), "template": codec.template.to_json()}
+    huggingface.write_json(out / beside.CONFIG, {"format_version": beside.FORMAT_VERSION, **about})
 
 
 def _check_heads(
@@ -178,37 +177,45 @@ def import_model(
     out: epath.PathLike,
     chat_template: str | None = None,
     adapter: epath.PathLike | None = None,
+    keep_adapters: bool = False,
 ) -> dict[str, Any]:
     """Reads an exported folder, or a language model's Hugging Face folder, into a model folder.
 
     Args:
       chat_template: Jinja text, for a Hugging Face folder that has none.
       adapter: PEFT folder to merge into the language model.
+      keep_adapters: `adapter` becomes leaves instead; of a whole model alone.
 
     Returns: what to tell about it: {"kind", "heads", "ignored"}.
 
     Raises:
+      AdapterError: the adapter does not fit, or cannot be kept.
       ExportFolderError, FamilyError: neither of them, or an export of another format version.
       MappingError: a tensor is missing, or one that no leaf uses is there.
       OutputError: `out` holds something else.
     """
     path = epath.Path(source)
     if not (path / beside.CONFIG).exists() and huggingface.model_type(path):
+        if keep_adapters:
+            raise peft.AdapterError(
+                f"{path}: a language model alone has no place for adapters; leave --keep_adapters "
+                f"out, which merges {adapter}"
+            )
         return _import_language(path, out, chat_template, adapter)
-    about = _read_config(path)
+    config, codec = read_about(path)
     if chat_template is not None:
         raise ExportFolderError(f"{path}: has a template of its own; leave --chat_template out")
-    config = ModelConfig.from_dict(about["model"])
     rows = huggingface.language_rows(config.language, config.language.vocab_size)
     leaves = import_leaves(rows, huggingface.read_tensors(path / "language_model"))
     leaves |= beside.read_leaves(path, config.heads)
     if config.lora is not None:
         adapters, _ = peft.read_adapter(path / _ADAPTER, rows, leaves)
         leaves = peft.with_adapters(leaves, adapters)
-    if adapter is not None:
+    if adapter is not None and keep_adapters:
+        leaves, lora = peft.with_kept(leaves, adapter, rows)
+        config = dataclasses.replace(config, lora=lora)
+    elif adapter is not None:
         leaves = peft.with_merged(leaves, adapter, rows)
-    tokenizer = Tokenizer.from_str((path / "language_model" / "tokenizer.json").read_text())
-    codec = TextCodec(tokenizer, ChatTemplate.from_json(about["template"]))
     folder.write_model(
         out, config.to_dict(), leaves, codec, preprocessor=preprocessor(config),
         reads=(path, adapter),
@@ -253,7 +260,12 @@ def _difference(a: LazyArray, b: LazyArray) -> float:
     )
 
 
-def _read_config(path: epath.Path) -> dict[str, Any]:
+def read_about(path: epath.Path) -> tuple[ModelConfig, TextCodec]:
+    """Configuration, tokenizer and template of an exported whole model.
+
+    Raises:
+      ExportFolderError, FamilyError: `path` is no such folder, or another version wrote it.
+    """
     file = path / beside.CONFIG
     if not file.exists():
         raise ExportFolderError(
@@ -266,4 +278,6 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
             f"{file}: lay beside config.json of a multimodal family, which is missing or of no "
             "family that this program has; copy the folder again"
         )
-    return about
+    tokenizer = Tokenizer.from_str((path / "language_model" / "tokenizer.json").read_text())
+    codec = TextCodec(tokenizer, ChatTemplate.from_json(about["template"]))
+    return ModelConfig.from_dict(about["model"]), codec

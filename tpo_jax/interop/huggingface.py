@@ -149,7 +149,7 @@ def read_tensors(directory: epath.PathLike) -> dict[str, LazyArray]:
     if index is None and not (path / "model.safetensors").exists():
         pickles = sorted(f.name for p in ("*.bin", "*.pth", "*.pt") for f in path.glob(p))
         pickles = [name for name in pickles if not name.startswith(_NO_MODEL)]
-        raise HuggingFaceError(_pickle_message(path, pickles) if pickles else (
+        raise HuggingFaceError(pickle_message(path, pickles) if pickles else (
             f"{path}: has no model.safetensors and no model.safetensors.index.json; copy the "
             "folder again"
         ))  # fmt: skip
@@ -169,7 +169,10 @@ def read_tensors(directory: epath.PathLike) -> dict[str, LazyArray]:
     return arrays
 
 
-def _pickle_message(path: epath.Path, pickles: Sequence[str]) -> str:
+def pickle_message(
+    path: epath.Path, pickles: Sequence[str], out: str = "model.safetensors"
+) -> str:
+    """Why a folder's pickles are not opened, and lines that write them to its file `out`."""
     return (
         f"{path}: holds {', '.join(pickles)}, which are pickles, and this program opens none: one "
         "can run any code. Convert them where you have torch and safetensors:\n\n"
@@ -179,7 +182,7 @@ def _pickle_message(path: epath.Path, pickles: Sequence[str]) -> str:
         f"  for name in {list(pickles)}:\n"
         f"      tensors |= torch.load(f'{path}/{{name}}', map_location='cpu', weights_only=True)\n"
         "  tensors = {name: x.clone().contiguous() for name, x in tensors.items()}\n"
-        f"  save_file(tensors, '{path}/model.safetensors', metadata={{'format': 'pt'}})\n"
+        f"  save_file(tensors, '{path}/{out}', metadata={{'format': 'pt'}})\n"
     )
 
 

@@ -16,11 +16,13 @@ import numpy as np
 from etils import epath
 
 from tpo_jax.errors import UserError
+from tpo_jax.interop import huggingface
 from tpo_jax.interop.mapping import MappingError, Row, export_leaves, import_leaves
 from tpo_jax.interop.tensors import Index, LazyArray, read_file, write_file
 from tpo_jax.models.config import LoraConfig
 
 _PREFIX = "base_model.model."
+_PICKLE = "adapter_model.bin"
 # Options of PEFT that change what an adapter computes, with the value that ours has.
 _ONLY = {
     "peft_type": "LORA", "bias": "none", "use_dora": False, "rank_pattern": {},
@@ -156,6 +158,8 @@ def module_names(directory: epath.PathLike) -> list[str]:
 def _weights(path: epath.Path) -> epath.Path:
     file = path / "adapter_model.safetensors"
     if not file.exists():
+        if (path / _PICKLE).exists():  # of older PEFT, and of LLaVA's trainers
+            raise AdapterError(huggingface.pickle_message(path, [_PICKLE], file.name))
         raise AdapterError(f"{file}: missing; copy the folder again")
     return file
 
@@ -165,10 +169,10 @@ def without_adapters(leaves: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
     return {p: leaf for p, leaf in leaves.items() if not p.endswith(("/lora_a", "/lora_b"))}
 
 
-def with_merged(
+def with_kept(
     leaves: Mapping[str, LazyArray], directory: epath.PathLike, rows: Sequence[Row]
-) -> dict[str, LazyArray]:
-    """Leaves of a model with the adapter of a PEFT folder merged into them.
+) -> tuple[dict[str, LazyArray], LoraConfig]:
+    """Leaves of a model with the adapter of a PEFT folder as leaves of their own, and its sizes.
 
     Raises:
       AdapterError, MappingError: what `read_adapter` raises, or the model has adapters itself.
@@ -178,7 +182,15 @@ def with_merged(
             f"{directory}: the source has adapters of its own, such as {own[0]}; merge them first"
         )
     adapters, config = read_adapter(directory, rows, leaves)
-    return merged_leaves(with_adapters(leaves, adapters), config)
+    return with_adapters(leaves, adapters), config
+
+
+def with_merged(
+    leaves: Mapping[str, LazyArray], directory: epath.PathLike, rows: Sequence[Row]
+) -> dict[str, LazyArray]:
+    """Leaves of a model with the adapter of a PEFT folder merged into them; raises what `with_kept`
+    raises."""
+    return merged_leaves(*with_kept(leaves, directory, rows))
 
 
 def merged_leaves(leaves: Mapping[str, LazyArray], config: LoraConfig) -> dict[str, LazyArray]:

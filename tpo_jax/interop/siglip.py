@@ -14,16 +14,17 @@ from etils import epath
 
 from tpo_jax.interop import folder, huggingface, output, peft
 from tpo_jax.interop.chat_template import read_json
-from tpo_jax.interop.export import write_language_model
+from tpo_jax.interop.export import read_about, write_about, write_language_model
 from tpo_jax.interop.families import beside
 from tpo_jax.interop.families.base import FamilyError, assemble_parts, only, tower_config
 from tpo_jax.interop.families.towers import tower_rows
 from tpo_jax.interop.mapping import export_leaves, import_leaves
-from tpo_jax.interop.tensors import write_file
+from tpo_jax.interop.tensors import read_file, write_file
 from tpo_jax.models.published import SIGLIP2_CONNECTOR
 from tpo_jax.models.towers.config import TowerConfig
 
 PREFIX = "vision/"
+CONNECTOR = "connector.safetensors"  # of an export: no published file holds it
 # What a vision_config leaves out has the default of its class in `transformers`.
 DEFAULTS = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -40,6 +41,11 @@ LAYER = -2
 def is_tower(source: epath.PathLike) -> bool:
     """Whether a folder holds SigLIP or SigLIP 2."""
     return read_json(epath.Path(source) / "config.json").get("model_type") in SIDES
+
+
+def is_parts(source: epath.PathLike) -> bool:
+    """Whether `export_parts` wrote a folder."""
+    return (epath.Path(source) / CONNECTOR).exists()
 
 
 def import_folder(path: epath.PathLike) -> tuple[TowerConfig, dict[str, Any]]:
@@ -95,14 +101,38 @@ def add_to_language(
     ]
 
 
+def import_parts(source: epath.PathLike, out: epath.PathLike) -> list[str]:
+    """Writes the model folder of what `export_parts` wrote; returns what was done.
+
+    Raises:
+      ExportFolderError, FamilyError, MappingError, OutputError, TensorFileError: name what does not
+        fit.
+    """
+    path = epath.Path(source)
+    config, codec = read_about(path)
+    _, tower = import_folder(path / "vision")
+    rows = huggingface.language_rows(config.language, config.language.vocab_size)
+    leaves = import_leaves(rows, huggingface.read_tensors(path / "language_model"))
+    leaves |= {PREFIX + name: leaf for name, leaf in tower.items()} | read_file(path / CONNECTOR)
+    if (path / beside.TENSORS).exists():
+        leaves |= beside.read_leaves(path, config.heads)
+    folder.write_model(
+        out, config.to_dict(), leaves, codec, preprocessor=folder.preprocessor(config),
+        reads=(path,),
+    )  # fmt: skip
+    heads = ", ".join(config.heads) or "none"
+    return [f"{out}: {config.vision.kind} and a language model, {len(leaves)} parameters, heads "
+            f"{heads}"]  # fmt: skip
+
+
 def export_parts(
     model: epath.PathLike, out: epath.PathLike, like: epath.PathLike,
     sam2_like: epath.PathLike | None = None,
 ) -> list[str]:  # fmt: skip
     """Writes a model of `add_to_language` as it came: `vision`, in the layout of the SigLIP folder
-    `like` and with its text half, `language_model`, a Hugging Face folder, and the connector; heads
-    beside them (families/beside.py). Returns what is in the folder, which appears whole or not at
-    all.
+    `like` and with its text half, `language_model`, a Hugging Face folder, the connector and what
+    the model is; heads beside them (families/beside.py). Adapters are merged. Returns what is in
+    the folder, which appears whole or not at all.
 
     Args:
       sam2_like: folder of SAM 2 in whose layout the network of the head sam2 goes out.
@@ -136,6 +166,6 @@ def export_parts(
             (vision / name).write_bytes(content)
         inner = temporary / "language_model"
         write_language_model(inner, config.language, parts["language"], codec)
-        connector = temporary / "connector.safetensors"
-        write_file(connector, parts["connector"], output.EXPORT_METADATA)
+        write_file(temporary / CONNECTOR, parts["connector"], output.EXPORT_METADATA)
+        write_about(temporary, dataclasses.replace(config, lora=None), codec)
     return sorted(file.name for file in epath.Path(out).iterdir())

@@ -355,8 +355,9 @@ class ModelConfig:
                 "connector.class_token", True, "the vision tower has no class token",
             )
         _require(
-            not self.heads or getattr(self.vision, "resize", "") != "crop", "heads", self.heads,
-            'boxes and masks are of whole frames, which vision.resize="crop" does not show',
+            not self.heads or self.vision.resize not in ("crop", "pad"), "heads", self.heads,
+            f"boxes and masks are of whole frames, which vision.resize={self.vision.resize!r} does "
+            "not show",
         )
         _require(
             self.vision.image_size % self.head.mask_stride == 0, "head.mask_stride",

@@ -45,7 +45,7 @@ VIDEO_LLAVA_ORIGINAL = {
     "model_type": "llava", **TEXT, "vision_config": CLIP, "mm_projector_type": "mlp2x_gelu",
     "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
     "mm_image_tower": "LanguageBind/LanguageBind_Image",
-    "mm_video_tower": "LanguageBind/LanguageBind_Video_merge",
+    "mm_video_tower": "LanguageBind/LanguageBind_Video_merge", "image_aspect_ratio": "pad",
 }  # fmt: skip
 VIDEOCHAT = {
     "llm_config": {"model_type": "mistral", **TEXT},

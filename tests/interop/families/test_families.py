@@ -9,7 +9,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.interop.families.configs import CONFIGS, LLAVA_ONEVISION, LLAVA_VIDEO, LONGVA, VIDEOCHAT
+from tests.interop.families.configs import (
+    CONFIGS,
+    LLAVA_ONEVISION,
+    LLAVA_VIDEO,
+    LONGVA,
+    VIDEO_LLAVA_ORIGINAL,
+    VIDEOCHAT,
+)
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.llava_qwen import resolutions
 from tpo_jax.interop.families.registry import family_of, from_leaves, to_leaves
@@ -109,6 +116,7 @@ def test_an_unknown_tensor_is_refused():
     ("llava_video", "mm_spatial_pool_stride"), ("longva", "mm_patch_merge_type"),
     ("longva", "mm_vision_select_layer"), ("longva", "frames_upbound"),
     ("llava_video", "force_sample"), ("llava_video", "add_time_instruction"),
+    ("video_llava_original", "image_aspect_ratio"),
 ])  # fmt: skip
 def test_an_option_that_config_json_does_not_say_is_named(name, option):
     data = copy.deepcopy(CONFIGS[name])
@@ -124,6 +132,22 @@ def test_an_option_that_this_program_does_not_have_is_named():
     with pytest.raises(FamilyError, match="vision_feature_select_strategy='default'"):
         data = LLAVA_ONEVISION | {"vision_feature_select_strategy": "default"}
         family_of(data).model_config(data, {})
+
+
+def test_an_aspect_ratio_of_images_that_this_program_does_not_have_is_refused():
+    for data in (LLAVA_VIDEO, VIDEO_LLAVA_ORIGINAL):
+        data = data | {"image_aspect_ratio": "highres"}
+        with pytest.raises(FamilyError, match="'highres': this program has"):
+            family_of(data).model_config(data, {})
+    with pytest.raises(FamilyError, match="'pad': this program has"):
+        family_of(LLAVA_VIDEO).model_config(LLAVA_VIDEO | {"image_aspect_ratio": "pad"}, {})
+
+
+def test_the_original_video_llava_pads_images_where_its_config_says_so():
+    assert config_of("video_llava_original").vision.resize == "pad"
+    data = VIDEO_LLAVA_ORIGINAL | {"image_aspect_ratio": "square"}
+    assert family_of(data).model_config(data, {}).vision.resize == "crop"
+    assert config_of("video_llava").vision.resize == "crop"  # as transformers' processor does
 
 
 def test_llava_video_reads_its_modes():

@@ -1,4 +1,4 @@
-"""LoRA of multimodal families: merged or in PEFT's layout on the way out, merged on the way in."""
+"""LoRA of multimodal families: merged or in PEFT's layout, on the way out and on the way in."""
 
 import dataclasses
 import json
@@ -10,8 +10,10 @@ import pytest
 
 from tests.interop.families.configs import LLAVA_ONEVISION, LONGVA, VIDEO_LLAVA, VIDEOCHAT
 from tests.interop.families.published_folder import sized, write_published
+from tests.interop.language_folders import write_folder
 from tpo_jax import convert
 from tpo_jax.interop import folder
+from tpo_jax.interop.check_family import compare_family
 from tpo_jax.interop.export import ExportFolderError, export_model, largest_difference
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.folder import export_family, import_family
@@ -80,7 +82,7 @@ def test_adapters_are_merged_into_the_published_layout(published):
     assert all(re.fullmatch(wanted, name) for name in changed)
 
 
-def test_adapters_that_are_kept_come_back_merged(published):
+def test_adapters_that_are_kept_come_back_merged_where_they_are_named(published):
     path, adapters, key, module = published
     files = export_family(path / "model", path / "apart", path / "source", keep_adapters=True)
     assert {"adapter", "config.json"} <= set(files)
@@ -99,10 +101,49 @@ def test_adapters_that_are_kept_come_back_merged(published):
     assert folder.load_config(path / "again").lora is None
 
 
+def test_adapters_that_are_kept_come_back_bit_for_bit(published, tmp_path, capsys):
+    """From the folder that they lie in, named with the published base, and where training starts
+    from the exported folder."""
+    path, adapters, *_ = published
+    export_family(path / "model", tmp_path / "apart", path / "source", keep_adapters=True)
+    named = [f"--adapter={tmp_path / 'apart/adapter'}", "--keep_adapters"]
+    for source, more in ((tmp_path / "apart", []), (path / "source", named)):
+        command = ["import", f"--source={source}", f"--out={tmp_path / 'back'}", *more]
+        assert convert.main(command) == 0
+        assert "adapters: rank 3, alpha 6" in capsys.readouterr().out
+        assert largest_difference(path / "model", tmp_path / "back") == 0.0
+        lora = folder.load_config(tmp_path / "back").lora
+        assert (lora.rank, lora.scale) == (LORA.rank, LORA.scale)
+        export_family(tmp_path / "back", tmp_path / "again", path / "source", keep_adapters=True)
+        for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+            assert (tmp_path / "again" / file).read_bytes() == (
+                tmp_path / "apart" / file).read_bytes()  # fmt: skip
+    assert folder.load_config(tmp_path / "apart").lora.rank == 3
+    leaves = folder.open_leaves(tmp_path / "apart")
+    assert all(np.array_equal(np.asarray(leaves[name]), a) for name, a in adapters.items())
+    with pytest.raises(FamilyError, match="apart: has adapters apart.*without --keep_adapters"):
+        compare_family(path / "model", tmp_path / "apart", {})
+
+
+def test_an_adapter_is_not_kept_where_it_has_no_place(published, tmp_path, capsys):
+    path = published[0]
+    write_folder(tmp_path / "language", "qwen2")
+    for source, more, message in (
+        (path / "source", [], "--keep_adapters: has no meaning for an import without --adapter"),
+        (tmp_path / "language", ["--adapter=x"], "a language model alone has no place for adapte"),
+    ):
+        command = ["import", f"--source={source}", f"--out={tmp_path / 'out'}", "--keep_adapters"]
+        assert convert.main([*command, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_an_adapter_of_another_model_is_refused(published, tmp_path):
     path = published[0]
     (tmp_path / "adapter_config.json").write_text('{"r": 3, "lora_alpha": 3}')
     with pytest.raises(AdapterError, match="adapter_model.safetensors: missing"):
+        import_family(path / "source", tmp_path / "model", adapter=tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80")
+    with pytest.raises(AdapterError, match=r"(?s)weights_only=True.*/adapter_model.safetensors'"):
         import_family(path / "source", tmp_path / "model", adapter=tmp_path)
     name = "base_model.model.model.layers.9.mlp.other.lora_A.weight"
     tensors = {name: lazy(np.ones((3, 2), np.float32))}

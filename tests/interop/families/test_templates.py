@@ -66,13 +66,19 @@ def test_videochat_has_bos_in_front_of_every_segment():
 
 @pytest.mark.parametrize("name", ["video_llava", "video_llava_original"])
 def test_video_llava_is_one_text_around_the_frames(name):
-    """As the tokenizer has "\\nWhat? ASSISTANT:" in one piece: no space before the question."""
+    """As the tokenizer has "\\nWhat? ASSISTANT:" in one piece: no space before the question. In
+    front of it the original has the system sentence of its `conv_vicuna_v1`."""
     codec = fitted_codec(llama_tokenizer(), named(name).template)
     for media in ("video", "image"):
         before, after, branch = tokens(codec, media)
-        assert before == ["<s>", "▁US", "ER", ":", "▁"]
+        assert (before[0], before[-4:]) == ("<s>", ["▁US", "ER", ":", "▁"])
+        assert (len(before) == 5) == (name == "video_llava")
         assert after == ["▁", "<0x0A>"]
         assert branch == ["What", "?", "▁ASS", "IST", "ANT", ":", "▁It", "</s>"]
+    system = "assistant. The assistant gives helpful, detailed, and polite answers to the user's "
+    text = named(name).template.before_video
+    assert (f"{system}questions. USER: " in text) == (name == "video_llava_original")
+    assert text.startswith("<s>A chat between a curious user and") or text == "<s>USER: "
 
 
 # In the style of llava-hf: all videos, then all texts of a turn.

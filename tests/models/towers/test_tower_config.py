@@ -22,7 +22,7 @@ def test_the_layer_counts_hidden_states():
     ("activation", "relu", "vision.activation='relu': use one of"),
     ("layer", 25, "vision.layer=25: there are hidden states 0..24"),
     ("frames", 8, "vision.frames=8: kind='clip' has no positions in time"),
-    ("resize", "pad", "vision.resize='pad': use one of"),
+    ("resize", "tile", "vision.resize='tile': use one of"),
 ])  # fmt: skip
 def test_a_wrong_value_is_named(field, value, message):
     with pytest.raises(ValueError, match=message):

@@ -19,10 +19,10 @@ from tpo_jax.interop import folder, huggingface, output, peft
 from tpo_jax.interop.families import beside
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.registry import from_leaves, to_leaves
-from tpo_jax.interop.families.source import headed, open_source, read_config
+from tpo_jax.interop.families.source import ADAPTER, Source, headed, open_source, read_config
+from tpo_jax.interop.tensors import LazyArray
 from tpo_jax.models.config import ModelConfig
 
-ADAPTER = "adapter"
 # Modules have the names of `transformers` 5 in memory, on disk those of version 4.
 IN_MEMORY = ("model.",)
 # What to do about a part of another size, where the layout has a place for one size alone.
@@ -46,27 +46,32 @@ def import_family(
     options: Mapping[str, Any] | None = None,
     adapter: epath.PathLike | None = None,
     jinja: str | None = None,
+    keep_adapters: bool = False,
 ) -> list[str]:
     """Writes a model folder; returns what to tell about it.
 
+    Adapters that lie beside the source, as `export_family` keeps them apart, become leaves.
+
     Args:
       options: entries of config.json that the published file lacks; "heads" are those to load.
-      adapter: PEFT folder to merge into the model.
+      adapter: PEFT folder to merge into the model, also one that lies beside the source.
       jinja: text of a chat template that takes the place of the checkpoint's.
+      keep_adapters: `adapter` becomes leaves instead.
 
     Raises:
       AdapterError, FamilyError, MappingError, HuggingFaceError, OutputError, TensorFileError: name
         what does not fit.
     """
     opened = open_source(source, options, jinja)
-    leaves = opened.leaves
-    if adapter is not None:
-        config = beside.in_layout(opened.config)
-        rows = opened.family.rows(config, peft.module_names(adapter))
-        leaves = peft.with_merged(leaves, adapter, rows)
+    config, leaves = opened.config, opened.leaves
+    if adapter is not None and epath.Path(adapter) != epath.Path(source) / ADAPTER:
+        config, leaves = _with_adapter(opened, adapter)
+    if adapter is not None and config.lora is not None and not keep_adapters:
+        leaves = peft.merged_leaves(leaves, config.lora)
+        config = dataclasses.replace(config, lora=None)
     folder.write_model(
-        out, opened.config.to_dict(), leaves, opened.codec,
-        preprocessor=folder.preprocessor(opened.config), reads=(source, adapter),
+        out, config.to_dict(), leaves, opened.codec, preprocessor=folder.preprocessor(config),
+        reads=(source, adapter),
     )  # fmt: skip
     sampling = opened.sampling
     lines = [
@@ -74,9 +79,24 @@ def import_family(
         f"frames: {sampling.frames}, {sampling.method}; time instruction: "
         + ("yes" if sampling.time_instruction else "no"),
         f"template: {opened.codec.template.before_video!r}, video, question",
-        f"heads: {', '.join(opened.config.heads) or 'none'}",
+        f"heads: {', '.join(config.heads) or 'none'}",
+        f"adapters: {_adapters(config)}",
     ]
     return lines + [f"  carried, not used: {name}" for name in sorted(opened.carried)]
+
+
+def _adapters(config: ModelConfig) -> str:
+    lora = config.lora
+    return f"rank {lora.rank}, alpha {lora.alpha:g}" if lora else "none"
+
+
+def _with_adapter(
+    opened: Source, adapter: epath.PathLike
+) -> tuple[ModelConfig, dict[str, LazyArray]]:
+    """A checkpoint without adapters with those of a PEFT folder."""
+    rows = opened.family.rows(beside.in_layout(opened.config), peft.module_names(adapter))
+    leaves, lora = peft.with_kept(opened.leaves, adapter, rows)
+    return dataclasses.replace(opened.config, lora=lora), leaves
 
 
 def export_family(

@@ -60,12 +60,23 @@ def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> 
 
 def max_tiles(ratio: str, resolutions: Sequence[Size], tile_size: int) -> int:
     """9 of "anyres_max_9"; of "anyres", which resizes no grid, the tiles of the largest resolution;
-    0 for a mode without tiles."""
+    0 of "square" or nothing, which has no tiles.
+
+    Raises:
+      FamilyError: another mode.
+    """
     if ratio == "anyres":
         numbers = ((h // tile_size) * (w // tile_size) for h, w in resolutions)
         return max(numbers, default=0)
     head, _, number = ratio.rpartition("_")
-    return int(number) if head == "anyres_max" and number.isdigit() else 0
+    if head == "anyres_max" and number.isdigit():
+        return int(number)
+    if ratio not in ("", "square"):
+        raise FamilyError(
+            f"config.json: aspect ratio of images {ratio!r}: this program has 'square', 'anyres' "
+            "and 'anyres_max_N'"
+        )
+    return 0
 
 
 def rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:

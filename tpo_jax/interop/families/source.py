@@ -14,7 +14,7 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from tpo_jax.data.text import ChatTemplate, TextCodec
-from tpo_jax.interop import huggingface
+from tpo_jax.interop import huggingface, peft
 from tpo_jax.interop.chat_template import (
     multimodal_template,
     read_json,
@@ -27,6 +27,8 @@ from tpo_jax.interop.families.registry import FAMILIES, family_of, to_leaves
 from tpo_jax.interop.tensors import LazyArray
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import tokens_of
+
+ADAPTER = "adapter"  # folder beside the files of a family, in PEFT's layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,8 @@ def open_source(
       jinja: text of a chat template that takes the place of the checkpoint's.
 
     Raises:
-      FamilyError, MappingError, HuggingFaceError, TensorFileError: name what does not fit.
+      AdapterError, FamilyError, MappingError, HuggingFaceError, TensorFileError: name what does not
+        fit.
     """
     path = epath.Path(source)
     family, config, data = read_config(path, options or {})
@@ -74,6 +77,10 @@ def open_source(
                           "--set heads out")  # fmt: skip
     config = headed(family, config, data, tensors, [] if others else chosen)
     leaves, carried = to_leaves(family, config, tensors)
+    if (path / ADAPTER).exists():  # as `export --keep_adapters` leaves it
+        rows = family.rows(config, peft.module_names(path / ADAPTER))
+        leaves, lora = peft.with_kept(leaves, path / ADAPTER, rows)
+        config = dataclasses.replace(config, lora=lora)
     if others is not None:
         config, leaves = others.joined(config), leaves | others.leaves
     codec = open_codec(path, options, jinja)

@@ -7,6 +7,7 @@ frame. The original flips frames at random, at inference too; this program never
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -36,6 +37,17 @@ VICUNA = ChatTemplate(
     before_video="<s>USER: ", after_video="\n", before_image="<s>USER: ", after_image="\n",
     user="", assistant=" ASSISTANT:", end="</s>", pad="<unk>",
 )  # fmt: skip
+# The original's training and demo code has a system sentence ("v1" of its conversation.py); prompts
+# of the port in `transformers` have none.
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+VICUNA_V1 = dataclasses.replace(
+    VICUNA, before_video=f"<s>{SYSTEM} USER: ", before_image=f"<s>{SYSTEM} USER: "
+)
+# Of image_aspect_ratio, which is about images; videos are cropped.
+RESIZES = {"pad": "pad", "square": "crop"}
 CONNECTOR = MlpConnectorConfig(pool="none", newline="no_token", image="plain", class_token=True)
 
 
@@ -71,7 +83,7 @@ def original_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) 
     vision = tower_config(
         config.get("vision_config") or LANGUAGEBIND, kind="languagebind", frames=FRAMES,
         layer=said(config, "mm_vision_select_layer"), max_frames=FRAMES,
-        preprocessor=preprocessor,
+        preprocessor=preprocessor, resize=RESIZES[said(config, "image_aspect_ratio", RESIZES)],
     )  # fmt: skip
     return assemble(vision, CONNECTOR, dict(config) | {"model_type": "llama"})
 
@@ -102,7 +114,7 @@ ORIGINAL = Family(
     matches=lambda config: "mm_video_tower" in config,
     model_config=original_config,
     rows=original_rows,
-    template=VICUNA,
+    template=VICUNA_V1,
     sampling=lambda config: Sampling("evenly", FRAMES),
     carried=(r".*\.position_ids", r".*rotary_emb\.inv_freq"),
     layouts="PKU-YuanGroup/Video-LLaVA videollava/model, and the renaming in transformers' "

@@ -8,7 +8,7 @@ from tpo_jax.models.checks import name_remat, require, require_positive
 
 KINDS = ("siglip", "siglip2", "clip", "languagebind", "umt")
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
-RESIZES = ("stretch", "crop")
+RESIZES = ("stretch", "crop", "pad")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,8 @@ class TowerConfig:
     # Pixels in [0, 1] become (pixel - mean) / std.
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    # How a frame becomes square: "stretch", or "crop" (short side to size, then the middle).
+    # How a frame becomes square: "stretch", "crop" (short side to size, then the middle), or "pad"
+    # (a square of the mean colour around an image, while videos are cropped).
     resize: str = "stretch"
     # What each layer computes again in the backward pass (checks.REMAT) / one program per layer
     # instead of a loop.
