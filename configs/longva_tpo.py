@@ -14,12 +14,15 @@
   realign  Re-Align's rDPO (2502.13146): beta 0.1, DPO + the conditional term, whose contrast here
            is the pair's manipulated frames; LoRA of rank 128, 1e-6. Score with --contrast
   mdpo     mDPO (2406.11839): as realign with the anchor term, LoRA of rank 64, 1e-5, 3 epochs, 32
+  rrpo     RRPO (2504.12083) as released for LLaVA-Video: beta 0.1, DPO + 0.01 times the KL over the
+           vocabulary, LoRA of rank 128, 5e-6, 32 pairs, 16 frames. Score nothing: the reference is
+           in the step. Rewards are of whole answers; RRPO's are of the phrases that differ
 
 `pairs` is how many the manifest holds, from which steps follow; `frames` those of a clip, 8 to 512,
-without it the recipe's (32, of hound 10); several make a bucket each (frames=8+16+32; weights and
-`--frames` of the other commands: docs/preferences.md, "Clips of several lengths"); `context` the
-devices that share a row, for long ones (docs/preferences.md); `tiny` a few steps on small shapes,
-for tests, of at most 8 frames.
+without it the recipe's (32, of hound 10, of rrpo 16); several make a bucket each (frames=8+16+32;
+weights and `--frames` of the other commands: docs/preferences.md, "Clips of several lengths");
+`context` the devices that share a row, for long ones (docs/preferences.md); `tiny` a few steps on
+small shapes, for tests, of at most 8 frames.
 """
 
 from ml_collections import ConfigDict
@@ -38,7 +41,7 @@ ARGUMENTS = {
     "context": 1, "tiny": False,
 }  # fmt: skip
 # Where the argument names none. Re-Align and mDPO were published on images: theirs are tpo's.
-FRAMES = {"tpo": 32, "hound": 10, "realign": 32, "mdpo": 32}
+FRAMES = {"tpo": 32, "hound": 10, "realign": 32, "mdpo": 32, "rrpo": 16}
 # The eight kinds of the published questions.
 KINDS = [
     "temporal", "action", "causal", "information_extraction", "descriptive", "summarization",
@@ -53,7 +56,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def make_config(arg: ConfigDict, *, beta: float, sft: float, rate: float) -> ConfigDict:
     """The config of `arg`; beta, sft and rate (learning) are those of the tpo recipe."""
-    recipes = {"tpo": _tpo, "hound": _hound, "realign": _realign, "mdpo": _mdpo}
+    recipes = {"tpo": _tpo, "hound": _hound, "realign": _realign, "mdpo": _mdpo, "rrpo": _rrpo}
     if arg.recipe not in recipes:
         raise ConfigError(f"config argument recipe={arg.recipe}: expected {', '.join(recipes)}")
     config = default_config()
@@ -114,6 +117,7 @@ def _hound(config: ConfigDict) -> tuple[int, int]:
 
 
 def _realign(config: ConfigDict) -> tuple[int, int]:
+    config.optimizer.warmup = 0.03
     _with_lora(config, rank=128, alpha=256.0, rate=1e-6)
     _several_losses(config, ["sigmoid", "conditional"])
     return 64, 1
@@ -125,12 +129,20 @@ def _mdpo(config: ConfigDict) -> tuple[int, int]:
     return 32, 3
 
 
+def _rrpo(config: ConfigDict) -> tuple[int, int]:
+    config.optimizer.warmup = 0.03
+    _with_lora(config, rank=128, alpha=256.0, rate=5e-6)
+    _several_losses(config, {"sigmoid": 1.0, "vocabulary_kl": 0.01})
+    config.preference.reference, config.data.references = "adapters_off", []
+    return 32, 1
+
+
 def _with_lora(config: ConfigDict, rank: int, alpha: float, rate: float) -> None:
     config.lora.update(pattern=LANGUAGE_KERNELS, rank=rank, alpha=alpha)
     config.trainable = [[".*lora_[ab]$", rate]]
 
 
-def _several_losses(config: ConfigDict, losses: list[str]) -> None:
+def _several_losses(config: ConfigDict, losses: list[str] | dict[str, float]) -> None:
     config.preference.update(beta=0.1, sft=0.0)
     with config.ignore_type():  # one name, a list or {name: weight}
         config.preference.loss = losses

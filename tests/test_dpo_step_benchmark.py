@@ -11,7 +11,10 @@ from experiments.benchmarks import dpo_step
 @pytest.mark.parity
 def test_all_programs_agree_and_every_ratio_is_reported():
     sizes = dpo_step.Sizes(pairs=1, frames=4, tokens_per_frame=8, text=6, answer=3)
-    result = dpo_step.run(sizes, dpo_step.model_config(64, 1), rounds=2, threads=1)
+    settings = ["eager", "eager, fused AdamW"]  # compiling takes minutes
+    result = dpo_step.run(sizes, dpo_step.model_config(64, 1), 2, threads=1, settings=settings)
+    assert list(result["settings"]) == settings
+    assert result["setting"].endswith(tuple(result["settings"]))
     assert set(result["largest_difference"]) == {"shared", "two_rows", "torch"}
     assert {row["ratio"] for row in result["ratios"]} == set(dpo_step.RATIOS)
     for row in result["ratios"]:
@@ -22,3 +25,11 @@ def test_all_programs_agree_and_every_ratio_is_reported():
     # Twice the rows of nearly all positions.
     (ratio,) = [r["flops"] for r in result["ratios"] if r["ratio"] == "two_rows / shared"]
     assert 1.5 < ratio < 2.0 and result["memory"]["shared / two_rows"] < 1
+
+
+def test_the_baseline_is_the_setting_with_the_lowest_wall_time(monkeypatch):
+    times = {"eager": [(4.0, 1.0), (5.0, 1.0), (9.0, 1.0)], "compiled": [(3.0, 6.0)] * 3}
+    monkeypatch.setattr(dpo_step, "measure", lambda steps, rounds: {n: times[n] for n in steps})
+    name, seconds = dpo_step.fastest(dict.fromkeys(times, lambda: None))
+    assert name == "compiled"
+    assert seconds == {"eager": {"wall": 5.0, "cpu": 1.0}, "compiled": {"wall": 3.0, "cpu": 6.0}}

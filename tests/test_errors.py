@@ -121,4 +121,4 @@ def test_every_class_of_error_is_the_users_or_says_why_not():
              if base in ("UserError", "CheckpointError", "ManifestError", "PrepareError")}
     assert {"ManifestError", "RecordError", "SidecarMismatch", "DamagedCheckpoint"} <= users
     assert set(others) - users == {"UserError", "Preempted", "DryRunError", "RequestRefused",
-                                   "BudgetSpent", "_Malformed"}  # fmt: skip
+                                   "BudgetSpent", "Stopped", "_Malformed"}  # fmt: skip

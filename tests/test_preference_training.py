@@ -136,6 +136,23 @@ def weights(folder):
 
 
 @pytest.mark.long
+def test_llava_video_rrpo_trains_adapters_without_a_sidecar(runs, tmp_path):
+    config = get_config("llava_video_tpo.py", "recipe=rrpo", runs)
+    first, *_, last = train(config, tmp_path)
+    # At step 1 the policy is the reference.
+    assert first["train/preference/sigmoid"] == pytest.approx(np.log(2), abs=1e-4)
+    assert first["train/preference/vocabulary_kl"] == pytest.approx(0, abs=1e-4)
+    assert last["train/preference/vocabulary_kl"] > 1e-3
+    assert last["train/preference/vocabulary_kl_per_token"] > 0
+    names = ("sigmoid", "vocabulary_kl")
+    total = sum(w * last[f"train/preference/{n}"] for n, w in zip(names, (1, 0.01), strict=True))
+    assert last["train/loss"] == pytest.approx(total, rel=1e-5)
+    after = weights(tmp_path / "model")
+    for path, leaf in weights(runs / "base").items():
+        np.testing.assert_array_equal(leaf, after[path], err_msg=path)
+
+
+@pytest.mark.long
 def test_longva_realign_trains_adapters_against_manipulated_frames(runs, tmp_path, capsys):
     config = get_config("longva_tpo.py", "recipe=realign", runs)
     config.preference.kinds = list(KINDS[:2])
@@ -311,21 +328,26 @@ def test_every_dtype_has_a_tolerance():
 
 
 @pytest.mark.parametrize(
-    ("file", "recipe", "loss", "beta", "sft", "rate", "steps", "frames"),
+    ("file", "recipe", "loss", "beta", "sft", "rate", "steps", "frames", "warmup"),
     [
-        ("longva_tpo.py", "tpo", "sigmoid", 0.3, 0.5, 4e-6, 157, 32),
-        ("llava_video_tpo.py", "tpo", "sigmoid", 0.2, 1.0, 3e-7, 157, 32),
-        ("longva_tpo.py", "hound,pairs=17000", "sigmoid", 0.1, 0.0, 5e-7, 399, 10),
-        ("longva_tpo.py", "mdpo", ["sigmoid", "conditional", "anchor"], 0.1, 0.0, 1e-5, 938, 32),
+        ("longva_tpo.py", "tpo", "sigmoid", 0.3, 0.5, 4e-6, 157, 32, 0.1),
+        ("llava_video_tpo.py", "tpo", "sigmoid", 0.2, 1.0, 3e-7, 157, 32, 0.1),
+        ("longva_tpo.py", "hound,pairs=17000", "sigmoid", 0.1, 0.0, 5e-7, 399, 10, 0.1),
+        ("longva_tpo.py", "realign", ["sigmoid", "conditional"], 0.1, 0.0, 1e-6, 157, 32, 0.03),
+        ("longva_tpo.py", "mdpo", ["sigmoid", "conditional", "anchor"], 0.1, 0.0, 1e-5, 938, 32,
+         0.1),
+        ("llava_video_tpo.py", "rrpo", {"sigmoid": 1.0, "vocabulary_kl": 0.01}, 0.1, 0.0, 5e-6, 313,
+         16, 0.03),
     ],
-)
-def test_published_numbers(file, recipe, loss, beta, sft, rate, steps, frames):
+)  # fmt: skip
+def test_published_numbers(file, recipe, loss, beta, sft, rate, steps, frames, warmup):
     config = runpy.run_path(str(CONFIGS / file))["get_config"](f"recipe={recipe}")
     training_config.validate(config)
-    got = config.preference
-    assert (got.loss, got.beta, got.sft, config.steps) == (loss, beta, sft, steps)
-    assert config.trainable[0][1] == rate and config.optimizer.warmup == 0.1
+    got = config.preference.to_dict()
+    assert (got["loss"], got["beta"], got["sft"], config.steps) == (loss, beta, sft, steps)
+    assert config.trainable[0][1] == rate and config.optimizer.warmup == warmup
     assert config.buckets.pairs.frames == frames
+    assert (got["reference"] == "sidecar") == bool(config.data.references)
 
 
 @pytest.mark.parametrize("frames", [8, 16, 32, 64, 96, 128, 256, 512])

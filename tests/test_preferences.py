@@ -190,14 +190,6 @@ def test_flags_that_do_not_go_together_are_refused_before_the_model_is_read(
     assert re.match(f"error: {message}", capsys.readouterr().err)
 
 
-def test_several_processes_are_one_command_that_asks_no_endpoint(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(jax, "process_count", lambda: 4)
-    assert generate("no-model", tmp_path, "--writer=endpoint", "--endpoint=http://127.0.0.1/v1",
-                    "--endpoint_model=m", "--key_variable=") == 2
-    error = capsys.readouterr().err
-    assert "JAX_NUM_PROCESSES=4: one process asks an endpoint" in error and "--shards=4" in error
-
-
 def score(folder, pairs, out, *more):
     return preferences.main(["score", f"--model={folder}", "--data=memory", f"--pairs={pairs}",
                              f"--out={out}", "--batch_size=4", *more])

@@ -89,6 +89,7 @@ def test_every_figure_of_the_page_stands_beside_its_hidden_one(figures, tmp_path
     # The preference figures of the fake evaluations are the same with and without the video.
     assert "| test | sft | 0.375 [0.000, 0.750] | 0.500, 0.250 | " in page
     assert page.count("| 0.875 |\n") == 1
+    assert "| +0.625 [+0.500, +0.750] | +0.000 | agrees |\n" in page
     assert "LongVideoBench 54.2 against 51.3" in page and "sft 9, 8; dpo 9, 8" in page
     assert (
         "sft 0.0001 (0.0001: 0.500, 0.001: 0.250); dpo 0.001 (0.0001: 0.500, 0.001: 0.750)" in page
@@ -168,6 +169,9 @@ def test_the_page_is_of_the_figures_beside_it_and_says_what_the_untrained_base_g
     records = [json.loads(file.read_text()) for file in files.values()]
     page = report.render(records)
     assert page == (RESULTS / "README.md").read_text()
+    # Hidden, DPO has 0.263 and the base 0.261; one model under two conditions is the same.
+    assert "| +0.006 [-0.007, +0.018] | +0.002 | not decided |" in page
+    assert "| +0.143 [+0.117, +0.170] | +0.000 | agrees |" in page
     assert page.count("which no pair trained") == 1
     assert "gives +0.143. Between the same two the base, " in page and "gains +0.170 (0.5" in page
     assert "(0.552 to 0.723), no less: this comparison **says nothing about preferences**." in page

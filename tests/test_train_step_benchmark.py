@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from experiments.benchmarks import train_step
+from experiments.benchmarks import torch_settings, train_step
 
 SIZES = train_step.Sizes(
     rows=1, frames=2, image=28, width=64, depth=1, vision_width=48, vision_depth=1, answer=3
@@ -89,5 +89,5 @@ def test_the_ratio_is_to_the_setting_that_is_fastest_in_its_time():
 
 
 def test_without_a_compiler_pytorch_stays_eager(monkeypatch):
-    monkeypatch.setattr(train_step.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch_settings.shutil, "which", lambda name: None)
     assert train_step.usable_settings() == ["eager", "eager, fused AdamW"]

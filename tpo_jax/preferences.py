@@ -65,11 +65,14 @@ CHUNK_VIDEOS = 32  # videos that pass through the stages of `generate` together
 
 def generate(flags: argparse.Namespace, preemption: Preemption) -> int:
     """Generates pairs until there are enough, or no video is left; returns the exit status."""
-    endpoint = pipeline.check(flags, preemption.check)
+
+    def poll_alone() -> None:
+        """While an endpoint is waited for: of several processes none may poll by itself."""
+        if jax.process_count() == 1:
+            preemption.check()
+
+    endpoint = pipeline.check(flags, poll_alone)
     scoring.join(flags, preemption)
-    if endpoint and (count := jax.process_count()) > 1:
-        raise UserError(f"JAX_NUM_PROCESSES={count}: one process asks an endpoint; start {count} "
-                        f"commands without it, each with its --shard of --shards={count}")
     config, params, codec = load_model(flags.model)
     weights = sidecar.hash_weights(params)
     mesh = mesh_of_devices(scoring.mesh_sizes(flags))

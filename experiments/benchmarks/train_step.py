@@ -36,7 +36,6 @@ import os
 import pathlib
 import re
 import runpy
-import shutil
 import statistics
 import subprocess
 import sys
@@ -51,6 +50,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks.dpo_step import measure, versions
+from experiments.benchmarks.torch_settings import SETTINGS, usable_settings
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket, scheduled
 from tpo_jax.data.pipeline import read_buckets
@@ -69,12 +69,6 @@ RATE, CLIP, EPSILON = 1e-4, 1.0, 1e-8
 TOLERANCE = 2e-3  # relative, of the loss of three steps
 PARTS = ("step", "memory", "dispatch", "compile")
 VIDEO_ID, IMAGE_ID = 1022, 1023
-# Of PyTorch: one kernel for AdamW, and torch.compile, which needs a C++ compiler on a CPU.
-SETTINGS: dict[str, dict[str, bool]] = {
-    "eager": {"fused": False, "compiled": False},
-    "eager, fused AdamW": {"fused": True, "compiled": False},
-    "torch.compile, fused AdamW": {"fused": True, "compiled": True},
-}
 CONFIGS = {
     "llava_onevision": "", "llava_video": "", "longva": "", "video_llava": "", "videochat2": "",
     "longva_tpo": "longva_tiny",
@@ -219,12 +213,6 @@ def make_batches(ours: Ours, sizes: Sizes, seed: int = 0) -> tuple[dict, dict[st
     ids[:, offset : offset + V] = VIDEO_ID
     pixels = np.asarray(normalise_pixels(ours.model_config.vision, batch["frames"]))
     return batch, {"ids": ids, "pixels": np.moveaxis(pixels, -1, 2).copy()}
-
-
-def usable_settings() -> list[str]:
-    """Names of SETTINGS that this machine can run."""
-    compiler = any(map(shutil.which, ("c++", "g++", "clang++")))
-    return [name for name, setting in SETTINGS.items() if compiler or not setting["compiled"]]
 
 
 def timed_compile(lower: Callable[[], list[Any]]) -> tuple[list[Any], dict[str, float]]:

@@ -136,12 +136,12 @@ def render(records: list[Mapping[str, Any]]) -> str:
         f"gives. An interval above 0 {AGREES}, one below 0 {DISAGREES} with what was published, "
         f"one that holds 0 is {UNDECIDED}.", "",
     ]  # fmt: skip
-    lines += ["| study | published | here | |", "|---|---|---|---|"]
+    lines += ["| study | published | here | hidden | |", "|---|---|---|---|---|"]
     for record in records:
-        for claim in record["claims"]:
+        for claim, hidden in zip(record["claims"], _hidden_differences(record), strict=True):
             lines.append(
                 f"| {record['study']}: {claim['text']} | {claim['published']} | "
-                f"{_signed(claim['difference'])} | {claim['verdict']} |"
+                f"{_signed(claim['difference'])} | {hidden:+.3f} | {claim['verdict']} |"
             )
     for note in (note for record in records for note in _untrained(record)):
         lines += ["", note]
@@ -150,11 +150,36 @@ def render(records: list[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _hidden_differences(record: Mapping[str, Any]) -> list[float]:
+    """Of each claim, the same difference with the video hidden."""
+    rows, scale = _by_place(record["rows"]), types.SimpleNamespace(**record["scale"])
+    return [
+        _hidden(rows, *dataclasses.astuple(claim.more(scale)))
+        - _hidden(rows, *dataclasses.astuple(claim.less(scale)))
+        for claim in STUDIES[record["study"]].claims
+    ]
+
+
+def _by_place(rows: list[Mapping[str, Any]]) -> dict[tuple[str, str, str], Mapping[str, Any]]:
+    return {(row["model"], row["condition"], row["metric"]): row for row in rows}
+
+
+def _hidden(rows: Mapping[Any, Any], model: str, condition: str, metric: str) -> float:
+    """What is left of a figure without the video: hidden, one clip is as any other."""
+    if metric == PREFERENCE:
+        return rows[model, condition, HIDDEN]["value"]
+    (found,) = (
+        row["value"] for (of, under, what), row in rows.items()
+        if (of, what) == (model, metric) and "hidden" in under
+    )  # fmt: skip
+    return found
+
+
 def _untrained(record: Mapping[str, Any]) -> list[str]:
     """What the untrained base does between the conditions of each claim that compares one trained
     model under two of them: a gain that it has as well is none of training."""
     study, scale = STUDIES[record["study"]], types.SimpleNamespace(**record["scale"])
-    values = {(r["model"], r["condition"], r["metric"]): r["value"] for r in record["rows"]}
+    values = {place: row["value"] for place, row in _by_place(record["rows"]).items()}
     notes = []
     for claim, judged in zip(study.claims, record["claims"], strict=True):
         more, less = claim.more(scale), claim.less(scale)
@@ -185,7 +210,7 @@ def _section(record: Mapping[str, Any]) -> list[str]:
         f"which {scale['frames']} frames are shown; seeds {', '.join(map(str, record['seeds']))}. "
         f"Training pairs by seed: {pairs}.", "", _search(record["search"]), "",
     ]  # fmt: skip
-    rows = {(r["model"], r["condition"], r["metric"]): r for r in record["rows"]}
+    rows = _by_place(record["rows"])
     lines += _table(rows, study.models, QA, "questions")
     if (study.models[0], "test", PREFERENCE) in rows:
         lines += ["", *_table(rows, study.models, PREFERENCE, "preferred answer likelier")]
@@ -208,20 +233,15 @@ def _table(rows: Mapping[Any, Any], models: tuple[str, ...], metric: str, title:
         f"| {title} | model | value | by seed | minus {models[0]} | hidden |",
         "|---|---|---|---|---|---|",
     ]
-    hidden_conditions = {c for _, c, _ in rows if "hidden" in c}
-    conditions = dict.fromkeys(c for _, c, m in rows if m == metric and c not in hidden_conditions)
+    conditions = dict.fromkeys(c for _, c, m in rows if m == metric and "hidden" not in c)
     for condition in conditions:
         for model in models:
             row = rows[model, condition, metric]
-            if metric == PREFERENCE:
-                hidden = rows[model, condition, HIDDEN]
-            else:
-                hidden = next(rows[model, c, metric] for c in hidden_conditions)
             difference = _signed(row["difference"]) if "difference" in row else ""
             lines.append(
                 f"| {condition} | {model} | {_value(row)} | "
                 f"{', '.join(f'{v:.3f}' for v in row['by_seed'])} | {difference} | "
-                f"{hidden['value']:.3f} |"
+                f"{_hidden(rows, model, condition, metric):.3f} |"
             )
     return lines
 
@@ -243,9 +263,8 @@ def draw(record: Mapping[str, Any]) -> Figure:
     rows, models = record["rows"], STUDIES[record["study"]].models
     if any(row["metric"].startswith(DEPTH) for row in rows):
         return _maps(rows, models)
-    seen = [row for row in rows if row["condition"] != BLIND]
     if record["study"] == "frames":
-        return _curves(seen, models, record["scale"])
+        return _curves(rows, models, record["scale"])
     return _points(rows, models)
 
 
@@ -272,14 +291,16 @@ def _curves(
 ) -> Figure:
     """Questions over the frames that are shown."""
     figure = Figure(figsize=(5, 3.2))
-    ax = figure.subplots()
+    ax, places = figure.subplots(), _by_place(rows)
+    seen = [row for row in rows if row["metric"] == QA and row["condition"] != BLIND]
     for model in models:
-        of = [row for row in rows if row["model"] == model and row["metric"] == QA]
+        of = [row for row in seen if row["model"] == model]
         frames = [
             scale["frames"] if row["condition"] == "test" else int(row["condition"].split()[0])
             for row in of
         ]
-        _error_bars(ax, frames, of, model, fmt="o-")
+        hidden = places[model, BLIND, QA]["value"]
+        _error_bars(ax, frames, of, f"{model} (hidden {hidden:.2f})", fmt="o-")
     ax.set(title="questions", xlabel="frames shown", xscale="log")
     ax.set_xticks(frames, [str(count) for count in frames])
     ax.minorticks_off()
@@ -296,7 +317,8 @@ def _error_bars(ax: Any, xs: Any, rows: list[Mapping[str, Any]], label: str, fmt
 
 
 def _maps(rows: list[Mapping[str, Any]], models: tuple[str, ...]) -> Figure:
-    """A map a model: depth of the needle by length of the video."""
+    """A map a model: depth of the needle by length of the video; all depths with it hidden."""
+    places = _by_place(rows)
     cells = {
         (row["model"], row["condition"], row["metric"].removeprefix(DEPTH)): row["value"]
         for row in rows
@@ -311,8 +333,10 @@ def _maps(rows: list[Mapping[str, Any]], models: tuple[str, ...]) -> Figure:
         for y, line in enumerate(values):
             for x, value in enumerate(line):
                 ax.text(x, y, f"{value:.2f}", ha="center", va="center")
+        hidden = _hidden(places, model, conditions[0], QA)
         ax.set(
-            title=model, xlabel="video", yticks=range(len(depths)), yticklabels=depths,
+            title=f"{model} (hidden {hidden:.2f})", xlabel="video",
+            yticks=range(len(depths)), yticklabels=depths,
             xticks=range(len(conditions)), ylabel="depth",
             xticklabels=[condition.removeprefix("needles in ") for condition in conditions],
         )  # fmt: skip

@@ -1,11 +1,13 @@
 """Two processes (gloo) write pairs and score a sidecar together: what one process writes."""
 
 import json
+import time
 
 import micro_model
 import numpy as np
 import processes
 import pytest
+from chat_server import serving
 
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.generation import sidecar
@@ -20,11 +22,12 @@ from tpo_jax import preferences
 from tpo_jax.data import pairs
 from tpo_jax.data.records import Turn
 from tpo_jax.generation import scoring
+from tpo_jax.generation.pipeline import relay
 turns = [Turn(question, "it moves left") for question in micro_model.QUESTIONS]
 examples = {f"video{i}": [micro_model.conversation(f"video{i}", turns)] for i in range(3)}
 preferences.PreparedDataset = pairs.PreparedDataset = (
     lambda path: micro_model.MemoryDataset(3, examples))
-scoring.PART_BATCHES = 1
+scoring.PART_BATCHES, relay.BEAT = 1, 0.2
 sys.exit(preferences.main(sys.argv[1:]))
 """
 
@@ -48,7 +51,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(count, *arguments):
+def run(count, *arguments, status=0):
     address = f"localhost:{processes.free_port()}"
     running = []
     for index in range(count):
@@ -61,7 +64,7 @@ def run(count, *arguments):
             flags=processes.QUICK, environment=environment,
         ))  # fmt: skip
     ended = processes.finish(running, timeout=900)
-    assert [process.status for process in ended] == [0] * count
+    assert [process.status for process in ended] == [status] * count
 
 
 @pytest.mark.long
@@ -91,3 +94,46 @@ def test_two_processes_write_the_pairs_of_one(folder, tmp_path):
             same = pytest.approx(value, abs=1e-3) if "logp" in name else value
             assert other["targets"][name] == same
         assert pair == {name: other[name] for name in pair}
+
+
+def answer(text):
+    """As captioner, writer and judge, some time after it was asked."""
+    time.sleep(0.3)
+    if "Answer 2:" in text:
+        return "better=1\ncorrect=both\nunclear=no"
+    question = f"Question: {micro_model.QUESTIONS[0]}\nAnswer: it moves left"
+    return question if "Topic" in text else "a"
+
+
+@pytest.mark.long
+def test_two_processes_ask_an_endpoint_once_and_write_the_records_of_one(folder, tmp_path):
+    """Every reply takes longer than a beat; and both end with the status of a budget."""
+    asked, options = {}, ("--captioner=endpoint", "--writer=endpoint", "--judge=endpoint",
+                          "--endpoint_model=m", "--key_variable=", "--gap=-99", "--temperature=1",
+                          "--max_new=16", "--length_ratio=99", "--questions=2", "--parts=2",
+                          "--caption_frames=4")  # fmt: skip
+    for count in (1, 2):
+        with serving() as server:
+            server.answer = answer
+            about = ("generate", f"--model={folder / 'drawing'}", f"--endpoint={server.url}",
+                     *options, f"--out={tmp_path / str(count)}")  # fmt: skip
+            if count == 2:
+                run(count, *about, "--max_tokens=210", status=3)
+                assert 0 < len(server.requests) < len(asked[1])
+                about = (*about, "--max_tokens=9999")
+            run(count, *about)
+            asked[count] = sorted(body["seed"] for _, _, body in server.requests)
+    assert asked[1] == asked[2]
+    names = ("videos", "captions", "questions", "filter", "pairs")
+    for name in names:
+        one, two = ((tmp_path / n / f"{name}.jsonl").read_text().splitlines() for n in "12")
+        assert len(one) == len(two) > 0
+        for record, other in zip(map(json.loads, one), map(json.loads, two), strict=True):
+            record.pop("targets", None), other.pop("targets", None)
+            assert other.pop("gap", 0.0) == pytest.approx(record.pop("gap", 0.0), abs=1e-3)
+            # Digests are of log-probabilities too, which are equal up to round-off.
+            if name == "filter":
+                record.pop("input"), other.pop("input")
+            assert record == other
+    counts = [json.loads((tmp_path / n / "counts.json").read_text()) for n in "12"]
+    assert counts[0]["endpoint"] == counts[1]["endpoint"] and counts[0]["endpoint"]["prompt_tokens"]

@@ -31,6 +31,7 @@ from tpo_jax.generation.pipeline.endpoint import (
 )
 from tpo_jax.generation.pipeline.manifest import Folder, FolderBusy, digest
 from tpo_jax.generation.pipeline.model import ModelAnswerer, ModelSpeaker, OwnModel
+from tpo_jax.generation.pipeline.relay import RelayedSpeaker
 from tpo_jax.generation.pipeline.shards import Found, Work, run_part, run_whole
 from tpo_jax.generation.pipeline.stages import Pipeline, report
 from tpo_jax.generation.scoring import say
@@ -84,6 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(flags: argparse.Namespace, poll: Callable[[], None]) -> Endpoint | None:
     """Refuses flags that do not go together, before a model is read; the endpoint if one is used.
+
+    Args:
+      poll: called while an endpoint is waited for, in any thread; what it raises ends the wait.
 
     Raises:
       ValueError: names the flag and the fix.
@@ -242,8 +246,7 @@ def make_pipeline(flags: argparse.Namespace, own: OwnModel, settings: Settings,
 
     def speaker(role: str, frames: int) -> plugins.Speaker:
         if getattr(flags, role) == "endpoint":
-            return plugins.EndpointSpeaker(
-                endpoint, own.dataset, seed, flags.reply_tokens, flags.workers, own.poll)
+            return _asking(endpoint, flags, own)
         most = own.model.config.vision.max_frames
         if frames > most:
             raise UserError(f"--caption_frames={frames}: the model takes at most {most} frames")
@@ -263,6 +266,15 @@ def make_pipeline(flags: argparse.Namespace, own: OwnModel, settings: Settings,
     answerer = ModelAnswerer(own, settings, prompt)
     return Pipeline(folder, own.dataset, captioner, writer, judge, answerer, flags.parts,
                     flags.caption_frames, own.poll)
+
+
+def _asking(endpoint: Endpoint, flags: argparse.Namespace, own: OwnModel) -> plugins.Speaker:
+    """The endpoint as a speaker; of several processes the first one asks it."""
+    alone = jax.process_count() == 1
+    speaker = plugins.EndpointSpeaker(
+        endpoint, own.dataset, flags.seed, flags.reply_tokens, flags.workers,
+        own.poll if alone else endpoint.clock.poll)
+    return speaker if alone else RelayedSpeaker(speaker, endpoint.clock, own.poll)
 
 
 def stage_options(flags: argparse.Namespace, settings: Settings,

@@ -67,11 +67,24 @@ class _Malformed(Exception):
         self.usage = usage
 
 
+class Stopped(Exception):
+    """Raised in place of waiting, once a clock was told to stop."""
+
+
 class Clock:
     """Time as the client sees it. `poll` is called while waiting; what it raises ends the wait."""
 
     def __init__(self, poll: Callable[[], None] = lambda: None):
-        self._poll = poll
+        self._poll, self._stopped = poll, threading.Event()
+
+    def stop(self) -> None:
+        """From now on `poll` raises Stopped, in any thread."""
+        self._stopped.set()
+
+    def poll(self) -> None:
+        if self._stopped.is_set():
+            raise Stopped
+        self._poll()
 
     def now(self) -> float:
         """Seconds that only grow."""
@@ -84,7 +97,7 @@ class Clock:
     def sleep(self, seconds: float) -> None:
         end = self.now() + seconds
         while (left := end - self.now()) > 0:
-            self._poll()
+            self.poll()
             time.sleep(min(left, SLICE))
 
 
@@ -296,7 +309,7 @@ class Endpoint:
         if budget.limits:
             most_tokens({"max_tokens": 1} | settings.body)  # refused before anything is done
         self._key = settings.key()
-        self._clock, self._jitter = clock or Clock(), jitter
+        self.clock, self._jitter = clock or Clock(), jitter
         self._lock = threading.Lock()
         self._next = 0.0  # when the rate allows another request
         self._answered = False
@@ -336,7 +349,7 @@ class Endpoint:
         for number in range(self.settings.tries):
             if number:
                 backoff = min(FIRST_WAIT * 2 ** (number - 1), LONGEST_WAIT)
-                self._clock.sleep(max(wait, backoff * (0.5 + 0.5 * self._jitter())))
+                self.clock.sleep(max(wait, backoff * (0.5 + 0.5 * self._jitter())))
             self._keep_rate()
             wait = 0.0
             try:
@@ -388,11 +401,11 @@ class Endpoint:
         if not self.settings.requests_per_minute:
             return
         with self._lock:
-            now = self._clock.now()
+            now = self.clock.now()
             turn = max(now, self._next)
             self._next = turn + 60 / self.settings.requests_per_minute
         if turn > now:
-            self._clock.sleep(turn - now)
+            self.clock.sleep(turn - now)
 
     def _read(self, reply: bytes, most: int) -> Completion:
         """_Malformed where the reply is not a completion; it is spent all the same."""
@@ -447,7 +460,7 @@ class Endpoint:
                 return 0.0
             if date.tzinfo is None:
                 date = date.replace(tzinfo=datetime.UTC)
-            seconds = date.timestamp() - self._clock.date()
+            seconds = date.timestamp() - self.clock.date()
         if not seconds <= LONGEST_ASKED:
             raise EndpointError(f"{self._where}: {problem} asks to wait {seconds:.0f} s. Start the "
                                 "same command again then.")

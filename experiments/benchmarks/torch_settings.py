@@ -1,0 +1,16 @@
+"""Settings of PyTorch's training step, of which a benchmark takes the fastest as its baseline."""
+
+import shutil
+
+# One kernel for AdamW, and torch.compile, which needs a C++ compiler on a CPU.
+SETTINGS: dict[str, dict[str, bool]] = {
+    "eager": {"fused": False, "compiled": False},
+    "eager, fused AdamW": {"fused": True, "compiled": False},
+    "torch.compile, fused AdamW": {"fused": True, "compiled": True},
+}
+
+
+def usable_settings() -> list[str]:
+    """Names of SETTINGS that this machine can run."""
+    compiler = any(map(shutil.which, ("c++", "g++", "clang++")))
+    return [name for name, setting in SETTINGS.items() if compiler or not setting["compiled"]]
