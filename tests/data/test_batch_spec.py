@@ -53,3 +53,15 @@ def test_equals_the_row_builder_of_a_checkpoints_template(media, frames):
     plain = batch_spec(bucket(2, media=media, frames=frames), PRESETS["micro"](()))
     more = codec.after_visual - 1 + (codec.time_room(4) if media == "video" else 0)
     assert prefix - plain["prefix_tokens"].shape[1] == more > 1
+
+
+@pytest.mark.parametrize("question, positions", [(1, None), (3000, 3072)])
+def test_long_prefixes_are_whole_tiles(question, positions):
+    """The builder and the shapes agree, and what is added holds nothing."""
+    codec, config = codec_of(()), PRESETS["micro"](())
+    shapes = bucket(2, slots={}, question=question, branches=2)
+    builder = row_builder(codec, config, shapes)
+    row = builder.blank()
+    assert len(row["prefix_segments"]) == (positions or builder.prefix_tokens)
+    assert batch_spec(shapes, config)["prefix_tokens"].shape == (2, len(row["prefix_tokens"]))
+    assert not row["prefix_segments"].any()

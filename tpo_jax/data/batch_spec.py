@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.buckets import Bucket, prefix_positions
 from tpo_jax.data.rows import CONTRAST_FIELDS
 from tpo_jax.data.targets import TARGETS
 from tpo_jax.models.config import ModelConfig
@@ -32,7 +32,8 @@ def batch_spec(
     B, K, R, A = bucket.batch_size, bucket.branches, bucket.branch_tokens, bucket.answers
     F, size = bucket.frames, model_config.vision.image_size
     V = len(visual_frames(model_config, F, bucket.tiles))
-    P = model_config.visual_offset + V + bucket.after_visual + bucket.question
+    P = prefix_positions(
+        model_config.visual_offset + V + bucket.after_visual + bucket.question)
     spec: dict[str, Any] = {
         "example_ids": _spec(jnp.uint32, B),
         "video_ids": _spec(jnp.uint32, B),

@@ -10,6 +10,9 @@ from tpo_jax.data.text import TASK_TOKENS, TextCodec
 from tpo_jax.errors import UserError
 
 PERIOD = 64  # steps after which the pattern of buckets repeats, unless there is one bucket
+# A TPU lays arrays out in tiles of 128; a long row of another length is copied from one layout into
+# another again and again, in programs that take minutes more to compile.
+TILE, LONG = 128, 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +124,11 @@ def fitted(bucket: Bucket, codec: TextCodec) -> Bucket:
     """The bucket with the room that the template of `codec` needs behind the visual tokens."""
     room = codec.time_room(bucket.frames) if bucket.media == "video" else 0
     return dataclasses.replace(bucket, after_visual=codec.after_visual + room)
+
+
+def prefix_positions(tokens: int) -> int:
+    """P, positions of a prefix of at most `tokens`: whole tiles where it is long."""
+    return tokens if tokens < LONG else -(-tokens // TILE) * TILE
 
 
 def scheduled(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:

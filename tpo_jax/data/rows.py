@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tpo_jax.data import sampling
-from tpo_jax.data.buckets import Bucket, fitted
+from tpo_jax.data.buckets import Bucket, fitted, prefix_positions
 from tpo_jax.data.clip_features import RowFeatures
 from tpo_jax.data.preprocess import Resize, area
 from tpo_jax.data.problems import Invalid
@@ -276,7 +276,7 @@ class RowBuilder:
 
     def blank(self) -> dict[str, Any]:
         """The arrays of a row that counts for nothing (padding of an evaluation batch)."""
-        b, p, f = self.bucket, self.prefix_tokens, self.bucket.frames
+        b, p, f = self.bucket, prefix_positions(self.prefix_tokens), self.bucket.frames
         row: dict[str, Any] = {
             "example_ids": np.zeros((), np.uint32),
             "video_ids": np.zeros((), np.uint32),
