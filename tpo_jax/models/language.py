@@ -30,7 +30,7 @@ from tpo_jax.models.layers import (
 )
 from tpo_jax.models.rope import rotary_tables, rotate
 from tpo_jax.parallel.context import ContextLayout, split_tokens
-from tpo_jax.parallel.rules import constrain_lookup
+from tpo_jax.parallel.rules import constrain_lookup, constrain_rows
 
 
 @jax.tree_util.register_dataclass
@@ -156,8 +156,10 @@ class LanguageModel(nnx.Module):
             self.lm_head = Linear(config.width, config.vocab_size, bias=False, rngs=rngs)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """int32[...] -> float32[..., D]."""
-        return constrain_lookup(jnp.take(self.embed["table"][...], tokens, axis=0))
+        """int32[B, ...] -> float32[B, ..., D]."""
+        looked_up = constrain_lookup(jnp.take(self.embed["table"][...], tokens, axis=0))
+        # Else the layers would keep columns apart as well, and exchange them in every layer.
+        return constrain_rows(looked_up)
 
     @property
     def table(self) -> jax.Array:

@@ -157,9 +157,11 @@ class VideoLanguageModel(nnx.Module):
                 f"prefix of {P} tokens is too short for {span} visual tokens at offset {offset}; "
                 f"it needs at least {offset + span}"
             )
-        embeds = self.embed_tokens(tokens)
+        # Of text alone: nothing is looked up, sent or added to a gradient for the visual positions.
+        text = jnp.concatenate([tokens[:, :offset], tokens[:, offset + span:]], axis=1)
+        embeds = self.embed_tokens(text)
         return jnp.concatenate(
-            [embeds[:, :offset], visual.astype(embeds.dtype), embeds[:, offset + span:]], axis=1
+            [embeds[:, :offset], visual.astype(embeds.dtype), embeds[:, offset:]], axis=1
         )
 
     def embed_branches(self, tokens: jax.Array, slots: Mapping[str, Mapping]) -> jax.Array:
