@@ -11,9 +11,13 @@ _HEAD = """# What the full-size configs need on TPU pods
 
     nice -n 15 python -m experiments.plans --out experiments/results/plans
 
-No TPU was used. Memory and collectives of a row marked `compiled` are those of the program that
-`train` runs, by libtpu's compiler for that topology; a row marked `estimated` has them from the
-traced program (`tpo_jax/training/estimate.py`). Everything else is arithmetic:
+No TPU was used. Memory and collectives are those of the program that `train` runs, by libtpu's
+compiler for that topology: of a row marked `compiled` from the finished program; of a row marked
+`assigned` from its log and the program's text, once every buffer had its place and before
+code was generated, which is nearly all of the time (`experiments/assigned_memory.py`); it counts up
+to 0.13 GiB on top, which lie in the memory of the core. A row marked
+`estimated` has them from the traced program (`tpo_jax/training/estimate.py`). Everything else is
+arithmetic:
 
 - **compiled in**: seconds that libtpu's compiler took for the gradient where this was made.
 - **mesh**: in TPO configs the fewest chips that let a row fit share it (`context`, see
@@ -37,6 +41,7 @@ _STEPS = (
     "They are those of the published epochs, but for LongVA, whose number of samples is not "
     "published: its figure is for 1,000 steps."
 )
+BY = ("compiled", "assigned", "estimated")  # the best first
 _COLUMNS = (
     "config", "trained", "topology, mesh", "rows a step", "GiB a chip", "fits", "by",
     "compiled in, s", "largest", "sent, GB", "FLOPs", "at least, s", "MFU at most", "chip-hours",
@@ -52,59 +57,81 @@ def page(results: dict[str, dict]) -> str:
 
 
 def _summary(results: dict[str, dict]) -> list[str]:
-    found = [r for r in results.values() if "compiled" in r]
-    lines = [f"{len(results)} cells, {len(found)} of them compiled."]
+    counts = {by: sum(_by(r) == by for r in results.values()) for by in BY}
+    lines = [f"{len(results)} cells: " + ", ".join(f"{n} {by}" for by, n in counts.items()) + "."]
     over = [name for name, r in results.items() if not fits(r)]
     lines += ["", f"{len(over)} do not fit; the table says which."] if over else []
     return lines
 
 
 def errors(results: dict[str, dict]) -> list[str]:
-    """Estimated over compiled memory, where both are known."""
-    both = {n: r["estimate"]["memory"] / r["compiled"]["memory"] for n, r in results.items()
-            if "compiled" in r}  # fmt: skip
+    """Estimated and assigned memory over what is known better."""
+    lines = ["## Estimated against assigned or compiled memory", "", *_estimates(results)]
+    both = {n: r for n, r in results.items() if "compiled" in r and "assigned" in r}
     if not both:
-        return ["No cell is compiled yet, so the error of the estimates is not known."]
-    lines = ["## Estimated against compiled memory", ""]
-    lines += _row(("cell", "estimated, GiB", "compiled, GiB", "ratio"))
+        return [*lines, "", "No cell is assigned and compiled, so how near these are is not known."]
+    lines += ["", "## Assigned against compiled memory", ""]
+    lines += _row(("cell", "assigned, GiB", "compiled, GiB", "ratio"))
     lines.append("|---|---|---|---|")
-    for name, ratio in both.items():
-        made = results[name]["compiled"]
-        lines += _row((
-            name, f"{results[name]['estimate']['memory'] / GIB:.2f}", f"{made['memory'] / GIB:.2f}",
-            f"{ratio:.2f}",
-        ))  # fmt: skip
-    worst = max(abs(ratio - 1) for ratio in both.values())
-    middle = statistics.median(both.values())
-    wrong = sum((r["estimate"]["memory"] <= r["estimate"]["hbm"]) != fits(r)
-                for r in results.values() if "compiled" in r)  # fmt: skip
+    for name, result in both.items():
+        one, other = (result[by]["memory"] for by in ("assigned", "compiled"))
+        ratio = f"{one / other:.3f}"
+        lines += _row((name, f"{one / GIB:.2f}", f"{other / GIB:.2f}", ratio))
+    return lines
+
+
+def _estimates(results: dict[str, dict]) -> list[str]:
+    better = {n: r for n, r in results.items() if _by(r) != "estimated"}
+    if not better:
+        return ["No cell is assigned or compiled, so the error of the estimates is not known."]
+    ratios = [r["estimate"]["memory"] / memory_of(r) for r in better.values()]
+    worst = max(abs(ratio - 1) for ratio in ratios)
+    wrong = [n for n, r in better.items()
+             if (r["estimate"]["memory"] <= r["estimate"]["hbm"]) != fits(r)]  # fmt: skip
+    names = f" ({', '.join(wrong)})" if wrong else ""
     return [
-        *lines, "",
-        f"Median ratio {middle:.2f}, largest error {100 * worst:.0f} %; of {len(both)} verdicts "
-        f"{wrong} were wrong. Estimated rows within that error of the chip's memory are uncertain.",
-    ]  # fmt: skip
+        f"Median ratio {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}, "
+        f"largest error {100 * worst:.0f} %; of {len(ratios)} verdicts {len(wrong)} were "
+        f"wrong{names}."
+    ]
+
+
+def _by(result: dict[str, Any]) -> str:
+    """What the memory of a cell is known by: one of BY."""
+    return next(by for by in BY if by in result or by == "estimated")
+
+
+def _made(result: dict[str, Any]) -> dict[str, Any] | None:
+    """What the compiler said, or None where it was not asked."""
+    return result.get("compiled") or result.get("assigned")
+
+
+def memory_of(result: dict[str, Any]) -> int:
+    """Bytes of a chip, as well as they are known."""
+    return (_made(result) or result["estimate"])["memory"]
 
 
 def fits(result: dict[str, Any]) -> bool:
-    made = result.get("compiled")
+    made = _made(result)
     if made and made["ran_out"]:
         return False
-    return (made or result["estimate"])["memory"] <= result["estimate"]["hbm"]
+    return memory_of(result) <= result["estimate"]["hbm"]
 
 
 def _cells(name: str, result: dict[str, Any]) -> tuple[str, ...]:
     config, trained, topology = name.split()
-    estimate, made = result["estimate"], result.get("compiled")
+    estimate, made = result["estimate"], _made(result)
+    seconds_taken = str(made["seconds"]) if "compiled" in result else ""
     mesh = " ".join(f"{axis} {size}" for axis, size in estimate["mesh"].items())
     times = estimate["roofline"]
     seconds = max(times[part] for part in ("compute", "hbm", "ici"))
     limit = next(part for part in ("compute", "hbm", "ici") if times[part] == seconds)
     hours = estimate["steps"] * seconds * estimate["chips"] / 3600
-    memory = (made or estimate)["memory"] / GIB
+    memory = memory_of(result) / GIB
     return (
         config, trained, f"{topology}, {mesh}", f"{estimate['batch']} x {estimate['accumulation']}",
         f"{memory:.1f} of {estimate['hbm'] / GIB:.0f}", "yes" if fits(result) else "**no**",
-        "compiled" if made else "estimated", str(made["seconds"]) if made else "",
+        _by(result), seconds_taken,
         str(estimate["largest_batch"]), _sent(estimate, made),
         f"{estimate['flops']:.2e}", f"{seconds:.2f} {limit}", f"{100 * times['bound']:.0f} %",
         f"{hours:,.0f} ({estimate['steps']:,})",

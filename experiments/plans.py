@@ -1,11 +1,12 @@
 """Plans every full-size config for TPU pods: does it fit, and what can it cost at the least?
 
     python -m experiments.plans --out experiments/results/plans                 # everything
-    python -m experiments.plans --out DIR --only 'longva.* v5e:8x8' --compile 0 # estimates alone
+    python -m experiments.plans --out DIR --only 'longva.* v5e:8x8' --compile 0 # takes minutes less
 
 First every cell is estimated from its traced program (tpo_jax/training/estimate.py), which takes
-seconds. Then cells are compiled for their topology, one at a time, those nearest to where memory
-ends first: the cells on either side of a boundary between frame counts, and the published shapes.
+seconds and decides its mesh and its micro-batches. Then the compiler for its topology gives every
+buffer of it a place (experiments/assigned_memory.py), which takes half a minute. At last those on
+either side of a boundary between frame counts are compiled to the end, for many minutes each.
 Each result is written to OUT/plans.json as it comes and README.md is written anew; the same command
 goes on where it stopped. Rerun with --fresh after a change of the model. Needs libtpu, no TPU.
 """
@@ -21,16 +22,19 @@ import os
 import pathlib
 import re
 import runpy
+import sys
 import time
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from experiments.plan_table import page
+from experiments.assigned_memory import Assigned, assigned
+from experiments.plan_table import memory_of, page
 from tpo_jax import plan
 from tpo_jax.data.pipeline import read_buckets
 from tpo_jax.data.text import TextCodec
+from tpo_jax.parallel.collectives import Collective, read_collectives
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.topologies import parse_topology, prepare_environment, topology_devices
 from tpo_jax.training import config as training_config
@@ -193,6 +197,13 @@ class Planner:
             self._traces[key] = trace_step(program, model_config, buckets, contrast, like)
         return self._traces[key]
 
+    def assign(self, cell: Cell, out: pathlib.Path) -> Assigned:
+        """The memory and the program of a cell that is estimated in `out`, without its code."""
+        which = json.dumps(dataclasses.asdict(cell))
+        tiny = ["--tiny"] if self.tiny else []
+        command = ["-m", "experiments.plans", "--out", str(out), "--gradient", which, *tiny]
+        return assigned([sys.executable, *command])
+
     def compile(self, cell: Cell, estimate: dict[str, Any]) -> plan.ProgramPlan:
         """The gradient of a cell by the compiler for its chips, on the mesh of its estimate."""
         config = cell_config(cell, self.tiny)
@@ -255,24 +266,33 @@ def estimated(planned: Planned, cell: Cell) -> dict[str, Any]:
 
 def compiled(found: plan.ProgramPlan) -> dict[str, Any]:
     """What plans.json keeps of a compiled program; no collectives if memory ran out."""
+    return _made(found.needed, found.seconds, found.memory is None, found.collectives)
+
+
+def placed(found: Assigned) -> dict[str, Any]:
+    """The same of a program whose buffers have their places."""
+    return _made(found.memory, found.seconds, found.ran_out, read_collectives(found.text))
+
+
+def _made(
+    memory: int, seconds: float, ran_out: bool, collectives: dict[str, Collective]
+) -> dict[str, Any]:
     return {
-        "memory": found.needed, "seconds": round(found.seconds), "ran_out": found.memory is None,
-        "collectives": {kind: dataclasses.asdict(c) for kind, c in found.collectives.items()},
+        "memory": memory, "seconds": round(seconds), "ran_out": ran_out,
+        "collectives": {kind: dataclasses.asdict(c) for kind, c in collectives.items()},
         "jax": jax.__version__,
     }  # fmt: skip
 
 
-def boundary_first(results: dict[str, dict], planned: list[Cell]) -> list[Cell]:
-    """Cells worth compiling that are not compiled yet, the most uncertain first.
+def boundaries(results: dict[str, dict], planned: list[Cell]) -> list[Cell]:
+    """Cells worth compiling that are not compiled yet, those nearest to a chip's memory first.
 
-    Where memory ends between two frame counts of a group, both; of a group with one frame count,
-    the one. Uncertain: the estimate is near the chip's memory.
+    They are those between whose frame counts memory ends, of cells that differ in these alone.
     """
     wanted = []
     for _, group in itertools.groupby(sorted(planned, key=lambda c: c.group), lambda c: c.group):
         row = sorted(group, key=lambda c: c.frames)
         fit = [fill(results[c.name]) <= 1 for c in row]
-        wanted += row if len(row) == 1 else []
         for i in range(len(row) - 1):
             wanted += row[i : i + 2] if fit[i] != fit[i + 1] else []
     todo = [c for c in dict.fromkeys(wanted) if "compiled" not in results[c.name]]
@@ -280,8 +300,8 @@ def boundary_first(results: dict[str, dict], planned: list[Cell]) -> list[Cell]:
 
 
 def fill(result: dict[str, Any]) -> float:
-    """Memory needed over memory there."""
-    return result["estimate"]["memory"] / result["estimate"]["hbm"]
+    """Memory needed over memory there, as far as it is known."""
+    return memory_of(result) / result["estimate"]["hbm"]
 
 
 def save(out: pathlib.Path, results: dict[str, dict]) -> None:
@@ -296,7 +316,7 @@ def save(out: pathlib.Path, results: dict[str, dict]) -> None:
 def run(
     out: pathlib.Path, planned: list[Cell], compiles: int, planner: Planner, fresh: bool = False
 ) -> dict[str, dict]:
-    """Estimates what is not estimated, then compiles at most `compiles` cells."""
+    """Estimates and assigns what is not, then compiles at most `compiles` cells."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "plans.json"
     results = json.loads(path.read_text()) if path.exists() and not fresh else {}
@@ -307,7 +327,13 @@ def run(
             print(f"{cell.name}: {fill(results[cell.name]):.2f} of memory, estimated in "
                   f"{time.monotonic() - begin:.0f} s", flush=True)  # fmt: skip
             save(out, results)
-    for cell in boundary_first(results, planned)[:compiles]:
+    for cell in planned:
+        if "assigned" not in results[cell.name]:
+            results[cell.name]["assigned"] = placed(planner.assign(cell, out))
+            print(f"{cell.name}: {fill(results[cell.name]):.2f} of memory, assigned in "
+                  f"{results[cell.name]['assigned']['seconds']} s", flush=True)  # fmt: skip
+            save(out, results)
+    for cell in boundaries(results, planned)[:compiles]:
         print(f"{cell.name}: compiling", flush=True)
         result = results[cell.name]
         result["compiled"] = compiled(planner.compile(cell, result["estimate"]))
@@ -324,12 +350,20 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regex of cells: 'CONFIG:ARG TRAINED TOPOLOGY'")
     parser.add_argument("--compile", type=int, default=1000, help="most cells to compile")
     parser.add_argument("--fresh", action="store_true", help="forget what OUT has")
+    # Of the process that is ended before it has generated the code of a cell; see Planner.assign.
+    parser.add_argument("--gradient", help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     prepare_environment()
+    if flags.gradient:
+        cell = Cell(**json.loads(flags.gradient))
+        results = json.loads((flags.out / "plans.json").read_text())
+        Planner(flags.tiny).compile(cell, results[cell.name]["estimate"])
+        return
     planned = [cell for cell in cells() if re.search(flags.only, cell.name)]
     if not planned:
         parser.error(f"--only={flags.only!r} matches no cell, such as {cells()[0].name!r}")
-    run(flags.out, planned, flags.compile, Planner(), flags.fresh)
+    run(flags.out, planned, flags.compile, Planner(flags.tiny), flags.fresh)
 
 
 if __name__ == "__main__":
