@@ -11,20 +11,20 @@ _HEAD = """# What the full-size configs need on TPU pods
 
     nice -n 15 python -m experiments.plans --out experiments/results/plans
 
-No TPU was used. Memory and collectives are those of the program that `train` runs, by libtpu's
-compiler for that topology: of a row marked `compiled` from the finished program; of a row marked
-`assigned` from its log and the program's text, once every buffer had its place and before
-code was generated, which is nearly all of the time (`experiments/assigned_memory.py`); it counts up
-to 0.13 GiB on top, which lie in the memory of the core. A row marked
-`estimated` has them from the traced program (`tpo_jax/training/estimate.py`). Everything else is
-arithmetic:
+No TPU was used. Memory is that of the program that `train` runs, by libtpu's compiler for that
+topology: of a row marked `compiled` from the finished program; of a row marked `assigned` from its
+log, once every buffer had its place and before code was generated, which is nearly all of the time
+(`experiments/assigned_memory.py`); it counts up to 0.13 GiB on top, which lie in the memory of the
+core. A row marked `estimated` has it from the traced program (`tpo_jax/training/estimate.py`).
+Everything else is arithmetic:
 
 - **compiled in**: seconds that libtpu's compiler took for the gradient where this was made.
 - **mesh**: in TPO configs the fewest chips that let a row fit share it (`context`, see
   docs/preferences.md); where `context` is not named, a chip has its rows for itself.
 - **rows a step** are those of the config; `x n` micro-batches, as few as the estimate lets fit.
 - **largest**: rows of one micro-batch over all chips that fit; 0 where one row a chip is too much.
-- **sent**: bytes that one chip sends in a step, times in the program text in brackets if compiled.
+- **sent**: bytes that one chip sends in a step, by the estimate: programs for TPU do not tell how
+  often a loop runs, and repeat what is fused. **collectives**: in the text of that program.
 - **FLOPs** that a step needs (`tpo_jax/training/flops.py`: forward, and the gradients of what is
   trained and of what lies behind it, 3 x forward where that is all; no recomputation).
 - **at least**: seconds a step, the largest of three: matrix products (recomputed ones too) at the
@@ -44,7 +44,8 @@ _STEPS = (
 BY = ("compiled", "assigned", "estimated")  # the best first
 _COLUMNS = (
     "config", "trained", "topology, mesh", "rows a step", "GiB a chip", "fits", "by",
-    "compiled in, s", "largest", "sent, GB", "FLOPs", "at least, s", "MFU at most", "chip-hours",
+    "compiled in, s", "largest", "sent, GB", "collectives", "FLOPs", "at least, s", "MFU at most",
+    "chip-hours",
 )  # fmt: skip
 
 
@@ -132,20 +133,20 @@ def _cells(name: str, result: dict[str, Any]) -> tuple[str, ...]:
         config, trained, f"{topology}, {mesh}", f"{estimate['batch']} x {estimate['accumulation']}",
         f"{memory:.1f} of {estimate['hbm'] / GIB:.0f}", "yes" if fits(result) else "**no**",
         _by(result), seconds_taken,
-        str(estimate["largest_batch"]), _sent(estimate, made),
+        str(estimate["largest_batch"]), _sent(estimate), _counts(made),
         f"{estimate['flops']:.2e}", f"{seconds:.2f} {limit}", f"{100 * times['bound']:.0f} %",
         f"{hours:,.0f} ({estimate['steps']:,})",
     )  # fmt: skip
 
 
-def _sent(estimate: dict, made: dict | None) -> str:
-    if made and made["collectives"]:
-        parts = [f"{kind} {c['bytes'] / 1e9:.1f} ({c['count']})"
-                 for kind, c in sorted(made["collectives"].items())]  # fmt: skip
-    else:
-        parts = [f"{kind} {size / 1e9:.1f}" for kind, size in sorted(estimate["sent"].items())
-                 if size >= 5e7]  # fmt: skip
-    return ", ".join(parts)
+def _sent(estimate: dict) -> str:
+    return ", ".join(f"{kind} {size / 1e9:.1f}" for kind, size in sorted(estimate["sent"].items())
+                     if size >= 5e7)  # fmt: skip
+
+
+def _counts(made: dict | None) -> str:
+    kinds = made["collectives"] if made else {}
+    return ", ".join(f"{found['count']} {kind}" for kind, found in sorted(kinds.items()))
 
 
 def _row(values: tuple[str, ...]) -> list[str]:

@@ -7,6 +7,9 @@ A loop multiplies what its body sends by its trip count. Bytes are those of a ri
 any algorithm needs: with n chips in a group and a result of R bytes, an all-gather sends
 R * (n - 1) / n, an all-reduce twice that, a reduce-scatter R * (n - 1), an all-to-all
 R * (n - 1) / n, a permutation R.
+
+Of programs for TPU the bytes cannot be relied upon: they do not tell trip counts, so that a loop
+counts once, and a gather that is fused with products stands in them several times.
 """
 
 import collections

@@ -7,7 +7,7 @@ nothing, a scan holds one iteration beside what it stacks. A value that has the 
 parameter (a gradient, a cast) is split over the mesh as the parameter is, one with the tokens of a
 long row as they are.
 
-experiments/results/plans/ holds what the estimates were against compiled programs.
+experiments/results/plans/ holds what the estimates were against the compiler's own figures.
 """
 
 import dataclasses
