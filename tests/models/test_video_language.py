@@ -155,6 +155,27 @@ def test_a_prefix_too_short_for_its_video_is_named(model, params):
         bound.embed_prefix(jnp.zeros((1, 5), jnp.int32), jnp.zeros((1, 4, 32)))
 
 
+def test_text_alone_is_looked_up_for_a_prefix(model, params, monkeypatch):
+    """What stands at visual positions is neither looked up nor given a gradient."""
+    bound, offset, span = model.bind(params), CONFIG.visual_offset, 4
+    looked_up, whole = [], bound.embed_tokens
+
+    def embed_tokens(self, tokens):
+        looked_up.append(np.asarray(tokens))
+        return whole(tokens)
+
+    monkeypatch.setattr(VideoLanguageModel, "embed_tokens", embed_tokens)
+    tokens = jnp.arange(5, 5 + offset + span + 3)[None]
+    visual = jnp.full((1, span, CONFIG.language.width), 7.0)
+    prefix = bound.embed_prefix(tokens, visual)
+    text = np.delete(np.asarray(tokens), np.s_[offset : offset + span], axis=1)
+    (seen,) = looked_up
+    np.testing.assert_array_equal(seen, text)
+    np.testing.assert_array_equal(prefix[:, offset : offset + span], visual)
+    rest = np.delete(np.asarray(prefix), np.s_[offset : offset + span], axis=1)
+    np.testing.assert_array_equal(rest, whole(text))
+
+
 def test_parameters_that_do_not_fit_are_named(model, params):
     with pytest.raises(ValueError, match="box_encoder/fc1/bias: expected .*, got nothing"):
         model.bind({name: leaf for name, leaf in params.items() if name != "box_encoder"})
