@@ -4,7 +4,7 @@
 
 Seven arms of configs/task_preference.py from the shipped base: conversation alone, the targets as
 text, task heads, and heads without conversation for one task or all. Text and heads each choose
-their learning rates among the same four, by the validation split of seed 0; the other arms take
+their learning rates among the same three, by the validation split of seed 0; the other arms take
 those of heads. The same command goes on where it stopped.
 """
 
@@ -21,7 +21,8 @@ from tpo_jax.data.records import PreparedDataset
 from tpo_jax.evaluation import results
 from tpo_jax.interop.folder import load_config
 
-RATES = (0.5, 1.0, 2.0, 4.0)
+# Half was the poorest of 0.5, 1 and 2 for both in a run that was not finished: it is left out.
+RATES = (1.0, 2.0, 4.0)
 ARMS = ("conversation", "text", "heads", "TRM", "T", "R", "M")
 SEARCHED = ("text", "heads")
 # The rates are chosen by the mean of these.
