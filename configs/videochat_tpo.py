@@ -13,6 +13,10 @@
   3_tasks     everything but SAM 2, without conversation
   3           everything but SAM 2, with conversation
 
+The published base is VideoChat2-Mistral, whose own files have no reader here. The first command
+takes the released end result without its heads instead: its tower, Q-Former and LoRA have been
+through these stages already.
+
 Each starts from RUNS/<the one before>/model, the first from RUNS/base; `init` names another folder.
 Heads are `region_mlp`, `cg_detr` and `sam2`; adapters of rank 16 on the language model. DIR holds
 a prepared folder for each data set, named as in SETS; docs/task_preference.md has them with their
