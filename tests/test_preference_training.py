@@ -21,14 +21,14 @@ from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.data.rows import kind_id
-from tpo_jax.generation import scoring, sidecar
 from tpo_jax.interop.folder import load_model, save_model, write_model
 from tpo_jax.models.config import DTYPES
 from tpo_jax.models.presets import PRESETS
+from tpo_jax.parallel.hashes import hash_weights
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.training import config as training_config
-from tpo_jax.training import references
+from tpo_jax.training import references, scoring, sidecar
 from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.preemption import Preemption
 from tpo_jax.training.start import make_model_config
@@ -256,7 +256,7 @@ def test_the_second_round_refuses_the_sidecar_of_the_first(runs, tmp_path):
         train(config, tmp_path / "run")
     scored = sidecar.read(runs / "pairs" / "reference.npz").fingerprint.weights
     message = str(error.value)
-    assert f"weights: sidecar '{scored}', this run '{sidecar.hash_weights(params)}'" in message
+    assert f"weights: sidecar '{scored}', this run '{hash_weights(params)}'" in message
     assert "preferences score` again" in message
 
 

@@ -20,13 +20,13 @@ from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.records import Example, RecordError, Turn
 from tpo_jax.data.rows import RowBuilder
-from tpo_jax.generation import scoring, sidecar
 from tpo_jax.generation.answers import AnswerGenerator
 from tpo_jax.generation.pipeline import model as pipeline_model
 from tpo_jax.generation.pipeline.manifest import Manifest
 from tpo_jax.generation.pipeline.stages import FILES
 from tpo_jax.generation.pipeline.stages import Pipeline as Stages
 from tpo_jax.interop.folder import load_model, save_model
+from tpo_jax.training import scoring, sidecar
 from tpo_jax.training.preemption import EXIT_STATUS
 from tpo_jax.training.step import make_score_step
 

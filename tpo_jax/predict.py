@@ -58,7 +58,6 @@ from tpo_jax.generation.requests import (
 from tpo_jax.generation.rles import Rles
 from tpo_jax.generation.routing import RoutedAnswer, Router
 from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys
-from tpo_jax.generation.sidecar import hash_weights
 from tpo_jax.generation.whole_video import Film
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ModelConfig
@@ -66,6 +65,7 @@ from tpo_jax.models.connectors.tiling import tiling_of
 from tpo_jax.models.heads import HEADS, ClipInfo
 from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.hashes import hash_weights
 
 SETTINGS, RESULTS = "settings.json", "results.jsonl"
 _TIME_IN_PROMPT = re.compile(r"\bat (\d+(?:\.\d+)?) s\b")

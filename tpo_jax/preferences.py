@@ -29,14 +29,16 @@ import jax
 
 from tpo_jax.data.records import PreparedDataset
 from tpo_jax.errors import Parser, UserError, report
-from tpo_jax.generation import pairs, scoring, sidecar
+from tpo_jax.generation import pairs
 from tpo_jax.generation.pipeline import command as pipeline
 from tpo_jax.generation.pipeline.model import OwnModel
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.heads.listed import load_listed
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.hashes import hash_weights
 from tpo_jax.parallel.mesh import mesh_of_devices
 from tpo_jax.parallel.rules import param_shardings, place
+from tpo_jax.training import scoring
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 
 GENERATE_EXAMPLES = """examples:
@@ -74,7 +76,7 @@ def generate(flags: argparse.Namespace, preemption: Preemption) -> int:
     endpoint = pipeline.check(flags, poll_alone)
     scoring.join(flags, preemption)
     config, params, codec = load_model(flags.model)
-    weights = sidecar.hash_weights(params)
+    weights = hash_weights(params)
     mesh = mesh_of_devices(scoring.mesh_sizes(flags))
     if flags.batch_size % (rows := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise UserError(f"--batch_size={flags.batch_size}: does not divide over {rows} devices "

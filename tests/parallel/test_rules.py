@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from tpo_jax.models.presets import PRESETS
 from tpo_jax.models.video_language import FunctionalModel
-from tpo_jax.parallel.mesh import batch_sharding, make_mesh
+from tpo_jax.parallel.mesh import batch_sharding, make_mesh, on_mesh
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.rules import (
     LARGE_LEAF_BYTES,
@@ -26,7 +26,6 @@ from tpo_jax.parallel.rules import (
     place,
 )
 from tpo_jax.training.optimizer import OptimizerConfig, make_optimizer
-from tpo_jax.training.step import on_mesh
 
 
 def mesh_of(**sizes):

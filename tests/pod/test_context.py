@@ -25,11 +25,10 @@ from tpo_jax.models.layers import Rngs
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.objectives.logps import token_logps
 from tpo_jax.parallel.context import ContextLayout
-from tpo_jax.parallel.mesh import batch_sharding, global_batch, make_mesh, replicated
+from tpo_jax.parallel.mesh import batch_sharding, global_batch, make_mesh, on_mesh, replicated
 from tpo_jax.parallel.paths import flatten, unflatten
 from tpo_jax.parallel.rules import param_shardings
 from tpo_jax.training.program import make_program
-from tpo_jax.training.step import on_mesh
 
 ONE, ALL_AXES = {}, {"data": 2, "context": 2, "tensor": 2}
 

@@ -9,10 +9,9 @@ from fake_batches import pair_bucket, train_config
 
 from experiments.plans import Cell, cell_config
 from tpo_jax.data.batch_spec import batch_spec
-from tpo_jax.parallel.mesh import batch_sharding, make_mesh
+from tpo_jax.parallel.mesh import batch_sharding, make_mesh, on_mesh
 from tpo_jax.training.program import make_program
 from tpo_jax.training.start import make_model_config
-from tpo_jax.training.step import on_mesh
 
 ROWS = 8
 

@@ -10,8 +10,8 @@ import pytest
 from chat_server import serving
 
 from tpo_jax.data.records import Example, Turn
-from tpo_jax.generation import sidecar
 from tpo_jax.interop.folder import save_model
+from tpo_jax.training import sidecar
 
 # The command on videos in memory.
 PROGRAM = """
@@ -21,7 +21,7 @@ import micro_model
 from tpo_jax import preferences
 from tpo_jax.data import pairs
 from tpo_jax.data.records import Turn
-from tpo_jax.generation import scoring
+from tpo_jax.training import scoring
 from tpo_jax.generation.pipeline import relay
 turns = [Turn(question, "it moves left") for question in micro_model.QUESTIONS]
 examples = {f"video{i}": [micro_model.conversation(f"video{i}", turns)] for i in range(3)}

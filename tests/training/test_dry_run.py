@@ -13,9 +13,9 @@ from absl import flags
 from tpo_jax import train
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.errors import UserError
-from tpo_jax.generation import sidecar
 from tpo_jax.interop.folder import save_model
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.training import sidecar
 from tpo_jax.training.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from tpo_jax.training.config import ConfigError, to_dict
 from tpo_jax.training.config_flag import read_json

@@ -24,11 +24,11 @@ from tpo_jax.data.ingest.plan import MediaItem
 from tpo_jax.data.preprocess import resize_of
 from tpo_jax.data.video import TICK_TOLERANCE, Decoder, VideoError
 from tpo_jax.errors import UserError
-from tpo_jax.generation.sidecar import hash_json, hash_weights
 from tpo_jax.interop.folder import load_config, open_leaves
 from tpo_jax.models.config import ClipFeaturesConfig, ModelConfig
 from tpo_jax.models.towers.config import TowerConfig
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.hashes import hash_json, hash_weights
 from tpo_jax.parallel.paths import flatten, unflatten
 
 CLIP_SECONDS = 2.0  # that of QVHighlights

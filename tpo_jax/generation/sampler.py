@@ -33,9 +33,8 @@ from tpo_jax.models.language import KVCache
 from tpo_jax.models.layers import fold_rows
 from tpo_jax.models.video_language import Encoded, FunctionalModel
 from tpo_jax.objectives.logps import MASKED_LOGIT, gather_positions, token_logps
-from tpo_jax.parallel.mesh import global_batch, replicated
+from tpo_jax.parallel.mesh import global_batch, on_mesh, replicated
 from tpo_jax.parallel.rules import constrain_cache, constrain_rows
-from tpo_jax.training.step import on_mesh
 
 Arrays = dict[str, Any]
 PREFIX_ARRAYS = (

@@ -40,6 +40,12 @@ def initialize_distributed(
     )  # fmt: skip
 
 
+def say(text: str) -> None:
+    """Prints once, by process 0."""
+    if jax.process_index() == 0:
+        print(text)
+
+
 def of_process_0(data: bytes) -> bytes:
     """The bytes that process 0 passes, on every process; the others may pass any."""
     if jax.process_count() == 1:

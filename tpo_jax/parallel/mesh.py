@@ -10,6 +10,7 @@ Several TPU slices are joined by the data centre network, which is slow: they ho
 model, so data is a multiple of their number and every other axis lies within a slice.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -121,6 +122,21 @@ def row_devices() -> int:
     """Devices that rows are split over in the mesh around the call, 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function`, traced where jax.sharding.get_abstract_mesh() is `mesh`.
+
+    Modules carry no mesh; what has to know it (a kernel under shard_map, `rules.constrain_rows`)
+    asks for the one around it.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: Any, **options: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **options)
+
+    return traced
 
 
 def check_batch_divides(batch: Any, mesh: Mesh, accumulation: int = 1) -> None:

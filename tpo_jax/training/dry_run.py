@@ -19,7 +19,6 @@ from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pipeline import Pipeline, read_buckets, row_builder
 from tpo_jax.data.rows import Reference, row_id
-from tpo_jax.generation import sidecar
 from tpo_jax.interop import folder
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.context import AXIS
@@ -33,7 +32,7 @@ from tpo_jax.parallel.mesh import (
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.rules import partition_spec
 from tpo_jax.parallel.topologies import GIB, parse_topology
-from tpo_jax.training import checkpoint
+from tpo_jax.training import checkpoint, sidecar
 from tpo_jax.training import config as training_config
 from tpo_jax.training.config_changes import changed_since
 from tpo_jax.training.estimate import chip_bytes

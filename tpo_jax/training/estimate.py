@@ -28,14 +28,14 @@ from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.connectors.tiling import visual_frames
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.context import AXIS, ContextLayout
-from tpo_jax.parallel.mesh import AXES, BATCH_AXES, check_batch_divides
+from tpo_jax.parallel.mesh import AXES, BATCH_AXES, check_batch_divides, on_mesh
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.topologies import Chip
 from tpo_jax.training import memory
 from tpo_jax.training.flops import traced_flops, train_flops
 from tpo_jax.training.moments import is_on_host
 from tpo_jax.training.program import Program
-from tpo_jax.training.step import make_gradient_step, on_mesh
+from tpo_jax.training.step import make_gradient_step
 
 COMPUTE_BYTES = 2  # bfloat16, in which kernels are gathered
 

@@ -17,7 +17,7 @@ from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.objectives.preference import PreferenceConfig
 from tpo_jax.parallel.context import AXIS
-from tpo_jax.parallel.mesh import batch_sharding, check_batch_divides, replicated
+from tpo_jax.parallel.mesh import batch_sharding, check_batch_divides, on_mesh, replicated
 from tpo_jax.parallel.rules import follow_params, param_shardings, place
 from tpo_jax.parallel.weighted_sum import WeightedSum
 from tpo_jax.training.moments import host_shardings
@@ -36,7 +36,6 @@ from tpo_jax.training.step import (
     make_gradient_step,
     make_score_step,
     make_update_step,
-    on_mesh,
 )
 from tpo_jax.training.task_gradients import make_task_gradients
 

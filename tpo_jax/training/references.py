@@ -16,13 +16,13 @@ from ml_collections import ConfigDict
 
 from tpo_jax.data.pipeline import Pipeline
 from tpo_jax.data.rows import Reference
-from tpo_jax.generation import sidecar
-from tpo_jax.generation.sidecar import SidecarMismatch
 from tpo_jax.interop.folder import load_model
 from tpo_jax.parallel.context import AXIS
 from tpo_jax.parallel.mesh import global_batch, mesh_shape, replicated
+from tpo_jax.training import sidecar
 from tpo_jax.training.preemption import Preemption
 from tpo_jax.training.program import Program, needs_contrast, run_as
+from tpo_jax.training.sidecar import SidecarMismatch
 
 # dtype -> largest and mean difference of a token's log-probability that is round-off, in nats.
 TOLERANCE = {"float32": (5e-3, 5e-4), "bfloat16": (0.5, 0.05)}

@@ -23,7 +23,7 @@ import optax
 from jax.sharding import Mesh
 
 from tpo_jax.errors import UserError
-from tpo_jax.parallel.mesh import batch_sharding, replicated
+from tpo_jax.parallel.mesh import batch_sharding, on_mesh, replicated
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.weighted_sum import WeightedSum
 from tpo_jax.training.moments import to_device
@@ -290,21 +290,6 @@ def accumulate(function: Callable[[Any], Any], rows: Any, count: int) -> Any:
         return jax.tree.map(jnp.add, total, function(micro)), None
 
     return jax.lax.scan(add, zeros, micros)[0]
-
-
-def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`function`, traced where jax.sharding.get_abstract_mesh() is `mesh`.
-
-    Modules carry no mesh; what has to know it (a kernel under shard_map, `rules.constrain_rows`)
-    asks for the one around it.
-    """
-
-    @functools.wraps(function)
-    def traced(*args: Any, **options: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args, **options)
-
-    return traced
 
 
 def jit_train_step(

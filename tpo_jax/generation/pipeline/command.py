@@ -34,8 +34,8 @@ from tpo_jax.generation.pipeline.model import ModelAnswerer, ModelSpeaker, OwnMo
 from tpo_jax.generation.pipeline.relay import RelayedSpeaker
 from tpo_jax.generation.pipeline.shards import Found, Work, run_part, run_whole
 from tpo_jax.generation.pipeline.stages import Pipeline, report
-from tpo_jax.generation.scoring import say
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.parallel.distributed import say
 
 ROLES = ("captioner", "writer", "judge")
 SPEAKERS = ("model", "endpoint")  # plug-ins that are asked in words

@@ -17,7 +17,7 @@ from tpo_jax.models.heads.cg_detr.head import unit
 from tpo_jax.models.heads.cg_detr.labels import FULL_MARKS, ClipLabels, clip_labels
 from tpo_jax.models.heads.cg_detr.layers import MASKED
 from tpo_jax.models.heads.geometry import span_giou
-from tpo_jax.objectives.matching import match
+from tpo_jax.models.heads.matching import match
 from tpo_jax.parallel.weighted_sum import WeightedSum
 
 NAME = "cg_detr"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from tpo_jax.objectives.matching import match
+from tpo_jax.models.heads.matching import match
 
 solve = jax.jit(match)
 

@@ -29,21 +29,23 @@ from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.rows import RowBuilder, RowPlan, choose_builder
 from tpo_jax.data.text import TextCodec
 from tpo_jax.errors import UserError
-from tpo_jax.generation import sidecar
 from tpo_jax.interop.folder import load_model
 from tpo_jax.models.config import ATTENTION_BACKENDS, DTYPES, ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.context import AXIS
+from tpo_jax.parallel.distributed import say
 from tpo_jax.parallel.mesh import (
     batch_sharding,
     global_batch,
     mesh_of_devices,
+    on_mesh,
     reader_shard,
     replicated,
 )
 from tpo_jax.parallel.rules import param_shardings, place
+from tpo_jax.training import sidecar
 from tpo_jax.training.preemption import Preemption
-from tpo_jax.training.step import make_score_step, on_mesh
+from tpo_jax.training.step import make_score_step
 
 PART_BATCHES = 4  # batches between two saves; what a killed command loses at most
 
@@ -271,11 +273,6 @@ def frame_counts(text: str) -> tuple[int, ...]:
     if min(counts) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected numbers of frames, such as 8,16,32")
     return counts
-
-
-def say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

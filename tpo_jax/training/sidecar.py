@@ -27,7 +27,7 @@ from tpo_jax.errors import MissingFile, UserError
 from tpo_jax.models.attention import best_backend
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.towers.config import TowerConfig
-from tpo_jax.parallel import paths
+from tpo_jax.parallel.hashes import hash_json, hash_weights
 
 # 1 had digests without the times of frames, and two answers a pair; 2 had digests without how
 # frames are stored.
@@ -36,27 +36,6 @@ FORMAT_VERSION = 3
 
 class SidecarMismatch(UserError):
     """The sidecar was scored under other conditions than the ones it is read for."""
-
-
-def hash_weights(params: Any) -> str:
-    """SHA-256 over (path, dtype, shape, bytes) of every leaf in path order.
-
-    Leaves are hashed as whole arrays, so the result does not depend on how they are sharded.
-
-    Args:
-      params: nested dict of arrays (JAX or NumPy).
-    """
-    digest = hashlib.sha256()
-    for path, leaf in sorted(paths.flatten(params).items()):
-        array = np.ascontiguousarray(jax.device_get(leaf))
-        digest.update(f"{path}:{array.dtype.name}:{array.shape};".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def hash_json(value: Any) -> str:
-    """SHA-256 of a JSON-able value with sorted keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def hash_row(frames: np.ndarray, stored: str, *tokens: np.ndarray, pad_id: int = 0) -> str:

@@ -1,12 +1,12 @@
 import dataclasses
 
-import jax
+import micro_model
 import numpy as np
 import pytest
 
 from tpo_jax.data.text import TextCodec, train_tokenizer
-from tpo_jax.generation import sidecar
 from tpo_jax.models.presets import preset
+from tpo_jax.training import sidecar
 
 FINGERPRINT = sidecar.Fingerprint(
     weights="w", model="m", tokenizer="t", template="c", preprocessing="p", bucket="b",
@@ -89,20 +89,6 @@ def test_merge_joins_and_refuses_twice_and_mixed_conditions():
         sidecar.merge([make(["a"]), make(["b"], dataclasses.replace(FINGERPRINT, bucket="x"))])
 
 
-def test_weight_hash_sees_value_dtype_path_but_not_sharding():
-    weights = {"a": {"kernel": np.arange(16, dtype=np.float32).reshape(8, 2)}, "b": np.ones(3)}
-    reference = sidecar.hash_weights(weights)
-    mesh = jax.make_mesh((len(jax.devices()),), ("data",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    sharded = {"a": {"kernel": jax.device_put(weights["a"]["kernel"], sharding)}, "b": np.ones(3)}
-    assert sidecar.hash_weights(sharded) == reference
-    moved = weights["a"]["kernel"].copy()
-    moved[3, 1] = np.nextafter(moved[3, 1], 9)
-    assert sidecar.hash_weights({"a": {"kernel": moved}, "b": np.ones(3)}) != reference
-    assert sidecar.hash_weights({"c": weights["a"], "b": np.ones(3)}) != reference
-    assert sidecar.hash_weights({**weights, "b": np.ones(3, np.float32)}) != reference
-
-
 def test_row_digest_sees_frames_their_times_and_token_boundaries():
     frames, stored = np.array([[1, 0.5], [2, 1.0]]), "32 x 48 raw"
     row = sidecar.hash_row(frames, stored, np.array([1, 2]), np.array([3]))
@@ -133,7 +119,10 @@ def test_lookup_pads_to_the_bucket_and_refuses_a_shorter_one():
         scored.lookup("b", "digest-b", 2)
 
 
-def test_fingerprint_ignores_dropout_and_sees_weights_and_frames(model, params, codec):
+def test_fingerprint_ignores_dropout_and_sees_weights_and_frames():
+    codec = micro_model.make_codec()
+    model = micro_model.make_model(codec)
+    params = micro_model.make_params(model)
     make_print = sidecar.Fingerprint.of
     base = make_print(model.config, params, codec, 8)
     language = dataclasses.replace(model.config.language, dropout=0.1)
