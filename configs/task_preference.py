@@ -11,8 +11,8 @@
   temporal, cg_detr, temporal_mlp   one temporal head each, beside conversation
   tracker       a SAM 2 of the demo's size follows boxes that are drawn; nothing else learns
   sam2, first_frame_box   masks by that SAM 2, frozen, which the slot state prompts: taught by the
-                losses of its masks, or by the prompt that the box on the first frame would be,
-                all that is published
+                losses of its masks or, all that is published, by the box on the first frame, as the
+                prompt that it would be and as four numbers that are read out of the slot state
 
 What is trained at which rates is the demo's stage 2, with everything in it from the start: routing,
 heads and language model. Published are three stages, of which arms differ in the later ones; one
@@ -48,10 +48,9 @@ SAM2_FRAMES = 16  # published: 8 in training; tests show all frames
 SAVE_EVERY = 40
 # The demo counts the language loss eight times; published weights are a twentieth beside once.
 _CG_DETR = cg_detr.published_weights(saliency=4.0, scale=8 * 0.05)
-_PROMPT = "sam2/prompt"
 _NEW = "heads/|task_tokens/|box_encoder/"
-_ADAPTER = "heads/sam2/adapter|task_tokens/|box_encoder/"
-_TRACKER = "heads/sam2/(?!adapter)"
+_ADAPTER = "heads/sam2/(?!network)|task_tokens/|box_encoder/"
+_TRACKER = "heads/sam2/network"
 # In words: tokens of answers and of questions with them, of most places and windows, and of tracks.
 TEXT_SHORT = {"answers": 24, "branch_tokens": 40}
 TEXT_LONG = {"answers": 76, "branch_tokens": 100}
@@ -71,9 +70,9 @@ class Arm:
 
 
 def _sam2(prompt: bool) -> dict[str, float]:
-    """Weights of all terms: of the distance to a prompt, or of everything else."""
+    """Weights of all terms: of the prompt and its box, or of everything else."""
     weights = sam2.published_weights()
-    return {term: w * float((term == _PROMPT) == prompt) for term, w in weights.items()}
+    return {term: w * float((term in sam2.PROMPT_TERMS) == prompt) for term, w in weights.items()}
 
 
 _MASKS = ("mask", "tracking")

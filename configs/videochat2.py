@@ -51,5 +51,5 @@ def _add_heads(config: ConfigDict, arg: ConfigDict) -> None:
         frames=4 if arg.tiny else 16, slots={"region": 4, "mask": 1, "box": 1},
         mask_size=16 if arg.tiny else 28,
     )  # fmt: skip
-    heads = "heads/region_mlp|heads/sam2/adapter|task_tokens/|box_encoder/"
+    heads = "heads/region_mlp|heads/sam2/(?!network)|task_tokens/|box_encoder/"
     config.trainable.append([heads, 2e-5])

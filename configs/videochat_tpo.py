@@ -28,7 +28,8 @@ formats, what of all this is published and what is not. Arguments beside `stage`
              is asked for every task of the stage
   media      of your own folders: video, image or video+image; "": as the stage's sets
   samples    how many questions there are, from which steps follow; 0: as published
-  mask_loss  masks: of the predicted masks, and of the prompt. prompt: as released, that alone
+  mask_loss  masks: of the predicted masks, of the prompt and of its box. prompt: as released, the
+             last two alone
   random     random weights, for --dry_run and plans; tiny: a few steps of a tiny model
 """
 
@@ -59,6 +60,8 @@ SETS = {
     **dict.fromkeys(
         ("refcoco", "refcoco_plus", "refcocog", "visual_genome", "as_v2"), ("image", "region")
     ),
+    # Of tracks a box is drawn, whose prompt takes the place of the adapter's tokens: SAM 2 being
+    # frozen, losses of masks have no gradient there, those of the prompt and of its box have.
     "mevis": ("video", "mask"), "sa_v": ("video", "tracking"),
     **dict.fromkeys(("youcook2_reasoning", "activitynet_reasoning", "llava_hound"),
                     ("video", "conversation")),
@@ -69,7 +72,8 @@ OF_IMAGES = ("conversation", "region")
 REFERRING = ("refcoco", "refcoco_plus", "refcocog")
 SPATIAL = ("as_v2", "visual_genome", *REFERRING)
 LORA, TOKENS = "language/.*lora_", "task_tokens/|box_encoder/"
-ADAPTER = "heads/sam2/adapter"
+ADAPTER = "heads/sam2/(?!network)"  # with the box readout; SAM 2 itself is frozen
+NEW = f"heads/region_mlp|heads/cg_detr|{ADAPTER}|{TOKENS}"
 # Answers of AS-V2 name many objects, and one that does not fit ends the run; `region_mlp` is two
 # layers on so many states.
 SLOTS = {"region": 16, "temporal": 1, "mask": 1, "box": 1}
@@ -118,7 +122,7 @@ def make_config(family: str, arg: ConfigDict, frames: int) -> ConfigDict:
     config.model.heads = HEADS
     config.sam2 = ("micro" if arg.tiny else "large") if arg.random else ""
     if arg.init and stage.after == "base":
-        config.init_missing = ["heads/region_mlp", "heads/cg_detr", ADAPTER, *TOKENS.split("|")]
+        config.init_missing = NEW.split("|")
     config.lora = dataclasses.asdict(VIDEOCHAT_LORA)
     config.optimizer.update(weight_decay=0.02, warmup=stage.warmup, min_lr_ratio=0.05, eps=1e-5)
     _choose_data(config, stage, arg)
@@ -147,8 +151,7 @@ def stages_of(numbers: str) -> dict[str, Stage]:
     region = [["heads/region_mlp|task_tokens/region", new], lora]
     # The table does not list the encoder of given boxes, which only tracking reads here.
     mask = [[f"{ADAPTER}|task_tokens/mask|box_encoder/", new], lora]
-    heads = f"heads/region_mlp|heads/cg_detr|{ADAPTER}|{TOKENS}"
-    everything = [["vision/|connector/", 2e-5], [heads, 2e-5], lora]
+    everything = [["vision/|connector/", 2e-5], [NEW, 2e-5], lora]
     assigned = (50_000, ("didemo", "queryd")), (50_000, REFERRING), (50_000, ("sa_v", "mevis"))
     grounded = (116_500, ("didemo", "queryd", "hirest", "activitynet", "tacos", "nlq")),
     tasks = (7_500, ("qvhighlights",)), (400_000, SPATIAL), (116_500, ("mevis", "sa_v"))
@@ -188,7 +191,7 @@ def _choose_trained(
             config.trainable.append(["|".join(parts), rate])
     weights = region_mlp.published_weights() | cg_detr.published_weights(scale=0.05)
     for term, weight in sam2.published_weights().items():
-        weights[term] = weight if mask_loss == "masks" or term == "sam2/prompt" else 0.0
+        weights[term] = weight if mask_loss == "masks" or term in sam2.PROMPT_TERMS else 0.0
     for term, weight in weights.items():
         config.losses[term] = weight if term.split("/")[0] in trained else 0.0
 

@@ -13,23 +13,21 @@ from collections.abc import Iterator
 
 from tpo_jax.data.ingest.derive import derive
 from tpo_jax.data.records import Example, PreparedDataset
-from tpo_jax.data.task_text import rle_box
 
 TASKS = ("mask", "tracking")
 
 
 def first_frame(example: Example) -> Example | None:
-    """The example with its first label alone; None where the object is absent there.
+    """The example with its first label alone, which may be that the object is absent; None of a
+    track that is absent there, as no box can be drawn.
 
     The head makes a box of a mask itself.
     """
-    targets = dict(example.targets)
-    if targets.get("rles") is not None:
-        targets["rles"], there = targets["rles"][:1], rle_box(targets["rles"][0]) is not None
-    else:
-        targets["boxes"], there = targets["boxes"][:1], targets["boxes"][0] is not None
-    targets["times"] = targets["times"][:1]
-    return dataclasses.replace(example, targets=targets) if there else None
+    given = example.targets
+    first = {k: given[k][:1] for k in ("times", "rles", "boxes") if given.get(k) is not None}
+    if first.get("boxes") == [None]:
+        return None
+    return dataclasses.replace(example, targets={**given, **first})
 
 
 def examples(dataset: PreparedDataset) -> Iterator[Example]:

@@ -5,10 +5,10 @@
 A SAM 2 of the demo's size learns to follow boxes that are drawn in the videos of seed 0. It is then
 frozen and the same for all seeds, in the place of the published one that comes trained. The
 language model and the adapter, which turns the slot state into SAM 2's prompt, learn from either
-objective: `sam2`, the losses of the masks in all frames, or `first_frame_box`, the distance to the
-prompt of the object's box on the first frame. Objects that are absent there teach nothing in the
-latter. The published objective has a second network that reads the box out of the slot state; there
-is none here. The same command goes on where it stopped.
+objective: `sam2`, the losses of the masks in all frames, or `first_frame_box`, all that is
+published: the distance to the prompt of the object's box on the first frame, and to that box from
+what a second network reads out of the slot state. Of an object that is absent there the box is -1,
+and no prompt is taught. The same command goes on where it stopped.
 """
 
 from __future__ import annotations

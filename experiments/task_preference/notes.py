@@ -22,12 +22,13 @@ ABOUT = {
         "One SAM 2 for all seeds, which learned to follow drawn boxes in the videos of seed 0 and "
         "is frozen from then on. Masks alone are asked: there is no conversation beside them, as "
         "there is in the last published stage, and no rate was searched for either objective. "
-        "The head of `first_frame_box` learns from the prompt of the first frame's box alone. "
-        "Published is a second network beside it, which reads the box out of the slot state, and "
-        "the box -1 for an object that is absent on the first frame; here such a question is left "
-        "out. `sam2` has the losses of the masks and none of the prompt. At test both arms prompt "
-        "the frame where the head is surest, which the published method, always on the first, does "
-        "not: two ways to learn are compared, not two systems."
+        "The head of `first_frame_box` learns as published from the first frame alone: from the "
+        "prompt that the box of the object would be, and from that box, which a second network "
+        "reads out of the slot state and which is -1 where the object is absent. Such an object "
+        "has no prompt here; of the release no such exception is known. `sam2` has the losses of "
+        "the masks and neither of these. At test both arms prompt the frame where the head is "
+        "surest, which the published method, always on the first, does not: two ways to learn are "
+        "compared, not two systems."
     ),
 }
 FLOORS = (

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import runpy
 
 import jax
@@ -247,11 +248,29 @@ def test_what_the_first_frame_teaches():
 
     found = first_frame(example(times=[0.0, 0.5], rles=rles))
     assert found.targets == {"times": [0.0], "rles": rles[:1]}
-    assert first_frame(example(times=[0.0, 0.5], rles=rles[::-1])) is None
-    track = first_frame(
-        example(times=[1.0, 2.0], boxes=[[0, 0, 1, 1], None], input_box=[0, 0, 1, 1])
-    )
-    assert track.targets == {"times": [1.0], "boxes": [[0, 0, 1, 1]], "input_box": [0, 0, 1, 1]}
+    absent = first_frame(example(times=[0.0, 0.5], rles=rles[::-1]))
+    assert absent.targets == {"times": [0.0], "rles": [None]}
+    box = [0, 0, 1, 1]
+    track = first_frame(example(times=[1.0, 2.0], boxes=[box, None], input_box=box))
+    assert track.targets == {"times": [1.0], "boxes": [box], "input_box": box}
+    assert first_frame(example(times=[1.0, 2.0], boxes=[None, box], input_box=box)) is None
+
+
+def test_an_arm_of_masks_learns_from_the_masks_or_from_the_first_box():
+    def taught(arm):
+        config = CONFIG["get_config"](f"arm={arm}")
+        return {t for t, w in config.losses.items() if w and t != "language"}, config.trainable
+
+    masks = {f"sam2/{kind}{term}" for kind in ("", "still_")
+             for term in ("focal", "dice", "iou", "presence")}  # fmt: skip
+    paths = [f"heads/sam2/{part}/fc1/kernel" for part in ("adapter", "box_readout", "network")]
+    for arm, terms, learns in (
+        ("tracker", masks, [False, False, True]), ("sam2", masks, [True, True, False]),
+        ("first_frame_box", {"sam2/prompt", "sam2/box"}, [True, True, False]),
+    ):  # fmt: skip
+        found, groups = taught(arm)
+        assert found == terms
+        assert [any(re.match(group, path) for group, _ in groups) for path in paths] == learns
 
 
 @pytest.fixture(scope="module")

@@ -180,8 +180,9 @@ def test_the_heads_of_videochat_tpo(arg):
     param_shardings(abstract, make_mesh({"data": 1, "fsdp": 8}, jax.devices()))
     groups = [group for group, _ in config.trainable]
     trained = {path for path in flatten(abstract) if any(re.match(g, path) for g in groups)}
-    assert {"heads/region_mlp/mlp/fc1/kernel", "heads/sam2/adapter/fc2/bias", "task_tokens/region",
-            "task_tokens/mask", "box_encoder/fc1/bias"} <= trained  # fmt: skip
+    assert {"heads/region_mlp/mlp/fc1/kernel", "heads/sam2/adapter/fc2/bias",
+            "heads/sam2/box_readout/fc2/bias", "task_tokens/region", "task_tokens/mask",
+            "box_encoder/fc1/bias"} <= trained  # fmt: skip
     assert not any(path.startswith("heads/sam2/network/") for path in trained)
 
 

@@ -1,7 +1,8 @@
 """SAM 2 of `transformers` (model_type "sam2_video") and our mask head of that name.
 
 The key layout is that of modeling_sam2_video.py. The network lies at heads/sam2/network in a model;
-the adapter beside it belongs to Task Preference Optimization and is in no published checkpoint.
+the adapter and the box readout beside it belong to Task Preference Optimization and are in no
+checkpoint of SAM 2.
 """
 
 from __future__ import annotations
@@ -86,9 +87,15 @@ def sam2_config(config: Mapping[str, Any]) -> Sam2Config:
     """Sam2Config of config.json.
 
     Raises:
-      FamilyError: an option that all published checkpoints agree on has another value.
+      FamilyError: another model_type, or an option that all published checkpoints agree on has
+        another value.
     """
-    only(config, "model_type", MODEL_TYPE)
+    kind = config.get("model_type", MODEL_TYPE)
+    if kind != MODEL_TYPE:
+        raise FamilyError(
+            f"config.json: model_type={kind!r}: expected {MODEL_TYPE!r}; a folder that `Sam2Model` "
+            "saved lacks the weights of the memory: save the published one with `Sam2VideoModel`"
+        )
     vision, decoder = said(config, "vision_config"), said(config, "mask_decoder_config")
     prompts, backbone = said(config, "prompt_encoder_config"), said(vision, "backbone_config")
     _same(config, vision, decoder, prompts, backbone)

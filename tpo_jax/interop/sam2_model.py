@@ -16,7 +16,10 @@ from tpo_jax.models.heads import head
 from tpo_jax.models.heads.base import FRAME_TOKENS
 
 # What the head needs beside the network; a model that has had no such head lacks some of it.
-_ADAPTER, _BOXES = f"heads/{NAME}/adapter", "box_encoder"
+_NEEDED = (
+    f"heads/{NAME}/adapter", f"heads/{NAME}/box_readout", f"task_tokens/{head(NAME).task}",
+    "box_encoder",
+)  # fmt: skip
 
 
 def add_to_model(source: epath.PathLike, model: epath.PathLike, out: epath.PathLike) -> list[str]:
@@ -64,7 +67,6 @@ def _prefixes_without(
 def _how_to_train(kept: tuple[str, ...], own: Mapping[str, Any]) -> str:
     """The options of a config that starts from the folder."""
     heads = [*kept, *[NAME] * (NAME not in kept)]
-    needed = (_ADAPTER, f"task_tokens/{head(NAME).task}", _BOXES)
-    missing = [name for name in needed if not any(path.startswith(name) for path in own)]
+    missing = [name for name in _NEEDED if not any(path.startswith(name) for path in own)]
     lacks = f" and init_missing={json.dumps(missing)}" if missing else ""
     return f'train with model.preset="", model.heads={json.dumps(heads)}{lacks}'

@@ -127,9 +127,8 @@ def test_in_and_out_again(source, model, tmp_path):
     assert "heads: region_mlp, sam2" in lines
     carried = {line.split(": ")[1] for line in lines if "carried" in line}
     assert {"temporal_token", "cg_model.query_embed.weight", "cg_criterion.empty_weight",
-            "track_embed_decode2.layers.0.weight", "sam.no_mem_pos_enc"} <= carried  # fmt: skip
-    assert all(key.startswith(("cg_", "temporal_", "action_", "track_embed_decode2", "sam.no_mem_"))
-               for key in carried)  # fmt: skip
+            "action_embed.layers.0.weight", "sam.no_mem_pos_enc"} <= carried  # fmt: skip
+    assert all(key.startswith(("cg_", "temporal_", "action_", "sam.no_mem_")) for key in carried)
     config = folder.load_config(path)
     assert config.heads == LOADED and config.box_encoder == "tpo"
     assert ModelConfig.from_dict(config.to_dict()) == config
@@ -198,6 +197,9 @@ def test_tokens_and_small_nets_are_the_published_functions(published, model):
     np.testing.assert_allclose(net.heads["region_mlp"](inputs)["boxes"], boxes, **close)
     prompt = two_layers(tensors, "track_embed.layers.0", "track_embed.layers.1", states)
     np.testing.assert_allclose(net.heads["sam2"].adapter(inputs.slot_states), prompt, **close)
+    readout = "track_embed_decode2.layers.0", "track_embed_decode2.layers.1"
+    box = two_layers(tensors, *readout, states)
+    np.testing.assert_allclose(net.heads["sam2"].box_readout(inputs.slot_states), box, **close)
     drawn = rng.uniform(size=(2, 4))
     box = two_layers(tensors, "loc_encoder.0", "loc_encoder.2", drawn)
     np.testing.assert_allclose(net.encode_boxes(jnp.asarray(drawn)), box, rtol=1e-2, atol=1e-2)

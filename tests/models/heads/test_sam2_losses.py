@@ -1,18 +1,25 @@
 """Losses of SAM 2 against NumPy, number by number, and what chooses the prompted frame."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tpo_jax.models.heads import sam2
-from tpo_jax.models.heads.sam2.head import best_frame, best_labelled_frame, extents
+from tpo_jax.models.heads.sam2.head import (
+    best_frame,
+    best_labelled_frame,
+    extents,
+    labelled_boxes,
+)
 from tpo_jax.models.heads.sam2.mask_decoder import Decoded, choose
 
 B, S, F, M = 2, 2, 3, 6
 
 
 def _predictions(rng):
-    found = {"prompt_error": rng.uniform(0, 2, (B, S))}
+    found = {"prompt_error": rng.uniform(0, 2, (B, S)), "box": rng.normal(size=(B, S, 4)),
+             "labelled_box": rng.uniform(0.1, 0.9, (B, S, 4))}  # fmt: skip
     for kind in ("", "still_"):
         asked = rng.random((B, S, F, 4)) < 0.6
         asked[..., 0] |= ~asked.any(-1)
@@ -66,13 +73,48 @@ def test_terms_are_those_of_numpy(seed):
     valid = np.array([[True, True], [True, False]])
     single = {k: jnp.asarray(v, bool if v.dtype == bool else np.float32) for k, v in found.items()}
     terms = sam2.loss(single, targets, jnp.asarray(valid))
-    expected = {"sam2/prompt": np.array([found["prompt_error"][valid].sum(), 3])}
+    apart = np.abs(found["box"] - found["labelled_box"])[valid]
+    expected = {"sam2/prompt": np.array([found["prompt_error"][valid].sum(), 3]),
+                "sam2/box": np.array([apart.sum() / 4, 3])}  # fmt: skip
     for kind in ("", "still_"):
         expected |= _by_hand(found, kind, targets, valid)
     assert set(terms) == set(expected) == set(sam2.published_weights())
     for name, (total, weight) in expected.items():
         assert terms[name].weight == weight, name
         np.testing.assert_allclose(terms[name].total, total, rtol=1e-4, err_msg=name)
+
+
+def test_the_box_of_an_absent_object_is_minus_one_and_it_has_no_prompt():
+    """Slots: seen in the prompted frame; in no labelled one; in another than the prompted one; in
+    none, as none is labelled."""
+    rng = np.random.default_rng(2)
+    found = {name: x.reshape(1, B * S, *x.shape[2:]) for name, x in _predictions(rng).items()}
+    found["labelled_box"] = np.zeros((1, 4, 4))
+    found["labelled_box"][0, 0] = [0.25, 0.0, 0.75, 0.5]
+    masks, labelled = np.zeros((1, 4, F, M, M), np.uint8), np.ones((1, 4, F), bool)
+    masks[0, 0, 0, :3, 2:5], masks[0, 2, 1, 0, 0], labelled[0, 3] = 1, 1, False
+
+    def terms(box):
+        targets = {"masks": masks, "labelled": labelled}
+        return sam2.loss(found | {"box": box}, targets, jnp.ones((1, 4), bool))
+
+    box = jnp.asarray(rng.normal(size=(1, 4, 4)), jnp.float32)
+    wanted = np.array([[0.25, 0.0, 0.75, 0.5], [-1.0] * 4])
+    assert terms(box)["sam2/box"].weight == 2 and terms(box)["sam2/prompt"].weight == 1
+    mean = np.abs(np.asarray(box)[0, :2] - wanted).mean()
+    np.testing.assert_allclose(terms(box)["sam2/box"].mean(), mean, rtol=1e-5)
+    prompt = terms(box)["sam2/prompt"].total
+    np.testing.assert_allclose(prompt, found["prompt_error"][0, 0], rtol=1e-6)
+    gradient = jax.grad(lambda box: terms(box)["sam2/box"].total)(box)
+    np.testing.assert_allclose(gradient[0, :2], np.sign(box[0, :2] - wanted) / 4, rtol=1e-6)
+    assert not np.any(gradient[0, 2:])
+
+
+def test_the_labelled_box_is_that_of_the_prompted_frame():
+    masks = np.zeros((1, 2, 2, 4, 8), np.uint8)
+    masks[0, 0, 0], masks[0, 0, 1, 1:3, 2:5] = 1, 1
+    found = labelled_boxes({"masks": masks}, jnp.array([[1, 0]]))
+    np.testing.assert_allclose(found, [[[0.25, 0.25, 0.625, 0.75], [0] * 4]])
 
 
 def _decoded(presence, iou, masks=None):

@@ -160,6 +160,7 @@ def head_rows(config: ModelConfig) -> list[Row]:
         rows += two_layers("heads/region_mlp/mlp", "loc_decoder.{}", 2)
     if "sam2" in config.heads:
         rows += two_layers("heads/sam2/adapter", "track_embed.layers.{}", 1)
+        rows += two_layers("heads/sam2/box_readout", "track_embed_decode2.layers.{}", 1)
         rows += release_rows(config.sam2, PREFIX, "sam.")
     if "cg_detr" in config.heads:
         for part in ("clip_features", "text_features"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tpo_jax.models.heads.base import Head
 from tpo_jax.models.heads.mask import decode
 from tpo_jax.models.heads.sam2.head import Sam2Head
-from tpo_jax.models.heads.sam2.losses import NAME, loss, published_weights
+from tpo_jax.models.heads.sam2.losses import NAME, PROMPT_TERMS, loss, published_weights
 
 HEAD = Head(
     name=NAME,
@@ -20,4 +20,4 @@ HEAD = Head(
     reads_points=True,
 )
 
-__all__ = ["HEAD", "Sam2Head", "decode", "loss", "published_weights"]
+__all__ = ["HEAD", "PROMPT_TERMS", "Sam2Head", "decode", "loss", "published_weights"]

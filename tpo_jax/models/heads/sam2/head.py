@@ -4,7 +4,8 @@ The adapter is that of Task Preference Optimization (2412.19326): two linear lay
 state into the three tokens that a box would be. It is tried on every frame by itself; the frame
 where SAM 2 is surest that the object is there, and of its mask, becomes the prompted one, and the
 object is tracked from it in both directions. So it need not be there when the clip starts. A drawn
-box, or points, prompt the frame that they are drawn on.
+box, or points, prompt the frame that they are drawn on. A second pair of layers reads that box out
+of the slot state; as published nothing but its loss needs it, which shapes the state.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Sam2Head(nnx.Module):
         self.adapter = Mlp(
             width, width, BOX_TOKENS * config.sam2.width, rngs=rngs, activation=jax.nn.relu
         )
+        self.box_readout = Mlp(width, width, 4, rngs=rngs, activation=jax.nn.relu)
 
     def __call__(self, inputs: HeadInputs) -> dict[str, jax.Array]:
         """Returns float32 arrays.
@@ -56,7 +58,9 @@ class Sam2Head(nnx.Module):
         "masks" [B, S, F, m, m] and "presence" [B, S, F], logits; with targets also what `losses`
         reads: of tracking and of every frame by itself ("still_...") all "candidates"
         [B, S, F, 4, m, m], their "iou" [B, S, F, 4] and which were "asked" for, bool; and
-        "prompt_error" [B, S], what lies between the adapter's tokens and those of the labelled box.
+        "labelled_box" [B, S, 4], that of the object's mask in the prompted frame, xyxy in [0, 1],
+        zeros where it has none; "prompt_error" [B, S], what lies between the adapter's tokens and
+        those of that box; "box" [B, S, 4], that box as read out of the slot state.
         """
         F = inputs.frame_valid.shape[1]
         training = inputs.targets is not None
@@ -73,7 +77,11 @@ class Sam2Head(nnx.Module):
         found |= self._candidates(tracked.decoded, "", jnp.where(at_start, single, ~single))
         asked = jnp.broadcast_to(single, alone.iou.shape)
         found |= self._candidates(alone, "still_", asked)
-        return found | {"prompt_error": self._prompt_error(tokens, inputs.targets, start)}
+        boxes = labelled_boxes(inputs.targets, start)
+        return found | {
+            "labelled_box": boxes, "prompt_error": self._prompt_error(tokens, boxes),
+            "box": self.box_readout(inputs.slot_states),
+        }  # fmt: skip
 
     def begin(
         self, inputs: HeadInputs
@@ -161,12 +169,9 @@ class Sam2Head(nnx.Module):
             f"{name}iou": decoded.iou, f"{name}presence": decoded.presence, f"{name}asked": asked,
         }  # fmt: skip
 
-    def _prompt_error(
-        self, tokens: jax.Array, targets: Mapping[str, jax.Array], start: jax.Array
-    ) -> jax.Array:
-        """float32[B, S]: mean distance from the tokens of the labelled object's box in `start`."""
-        masks = jnp.take_along_axis(targets["masks"], start[..., None, None, None], axis=2)[:, :, 0]
-        boxes = extents(masks) * self.config.image_size
+    def _prompt_error(self, tokens: jax.Array, boxes: jax.Array) -> jax.Array:
+        """float32[B, S]: mean distance from the tokens of boxes [B, S, 4], xyxy in [0, 1]."""
+        boxes = boxes * self.config.image_size
         wanted = jax.lax.stop_gradient(self.network.prompt_encoder.boxes(boxes))
         return jnp.mean(jnp.abs(tokens - wanted), axis=(-2, -1))
 
@@ -216,6 +221,13 @@ def best_labelled_frame(
     area = jnp.sum(targets["masks"] > 0, axis=(-2, -1))
     area = area * (targets["labelled"] & frame_valid[:, None])
     return jnp.where(jnp.any(area > 0, axis=-1), jnp.argmax(area, axis=-1), otherwise)
+
+
+def labelled_boxes(targets: Mapping[str, jax.Array], frame: jax.Array) -> jax.Array:
+    """Boxes float32[B, S, 4] of the labelled masks in one frame an object, int32[B, S]; see
+    `extents`."""
+    masks = jnp.take_along_axis(targets["masks"], frame[..., None, None, None], axis=2)
+    return extents(masks[:, :, 0])
 
 
 def extents(masks: jax.Array) -> jax.Array:

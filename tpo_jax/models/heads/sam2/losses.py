@@ -1,5 +1,6 @@
 """Losses of SAM 2: masks, their predicted IoU and presence in every labelled frame, tracked and
-frame by frame.
+frame by frame; and what the release of Task Preference Optimization (2412.19326) trains with, the
+distance to the prompt of the labelled box and to the box itself.
 
 Of the three masks of an open prompt only the best is corrected, as in the paper; predicted IoUs are
 corrected for all of them. Frames without the object have no mask and no IoU.
@@ -18,23 +19,32 @@ from tpo_jax.parallel.weighted_sum import WeightedSum
 NAME = "sam2"
 # Of the release's training configuration, and what chooses the best of three masks.
 _FOCAL, _DICE, _IOU, _PRESENCE = 20.0, 1.0, 1.0, 1.0
+# The whole mask objective of the release of Task Preference Optimization.
+PROMPT_TERMS = (f"{NAME}/prompt", f"{NAME}/box")
+# Every coordinate of the box of an object that is absent, as published.
+_ABSENT = -1.0
 
 
 def published_weights() -> dict[str, float]:
     """Those of SAM 2 for every frame, tracked or by itself, and of Task Preference Optimization for
-    the adapter's tokens."""
+    the adapter's tokens and the box."""
     terms = {"focal": _FOCAL, "dice": _DICE, "iou": _IOU, "presence": _PRESENCE}
     weights = {f"{NAME}/{kind}{t}": w for kind in ("", "still_") for t, w in terms.items()}
-    return weights | {f"{NAME}/prompt": 1.0}
+    return weights | dict.fromkeys(PROMPT_TERMS, 1.0)
 
 
 def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, WeightedSum]:
-    """One unit of weight a labelled frame; `prompt` has one a slot whose object is ever seen.
+    """One unit of weight a labelled frame.
+
+    `prompt` and `box`, means over tokens and over coordinates, have one a slot whose prompted frame
+    shows the object. Where no labelled frame does, there is no prompt, and each coordinate of the
+    box is to be -1; where only others do, neither is known.
 
     Args:
       predictions: of M candidates a frame, tracked and, with "still_" before the name, by itself:
         "candidates" float32[B, S, F, M, m, m] logits, "iou" float32[B, S, F, M], "presence"
-        float32[B, S, F] logits, "asked" bool[B, S, F, M]; and "prompt_error" float32[B, S].
+        float32[B, S, F] logits, "asked" bool[B, S, F, M]; "prompt_error" float32[B, S]; "box" and
+        "labelled_box" float32[B, S, 4], xyxy in [0, 1], the latter 0 without a mask.
       targets: "masks" [B, S, F, m, m], above 0 inside; "labelled" bool[B, S, F].
       valid: bool[B, S], slots in use.
     """
@@ -50,8 +60,13 @@ def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, 
         for name, value in _of_frames(found, masks).items():
             weights = labelled if name == "presence" else present
             terms[f"{NAME}/{kind}{name}"] = WeightedSum.of(value, weights)
-    seen = jnp.any(present, axis=-1)
-    terms[f"{NAME}/prompt"] = WeightedSum.of(predictions["prompt_error"], seen)
+    seen, boxes = jnp.any(present, axis=-1), predictions["labelled_box"]
+    shown = seen & jnp.any(boxes > 0, axis=-1)
+    absent = jnp.any(labelled, axis=-1) & ~seen
+    wanted = jnp.where(shown[..., None], boxes, _ABSENT)
+    box_error = jnp.mean(jnp.abs(predictions["box"] - wanted), axis=-1)
+    terms[f"{NAME}/prompt"] = WeightedSum.of(predictions["prompt_error"], shown)
+    terms[f"{NAME}/box"] = WeightedSum.of(box_error, shown | absent)
     return terms
 
 
