@@ -18,6 +18,7 @@ image size); `tiny` is a few steps on small shapes, for tests.
 """
 
 import importlib.resources
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -84,7 +85,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config
 
 
-def sweep(add) -> None:
+def sweep(add: Callable[..., None]) -> None:
     """Is it the seed? python -m experiments.sweep --config=configs/demo.py:stage=2 --out=..."""
     for seed in range(3):
         add(seed=seed)

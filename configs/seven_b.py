@@ -8,6 +8,8 @@ model folder of `python -m tpo_jax.convert import`; without it the weights are r
 the smallest model instead, for tests.
 """
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from tpo_jax.training.config import bucket_config, default_config, parse_arg, source_config
@@ -53,7 +55,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config
 
 
-def sweep(add) -> None:
+def sweep(add: Callable[..., None]) -> None:
     """Two rates of the language model, three seeds."""
     for rate in (1e-5, 2e-5):
         for seed in range(3):

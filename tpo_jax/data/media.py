@@ -10,6 +10,7 @@ import collections
 import difflib
 import os
 import pathlib
+from collections.abc import Iterator
 
 from tpo_jax.data import video
 from tpo_jax.data.problems import Invalid
@@ -169,7 +170,7 @@ def _is_picture(name: str) -> bool:
     return name.lower().endswith(video.IMAGE_SUFFIXES)
 
 
-def _media_below(root: pathlib.Path):
+def _media_below(root: pathlib.Path) -> Iterator[str]:
     for folder, _, names in os.walk(root, followlinks=False):
         relative = pathlib.Path(folder).relative_to(root)
         for name in names:

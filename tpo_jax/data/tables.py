@@ -12,12 +12,16 @@ import io
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 from etils import epath
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
+
+if TYPE_CHECKING:  # tables are read and written without it
+    from tensorflow_datasets.core.features import FeaturesDict
 
 TABLE_VERSION = "1.0.0"
 SPLIT = "records"  # TFDS reserves the name "all" for the union of the splits of a table
@@ -151,7 +155,7 @@ def open_table(folder: epath.Path) -> array_record_data_source.ArrayRecordDataSo
     )
 
 
-def _features(table: str, encoding: str):
+def _features(table: str, encoding: str) -> FeaturesDict:
     """The TFDS feature spec of a table; only metadata, never used to encode a record."""
     from tensorflow_datasets import features as tf
 

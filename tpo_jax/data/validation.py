@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from tpo_jax.data.problems import Invalid
@@ -75,8 +75,9 @@ def check_example(example: Example, duration: float = math.inf) -> Example:
 
 
 def check_keys(
-    data: Any, known: Sequence[str], required: Sequence[str], field: str = "", ignore=frozenset()
-) -> None:
+    data: Any, known: Collection[str], required: Sequence[str], field: str = "",
+    ignore: Collection[str] = frozenset(),
+) -> None:  # fmt: skip
     """Refuses anything but a dict with all `required` and no key outside `known` and `ignore`."""
     if not isinstance(data, Mapping):
         raise Invalid(field, data, "expected a JSON object", "write it as {...}")
@@ -357,11 +358,11 @@ def _check_times(targets: Mapping[str, Any], duration: float) -> list[float]:
     return [check_time(f"targets.times[{i}]", t, duration) for i, t in enumerate(targets["times"])]
 
 
-def _conversation(example: Example, targets: Mapping[str, Any], duration: float):
+def _conversation(example: Example, targets: Mapping[str, Any], duration: float) -> dict[str, Any]:
     return dict(targets)
 
 
-def _temporal(example: Example, targets: Mapping[str, Any], duration: float):
+def _temporal(example: Example, targets: Mapping[str, Any], duration: float) -> dict[str, Any]:
     check_keys(targets, TARGET_KEYS["temporal"], ("windows",), "targets")
     windows = check_list("targets.windows", targets["windows"])
     if not windows:
@@ -385,7 +386,7 @@ def _temporal(example: Example, targets: Mapping[str, Any], duration: float):
     return checked
 
 
-def _region(example: Example, targets: Mapping[str, Any], duration: float):
+def _region(example: Example, targets: Mapping[str, Any], duration: float) -> dict[str, Any]:
     check_keys(targets, DRAWN, ("boxes", "times"), "targets")
     _same_length(targets, "boxes", "times")
     markers = _count(example, "<region>")
@@ -399,7 +400,7 @@ def _region(example: Example, targets: Mapping[str, Any], duration: float):
     return {"boxes": boxes, "times": _check_times(targets, duration)}
 
 
-def _check_masks(example: Example, targets: Mapping[str, Any], duration: float):
+def _check_masks(example: Example, targets: Mapping[str, Any], duration: float) -> dict[str, Any]:
     _same_length(targets, "times", "rles")
     present = [i for i, rle in enumerate(targets["rles"]) if rle is not None]
     for i in present:
@@ -412,12 +413,12 @@ def _check_masks(example: Example, targets: Mapping[str, Any], duration: float):
     return dict(targets) | {"times": _check_times(targets, duration)}
 
 
-def _mask(example: Example, targets: Mapping[str, Any], duration: float):
+def _mask(example: Example, targets: Mapping[str, Any], duration: float) -> dict[str, Any]:
     check_keys(targets, DRAWN, ("times", "rles"), "targets")
     return _check_masks(example, targets, duration)
 
 
-def _tracking(example: Example, targets: Mapping[str, Any], duration: float):
+def _tracking(example: Example, targets: Mapping[str, Any], duration: float) -> dict[str, Any]:
     several = "each" in example.targets
     check_keys(
         targets, ("rles", "size", *DRAWN),
@@ -457,7 +458,7 @@ def _check_tracked(example: Example, several: bool) -> None:
             )  # fmt: skip
 
 
-def _unlabelled(example: Example, targets: Mapping[str, Any], duration: float):
+def _unlabelled(example: Example, targets: Mapping[str, Any], duration: float) -> dict[str, Any]:
     begin = ("input_box",) if example.task == "tracking" else ()
     check_keys(targets, DRAWN, ("times", *UNLABELLED, *begin), "targets")
     if targets["unlabelled"] is not True:
@@ -471,7 +472,7 @@ def _unlabelled(example: Example, targets: Mapping[str, Any], duration: float):
     return dict(targets) | {"times": _check_times(targets, duration)}
 
 
-def _action(example: Example, targets: Mapping[str, Any], duration: float):
+def _action(example: Example, targets: Mapping[str, Any], duration: float) -> dict[str, Any]:
     check_keys(targets, (), ("segments", "labels"), "targets")
     _same_length(targets, "segments", "labels")
     for i, label in enumerate(targets["labels"]):
@@ -483,7 +484,7 @@ def _action(example: Example, targets: Mapping[str, Any], duration: float):
     return {"segments": segments, "labels": list(targets["labels"])}
 
 
-def _preference(example: Example, targets: Mapping[str, Any], duration: float):
+def _preference(example: Example, targets: Mapping[str, Any], duration: float) -> dict[str, Any]:
     check_text("targets.chosen", targets.get("chosen"))
     rejected = targets.get("rejected")
     for text in rejected if isinstance(rejected, list) and rejected else [rejected]:

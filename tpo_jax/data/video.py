@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -36,11 +37,15 @@ TICK_TOLERANCE = 1e-3
 # How far the frames may fall short of a duration in the header, except where the header's is exact.
 DURATION_TOLERANCE = 0.5
 
+PathLike = str | os.PathLike[str]
+# Rising times in seconds, each with what makes its frame uint8[h, w, 3].
+LazyFrames = Iterator[tuple[float, Callable[[], np.ndarray]]]
+
 
 class VideoError(UserError):
     """A media file that cannot be used: which one, why, and what to do about it."""
 
-    def __init__(self, file: str | os.PathLike[str], reason: str, fix: str):
+    def __init__(self, file: PathLike, reason: str, fix: str):
         super().__init__(f"{os.fspath(file)}: {reason}; {fix}")
         self.file, self.reason, self.fix = os.fspath(file), reason, fix
 
@@ -76,7 +81,7 @@ class Video:
     duration: float
 
 
-def media_kind(path: str | os.PathLike[str]) -> str:
+def media_kind(path: PathLike) -> str:
     """ "video" or "image", by suffix and, for GIF and WebP, by the number of pictures inside."""
     if pathlib.Path(path).is_dir():
         return "video"
@@ -95,7 +100,7 @@ def media_kind(path: str | os.PathLike[str]) -> str:
     return "image"
 
 
-def probe(path: str | os.PathLike[str]) -> Probe:
+def probe(path: PathLike) -> Probe:
     """Reads the header (and, for rotation, the first frame). Raises VideoError."""
     if pathlib.Path(path).is_dir():
         found = pictures(path)
@@ -121,7 +126,7 @@ def probe(path: str | os.PathLike[str]) -> Probe:
 
 
 def read_video(
-    path: str | os.PathLike[str],
+    path: PathLike,
     fps: float | None = None,
     start: float = 0.0,
     end: float = math.inf,
@@ -133,7 +138,7 @@ def read_video(
     return Video(decoder.media, np.asarray(times, np.float32), np.stack(frames), decoder.duration)
 
 
-def pictures(folder: str | os.PathLike[str]) -> list[tuple[int, pathlib.Path]]:
+def pictures(folder: PathLike) -> list[tuple[int, pathlib.Path]]:
     """(number, file) of the pictures right in a folder, in the order of the last number of their
     names. Raises VideoError for none, for a name without a number and for a number used twice."""
     found: dict[int, pathlib.Path] = {}
@@ -171,7 +176,7 @@ class Decoder:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: PathLike,
         fps: float | None = None,
         start: float = 0.0,
         end: float = math.inf,
@@ -191,7 +196,7 @@ class Decoder:
     def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
         return ((time, convert()) for time, convert in self.lazily())
 
-    def lazily(self) -> Iterator[tuple[float, Callable[[], np.ndarray]]]:
+    def lazily(self) -> LazyFrames:
         """(time, what makes the frame) of the same frames; one that is not made costs no pixels."""
         if self.media == "image":
             self.duration = 0.0
@@ -215,7 +220,7 @@ class Decoder:
                 "correct start and end",
             )
 
-    def _at_ticks(self, source):
+    def _at_ticks(self, source: LazyFrames) -> LazyFrames:
         """Keeps the (time, convert) pairs that are on screen at a tick, each once."""
         tick = self.start
         pending = None
@@ -240,7 +245,7 @@ class Decoder:
             return time
         return self.start + math.ceil((time - self.start - TICK_TOLERANCE) * self.fps) / self.fps
 
-    def _video(self):
+    def _video(self) -> LazyFrames:
         """(time, convert) of the frames from `start` on; times rise strictly."""
         with _open_video(self.path) as (container, stream), _ffmpeg_errors(self.path):
             origin = _origin(stream)
@@ -277,7 +282,7 @@ class Decoder:
                     self.path, f"it ends at {self.duration:.3f} s, its header says {stated:.3f} s"
                 )
 
-    def _pictures(self):
+    def _pictures(self) -> LazyFrames:
         """(time, convert) of each picture of a folder; the first is at time 0."""
         if not self.frame_rate:
             raise VideoError(
@@ -292,7 +297,7 @@ class Decoder:
         for time, (_, file) in zip(times, numbered, strict=True):
             yield time, lambda file=file: _image_to_array(file, self.size)
 
-    def _animation(self):
+    def _animation(self) -> LazyFrames:
         """(time, convert) of each picture of an animated GIF or WebP."""
         with _open_image(self.path) as image:
             time = 0.0
@@ -307,7 +312,7 @@ class Decoder:
 
 
 @contextlib.contextmanager
-def _open_video(path):
+def _open_video(path: PathLike) -> Iterator[tuple[InputContainer, av.VideoStream]]:
     """Yields (container, first video stream)."""
     _check_file(path)
     with _ffmpeg_errors(path), av.open(os.fspath(path)) as container:
@@ -327,7 +332,7 @@ def _open_video(path):
 
 
 @contextlib.contextmanager
-def _ffmpeg_errors(path):
+def _ffmpeg_errors(path: PathLike) -> Iterator[None]:
     try:
         yield
     except av.FFmpegError as error:
@@ -339,7 +344,7 @@ def _ffmpeg_errors(path):
 
 
 @contextlib.contextmanager
-def _pillow_errors(path):
+def _pillow_errors(path: PathLike) -> Iterator[None]:
     try:
         yield
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
@@ -350,7 +355,7 @@ def _pillow_errors(path):
         ) from error
 
 
-def _check_file(path) -> None:
+def _check_file(path: PathLike) -> None:
     file = pathlib.Path(path)
     if not file.exists():
         raise VideoError(path, "the file does not exist", "correct the path or remove its records")
@@ -360,28 +365,30 @@ def _check_file(path) -> None:
         raise VideoError(path, "the file is empty (0 bytes)", "copy or download it again")
 
 
-def _truncated(path, detail: str) -> VideoError:
+def _truncated(path: PathLike, detail: str) -> VideoError:
     return VideoError(
         path, f"it is truncated: {detail}", "copy or download it again, or remove its records"
     )
 
 
-def _no_frames(path) -> VideoError:
+def _no_frames(path: PathLike) -> VideoError:
     return VideoError(path, "it has no frame", "copy or download it again, or remove its records")
 
 
-def _origin(stream) -> float | None:
+def _origin(stream: av.VideoStream) -> float | None:
     return None if stream.start_time is None else float(stream.start_time * stream.time_base)
 
 
-def _check_frame_count(path, container, stream, packets: int) -> None:
+def _check_frame_count(
+    path: PathLike, container: InputContainer, stream: av.VideoStream, packets: int
+) -> None:
     """Compares with the header. MP4 counts exactly; AVI also counts a few that were left out."""
     missing = stream.frames - packets
     if missing > (0 if "mp4" in container.format.name else 1 + stream.frames // 32):
         raise _truncated(path, f"it has {packets} of {stream.frames} stated frames")
 
 
-def _stated_duration(container, stream) -> float | None:
+def _stated_duration(container: InputContainer, stream: av.VideoStream) -> float | None:
     """The duration that the header promises for the video stream, in seconds."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
@@ -393,7 +400,7 @@ def _stated_duration(container, stream) -> float | None:
     return None
 
 
-def _shown_for(frame, stream, gap: float) -> float:
+def _shown_for(frame: av.VideoFrame, stream: av.VideoStream, gap: float) -> float:
     """How long a frame stays on screen: as stated, else as long as the one before it."""
     if frame.duration:
         return float(frame.duration * frame.time_base)
@@ -402,7 +409,9 @@ def _shown_for(frame, stream, gap: float) -> float:
     return 1 / float(stream.average_rate or 25)
 
 
-def _to_array(frame, reformatter: VideoReformatter, size: tuple[int, int] | None) -> np.ndarray:
+def _to_array(
+    frame: av.VideoFrame, reformatter: VideoReformatter, size: tuple[int, int] | None
+) -> np.ndarray:
     rotation = frame.rotation % 360
     height, width = size or (
         (frame.width, frame.height) if rotation in (90, 270) else (frame.height, frame.width)
@@ -416,7 +425,7 @@ def _to_array(frame, reformatter: VideoReformatter, size: tuple[int, int] | None
 
 
 @contextlib.contextmanager
-def _open_image(path):
+def _open_image(path: PathLike) -> Iterator[Image.Image]:
     _check_file(path)
     try:
         image = Image.open(path)
@@ -430,7 +439,7 @@ def _open_image(path):
         yield image
 
 
-def _probe_image(path) -> Probe:
+def _probe_image(path: PathLike) -> Probe:
     kind = media_kind(path)
     with _open_image(path) as image:
         orientation = image.getexif().get(0x0112, 1)
@@ -439,7 +448,7 @@ def _probe_image(path) -> Probe:
         return Probe(kind, width, height, 0.0, frames, 0.0, 0, (image.format or "").lower())
 
 
-def _image_to_array(path, size: tuple[int, int] | None) -> np.ndarray:
+def _image_to_array(path: PathLike, size: tuple[int, int] | None) -> np.ndarray:
     with _open_image(path) as image, _pillow_errors(path):
         upright = ImageOps.exif_transpose(image)
         return _flatten(upright.convert("RGBA"), size)

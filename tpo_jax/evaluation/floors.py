@@ -309,7 +309,10 @@ def _tracking(train: _Split, test: _Split) -> Floors:
     floors: Floors = collections.defaultdict(list)
     for name, choose in ways.items():
 
-        def predict(example: Example, times: np.ndarray, choose=choose) -> dict[str, Any]:
+        def predict(
+            example: Example, times: np.ndarray,
+            choose: Callable[[Example], Sequence[float]] = choose,
+        ) -> dict[str, Any]:  # fmt: skip
             return _held(choose(example), example, times)
 
         for metric, found in _candidates(name, predict, train, test).items():

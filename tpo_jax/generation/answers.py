@@ -94,6 +94,11 @@ class _Clip:
     long: list[list[int]]
 
 
+# Function of (sample number, answers, rows): sums of log-probabilities, by question and sample
+Scorer = Callable[[int, Drawn, Sequence[_Row]], dict[tuple[int, int], float]]
+Answered = tuple[list[_Row], Drawn, Scorer]
+
+
 class AnswerGenerator:
     """Answers questions about videos of one prepared split.
 
@@ -123,7 +128,8 @@ class AnswerGenerator:
             mask_size=model.config.mask_size))
 
     def answers(self, questions: Sequence[Question], evidence: Sequence[Evidence], side: str,
-                skip: Callable[[list[int]], bool] = lambda numbers: False):
+                skip: Callable[[list[int]], bool] = lambda numbers: False
+                ) -> Iterator[Answered]:
         """Yields (rows, drawn answers, scorer of other answers in the same context) per batch.
 
         B clips are encoded once; a batch is the next K questions about each of them. `skip` is
@@ -136,7 +142,7 @@ class AnswerGenerator:
             yield from self._answers_about(clips[first : first + size], questions, side, skip)
 
     def _answers_about(self, clips: Sequence[_Clip], questions: Sequence[Question], side: str,
-                       skip: Callable[[list[int]], bool]):
+                       skip: Callable[[list[int]], bool]) -> Iterator[Answered]:
         context = None
         for now in _rounds(clips):
             self._poll()
@@ -199,10 +205,11 @@ class AnswerGenerator:
             drawn[number, sample] = (answer, tokens)
         return drawn
 
-    def _scorer(self, context: Context, batch: Arrays) -> Callable[..., dict]:
+    def _scorer(self, context: Context, batch: Arrays) -> Scorer:
         """Function of (sample, answers, rows): sums of log-probabilities of the answers there."""
 
-        def score(sample: int, answers: Drawn, rows: Sequence[_Row]) -> dict:
+        def score(sample: int, answers: Drawn, rows: Sequence[_Row]
+                  ) -> dict[tuple[int, int], float]:
             B, K = self.settings.batch_size, self.settings.branches
             longest = max(len(answers[number, sample][1]) for _, _, number in _places(rows))
             # Few distinct widths, because each compiles once.

@@ -155,7 +155,8 @@ class Router:
     def _predictions(self, params: Any, name: str, places: Sequence[Place],
                      context: Context, batch: Arrays, host: Generation, frames_asked: np.ndarray,
                      prompts: Mapping[str, jax.Array | None],
-                     tokens: jax.Array | None):
+                     tokens: jax.Array | None
+                     ) -> Iterator[tuple[list[Place], list[dict[str, np.ndarray]]]]:
         """Yields (places, predictions of each) with a few events of every row at a time.
 
         The mask head's memory is that of so many clips, however many calls an answer makes.

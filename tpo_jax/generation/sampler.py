@@ -169,7 +169,8 @@ class Sampler:
         self._score = self._program(self._score_rows, whole)
         self._score_answers = self._program(self._score_answers_rows, whole)
 
-    def _program(self, function: Callable[..., Any], out: NamedSharding | None = None):
+    def _program(self, function: Callable[..., Any], out: NamedSharding | None = None
+                 ) -> jax.stages.Wrapped:
         """Inputs stay where they are placed: weights by the caller, rows by `_rows`."""
         if self.mesh is None:
             return jax.jit(function)

@@ -126,7 +126,9 @@ def sam2_config(config: Mapping[str, Any]) -> Sam2Config:
     )
 
 
-def _same(config: Mapping, vision: Mapping, decoder: Mapping, prompts: Mapping, backbone: Mapping):
+def _same(
+    config: Mapping, vision: Mapping, decoder: Mapping, prompts: Mapping, backbone: Mapping
+) -> None:
     """Refuses what the code takes for granted and a configuration has otherwise."""
     width = vision["fpn_hidden_size"]
     granted = (

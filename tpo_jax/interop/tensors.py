@@ -248,7 +248,9 @@ def _file_array(path: epath.Path, start: int, shape: tuple[int, ...], dtype: Any
     return dataclasses.replace(array, unit=_rows(array))
 
 
-def _fill(out: np.ndarray, stream: BinaryIO, start: int, shape: tuple[int, ...], index: Index):
+def _fill(
+    out: np.ndarray, stream: BinaryIO, start: int, shape: tuple[int, ...], index: Index
+) -> None:
     """Reads one slice per axis of an array that starts at byte `start` into `out`."""
     row = math.prod(shape[1:]) * out.dtype.itemsize
     start += (index[0].start * row) if index else 0

@@ -24,6 +24,7 @@ softmax are added up.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -113,7 +114,10 @@ def attention(
     raise ValueError(f"attention: backend {backend!r} is unknown; use one of {ATTENTION_BACKENDS}")
 
 
-def _rule(q, k, q_segments, kv_segments, causal_offset: int | None, window: int | None) -> Rule:
+def _rule(
+    q: jax.Array, k: jax.Array, q_segments: jax.Array | None, kv_segments: jax.Array | None,
+    causal_offset: int | None, window: int | None,
+) -> Rule:  # fmt: skip
     """The rule of `attention`, whose window counts by index."""
     segments = None if q_segments is None else (q_segments, kv_segments)
     if causal_offset is None:
@@ -152,7 +156,9 @@ def prefix_attention(
     if backend in _PLAIN:
         place = P(None, AXIS)
 
-        def local(q, k, v, segments, order):
+        def local(
+            q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, order: jax.Array
+        ) -> jax.Array:
             k, v, kv_segments = (layout.gather(x) for x in (k, v, segments))
             return _in_context_blocks(q, k, v, segments, kv_segments, order, window)
 
@@ -210,10 +216,10 @@ def branch_attention(
     if window is not None:
         prefix_k, prefix_v, prefix_segments = _padding_first(prefix_k, prefix_v, prefix_segments)
 
-    def fold(x):
+    def fold(x: jax.Array) -> jax.Array:
         return x.reshape(B * K, *x.shape[2:])
 
-    def joined(prefix, own):
+    def joined(prefix: jax.Array, own: jax.Array) -> jax.Array:
         return jnp.concatenate([jnp.repeat(prefix, K, axis=0), fold(own)], axis=1)
 
     out = attention(
@@ -235,9 +241,12 @@ def _padding_first(k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple[jax
 
 
 def _two_part_attention(
-    part, q, prefix_k, prefix_v, own_k, own_v, q_segments, prefix_segments, own_segments,
-    own_offset, window, positions,
-):  # fmt: skip
+    part: Callable[..., tuple[jax.Array, jax.Array]],
+    q: jax.Array, prefix_k: jax.Array, prefix_v: jax.Array, own_k: jax.Array, own_v: jax.Array,
+    q_segments: jax.Array, prefix_segments: jax.Array, own_segments: jax.Array,
+    own_offset: int | jax.Array, window: int | None,
+    positions: tuple[jax.Array, jax.Array, jax.Array] | None,
+) -> jax.Array:  # fmt: skip
     """One softmax over prefix and own keys; the prefix is never repeated K times.
 
     part: `attend` or `plain_attend`.
@@ -248,7 +257,7 @@ def _two_part_attention(
         split_tokens(x, axis=1) for x in (prefix_k, prefix_v, prefix_segments)
     )
 
-    def fold(x):
+    def fold(x: jax.Array) -> jax.Array:
         return x.reshape(B * K, *x.shape[2:])
 
     # All K * T queries of a row are one long query axis against its prefix.
@@ -270,20 +279,23 @@ def _two_part_attention(
     return (outs[0] * shares[0] + outs[1] * shares[1]).astype(q.dtype)
 
 
-def _in_context_blocks(q, k, v, q_segments, kv_segments, order, window) -> jax.Array:
+def _in_context_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, kv_segments: jax.Array,
+    order: jax.Array, window: int | None,
+) -> jax.Array:  # fmt: skip
     """The xla path for queries that are tokens `order` int32[T] of the keys' sequence; the logits
     of a block of queries exist at a time."""
     T, size = q.shape[1], min(_CONTEXT_BLOCK, q.shape[1])
     count = -(-T // size)
 
-    def cut(x, axis):
+    def cut(x: jax.Array, axis: int) -> jax.Array:
         """The blocks of `axis`, counted along a new first axis; the last is filled up."""
         padding = [(0, 0)] * x.ndim
         padding[axis] = (0, count * size - T)
         x = jnp.pad(x, padding).reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    def one(block):
+    def one(block: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, segments, order = block
         places = order, jnp.arange(k.shape[1])
         rule = Rule((segments, kv_segments), places, (places[0][None], places[1][None]))
@@ -294,7 +306,10 @@ def _in_context_blocks(q, k, v, q_segments, kv_segments, order, window) -> jax.A
     return out.astype(q.dtype)
 
 
-def _cudnn(q, k, v, q_segments, kv_segments, causal_offset, window) -> jax.Array:
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array | None,
+    kv_segments: jax.Array | None, causal_offset: int | None, window: int | None,
+) -> jax.Array:  # fmt: skip
     """The kernel's own causal rule and window where they say all, which start at the first key;
     else a mask bool[B or 1, 1, T, S], whose gradient wants even lengths."""
     run = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
@@ -312,8 +327,9 @@ def _cudnn(q, k, v, q_segments, kv_segments, causal_offset, window) -> jax.Array
 
 
 def _splash(
-    q, k, v, q_segments, kv_segments, causal_offset, window, interpret: bool
-) -> jax.Array:
+    q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array | None,
+    kv_segments: jax.Array | None, causal_offset: int | None, window: int | None, interpret: bool,
+) -> jax.Array:  # fmt: skip
     """The Pallas kernel, per example and vmapped; lengths padded to whole blocks."""
     B, T, N, H = q.shape
     S = k.shape[1]
@@ -321,10 +337,10 @@ def _splash(
     if q_segments is None:
         q_segments, kv_segments = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
 
-    def lengthen(x, size):
+    def lengthen(x: jax.Array, size: int) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, size - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
 
-    def heads_first(x, size):
+    def heads_first(x: jax.Array, size: int) -> jax.Array:
         return lengthen(x, size).transpose(0, 2, 1, 3)
 
     q = heads_first(q * float(H) ** -0.5, padded_t)
@@ -333,7 +349,9 @@ def _splash(
     q_segments = lengthen(q_segments + 1, padded_t) - 1
     kv_segments = lengthen(kv_segments + 1, padded_s) - 1
 
-    def local(q, k, v, q_segments, kv_segments):
+    def local(
+        q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, kv_segments: jax.Array
+    ) -> jax.Array:
         kernel = _splash_kernel(padded_t, padded_s, q.shape[1], causal_offset, window, interpret)
         segments = splash_attention_kernel.SegmentIds(q=q_segments, kv=kv_segments)
         return jax.vmap(kernel)(q, k, v, segments)
@@ -343,8 +361,9 @@ def _splash(
 
 
 def _context_splash(
-    q, k, v, segments, layout: ContextLayout, window, interpret: bool
-) -> jax.Array:
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, layout: ContextLayout,
+    window: int | None, interpret: bool,
+) -> jax.Array:  # fmt: skip
     """`_splash` of a placed prefix: each device's queries against all keys."""
     mesh = jax.sharding.get_abstract_mesh()
     T, S = layout.length // layout.devices, layout.length
@@ -354,7 +373,10 @@ def _context_splash(
     rows, heads = P(BATCH_AXES, AXIS), _head_axis(mesh, k.shape[2])
     array = P(*rows, heads)
 
-    def local(kernel, q, k, v, segments):
+    def local(
+        kernel: splash_attention_kernel.SplashAttentionKernel, q: jax.Array, k: jax.Array,
+        v: jax.Array, segments: jax.Array,
+    ) -> jax.Array:  # fmt: skip
         k, v, kv_segments = (layout.gather(x) for x in (k, v, segments))
         pad_t, pad_s = (((0, 0), (0, more)) for more in (more_t, more_s))
         q = jnp.pad(q * float(q.shape[-1]) ** -0.5, (*pad_t, (0, 0), (0, 0)))
@@ -376,7 +398,7 @@ def _context_splash(
     )(kernel, q, k, v, segments)
 
 
-def _per_device(function, kv_heads: int):
+def _per_device(function: Callable[..., jax.Array], kv_heads: int) -> Callable[..., jax.Array]:
     """`function` on each device's rows and heads: the compiler cannot split a kernel by itself.
 
     Rows are split over (data, fsdp). Heads are split over `tensor` where the key/value heads
@@ -400,7 +422,7 @@ def _head_axis(mesh: AbstractMesh, kv_heads: int) -> str | None:
 def _splash_kernel(
     T: int, S: int, heads: int, causal_offset: int | None, window: int | None, interpret: bool,
     order: np.ndarray | None = None, devices: int = 1,
-):
+) -> splash_attention_kernel.SplashAttentionKernel:  # fmt: skip
     """order: int32[T], the token that each query is; devices: over which the queries are split."""
     masks = splash_attention_mask
     if causal_offset is None:

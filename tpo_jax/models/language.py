@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from flax import nnx
 from tpo_jax.models.attention import branch_attention, prefix_attention
 from tpo_jax.models.config import LanguageConfig
 from tpo_jax.models.layers import (
+    Carry,
     Linear,
     RMSNorm,
     Rngs,
@@ -28,9 +29,13 @@ from tpo_jax.models.layers import (
     run_layers,
     stack,
 )
-from tpo_jax.models.rope import rotary_tables, rotate
+from tpo_jax.models.rope import Tables, rotary_tables, rotate
 from tpo_jax.parallel.context import ContextLayout, split_tokens
 from tpo_jax.parallel.rules import constrain_lookup, constrain_rows
+
+KeyValues = tuple[jax.Array, jax.Array]  # of one layer, float[..., T, G, H]; keys are rotated
+# Function of (q, k, v) -> float[..., T, N, H].
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +83,9 @@ class DecoderAttention(nnx.Module):
             self.q_norm = RMSNorm(config.head_dim, epsilon=config.norm_epsilon)
             self.k_norm = RMSNorm(config.head_dim, epsilon=config.norm_epsilon)
 
-    def project(self, x: jax.Array, tables, keys) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(
+        self, x: jax.Array, tables: Tables, keys: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """float[..., T, D] -> q float[..., T, N, H], k and v float[..., T, G, H]; q, k rotated."""
         q, k, v = (
             getattr(self, name)(x, _keys_of(name, keys)).reshape(
@@ -90,7 +97,7 @@ class DecoderAttention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, tables), rotate(k, tables), v
 
-    def output(self, x: jax.Array, keys) -> jax.Array:
+    def output(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         """float[..., T, N, H] -> float[..., T, D]."""
         return self.o_proj(x.reshape(*x.shape[:-2], -1), _keys_of("o_proj", keys))
 
@@ -105,7 +112,7 @@ class GatedMlp(nnx.Module):
         scale = (2.0 * config.depth) ** -0.5
         self.down_proj = Linear(hidden, width, bias=False, rngs=rngs, scale=scale)
 
-    def __call__(self, x: jax.Array, keys) -> jax.Array:
+    def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         """float[..., D] -> float[..., D]; `keys` are those of dropout, or None."""
         gate = self.gate_proj(x, _keys_of("gate_proj", keys))
         hidden = _gated(gate, self.up_proj(x, _keys_of("up_proj", keys)))
@@ -127,7 +134,9 @@ class DecoderBlock(nnx.Module):
         self.mlp = GatedMlp(config, rngs=rngs)
         self.dropout = config.dropout
 
-    def __call__(self, x: jax.Array, tables, attend, keys) -> tuple[jax.Array, tuple]:
+    def __call__(
+        self, x: jax.Array, tables: Tables, attend: Attend, keys: jax.Array | None
+    ) -> tuple[jax.Array, KeyValues]:
         """One layer.
 
         Args:
@@ -192,7 +201,10 @@ class LanguageModel(nnx.Module):
         prefix_layer = self._prefix_layer(positions, segments, prefix_keys, layout)
         branch_layer = self._branch_layer(*branches[1:], positions, segments, branch_keys)
 
-        def apply(window, layer, carry, number):
+        def apply(
+            window: int | None, layer: DecoderBlock, carry: tuple[jax.Array, jax.Array],
+            number: jax.Array,
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:  # fmt: skip
             x, own = carry
             x, prefix_kv = prefix_layer(window, layer, x, number)
             own, _ = branch_layer(window, layer, own, (number, prefix_kv, None))
@@ -232,19 +244,26 @@ class LanguageModel(nnx.Module):
     ) -> jax.Array:
         """float[L, B, P, D], what each layer of `prefill` hands on, before the final norm."""
         layout = ContextLayout(embeds.shape[1], 1)
-        layer = self._prefix_layer(positions, segments, None, layout)
+        run = self._prefix_layer(positions, segments, None, layout)
 
-        def apply(*args):
-            x, _ = layer(*args)
+        def apply(
+            window: int | None, layer: DecoderBlock, x: jax.Array, number: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            x, _ = run(window, layer, x, number)
             return x, x
 
         return self._run(apply, embeds, jnp.arange(self.config.depth))[1]
 
-    def _prefix_layer(self, positions, segments, keys, layout):
+    def _prefix_layer(
+        self, positions: jax.Array, segments: jax.Array, keys: jax.Array | None,
+        layout: ContextLayout,
+    ) -> Callable[..., tuple[jax.Array, KeyValues]]:  # fmt: skip
         tables = self._tables(positions)
 
-        def apply(window, layer, x, index):
-            def attend(q, k, v):
+        def apply(
+            window: int | None, layer: DecoderBlock, x: jax.Array, index: jax.Array
+        ) -> tuple[jax.Array, KeyValues]:
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 return prefix_attention(
                     q, k, v, segments, layout, window=window, backend=self.config.attention
                 )
@@ -295,7 +314,9 @@ class LanguageModel(nnx.Module):
         own_segments, own_positions = self._own(positions, segments, own, index)
         return self.final_norm(x), KVCache(*written, own_segments, own_positions)
 
-    def _own(self, positions, segments, own: KVCache | None, index):
+    def _own(
+        self, positions: jax.Array, segments: jax.Array, own: KVCache | None, index: jax.Array | int
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Segments and (with a sliding window) positions of what a branch has of its own."""
         slides = self.config.sliding_window is not None
         if own is None:
@@ -306,17 +327,22 @@ class LanguageModel(nnx.Module):
         return write(own.segments, segments), write(own.positions, positions) if slides else None
 
     def _branch_layer(
-        self, positions, segments, prefix_positions, prefix_segments, keys, own=None, index=0
-    ):
+        self, positions: jax.Array, segments: jax.Array, prefix_positions: jax.Array | None,
+        prefix_segments: jax.Array, keys: jax.Array | None, own: KVCache | None = None,
+        index: jax.Array | int = 0,
+    ) -> Callable[..., tuple[jax.Array, KeyValues | None]]:  # fmt: skip
         tables = self._tables(positions)
         own_segments, own_positions = self._own(positions, segments, own, index)
         all_positions = (positions, prefix_positions, own_positions)
 
-        def apply(window, layer, x, inputs):
+        def apply(
+            window: int | None, layer: DecoderBlock, x: jax.Array,
+            inputs: tuple[jax.Array, KeyValues, KeyValues | None],
+        ) -> tuple[jax.Array, KeyValues | None]:  # fmt: skip
             number, prefix_kv, own_kv = inputs
             written = None
 
-            def attend(q, k, v):
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 nonlocal written
                 offset = 0
                 if own_kv is not None:
@@ -341,11 +367,13 @@ class LanguageModel(nnx.Module):
 
         return apply
 
-    def _tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _tables(self, positions: jax.Array) -> Tables:
         config = self.config
         return rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
 
-    def _run(self, apply, x, inputs):
+    def _run(
+        self, apply: Callable[..., tuple[Carry, Any]], x: Carry, inputs: Any
+    ) -> tuple[Carry, Any]:
         """run_layers of apply(window, layer, carry, inputs); runs of one window are one loop."""
         config = self.config
         structure, parameters = nnx.split(self.layers)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from flax import nnx
 from tpo_jax.parallel.rules import constrain_rows
 
 Block = TypeVar("Block", bound=nnx.Module)
+Carry = TypeVar("Carry")
 
 
 class Rngs:
@@ -53,17 +54,21 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ kernel
 
 
-def _matmul_forward(x: jax.Array, kernel: jax.Array):
+def _matmul_forward(
+    x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return x @ kernel, (x, kernel)
 
 
-def _matmul_backward(residuals, gradient: jax.Array):
+def _matmul_backward(
+    residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
 
-    def flattened(x, gradient):
+    def flattened(x: jax.Array, gradient: jax.Array) -> jax.Array:
         return x.reshape(-1, x.shape[-1]).T @ gradient.reshape(-1, gradient.shape[-1])
 
-    def unflattened(x, gradient):
+    def unflattened(x: jax.Array, gradient: jax.Array) -> jax.Array:
         rows = tuple(range(x.ndim - 1))
         return jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())))
 
@@ -229,9 +234,9 @@ def checkpointed(function: Callable, remat: str) -> Callable:
 
 
 def run_layers(
-    layers: Block, apply: Callable, carry, inputs=None, *, remat: str = "",
-    unroll: bool = False,
-) -> tuple:
+    layers: Block, apply: Callable[[Block, Carry, Any], tuple[Carry, Any]], carry: Carry,
+    inputs: Any = None, *, remat: str = "", unroll: bool = False,
+) -> tuple[Carry, Any]:  # fmt: skip
     """Runs a stack made by `stack`: carry, output_l = apply(layer_l, carry, inputs_l).
 
     Args:
@@ -248,7 +253,7 @@ def run_layers(
     """
     structure, parameters = nnx.split(layers)
 
-    def body(carry, layer):
+    def body(carry: Carry, layer: tuple[nnx.State, Any]) -> tuple[Carry, Any]:
         parameters, inputs = layer
         return apply(nnx.merge(structure, parameters), jax.tree.map(constrain_rows, carry), inputs)
 

@@ -85,7 +85,9 @@ PRESETS: dict[str, Callable[..., ModelConfig]] = {
 }
 
 
-def preset(name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | None = None):
+def preset(
+    name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | None = None
+) -> ModelConfig:
     """The named configuration; ValueError lists the names."""
     if name not in PRESETS:
         raise UserError(f"model preset {name!r} is unknown; use one of {sorted(PRESETS)}")

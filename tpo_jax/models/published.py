@@ -119,7 +119,9 @@ _FULL: dict[str, tuple[Any, Any, LanguageConfig, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def full(name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | None = None):
+def full(
+    name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | None = None
+) -> ModelConfig:
     """The published sizes, in bfloat16."""
     vision, connector, language, more = _FULL[name]
     vision = _whole_frames(vision, heads)
@@ -131,7 +133,9 @@ def full(name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | Non
     )  # fmt: skip
 
 
-def tiny(name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | None = None):
+def tiny(
+    name: str, heads: tuple[str, ...] = (), tokens: Mapping[str, int] | None = None
+) -> ModelConfig:
     """The same parts at the size of the `micro` preset; trains on a CPU."""
     vision, connector, language, more = _FULL[name]
     vision = _whole_frames(vision, heads)

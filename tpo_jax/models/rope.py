@@ -24,6 +24,8 @@ from tpo_jax.errors import UserError
 
 KINDS = ("linear", "dynamic", "yarn", "llama3")
 
+Tables = tuple[jax.Array, jax.Array]  # cos, sin float32[..., T, 1, H/2]
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -79,7 +81,7 @@ class RopeScaling:
 
 def rotary_tables(
     positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
-) -> tuple[jax.Array, jax.Array]:
+) -> Tables:
     """int32[..., T] -> cos, sin float32[..., T, 1, H/2] (an axis for the heads)."""
     powers = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     if scaling is None:
@@ -93,7 +95,7 @@ def rotary_tables(
     return jnp.cos(angles) * sharpen, jnp.sin(angles) * sharpen
 
 
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x: jax.Array, tables: Tables) -> jax.Array:
     """Rotary positions in the half-rotation layout: pairs are (i, i + H/2). float[..., N, H]."""
     cos, sin = tables
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -106,11 +108,15 @@ def _inverse(theta: float, powers: np.ndarray) -> np.ndarray:
     return np.float32(1.0) / np.float32(theta) ** powers
 
 
-def _linear(head_dim, theta, powers, scaling):
+def _linear(
+    head_dim: int, theta: float, powers: np.ndarray, scaling: RopeScaling
+) -> tuple[np.ndarray, float]:
     return _inverse(theta, powers) / np.float32(scaling.factor), 1.0
 
 
-def _dynamic(positions, head_dim, theta, powers, scaling):
+def _dynamic(
+    positions: jax.Array, head_dim: int, theta: float, powers: np.ndarray, scaling: RopeScaling
+) -> jax.Array:
     """float32[..., 1, 1, H/2], one set of frequencies a row.
 
     Published code takes the longest row of the batch; here a row does not depend on its batch.
@@ -122,7 +128,9 @@ def _dynamic(positions, head_dim, theta, powers, scaling):
     return 1.0 / base**powers
 
 
-def _llama3(head_dim, theta, powers, scaling):
+def _llama3(
+    head_dim: int, theta: float, powers: np.ndarray, scaling: RopeScaling
+) -> tuple[np.ndarray, float]:
     frequencies = _inverse(theta, powers)
     waves = scaling.original_length * frequencies / np.float32(2 * math.pi)
     low, high = scaling.low_frequency, scaling.high_frequency
@@ -132,7 +140,9 @@ def _llama3(head_dim, theta, powers, scaling):
     return (1 - share) * slow + share * frequencies, 1.0
 
 
-def _yarn(head_dim, theta, powers, scaling):
+def _yarn(
+    head_dim: int, theta: float, powers: np.ndarray, scaling: RopeScaling
+) -> tuple[np.ndarray, float]:
     def dimension(turns: float) -> float:
         """The pair that makes so many turns within the original length."""
         length = scaling.original_length / (turns * 2 * math.pi)

@@ -64,7 +64,7 @@ class VideoLanguageModel(nnx.Module):
         self.language = LanguageModel(config.language, rngs=rngs)
         if config.heads:
 
-            def vector():
+            def vector() -> nnx.Param:
                 draw = jax.random.normal(rngs.params(), (width,), jnp.float32)
                 return nnx.Param(draw * width**-0.5)
 
@@ -106,7 +106,9 @@ class VideoLanguageModel(nnx.Module):
         config, dtype = self.config.vision, self.dtype
         structure, parameters = nnx.split(self.vision)
 
-        def local(parameters, frames, frame_valid):
+        def local(
+            parameters: nnx.State, frames: jax.Array, frame_valid: jax.Array
+        ) -> VisionFeatures:
             if isinstance(config, TowerConfig):
                 pixels = normalise_pixels(config, frames)
             else:
@@ -429,7 +431,7 @@ class FunctionalModel:
         return nnx.merge(self._structure, state)
 
     def _check(self, params: Mapping[str, Any]) -> None:
-        def shapes(tree):
+        def shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
             return {"/".join(str(k.key) for k in path): tuple(x.shape) for path, x in leaves}
 

@@ -134,7 +134,7 @@ class VisionEncoder(nnx.Module):
             {f"level{i}": LayerNorm(channels[i + 1]) for i in range(levels - 1)}
         )
 
-        def table(rows):
+        def table(rows: int) -> nnx.Param:
             draw = jax.random.normal(rngs.params(), (rows, config.width), jnp.float32)
             return nnx.Param(0.02 * draw)
 

@@ -82,12 +82,20 @@ def plain_attend(
 attend = jax.custom_vjp(plain_attend, nondiff_argnums=(4,))
 
 
-def _forward(q, k, v, rule, window):
+# For the backward pass: q, k, v, the rule, the output and the logarithm of the sum.
+_Kept = tuple[jax.Array, jax.Array, jax.Array, Rule, jax.Array, jax.Array]
+
+
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, rule: Rule, window: int | None
+) -> tuple[tuple[jax.Array, jax.Array], _Kept]:
     out, log_sum = plain_attend(q, k, v, rule, window)
     return (out, log_sum), (q, k, v, rule, out, log_sum)
 
 
-def _backward(window, kept, gradients):
+def _backward(
+    window: int | None, kept: _Kept, gradients: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, rule, out, log_sum = kept
     to_out, to_log_sum = gradients
     G, scale = k.shape[2], float(q.shape[-1]) ** -0.5

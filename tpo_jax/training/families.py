@@ -49,7 +49,9 @@ def run_large(config: ConfigDict) -> None:
     config.model.update(attention="auto", remat="full", dtype="bfloat16")
 
 
-def set_epochs(config: ConfigDict, arg: ConfigDict, published: int, batch: int, epochs: int = 1):
+def set_epochs(
+    config: ConfigDict, arg: ConfigDict, published: int, batch: int, epochs: int = 1
+) -> None:
     """The steps of whole epochs at full size.
 
     Args:

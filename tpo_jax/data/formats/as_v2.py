@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tpo_jax.data import validation
@@ -70,7 +70,9 @@ def _as_numbers(box: list[float]) -> str:
     return "[" + ", ".join(f"{v:.2f}" for v in box) + "]"
 
 
-def _take_boxes(field: str, text: str, size, write) -> tuple[str, list[list[float]]]:
+def _take_boxes(
+    field: str, text: str, size: tuple[float, float] | None, write: Callable[[list[float]], str]
+) -> tuple[str, list[list[float]]]:
     """The text with `write` of every box of an object in its place, and these boxes."""
     found: list[list[float]] = []
 
@@ -89,7 +91,7 @@ def _take_boxes(field: str, text: str, size, write) -> tuple[str, list[list[floa
     return _TAGS.sub("", text).strip(), found
 
 
-def _parse(field: str, inner: str, size) -> list[list[float]]:
+def _parse(field: str, inner: str, size: tuple[float, float] | None) -> list[list[float]]:
     """Normalised [x1, y1, x2, y2] of each box of "[[...], ...]"."""
     try:
         boxes = json.loads(inner)

@@ -12,6 +12,7 @@ takes depends on `seed` (0) and the place of the entry alone; it keeps the order
 from __future__ import annotations
 
 import math
+import pathlib
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +62,7 @@ def records(context: Context) -> Iterator[Record]:
     return expand(((f"datasets[{i}]", entry) for i, entry in enumerate(datasets)), sampled)
 
 
-def load_records(path) -> Iterator[Record]:
+def load_records(path: pathlib.Path) -> Iterator[Record]:
     """(label, record) of a JSON list or of JSON lines."""
     if path.suffix == ".jsonl":
         return json_lines(path)

@@ -45,7 +45,9 @@ class Context:
     picture_rate: float | None = None
     unlabelled: bool = False
 
-    def keys(self, data: Any, required: Sequence[str], optional: Sequence[str] = (), field=""):
+    def keys(
+        self, data: Any, required: Sequence[str], optional: Sequence[str] = (), field: str = ""
+    ) -> None:
         """Refuses missing and unknown keys."""
         validation.check_keys(data, optional, required, field, self.ignore_keys)
 

@@ -10,6 +10,7 @@ seconds.
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -62,7 +63,7 @@ def _load(context: Context) -> tuple[Any, Mapping[str, Any]]:
     return data["refs"], data
 
 
-def _refuse_pickle(path) -> None:
+def _refuse_pickle(path: pathlib.Path | None) -> None:
     if path is not None:
         fix = CONVERT.format(name=path, json=path.with_suffix(".json"))
         raise Invalid("", path.name, "it is a pickle, which is not loaded", fix)

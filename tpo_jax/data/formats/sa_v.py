@@ -45,7 +45,7 @@ def records(context: Context) -> Iterator[Record]:
     return expand(((f.stem, f) for f in files), lambda *item: _objects(context, *item))
 
 
-def _objects(context: Context, label: str, path) -> Iterator[Record]:
+def _objects(context: Context, label: str, path: pathlib.Path) -> Iterator[Record]:
     data = load_json(path, dict)
     context.keys(data, REQUIRED, OPTIONAL)
     ids = validation.check_list("masklet_id", data["masklet_id"])

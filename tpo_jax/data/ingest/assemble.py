@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tpo_jax.data import tables
@@ -64,7 +64,10 @@ def assemble(plan: Plan, parts: pathlib.Path, out: pathlib.Path) -> dict[str, An
     return statistics
 
 
-def _build_table(folder: pathlib.Path, table: str, encoding: str, used) -> None:
+def _build_table(
+    folder: pathlib.Path, table: str, encoding: str,
+    used: Sequence[tuple[pathlib.Path, Sequence[IndexEntry]]],
+) -> None:  # fmt: skip
     folder = folder / tables.TABLE_VERSION
     folder.mkdir(parents=True)
     lengths = {part / table: sum(_rows(entry, table) for entry in index) for part, index in used}
@@ -105,7 +108,7 @@ def _join(indices: Sequence[Sequence[IndexEntry]]) -> list[IndexEntry]:
     return joined
 
 
-def _examples(folder: pathlib.Path):
+def _examples(folder: pathlib.Path) -> Iterator[Example]:
     table = tables.open_table(folder / "examples")
     return (Example.from_record(table[i]) for i in range(len(table)))
 

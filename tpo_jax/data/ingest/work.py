@@ -11,6 +11,7 @@ import pathlib
 import struct
 import tempfile
 from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 
@@ -83,14 +84,14 @@ def do_piece(
     return len(problems)
 
 
-def _decode(item: MediaItem, settings: Settings, spool) -> VideoInfo:
+def _decode(item: MediaItem, settings: Settings, spool: IO[bytes]) -> VideoInfo:
     """Decodes one file into clip records in `spool`."""
     decoder = Decoder(item.path, settings.fps, size=settings.size, frame_rate=item.frame_rate)
     times: list[float] = []
     frames: list[np.ndarray] = []
     shape = None
 
-    def flush():
+    def flush() -> None:
         chunk = (len(times) - 1) // CLIP_FRAMES
         clip = Clip(
             f"{item.video_id}#{chunk}",
@@ -126,7 +127,7 @@ def _decode(item: MediaItem, settings: Settings, spool) -> VideoInfo:
     return VideoInfo(*info, settings.encoding)
 
 
-def _unspool(spool) -> Iterator[bytes]:
+def _unspool(spool: IO[bytes]) -> Iterator[bytes]:
     spool.seek(0)
     while header := spool.read(8):
         yield spool.read(struct.unpack("<Q", header)[0])

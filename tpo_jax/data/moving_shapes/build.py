@@ -117,7 +117,9 @@ def build(
     return summary
 
 
-def _check(out, videos: Mapping[str, int], images: Mapping[str, int], seed: int) -> None:
+def _check(
+    out: epath.Path, videos: Mapping[str, int], images: Mapping[str, int], seed: int
+) -> None:
     for name, counts in (("videos", videos), ("images", images)):
         for split, count in counts.items():
             if split not in SPLITS:
@@ -145,7 +147,10 @@ def _existing(out: epath.Path, summary: dict) -> dict:
     return found
 
 
-def _jobs(folder, videos, images, seed: int, config: WorldConfig) -> list[Job]:
+def _jobs(
+    folder: epath.Path, videos: Mapping[str, int], images: Mapping[str, int], seed: int,
+    config: WorldConfig,
+) -> list[Job]:  # fmt: skip
     return [
         Job(str(folder / split), split, media, seed, tuple(range(i, min(i + CHUNK, count))), config)
         for media, counts in zip(MEDIA, (videos, images), strict=True)

@@ -6,7 +6,7 @@ Every function is pure: annotations in, {path relative to the split folder: text
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tpo_jax.data.moving_shapes.annotations import Annotations
@@ -229,7 +229,7 @@ def tracks(config: WorldConfig, videos: Sequence[Annotations]) -> Files:
     return files
 
 
-def _lines(lines) -> str:
+def _lines(lines: Iterable[str]) -> str:
     return "\n".join(lines) + "\n"
 
 

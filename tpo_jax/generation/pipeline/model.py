@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from tpo_jax.data.records import Example, PreparedDataset, Turn
 from tpo_jax.data.text import TextCodec
-from tpo_jax.generation.answers import AnswerGenerator, Drawn, Settings
+from tpo_jax.generation.answers import Answered, AnswerGenerator, Drawn, Settings
 from tpo_jax.generation.pairs import Answer, Evidence, Question
 from tpo_jax.generation.pipeline.manifest import Record
 from tpo_jax.generation.pipeline.plugins import Done, Fields, Outputs, Reply, Request
@@ -52,7 +52,7 @@ class _Generators:
         self._made: dict[tuple[int, int], AnswerGenerator] = {}
 
     def answers(self, questions: Sequence[Question], indices: Sequence[Sequence[int]], side: str,
-                skip: Callable[[list[int]], bool]):
+                skip: Callable[[list[int]], bool]) -> Iterator[Answered]:
         """As `AnswerGenerator.answers`. All questions have the same number of frames."""
         generator = self._of([q.asked for q in questions], len(indices[0]))
         evidence = [Evidence("", *[tuple(i)] * 3, None) for i in indices]
@@ -104,7 +104,7 @@ class ModelAnswerer:
                         "answers": self._answers(drawn, number),
                         "chosen_logp": [scores[number, sample] for sample in samples]}
 
-    def _batches(self, jobs: Sequence[Record], done: Done, side: str):
+    def _batches(self, jobs: Sequence[Record], done: Done, side: str) -> Iterator[Answered]:
         return self._generators.answers(
             [question_of(job) for job in jobs], [job["frame_indices"] for job in jobs], side,
             _are_done(jobs, done))

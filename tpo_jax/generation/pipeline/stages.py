@@ -260,7 +260,9 @@ def _answered(question: Record, frames: str) -> Record:
     return {name: question[name] for name in names} | {"frame_indices": question[frames]}
 
 
-def _keeping(work: Callable[[Sequence[Record], Done], Outputs], *names: str):
+def _keeping(
+    work: Callable[[Sequence[Record], Done], Outputs], *names: str
+) -> Callable[[Sequence[Record], Done], Outputs]:
     """`work` whose records also hold these fields of their jobs."""
 
     def kept(jobs: Sequence[Record], done: Done) -> Outputs:

@@ -11,41 +11,54 @@ Needs torch, transformers, safetensors and numpy; it reads only the folder that 
 Weights keep the names and the [in, out] layout of tpo_jax; a stacked leaf has one entry a layer.
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import math
+import os
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 SLOT_TOKENS = {"<boxes>": "region", "<temp>": "temporal", "<tracking>": "mask"}
 BOX_TOKEN = "<track_box>"
 TIME_WAVES = 16
 POSITION_OCTAVES = 6
+Tensors = dict[str, Tensor]
 
 
 class Weights:
     """Tensors by path below one prefix; `layer` picks an entry of stacked leaves."""
 
-    def __init__(self, tensors, prefix="", layer=None):
+    def __init__(self, tensors: Tensors, prefix: str = "", layer: int | None = None):
         self.tensors, self.prefix, self.layer = tensors, prefix, layer
 
-    def at(self, name, layer=None):
+    def at(self, name: str, layer: int | None = None) -> Weights:
         layer = self.layer if layer is None else layer
         return Weights(self.tensors, f"{self.prefix}{name}/", layer)
 
-    def has(self, name):
+    def has(self, name: str) -> bool:
         return f"{self.prefix}{name}" in self.tensors
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> Tensor:
         tensor = self.tensors[f"{self.prefix}{name}"]
         return tensor if self.layer is None else tensor[self.layer]
 
-    def children(self, name):
+    def children(self, name: str) -> int:
         """How many of <name>0, <name>1, ... there are."""
         count = 0
         while any(key.startswith(f"{self.prefix}{name}{count}/") for key in self.tensors):
@@ -53,26 +66,27 @@ class Weights:
         return count
 
 
-def linear(w, x):
+def linear(w: Weights, x: Tensor) -> Tensor:
     y = x @ w["kernel"]
     return y + w["bias"] if w.has("bias") else y
 
 
-def time_waves(times, periods):
+def time_waves(times: Tensor, periods: Sequence[float]) -> Tensor:
     """[B, F] seconds -> [B, F, 2 * TIME_WAVES]: sines, then cosines."""
     periods = torch.tensor(np.geomspace(*periods, TIME_WAVES), dtype=torch.float32)
     angles = 2 * math.pi * times[..., None] / periods
     return torch.cat([torch.sin(angles), torch.cos(angles)], -1)
 
 
-def cell_centres(rows, columns):
+def cell_centres(rows: int, columns: int) -> Tensor:
+    """[rows * columns, 2], x and y in [0, 1]."""
     y, x = torch.meshgrid(
         (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij"
     )
     return torch.stack([x, y], -1).flatten(0, 1)
 
 
-def cells_inside(box, grid):
+def cells_inside(box: Tensor, grid: int) -> Tensor:
     """Equal shares [grid * grid] of the cells with their centre in the box, else the nearest."""
     places = cell_centres(grid, grid)
     inside = ((box[:2] <= places) & (places <= box[2:])).all(-1).float()
@@ -81,87 +95,89 @@ def cells_inside(box, grid):
     return inside / inside.sum()
 
 
-def position_waves(positions):
+def position_waves(positions: Tensor) -> Tensor:
+    """[..., n] -> [..., n * 2 * POSITION_OCTAVES]."""
     angles = positions[..., None] * math.pi * 2.0 ** torch.arange(POSITION_OCTAVES)
     return torch.cat([torch.sin(angles), torch.cos(angles)], -1).flatten(-2)
 
 
-def layer_norm(w, x, eps=1e-6):
+def layer_norm(w: Weights, x: Tensor, eps: float = 1e-6) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], w["scale"], w["bias"], eps=eps)
 
 
 norm = functools.partial(layer_norm, eps=1e-5)  # those of the CG-DETR head
 
 
-def mlp(w, x):
+def mlp(w: Weights, x: Tensor) -> Tensor:
     return linear(w.at("fc2"), F.gelu(linear(w.at("fc1"), x), approximate="tanh"))
 
 
-def attend(q, k, v, heads):
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """[rows, T, C], [rows, S, C] -> [rows, T, C]."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def self_attention(w, x, heads):
+def self_attention(w: Weights, x: Tensor, heads: int) -> Tensor:
     q, k, v = (linear(w.at(name), x) for name in ("q_proj", "k_proj", "v_proj"))
     return linear(w.at("o_proj"), attend(q, k, v, heads))
 
 
-def slot_attention(w, queries, tokens, heads):
+def slot_attention(w: Weights, queries: Tensor, tokens: Tensor, heads: int) -> Tensor:
     q = linear(w.at("q_proj"), layer_norm(w.at("query_norm"), queries))
     k, v = linear(w.at("k_proj"), tokens), linear(w.at("v_proj"), tokens)
     x = queries + linear(w.at("o_proj"), attend(q, k, v, heads))
     return x + mlp(w.at("mlp"), layer_norm(w.at("mlp_norm"), x))
 
 
-def frame_mixer(w, x, heads):
+def frame_mixer(w: Weights, x: Tensor, heads: int) -> Tensor:
     """[B, S, F, C]: each slot over its frames."""
     rows = layer_norm(w.at("attention_norm"), x).flatten(0, 1)
     x = x + self_attention(w.at("attention"), rows, heads).view_as(x)
     return x + mlp(w.at("mlp"), layer_norm(w.at("mlp_norm"), x))
 
 
-def attend_weighted(q, k, v, heads):
+def attend_weighted(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """`attend`, and its weights averaged over heads, [rows, T, S]; v may be of another width."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, -1)
     return (weights @ v).transpose(1, 2).flatten(2), weights.mean(1)
 
 
-def sine_waves(positions, width):
+def sine_waves(positions: Tensor, width: int) -> Tensor:
+    """[...] -> [..., width]: sines and cosines in turn."""
     index = torch.arange(width)
     angles = 2 * math.pi * positions[..., None] / 10000.0 ** (2 * (index // 2) / width)
     return torch.where(index % 2 == 0, torch.sin(angles), torch.cos(angles))
 
 
-def inverse_sigmoid(x):
+def inverse_sigmoid(x: Tensor) -> Tensor:
     return torch.log(x.clamp(min=1e-3) / (1 - x).clamp(min=1e-3))
 
 
-def input_projection(w, x):
+def input_projection(w: Weights, x: Tensor) -> Tensor:
     x = F.relu(linear(w.at("linear1"), norm(w.at("norm1"), x)))
     return linear(w.at("linear2"), norm(w.at("norm2"), x))
 
 
-def relu_mlp(w, x):
+def relu_mlp(w: Weights, x: Tensor) -> Tensor:
     layers = w.at("layers")
     for i in range(layers.children("layer")):
         x = linear(layers.at(f"layer{i}"), F.relu(x) if i else x)
     return x
 
 
-def feed_forward(w, x):
+def feed_forward(w: Weights, x: Tensor) -> Tensor:
     hidden = linear(w.at("fc1"), x)
     return linear(w.at("fc2"), torch.where(hidden > 0, hidden, w["slope"] * hidden))
 
 
-def after_reading(w, x, mixed):
+def after_reading(w: Weights, x: Tensor, mixed: Tensor) -> Tensor:
     x = x + linear(w.at("o_proj"), mixed)
     return norm(w.at("norm2"), x + feed_forward(w.at("feed_forward"), norm(w.at("norm1"), x)))
 
 
-def encoder(w, x, position, heads):
+def encoder(w: Weights, x: Tensor, position: Tensor, heads: int) -> Tensor:
     """Post-norm layers; positions are added to queries and keys."""
     layers = w.at("layers")
     for i in range(layers.children("layer")):
@@ -173,19 +189,21 @@ def encoder(w, x, position, heads):
     return x
 
 
-def add_motion(frames):
+def add_motion(frames: Tensor) -> Tensor:
     """[B, F, H, W, 3] -> [B, F, H, W, 6]: each frame and its change since the one before."""
     before = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
     return torch.cat([frames, frames - before], dim=-1)
 
 
-def to_patches(x, stride):
+def to_patches(x: Tensor, stride: int) -> Tensor:
+    """[..., H, W, C] -> [..., H / stride, W / stride, stride * stride * C]."""
     *lead, H, W, C = x.shape
     x = x.reshape(*lead, H // stride, stride, W // stride, stride, C).transpose(-4, -3)
     return x.reshape(*lead, H // stride, W // stride, stride * stride * C)
 
 
-def bilinear_weights(size_in, size_out):
+def bilinear_weights(size_in: int, size_out: int) -> Tensor:
+    """[size_out, size_in]."""
     position = (torch.arange(size_out) + 0.5) * size_in / size_out - 0.5
     position = position.clamp(0, size_in - 1)
     return (1 - (position[:, None] - torch.arange(size_in)).abs()).clamp(min=0)
@@ -194,14 +212,17 @@ def bilinear_weights(size_in, size_out):
 class VideoLanguageModel:
     """The exported model in float32. Every frame of a clip is taken to be valid."""
 
-    def __init__(self, config, template, tensors, language, tokenizer):
+    def __init__(
+        self, config: dict[str, Any], template: dict[str, str], tensors: Tensors,
+        language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+    ):  # fmt: skip
         self.config, self.template = config, template
         self.weights = Weights(tensors)
         self.language, self.tokenizer = language, tokenizer
         self.head_heads = config["head"]["heads"]
 
     @classmethod
-    def from_folder(cls, folder):
+    def from_folder(cls, folder: str | os.PathLike[str]) -> VideoLanguageModel:
         folder = pathlib.Path(folder)
         about = json.loads((folder / "tpo_config.json").read_text())
         language = AutoModelForCausalLM.from_pretrained(folder / "language_model")
@@ -218,10 +239,10 @@ class VideoLanguageModel:
         )
 
     @staticmethod
-    def normalise(frames):
+    def normalise(frames: ArrayLike) -> Tensor:
         return torch.as_tensor(np.asarray(frames)).float() / 127.5 - 1.0
 
-    def encode(self, frames, times):
+    def encode(self, frames: ArrayLike, times: ArrayLike) -> tuple[Tensor, Tensors]:
         """uint8[B, F, H, W, 3] at times float[B, F], seconds -> visual tokens [B, n, D] and
         {"stem", "patches", "pixels"}."""
         vision = self.config["vision"]
@@ -245,7 +266,7 @@ class VideoLanguageModel:
         features = {"stem": stem, "patches": patches, "pixels": pixels}
         return self._connect(patches, torch.as_tensor(np.asarray(times)).float()), features
 
-    def _vision_block(self, w, x):
+    def _vision_block(self, w: Weights, x: Tensor) -> Tensor:
         vision = self.config["vision"]
         B, frames, p, D = x.shape
         if vision["temporal"] == "divided":
@@ -256,7 +277,7 @@ class VideoLanguageModel:
         x = x + self_attention(w.at("spatial_attention"), over_space, vision["heads"]).view_as(x)
         return x + mlp(w.at("mlp"), layer_norm(w.at("mlp_norm"), x))
 
-    def _connect(self, patches, times):
+    def _connect(self, patches: Tensor, times: Tensor) -> Tensor:
         B, frames, h, w, D = patches.shape
         grid = self.config["connector"]["grid"]
         x = patches.reshape(B, frames, grid, h // grid, grid, w // grid, D).mean((3, 5))
@@ -267,18 +288,18 @@ class VideoLanguageModel:
         waves = time_waves(times, periods)
         return tokens + linear(w.at("time"), waves).repeat_interleave(grid * grid, 1)
 
-    def prompt_ids(self, question, answer):
+    def prompt_ids(self, question: str, answer: str) -> tuple[list[int], list[int]]:
         """Token ids around the visual tokens: before, and after with question and answer."""
         t = self.template
 
-        def ids(text):
+        def ids(text: str) -> list[int]:
             return self.tokenizer.encode(text, add_special_tokens=False)
 
         # Texts are tokenised apart, as in training: a template token never joins a word.
         after = ids(t["after_video"]) + ids(t["user"]) + ids(question) + ids(t["assistant"])
         return ids(t["before_video"]), after + ids(answer)
 
-    def embed(self, ids, boxes=()):
+    def embed(self, ids: Sequence[int], boxes: Sequence[Sequence[float]] = ()) -> Tensor:
         """Embeddings [1, n, D]; slot tokens are task vectors, box tokens the boxes in turn."""
         names = {token: self.config["tokens"].get(token) for token in (*SLOT_TOKENS, BOX_TOKEN)}
         embeds = self.language.get_input_embeddings()(torch.tensor([ids])).clone()
@@ -292,14 +313,16 @@ class VideoLanguageModel:
                 embeds[0, i] = mlp(self.weights.at("box_encoder"), box)
         return embeds
 
-    def hidden(self, question, answer, visual, boxes=()):
+    def hidden(
+        self, question: str, answer: str, visual: Tensor, boxes: Sequence[Sequence[float]] = ()
+    ) -> Tensor:
         """States [1, n, D] after the final norm for the text after the video, answer included."""
         before, after = self.prompt_ids(question, answer)
         embeds = torch.cat([self.embed(before), visual, self.embed(after, boxes)], dim=1)
         states = self.language.model(inputs_embeds=embeds).last_hidden_state
         return states[:, len(before) + visual.shape[1] :]
 
-    def _frame_tokens(self, features):
+    def _frame_tokens(self, features: Tensors) -> Tensor:
         """[B, F, h1 * w1, C], which the region and the mask head read."""
         w = self.weights.at("heads").at("frame_tokens")
         fine = linear(w.at("stem_proj"), features["stem"])
@@ -311,13 +334,17 @@ class VideoLanguageModel:
         x = layer_norm(w.at("norm"), (fine + coarse).flatten(2, 3) + position)
         return layer_norm(w.at("final_norm"), x + mlp(w.at("mlp"), x))
 
-    def _slot_query(self, w, slot_states, prompt, embeds):
+    def _slot_query(
+        self, w: Weights, slot_states: Tensor, prompt: Tensor, embeds: Tensor
+    ) -> Tensor:
         words = linear(w.at("word_proj"), prompt + layer_norm(w.at("embed_norm"), embeds))
         words = layer_norm(w.at("word_norm"), words)
         slots = mlp(w.at("slot_mlp"), slot_states)
         return slot_attention(w.at("reading"), slots, words, self.head_heads)
 
-    def region(self, slot_states, features, prompt, embeds, frame=0):
+    def region(
+        self, slot_states: Tensor, features: Tensors, prompt: Tensor, embeds: Tensor, frame: int = 0
+    ) -> Tensor:
         """[1, S, D] at slots, [1, T, D] at the tokens of their question (hidden states, and what
         `embed` gives for them) -> boxes [1, S, 4], xyxy normalised, on one frame."""
         w = self.weights.at("heads").at("region")
@@ -341,7 +368,7 @@ class VideoLanguageModel:
         half = 12**0.5 * spread * torch.exp(correction[:, 2:]) / 2
         return torch.cat([centre - half, centre + half], -1).view(B, S, 4)
 
-    def temporal(self, slot_states, features):
+    def temporal(self, slot_states: Tensor, features: Tensors) -> Tensors:
         """[1, S, D] -> {"foreground" [1, S, F], "spans" [1, S, F, 2], "saliency" [1, S, F]}."""
         w = self.weights.at("heads").at("temporal")
         patches = features["patches"]
@@ -363,7 +390,10 @@ class VideoLanguageModel:
             "saliency": linear(w.at("saliency"), x)[..., 0],
         }
 
-    def cg_detr(self, slot_states, features, prompt, clip_features=None):
+    def cg_detr(
+        self, slot_states: Tensor, features: Tensors, prompt: Tensor,
+        clip_features: Tensor | None = None,
+    ) -> Tensors:  # fmt: skip
         """[1, S, D] at slots, [1, T, D] at the tokens of their question (or its text features, if
         the config has some), clip features [1, F, width] likewise -> {"logits", "spans" [1, S,
         layers, Q, 2] (centre, width), "saliency", "relevance" [1, S, F]}."""
@@ -401,7 +431,7 @@ class VideoLanguageModel:
         found["saliency"] = saliency.sum(-1) * width**-0.5
         return {name: value[None] for name, value in found.items()}
 
-    def _cg_detr_clips(self, w, slots, given):
+    def _cg_detr_clips(self, w: Weights, slots: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
         """[S, C], patches [F, h, w, D] or features [F, D] -> clips [S, F, C], positions [F, C]."""
         if given.ndim == 2:
             seen = given.expand(len(slots), -1, -1)
@@ -416,14 +446,16 @@ class VideoLanguageModel:
         clips = input_projection(w.at("clip_proj"), clips) + w.at("embed")["kinds"][1]
         return clips, sine_waves(ends[:, 1], slots.shape[-1])
 
-    def _cg_detr_decode(self, w, memory, position):
+    def _cg_detr_decode(
+        self, w: Weights, memory: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """[S, F, C], [F, C] -> logits and spans [S, layers, Q, 2]."""
         heads, (S, _, width) = self.head_heads, memory.shape
         anchors = torch.sigmoid(w.at("embed")["anchors"]).expand(S, -1, -1)
         x = memory.new_zeros(S, anchors.shape[1], width)
         layers, logits, spans = w.at("layers"), [], []
 
-        def beside(content, place):
+        def beside(content: Tensor, place: Tensor) -> Tensor:
             parts = [t.unflatten(-1, (heads, -1)) for t in (content, place)]
             return torch.cat(parts, -1).flatten(2)
 
@@ -455,7 +487,10 @@ class VideoLanguageModel:
             anchors = torch.sigmoid(relu_mlp(w.at("refine"), x) + start)
         return torch.stack(logits, 1), torch.stack(spans, 1)
 
-    def mask(self, slot_states, features, prompt, embeds, box=None, box_frame=0):
+    def mask(
+        self, slot_states: Tensor, features: Tensors, prompt: Tensor, embeds: Tensor,
+        box: Sequence[float] | None = None, box_frame: int = 0,
+    ) -> Tensors:  # fmt: skip
         """As `region`, and a box (x1, y1, x2, y2) that the user drew on one frame -> logits
         {"masks" [1, S, F, m, m], "cells" [1, S, F, h, h], "presence" [1, S, F]}."""
         w = self.weights.at("heads").at("mask")
@@ -494,7 +529,7 @@ class VideoLanguageModel:
             "presence": linear(w.at("presence"), x)[..., 0],
         }
 
-    def _time(self, w, frames):
+    def _time(self, w: Weights, frames: int) -> Tensor:
         """[F, C]: what a head adds to its states so that frames differ."""
         centres = (torch.arange(frames) + 0.5) / frames
         return linear(w.at("frame_proj"), position_waves(centres[:, None]))

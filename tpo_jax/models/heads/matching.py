@@ -129,7 +129,7 @@ def _step(cost: jax.Array, state: _State, s: _Search) -> _Search:
 def _flip(found: _Search, row: jax.Array, state: _State) -> tuple[jax.Array, jax.Array]:
     """Takes the path back from its sink: every row on it moves one column on."""
 
-    def move(carry):
+    def move(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         column, column_of, row_of, _ = carry
         owner = found.through[column]
         before = column_of[owner]

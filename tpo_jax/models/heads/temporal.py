@@ -88,7 +88,9 @@ class TemporalHead(nnx.Module):
         }
 
 
-def assign(centres: jax.Array, frame_valid: jax.Array, windows: jax.Array, window_valid: jax.Array):
+def assign(
+    centres: jax.Array, frame_valid: jax.Array, windows: jax.Array, window_valid: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Which frames are foreground, and the window that each of them answers for.
 
     A frame answers for the shortest window that holds its centre; a window that holds no centre is
@@ -148,7 +150,9 @@ def loss(predictions: Mapping, targets: Mapping, valid: jax.Array) -> dict[str, 
     }
 
 
-def _saliency_loss(logits, saliency, shown, valid) -> WeightedSum:
+def _saliency_loss(
+    logits: jax.Array, saliency: jax.Array, shown: jax.Array, valid: jax.Array
+) -> WeightedSum:
     """BCE on labelled frames (saliency >= 0) and a hinge on every pair of clear order."""
     labelled = (saliency >= 0) & shown
     bce = _masked_mean(_bce(logits, jnp.clip(saliency, 0.0, 1.0)), labelled)

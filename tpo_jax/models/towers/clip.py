@@ -42,8 +42,11 @@ class ClipTower(nnx.Module):
         stem, x, _ = self.run(frames, frame_valid)
         return features(stem, x[:, :, 1:], x[:, :, 0])
 
-    def run(self, frames, frame_valid, *, keep: bool = False):
-        """stem float[B, F, h, w, D], the output float[B, F, 1 + h * w, D], all hidden states."""
+    def run(
+        self, frames: jax.Array, frame_valid: jax.Array, *, keep: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """What `__call__` reads -> stem float[B, F, h, w, D], the output float[B, F, 1 + h * w, D]
+        and with `keep` all hidden states float[depth + 1, B, F, 1 + h * w, D]."""
         stem = self.patch_embedding(frames)
         B, F, h, w, D = stem.shape
         table = self.position_embedding[...]

@@ -99,7 +99,7 @@ def run_stack(
         structure, parameters = nnx.split(layers)
         layers = nnx.merge(structure, jax.tree.map(lambda leaf: leaf[:count], parameters))
 
-    def apply(layer, x, _):
+    def apply(layer: nnx.Module, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array | None]:
         x = layer(x, frame_valid)
         return x, (x if keep else None)
 

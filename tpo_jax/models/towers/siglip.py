@@ -31,8 +31,11 @@ class SiglipTower(nnx.Module):
         stem, x, _ = self.run(frames, frame_valid)
         return features(stem, x)
 
-    def run(self, frames, frame_valid, *, keep: bool = False):
-        """stem float[B, F, h, w, D], the output float[B, F, h * w, D], and all hidden states."""
+    def run(
+        self, frames: jax.Array, frame_valid: jax.Array, *, keep: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """What `__call__` reads -> stem float[B, F, h, w, D], the output float[B, F, h * w, D] and
+        with `keep` all hidden states float[depth + 1, B, F, h * w, D]."""
         stem = self.patch_embedding(frames)
         h, w, D = stem.shape[2:]
         positions = resize_positions(self.position_embedding[...], (h, w), "cubic")

@@ -33,8 +33,11 @@ class Siglip2Tower(nnx.Module):
         stem, x, _ = self.run(frames, frame_valid)
         return features(stem, x)
 
-    def run(self, frames, frame_valid, *, keep: bool = False):
-        """stem float[B, F, h, w, D], the output float[B, F, h * w, D], and all hidden states."""
+    def run(
+        self, frames: jax.Array, frame_valid: jax.Array, *, keep: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """What `__call__` reads -> stem float[B, F, h, w, D], the output float[B, F, h * w, D] and
+        with `keep` all hidden states float[depth + 1, B, F, h * w, D]."""
         p = self.config.patch_size
         stem = self.patch_embedding(to_patches(whole_patches(frames, p), p))
         h, w, D = stem.shape[2:]

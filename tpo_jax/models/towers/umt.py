@@ -83,9 +83,11 @@ class UmtTower(nnx.Module):
         stem, x, _ = self.run(frames, frame_valid)
         return features(stem, self.post_layernorm(x))
 
-    def run(self, frames, frame_valid, *, keep: bool = False):
-        """stem float[B, F, h, w, D], the output float[B, F * h * w, D] before its norm, and all
-        hidden states."""
+    def run(
+        self, frames: jax.Array, frame_valid: jax.Array, *, keep: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """What `__call__` reads -> stem float[B, F, h, w, D], the output float[B, F * h * w, D]
+        before its norm and with `keep` all hidden states float[depth + 1, B, F * h * w, D]."""
         stem = self.patch_embedding(frames)
         B, F, h, w, D = stem.shape
         if (h, w) != (self.config.grid, self.config.grid):

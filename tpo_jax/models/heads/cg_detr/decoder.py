@@ -28,7 +28,7 @@ class DecoderLayer(nnx.Module):
     """Self-attention of the queries, then attention to clips by content and by place."""
 
     def __init__(self, width: int, heads: int, first: bool, *, rngs: Rngs):
-        def linear():
+        def linear() -> Linear:
             return Linear(width, width, rngs=rngs)
 
         self.self_proj = nnx.Dict(

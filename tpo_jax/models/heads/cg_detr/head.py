@@ -85,7 +85,7 @@ class CgDetrHead(nnx.Module):
         self.clip_proj = InputProjection(clip_width + 2, width, rngs=rngs)
         self.text_proj = InputProjection(config.language.width, width, rngs=rngs)
 
-        def table(*shape):
+        def table(*shape: int) -> nnx.Param:
             return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32))
 
         # The kind of a token (word, clip), and learned tokens with their positions.
