@@ -126,7 +126,9 @@ class Stage(nnx.Module):
             end = at + len(list(same))
             run = jax.tree.map(lambda leaf, at=at, end=end: leaf[at:end], parameters)
 
-            def apply(block, x, _, window=window):
+            def apply(
+                block: Block, x: jax.Array, _: object, window: int = window
+            ) -> tuple[jax.Array, None]:
                 return block(x, window), None
 
             x, _ = run_layers(nnx.merge(structure, run), apply, x, remat=self.remat)

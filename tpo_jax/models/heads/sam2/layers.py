@@ -3,6 +3,8 @@ as checkpoints store them, [out, in, height, width]."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,9 @@ from tpo_jax.models.towers.interpolate import resize_grid
 
 # torch.nn.LayerNorm's own; norms of pixels say 1e-6 instead.
 EPSILON = 1e-5
+
+# Projected queries and keys float[rows, T or S, N, H], turned by their places.
+Rotate = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Conv(nnx.Module):
@@ -94,7 +99,7 @@ class Attention(nnx.Module):
         keys: jax.Array,
         values: jax.Array,
         visible: jax.Array | None = None,
-        rotate=lambda q, k: (q, k),
+        rotate: Rotate = lambda q, k: (q, k),
     ) -> jax.Array:
         """float[rows, T, C], float[rows, S, C'], the same -> float[rows, T, C].
 

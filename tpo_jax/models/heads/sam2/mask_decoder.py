@@ -153,7 +153,7 @@ class MaskDecoder(nnx.Module):
         """float[B, S, 4, C] -> float[B, S, 4, C/8], each mask by its own MLP."""
         structure, parameters = nnx.split(self.mask_mlps)
 
-        def one(parameters, token):
+        def one(parameters: nnx.State, token: jax.Array) -> jax.Array:
             return nnx.merge(structure, parameters)(token)
 
         return jax.vmap(one, in_axes=(0, 2), out_axes=2)(parameters, tokens)

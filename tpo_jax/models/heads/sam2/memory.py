@@ -61,10 +61,10 @@ class MemoryAttentionLayer(nnx.Module):
     ) -> jax.Array:
         """Arguments and result as of `MemoryAttention`; `turns` of `rotations`."""
 
-        def rotate_cells(q, k):
+        def rotate_cells(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
             return rotate(q, turns), rotate(k, turns)
 
-        def rotate_memories(q, k):
+        def rotate_memories(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
             placed = memories * turns.shape[0]
             turned = rotate(k[:, :placed], np.tile(turns, (memories, 1)))
             return rotate(q, turns), jnp.concatenate([turned, k[:, placed:]], axis=1)
@@ -106,7 +106,9 @@ class MemoryAttention(nnx.Module):
         here = sine_positions(self.grid, self.width).reshape(-1, self.width)
         turns = rotations(self.grid, self.width)
 
-        def apply(layer, cells, _):
+        def apply(
+            layer: MemoryAttentionLayer, cells: jax.Array, _: object
+        ) -> tuple[jax.Array, None]:
             return layer(cells, memory, position, visible, turns, memories), None
 
         cells, _ = run_layers(self.layers, apply, cells + 0.1 * here, remat=self.remat)

@@ -137,7 +137,7 @@ class Sam2(nnx.Module):
         if self.pointer_time is not None:
             pointer_position = self.pointer_time(time_waves(distances, config.width))
 
-        def tokens(x, times):
+        def tokens(x: jax.Array, times: int) -> jax.Array:
             return jnp.repeat(x.reshape(rows, -1, *x.shape[3:]), times, axis=1)
 
         memory = jnp.concatenate(

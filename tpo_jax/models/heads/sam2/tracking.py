@@ -106,7 +106,7 @@ def track(
     first, memory = _prompted(sam, features, prompt)
     rings = _empty_rings(sam, memory)
 
-    def body(rings: _Rings, step: jax.Array):
+    def body(rings: _Rings, step: jax.Array) -> tuple[_Rings, Tracked]:
         # Steps 0 .. F - 1 - start go on from the prompted frame, the others back from it.
         frame = jnp.where(step < frames - start, start + step, frames - 1 - step)
         rings = _emptied(rings, step == frames - start)
@@ -197,7 +197,9 @@ def go_on(
       direction: int32[], 1 forward and -1 back.
     """
 
-    def body(followed: Followed, given: tuple[jax.Array, jax.Array, jax.Array]):
+    def body(
+        followed: Followed, given: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[Followed, Tracked]:
         place, frame, there = given
         features = read(place)
         distance = direction * (frame - start)
@@ -231,7 +233,7 @@ def stills(
     Returns: [B, S, F, ...] each.
     """
 
-    def body(_, frame: jax.Array):
+    def body(_: None, frame: jax.Array) -> tuple[None, Decoded]:
         features = read(jnp.full(prompt.shape[:2], frame, jnp.int32))
         return None, sam.decode(
             features.top + sam.no_memory[0, 0], features, prompt, prompt_valid=prompt_valid
