@@ -24,6 +24,11 @@ export TPU_SKIP_MDS_QUERY = 1
 
 .PHONY: demo base test test-long test-py313 lint clean
 
+# Tests skip what is not installed: these extras are, or there is no test run (tests/extras.py).
+test: export TPO_TEST_EXTRAS = test,parity
+test-long: export TPO_TEST_EXTRAS = test,parity,weights
+test-py313: export TPO_TEST_EXTRAS = test
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "tpo_jax needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }

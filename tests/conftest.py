@@ -4,7 +4,9 @@ import gc
 import os
 import pathlib
 
+import extras
 import hypothesis
+import pytest
 from processes import QUICK
 
 # tests/models/test_cudnn.py wants the GPU: TPO_TEST_PLATFORM=cuda python -m pytest that file.
@@ -23,3 +25,8 @@ gc.set_threshold(50_000, 10, 10)
 # A busy machine is no failure.
 hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
+
+
+def pytest_configure():
+    if message := extras.missing(os.environ.get("TPO_TEST_EXTRAS", "")):
+        raise pytest.UsageError(message)

@@ -152,6 +152,18 @@ def test_list_reports_failures_and_is_resumed(folder, media, tmp_path, monkeypat
     capsys.readouterr()
     assert run(folder, out, f"--input={path}", "--batch_size=2", "--mask_fps=0") == 2
     assert "mask_fps: there None, now 0.0\ngive another --out" in capsys.readouterr().err
+    assert run(folder, out, f"--input={path}", "--batch_size=2", "--max_calls=1") == 2
+    assert "max_calls: there 4, now 1\n" in capsys.readouterr().err
+
+
+def test_an_answer_makes_no_more_calls_than_it_may(folder, media, tmp_path, capsys):
+    asked = [f"--video={media / 'still.png'}", "--prompt=Where?"]
+    assert run(folder, tmp_path, *asked, "--max_calls=1") == 0
+    record = json.loads((tmp_path / "still.json").read_text())
+    assert [event["task"] for event in record["events"]] == ["temporal"]
+    with pytest.raises(SystemExit):
+        run(folder, tmp_path, *asked, "--max_calls=0")
+    assert "--max_calls: 0, expected 1 or more" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_read_twice_fails_alone(media, tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ Masks are made of every frame of the file, not only of those that the language m
 the mp4 then has them all; --mask_fps=5 takes five a second, --mask_fps=0 those that are shown. A
 list that was stopped, even by kill -9, goes on after its last whole batch; lines that failed are
 tried again; settings.json keeps what the answers were made with, and with other weights,
---mask_fps or --max_new it does not go on. The exit status is 1 if a question failed. Model, list
-and --out may be gs:// paths; videos are local files.
+--mask_fps, --max_new or --max_calls it does not go on. The exit status is 1 if a question failed.
+Model, list and --out may be gs:// paths; videos are local files.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.hashes import hash_weights
 
 SETTINGS, RESULTS = "settings.json", "results.jsonl"
+MAX_CALLS = 4  # of heads in one answer; each takes memory, made or not
 _TIME_IN_PROMPT = re.compile(r"\bat (\d+(?:\.\d+)?) s\b")
 
 
@@ -75,15 +76,15 @@ class Predictor:
     """One model, ready to answer requests in batches of fixed shapes."""
 
     def __init__(self, config: ModelConfig, params: Any, codec: TextCodec, *, prompt_tokens: int,
-                 batch_size: int, max_new: int, features: FeatureStore | None = None,
-                 mask_fps: float | None = 0.0, boxes: int = 1, points: int = 0):
+                 batch_size: int, max_new: int, max_calls: int = MAX_CALLS,
+                 features: FeatureStore | None = None, mask_fps: float | None = 0.0,
+                 boxes: int = 1, points: int = 0):
         self.features, self.mask_fps, self.points = features, mask_fps, points
-        self.max_new = max_new
         self.kinds = [kind for kind in ("clip_features", "text_features") if getattr(config, kind)]
         self.config, self.codec, self.batch_size = config, codec, batch_size
         self.params = jax.tree.map(jax.numpy.asarray, params)
         model = FunctionalModel(config)
-        self.sampler = Sampler(model, codec, Sampling(max_new=max_new, events=4))
+        self.sampler = Sampler(model, codec, Sampling(max_new=max_new, events=max_calls))
         self.router = Router(model, codec)
         self.prompt_tokens, self.boxes = prompt_tokens, boxes
         self.tiled = tiling_of(config) is not None
@@ -281,8 +282,9 @@ def run_list(predictor: Predictor, requests: Sequence[Request], out: epath.Path)
     """Answers into results.jsonl what is not there yet; returns the number of failed requests."""
     path = out / RESULTS
     done = read_results(path, requests)
+    sampling = predictor.sampler.sampling
     keep_settings(out, {"weights": hash_weights(predictor.params), "mask_fps": predictor.mask_fps,
-                        "max_new": predictor.max_new})
+                        "max_new": sampling.max_new, "max_calls": sampling.events})
     # Without failures and a cut line.
     lines = files.Lines(path, [json.dumps(record) for record in done.values()])
     todo = [request for request in requests if request.id not in done]
@@ -341,12 +343,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", default="predictions", help="output folder, local or gs:// (default: "
         "%(default)s)")
     add("--max_new", type=int, default=64, help="answer tokens at most (default: %(default)s)")
+    add("--max_calls", type=int, default=MAX_CALLS,
+        help="calls of heads in one answer at most (default: %(default)s)")
     add("--batch_size", type=int, default=8, help="questions at a time (default: %(default)s)")
     flags = parser.parse_args(arguments)
     if flags.video and not flags.prompt:
         parser.error("--video needs --prompt")
     if flags.mask_fps is not None and not 0 <= flags.mask_fps < 1e4:
         parser.error(f"--mask_fps: {flags.mask_fps:g}, expected frames a second, 0 or more")
+    for name in ("max_new", "max_calls"):
+        if getattr(flags, name) < 1:
+            parser.error(f"--{name}: {getattr(flags, name)}, expected 1 or more")
     own = ("prompt", "box", "box_time", "point", "point_time", "time")
     if flags.input and any(getattr(flags, name) is not None for name in own):
         parser.error(
@@ -416,7 +423,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         predictor = Predictor(
             config, params, codec, prompt_tokens=prompt_length(codec, requests),
             batch_size=min(flags.batch_size, len(requests)), max_new=flags.max_new,
-            features=open_features(flags.features, config), mask_fps=flags.mask_fps,
+            max_calls=flags.max_calls, features=open_features(flags.features, config),
+            mask_fps=flags.mask_fps,
             boxes=max(1, *(len(request.boxes) for request in requests)),
             points=most_points(config, requests))
         out.mkdir(parents=True, exist_ok=True)

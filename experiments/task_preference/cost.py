@@ -16,6 +16,7 @@ import pathlib
 import runpy
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,21 +54,23 @@ SAM2_MASK = 28  # side of the masks that configs/videochat_tpo.py trains it on
 ONE = "one question"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--measure", action="store_true", help="time steps on this machine as well")
     parser.add_argument("--width", type=int, default=WIDTH, help="of the measured language model")
-    flags = parser.parse_args()
+    flags = parser.parse_args(arguments)
     record: dict[str, Any] = {
-        "command": "python -m experiments.task_preference.cost", "about": ABOUT,
-        "versions": versions(), "analytic": analytic(),
+        "command": page.COST_COMMAND, "about": ABOUT, "versions": versions(),
+        "analytic": analytic(),
     }  # fmt: skip
     file = flags.results / f"{page.COST}.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
     if flags.measure:
+        record["command"] += f" --measure --width={flags.width}"
         record["measured"] = measured(flags.width)
-    elif file.exists() and (known := json.loads(file.read_text()).get("measured")):
-        record["measured"] = known
+    elif "measured" in known:  # what was measured stays, with what measured it
+        record |= {name: known[name] for name in ("command", "measured")}
     page.write(flags.results, page.COST, record)
     print(flags.results / "README.md")
 

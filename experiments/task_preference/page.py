@@ -23,6 +23,7 @@ TITLES = {
     "mask_loss": "Objectives of the mask head",
 }
 COST = "cost"
+COST_COMMAND = f"python -m experiments.task_preference.{COST}"
 
 HEADER = """# Task Preference Optimization, from the shipped base on moving shapes
 
@@ -134,7 +135,9 @@ def cost_section(record: Mapping[str, Any]) -> str:
         ]  # fmt: skip
         for name, row in measured["rows"].items():
             lines.append(f"| {name} | {row['seconds']:.3f} | {_over(row)} |")
-        lines.append("")
+    else:
+        lines.append(f"Not measured: `{COST_COMMAND} --measure`.")
+    lines.append("")
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Turn
 from tpo_jax.data.row_plans import preference_plan
-from tpo_jax.data.rows import BranchPlan, RowError, RowPlan
+from tpo_jax.data.rows import BranchPlan, RowError, RowPlan, video_number
 from tpo_jax.data.text import TextCodec
 
 
@@ -274,3 +274,11 @@ def test_frame_indices_of_a_pair_must_exist(codec, model, indices):
     dataset = FakeDataset("d", {"v": [pair]}, {"v": video_info()})
     with pytest.raises(RowError, match="frame_indices.*at most 8.*below 64"):
         make(codec, model, dataset, [PAIR])
+
+
+def test_parts_of_one_video_have_its_number():
+    number = video_number("f/a_0.0_150.0.mp4")
+    for same in ("f/a_60.0_210.0.mp4", "f/a_60_210.WEBM", "f/a_60.0_210.0", "f/a.mp4"):
+        assert video_number(same) == number, same
+    for other in ("f/b_0.0_150.0.mp4", "a_0.0_150.0.mp4", "f/a_150.0.mp4"):
+        assert video_number(other) != number, other

@@ -7,6 +7,7 @@ import signal
 from typing import ClassVar
 
 import jax
+import micro_model
 import numpy as np
 import pytest
 
@@ -168,6 +169,21 @@ def test_forced_routing_scores_the_same_items_apart(asked_heads):
     for metric in free:
         assert set(scores[metric].items) == set(scores[f"forced/{metric}"].items)
     assert scores["forced/region/miou"].mean() > 0
+
+
+def test_an_answer_may_call_as_often_as_the_labelled_one():
+    """A model that calls the region head until it may not any more."""
+    codec = micro_model.make_codec()
+    made = micro_model.make_model(codec)
+    begin, slot = codec.special_ids["<box_begin>"], codec.special_ids["<boxes>"]
+    params = micro_model.that_says(micro_model.make_params(made), codec, begin, slot, begin)
+    turn = Turn("Where is the red circle?", "<region> <region> <region>", (), "region")
+    targets = {"boxes": [[0, 0, 1, 1]] * 3, "times": [1.0, 2.0, 3.0]}
+    example = Example("e", "video0", "video", "region", "t", 0.0, 12.0, (turn,), targets)
+    scorer = Evaluator(made.config, params, codec, Settings(batch_size=1, progress=False))
+    scorer.heads(micro_model.MemoryDataset(1, {"video0": [example]}), ["region"])
+    ((calls, events),) = scorer.results.pairs
+    assert [task for task, _ in events] == ["region"] * len(calls) == ["region"] * 3
 
 
 @pytest.mark.parametrize("as_labelled", [True, False])

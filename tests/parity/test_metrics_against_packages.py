@@ -123,10 +123,18 @@ def test_bleu_and_cider_equal_pycocoevalcap(items):
 
 @pytest.mark.long
 @pytest.mark.skipif(not shutil.which("java"), reason="METEOR is a Java program")
-def test_meteor_is_pycocoevalcaps():
-    texts = [["a cat sits on the mat", "the cat is on a mat"], ["a man is running"]]
-    whole, of_items = captions.meteor(["a cat is on the mat", "nothing at all"], texts)
-    assert of_items.shape == (2,) and of_items[0] > 0.4 > 0.2 > of_items[1]
-    same, of_same = captions.meteor(["a man is running"], [["a man is running"]])
-    assert same == of_same[0] == pytest.approx(1, abs=1e-6)
-    assert 0 < whole < same
+def test_meteor_equals_pycocoevalcap():
+    """The score is not symmetric: candidates are shorter than their references."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    candidates = ["a cat is on the mat", "nothing at all", "a man is running", "the dog runs"]
+    references = [
+        ["a cat sits on the mat", "the cat is on a mat by the old door"], ["a man is running"],
+        ["a man is running"], ["two dogs are running in a large green field", "a dog runs home"],
+    ]  # fmt: skip
+    given = dict(enumerate(references)), {i: [text] for i, text in enumerate(candidates)}
+    expected, expected_of_items = Meteor().compute_score(*given)
+    whole, of_items = captions.meteor(candidates, references)
+    assert whole == pytest.approx(expected, abs=1e-6)
+    np.testing.assert_allclose(of_items, expected_of_items, atol=1e-6)
+    assert of_items[2] == pytest.approx(1, abs=1e-6) and of_items[1] < 0.2 < of_items[0]

@@ -128,6 +128,12 @@ def test_a_folder_that_is_not_there_is_named(config):
     assert name == "data.train" and "nowhere is not a prepared folder" in text
 
 
+def test_validation_that_no_run_reads_is_not_looked_at(config):
+    config.eval_every, config.data.validation[0]["path"] = 0, "nowhere"
+    found, good = findings(config)
+    assert good and "data.train" in found and "data.validation" not in found
+
+
 def test_weights_to_start_from_must_fit_by_name_and_shape(config, data, tmp_path):
     model_config, codec = make_model_config(config)
     params = zeros(FunctionalModel(model_config).abstract())

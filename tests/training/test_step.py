@@ -152,7 +152,7 @@ def demo_stage(stage):
 
 @pytest.mark.parametrize("stage", ["1", "2"])
 def test_frozen_leaves_stay_bit_identical_and_all_others_move(host_params, stage):
-    """What stages of the demo train, with their losses; stage 3 trains everything."""
+    """What stages of the demo train, with their losses."""
     shipped = demo_stage(stage)
     batch = random_batch(bucket(B), micro(HEADS))
     program = program_of(HEADS, trainable=shipped.trainable, losses=shipped.losses)
@@ -165,6 +165,16 @@ def test_frozen_leaves_stay_bit_identical_and_all_others_move(host_params, stage
     state_paths = "\n".join(flatten(state.opt_state))
     assert "vision" not in state_paths and "language/lm_head" in state_paths
     assert ("heads/region/" in state_paths) == (stage == "2")
+
+
+def test_the_last_stage_trains_every_leaf(host_params):
+    """Nothing is compiled: that what is trained moves is seen above."""
+    shipped = demo_stage("3")
+    leaves = flatten(host_params)
+    assert set(assign_groups(shipped.trainable, list(leaves))) == set(leaves)
+    program = program_of(HEADS, trainable=shipped.trainable, losses=shipped.losses)
+    state_paths = "\n".join(flatten(program.abstract_state.opt_state))
+    assert all(path in state_paths for path in leaves)
 
 
 def test_overfits_one_batch(host_params):

@@ -51,6 +51,16 @@ def test_a_good_config_passes():
     validate(config)
 
 
+def test_a_source_may_leave_out_kinds_and_pairs():
+    """As docs/own_data.md writes it."""
+    config = good()
+    config.data.train = [{"path": "prepared", "weight": 1.0, "tasks": {"conversation": 1.0}}]
+    validate(config)
+    config.data.train[0]["kinds"] = "caption"
+    with pytest.raises(ConfigError, match=r"data.train\[0\].kinds = 'caption': is a str"):
+        validate(config)
+
+
 def test_a_config_comes_back_from_its_json_with_types_and_order():
     values = to_dict(good())
     assert json.dumps(to_dict(from_dict(values))) == json.dumps(values)

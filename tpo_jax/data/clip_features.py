@@ -26,7 +26,7 @@ import numpy as np
 from etils import epath
 
 from tpo_jax.data import text_features, validation
-from tpo_jax.data.media import SUFFIXES, safe_name
+from tpo_jax.data.media import safe_name, without_suffix
 from tpo_jax.data.problems import Invalid, Problem, differs
 from tpo_jax.data.records import RecordError, prepared_features, read_settings
 from tpo_jax.data.row_plans import RowPlan
@@ -99,12 +99,12 @@ class FeatureStore:
 
     def file(self, video_id: str) -> epath.Path:
         """Where the features of a video are, or would be."""
-        return self.path / f"{_stem(safe_name(video_id, 'video'))}.npz"
+        return self.path / f"{without_suffix(safe_name(video_id, 'video'))}.npz"
 
     def file_of(self, video: pathlib.Path) -> epath.Path:
         """The same of a media file anywhere: the longest end of its path that is a name here."""
         parts = video.absolute().parts[1:]
-        names = [_stem("/".join(parts[first:])) for first in range(len(parts))]
+        names = [without_suffix("/".join(parts[first:])) for first in range(len(parts))]
         files = [self.path / f"{name}.npz" for name in names]
         return next((file for file in files if file.exists()), files[-1])
 
@@ -270,12 +270,6 @@ def config_of_folders(paths: Iterable[str], kind: str = "clip_features") -> Any:
                 f"{getattr(found[first], field)!r}; prepare both with the same features"
             )
     return found[first]
-
-
-def _stem(name: str) -> str:
-    """The name of a video without its suffix; dots that belong to the name stay."""
-    suffix = next((s for s in SUFFIXES if name.lower().endswith(s)), "")
-    return name[: len(name) - len(suffix)]
 
 
 def _read_about(file: epath.Path) -> tuple[ClipFeaturesConfig, TextFeaturesConfig | None]:

@@ -22,6 +22,12 @@ SUFFIXES = video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES
 STILL = (".jpg", ".jpeg", ".png", ".bmp")  # suffixes of what is never a video
 
 
+def without_suffix(name: str) -> str:
+    """The name of a media file without its suffix; dots that belong to the name stay."""
+    suffix = next((s for s in SUFFIXES if name.lower().endswith(s)), "")
+    return name[: len(name) - len(suffix)]
+
+
 class MediaFolder:
     """Looks up media below `root` by relative path, or by name without folder and suffix.
 

@@ -32,6 +32,8 @@ from tpo_jax.data.text import TASK_TOKENS, TextError, render_options
 from tpo_jax.errors import UserError
 
 MAX_REPORTED = 20
+# What an entry of `data.train` need not say.
+SOURCE_DEFAULTS = {"kinds": (), "pairs": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +80,8 @@ class Source:
         An entry may also list `kinds`, and name `pairs`, a pairs.jsonl that replaces the examples
         of the folder.
         """
-        config = {"pairs": "", "kinds": (), **config}
-        expected = {"path", "weight", "tasks", "kinds", "pairs"}
+        config = SOURCE_DEFAULTS | dict(config)
+        expected = {"path", "weight", "tasks", *SOURCE_DEFAULTS}
         if wrong := expected ^ set(config):
             raise UserError(f"data source {config.get('path')!r}: missing or unknown keys "
                             f"{sorted(wrong)}, expected {sorted(expected)}.")

@@ -18,6 +18,7 @@ import numpy as np
 from tpo_jax.data import sampling
 from tpo_jax.data.buckets import Bucket, fitted, prefix_positions
 from tpo_jax.data.clip_features import RowFeatures
+from tpo_jax.data.media import without_suffix
 from tpo_jax.data.preprocess import Resize, area
 from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example, task_number
@@ -52,11 +53,12 @@ def row_id(bucket: str, row: int) -> int:
 
 
 def video_number(video_id: str) -> int:
-    """uint32, equal for parts of one video that are named <video>_<start>_<end>, in any folder.
+    """uint32, equal for parts of one video: files <video>_<start>_<end> of one folder.
 
-    It tells which rows are no negatives of each other, so an equality too many does little harm.
+    The suffixes of the files do not matter. It tells which rows are no negatives of each other, so
+    an equality too many does little harm.
     """
-    return _hash32(_PART_OF_VIDEO.sub("", video_id))
+    return _hash32(_PART_OF_VIDEO.sub("", without_suffix(video_id)))
 
 
 def _hash32(text: str) -> int:

@@ -60,6 +60,12 @@ def slots_of(plan: RowPlan) -> Iterator[tuple[Call, int, int]]:
             used[call.head] += 1
 
 
+def most_calls(plans: Sequence[RowPlan]) -> int:
+    """Of one labelled answer."""
+    asked = (branch for plan in plans for branch in plan.branches)
+    return max((len(benchmarks.find_calls(b.example, b.turn)) for b in asked), default=0)
+
+
 def sample(
     task: str, item: str, plan: RowPlan, example: Example, turn: int, scores: Mapping[str, float]
 ) -> dict[str, Any]:

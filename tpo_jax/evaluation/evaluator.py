@@ -37,7 +37,7 @@ from tpo_jax.evaluation.all_frames import (
     forced_over_films,
     stored_film,
 )
-from tpo_jax.evaluation.asked import clip_info, frames_asked, sample, slots_of
+from tpo_jax.evaluation.asked import clip_info, frames_asked, most_calls, sample, slots_of
 from tpo_jax.evaluation.benchmarks import Call, Table
 from tpo_jax.evaluation.metrics import preference, qa
 from tpo_jax.generation.routing import RoutedAnswer, Router
@@ -277,11 +277,11 @@ class Evaluator:
         self, dataset: PreparedDataset, builder: RowBuilder, tasks: Sequence[str]
     ) -> None:
         """Every question answered freely, and teacher-forced where that is another answer."""
-        sampler = self._sampler(builder)
         asked, labelled = (
             evaluation_rows.build_question_rows(dataset, builder, tasks, with_answers=answers)
             for answers in (False, True)
         )
+        sampler = self._sampler(builder, asked)
         both = zip(
             self._batches(builder, asked, "heads"),
             evaluation_rows.batches(builder, labelled),
@@ -332,7 +332,7 @@ class Evaluator:
     ) -> None:
         """Every question answered freely; the calls of its label say what to read in the words."""
         rows = evaluation_rows.build_question_rows(dataset, builder, tasks, with_answers=False)
-        sampler = self._sampler(builder)
+        sampler = self._sampler(builder, rows)
         for batch, plans in self._batches(builder, rows, "answers"):
             context = self._scorer.prefill(self.params, batch)
             clips = [clip_info(dataset, plan, batch, row) for row, plan in enumerate(plans)]
@@ -345,8 +345,9 @@ class Evaluator:
                     answer = read_answer(answer, [call.head for call in calls], clip)
                     self._score_answer(plan, example, branch.turn, answer, Watched(clip.times))
 
-    def _sampler(self, builder: RowBuilder) -> Sampler:
-        sampling = Sampling(max_new=builder.bucket.answers + SPARE_TOKENS)
+    def _sampler(self, builder: RowBuilder, plans: Sequence[RowPlan]) -> Sampler:
+        events = max(Sampling.events, most_calls(plans))
+        sampling = Sampling(max_new=builder.bucket.answers + SPARE_TOKENS, events=events)
         return Sampler(self.model, self.codec, sampling)
 
     def _generate(self, sampler: Sampler, context: Context, batch: dict[str, Any]) -> Generation:

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpo_jax.data.evidence import MODES
+from tpo_jax.data.mixture import SOURCE_DEFAULTS
 from tpo_jax.data.records import known_tasks
 from tpo_jax.errors import UserError
 from tpo_jax.models.heads import HEADS, heads_of
@@ -379,7 +380,8 @@ def _check_data(config: ConfigDict) -> list[str]:
     for split in ("train", "validation"):
         for index, source in enumerate(config.data[split]):
             option = f"data.{split}[{index}]"
-            wrong = _check_keys(source, source_config("", tasks={}), option + ".")
+            given = SOURCE_DEFAULTS | dict(source)
+            wrong = _check_keys(given, source_config("", tasks={}), option + ".")
             problems += wrong
             if wrong:
                 continue

@@ -101,9 +101,9 @@ class DryRun:
         referenced = self._check("references", self._references)
         if sharded and divided and referenced:
             self._check("losses", self._losses)
-        for split in ("train", "validation"):
-            if self.config.data[split]:
-                self._check(f"data.{split}", functools.partial(self._data, split))
+        read = ("train", "validation") if self.config.eval_every else ("train",)
+        for split in read:
+            self._check(f"data.{split}", functools.partial(self._data, split))
         if sharded and self.workdir:
             self._check("workdir", self._resume)
         return self.good

@@ -267,7 +267,7 @@ def test_wrong_splits_are_refused(text):
 def test_command(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--out", str(out), "--videos=2", "--images=1", "--splits=test:1", "--seconds=8"]
-    assert main([*arguments, "--fps=4"]) == 0
+    assert main([*arguments, "--fps=4", "--annotation_fps=1"]) == 0
     assert len(list(out.glob("test/videos/*.mp4"))) == 2
     assert main([*arguments, "--seed=1"]) == 2
     assert "choose another --out" in capsys.readouterr().err

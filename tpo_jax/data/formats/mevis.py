@@ -30,6 +30,7 @@ def records(context: Context) -> Iterator[Record]:
     unlabelled.check_labels(context, MASKS, path.with_name(MASKS).is_file())
     masks = {} if context.unlabelled else load_json(path.with_name(MASKS), dict)
     context.keys(data, ("videos",), ("info",))
+    context.coco_about(data)
     yield from expand(
         as_object("videos", data["videos"]).items(),
         lambda *item: _expressions(context, masks, *item),

@@ -17,6 +17,12 @@ from tpo_jax.data.records import Example, Turn
 
 # A label that finds the record in its file, and the record, or why it cannot be read.
 Record = tuple[str, Any]
+# What a COCO file says of itself (cocodataset.org, "Data format"), by keys that may be missing.
+COCO_ABOUT = {
+    "info": ("year", "version", "description", "contributor", "url", "date_created"),
+    "licenses": ("id", "name", "url"),
+    "categories": ("id", "name", "supercategory"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,13 @@ class Context:
     ) -> None:
         """Refuses missing and unknown keys."""
         validation.check_keys(data, optional, required, field, self.ignore_keys)
+
+    def coco_about(self, data: Mapping[str, Any]) -> None:
+        """Refuses unknown keys in what a COCO file says of itself; none of it is read."""
+        self.keys(data.get("info", {}), (), COCO_ABOUT["info"], "info")
+        for name in ("licenses", "categories"):
+            for i, item in enumerate(validation.check_list(name, data.get(name, []))):
+                self.keys(item, (), COCO_ABOUT[name], f"{name}[{i}]")
 
     def find(self, name: Any, field: str, *others: str, frame_rate: float | None = None) -> str:
         """The media file, as a path below the media folder; it is also the video id.

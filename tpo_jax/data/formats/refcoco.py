@@ -16,7 +16,14 @@ from typing import Any
 
 from tpo_jax.data import validation
 from tpo_jax.data.formats import asking
-from tpo_jax.data.formats.reading import Context, Format, Record, load_json, pixel_box
+from tpo_jax.data.formats.reading import (
+    COCO_ABOUT,
+    Context,
+    Format,
+    Record,
+    load_json,
+    pixel_box,
+)
 from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example
 
@@ -35,7 +42,8 @@ CONVERT = (
 def records(context: Context) -> Iterator[Record]:
     """Each ref with its annotation and image joined in."""
     refs, data = _load(context)
-    context.keys(data, ("images", "annotations"), ("refs", "info", "licenses", "categories"))
+    context.keys(data, ("images", "annotations"), ("refs", *COCO_ABOUT))
+    context.coco_about(data)
     images = _by_id(data["images"], "images")
     boxes = _by_id(data["annotations"], "annotations")
     for i, ref in enumerate(validation.check_list("refs", refs)):
@@ -59,7 +67,7 @@ def _load(context: Context) -> tuple[Any, Mapping[str, Any]]:
     if path.name.startswith("refs") and instances.is_file():
         return load_json(path, list), load_json(instances, dict)
     data = load_json(path, dict)
-    context.keys(data, ("refs", "images", "annotations"), ("info", "licenses", "categories"))
+    context.keys(data, ("refs", "images", "annotations"), tuple(COCO_ABOUT))
     return data["refs"], data
 
 

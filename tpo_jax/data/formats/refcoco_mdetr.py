@@ -12,7 +12,14 @@ from typing import Any
 
 from tpo_jax.data import validation
 from tpo_jax.data.formats import asking
-from tpo_jax.data.formats.reading import Context, Format, Record, load_json, pixel_box
+from tpo_jax.data.formats.reading import (
+    COCO_ABOUT,
+    Context,
+    Format,
+    Record,
+    load_json,
+    pixel_box,
+)
 from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example
 
@@ -26,7 +33,8 @@ BOX_KEYS = (
 def records(context: Context) -> Iterator[Record]:
     """One record per sentence, with its box joined in."""
     data = load_json(context.file, dict)
-    context.keys(data, ("images", "annotations"), ("info", "licenses", "categories"))
+    context.keys(data, ("images", "annotations"), tuple(COCO_ABOUT))
+    context.coco_about(data)
     boxes: dict[int | str, list[Any]] = {}
     for i, box in enumerate(validation.check_list("annotations", data["annotations"])):
         key = box.get("image_id") if isinstance(box, Mapping) else None

@@ -90,8 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     types = {f.name: type(getattr(defaults, f.name)) for f in dataclasses.fields(WorldConfig)}
     for name, text in WORLD_FLAGS.items():
         value = getattr(defaults, name)
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=types[name], default=value, help=f"{text} (default {value})")
+        parser.add_argument(
+            f"--{name}", type=types[name], default=value, help=f"{text} (default {value})"
+        )
     return parser
 
 
