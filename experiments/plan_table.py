@@ -22,7 +22,8 @@ Everything else is arithmetic:
 - **mesh**: in TPO configs the fewest chips that let a row fit share it (`context`, see
   docs/preferences.md); where `context` is not named, a chip has its rows for itself.
 - **rows a step** are those of the config; `x n` micro-batches, as few as the estimate lets fit.
-- **largest**: rows of one micro-batch over all chips that fit; 0 where one row a chip is too much.
+- **largest**: rows of one micro-batch over all chips that fit by the estimate, and at least those
+  of a program that was made and fits; 0 where one row a chip is too much.
 - **sent**: bytes that one chip sends in a step, by the estimate: programs for TPU do not tell how
   often a loop runs, and repeat what is fused. **collectives**: in the text of that program.
 - **FLOPs** that a step needs (`tpo_jax/training/flops.py`: forward, and the gradients of what is
@@ -119,6 +120,13 @@ def fits(result: dict[str, Any]) -> bool:
     return memory_of(result) <= result["estimate"]["hbm"]
 
 
+def _largest_batch(result: dict[str, Any]) -> int:
+    """Rows of a micro-batch by the estimate, and at least those of a made program that fits."""
+    estimate = result["estimate"]
+    known = estimate["batch"] // estimate["accumulation"] if _made(result) and fits(result) else 0
+    return max(estimate["largest_batch"], known)
+
+
 def _cells(name: str, result: dict[str, Any]) -> tuple[str, ...]:
     config, trained, topology = name.split()
     estimate, made = result["estimate"], _made(result)
@@ -133,7 +141,7 @@ def _cells(name: str, result: dict[str, Any]) -> tuple[str, ...]:
         config, trained, f"{topology}, {mesh}", f"{estimate['batch']} x {estimate['accumulation']}",
         f"{memory:.1f} of {estimate['hbm'] / GIB:.0f}", "yes" if fits(result) else "**no**",
         _by(result), seconds_taken,
-        str(estimate["largest_batch"]), _sent(estimate), _counts(made),
+        str(_largest_batch(result)), _sent(estimate), _counts(made),
         f"{estimate['flops']:.2e}", f"{seconds:.2f} {limit}", f"{100 * times['bound']:.0f} %",
         f"{hours:,.0f} ({estimate['steps']:,})",
     )  # fmt: skip
