@@ -7,9 +7,14 @@ from typing import Any
 
 from tpo_jax.parallel.topologies import GIB
 
-_HEAD = """# What the full-size configs need on TPU pods
+_HEAD = """# What full-size configs need on TPU pods
 
     nice -n 15 python -m experiments.plans --out experiments/results/plans
+
+These are the published families at 7B, and the preference configs of LongVA and LLaVA-Video, each
+at its step of videos or pairs. Not planned are steps of images, alone or in `tiles`, and
+{left_out}.
+`python -m tpo_jax.plan` does one config.
 
 No TPU was used. Memory is that of the program that `train` runs, by libtpu's compiler for that
 topology: of a row marked `compiled` from the finished program; of a row marked `assigned` from its
@@ -38,6 +43,11 @@ Everything else is arithmetic:
 own). `published`: what the config trains. `full`: every leaf. Frozen parameters are float32, as all
 are.
 """
+# Full-size configs without a cell.
+NOT_PLANNED = (
+    "llava_onevision:size=0.5b", "llava_onevision_tpo", "seven_b", "siglip2_qwen3",
+    "videochat2:tpo", "videochat_tpo",
+)  # fmt: skip
 _STEPS = (
     "They are those of the published epochs, but for LongVA, whose number of samples is not "
     "published: its figure is for 1,000 steps."
@@ -51,7 +61,8 @@ _COLUMNS = (
 
 
 def page(results: dict[str, dict]) -> str:
-    lines = [_HEAD.format(steps=_STEPS), *_summary(results), "", *_row(_COLUMNS)]
+    left_out = ", ".join(f"`{config}`" for config in NOT_PLANNED)
+    lines = [_HEAD.format(steps=_STEPS, left_out=left_out), *_summary(results), "", *_row(_COLUMNS)]
     lines.append("|" + "---|" * len(_COLUMNS))
     for name, result in results.items():
         lines += _row(_cells(name, result))

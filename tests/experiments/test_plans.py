@@ -31,6 +31,9 @@ def test_every_cell_has_a_config_a_mesh_and_a_name_of_its_own():
     assert len({cell.name for cell in found}) == len(found) > 100
     for cell in {c.group[:2]: c for c in found}.values():
         assert plans.cell_config(cell).buckets
+    planned = {cell.config for cell in found} | {c.split(":")[0] for c in plan_table.NOT_PLANNED}
+    small = {"demo", "task_preference", "temporal_preference", "tiny_base", "prepare"}
+    assert planned == {path.stem for path in plans.CONFIGS.glob("*.py")} - small
     assert plans.mesh_of(256, 256) == {"data": 2, "fsdp": 128, "context": 1, "tensor": 1}
     assert plans.mesh_of(256, 64) == {"data": 1, "fsdp": 64, "context": 1, "tensor": 4}
     assert plans.mesh_of(256, 64, 4) == {"data": 1, "fsdp": 64, "context": 4, "tensor": 1}
