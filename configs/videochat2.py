@@ -17,7 +17,8 @@ GPUs, so 128. `samples` is how many an epoch has, 0: as published, 2 M records o
 task, at batch 128, as its text says; Table 17 has 256. Its public run clips gradients to 1.
 
 A step shows videos or images, as often as there are questions about them; of sets with both half
-are taken to be images. `media=video` or `media=image` is for data that has no other.
+are taken to be images. `media=video` or `media=image` is for data that has no other. Rounds of one
+conversation are asked one by one: docs/families.md, "Published mixes".
 """
 
 from ml_collections import ConfigDict

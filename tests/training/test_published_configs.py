@@ -228,6 +228,14 @@ def test_steps_are_the_published_epochs(name, arg, rows, steps):
     assert (video.batch_size + beside, config.steps) == (rows, steps)
 
 
+def test_configs_say_what_is_not_trained_as_published():
+    section = (CONFIGS.parent / "docs/families.md").read_text().split("## Published mixes\n")[1]
+    for name in ("llava_onevision", "llava_video", "longva", "video_llava", "videochat2"):
+        about = " ".join((CONFIGS / f"{name}.py").read_text().split('"""')[1].split())
+        assert 'docs/families.md, "Published mixes"' in about
+        assert config_of(name, "").buckets.video.branches == 1 and "`branches=1`" in section
+
+
 def test_the_published_schedules():
     for name in ("llava_onevision", "llava_video", "longva"):
         config = config_of(name, "")
