@@ -12,7 +12,9 @@ ends); `tiles` adds images, of that many tiles at most (36: all).
 One epoch of 1.6 M samples, 2e-6 for the tower and 1e-5 for the rest: LLaVA-NeXT,
 docs/LLaVA_OneVision.md. Global batch 256 (128 devices, 1 each, accumulated twice, "recommended" for
 7B), cosine with 3 % warm-up, no weight decay, 32 frames: its scripts/train/finetune_ov.sh.
-Without `tiles` every row is a video; of the published samples 350 K are.
+Without `tiles` every row is a video; of the published samples 350 K are. Rounds of one conversation
+are asked one by one, and records of several images or of text alone are left out: docs/families.md,
+"Published mixes".
 """
 
 from ml_collections import ConfigDict

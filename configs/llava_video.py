@@ -7,7 +7,8 @@
 Learning rate 1e-5, 2e-6 for the tower, cosine with 3 % warm-up, one epoch of 2.7 M samples (1.6 M
 of videos, 1.1 M of images; `samples`: another number; `tiles` adds images, of that many tiles at
 most, 36: all). The published global batch is 256 (128
-devices, 1 each, accumulated twice).
+devices, 1 each, accumulated twice). Rounds of one conversation are asked one by one:
+docs/families.md, "Published mixes".
 """
 
 from ml_collections import ConfigDict

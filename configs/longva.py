@@ -11,7 +11,8 @@ frame, no newlines, rope theta 1e9.
 Not published: the global batch (longva/scripts/finetune.sh has 4 a GPU and leaves the number of
 GPUs to its caller; 64 are 16 GPUs), and the size of the mix (LLaVA-1.6's), so that `steps` is a
 number of its own, 1,000, until `samples` says how many an epoch has; the published run has one.
-`tiles` adds images to the videos, of that many tiles at most (49: all).
+`tiles` adds images to the videos, of that many tiles at most (49: all). Rounds of one conversation
+are asked one by one, and records of text alone are left out: docs/families.md, "Published mixes".
 """
 
 from ml_collections import ConfigDict

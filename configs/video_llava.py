@@ -9,7 +9,8 @@
 
 Towers are frozen in both. One epoch each, cosine with 3 % warm-up, no weight decay. Every step
 trains on images and videos, in the proportion of the published data (558K : 702K, 665K : 100K),
-whose sum is an epoch; `samples`: another number.
+whose sum is an epoch; `samples`: another number. Rounds of one conversation are asked one by one,
+and records of text alone are left out: docs/families.md, "Published mixes".
 """
 
 from ml_collections import ConfigDict

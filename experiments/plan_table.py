@@ -7,9 +7,14 @@ from typing import Any
 
 from tpo_jax.parallel.topologies import GIB
 
-_HEAD = """# What the full-size configs need on TPU pods
+_HEAD = """# What full-size configs need on TPU pods
 
     nice -n 15 python -m experiments.plans --out experiments/results/plans
+
+These are the published families at 7B, and the preference configs of LongVA and LLaVA-Video, each
+at its step of videos or pairs. Not planned are steps of images, alone or in `tiles`, and
+{left_out}.
+`python -m tpo_jax.plan` does one config.
 
 No TPU was used. Memory is that of the program that `train` runs, by libtpu's compiler for that
 topology: of a row marked `compiled` from the finished program; of a row marked `assigned` from its
@@ -22,7 +27,8 @@ Everything else is arithmetic:
 - **mesh**: in TPO configs the fewest chips that let a row fit share it (`context`, see
   docs/preferences.md); where `context` is not named, a chip has its rows for itself.
 - **rows a step** are those of the config; `x n` micro-batches, as few as the estimate lets fit.
-- **largest**: rows of one micro-batch over all chips that fit; 0 where one row a chip is too much.
+- **largest**: rows of one micro-batch over all chips that fit by the estimate, and at least those
+  of a program that was made and fits; 0 where one row a chip is too much.
 - **sent**: bytes that one chip sends in a step, by the estimate: programs for TPU do not tell how
   often a loop runs, and repeat what is fused. **collectives**: in the text of that program.
 - **FLOPs** that a step needs (`tpo_jax/training/flops.py`: forward, and the gradients of what is
@@ -37,6 +43,11 @@ Everything else is arithmetic:
 own). `published`: what the config trains. `full`: every leaf. Frozen parameters are float32, as all
 are.
 """
+# Full-size configs without a cell.
+NOT_PLANNED = (
+    "llava_onevision:size=0.5b", "llava_onevision_tpo", "seven_b", "siglip2_qwen3",
+    "videochat2:tpo", "videochat_tpo",
+)  # fmt: skip
 _STEPS = (
     "They are those of the published epochs, but for LongVA, whose number of samples is not "
     "published: its figure is for 1,000 steps."
@@ -50,7 +61,8 @@ _COLUMNS = (
 
 
 def page(results: dict[str, dict]) -> str:
-    lines = [_HEAD.format(steps=_STEPS), *_summary(results), "", *_row(_COLUMNS)]
+    left_out = ", ".join(f"`{config}`" for config in NOT_PLANNED)
+    lines = [_HEAD.format(steps=_STEPS, left_out=left_out), *_summary(results), "", *_row(_COLUMNS)]
     lines.append("|" + "---|" * len(_COLUMNS))
     for name, result in results.items():
         lines += _row(_cells(name, result))
@@ -119,6 +131,13 @@ def fits(result: dict[str, Any]) -> bool:
     return memory_of(result) <= result["estimate"]["hbm"]
 
 
+def _largest_batch(result: dict[str, Any]) -> int:
+    """Rows of a micro-batch by the estimate, and at least those of a made program that fits."""
+    estimate = result["estimate"]
+    known = estimate["batch"] // estimate["accumulation"] if _made(result) and fits(result) else 0
+    return max(estimate["largest_batch"], known)
+
+
 def _cells(name: str, result: dict[str, Any]) -> tuple[str, ...]:
     config, trained, topology = name.split()
     estimate, made = result["estimate"], _made(result)
@@ -133,7 +152,7 @@ def _cells(name: str, result: dict[str, Any]) -> tuple[str, ...]:
         config, trained, f"{topology}, {mesh}", f"{estimate['batch']} x {estimate['accumulation']}",
         f"{memory:.1f} of {estimate['hbm'] / GIB:.0f}", "yes" if fits(result) else "**no**",
         _by(result), seconds_taken,
-        str(estimate["largest_batch"]), _sent(estimate), _counts(made),
+        str(_largest_batch(result)), _sent(estimate), _counts(made),
         f"{estimate['flops']:.2e}", f"{seconds:.2f} {limit}", f"{100 * times['bound']:.0f} %",
         f"{hours:,.0f} ({estimate['steps']:,})",
     )  # fmt: skip

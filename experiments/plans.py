@@ -1,6 +1,6 @@
-"""Plans every full-size config for TPU pods: does it fit, and what can it cost at the least?
+"""Plans full-size configs for TPU pods: do they fit, and what can they cost at the least?
 
-    python -m experiments.plans --out experiments/results/plans                 # everything
+    python -m experiments.plans --out experiments/results/plans                 # all cells
     python -m experiments.plans --out DIR --only 'longva.* v5e:8x8' --compile 0 # takes minutes less
 
 First every cell is estimated from its traced program (tpo_jax/training/estimate.py), which takes
@@ -9,6 +9,9 @@ buffer of it a place (experiments/assigned_memory.py), which takes half a minute
 either side of a boundary between frame counts are compiled to the end, for many minutes each.
 Each result is written to OUT/plans.json as it comes and README.md is written anew; the same command
 goes on where it stopped. Rerun with --fresh after a change of the model. Needs libtpu, no TPU.
+
+`cells` are the published families and the preference configs of two of them, each at its step of
+videos or pairs; what is left out stands in plan_table.NOT_PLANNED.
 """
 
 from __future__ import annotations

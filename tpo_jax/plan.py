@@ -12,8 +12,8 @@ text of the program with their bytes (a loop counts once there, and what is fuse
 often than it is sent; see parallel/collectives.py); for buckets also analytic FLOPs (see
 training/flops.py for what is counted), the least time that they, the memory traffic and the network
 allow (see training/estimate.py), the chip-hours of config.steps such steps, and the largest batch
-that would fit by the estimate. experiments/plans.py does this for all large configs. Exits with
-status 1 where one does not fit. Needs libtpu: pip install 'tpo_jax[plan]'.
+that would fit by the estimate. experiments/plans.py does this for the published families. Exits
+with status 1 where one does not fit. Needs libtpu: pip install 'tpo_jax[plan]'.
 
 Topologies are GENERATION:SIZES: v5e:2x4, v5e:16x16, v6e:4x4, v4:2x2x2, v5p:2x2x1, ...
 With --num_slices=N, N of them over the data centre network, and mesh.data a multiple of N: prints

@@ -191,8 +191,11 @@ def train(
                 "best_saves": [], "skipped": [], "rollbacks": 0, "examples": {},
             }  # fmt: skip
         say(pipeline.describe_mixture())
-        if unnamed := pipeline.describe_kinds(config.preference.kinds):
-            say(unnamed)
+        for warning in (
+            pipeline.describe_unseen(), pipeline.describe_kinds(config.preference.kinds)
+        ):  # fmt: skip
+            if warning:
+                say(warning)
         iterator.start_prefetch()  # the first batch is read while the program compiles
         base_key = program.base_key(config.seed)
         workdir.mkdir(parents=True, exist_ok=True)  # what was wrong has been told by now

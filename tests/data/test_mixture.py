@@ -81,6 +81,22 @@ def test_branches_of_a_row_share_their_clip(codec, model):
     assert starts == {0.0, 4.0}
 
 
+def test_a_round_of_a_conversation_is_asked_without_those_before_it(codec, model):
+    turns = [Turn(f"Question {i}?", f"Answer {i}.") for i in range(3)]
+    talk = example("talk", "v", "conversation", turns)
+    dataset = FakeDataset("d", {"v": [talk]}, {"v": video_info()})
+    pipeline = Pipeline([Source(dataset, 1.0, {"conversation": 1.0})], codec, model, HEADS,
+                        [VIDEO], 0)
+    tokens = pipeline.batch(0)[1]["branch_tokens"]
+    plans = pipeline.plans(0)[2]
+    for plan, row in zip(plans, tokens, strict=True):
+        assert sorted(branch.turn for branch in plan.branches) == [0, 1, 2]
+        for branch, ids in zip(plan.branches, row, strict=False):
+            alone = codec.build_branch(turns[branch.turn].question, turns[branch.turn].answer).ids
+            assert ids[: len(alone)].tolist() == alone.tolist()
+            assert not (ids[len(alone) :] != codec.pad_id).any()
+
+
 def test_options_are_shown_half_of_the_time_in_any_order(codec, model):
     mixture = make(codec, model).mixtures["video"]
     questions = [b.question for row in range(300) for b in mixture(row).branches

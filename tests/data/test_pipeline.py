@@ -182,6 +182,31 @@ def test_the_mixture_in_words(codec, model):
     assert text[video + 1 : video + 3] == shares and text[image + 1 : image + 3] == shares
 
 
+def test_what_no_bucket_shows_is_said_with_counts(codec, model):
+    """By source, and only of what its tasks would draw."""
+    tasks = {"conversation": 1.0}
+    sources = [Source(fake_dataset(path="a"), 1.0, tasks),
+               Source(fake_dataset(path="b", images=0), 1.0, tasks),
+               Source(fake_dataset(path="c"), 1.0, {"mask": 1.0})]
+    said = Pipeline(sources, codec, model, HEADS, [VIDEO], 0).describe_unseen()
+    assert said == (
+        "WARNING: a: no bucket shows 2 images with a conversation example, of 7 videos and images. "
+        "Add a bucket of that media and kind, or count steps without them.")
+    assert Pipeline(sources, codec, model, HEADS, [VIDEO, IMAGE], 0).describe_unseen() == ""
+    pairs = make(codec, model, fake_dataset(videos=3, images=1), [PAIR]).describe_unseen()
+    assert "1 image with a conversation example, 3 videos with a conversation example" in pairs
+
+
+def test_a_source_that_no_bucket_shows_is_refused(codec, model):
+    tasks = {"conversation": 1.0}
+    sources = [Source(fake_dataset(path="a"), 1.0, tasks),
+               Source(fake_dataset(path="b", videos=0), 1.0, tasks)]
+    with pytest.raises(ValueError, match="data source b: no bucket shows anything of it, which is "
+                                         "2 images with a conversation example. Add a bucket"):
+        Pipeline(sources, codec, model, HEADS, [VIDEO], 0)
+    Pipeline(sources, codec, model, HEADS, [VIDEO, IMAGE], 0)
+
+
 # --- errors name file, example, bucket and fix ---
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import pathlib
 import types
 
 import pytest
@@ -17,6 +18,7 @@ pytestmark = [
         importlib.util.find_spec("libtpu") is None, reason="needs libtpu (extra `plan`)"
     ),
 ]
+RESULTS = pathlib.Path(plans.__file__).parent / "results" / "plans"
 VMEM = 128 * 2**20  # of a chip, which the total of the assignment counts as well
 CELLS = [
     plans.Cell("longva_tpo", "", "v5e:1x1", trained="lora"),
@@ -29,6 +31,9 @@ def test_every_cell_has_a_config_a_mesh_and_a_name_of_its_own():
     assert len({cell.name for cell in found}) == len(found) > 100
     for cell in {c.group[:2]: c for c in found}.values():
         assert plans.cell_config(cell).buckets
+    planned = {cell.config for cell in found} | {c.split(":")[0] for c in plan_table.NOT_PLANNED}
+    small = {"demo", "task_preference", "temporal_preference", "tiny_base", "prepare"}
+    assert planned == {path.stem for path in plans.CONFIGS.glob("*.py")} - small
     assert plans.mesh_of(256, 256) == {"data": 2, "fsdp": 128, "context": 1, "tensor": 1}
     assert plans.mesh_of(256, 64) == {"data": 1, "fsdp": 64, "context": 1, "tensor": 4}
     assert plans.mesh_of(256, 64, 4) == {"data": 1, "fsdp": 64, "context": 4, "tensor": 1}
@@ -144,6 +149,20 @@ def test_the_largest_batch_is_where_memory_ends():
         return estimate.state + estimate.batch + estimate.temporaries.at(rows)
 
     assert memory(rows) <= chip.hbm < memory(rows + 1)
+
+
+def test_the_committed_page_is_that_of_its_records():
+    """A cell that fits has room for the micro-batch that it was planned with."""
+    text = (RESULTS / "README.md").read_text()
+    assert text == plan_table.page(json.loads((RESULTS / "plans.json").read_text()))
+    found = (line.strip("| ").split(" | ") for line in text.splitlines())
+    lines = [cells for cells in found if len(cells) == len(plan_table._COLUMNS)]
+    columns = {name: lines[0].index(name) for name in ("rows a step", "fits", "largest")}
+    cells = [[line[column] for column in columns.values()] for line in lines[1:]]
+    assert len(cells) > 100
+    for rows, good, largest in cells:
+        batch, times = map(int, rows.split(" x "))
+        assert (int(largest) >= batch // times) if good == "yes" else largest == "0"
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
-from tpo_jax.interop import folder
+from tpo_jax.interop import folder, tensors
 from tpo_jax.interop.folder import (
     ModelFolderError,
     added_tokens,
@@ -210,6 +210,40 @@ def test_new_tokens_start_at_the_mean_of_the_used_rows(tmp_path, codec, model_co
     assert not table[1025:].any() and not head[:, 1025:].any()
     with pytest.raises(ModelFolderError, match="token id 5 is new"):
         load_into(abstract(params), tmp_path / "model", new_tokens=[5])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("axis, turned", [(0, False), (1, False), (1, True)])
+def test_the_mean_for_new_tokens_is_read_in_blocks(tmp_path, monkeypatch, dtype, axis, turned):
+    """The numbers of a whole table in memory, from no more than a block at a time; of parts that
+    hold no new token nothing else is read."""
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", block := 2**14)
+    table = np.random.default_rng(1).normal(size=(2048, 64)).astype(dtype)
+    stored = table.T if axis and not turned else table
+    file = folder.epath.Path(tmp_path / "a.safetensors")
+    tensors.write_file(file, {"x": tensors.lazy(np.ascontiguousarray(stored))}, {})
+    (array,) = tensors.read_file(file).values()
+    array = tensors.transposed(array) if turned else array
+    used, new = 2000, [2001, 2040]
+    expected = table.copy()
+    expected[new] = table[:used].astype(np.float32).mean(axis=0).astype(dtype)
+    read = []
+
+    def counted(index, real=array.read):
+        part = real(index)
+        read.append(part.nbytes)
+        return part
+
+    counting = dataclasses.replace(array, read=counted)
+    filled = folder._fill_new_tokens(counting, axis, used, new)
+    places = (slice(None),) * axis
+    old, last = filled[(*places, slice(0, 64))], filled[(*places, slice(1984, 2048))]
+    np.testing.assert_array_equal(np.moveaxis(old, axis, 0), expected[:64])
+    np.testing.assert_array_equal(np.moveaxis(last, axis, 0), expected[1984:])
+    assert max(read) <= block and len(read) > 8
+    assert sum(read) == old.nbytes + last.nbytes + used * table[0].nbytes
+    np.testing.assert_array_equal(np.moveaxis(np.asarray(filled), axis, 0), expected)
+    assert read[-1] == table.nbytes  # the mean is known
 
 
 def test_a_token_with_two_ids_is_refused(model_config):

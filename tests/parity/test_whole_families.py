@@ -6,6 +6,7 @@ with float64 NumPy between them, all from the published tensors by name.
     python -m tests.parity.test_whole_families     # writes tests/interop/families/whole_logits.npz
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import re
@@ -110,19 +111,31 @@ def test_states_of_every_decoder_layer_and_logits_of_the_exported_folder(full):
     import torch
 
     ours, theirs = full
-    layers = theirs.model.language_model.layers
-    expected = [None] * len(layers)
+    with torch.no_grad(), layer_outputs(theirs.model.language_model.layers) as states:
+        out = theirs(**inputs_of(ours.pixels(), ours.ids), output_hidden_states=True)
+    assert_same(ours, states, out)
+
+
+@contextlib.contextmanager
+def layer_outputs(layers):
+    """A list that holds what each of the modules gave, [1, T, D]."""
+    states = [None] * len(layers)
 
     def keep(number):
-        return lambda module, inputs, output: expected.__setitem__(number, output)
+        def hook(module, inputs, output):
+            states[number] = output[0] if isinstance(output, tuple) else output
+
+        return hook
 
     hooks = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(layers)]
-    with torch.no_grad():
-        out = theirs(**inputs_of(ours.pixels(), ours.ids), output_hidden_states=True)
+    yield states
     for hook in hooks:
         hook.remove()
-    expected = [x[0] if isinstance(x, tuple) else x for x in expected]
-    expected.append(out.hidden_states[-1])  # after the final norm
+
+
+def assert_same(ours, states, out):
+    """Every decoder layer, the final norm and logits."""
+    expected = [*states, out.hidden_states[-1]]
     for number, (found, wanted) in enumerate(zip(ours.states, expected, strict=True)):
         assert difference(found, wanted[0]) < TOLERANCE, number
     assert difference(ours.logits, out.logits[0]) < TOLERANCE
@@ -210,15 +223,15 @@ def test_the_sampler_gives_the_same_64_tokens(full):
 
 @pytest.mark.parametrize("name", COMPOSED)
 def test_a_composed_family_from_frames_to_logits(name, tmp_path):
-    """Of three frames of a clip and a question about it; of LongVA also of images in tiles."""
-    ours = Imported(tmp_path, CONFIGS[name])
+    """Of three frames of a clip and a question about it, every decoder layer; of LongVA also of
+    images in tiles."""
+    ours = Imported(tmp_path, CONFIGS[name], layers=True)
     tensors = {k: np.array(v) for k, v in read_tensors(tmp_path / "source").items()}
     visual = VISUAL[name](ours, tensors)
     language = language_of(name, ours.data, tensors)
-    out = answered(language, ours.ids, visual)
-    assert difference(ours.states[-1], out.hidden_states[-1][0]) < TOLERANCE
-    assert difference(ours.logits, out.logits[0]) < TOLERANCE
-    assert float(np.std(ours.logits)) > 0.1
+    with layer_outputs(language.model.layers) as states:
+        out = answered(language, ours.ids, visual)
+    assert_same(ours, states, out)
     if name == "longva":  # UniRes: each tile by itself, like a frame, and not the whole image
         for pixels, ids, logits in rows_of_images(ours, tmp_path, [(20, 50), (24, 20)]):
             visual = llava_visual(ours, tensors, published_tiles(ours, pixels)[1:])

@@ -1,6 +1,7 @@
 """What a dry run finds, on the micro model and data that are right or wrong in one thing."""
 
 import copy
+import dataclasses
 import json
 import types
 
@@ -12,6 +13,7 @@ from absl import flags
 
 from tpo_jax import train
 from tpo_jax.data.pipeline import Pipeline
+from tpo_jax.data.records import PreparedDataset
 from tpo_jax.errors import UserError
 from tpo_jax.interop.folder import save_model
 from tpo_jax.models.video_language import FunctionalModel
@@ -68,6 +70,21 @@ def test_a_good_run_is_good_everywhere(config, tmp_path):
     assert "long: 6 clips, short: 6 clips" in found["data.train"][1]
     assert "a new run" in found["workdir"][1]
     assert not list(tmp_path.iterdir())
+
+
+def test_what_no_bucket_shows_is_told_with_the_data(config, monkeypatch):
+    real = PreparedDataset.video_info
+
+    def one_image(self, video):
+        info = real(self, video)
+        return dataclasses.replace(info, media="image") if video.endswith("video0") else info
+
+    monkeypatch.setattr(PreparedDataset, "video_info", one_image)
+    dry_run = DryRun(config, "", "", lambda finding: None)
+    dry_run._config()
+    dry_run._model()
+    assert "no bucket shows 1 image with a conversation example, of 6 videos" in (
+        dry_run._data("train"))
 
 
 def test_a_wrong_option_comes_first_and_alone(config):

@@ -186,6 +186,19 @@ def test_the_heads_of_videochat_tpo(arg):
     assert not any(path.startswith("heads/sam2/network/") for path in trained)
 
 
+@pytest.mark.parametrize("arg, images, idle", [("", 0.5, []), ("tpo", 0.5343, ["mask"])])
+def test_videochat_is_shown_images_as_often_as_it_is_asked_about_them(arg, images, idle):
+    """Half of VideoChat2-IT; of 3,556,500 questions of stage 3, 1,900,000."""
+    video, image = (config_of("videochat2", arg).buckets[name] for name in ("video", "image"))
+    assert image.weight / (image.weight + video.weight) == pytest.approx(images, abs=1e-4)
+    assert (image.frames, image.batch_size, image.mask_size) == (1, 128, video.mask_size)
+    assert list(image.idle) == idle and not video.idle
+    videos = config_of("videochat2", f"{arg},media=video")
+    assert list(videos.buckets) == ["video"]
+    with pytest.raises(ValueError, match="media=audio: expected video, image or video.image"):
+        config_of("videochat2", "media=audio")
+
+
 def test_the_published_hyper_parameters():
     one, two = config_of("video_llava", "stage=1"), config_of("video_llava", "stage=2")
     for config, rate, batch in ((one, 1e-3, 256), (two, 2e-5, 128)):
@@ -214,6 +227,14 @@ def test_steps_are_the_published_epochs(name, arg, rows, steps):
     video = config.buckets.video
     beside = config.buckets[video.beside].batch_size if video.beside else 0
     assert (video.batch_size + beside, config.steps) == (rows, steps)
+
+
+def test_configs_say_what_is_not_trained_as_published():
+    section = (CONFIGS.parent / "docs/families.md").read_text().split("## Published mixes\n")[1]
+    for name in ("llava_onevision", "llava_video", "longva", "video_llava", "videochat2"):
+        about = " ".join((CONFIGS / f"{name}.py").read_text().split('"""')[1].split())
+        assert 'docs/families.md, "Published mixes"' in about
+        assert config_of(name, "").buckets.video.branches == 1 and "`branches=1`" in section
 
 
 def test_the_published_schedules():

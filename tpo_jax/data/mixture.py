@@ -7,10 +7,11 @@ sources may change at a checkpoint without disturbing each other (`data.shares`)
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,11 @@ class Source:
 
 def kind_of(example: Example) -> str:
     """The kind of bucket that an example belongs to."""
-    return "preference" if example.task == "preference" else "conversation"
+    return _kind_of_task(example.task)
+
+
+def _kind_of_task(task: str) -> str:
+    return "preference" if task == "preference" else "conversation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +241,27 @@ def find_entries(
                 f"the tasks {[dict(s.tasks) for s in sources.values()]} that no smaller bucket "
                 "takes. Remove the bucket or add the data.")
     return parts
+
+
+def count_unseen(
+    source: Source, shown: Collection[tuple[str, str]]
+) -> dict[tuple[str, str], int]:
+    """How many videos and images have something that the source draws and no bucket shows.
+
+    Args:
+      shown: (media, kind) of all buckets.
+
+    Returns: the number by (media, kind). Examples of media that have their buckets are not read.
+    """
+    kinds = {_kind_of_task(task) for task, weight in source.tasks.items() if weight}
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    for video_id in source.dataset.videos:
+        media = source.dataset.video_info(video_id).media
+        if unseen := {(media, kind) for kind in kinds} - set(shown):
+            counts.update(unseen & {
+                (media, kind_of(example)) for example in source.dataset.examples(video_id)
+                if any(source.draws(example, turn) for turn in range(len(example.turns)))})
+    return dict(sorted(counts.items()))
 
 
 def _entries(kind: str, video_id: str, draws: list[Draw]) -> list[Entry]:

@@ -22,7 +22,7 @@ import grain
 from tpo_jax.data.buckets import Bucket, BucketSchedule, fitted, scheduled
 from tpo_jax.data.clip_features import RowFeatures
 from tpo_jax.data.evidence import apply_evidence
-from tpo_jax.data.mixture import Mixture, Parts, Source, find_entries
+from tpo_jax.data.mixture import Mixture, Parts, Source, count_unseen, find_entries
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.preprocess import resize_of
 from tpo_jax.data.row_texts import RowTexts
@@ -120,6 +120,7 @@ class Pipeline:
 
     Raises:
       RowError: naming every example that does not fit its bucket.
+      UserError: naming a source of which no bucket shows anything, or what does not go together.
     """
 
     def __init__(self, config_data: Sequence[Any], codec: TextCodec, model_config: ModelConfig,
@@ -167,6 +168,14 @@ class Pipeline:
         parts: dict[str, Parts] = {}
         for media, kind in dict.fromkeys((bucket.media, bucket.kind) for bucket in buckets):
             parts |= find_entries(self._group(media, kind), numbered)
+        shown = {(bucket.media, bucket.kind) for bucket in buckets}
+        self._unseen = {number: count_unseen(source, shown) for number, source in numbered.items()}
+        for number, source in numbered.items():
+            if self._unseen[number] and not any(number in part for part in parts.values()):
+                raise UserError(
+                    f"data source {source.dataset.path}: no bucket shows anything of it, which is "
+                    f"{_in_words(self._unseen[number])}. Add a bucket of that media and kind, or "
+                    "remove the source.")
         weights = {name: {number: source.weight for number, (source, _) in part.items()}
                    for name, part in parts.items()}
         self.table = change(old, start_step, described, weights, self._rows_before(start_step))
@@ -288,6 +297,15 @@ class Pipeline:
                     lines.append(f"    {share:.1%} {source.dataset.path}: {drawn}")
         return "\n".join(lines)
 
+    def describe_unseen(self) -> str:
+        """What is never drawn because no bucket shows its media, a line for each source; "" if
+        nothing. Steps that were counted with it are too many for what is left."""
+        return "\n".join(
+            f"WARNING: {source.dataset.path}: no bucket shows {_in_words(unseen)}, of "
+            f"{len(source.dataset.videos)} videos and images. Add a bucket of that media and kind, "
+            "or count steps without them."
+            for source, unseen in zip(self._sources, self._unseen.values(), strict=True) if unseen)
+
     def describe_kinds(self, reported: Sequence[str]) -> str:
         """Which pairs have no metrics of their kind, where `reported` kinds have them; "" if none.
         A kind that is spelled otherwise than in the config would be missed without a word."""
@@ -316,6 +334,11 @@ class Pipeline:
         iterator = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
         iterator.set_state({"next_index": start_step})
         return iterator
+
+
+def _in_words(unseen: Mapping[tuple[str, str], int]) -> str:
+    return ", ".join(f"{count} {media}{'s' * (count != 1)} with a {kind} example"
+                     for (media, kind), count in unseen.items())
 
 
 def _row(batch: Batch, i: int) -> Batch:

@@ -16,6 +16,7 @@ A folder appears whole or not at all: it is written beside its final name and re
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,10 +32,12 @@ from tpo_jax.errors import UserError
 from tpo_jax.interop import huggingface, output
 from tpo_jax.interop.families import source
 from tpo_jax.interop.tensors import (
+    Index,
     LazyArray,
     TensorFileError,
     assign_shards,
     lazy,
+    mean,
     read_file,
     resized,
     shard_name,
@@ -274,7 +277,8 @@ def load_into(
 ) -> Loaded:
     """Reads parameters by name into the shapes, dtypes and shardings asked for.
 
-    Each process reads the bytes that its devices hold, and no others.
+    Each process reads the bytes that its devices hold; those whose devices hold rows of new tokens
+    also read a token table once, block by block, for its mean.
 
     Args:
       abstract: nested dict of jax.ShapeDtypeStruct; leaves with a sharding are placed by it, the
@@ -299,8 +303,7 @@ def load_into(
             continue
         tensor = have[name]
         if new_tokens and name in _TOKEN_AXIS:
-            axis = _TOKEN_AXIS[name]
-            tensor = lazy(_fill_new_tokens(np.asarray(tensor), axis, used_tokens, new_tokens))
+            tensor = _fill_new_tokens(tensor, _TOKEN_AXIS[name], used_tokens, new_tokens)
         leaves[name] = _place(tensor, wanted[name])
     return Loaded(leaves, missing)
 
@@ -430,12 +433,20 @@ def _used_tokens(path: epath.Path, new_tokens: Sequence[int]) -> int:
 
 
 def _fill_new_tokens(
-    table: np.ndarray, axis: int, used: int, new_tokens: Sequence[int]
-) -> np.ndarray:
-    """The table with the rows of `new_tokens` set to the mean of rows [0, used), in float32."""
-    rows = np.moveaxis(table, axis, 0).copy()
-    rows[list(new_tokens)] = rows[:used].astype(np.float32).mean(axis=0).astype(rows.dtype)
-    return np.moveaxis(rows, 0, axis)
+    table: LazyArray, axis: int, used: int, new_tokens: Sequence[int]
+) -> LazyArray:
+    """The table with the rows (axis 0) or columns (axis 1) of `new_tokens` set to the mean of the
+    first `used`. The mean is taken once, where one of them is read."""
+    start = functools.cache(lambda: mean(table, axis, used).astype(table.dtype))
+
+    def read(index: Index) -> np.ndarray:
+        part, along = table[index], index[axis]
+        new = [token - along.start for token in new_tokens if along.start <= token < along.stop]
+        if new:
+            np.moveaxis(part, axis, 0)[new] = start()[index[1 - axis]]
+        return part
+
+    return dataclasses.replace(table, read=read)
 
 
 def _with_room(table: LazyArray, axis: int, size: int) -> LazyArray:

@@ -175,6 +175,24 @@ def resized(array: LazyArray, rows: int) -> LazyArray:
     return LazyArray((rows, *array.shape[1:]), array.dtype, read, unit)
 
 
+def mean(array: LazyArray, axis: int, count: int) -> np.ndarray:
+    """float32 mean of the first `count` rows (axis 0) or columns (axis 1) of a matrix, which is
+    read block by block: as NumPy's, they are summed one after the other.
+    """
+    # Across the rows of a file; a transposed matrix has its bytes the other way.
+    cut = 0 if array.unit < array.shape[0] else 1
+    shape = [count if n == axis else size for n, size in enumerate(array.shape)]
+    step = max(1, BLOCK_BYTES // (shape[1 - cut] * array.dtype.itemsize))
+    total = np.zeros(shape[1 - axis], np.float32)
+    for start in range(0, shape[cut], step):
+        index = [slice(0, size) for size in shape]
+        index[cut] = slice(start, min(start + step, shape[cut]))
+        rows = np.moveaxis(array[tuple(index)], axis, 0).astype(np.float32, order="C")
+        rows[0] += total[index[1 - axis]]
+        total[index[1 - axis]] = rows.sum(axis=0)
+    return total / count
+
+
 def _rows(array: Any) -> int:
     """Entries along axis 0 in a block."""
     if not array.shape or not array.shape[0]:

@@ -253,7 +253,8 @@ class DryRun:
             entries = sum(map(len, pipeline.mixtures[bucket.name].entries))
             counts.append(f"{bucket.name}: {entries} clips")
         kinds = pipeline.describe_kinds(self.config.preference.kinds)
-        lines = [", ".join(source["path"] for source in sources), ", ".join(counts), kinds]
+        paths = ", ".join(source["path"] for source in sources)
+        lines = [paths, ", ".join(counts), pipeline.describe_unseen(), kinds]
         return "\n".join(filter(None, lines))
 
     def _losses(self) -> str:

@@ -92,12 +92,23 @@ ONEVISION_JINJA = (
 )
 
 
-def chatml_folder(path, data, **files):
+VIDEO_LLAVA_JINJA = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}"
+    "{% if c['type'] == 'text' %}{{ c['text'] + ' ' }}{% else %}{{ '<' + c['type'] + '>\\n' }}"
+    "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def chatml_tokenizer():
     tokenizer = train_tokenizer(["user assistant system\nYou are a helpful assistant."] * 9, 400)
     tokenizer.add_special_tokens(
         [AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
     )
-    (path / "tokenizer.json").write_text(tokenizer.to_str())
+    return tokenizer
+
+
+def chatml_folder(path, data, **files):
+    (path / "tokenizer.json").write_text(chatml_tokenizer().to_str())
     (path / "config.json").write_text(json.dumps(sized(data)))
     for name, content in files.items():
         (path / f"{name}.json").write_text(json.dumps(content))
@@ -130,14 +141,9 @@ def test_a_checkpoints_own_template_is_followed(tmp_path):
 
 def test_bos_of_the_tokenizer_and_end_of_an_answer_complete_a_template(tmp_path):
     """Video-LLaVA's says neither: its tokenizer adds <s>, its trainer </s>."""
-    jinja = (
-        "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}"
-        "{% if c['type'] == 'text' %}{{ c['text'] + ' ' }}{% else %}{{ '<' + c['type'] + '>\\n' }}"
-        "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-    )
     llama_tokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text(json.dumps(sized(VIDEO_LLAVA)))
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": jinja}))
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": VIDEO_LLAVA_JINJA}))
     codec = open_codec(tmp_path)
     assert codec.template == named("video_llava").template.__class__(
         before_video="<s>USER: ", after_video="\n", before_image="<s>USER: ", after_image="\n",

@@ -1,0 +1,99 @@
+"""Prompts about a clip, token by token, as the processors of `transformers` make them.
+
+Templates are in the words of its documentation (docs/source/en/model_doc/llava_onevision.md:
+`<|im_start|>user <video>\\nQuestion?<|im_end|><|im_start|>assistant`; video_llava.md:
+`USER: <video>\\nQuestion? ASSISTANT:`). Published tokenizers are not here: tiny ones of their kind
+stand for them.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer
+
+from tests.interop.families.configs import LLAVA_ONEVISION, VIDEO_LLAVA
+from tests.interop.families.published_folder import sized
+from tests.interop.families.test_templates import (
+    ONEVISION_JINJA,
+    VIDEO_LLAVA_JINJA,
+    chatml_tokenizer,
+    llama_tokenizer,
+)
+from tpo_jax.interop.families.source import open_codec, read_config
+
+pytestmark = pytest.mark.parity
+FRAMES, SIZE, PATCH = 3, 24, 8
+QUESTION = "What? It USER: ASSISTANT:"
+
+
+class Frames:
+    """In the place of a video processor: shapes alone. Pixels: test_vision_preprocess.py."""
+
+    model_input_names = ["pixel_values_videos"]
+
+    def __call__(self, videos, **options):
+        return {"pixel_values_videos": np.zeros((1, FRAMES, 3, SIZE, SIZE), np.float32)}
+
+
+def onevision(tokenizer, frames):
+    from transformers import LlavaOnevisionProcessor
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+        LlavaOnevisionImageProcessorPil,
+    )
+
+    return LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessorPil(), tokenizer=tokenizer,
+        video_processor=frames, num_image_tokens=(SIZE // PATCH) ** 2,
+        vision_feature_select_strategy="full", chat_template=ONEVISION_JINJA,
+    )  # fmt: skip
+
+
+def video_llava(tokenizer, frames):
+    from transformers import VideoLlavaProcessor
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+        LlavaOnevisionImageProcessorPil,
+    )
+
+    return VideoLlavaProcessor(
+        image_processor=LlavaOnevisionImageProcessorPil(),  # any: there is no image
+        tokenizer=tokenizer, video_processor=frames, patch_size=PATCH,
+        vision_feature_select_strategy="default", chat_template=VIDEO_LLAVA_JINJA,
+    )  # fmt: skip
+
+
+FAMILIES = {
+    "llava_onevision": (LLAVA_ONEVISION, ONEVISION_JINJA, chatml_tokenizer, onevision),
+    "video_llava": (VIDEO_LLAVA, VIDEO_LLAVA_JINJA, llama_tokenizer, video_llava),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_about_a_clip_is_that_of_the_processor(name, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from transformers import PreTrainedTokenizerFast, ProcessorMixin
+
+    # The classes of video processors, against which Frames would be checked, need torchvision.
+    monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
+    data, jinja, make_tokenizer, make_processor = FAMILIES[name]
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<image>", "<video>")])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps(sized(data)))
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": jinja}))
+
+    again = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    processor = make_processor(PreTrainedTokenizerFast(tokenizer_object=again), Frames())
+    content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    clip = np.zeros((FRAMES, SIZE, SIZE, 3), np.uint8)
+    expected = np.asarray(processor(text=prompt, videos=[clip])["input_ids"])[0].tolist()
+
+    codec, (_, config, _) = open_codec(tmp_path), read_config(tmp_path, {})
+    visual, before = config.num_visual_tokens(FRAMES), codec.template.visual_offset
+    prefix = codec.build_prefix(visual)
+    prefix[before : before + visual] = again.token_to_id("<video>")
+    assert [*prefix.tolist(), *codec.build_branch(QUESTION, None).ids.tolist()] == expected
+    assert expected.count(again.token_to_id("<video>")) == visual
