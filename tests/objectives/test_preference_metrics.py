@@ -12,7 +12,7 @@ from tpo_jax.objectives.preference.metrics import grouped_metrics
 
 KINDS = {"order": 7, "action": 2**32 - 1, "causal": 0, "spatial": 4}
 
-scores = jax.jit(pair_scores, static_argnames="divergence")
+scores = jax.jit(pair_scores, static_argnames=("divergence", "ld_alpha"))
 report = jax.jit(preference_metrics, static_argnames=("beta", "reference"))
 PAIR = scores(golden_pairs())
 
@@ -38,6 +38,14 @@ def test_metrics_of_the_golden_pairs():
 def test_rewards_are_those_of_reverse_kl_whatever_is_trained():
     other = scores(golden_pairs(), divergence="js")
     assert means(report(other, 0.3)) == means(report(PAIR, 0.3))
+
+
+def test_drift_and_likelihood_are_of_whole_answers_whatever_is_trained():
+    whole, desensitised = (report(scores(golden_pairs(), ld_alpha=alpha), 0.3)
+                           for alpha in (1.0, 0.2))  # fmt: skip
+    for name in ("chosen_drift", "rejected_drift", "likelihood_accuracy"):
+        assert whole[name].mean() == desensitised[name].mean(), name
+    assert whole["margin"].mean() != desensitised["margin"].mean()
 
 
 def test_a_tie_is_half_a_win():

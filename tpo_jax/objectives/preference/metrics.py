@@ -26,12 +26,13 @@ def preference_metrics(
 ) -> dict[str, WeightedSum]:
     """Means over pairs (of rows, of which each counts its mean), except for *kl_per_token.
 
-    reward_chosen, reward_rejected: beta * r. margin: beta * (r_w - r_l). accuracy: share with a
-    margin above 0 (a tie counts one half). chosen_drift, rejected_drift: r in nats an answer, below
-    0 when it loses likelihood (chosen: likelihood displacement). kl_per_token: `pair.token_kl` over
-    the tokens of both answers. vocabulary_kl_per_token: what that estimates, where a loss reads it.
-    likelihood_accuracy: share where the policy alone gives the chosen
-    answer a higher mean log-probability per token. chosen_length, rejected_length: tokens.
+    reward_chosen, reward_rejected: beta * r, length-desensitised where the losses are. margin:
+    beta * (r_w - r_l). accuracy: share with a margin above 0 (a tie counts one half). chosen_drift,
+    rejected_drift: r of the whole answer in nats, below 0 when it loses likelihood (chosen:
+    likelihood displacement). kl_per_token: `pair.token_kl` over the tokens of both answers.
+    vocabulary_kl_per_token: what that estimates, where a loss reads it. likelihood_accuracy: share
+    where the policy alone gives the chosen answer a higher mean log-probability per token, of all
+    its tokens. chosen_length, rejected_length: tokens.
     contrast_margin, contrast_accuracy: as margin and accuracy, of the chosen answer under right
     against manipulated frames, where these were scored.
 
@@ -60,8 +61,8 @@ def preference_metrics(
         "reward_rejected": mean(beta * pair.rejected_ratio),
         "margin": mean(beta * difference),
         "accuracy": mean(_wins(difference)),
-        "chosen_drift": mean(pair.chosen_ratio),
-        "rejected_drift": mean(pair.rejected_ratio),
+        "chosen_drift": mean(pair.chosen_drift),
+        "rejected_drift": mean(pair.rejected_drift),
         "kl_per_token": per_token(pair.kl),
     }
     if pair.vocabulary_kl is not None:
