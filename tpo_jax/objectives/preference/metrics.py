@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -19,6 +20,12 @@ DURATION_BINS = {
     "3_to_10_min": (180.0, 600.0),
     "over_10_min": (600.0, float("inf")),
 }
+
+# What is reported of each group of pairs.
+GROUPED = (
+    "margin", "accuracy", "reward_chosen", "reward_rejected", "chosen_drift", "kl_per_token",
+    "chosen_length", "rejected_length",
+)  # fmt: skip
 
 
 def preference_metrics(
@@ -82,10 +89,10 @@ def grouped_metrics(
     pair_kind: jax.Array | None = None,
     pair_duration: jax.Array | None = None,
 ) -> dict[str, WeightedSum]:
-    """margin and accuracy of the pairs of each kind of question and each duration bin.
+    """`preference_metrics` of the pairs of each kind of question and each duration bin: GROUPED.
 
     Args:
-      kinds: name -> number in the batch, reported as kind/<name>/margin and kind/<name>/accuracy.
+      kinds: name -> number in the batch, reported as kind/<name>/margin and so on.
       pair_kind: uint32[B], number of each row's kind; None leaves kinds out.
       pair_duration: float32[B], seconds of each row's video; None leaves durations out.
     """
@@ -99,13 +106,12 @@ def grouped_metrics(
     def of_pairs(inside: jax.Array) -> jax.Array:
         return jnp.repeat(inside, len(pair.valid) // len(inside))  # K - 1 pairs a row
 
-    difference = pair.chosen_ratio - pair.rejected_ratio
-    values = {"margin": beta * difference, "accuracy": _wins(difference)}
-    return {
-        f"{group}/{name}": WeightedSum.of(value, pair.valid * of_pairs(inside))
-        for group, inside in groups.items()
-        for name, value in values.items()
-    }
+    metrics = {}
+    for group, inside in groups.items():
+        part = dataclasses.replace(pair, valid=pair.valid * of_pairs(inside))
+        found = preference_metrics(part, beta)
+        metrics |= {f"{group}/{name}": found[name] for name in GROUPED}
+    return metrics
 
 
 def _wins(difference: jax.Array) -> jax.Array:
