@@ -27,6 +27,13 @@ def test_all_programs_agree_and_every_ratio_is_reported():
     assert 1.5 < ratio < 2.0 and result["memory"]["shared / two_rows"] < 1
 
 
+def test_jax_on_another_device_than_pytorch_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    monkeypatch.setattr("sys.argv", ["dpo_step", f"--out={tmp_path / 'out.json'}"])
+    with pytest.raises(SystemExit, match="JAX runs on 'gpu' and PyTorch on the CPU.*JAX_PLATFORMS"):
+        dpo_step.main()
+
+
 def test_the_baseline_is_the_setting_with_the_lowest_wall_time(monkeypatch):
     times = {"eager": [(4.0, 1.0), (5.0, 1.0), (9.0, 1.0)], "compiled": [(3.0, 6.0)] * 3}
     monkeypatch.setattr(dpo_step, "measure", lambda steps, rounds: {n: times[n] for n in steps})

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 import runpy
 
 import jax
@@ -15,7 +16,7 @@ import tpo_jax.train
 from tpo_jax import preferences
 from tpo_jax.data import pairs as pair_data
 from tpo_jax.data.batch_spec import batch_spec
-from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.buckets import Bucket, BucketSchedule
 from tpo_jax.data.evaluation_rows import build_pair_rows
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.pipeline import row_builder
@@ -221,7 +222,7 @@ def test_pairs_come_in_buckets_of_the_frames_of_their_clips(runs, tmp_path, caps
     records = train(config, tmp_path / "run")
     said = capsys.readouterr().err
     assert "compiled bucket 'pairs4'" in said and "compiled bucket 'pairs8'" in said
-    assert "references hold: " in said
+    assert re.search(r"references hold: \d+ tokens of pairs4, pairs8 differ by", said)
     used = {name for record in records for name in record if name.startswith("train/padding/")}
     assert used == {"train/padding/pairs4", "train/padding/pairs8"}
     assert records[0]["train/preference/sigmoid"] == pytest.approx(np.log(2), abs=1e-4)
@@ -321,6 +322,21 @@ def test_a_fingerprint_is_of_the_kernel_for_rows_that_devices_share(runs, tmp_pa
     with pytest.raises(AttributeError):  # of None
         score(runs, tmp_path / "r.npz", "--context=2")
     assert made["f"].attention == "kernel for 2"
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 63), (1, 1, 1)])
+def test_references_are_checked_in_every_bucket(weights):
+    """However rare it is: each is a program of its own."""
+    sizes = {"batch_size": 2, "branches": 2, "branch_tokens": 8, "answers": 4}
+    buckets = [Bucket(f"pairs{frames}", "video", frames=frames, weight=weight, **sizes)
+               for frames, weight in enumerate(weights, start=4)]  # fmt: skip
+    schedule = BucketSchedule(buckets)
+    for seed in range(10):
+        steps = list(references.sample_steps(schedule, seed))
+        named = [schedule(step)[0].name for step in steps]
+        assert set(named) == {bucket.name for bucket in buckets}
+        assert 2 <= len(steps) <= 2 + len(buckets) - 1
+        assert steps == list(references.sample_steps(schedule, seed))
 
 
 def test_every_dtype_has_a_tolerance():

@@ -136,6 +136,15 @@ def test_questions_of_the_split_are_asked_by_default_and_every_stage_keeps_its_r
             for p in there["pairs"][:2]] == GOLDEN
     for stage in ("preferred", "dispreferred"):
         assert all(len(r["answers"]) == 2 and r["temperature"] == 1 for r in there[stage])
+    # Scored under the right frames: on a CPU the decoding program says the same, up to round-off.
+    for record in there["preferred"]:
+        drawn = [answer["logp"] for answer in record["answers"]]
+        np.testing.assert_allclose(record["chosen_logp"], drawn, atol=1e-3)
+    right, wrong = ({f"{r['id']}/sample{i}": logp for r in there[stage]
+                     for i, logp in enumerate(r["chosen_logp"])}
+                    for stage in ("preferred", "dispreferred"))
+    assert {r["id"]: r["gap"] for r in there["filter"]} == {
+        name: right[name] - wrong[name] for name in right}
 
 
 def test_pairs_from_videos_without_questions(written, server):

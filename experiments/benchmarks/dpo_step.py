@@ -15,6 +15,7 @@ embeddings of 32 frames. All steps are forward, backward and AdamW in float32:
   torch_cached   the same with precomputed log-probabilities
 
 PyTorch runs in the fastest of `torch_settings` by the wall time of `torch`; the record names it.
+Both sides run on the CPU: where JAX has another device the command refuses.
 
 Rounds time all of them one after the other, in turning order; a ratio is taken within a round, and
 the median of rounds is reported, in wall time and in CPU time of the process (which other work on
@@ -46,7 +47,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.benchmarks.torch_settings import SETTINGS, usable_settings
+from experiments.benchmarks.torch_settings import SETTINGS, require_cpu, usable_settings
 from tpo_jax.models.config import LanguageConfig
 from tpo_jax.models.language import LanguageModel
 from tpo_jax.models.layers import Rngs
@@ -433,6 +434,7 @@ def main() -> None:
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch; XLA takes "
         "all processors that it may run on (default: %(default)s)")
     flags = parser.parse_args()
+    require_cpu()
     sizes = Sizes(flags.pairs, flags.frames, flags.tokens_per_frame, flags.text, flags.answer)
     config = model_config(flags.width, flags.depth, flags.unroll)
     result = run(sizes, config, flags.rounds, flags.threads, usable_settings())

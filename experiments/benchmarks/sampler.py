@@ -40,6 +40,7 @@ import numpy as np
 import safetensors.numpy
 
 from experiments.benchmarks.dpo_step import measure, versions
+from experiments.benchmarks.torch_settings import require_cpu
 from tpo_jax.generation.sampler import Sampler, Sampling
 from tpo_jax.interop.families.registry import family_of, to_leaves
 from tpo_jax.interop.folder import load_codec
@@ -315,6 +316,7 @@ def main() -> None:
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch; XLA takes "
         "all processors that it may run on (default: %(default)s)")
     flags = parser.parse_args()
+    require_cpu()
     sizes = Sizes(
         flags.frames, flags.size, flags.patch, flags.questions, flags.question, flags.answer
     )

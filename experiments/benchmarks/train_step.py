@@ -50,7 +50,7 @@ import jax
 import numpy as np
 
 from experiments.benchmarks.dpo_step import measure, versions
-from experiments.benchmarks.torch_settings import SETTINGS, usable_settings
+from experiments.benchmarks.torch_settings import SETTINGS, require_cpu, usable_settings
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket, scheduled
 from tpo_jax.data.pipeline import read_buckets
@@ -427,6 +427,7 @@ def main() -> None:
     add("--side", choices=("ours", *SETTINGS), help="only the memory of this side; PyTorch reads "
         "the inputs.npz that ours left beside --out")
     flags = parser.parse_args()
+    require_cpu()
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
     sizes = Sizes(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Sizes)})
     if flags.side:

@@ -79,7 +79,8 @@ class Answerer:
     def preferred(self, jobs, done):
         for job in jobs:
             if job["id"] not in done:
-                yield job["id"], {"answers": self.answers(job, "right", "same")}
+                yield job["id"], {"answers": self.answers(job, "right", "same"),
+                                  "chosen_logp": [-1.25, -1.25]}
 
     def dispreferred(self, jobs, done):
         for job in jobs:
@@ -199,7 +200,9 @@ def test_counts_add_up_and_cheap_filters_come_before_the_judge(whole):
     for pair in map(Example.from_json, read(path, "pairs")):
         assert pair.targets["chosen"].startswith("right")
         assert pair.targets["rejected"].startswith("wrong")
+        assert pair.targets["chosen_logp"] == -1.25  # scored, as the other, and not as it was drawn
         assert pair.targets["chosen_logp_manipulated"] == -2.5
+    assert {record["gap"] for record in read(path, "filter")} == {1.25}
 
 
 @settings(max_examples=60, deadline=None)

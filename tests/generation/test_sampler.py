@@ -223,6 +223,12 @@ def test_keep_top_p_keeps_the_smallest_sufficient_set():
         [False, True, True, True], [True, True, True, True]]
 
 
+def test_keep_top_p_keeps_no_tie_beyond_the_set():
+    logits = jnp.log(jnp.array([[0.15, 0.4, 0.15, 0.15, 0.15], [0.2] * 5]))
+    kept = np.asarray(keep_top_p(logits, 0.65)) > -1e29
+    assert kept.tolist() == [[True, True, True, False, False], [True, True, True, True, False]]
+
+
 def test_score_equals_the_log_probabilities_of_the_sampler(model, codec, params, prompts):
     sampler = Sampler(model, codec, Sampling(max_new=10, temperature=1.0))
     context = sampler.prefill(params, prompts)

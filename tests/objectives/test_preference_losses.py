@@ -161,6 +161,17 @@ def test_length_desensitised_logps_weigh_the_tail_of_the_longer_answer():
     assert float(plain.policy_chosen[0]) == -3.0 and float(none.policy_chosen[0]) == -2.0
 
 
+def test_the_contrast_is_length_desensitised_like_the_answer_it_is_of():
+    tokens = random_pairs(4, 6, invalid=(1,))
+    same = dataclasses.replace(
+        tokens, contrast_policy=tokens.policy[:, 0], contrast_reference=tokens.reference[:, 0]
+    )
+    pair = jit(lambda t: pair_scores(t, ld_alpha=0.3))(same)
+    longer = np.asarray(pair.chosen_length > pair.rejected_length) & (np.asarray(pair.valid) > 0)
+    assert longer.any() and np.all(np.abs(pair.chosen_ratio - pair.chosen_drift)[longer] > 0.1)
+    np.testing.assert_allclose(pair.contrast_ratio, pair.chosen_ratio, rtol=1e-6)
+
+
 def test_wpo_weighs_pairs_by_how_likely_the_policy_writes_them_without_a_gradient():
     tokens = golden_pairs()
     collision = jnp.full_like(tokens.policy, -1.0)
@@ -308,6 +319,8 @@ def test_losses_stay_finite_at_extreme_margins(values_and_gradients):
         ({"divergence_alpha": 0.7}, "divergence_alpha=0.7 has no effect.*'alpha'"),
         ({"loss": "exo_pair"}, "label_smoothing=0.0: exo_pair.*1e-3"),
         ({"ld_alpha": 1.5}, "ld_alpha=1.5"),
+        ({"loss": ["sigmoid", "simpo"], "ld_alpha": 0.5}, "ld_alpha=0.5: simpo.*ld_alpha=1.0"),
+        ({"loss": "orpo", "ld_alpha": 0.0}, "ld_alpha=0.0: orpo is of means"),
         ({"divergence": "kl"}, "divergence='kl' is unknown; known: reverse_kl"),
         ({"loss": "bco_pair", "divergence": "js"}, "'js': bco_pair is defined for reverse_kl only"),
         ({"loss": ["sigmoid", "aot"], "wpo": True}, "wpo=True: aot sorts the batch"),

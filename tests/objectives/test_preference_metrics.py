@@ -8,11 +8,11 @@ import numpy as np
 from fake_pairs import golden_pairs, random_pairs
 
 from tpo_jax.objectives.preference import PairTokens, pair_scores, preference_metrics
-from tpo_jax.objectives.preference.metrics import grouped_metrics
+from tpo_jax.objectives.preference.metrics import GROUPED, grouped_metrics
 
 KINDS = {"order": 7, "action": 2**32 - 1, "causal": 0, "spatial": 4}
 
-scores = jax.jit(pair_scores, static_argnames="divergence")
+scores = jax.jit(pair_scores, static_argnames=("divergence", "ld_alpha"))
 report = jax.jit(preference_metrics, static_argnames=("beta", "reference"))
 PAIR = scores(golden_pairs())
 
@@ -38,6 +38,14 @@ def test_metrics_of_the_golden_pairs():
 def test_rewards_are_those_of_reverse_kl_whatever_is_trained():
     other = scores(golden_pairs(), divergence="js")
     assert means(report(other, 0.3)) == means(report(PAIR, 0.3))
+
+
+def test_drift_and_likelihood_are_of_whole_answers_whatever_is_trained():
+    whole, desensitised = (report(scores(golden_pairs(), ld_alpha=alpha), 0.3)
+                           for alpha in (1.0, 0.2))  # fmt: skip
+    for name in ("chosen_drift", "rejected_drift", "likelihood_accuracy"):
+        assert whole[name].mean() == desensitised[name].mean(), name
+    assert whole["margin"].mean() != desensitised["margin"].mean()
 
 
 def test_a_tie_is_half_a_win():
@@ -89,6 +97,12 @@ def test_groups_by_kind_and_duration():
     np.testing.assert_allclose(got["duration/1_to_3_min/margin"], -0.3, atol=1e-6)
     np.testing.assert_allclose(got["duration/3_to_10_min/margin"], 0.075, atol=1e-6)
     np.testing.assert_allclose(got["duration/over_10_min/margin"], 2.1, atol=1e-6)
+    # All that is told of a group is what would be told of its pairs alone.
+    alone = means(report(scores(golden_pairs(np.array([0, 2]))), 0.3))
+    assert {name.split("/")[2] for name in got} == set(GROUPED) >= {
+        "reward_chosen", "reward_rejected", "chosen_drift", "kl_per_token", "chosen_length"}
+    for name in GROUPED:
+        np.testing.assert_allclose(got[f"kind/order/{name}"], alone[name], rtol=1e-5, err_msg=name)
     padded = dataclasses.replace(PAIR, valid=jnp.array([0.0, 1, 1, 1]))
     got = means(grouped_metrics(padded, 0.3, kinds=KINDS, pair_kind=kinds))
     np.testing.assert_allclose(got["kind/order/margin"], 0.075, atol=1e-6)

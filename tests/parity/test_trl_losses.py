@@ -117,7 +117,7 @@ def test_divergences_are_those_of_trl(name, divergence):
     check(ours(name, divergence=DIVERGENCES[divergence], divergence_alpha=coefficient), want)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "bco_pair"])
+@pytest.mark.parametrize("name", ["sigmoid", "bco_pair", "ipo"])
 def test_length_desensitised_and_weighted_losses_are_those_of_trl(name):
     check(ours(name, ld_alpha=0.4), of_trl(name, ld_alpha=0.4))
     check(ours(name, wpo=True), of_trl(name, use_weighting=True))

@@ -5,6 +5,7 @@ import types
 import jax
 import pytest
 
+from tpo_jax.data.buckets import Bucket, BucketSchedule
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 from tpo_jax.training.references import verify_references
@@ -44,11 +45,14 @@ def test_references_are_not_looked_at_after_a_signal():
     program = types.SimpleNamespace(
         model=types.SimpleNamespace(config=config), mesh=make_mesh({}, jax.devices()[:1])
     )
+    sizes = {"batch_size": 1, "frames": 1, "branches": 2, "branch_tokens": 8, "answers": 4}
+    bucket = Bucket("pairs", "video", **sizes)
+    pipeline = types.SimpleNamespace(schedule=BucketSchedule([bucket]))  # that has no batches
     with Preemption() as preemption:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Preempted):
             verify_references(
-                program, None, None, seed=0, files=[], say=print, preemption=preemption
+                program, pipeline, None, seed=0, files=[], say=print, preemption=preemption
             )
 
 

@@ -396,13 +396,20 @@ def with_answers(prompts: Arrays, tokens: np.ndarray, lengths: np.ndarray) -> Ar
 
 
 def keep_top_p(logits: jax.Array, top_p: float) -> jax.Array:
-    """float[..., V] with everything outside the smallest set of probability >= top_p masked."""
+    """float[..., V] with everything outside the smallest set of probability >= top_p masked.
+
+    Of equally likely tokens at its edge those of the lowest ids are in it.
+    """
     descending = jnp.sort(logits, axis=-1, descending=True)
     probabilities = jax.nn.softmax(descending, axis=-1)
     # A token stays if what is before it does not reach top_p yet, so the first always stays.
     stays = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
-    smallest = jnp.min(jnp.where(stays, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= smallest, logits, MASKED_LOGIT)
+    count = jnp.sum(stays, axis=-1, keepdims=True)
+    smallest = jnp.take_along_axis(descending, count - 1, axis=-1)
+    above, ties = logits > smallest, logits == smallest
+    room = count - jnp.sum(above, axis=-1, keepdims=True)
+    kept = above | (ties & (jnp.cumsum(ties, axis=-1) <= room))
+    return jnp.where(kept, logits, MASKED_LOGIT)
 
 
 def _logits(model: Any, hidden: jax.Array) -> jax.Array:

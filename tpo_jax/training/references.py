@@ -1,12 +1,14 @@
 """Reference log-probabilities of a run, and whether they hold for this very program.
 
 Fingerprints say what the sidecar was scored with. This compares what they cannot see (another
-version of JAX, another device, a mesh, a kernel) by scoring a random sample of the training pairs.
+version of JAX, another device, a mesh, a kernel) by scoring a random sample of the training pairs,
+some of every bucket, each of which is a program of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import collections
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from tpo_jax.data.pipeline import Pipeline
+from tpo_jax.data.buckets import BucketSchedule
+from tpo_jax.data.pipeline import Batch, Pipeline
 from tpo_jax.data.rows import Reference
 from tpo_jax.interop.folder import load_model
 from tpo_jax.parallel.context import AXIS
@@ -23,10 +26,11 @@ from tpo_jax.training import sidecar
 from tpo_jax.training.preemption import Preemption
 from tpo_jax.training.program import Program, needs_contrast, run_as
 from tpo_jax.training.sidecar import SidecarMismatch
+from tpo_jax.training.step import parts_of
 
 # dtype -> largest and mean difference of a token's log-probability that is round-off, in nats.
 TOLERANCE = {"float32": (5e-3, 5e-4), "bfloat16": (0.5, 0.05)}
-SAMPLE_BATCHES = 2
+SAMPLE_BATCHES = 2  # at least; every bucket has one
 
 
 def read_references(config: ConfigDict) -> Reference | None:
@@ -76,30 +80,30 @@ def verify_references(
 
     Raises:
       Preempted: told to stop.
-      SidecarMismatch: a token, or the mean over all of them, differs by more than TOLERANCE; names
-        the pair and what either side says about it.
+      SidecarMismatch: a token, or the mean over those of a bucket, differs by more than TOLERANCE;
+        names the pair and what either side says about it.
     """
     dtype = program.model.config.dtype
     largest, mean = TOLERANCE[dtype]
     compare = jax.jit(_compare, out_shardings=replicated(program.mesh))
-    steps = np.random.default_rng(seed).integers(0, 2**20, SAMPLE_BATCHES)
-    totals, worst = np.zeros(2), (-1.0, 0, 0)
-    answers = {}
-    for step in map(int, steps):
+    totals: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
+    worst, answers = (-1.0, 0, 0), {}
+    for step in sample_steps(pipeline.schedule, seed):
         preemption.check()
-        _, local = pipeline.batch(step)
-        batch = global_batch(local, program.mesh)
-        live = program.score_step(params, batch)
-        differences, weights, both = jax.device_get(compare(live, batch))
-        totals += differences.sum(), weights.sum()
-        peak = np.nan_to_num(differences, nan=np.inf).max(axis=(1, 2))
-        row = int(peak.argmax())
-        if peak[row] > worst[0]:
-            worst, answers = (float(peak[row]), step, row), both[:, row]
-    average = totals[0] / max(totals[1], 1)
+        for bucket, first, local in _batches(pipeline, step):
+            batch = global_batch(local, program.mesh)
+            live = program.score_step(params, batch)
+            differences, weights, both = jax.device_get(compare(live, batch))
+            totals[bucket] += differences.sum(), weights.sum()
+            peak = np.nan_to_num(differences, nan=np.inf).max(axis=(1, 2))
+            row = int(peak.argmax())
+            if peak[row] > worst[0]:
+                worst, answers = (float(peak[row]), step, first + row), both[:, row]
+    average = max(total / max(tokens, 1) for total, tokens in totals.values())
     if worst[0] <= largest and average <= mean:
+        tokens = int(sum(totals.values())[1])
         say(
-            f"references hold: {int(totals[1])} tokens of {SAMPLE_BATCHES} batches differ by "
+            f"references hold: {tokens} tokens of {', '.join(sorted(totals))} differ by up to "
             f"{average:.1e} nats on average, {worst[0]:.1e} at most"
         )
         return
@@ -118,6 +122,28 @@ def verify_references(
         "agree), so score again with this version of JAX on this kind of device, or find out what "
         "changed in the program."
     )
+
+
+def sample_steps(schedule: BucketSchedule, seed: int) -> Iterator[int]:
+    """SAMPLE_BATCHES random steps, and one of every bucket that has none of these."""
+    rng = np.random.default_rng(seed)
+    missing, count = {bucket.name for bucket in schedule.buckets}, 0
+    while missing or count < SAMPLE_BATCHES:
+        step = int(rng.integers(0, 2**20))
+        name = schedule(step)[0].name
+        if name in missing or count < SAMPLE_BATCHES:
+            missing.discard(name)
+            count += 1
+            yield step
+
+
+def _batches(pipeline: Pipeline, step: int) -> Iterator[tuple[str, int, Batch]]:
+    """(bucket, place of its first row among all rows of the step, this process's rows) of the
+    bucket of a step and of the one beside it."""
+    name, batch = pipeline.batch(step)
+    bucket = pipeline.builders[name].bucket
+    names, firsts = (name, bucket.beside), (0, bucket.batch_size)
+    yield from zip(names, firsts, parts_of(batch), strict=False)
 
 
 def _compare(live: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -141,9 +167,5 @@ def _sums(logps: np.ndarray) -> str:
 
 
 def _pair_id(pipeline: Pipeline, step: int, row: int) -> str:
-    """Its id where this process reads the row, else its place."""
-    _, rows, plans = pipeline.plans(step)
-    here = row - pipeline.process_index * len(rows)
-    if 0 <= here < len(plans):
-        return repr(plans[here].branches[0].example.example_id)
-    return f"row {row} of step {step}"
+    (example_id,) = pipeline.describe_batch(step)[1][row]["examples"]
+    return repr(example_id)

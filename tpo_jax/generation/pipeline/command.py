@@ -306,7 +306,8 @@ def stage_options(flags: argparse.Namespace, settings: Settings,
         "preferred": {"weights": weights, "temperature": settings.temperature,
                       "top_p": settings.top_p, "max_new": settings.max_new,
                       "samples": settings.samples, "batch_size": settings.batch_size,
-                      "branches": settings.branches},
+                      "branches": settings.branches,
+                      "chosen_logp": "scored"},  # once it was what the decoding program said
         "dispreferred": {},
         "filter": plugin("judge") | {
             "near_equal": filters.near_equal, "length_ratio": filters.length_ratio,

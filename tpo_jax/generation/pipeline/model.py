@@ -83,20 +83,20 @@ class ModelAnswerer:
         self._generators = _Generators(own, settings, prompt)
 
     def preferred(self, jobs: Sequence[Record], done: Done) -> Outputs:
-        """Fields are answers, one per sample."""
-        for group in _by_frames(jobs, lambda job: job["frame_indices"]):
-            for rows, drawn, _ in self._batches(group, done, "chosen"):
-                for number in _numbers(rows):
-                    yield group[number]["id"], {"answers": self._answers(drawn, number)}
+        """Fields are answers and, per sample, chosen_logp: of the answer under these frames, from
+        the program that scores it under the manipulated ones and not from the one that drew it."""
+        return self._side(jobs, done, "chosen")
 
     def dispreferred(self, jobs: Sequence[Record], done: Done) -> Outputs:
         """Fields are answers and, per sample, chosen_logp: of the job's chosen answer under the
         manipulated frames."""
+        return self._side(jobs, done, "manipulated")
+
+    def _side(self, jobs: Sequence[Record], done: Done, side: str) -> Outputs:
         samples = range(self.settings.samples)
         for group in _by_frames(jobs, lambda job: job["frame_indices"]):
-            chosen = _chosen_of(group)
-            for rows, drawn, score in self._batches(group, done, "manipulated"):
-                scores = {}
+            for rows, drawn, score in self._batches(group, done, side):
+                chosen, scores = drawn if side == "chosen" else _chosen_of(group), {}
                 for sample in samples:
                     scores |= score(sample, chosen, rows)
                 for number in _numbers(rows):

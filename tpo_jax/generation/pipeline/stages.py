@@ -249,9 +249,12 @@ def _candidate(question: Record, right: Record, wrong: Record, sample: int) -> C
         tuple(question[name]) for name in ("frame_indices", "chosen_indices",
                                            "manipulated_indices")),
         tuple(question["segment"]) if question["segment"] else None)
+    # Not what the decoding program said: both terms of the gap are of the one that scores.
+    chosen = dataclasses.replace(
+        read_answer(right["answers"][sample]), logp=right["chosen_logp"][sample])
     return Candidate(
-        question_of(question), evidence, sample, read_answer(right["answers"][sample]),
-        read_answer(wrong["answers"][sample]), wrong["chosen_logp"][sample])
+        question_of(question), evidence, sample, chosen, read_answer(wrong["answers"][sample]),
+        wrong["chosen_logp"][sample])
 
 
 def _answered(question: Record, frames: str) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -20,18 +21,25 @@ DURATION_BINS = {
     "over_10_min": (600.0, float("inf")),
 }
 
+# What is reported of each group of pairs.
+GROUPED = (
+    "margin", "accuracy", "reward_chosen", "reward_rejected", "chosen_drift", "kl_per_token",
+    "chosen_length", "rejected_length",
+)  # fmt: skip
+
 
 def preference_metrics(
     pair: PairScores, beta: float, *, reference: bool = True
 ) -> dict[str, WeightedSum]:
     """Means over pairs (of rows, of which each counts its mean), except for *kl_per_token.
 
-    reward_chosen, reward_rejected: beta * r. margin: beta * (r_w - r_l). accuracy: share with a
-    margin above 0 (a tie counts one half). chosen_drift, rejected_drift: r in nats an answer, below
-    0 when it loses likelihood (chosen: likelihood displacement). kl_per_token: `pair.token_kl` over
-    the tokens of both answers. vocabulary_kl_per_token: what that estimates, where a loss reads it.
-    likelihood_accuracy: share where the policy alone gives the chosen
-    answer a higher mean log-probability per token. chosen_length, rejected_length: tokens.
+    reward_chosen, reward_rejected: beta * r, length-desensitised where the losses are. margin:
+    beta * (r_w - r_l). accuracy: share with a margin above 0 (a tie counts one half). chosen_drift,
+    rejected_drift: r of the whole answer in nats, below 0 when it loses likelihood (chosen:
+    likelihood displacement). kl_per_token: `pair.token_kl` over the tokens of both answers.
+    vocabulary_kl_per_token: what that estimates, where a loss reads it. likelihood_accuracy: share
+    where the policy alone gives the chosen answer a higher mean log-probability per token, of all
+    its tokens. chosen_length, rejected_length: tokens.
     contrast_margin, contrast_accuracy: as margin and accuracy, of the chosen answer under right
     against manipulated frames, where these were scored.
 
@@ -60,8 +68,8 @@ def preference_metrics(
         "reward_rejected": mean(beta * pair.rejected_ratio),
         "margin": mean(beta * difference),
         "accuracy": mean(_wins(difference)),
-        "chosen_drift": mean(pair.chosen_ratio),
-        "rejected_drift": mean(pair.rejected_ratio),
+        "chosen_drift": mean(pair.chosen_drift),
+        "rejected_drift": mean(pair.rejected_drift),
         "kl_per_token": per_token(pair.kl),
     }
     if pair.vocabulary_kl is not None:
@@ -81,10 +89,10 @@ def grouped_metrics(
     pair_kind: jax.Array | None = None,
     pair_duration: jax.Array | None = None,
 ) -> dict[str, WeightedSum]:
-    """margin and accuracy of the pairs of each kind of question and each duration bin.
+    """`preference_metrics` of the pairs of each kind of question and each duration bin: GROUPED.
 
     Args:
-      kinds: name -> number in the batch, reported as kind/<name>/margin and kind/<name>/accuracy.
+      kinds: name -> number in the batch, reported as kind/<name>/margin and so on.
       pair_kind: uint32[B], number of each row's kind; None leaves kinds out.
       pair_duration: float32[B], seconds of each row's video; None leaves durations out.
     """
@@ -98,13 +106,12 @@ def grouped_metrics(
     def of_pairs(inside: jax.Array) -> jax.Array:
         return jnp.repeat(inside, len(pair.valid) // len(inside))  # K - 1 pairs a row
 
-    difference = pair.chosen_ratio - pair.rejected_ratio
-    values = {"margin": beta * difference, "accuracy": _wins(difference)}
-    return {
-        f"{group}/{name}": WeightedSum.of(value, pair.valid * of_pairs(inside))
-        for group, inside in groups.items()
-        for name, value in values.items()
-    }
+    metrics = {}
+    for group, inside in groups.items():
+        part = dataclasses.replace(pair, valid=pair.valid * of_pairs(inside))
+        found = preference_metrics(part, beta)
+        metrics |= {f"{group}/{name}": found[name] for name in GROUPED}
+    return metrics
 
 
 def _wins(difference: jax.Array) -> jax.Array:

@@ -54,7 +54,7 @@ class PairScores:
     """Sums over the tokens of an answer; every field float32[B], B pairs: K - 1 of each row.
 
     policy_*, reference_*: log-probabilities, length-desensitised where that is asked.
-    *_score: s. *_length: n. chosen_nll: -log pi(y_w), never length-desensitised.
+    *_score: s. *_length: n. *_nll: -log pi(y), and *_drift: r, never length-desensitised.
     chosen_kl: sum over the tokens of y_w of an estimate of KL(pi_ref || pi), see `token_kl`.
     kl: the same over both answers. valid: what a pair counts, 1 / n of the n that a row has, 0 for
     padding.
@@ -73,6 +73,9 @@ class PairScores:
     chosen_length: jax.Array
     rejected_length: jax.Array
     chosen_nll: jax.Array
+    rejected_nll: jax.Array
+    chosen_drift: jax.Array
+    rejected_drift: jax.Array
     chosen_kl: jax.Array
     kl: jax.Array
     valid: jax.Array
@@ -105,12 +108,12 @@ class PairScores:
     @property
     def chosen_mean(self) -> jax.Array:
         """Mean log-probability of a token of y_w under the policy, float32[B]."""
-        return self.policy_chosen / jnp.maximum(self.chosen_length, 1)
+        return -self.chosen_nll / jnp.maximum(self.chosen_length, 1)
 
     @property
     def rejected_mean(self) -> jax.Array:
         """Mean log-probability of a token of y_l under the policy, float32[B]."""
-        return self.policy_rejected / jnp.maximum(self.rejected_length, 1)
+        return -self.rejected_nll / jnp.maximum(self.rejected_length, 1)
 
 
 def every_pair(tokens: PairTokens) -> PairTokens:
@@ -156,7 +159,8 @@ def pair_scores(
 
     Args:
       ld_alpha: weight of the tokens of the longer answer beyond the length of the shorter one
-        (LD-DPO, arXiv 2409.06411), for policy and reference alike; 1 counts every token fully.
+        (LD-DPO, arXiv 2409.06411), for policy and reference alike and under either frames; 1 counts
+        every token fully.
       divergence: one of DIVERGENCES (arXiv 2309.16240), see `divergence_score`.
       divergence_alpha: of "alpha".
     """
@@ -177,6 +181,8 @@ def pair_scores(
     reference_sums = (reference * weights).sum(-1)
     scores = divergence_score(sums - reference_sums, divergence, divergence_alpha)
     length = tokens.weights.sum(-1)
+    whole = (policy * tokens.weights).sum(-1)
+    drift = whole - (reference * tokens.weights).sum(-1)
     kl = (token_kl(policy, reference) * tokens.weights).sum(-1)
     wpo = contrast = exact = None
     if tokens.log_collision is not None:
@@ -185,7 +191,7 @@ def pair_scores(
         wpo = jax.lax.stop_gradient(jnp.exp(mean.sum(-1)))
     if tokens.contrast_policy is not None and tokens.contrast_reference is not None:
         ratio = tokens.contrast_policy - tokens.contrast_reference
-        contrast = (clean(ratio, counts[:, 0]) * tokens.weights[:, 0]).sum(-1)
+        contrast = (clean(ratio, counts[:, 0]) * weights[:, 0]).sum(-1)
     if tokens.vocabulary_kl is not None:
         exact = (clean(tokens.vocabulary_kl, counts) * tokens.weights).sum(-1)
     return PairScores(
@@ -197,7 +203,10 @@ def pair_scores(
         rejected_score=scores[:, 1],
         chosen_length=length[:, 0],
         rejected_length=length[:, 1],
-        chosen_nll=-(policy[:, 0] * tokens.weights[:, 0]).sum(-1),
+        chosen_nll=-whole[:, 0],
+        rejected_nll=-whole[:, 1],
+        chosen_drift=drift[:, 0],
+        rejected_drift=drift[:, 1],
         chosen_kl=kl[:, 0],
         kl=kl.sum(-1),
         valid=valid,

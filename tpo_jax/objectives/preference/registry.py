@@ -30,6 +30,7 @@ class PreferenceLoss:
       divergence: whether it is defined for other f-divergences than reverse KL, that is, reads
         nothing but differences of scores, in which the divergence's normaliser cancels.
       contrast: whether it reads log-probabilities under manipulated frames.
+      mean: whether it reads the mean log-probability of an answer's tokens under the policy alone.
       vocabulary: whether it reads the KL over the vocabulary, for which the reference's whole
         distributions have to be in the step.
       coupled: whether pairs change one another's loss beyond a mean, so that the loss of a batch
@@ -42,6 +43,7 @@ class PreferenceLoss:
     reference: bool = True
     divergence: bool = False
     contrast: bool = False
+    mean: bool = False
     vocabulary: bool = False
     coupled: bool = False
     ranked: bool = False
@@ -64,8 +66,8 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
     "sppo_hard": PreferenceLoss(losses.sppo_hard),
     "apo_zero": PreferenceLoss(losses.apo_zero),
     "apo_down": PreferenceLoss(losses.apo_down),
-    "simpo": PreferenceLoss(losses.simpo, ("beta", "simpo_gamma"), reference=False),
-    "orpo": PreferenceLoss(losses.orpo, (), reference=False),
+    "simpo": PreferenceLoss(losses.simpo, ("beta", "simpo_gamma"), reference=False, mean=True),
+    "orpo": PreferenceLoss(losses.orpo, (), reference=False, mean=True),
     "sft": PreferenceLoss(losses.sft, (), reference=False, divergence=True),
     "conditional": PreferenceLoss(losses.conditional, contrast=True),
     "anchor": PreferenceLoss(losses.anchor),
@@ -122,6 +124,11 @@ class PreferenceConfig:
                 raise ValueError(f"preference.{name}={getattr(self, name)}: must be positive")
         if not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"preference.ld_alpha={self.ld_alpha}: must be in [0, 1]")
+        if self.ld_alpha != 1 and (means := [n for n in self._used if PREFERENCE_LOSSES[n].mean]):
+            raise ValueError(
+                f"preference.ld_alpha={self.ld_alpha}: {', '.join(means)} is of means over whole "
+                "answers, which have no sums to desensitise; use another loss or set ld_alpha=1.0"
+            )
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
                 f"preference.label_smoothing={self.label_smoothing}: must be in [0, 0.5); half or "
