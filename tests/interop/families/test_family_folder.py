@@ -1,5 +1,6 @@
 """A published folder in and out again, through the command's own functions."""
 
+import dataclasses
 import json
 import runpy
 import shutil
@@ -16,7 +17,10 @@ from tests.interop.families.published_folder import sized, write_published
 from tpo_jax import convert
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
-from tpo_jax.data.pipeline import read_buckets, row_builder
+from tpo_jax.data.pipeline import read_buckets, row_builder, shown_frames
+from tpo_jax.data.text import TextCodec
+from tpo_jax.errors import UserError
+from tpo_jax.evaluation.evaluator import Evaluator, Settings
 from tpo_jax.interop import folder, huggingface
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.folder import export_family, import_family, option
@@ -24,6 +28,7 @@ from tpo_jax.interop.families.source import is_family
 from tpo_jax.interop.huggingface import read_tensors
 from tpo_jax.interop.output import OutputError
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.predict import Predictor
 from tpo_jax.training.config import validate
 from tpo_jax.training.start import make_model_config
 
@@ -59,6 +64,7 @@ def test_in_and_out_again(source, tmp_path):
     assert config.dtype == "bfloat16" and config.vision.kind == "siglip"
     assert params["vision"]["layers"]["self_attn"]["q_proj"]["kernel"].dtype == ml_dtypes.bfloat16
     assert codec.template.sampling == "evenly" and codec.template.time_instruction
+    assert (codec.template.frames, config.vision.max_frames) == (64, 512)
     prefix = codec.build_prefix(config.num_visual_tokens(2))
     assert list(prefix[: config.visual_offset]).count(codec.pad_id) == 0
     assert prefix[config.visual_offset] == codec.pad_id
@@ -72,6 +78,18 @@ def test_in_and_out_again(source, tmp_path):
         left, right = np.asarray(theirs[name]), np.asarray(ours[name])
         assert left.dtype == right.dtype and left.tobytes() == right.tobytes(), name
     assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_commands_show_as_many_frames_as_the_checkpoint_says(model):
+    config, params, codec = folder.load_model(model)
+    predictor = Predictor(config, params, codec, prompt_tokens=16, batch_size=1, max_new=1)
+    assert predictor.builder("video", 0).bucket.frames == predictor.frames == 64
+    assert Evaluator(config, {}, codec, Settings())._clip_frames("video") == 64
+    assert shown_frames(codec, config, 8) == 8
+    with pytest.raises(UserError, match="--frames=513: the model takes at most 512"):
+        shown_frames(codec, config, 513)
+    own = TextCodec(codec.tokenizer, dataclasses.replace(codec.template, frames=0))
+    assert shown_frames(own, config) == 512
 
 
 def test_an_export_replaces_an_export_whole_and_nothing_else(model, source, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from tpo_jax.models.connectors.config import MlpConnectorConfig, QFormerConfig
 from tpo_jax.models.published import OPENAI_MEAN, OPENAI_STD
 from tpo_jax.models.towers.config import TowerConfig
 
-# Most frames of a clip where a tower sets no bound.
+# Most frames of a clip where a tower sets no bound; how many are shown is `Sampling.frames`.
 MOST_FRAMES = 512
 
 

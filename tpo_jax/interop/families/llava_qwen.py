@@ -14,6 +14,7 @@ from typing import Any
 
 from tpo_jax.interop.families.base import (
     CHATML,
+    MOST_FRAMES,
     Family,
     FamilyError,
     Sampling,
@@ -112,10 +113,11 @@ def sampling(config: Mapping[str, Any]) -> Sampling:
     """One frame a second up to `frames_upbound`, or always so many spread evenly: `force_sample`,
     as LLaVA-Video has it."""
     frames = said(config, "frames_upbound")
-    if not isinstance(frames, int) or frames < 1:
+    if not isinstance(frames, int) or not 1 <= frames <= MOST_FRAMES:
         raise FamilyError(
             f"config.json: frames_upbound={frames!r}: batches here have a fixed number of frames; "
-            "import with --set frames_upbound=N, the most that the model is to see"
+            "import with --set frames_upbound=N, the most that the model is to see, up to "
+            f"{MOST_FRAMES}"
         )
     switch = (True, False)
     method = "evenly" if said(config, "force_sample", switch) else "frames_at_one_fps"

@@ -114,8 +114,9 @@ def open_codec(
         template = multimodal_template(jinja, path, tokenizer, template)
     sampling = family.sampling(data)
     template = dataclasses.replace(
-        template, sampling=sampling.method, time_instruction=sampling.time_instruction
-    )
+        template, sampling=sampling.method, frames=sampling.frames,
+        time_instruction=sampling.time_instruction,
+    )  # fmt: skip
     return fitted_codec(tokenizer, template)
 
 
