@@ -14,6 +14,7 @@ from tests.interop.families.configs import (
     LLAVA_ONEVISION,
     LLAVA_VIDEO,
     LONGVA,
+    VIDEO_LLAVA,
     VIDEO_LLAVA_ORIGINAL,
     VIDEOCHAT,
 )
@@ -148,6 +149,21 @@ def test_the_original_video_llava_pads_images_where_its_config_says_so():
     data = VIDEO_LLAVA_ORIGINAL | {"image_aspect_ratio": "square"}
     assert family_of(data).model_config(data, {}).vision.resize == "crop"
     assert config_of("video_llava").vision.resize == "crop"  # as transformers' processor does
+
+
+def test_a_part_that_config_json_shortens_has_the_sizes_of_its_class():
+    """`transformers` saves what differs from the class: of CLIP-L/14 at 224 no image_size."""
+    data = VIDEO_LLAVA | {
+        "text_config": {"vocab_size": 200},
+        "vision_config": {"patch_size": 14, "hidden_size": 1024, "num_hidden_layers": 24,
+                          "num_attention_heads": 16, "intermediate_size": 4096},
+    }  # fmt: skip
+    config = family_of(data).model_config(data, {})
+    vision, language = config.vision, config.language
+    assert (vision.image_size, vision.activation, vision.epsilon) == (224, "quick_gelu", 1e-5)
+    assert (language.width, language.depth, language.mlp_width) == (4096, 32, 11008)
+    with pytest.raises(FamilyError, match="does not say vision_config"):
+        family_of(data).model_config({"model_type": "video_llava"}, {})
 
 
 def test_llava_video_reads_its_modes():

@@ -17,6 +17,18 @@ from tpo_jax.models.towers.config import TowerConfig
 
 # Most frames of a clip where a tower sets no bound; how many are shown is `Sampling.frames`.
 MOST_FRAMES = 512
+# {vision_config.model_type: (kind, what a vision_config leaves out)}, by the configuration classes
+# of `transformers` (models/*/configuration_*.py): it saves what differs from these.
+_SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+          "intermediate_size": 3072}  # fmt: skip
+_SIGLIP = _SIZES | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_TOWERS = {
+    "siglip_vision_model": ("siglip", _SIGLIP | {"image_size": 224}),
+    "siglip2_vision_model": ("siglip2", _SIGLIP | {"num_patches": 256}),
+    "clip_vision_model": ("clip", _SIZES | {
+        "patch_size": 32, "image_size": 224, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    }),
+}  # fmt: skip
 
 
 class FamilyError(UserError):
@@ -107,17 +119,13 @@ def tower_config(
 
     Pixel statistics come from preprocessor_config.json, else they are those of the tower.
     """
-    types = {
-        "siglip_vision_model": "siglip", "siglip2_vision_model": "siglip2",
-        "clip_vision_model": "clip",
-    }  # fmt: skip
     model_type = vision.get("model_type", "")
-    if model_type not in types:
+    if model_type not in _TOWERS:
         raise FamilyError(
-            f"vision_config.model_type={model_type!r}: this program has {sorted(types)}"
+            f"vision_config.model_type={model_type!r}: this program has {sorted(_TOWERS)}"
         )
-    published = types[model_type]
-    clip = published == "clip"
+    published, defaults = _TOWERS[model_type]
+    vision, clip = defaults | dict(vision), published == "clip"
     side = vision["image_size"] if "image_size" in vision else round(
         vision["num_patches"] ** 0.5) * vision["patch_size"]  # fmt: skip
     preprocessor = preprocessor or {}
@@ -131,8 +139,8 @@ def tower_config(
         "depth": vision["num_hidden_layers"],
         "heads": vision["num_attention_heads"],
         "mlp_width": vision["intermediate_size"],
-        "activation": vision.get("hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh"),
-        "epsilon": vision.get("layer_norm_eps", 1e-5 if clip else 1e-6),
+        "activation": vision["hidden_act"],
+        "epsilon": vision["layer_norm_eps"],
         "layer": layer,
         "max_frames": MOST_FRAMES,
         "mean": tuple(mean),

@@ -20,6 +20,7 @@ from tpo_jax.interop.families.base import (
     decoder_rows,
     mlp_rows,
     only,
+    said,
     tower_config,
 )
 from tpo_jax.interop.families.towers import tower_rows
@@ -43,7 +44,8 @@ def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> 
     layer = config.get("vision_feature_layer", -1)
     if not isinstance(layer, int):
         raise FamilyError(f"config.json: vision_feature_layer={layer!r}: this program reads one")
-    vision = tower_config(config["vision_config"], layer=layer, preprocessor=preprocessor)
+    tower = {"model_type": "siglip_vision_model"} | said(config, "vision_config")
+    vision = tower_config(tower, layer=layer, preprocessor=preprocessor)
     grid = tuple(map(tuple, config.get("image_grid_pinpoints") or ()))
     connector = MlpConnectorConfig(
         pool="bilinear", newline="one_token", image="newline", stride=2, resolutions=grid,
@@ -51,7 +53,7 @@ def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> 
             config.get("vision_aspect_ratio", "anyres_max_9"), grid, vision.image_size
         ),
     )  # fmt: skip
-    language = dict(config["text_config"])
+    language = {"model_type": "qwen2"} | said(config, "text_config")
     language["tie_word_embeddings"] = bool(
         config.get("tie_word_embeddings") or language.get("tie_word_embeddings")
     )

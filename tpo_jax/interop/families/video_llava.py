@@ -56,10 +56,11 @@ def huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any
     only(config, "vision_feature_select_strategy", "default")
     only(config, "multimodal_projector_bias", True)
     vision = tower_config(
-        config["vision_config"], layer=config.get("vision_feature_layer", -2),
+        {"model_type": "clip_vision_model"} | said(config, "vision_config"),
+        layer=config.get("vision_feature_layer", -2),
         preprocessor=preprocessor, kind="languagebind",
     )  # fmt: skip
-    return assemble(vision, CONNECTOR, config["text_config"])
+    return assemble(vision, CONNECTOR, {"model_type": "llama"} | said(config, "text_config"))
 
 
 def huggingface_rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
