@@ -166,6 +166,13 @@ def test_a_part_that_config_json_shortens_has_the_sizes_of_its_class():
         family_of(data).model_config({"model_type": "video_llava"}, {})
 
 
+def test_llava_onevision_of_llava_next_is_known_by_its_architecture():
+    data = LLAVA_VIDEO | {"model_type": "llava", "architectures": ["LlavaQwenForCausalLM"]}
+    assert family_of(data).name == "llava_qwen"
+    assert family_of(data).model_config(data, {}) == config_of("llava_video")
+    assert family_of(data | {"architectures": ["LlavaForConditionalGeneration"]}) is None
+
+
 def test_llava_video_reads_its_modes():
     config = config_of("llava_video")
     connector = config.connector

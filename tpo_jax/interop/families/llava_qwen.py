@@ -124,9 +124,16 @@ def sampling(config: Mapping[str, Any]) -> Sampling:
     return Sampling(method, frames, said(config, "add_time_instruction", switch))
 
 
+def matches(config: Mapping[str, Any]) -> bool:
+    """Published LLaVA-OneVision says "llava", for sglang's sake (LLaVA-NeXT issue 130)."""
+    if config.get("model_type") == "llava":
+        return "LlavaQwenForCausalLM" in (config.get("architectures") or ())
+    return config.get("model_type") in ("llava_qwen", "llava_next_qwen")
+
+
 FAMILY = Family(
     name="llava_qwen",
-    matches=lambda config: config.get("model_type") in ("llava_qwen", "llava_next_qwen"),
+    matches=matches,
     model_config=model_config,
     rows=rows,
     template=CHATML,
