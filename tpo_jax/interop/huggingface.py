@@ -1,5 +1,6 @@
 """Language models in the Hugging Face layout: config, safetensors, tokenizer, chat template."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -239,7 +240,7 @@ def language_config(data: Mapping[str, Any], where: str = "config.json") -> Lang
     ):  # fmt: skip
         if data.get(option, only) not in (only, None):
             refuse(option, data[option], f"this program has only {only!r}")
-    data = _DEFAULTS[family] | dict(data)
+    data = collections.ChainMap(data, _DEFAULTS[family])
     heads = data["num_attention_heads"]
     theta, scaling = _rope(data, refuse)
     window, full_layers = _window(data, refuse)

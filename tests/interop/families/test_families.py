@@ -190,6 +190,13 @@ def test_llava_video_reads_its_modes():
     assert fast.connector.slow_every == 10
 
 
+def test_llava_onevision_of_transformers_shows_the_published_32_frames_or_those_of_an_option():
+    sampling = family_of(LLAVA_ONEVISION).sampling
+    assert (sampling(LLAVA_ONEVISION).frames, sampling({"frames_upbound": 16}).frames) == (32, 16)
+    with pytest.raises(FamilyError, match="frames_upbound=900.*up to 512"):
+        sampling({"frames_upbound": 900})
+
+
 def test_longva_reads_the_layer_before_last_and_has_no_newlines():
     config = config_of("longva")
     assert config.vision.kind == "clip" and config.vision.layer == -2

@@ -24,7 +24,7 @@ from tpo_jax.evaluation.evaluator import Evaluator, Settings
 from tpo_jax.interop import folder, huggingface
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.folder import export_family, import_family, option
-from tpo_jax.interop.families.source import is_family
+from tpo_jax.interop.families.source import is_family, read_config
 from tpo_jax.interop.huggingface import read_tensors
 from tpo_jax.interop.output import OutputError
 from tpo_jax.models.video_language import FunctionalModel
@@ -214,6 +214,20 @@ def test_an_option_completes_config_json(source, tmp_path):
         import_family(silent, tmp_path / "model")
     import_family(silent, tmp_path / "model", {"mm_newline_position": "frame"})
     assert folder.load_config(tmp_path / "model").connector.newline == "frame"
+
+
+def test_an_option_that_nothing_reads_is_refused(model, source, tmp_path):
+    typo = {"mm_spatial_pool_mod": "max"}
+    read = r"--set mm_spatial_pool_mod: nothing reads it in this llava_qwen; .*'frames_upbound'"
+    with pytest.raises(FamilyError, match=read):
+        import_family(source, tmp_path / "model", typo)
+    with pytest.raises(FamilyError, match="--set mm_spatial_pool_mod"):
+        export_family(model, tmp_path / "out", source, typo)
+    read_by_all = {"rope_theta": 1e6, "frames_upbound": 16, "faster_token_stride": 10,
+                   "add_faster_video": False}  # fmt: skip
+    with pytest.raises(FamilyError, match="--set faster_token_stride: nothing"):  # as it is off
+        read_config(source, read_by_all)
+    read_config(source, read_by_all | {"add_faster_video": True})
 
 
 def test_options_are_json_or_text():

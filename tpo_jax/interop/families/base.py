@@ -58,6 +58,7 @@ class Family:
       with_heads: ModelConfig with the heads that a checkpoint has, of (ModelConfig, its tensor
         names, names of heads or None for all that read nothing else, config.json); None: no
         checkpoint of the family has heads.
+      head_options: entries of config.json that `with_heads` reads.
       carried: regular expressions of tensors that this program has no use for. They are kept
         beside the model and go back out as they came.
       layouts: where the names of the tensors were read.
@@ -71,6 +72,7 @@ class Family:
     sampling: Callable[[Mapping[str, Any]], Sampling]
     reads_template: bool = False
     with_heads: Callable[..., ModelConfig] | None = None
+    head_options: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
     layouts: str = ""
 
@@ -103,6 +105,18 @@ def said(config: Mapping[str, Any], key: str, choices: Collection[Any] | None = 
     if choices and config[key] not in choices:
         raise FamilyError(f"config.json: {key}={config[key]!r}: this program has{known[1:]}")
     return config[key]
+
+
+def frames_upbound(config: Mapping[str, Any]) -> int:
+    """Most frames that a model is to see, by that entry of config.json."""
+    frames = said(config, "frames_upbound")
+    if not isinstance(frames, int) or not 1 <= frames <= MOST_FRAMES:
+        raise FamilyError(
+            f"config.json: frames_upbound={frames!r}: batches here have a fixed number of frames; "
+            "import with --set frames_upbound=N, the most that the model is to see, up to "
+            f"{MOST_FRAMES}"
+        )
+    return frames
 
 
 def only(config: Mapping[str, Any], key: str, value: Any) -> None:

@@ -8,6 +8,7 @@ of transformers 4 ("language_model.model."), the model in memory those of transf
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from tpo_jax.interop.families.base import (
     Sampling,
     assemble,
     decoder_rows,
+    frames_upbound,
     mlp_rows,
     only,
     said,
@@ -29,6 +31,8 @@ from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.connectors.anyres import Size
 from tpo_jax.models.connectors.config import MlpConnectorConfig
 
+# As its authors trained it (LLaVA-NeXT issue 292); the files of `transformers` do not say.
+FRAMES = {"frames_upbound": 32}
 # That of llava-hf's chat_template.json, for a folder without one; it has no system turn.
 TEMPLATE = ChatTemplate(
     before_video="<|im_start|>user ", after_video="\n", before_image="<|im_start|>user ",
@@ -103,7 +107,9 @@ FAMILY = Family(
     rows=rows,
     template=TEMPLATE,
     reads_template=True,
-    sampling=lambda config: Sampling("evenly", 32),
+    sampling=lambda config: Sampling(
+        "evenly", frames_upbound(collections.ChainMap(config, FRAMES))
+    ),
     # Some tied checkpoints also hold the output table, some towers their pooling head.
     carried=(
         r".*\.position_ids", r".*rotary_emb\.inv_freq", r"(language_model\.)?lm_head\.weight",

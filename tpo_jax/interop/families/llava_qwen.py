@@ -8,18 +8,19 @@ is assumed.
 from __future__ import annotations
 
 import ast
+import collections
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from tpo_jax.interop.families.base import (
     CHATML,
-    MOST_FRAMES,
     Family,
     FamilyError,
     Sampling,
     assemble,
     decoder_rows,
+    frames_upbound,
     mlp_rows,
     said,
     tower_config,
@@ -56,7 +57,7 @@ def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> 
     # LLaVA-NeXT's SigLIP takes what leaves its last stored layer, whatever the option says.
     layer = said(config, "mm_vision_select_layer") if clip else -1
     tower = tower_config(vision, layer=layer, preprocessor=preprocessor)
-    language = dict(config) | {"model_type": "qwen2"}
+    language = collections.ChainMap({"model_type": "qwen2"}, config)
     return assemble(tower, connector_config(config, tower.image_size), language)
 
 
@@ -112,13 +113,7 @@ def rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
 def sampling(config: Mapping[str, Any]) -> Sampling:
     """One frame a second up to `frames_upbound`, or always so many spread evenly: `force_sample`,
     as LLaVA-Video has it."""
-    frames = said(config, "frames_upbound")
-    if not isinstance(frames, int) or not 1 <= frames <= MOST_FRAMES:
-        raise FamilyError(
-            f"config.json: frames_upbound={frames!r}: batches here have a fixed number of frames; "
-            "import with --set frames_upbound=N, the most that the model is to see, up to "
-            f"{MOST_FRAMES}"
-        )
+    frames = frames_upbound(config)
     switch = (True, False)
     method = "evenly" if said(config, "force_sample", switch) else "frames_at_one_fps"
     return Sampling(method, frames, said(config, "add_time_instruction", switch))

@@ -6,6 +6,7 @@ folder, `families.folder` imports from it and exports to it.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -123,12 +124,47 @@ def open_codec(
 def read_config(
     source: epath.PathLike, options: Mapping[str, Any]
 ) -> tuple[Family, ModelConfig, dict[str, Any]]:
-    """Family, ModelConfig and config.json with `options` in it."""
+    """Family, ModelConfig and config.json with `options` in it.
+
+    Raises:
+      FamilyError: also for an option that the family does not read.
+    """
     path = epath.Path(source)
     config = read_json(path / "config.json") | dict(options)
-    family = _family(path, config)
-    preprocessor = read_json(path / "preprocessor_config.json")
-    return family, family.model_config(config, preprocessor), config
+    family, entries = _family(path, config), _Entries(config)
+    model = family.model_config(entries, read_json(path / "preprocessor_config.json"))
+    _check_options(family, entries, options)
+    return family, model, config
+
+
+class _Entries(collections.UserDict):
+    """A config.json that keeps which of its entries were looked up."""
+
+    def __init__(self, data: Mapping[str, Any]):
+        self.read: set[str] = set()
+        super().__init__(data)
+
+    def __contains__(self, key: object) -> bool:
+        self.read.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+def _check_options(family: Family, entries: _Entries, options: Mapping[str, Any]) -> None:
+    """Refuses options that nothing reads; those of ModelConfig have been looked up."""
+    try:
+        family.sampling(entries)
+    except FamilyError:  # an import says so itself, for the others it does not matter
+        return
+    known = {"heads", *family.head_options} | entries.read
+    if unknown := sorted(options.keys() - known):
+        raise FamilyError(
+            f"--set {unknown[0]}: nothing reads it in this {family.name}; leave it out, or use one "
+            f"of {sorted(known)}"
+        )
 
 
 def headed(

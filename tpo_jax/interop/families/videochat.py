@@ -141,6 +141,7 @@ FAMILY = Family(
     model_config=model_config,
     rows=rows,
     with_heads=with_heads,
+    head_options=("sam2_config", "cg_config"),
     template=TEMPLATE,
     sampling=lambda config: Sampling(
         "middles", config["model_config"]["vision_encoder"]["num_frames"]
