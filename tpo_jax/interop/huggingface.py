@@ -136,13 +136,7 @@ def open_codec(directory: epath.PathLike, jinja: str | None = None) -> TextCodec
       jinja: text of a chat template, where the folder has none.
     """
     path = epath.Path(directory)
-    if not (path / "tokenizer.json").exists():
-        raise HuggingFaceError(
-            f"{path / 'tokenizer.json'}: missing; write it where transformers is installed:\n"
-            "  from transformers import AutoTokenizer\n"
-            f"  AutoTokenizer.from_pretrained('{path}').save_pretrained('{path}')"
-        )
-    tokenizer = Tokenizer.from_str((path / "tokenizer.json").read_text())
+    tokenizer = read_tokenizer(path)
     jinja = jinja or read_chat_template(path)
     if jinja is None:
         raise ChatTemplateError(
@@ -152,6 +146,18 @@ def open_codec(directory: epath.PathLike, jinja: str | None = None) -> TextCodec
     if "eos_token" not in special:
         raise HuggingFaceError(f"{path / 'tokenizer_config.json'}: names no eos_token; add it")
     return TextCodec(tokenizer, chat_template(jinja, special, tokenizer, str(path)))
+
+
+def read_tokenizer(path: epath.Path) -> Tokenizer:
+    """Of tokenizer.json; where it is missing, HuggingFaceError has the lines that write it."""
+    file = path / "tokenizer.json"
+    if not file.exists():
+        raise HuggingFaceError(
+            f"{file}: missing; write it where transformers is installed:\n"
+            "  from transformers import AutoTokenizer\n"
+            f"  AutoTokenizer.from_pretrained('{path}').save_pretrained('{path}')"
+        )
+    return Tokenizer.from_str(file.read_text())
 
 
 def read_tensors(directory: epath.PathLike) -> dict[str, LazyArray]:

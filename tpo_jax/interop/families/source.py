@@ -105,9 +105,7 @@ def open_codec(
     path = epath.Path(source)
     data = read_json(path / "config.json") | dict(options or {})
     family = _family(path, data)
-    if not (path / "tokenizer.json").exists():
-        raise FamilyError(f"{path / 'tokenizer.json'}: missing; save the tokenizer as a fast one")
-    tokenizer = Tokenizer.from_str((path / "tokenizer.json").read_text())
+    tokenizer = huggingface.read_tokenizer(path)
     if jinja is None and family.reads_template:
         jinja = read_processor_template(path)
     template = family.template
