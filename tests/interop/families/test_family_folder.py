@@ -230,6 +230,22 @@ def test_an_option_that_nothing_reads_is_refused(model, source, tmp_path):
     read_config(source, read_by_all | {"add_faster_video": True})
 
 
+def test_a_tower_that_crops_is_imported_to_stretch_for_heads(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    write_published(source, sized(LONGVA))
+    import_family(source, tmp_path / "cropped")
+    with pytest.raises(UserError, match="resize='crop' does not show; .* --set resize=stretch"):
+        dataclasses.replace(folder.load_config(tmp_path / "cropped"), heads=("region",))
+    whole = {"resize": "stretch"}
+    import_family(source, tmp_path / "model", whole)
+    config = dataclasses.replace(folder.load_config(tmp_path / "model"), heads=("region",))
+    assert config.vision.resize == "stretch"
+    export_family(tmp_path / "model", tmp_path / "out", source, whole)
+    with pytest.raises(UserError, match="vision.resize='shrink': use one of"):
+        import_family(source, tmp_path / "other", {"resize": "shrink"})
+
+
 def test_options_are_json_or_text():
     assert option("mm_spatial_pool_stride=2") == ("mm_spatial_pool_stride", 2)
     assert option("mm_spatial_pool_mode=average") == ("mm_spatial_pool_mode", "average")

@@ -131,6 +131,8 @@ def read_config(
     config = read_json(path / "config.json") | dict(options)
     family, entries = _family(path, config), _Entries(config)
     model = family.model_config(entries, read_json(path / "preprocessor_config.json"))
+    if resize := entries.get("resize"):  # in no published file
+        model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, resize=resize))
     _check_options(family, entries, options)
     return family, model, config
 
