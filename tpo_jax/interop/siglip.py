@@ -16,7 +16,13 @@ from tpo_jax.interop import folder, huggingface, output, peft
 from tpo_jax.interop.chat_template import read_json
 from tpo_jax.interop.export import read_about, write_about, write_language_model
 from tpo_jax.interop.families import beside
-from tpo_jax.interop.families.base import FamilyError, assemble_parts, only, tower_config
+from tpo_jax.interop.families.base import (
+    BILINEAR,
+    FamilyError,
+    assemble_parts,
+    only,
+    tower_config,
+)
 from tpo_jax.interop.families.towers import tower_rows
 from tpo_jax.interop.mapping import export_leaves, import_leaves
 from tpo_jax.interop.tensors import read_file, write_file
@@ -61,7 +67,10 @@ def tower_of(data: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> TowerC
     vision = dict(data.get("vision_config") or {})
     vision["model_type"] = f"{data['model_type']}_vision_model"
     only(vision, "num_channels", 3)
-    return tower_config(vision, layer=LAYER, preprocessor=preprocessor)
+    about = dict(preprocessor)
+    if about.get("resample") == BILINEAR:
+        del about["resample"]  # SigLIP 2's; a connector that is new learns from bicubic pixels
+    return tower_config(vision, layer=LAYER, preprocessor=about)
 
 
 def add_to_language(

@@ -173,6 +173,39 @@ def test_llava_onevision_of_llava_next_is_known_by_its_architecture():
     assert family_of(data | {"architectures": ["LlavaForConditionalGeneration"]}) is None
 
 
+# As llava-hf's, openai's and LanguageBind's files have them, at the tiny size.
+SIGLIP_PIXELS = {
+    "do_convert_rgb": True, "do_normalize": True, "do_pad": True, "do_rescale": True,
+    "do_resize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.5, 0.5], "resample": 3,
+    "rescale_factor": 0.00392156862745098, "size": {"height": 24, "width": 24},
+    "do_center_crop": None, "crop_size": None,
+}  # fmt: skip
+CLIP_PIXELS = {
+    "crop_size": {"height": 24, "width": 24}, "do_center_crop": True, "do_normalize": True,
+    "do_resize": True, "resample": 3, "size": {"shortest_edge": 24},
+}  # fmt: skip
+
+
+def test_published_preprocessors_are_taken():
+    config = family_of(LLAVA_ONEVISION).model_config(LLAVA_ONEVISION, SIGLIP_PIXELS)
+    assert config.vision.mean == (0.5, 0.4, 0.3)
+    for pixels in (CLIP_PIXELS, CLIP_PIXELS | {"crop_size": 24, "size": 24}):
+        for data in (LONGVA, VIDEO_LLAVA, VIDEO_LLAVA_ORIGINAL):
+            family_of(data).model_config(data, pixels)
+
+
+@pytest.mark.parametrize("data, option, value", [
+    (LLAVA_ONEVISION, "resample", 2), (LLAVA_ONEVISION, "do_center_crop", True),
+    (LLAVA_ONEVISION, "size", {"shortest_edge": 24}), (LLAVA_ONEVISION, "do_normalize", False),
+    (VIDEO_LLAVA, "do_center_crop", False), (VIDEO_LLAVA, "size", {"height": 24, "width": 24}),
+    (VIDEO_LLAVA, "crop_size", 20), (VIDEO_LLAVA, "rescale_factor", 1 / 127.5),
+])  # fmt: skip
+def test_a_preprocessor_that_makes_other_pixels_is_refused(data, option, value):
+    pixels = SIGLIP_PIXELS if data is LLAVA_ONEVISION else CLIP_PIXELS
+    with pytest.raises(FamilyError, match=f"preprocessor_config.json: {option}={value!r}"):
+        family_of(data).model_config(data, pixels | {option: value})
+
+
 def test_llava_video_reads_its_modes():
     config = config_of("llava_video")
     connector = config.connector

@@ -17,6 +17,8 @@ from tpo_jax.models.towers.config import TowerConfig
 
 # Most frames of a clip where a tower sets no bound; how many are shown is `Sampling.frames`.
 MOST_FRAMES = 512
+# Filters of Pillow, as `resample` of preprocessor_config.json numbers them.
+BILINEAR, BICUBIC = 2, 3
 # {vision_config.model_type: (kind, what a vision_config leaves out)}, by the configuration classes
 # of `transformers` (models/*/configuration_*.py): it saves what differs from these.
 _SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -132,6 +134,9 @@ def tower_config(
     """TowerConfig of a `vision_config` in the layout of `transformers`.
 
     Pixel statistics come from preprocessor_config.json, else they are those of the tower.
+
+    Raises:
+      FamilyError: another tower, or a preprocessor that makes other pixels than this program.
     """
     model_type = vision.get("model_type", "")
     if model_type not in _TOWERS:
@@ -143,6 +148,7 @@ def tower_config(
     side = vision["image_size"] if "image_size" in vision else round(
         vision["num_patches"] ** 0.5) * vision["patch_size"]  # fmt: skip
     preprocessor = preprocessor or {}
+    _check_preprocessor(preprocessor, side, clip)
     mean = preprocessor.get("image_mean", OPENAI_MEAN if clip else (0.5, 0.5, 0.5))
     std = preprocessor.get("image_std", OPENAI_STD if clip else (0.5, 0.5, 0.5))
     fields = {
@@ -162,6 +168,27 @@ def tower_config(
         "resize": "crop" if clip else "stretch",
     }
     return TowerConfig(**fields | changes)
+
+
+def _check_preprocessor(preprocessor: Mapping[str, Any], side: int, clip: bool) -> None:
+    """Refuses what `data.preprocess` does not do; a file that does not say does it."""
+    square = {"height": side, "width": side}
+    known = {
+        "do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,),
+        "rescale_factor": (1 / 255,), "resample": (BICUBIC,), "do_center_crop": (clip,),
+        # Older files have a number: the short side of CLIP, both of SigLIP.
+        "size": ({"shortest_edge": side} if clip else square, side),
+    }  # fmt: skip
+    if clip:
+        known["crop_size"] = (square, side)
+    for option, values in known.items():
+        given = preprocessor.get(option)
+        if given is not None and given not in values:
+            raise FamilyError(
+                f"preprocessor_config.json: {option}={given!r}: this program shows this tower "
+                f"pixels of {values[0]!r} (docs/families.md), so an import would be another model; "
+                "correct the file if it is wrong"
+            )
 
 
 def assemble(
