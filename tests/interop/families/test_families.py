@@ -105,6 +105,17 @@ def test_what_is_carried_goes_back_out():
     assert carried.keys() == extra.keys()
 
 
+def test_rates_of_the_qformer_are_told_as_not_applied():
+    assert family_of(VIDEOCHAT).unapplied(VIDEOCHAT) == []
+    data = copy.deepcopy(VIDEOCHAT)
+    data["model_config"]["bridge"] |= {"qformer_hidden_dropout_prob": 0.1,
+                                       "qformer_drop_path_rate": 0.2}  # fmt: skip
+    assert family_of(data).unapplied(data) == [
+        "model_config.bridge.qformer_hidden_dropout_prob=0.1",
+        "model_config.bridge.qformer_drop_path_rate=0.2",
+    ]
+
+
 def test_an_unknown_tensor_is_refused():
     family = family_of(LLAVA_VIDEO)
     tensors = exported("llava_video") | {"model.vision_resampler.x": np.ones(2, np.float32)}

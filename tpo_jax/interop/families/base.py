@@ -63,6 +63,8 @@ class Family:
       head_options: entries of config.json that `with_heads` reads.
       carried: regular expressions of tensors that this program has no use for. They are kept
         beside the model and go back out as they came.
+      unapplied: entries of config.json, as text, that say how the checkpoint is trained on and that
+        this program does not have.
       layouts: where the names of the tensors were read.
     """
 
@@ -76,6 +78,7 @@ class Family:
     with_heads: Callable[..., ModelConfig] | None = None
     head_options: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
+    unapplied: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
     layouts: str = ""
 
 

@@ -39,6 +39,7 @@ class Source:
     Attributes:
       leaves: {parameter path: array}.
       carried: {their name: array} of what this program has no use for.
+      unapplied: of the family, see there.
     """
 
     family: Family
@@ -47,6 +48,7 @@ class Source:
     sampling: Sampling
     leaves: dict[str, LazyArray]
     carried: dict[str, LazyArray]
+    unapplied: list[str]
 
 
 def is_family(source: epath.PathLike) -> bool:
@@ -95,7 +97,8 @@ def open_source(
         config, tokens=codec.task_tokens if config.heads else {},
         visual_offset=codec.template.visual_offset, dtype=dtype,
     )  # fmt: skip
-    return Source(family, config, codec, family.sampling(data), leaves, carried)
+    unapplied = family.unapplied(data)
+    return Source(family, config, codec, family.sampling(data), leaves, carried, unapplied)
 
 
 def open_codec(
