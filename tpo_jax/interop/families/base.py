@@ -188,9 +188,9 @@ def _check_preprocessor(preprocessor: Mapping[str, Any], side: int, clip: bool) 
         given = preprocessor.get(option)
         if given is not None and given not in values:
             raise FamilyError(
-                f"preprocessor_config.json: {option}={given!r}: this program shows this tower "
-                f"pixels of {values[0]!r} (docs/families.md), so an import would be another model; "
-                "correct the file if it is wrong"
+                f"preprocessor_config.json: {option}={given!r}: this program has only "
+                f"{values[0]!r} for this tower (docs/families.md), and with other pixels it is "
+                "another model; correct the file if it is wrong"
             )
 
 
