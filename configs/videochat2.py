@@ -10,8 +10,9 @@ Tower, Q-Former and LoRA (rank 16, also on the output table) are trained at 2e-5
 3 epochs with 0.6 epochs of warm-up, learning rate down to a quarter, no clipping of gradients, 8
 frames, 512 tokens of text: OpenGVLab/Ask-Anything,
 video_chat2/scripts/videochat_mistral/config_7b_stage3.py. (It takes a frame at random from each of
-the 8 parts of a clip; here it is the middle one, as in its evaluation.) Its batch is 4 a
-GPU; the launcher that names more than one machine (videochat_vicuna/slurm_run_7b_stage3.sh) has 32
+the 8 parts of a clip; here it is the middle one, as in its evaluation. Its Q-Former has dropout
+0.1, in attention too, and stochastic depth 0.2; here it has none.) Its batch is 4 a GPU; the
+launcher that names more than one machine (videochat_vicuna/slurm_run_7b_stage3.sh) has 32
 GPUs, so 128. `samples` is how many an epoch has, 0: as published, 2 M records of VideoChat2-IT.
 `tpo` has the 3,556,500 of VideoChat-TPO's stage 3 (Table 18) without the 7.5 K of its temporal
 task, at batch 128, as its text says; Table 17 has 256. Its public run clips gradients to 1.

@@ -125,6 +125,7 @@ def test_list_reports_failures_and_is_resumed(folder, media, tmp_path, monkeypat
     assert "cut.mp4" in records["bad"]["error"]
     assert sorted(p.name for p in out.iterdir()) == [
         "a.mp4", "b.png", "c.mp4", "results.jsonl", "settings.json"]
+    assert json.loads((out / "settings.json").read_text())["frames"] == 8  # as the model takes
     assert records["b"]["media"] == "image"
     windows = records["c"]["events"][0]["result"]["windows"]
     assert all(1.0 <= s < e <= 3.0 for s, e, _ in windows)
@@ -154,6 +155,10 @@ def test_list_reports_failures_and_is_resumed(folder, media, tmp_path, monkeypat
     assert "mask_fps: there None, now 0.0\ngive another --out" in capsys.readouterr().err
     assert run(folder, out, f"--input={path}", "--batch_size=2", "--max_calls=1") == 2
     assert "max_calls: there 4, now 1\n" in capsys.readouterr().err
+    assert run(folder, out, f"--input={path}", "--batch_size=2", "--frames=4") == 2
+    assert "frames: there 8, now 4\n" in capsys.readouterr().err
+    assert run(folder, out, f"--input={path}", "--frames=9") == 2
+    assert "--frames=9: the model takes at most 8" in capsys.readouterr().err
 
 
 def test_an_answer_makes_no_more_calls_than_it_may(folder, media, tmp_path, capsys):
@@ -175,8 +180,7 @@ def test_a_file_that_cannot_be_read_twice_fails_alone(media, tmp_path, monkeypat
     ]
 
     class Once:
-        config = micro_model.make_model(micro_model.make_codec()).config
-        features, kinds, tiled, batch_size = None, (), False, 3
+        features, kinds, tiled, batch_size, frames = None, (), False, 3, 8
 
         def shape_of(self, clip):
             return "video", 0

@@ -130,16 +130,16 @@ def _check(flags: argparse.Namespace) -> int:
     from tpo_jax.interop import check, check_family, check_language
 
     notes: list[str] = []
-    if source.is_family(flags.exported):
-        found = check_family.compare_family(flags.model, flags.exported, dict(flags.set))
+    family = source.is_family(flags.exported)
+    if family or siglip.is_parts(flags.exported):
+        if family:
+            found = check_family.compare_family(flags.model, flags.exported, dict(flags.set))
+        else:
+            _refuse(flags, "a model of two parts", "set")
+            found = check_family.compare_parts(flags.model, flags.exported)
         differences = found.differences
         notes = [f"compared: {part}, with {theirs}" for part, theirs in found.parts.items()]
         notes.append("not compared (glue): " + "; ".join(found.glue))
-    elif siglip.is_parts(flags.exported):
-        _refuse(flags, "a model of two parts", "set")
-        inner = epath.Path(flags.exported) / "language_model"
-        differences = check_language.compare_language(flags.model, inner)
-        notes = ["not compared: the tower, the connector, and what puts the parts together"]
     else:
         _refuse(flags, "a folder that is no multimodal checkpoint", "set")
         alone = folder.holds_language_only(flags.model)

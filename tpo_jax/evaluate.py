@@ -48,6 +48,7 @@ import numpy as np
 from tpo_jax.data import evidence
 from tpo_jax.data.evaluation_rows import count_unlabelled
 from tpo_jax.data.pairs import PairedDataset
+from tpo_jax.data.pipeline import shown_frames
 from tpo_jax.data.records import Example, PreparedDataset, VideoInfo
 from tpo_jax.data.text import TextCodec
 from tpo_jax.data.text_features import Texts
@@ -154,9 +155,7 @@ def score_model(
     config, params, codec = load_model(model)
     answered = TEXT_TASKS if flags.task_text else tuple(heads_of(config.heads))
     tasks = choose_tasks(flags.tasks, flags.evidence, answered, flags.pairs)
-    frames = flags.frames or config.vision.max_frames
-    if frames > config.vision.max_frames:
-        raise UserError(f"--frames={frames}: the model takes at most {config.vision.max_frames}")
+    frames = shown_frames(codec, config, flags.frames)
     called = [task for task in tasks if task in called_by_task()]
     if flags.mask_frames == "all":
         heads = {called_by_task()[task] for task in called}
@@ -306,7 +305,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--frames", type=_count, default=0,
-        help="frames of a video that are shown; 0: as many as the model takes, 32 for the floors",
+        help="frames of a video that are shown; 0: as many as the model was published with, else "
+        "as it takes; 32 for the floors",
     )  # fmt: skip
     parser.add_argument(
         "--mask_frames",

@@ -18,7 +18,8 @@ Masks are made of every frame of the file, not only of those that the language m
 the mp4 then has them all; --mask_fps=5 takes five a second, --mask_fps=0 those that are shown. A
 list that was stopped, even by kill -9, goes on after its last whole batch; lines that failed are
 tried again; settings.json keeps what the answers were made with, and with other weights,
---mask_fps, --max_new or --max_calls it does not go on. The exit status is 1 if a question failed.
+--frames, --mask_fps, --max_new or --max_calls it does not go on. The exit status is 1 if a question
+failed.
 Model, list and --out may be gs:// paths; videos are local files.
 """
 
@@ -40,7 +41,7 @@ from etils import epath
 from tpo_jax.data import files, video
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.clip_features import FeatureStore
-from tpo_jax.data.pipeline import row_builder
+from tpo_jax.data.pipeline import row_builder, shown_frames
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.data.rows import BranchPlan, RowBuilder, RowPlan, row_id, stack_rows
 from tpo_jax.data.text import TextCodec
@@ -78,7 +79,8 @@ class Predictor:
     def __init__(self, config: ModelConfig, params: Any, codec: TextCodec, *, prompt_tokens: int,
                  batch_size: int, max_new: int, max_calls: int = MAX_CALLS,
                  features: FeatureStore | None = None, mask_fps: float | None = 0.0,
-                 boxes: int = 1, points: int = 0):
+                 boxes: int = 1, points: int = 0, frames: int = 0):
+        self.frames = shown_frames(codec, config, frames)
         self.features, self.mask_fps, self.points = features, mask_fps, points
         self.kinds = [kind for kind in ("clip_features", "text_features") if getattr(config, kind)]
         self.config, self.codec, self.batch_size = config, codec, batch_size
@@ -101,7 +103,7 @@ class Predictor:
         if (media, tiles) not in self._builders:
             self._builders[media, tiles] = row_builder(self.codec, self.config, Bucket(
                 name=f"predict_{media}", media=media, batch_size=self.batch_size,
-                frames=self.config.vision.max_frames if media == "video" else 1, branches=1,
+                frames=self.frames if media == "video" else 1, branches=1,
                 branch_tokens=self.prompt_tokens, answers=1, windows=1,
                 mask_size=self.config.mask_size, tiles=tiles,
                 slots={"box": self.boxes} if self.config.heads else {}))
@@ -251,7 +253,7 @@ def records_of(predictor: Predictor, requests: Sequence[Request],
 
     for request in requests:
         try:
-            clip = Clip.read(request, predictor.config.vision.max_frames, predictor.features,
+            clip = Clip.read(request, predictor.frames, predictor.features,
                              predictor.kinds, whole_images=predictor.tiled)
         except (video.VideoError, ValueError) as error:
             yield [failed(request, error)]
@@ -284,7 +286,8 @@ def run_list(predictor: Predictor, requests: Sequence[Request], out: epath.Path)
     done = read_results(path, requests)
     sampling = predictor.sampler.sampling
     keep_settings(out, {"weights": hash_weights(predictor.params), "mask_fps": predictor.mask_fps,
-                        "max_new": sampling.max_new, "max_calls": sampling.events})
+                        "max_new": sampling.max_new, "max_calls": sampling.events,
+                        "frames": predictor.frames})
     # Without failures and a cut line.
     lines = files.Lines(path, [json.dumps(record) for record in done.values()])
     todo = [request for request in requests if request.id not in done]
@@ -334,6 +337,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--point_time", type=float,
         help="seconds of the frame that the points are on (default: the first that is shown)")
     add("--time", type=float, help="seconds of the frame that a box in the answer is for")
+    add("--frames", type=int, default=0,
+        help="frames of a video that the language model is shown (default: as many as the model "
+             "was published with, else as it takes)")
     add("--mask_fps", type=float,
         help="frames a second that masks are made of; 0: those that the language model is shown "
              "(default: every frame of the file)")
@@ -349,6 +355,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if flags.video and not flags.prompt:
         parser.error("--video needs --prompt")
+    if flags.frames < 0:
+        parser.error(f"--frames: {flags.frames}, expected 1 or more")
     if flags.mask_fps is not None and not 0 <= flags.mask_fps < 1e4:
         parser.error(f"--mask_fps: {flags.mask_fps:g}, expected frames a second, 0 or more")
     for name in ("max_new", "max_calls"):
@@ -426,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_calls=flags.max_calls, features=open_features(flags.features, config),
             mask_fps=flags.mask_fps,
             boxes=max(1, *(len(request.boxes) for request in requests)),
-            points=most_points(config, requests))
+            points=most_points(config, requests), frames=flags.frames)
         out.mkdir(parents=True, exist_ok=True)
         if flags.video:
             return run_one(predictor, requests[0], out)

@@ -124,7 +124,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "segment is known: dense in it or the whole video (default: %(default)s)")
     add("--frames", type=scoring.frame_counts, default=(), metavar="N,N", help="frames shown: of "
         "a video the smallest number that takes all its stored frames, else the largest "
-        "(default: as many as the model takes)")
+        "(default: as many as the model was published with, else as it takes)")
     add("--near_equal", type=float, default=0.95, help="word similarity from which answers count "
         "as equal (default: %(default)s)")
     add("--length_ratio", type=float, default=4.0, help="largest ratio of token counts "

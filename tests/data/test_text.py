@@ -243,8 +243,9 @@ def test_the_sentence_about_times_stands_between_video_and_question(codec):
 
 
 def test_a_template_without_the_younger_entries_keeps_its_file_and_its_fingerprint(codec):
-    assert not {"sampling", "time_instruction"} & codec.template.to_json().keys()
-    published = dataclasses.replace(codec.template, sampling="middles", time_instruction=True)
+    assert not {"sampling", "frames", "time_instruction"} & codec.template.to_json().keys()
+    published = dataclasses.replace(codec.template, sampling="middles", frames=16,
+                                    time_instruction=True)
     assert ChatTemplate.from_json(published.to_json()) == published
     with pytest.raises(ValueError, match="template.sampling: 'best'"):
         dataclasses.replace(codec.template, sampling="best")

@@ -137,6 +137,16 @@ def test_defaults_are_those_of_the_published_classes():
     assert language_config({"model_type": "llama", **common, **newer}).rope_theta == 7.0
 
 
+def test_sizes_that_a_config_leaves_out_are_those_of_its_class():
+    """llava-1.5's text_config is of a Vicuna of 7B, whose sizes are the defaults of Llama."""
+    vicuna = language_config({"model_type": "llama", "vocab_size": 32064, "rms_norm_eps": 1e-5})
+    assert (vicuna.width, vicuna.depth, vicuna.heads, vicuna.mlp_width) == (4096, 32, 32, 11008)
+    assert (vicuna.kv_heads, vicuna.head_dim, vicuna.num_tokens) == (32, 128, 32064)
+    assert language_config({"model_type": "mistral"}).kv_heads == 8
+    many = {"model_type": "qwen2", "num_attention_heads": 16, "num_key_value_heads": None}
+    assert language_config(many).kv_heads == 16
+
+
 def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path):
     write_folder(tmp_path / "source", "llama", files=1)
     for file in (tmp_path / "source").glob("model*"):

@@ -10,6 +10,7 @@ from tests.interop.language_folders import write_folder
 from tpo_jax import convert
 from tpo_jax.interop import folder, siglip
 from tpo_jax.interop.export import import_model, largest_difference
+from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.tensors import lazy
 from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
@@ -141,3 +142,10 @@ def test_sizes_that_a_config_leaves_out_are_those_of_its_class(kind, side):
     assert (tower.kind, tower.image_size, tower.patch_size, tower.depth) == (kind, side, 16, 11)
     assert (tower.width, tower.heads, tower.mlp_width) == (768, 12, 3072)
     assert (tower.activation, tower.epsilon) == ("gelu_pytorch_tanh", 1e-6)
+
+
+def test_the_bilinear_filter_of_siglip_2_is_no_reason_to_refuse_it():
+    published = {"do_resize": True, "max_num_patches": 256, "patch_size": 16, "resample": 2}
+    assert siglip.tower_of({"model_type": "siglip2"}, published).image_size == 256
+    with pytest.raises(FamilyError, match="resample=0: this program"):
+        siglip.tower_of({"model_type": "siglip2"}, published | {"resample": 0})

@@ -5,6 +5,7 @@ no published file holds, is PyTorch's linear layers and pooling on the exported 
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -117,10 +118,23 @@ def test_frames_to_logits(joined):
     assert float(np.std(logits)) > 0.1
 
 
-def test_check_compares_the_language_model_and_says_what_not(joined, capsys):
-    command = ["check", f"--model={joined / 'model'}", f"--exported={joined / 'exported'}"]
+def test_check_compares_the_parts_and_says_what_not(joined, tmp_path, capsys):
+    exported = tmp_path / "exported"
+    shutil.copytree(joined / "exported", exported)
+    command = ["check", f"--model={joined / 'model'}", f"--exported={exported}"]
     assert convert.main(command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {"language/layer 2", "language/logits"} <= {line.rsplit(maxsplit=1)[0].strip()
-                                                       for line in lines[:-1]}  # fmt: skip
-    assert lines[-1].startswith("not compared: the tower, the connector")
+    assert {"vision/vision_tower/layer 2", "connector/linear_2", "language/layer 2",
+            "language/logits"} <= {line.rpartition(" ")[0].strip() for line in lines}  # fmt: skip
+    assert "compared: vision, with Siglip2VisionModel of transformers" in lines
+    assert lines[-1].startswith("not compared (glue): sampling and resizing of frames; ")
+    for file, key, part in (
+        ("connector.safetensors", "connector/linear_2/bias", "connector/linear_2"),
+        ("vision/model.safetensors", "vision_model.encoder.layers.1.mlp.fc1.weight",
+         "vision/vision_tower/layer 1"),
+    ):  # fmt: skip
+        tensors = safetensors.numpy.load_file(exported / file)
+        tensors[key] = np.flip(tensors[key]).copy()
+        safetensors.numpy.save_file(tensors, exported / file, metadata={"format": "pt"})
+        assert convert.main(command) == 1
+        assert f"first difference above 0.0002: {part}\n" in capsys.readouterr().err

@@ -46,6 +46,20 @@ def read_buckets(config: Mapping[str, Any], codec: TextCodec) -> tuple[Bucket, .
     return tuple(fitted(Bucket.from_config(name, config[name]), codec) for name in sorted(config))
 
 
+def shown_frames(codec: TextCodec, model_config: ModelConfig, asked: int = 0) -> int:
+    """Frames of a video that a command shows a model: `asked` of them, else those that it was
+    published with, else the most that it takes.
+
+    Raises:
+      UserError: it does not take so many.
+    """
+    most = model_config.vision.max_frames
+    frames = asked or codec.template.frames or most
+    if frames > most:
+        raise UserError(f"--frames={frames}: the model takes at most {most}")
+    return frames
+
+
 def row_builder(codec: TextCodec, model_config: ModelConfig, bucket: Bucket,
                 reference: Reference | None = None, contrast: bool = False) -> RowBuilder:
     """The builder of a bucket for a model; refuses a tokenizer or bucket of another model."""

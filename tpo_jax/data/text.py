@@ -48,7 +48,7 @@ class _TaskTokens(Mapping):
 
 
 # Entries of template.json that folders written before them lack, and what they mean there.
-_YOUNGER = {"sampling": "uniform", "time_instruction": False}
+_YOUNGER = {"sampling": "uniform", "frames": 0, "time_instruction": False}
 TASK_TOKENS: Mapping[str, tuple[str | None, str]] = _TaskTokens()
 _MARKER = re.compile(r"<(/?[A-Za-z_]+)>")
 
@@ -114,8 +114,9 @@ class ChatTemplate:
     prefix = before visual [visual tokens] after visual [time]; branch = user question assistant
     answer end. `visual_offset` is the static number of tokens before the visual ones.
 
-    sampling: how frames of a video are chosen, of data.sampling.SAMPLERS. time_instruction: whether
-    the times of the frames are told in words, by `time_instruction`, after the video.
+    sampling: how frames of a video are chosen, of data.sampling.SAMPLERS. frames: how many, as the
+    model was published; 0: as many as it takes. time_instruction: whether the times of the frames
+    are told in words, by `time_instruction`, after the video.
     """
 
     before_video: str = "<bos><video>"
@@ -128,6 +129,7 @@ class ChatTemplate:
     pad: str = "<pad>"
     visual_offset: int = 2
     sampling: str = "uniform"
+    frames: int = 0
     time_instruction: bool = False
 
     def __post_init__(self):

@@ -21,7 +21,7 @@ from tpo_jax.data import evaluation_rows
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.evaluation_rows import examples_of, media_of
 from tpo_jax.data.evidence import apply_evidence
-from tpo_jax.data.pipeline import row_builder
+from tpo_jax.data.pipeline import row_builder, shown_frames
 from tpo_jax.data.records import Example, PreparedDataset
 from tpo_jax.data.rows import RowBuilder, RowPlan
 from tpo_jax.data.target_parts import window_count
@@ -93,7 +93,7 @@ class Settings:
       branches: most branches a row: options of questions, or questions to heads.
       evidence: "full", "blind" or "middle_frame"; see `data.evidence`. Without "full", questions
         are asked about a clip of the middle frame alone: the others would only be hidden.
-      frames: of a video; 0: as many as the model takes.
+      frames: of a video; 0: as many as `shown_frames` says.
       mask_frames: "shown", or "all": heads that answer frame by frame do so for every stored frame.
       progress: whether to show progress bars.
     """
@@ -433,8 +433,9 @@ class Evaluator:
     # Shapes.
 
     def _clip_frames(self, media: str) -> int:
-        frames = self.settings.frames or self.config.vision.max_frames
-        return frames if media == "video" else 1
+        if media == "image":
+            return 1
+        return shown_frames(self.codec, self.config, self.settings.frames)
 
     def _bucket(
         self,

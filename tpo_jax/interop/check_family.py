@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from tpo_jax.interop import folder, huggingface, peft
-from tpo_jax.interop.check_language import compare_parameters
+from tpo_jax.interop import folder, huggingface, peft, siglip
+from tpo_jax.interop.check_language import compare_language, compare_parameters
 from tpo_jax.interop.check_towers import (
     compare_qformer,
     compare_towers,
@@ -27,6 +27,7 @@ from tpo_jax.interop.check_towers import (
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.source import ADAPTER, read_config
 from tpo_jax.interop.families.videochat import MISTRAL_7B
+from tpo_jax.interop.tensors import read_file
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.connectors.config import QFormerConfig
 from tpo_jax.models.video_language import FunctionalModel
@@ -72,15 +73,11 @@ def compare_family(
             "without --keep_adapters and check that"
         )
     family, _, data = read_config(published, options)
-    config = folder.load_config(model)
-    leaves = folder.open_leaves(model)
-    leaves = peft.merged_leaves(leaves, config.lora) if config.lora else leaves
-    params = {path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
+    config, params = _merged_params(model)
     tensors = huggingface.read_tensors(published)
-    side, rng = config.vision.image_size, np.random.default_rng(seed)
-    frames = rng.integers(0, 256, (1, FRAMES, side, side, 3), np.uint8)
+    rng = np.random.default_rng(seed)
     module = _module(config, params)
-    differences, vision = compare_towers(module.vision, tensors, frames)
+    differences, vision = compare_towers(module.vision, tensors, _frames(config, rng))
     qformer = isinstance(config.connector, QFormerConfig)
     if qformer:
         more, connector = compare_qformer(module.connector, tensors, config.vision.width, rng)
@@ -97,6 +94,39 @@ def compare_family(
         "language": f"{type(theirs).__name__} of transformers{adapted}",
     }
     return Compared(differences, parts, _glue(config))
+
+
+def compare_parts(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> Compared:
+    """Runs the parts of a model of two, as `siglip.export_parts` wrote them, on both sides."""
+    exported = epath.Path(exported)
+    config, params = _merged_params(model)
+    rng, module = np.random.default_rng(seed), _module(config, params)
+    tensors = {f"vision_tower.{key}": tensor
+               for key, tensor in huggingface.read_tensors(exported / "vision").items()
+               if key.startswith("vision_model.")}  # fmt: skip
+    ours = read_file(exported / siglip.CONNECTOR)
+    for layer in ("linear_1", "linear_2"):
+        kernel, bias = (np.asarray(ours[f"connector/{layer}/{x}"]) for x in ("kernel", "bias"))
+        tensors |= {f"multi_modal_projector.{layer}.weight": kernel.T,
+                    f"multi_modal_projector.{layer}.bias": bias}  # fmt: skip
+    differences, vision = compare_towers(module.vision, tensors, _frames(config, rng))
+    more, connector = _projector(module, tensors, rng)
+    differences |= more | compare_language(model, exported / "language_model", seed)
+    language = "AutoModelForCausalLM of transformers"
+    parts = {"vision": vision, "connector": connector, "language": language}
+    return Compared(differences, parts, _glue(config))
+
+
+def _merged_params(model: epath.PathLike) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """A model's configuration and its parameters in float32, adapters merged."""
+    config, leaves = folder.load_config(model), folder.open_leaves(model)
+    leaves = peft.merged_leaves(leaves, config.lora) if config.lora else leaves
+    return config, {path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
+
+
+def _frames(config: ModelConfig, rng: np.random.Generator) -> np.ndarray:
+    side = config.vision.image_size
+    return rng.integers(0, 256, (1, FRAMES, side, side, 3), np.uint8)
 
 
 def _glue(config: ModelConfig) -> tuple[str, ...]:

@@ -24,10 +24,12 @@ _TOWER = r"(?:model\.)?{name}\.(?:{name}\.)?(?:vision_model\.)?(.*)"
 _UMT = r"(vision_encoder\.encoder\..*|vision_layernorm\..*)"
 _QFORMER = r"qformer\.bert\.(.*)"
 _TOWERS = {
-    "siglip": {"vision_tower": ""}, "clip": {"vision_tower": ""},
+    "siglip": {"vision_tower": ""}, "siglip2": {"vision_tower": ""}, "clip": {"vision_tower": ""},
     "languagebind": {"image_tower": "image_tower", "video_tower": "video_tower"},
     "umt": {"vision_encoder": ""},
 }  # fmt: skip
+
+_SIGLIP = {"siglip": "Siglip", "siglip2": "Siglip2"}  # names of their classes in `transformers`
 
 
 def named(tensors: Mapping[str, Any], pattern: str) -> dict[str, Any]:
@@ -87,8 +89,8 @@ def compare_towers(
 def _other_side(config: TowerConfig) -> str:
     if config.kind == "umt":
         return "UMT, written with PyTorch's functions (transformers has no such class)"
-    if config.kind == "siglip":
-        return "SiglipVisionModel of transformers"
+    if config.kind in _SIGLIP:
+        return f"{_SIGLIP[config.kind]}VisionModel of transformers"
     more = "; its attention over time is written with PyTorch's functions" if config.frames else ""
     return f"CLIPVisionModel of transformers{more}"
 
@@ -105,7 +107,7 @@ def _of_transformers(config: TowerConfig, tensors: Mapping[str, Any], clip: Any)
     import torch
     import transformers
 
-    kind = "Siglip" if config.kind == "siglip" else "CLIP"
+    kind = _SIGLIP.get(config.kind, "CLIP")
     make, describe = (getattr(transformers, f"{kind}Vision{part}") for part in ("Model", "Config"))
     options = {
         "image_size": config.image_size, "patch_size": config.patch_size,
@@ -113,12 +115,17 @@ def _of_transformers(config: TowerConfig, tensors: Mapping[str, Any], clip: Any)
         "num_attention_heads": config.heads, "intermediate_size": config.mlp_width,
         "hidden_act": config.activation, "layer_norm_eps": config.epsilon,
     }  # fmt: skip
-    if kind == "Siglip":
+    more = {}
+    if kind != "CLIP":
         options["vision_use_head"] = False
+    if kind == "Siglip2":  # it takes patches, of any grid
+        del options["image_size"]
+        options["num_patches"] = config.grid**2
+        clip, more = _patches(clip, config)
     theirs = filled(make(describe(**options)), tensors, r".*position_ids|head\..*")
     with torch.no_grad():
         if not config.frames:
-            return list(theirs(clip, output_hidden_states=True).hidden_states)
+            return list(theirs(clip, output_hidden_states=True, **more).hidden_states)
         states = [theirs.pre_layrnorm(theirs.embeddings(clip))]
         for number, layer in enumerate(theirs.encoder.layers):
             key = f"encoder.layers.{number}."
@@ -126,6 +133,20 @@ def _of_transformers(config: TowerConfig, tensors: Mapping[str, Any], clip: Any)
             out = layer(_over_time(config, part, states[-1]), None)
             states.append(out[0] if isinstance(out, tuple) else out)
         return states
+
+
+def _patches(clip: Any, config: TowerConfig) -> tuple[Any, dict[str, Any]]:
+    """float32[F, 3, S, S] -> float32[F, grid * grid, 3 p p], channels last in a patch, and which
+    are there and how they lie."""
+    import torch
+
+    frames, side, p = len(clip), config.grid, config.patch_size
+    whole = clip[..., : side * p, : side * p].reshape(frames, 3, side, p, side, p)
+    patches = whole.permute(0, 2, 4, 3, 5, 1).reshape(frames, side * side, 3 * p * p)
+    shapes = torch.tensor([[side, side]] * frames)
+    return patches, {
+        "pixel_attention_mask": torch.ones(frames, side * side), "spatial_shapes": shapes,
+    }  # fmt: skip
 
 
 def _over_time(config: TowerConfig, part: Mapping[str, Any], x: Any) -> Any:

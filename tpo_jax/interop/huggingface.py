@@ -1,5 +1,6 @@
 """Language models in the Hugging Face layout: config, safetensors, tokenizer, chat template."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -32,7 +33,23 @@ from tpo_jax.interop.tensors import (
 from tpo_jax.models.config import VOCABULARY_MULTIPLE, LanguageConfig
 from tpo_jax.models.rope import RopeScaling
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# What a config.json leaves out, by the configuration classes of `transformers`
+# (models/*/configuration_*.py): it saves the parts of a larger model as what differs from these.
+_SIZES = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000,
+}  # fmt: skip
+_QWEN = _SIZES | {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}  # fmt: skip
+_DEFAULTS = {
+    "llama": _SIZES | {"intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": _SIZES | {"intermediate_size": 14336, "num_key_value_heads": 8,
+                         "max_position_embeddings": 131072},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+}  # fmt: skip
+FAMILIES = tuple(_DEFAULTS)
 # The published default: a new file where the next tensor would pass it.
 SHARD_BYTES = 5 * 10**9
 BOS = "<bos>"
@@ -119,13 +136,7 @@ def open_codec(directory: epath.PathLike, jinja: str | None = None) -> TextCodec
       jinja: text of a chat template, where the folder has none.
     """
     path = epath.Path(directory)
-    if not (path / "tokenizer.json").exists():
-        raise HuggingFaceError(
-            f"{path / 'tokenizer.json'}: missing; write it where transformers is installed:\n"
-            "  from transformers import AutoTokenizer\n"
-            f"  AutoTokenizer.from_pretrained('{path}').save_pretrained('{path}')"
-        )
-    tokenizer = Tokenizer.from_str((path / "tokenizer.json").read_text())
+    tokenizer = read_tokenizer(path)
     jinja = jinja or read_chat_template(path)
     if jinja is None:
         raise ChatTemplateError(
@@ -135,6 +146,18 @@ def open_codec(directory: epath.PathLike, jinja: str | None = None) -> TextCodec
     if "eos_token" not in special:
         raise HuggingFaceError(f"{path / 'tokenizer_config.json'}: names no eos_token; add it")
     return TextCodec(tokenizer, chat_template(jinja, special, tokenizer, str(path)))
+
+
+def read_tokenizer(path: epath.Path) -> Tokenizer:
+    """Of tokenizer.json; where it is missing, HuggingFaceError has the lines that write it."""
+    file = path / "tokenizer.json"
+    if not file.exists():
+        raise HuggingFaceError(
+            f"{file}: missing; write it where transformers is installed:\n"
+            "  from transformers import AutoTokenizer\n"
+            f"  AutoTokenizer.from_pretrained('{path}').save_pretrained('{path}')"
+        )
+    return Tokenizer.from_str(file.read_text())
 
 
 def read_tensors(directory: epath.PathLike) -> dict[str, LazyArray]:
@@ -223,13 +246,8 @@ def language_config(data: Mapping[str, Any], where: str = "config.json") -> Lang
     ):  # fmt: skip
         if data.get(option, only) not in (only, None):
             refuse(option, data[option], f"this program has only {only!r}")
-    for option in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                   "vocab_size"):  # fmt: skip
-        if option not in data:
-            refuse(option, None, "is missing")
+    data = collections.ChainMap(data, _DEFAULTS[family])
     heads = data["num_attention_heads"]
-    head_dim = data.get("head_dim") or (128 if family == "qwen3" else data["hidden_size"] // heads)
-    kv_default = {"llama": heads, "mistral": 8}.get(family, 32)
     theta, scaling = _rope(data, refuse)
     window, full_layers = _window(data, refuse)
     all_biases = family in ("llama", "qwen3") and bool(data.get("attention_bias"))
@@ -240,8 +258,8 @@ def language_config(data: Mapping[str, Any], where: str = "config.json") -> Lang
         width=data["hidden_size"],
         depth=data["num_hidden_layers"],
         heads=heads,
-        kv_heads=data.get("num_key_value_heads") or kv_default,
-        head_dim=head_dim,
+        kv_heads=data.get("num_key_value_heads") or heads,
+        head_dim=data.get("head_dim") or data["hidden_size"] // heads,
         mlp_width=data["intermediate_size"],
         rope_theta=theta,
         rope_scaling=scaling,

@@ -16,7 +16,13 @@ from tpo_jax.interop import folder, huggingface, output, peft
 from tpo_jax.interop.chat_template import read_json
 from tpo_jax.interop.export import read_about, write_about, write_language_model
 from tpo_jax.interop.families import beside
-from tpo_jax.interop.families.base import FamilyError, assemble_parts, only, tower_config
+from tpo_jax.interop.families.base import (
+    BILINEAR,
+    FamilyError,
+    assemble_parts,
+    only,
+    tower_config,
+)
 from tpo_jax.interop.families.towers import tower_rows
 from tpo_jax.interop.mapping import export_leaves, import_leaves
 from tpo_jax.interop.tensors import read_file, write_file
@@ -25,13 +31,7 @@ from tpo_jax.models.towers.config import TowerConfig
 
 PREFIX = "vision/"
 CONNECTOR = "connector.safetensors"  # of an export: no published file holds it
-# What a vision_config leaves out has the default of its class in `transformers`.
-DEFAULTS = {
-    "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "intermediate_size": 3072, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh",
-    "layer_norm_eps": 1e-6,
-}  # fmt: skip
-SIDES = {"siglip": {"image_size": 224}, "siglip2": {"num_patches": 256}}
+KINDS = ("siglip", "siglip2")
 # The text half, and the pooling head, whose output no language model here reads.
 IGNORED = (r"text_model\..*", r"logit_(scale|bias)", r".*position_ids", r"vision_model\.head\..*")
 # What enters the last layer is read, as in the LLaVA families.
@@ -40,7 +40,7 @@ LAYER = -2
 
 def is_tower(source: epath.PathLike) -> bool:
     """Whether a folder holds SigLIP or SigLIP 2."""
-    return read_json(epath.Path(source) / "config.json").get("model_type") in SIDES
+    return read_json(epath.Path(source) / "config.json").get("model_type") in KINDS
 
 
 def is_parts(source: epath.PathLike) -> bool:
@@ -64,11 +64,13 @@ def import_folder(path: epath.PathLike) -> tuple[TowerConfig, dict[str, Any]]:
 
 def tower_of(data: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> TowerConfig:
     """TowerConfig of config.json and preprocessor_config.json (or {})."""
-    kind = data["model_type"]
-    vision = SIDES[kind] | DEFAULTS | (data.get("vision_config") or {})
-    vision["model_type"] = f"{kind}_vision_model"
+    vision = dict(data.get("vision_config") or {})
+    vision["model_type"] = f"{data['model_type']}_vision_model"
     only(vision, "num_channels", 3)
-    return tower_config(vision, layer=LAYER, preprocessor=preprocessor)
+    about = dict(preprocessor)
+    if about.get("resample") == BILINEAR:
+        del about["resample"]  # SigLIP 2's; a connector that is new learns from bicubic pixels
+    return tower_config(vision, layer=LAYER, preprocessor=about)
 
 
 def add_to_language(

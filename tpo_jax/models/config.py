@@ -357,7 +357,8 @@ class ModelConfig:
         _require(
             not self.heads or self.vision.resize not in ("crop", "pad"), "heads", self.heads,
             f"boxes and masks are of whole frames, which vision.resize={self.vision.resize!r} does "
-            "not show",
+            'not show; use "stretch": `convert import --set resize=stretch` for a published '
+            "checkpoint, a preset with heads has it",
         )
         _require(
             self.vision.image_size % self.head.mask_stride == 0, "head.mask_stride",

@@ -25,7 +25,7 @@ from etils import epath
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.evaluation_rows import batches, build_pair_rows
 from tpo_jax.data.pairs import PairedDataset
-from tpo_jax.data.pipeline import row_builder
+from tpo_jax.data.pipeline import row_builder, shown_frames
 from tpo_jax.data.rows import RowBuilder, RowPlan, choose_builder
 from tpo_jax.data.text import TextCodec
 from tpo_jax.errors import UserError
@@ -62,7 +62,7 @@ def score(flags: argparse.Namespace, preemption: Preemption) -> None:
     plans = build_pair_rows(PairedDataset(flags.data, flags.pairs))
     if not plans:
         raise UserError(f"{flags.pairs}: no pairs; generate some first")
-    frames = sorted(set(flags.frames)) or [config.vision.max_frames]
+    frames = sorted(set(flags.frames)) or [shown_frames(codec, config)]
     fingerprint = sidecar.Fingerprint.of(
         config, params, codec, frames, contrast=flags.contrast,
         context=mesh_of_devices(mesh_sizes(flags)).shape[AXIS])
@@ -282,7 +282,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pairs", required=True, help="pairs.jsonl")
     add("--out", required=True, help="sidecar to write, .npz")
     add("--frames", type=frame_counts, default=(), metavar="N,N", help="of the training buckets "
-        "(default: one, of as many as the model takes)")
+        "(default: one, of as many as the model was published with, else as it takes)")
     add("--batch_size", type=int, default=16, help="pairs at a time (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="", help="to compute in, as the model.dtype of the run "
         "(default: that of the model)")

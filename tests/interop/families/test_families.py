@@ -14,6 +14,7 @@ from tests.interop.families.configs import (
     LLAVA_ONEVISION,
     LLAVA_VIDEO,
     LONGVA,
+    VIDEO_LLAVA,
     VIDEO_LLAVA_ORIGINAL,
     VIDEOCHAT,
 )
@@ -104,6 +105,17 @@ def test_what_is_carried_goes_back_out():
     assert carried.keys() == extra.keys()
 
 
+def test_rates_of_the_qformer_are_told_as_not_applied():
+    assert family_of(VIDEOCHAT).unapplied(VIDEOCHAT) == []
+    data = copy.deepcopy(VIDEOCHAT)
+    data["model_config"]["bridge"] |= {"qformer_hidden_dropout_prob": 0.1,
+                                       "qformer_drop_path_rate": 0.2}  # fmt: skip
+    assert family_of(data).unapplied(data) == [
+        "model_config.bridge.qformer_hidden_dropout_prob=0.1",
+        "model_config.bridge.qformer_drop_path_rate=0.2",
+    ]
+
+
 def test_an_unknown_tensor_is_refused():
     family = family_of(LLAVA_VIDEO)
     tensors = exported("llava_video") | {"model.vision_resampler.x": np.ones(2, np.float32)}
@@ -150,6 +162,61 @@ def test_the_original_video_llava_pads_images_where_its_config_says_so():
     assert config_of("video_llava").vision.resize == "crop"  # as transformers' processor does
 
 
+def test_a_part_that_config_json_shortens_has_the_sizes_of_its_class():
+    """`transformers` saves what differs from the class: of CLIP-L/14 at 224 no image_size."""
+    data = VIDEO_LLAVA | {
+        "text_config": {"vocab_size": 200},
+        "vision_config": {"patch_size": 14, "hidden_size": 1024, "num_hidden_layers": 24,
+                          "num_attention_heads": 16, "intermediate_size": 4096},
+    }  # fmt: skip
+    config = family_of(data).model_config(data, {})
+    vision, language = config.vision, config.language
+    assert (vision.image_size, vision.activation, vision.epsilon) == (224, "quick_gelu", 1e-5)
+    assert (language.width, language.depth, language.mlp_width) == (4096, 32, 11008)
+    with pytest.raises(FamilyError, match="does not say vision_config"):
+        family_of(data).model_config({"model_type": "video_llava"}, {})
+
+
+def test_llava_onevision_of_llava_next_is_known_by_its_architecture():
+    data = LLAVA_VIDEO | {"model_type": "llava", "architectures": ["LlavaQwenForCausalLM"]}
+    assert family_of(data).name == "llava_qwen"
+    assert family_of(data).model_config(data, {}) == config_of("llava_video")
+    assert family_of(data | {"architectures": ["LlavaForConditionalGeneration"]}) is None
+
+
+# As llava-hf's, openai's and LanguageBind's files have them, at the tiny size.
+SIGLIP_PIXELS = {
+    "do_convert_rgb": True, "do_normalize": True, "do_pad": True, "do_rescale": True,
+    "do_resize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.5, 0.5], "resample": 3,
+    "rescale_factor": 0.00392156862745098, "size": {"height": 24, "width": 24},
+    "do_center_crop": None, "crop_size": None,
+}  # fmt: skip
+CLIP_PIXELS = {
+    "crop_size": {"height": 24, "width": 24}, "do_center_crop": True, "do_normalize": True,
+    "do_resize": True, "resample": 3, "size": {"shortest_edge": 24},
+}  # fmt: skip
+
+
+def test_published_preprocessors_are_taken():
+    config = family_of(LLAVA_ONEVISION).model_config(LLAVA_ONEVISION, SIGLIP_PIXELS)
+    assert config.vision.mean == (0.5, 0.4, 0.3)
+    for pixels in (CLIP_PIXELS, CLIP_PIXELS | {"crop_size": 24, "size": 24}):
+        for data in (LONGVA, VIDEO_LLAVA, VIDEO_LLAVA_ORIGINAL):
+            family_of(data).model_config(data, pixels)
+
+
+@pytest.mark.parametrize("data, option, value", [
+    (LLAVA_ONEVISION, "resample", 2), (LLAVA_ONEVISION, "do_center_crop", True),
+    (LLAVA_ONEVISION, "size", {"shortest_edge": 24}), (LLAVA_ONEVISION, "do_normalize", False),
+    (VIDEO_LLAVA, "do_center_crop", False), (VIDEO_LLAVA, "size", {"height": 24, "width": 24}),
+    (VIDEO_LLAVA, "crop_size", 20), (VIDEO_LLAVA, "rescale_factor", 1 / 127.5),
+])  # fmt: skip
+def test_a_preprocessor_that_makes_other_pixels_is_refused(data, option, value):
+    pixels = SIGLIP_PIXELS if data is LLAVA_ONEVISION else CLIP_PIXELS
+    with pytest.raises(FamilyError, match=f"preprocessor_config.json: {option}={value!r}"):
+        family_of(data).model_config(data, pixels | {option: value})
+
+
 def test_llava_video_reads_its_modes():
     config = config_of("llava_video")
     connector = config.connector
@@ -165,6 +232,13 @@ def test_llava_video_reads_its_modes():
     fast = family_of(LLAVA_VIDEO).model_config(
         LLAVA_VIDEO | {"add_faster_video": True, "faster_token_stride": 10}, {})  # fmt: skip
     assert fast.connector.slow_every == 10
+
+
+def test_llava_onevision_of_transformers_shows_the_published_32_frames_or_those_of_an_option():
+    sampling = family_of(LLAVA_ONEVISION).sampling
+    assert (sampling(LLAVA_ONEVISION).frames, sampling({"frames_upbound": 16}).frames) == (32, 16)
+    with pytest.raises(FamilyError, match="frames_upbound=900.*up to 512"):
+        sampling({"frames_upbound": 900})
 
 
 def test_longva_reads_the_layer_before_last_and_has_no_newlines():

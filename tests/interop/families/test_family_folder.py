@@ -1,5 +1,6 @@
 """A published folder in and out again, through the command's own functions."""
 
+import dataclasses
 import json
 import runpy
 import shutil
@@ -16,14 +17,18 @@ from tests.interop.families.published_folder import sized, write_published
 from tpo_jax import convert
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
-from tpo_jax.data.pipeline import read_buckets, row_builder
+from tpo_jax.data.pipeline import read_buckets, row_builder, shown_frames
+from tpo_jax.data.text import TextCodec
+from tpo_jax.errors import UserError
+from tpo_jax.evaluation.evaluator import Evaluator, Settings
 from tpo_jax.interop import folder, huggingface
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.folder import export_family, import_family, option
-from tpo_jax.interop.families.source import is_family
+from tpo_jax.interop.families.source import is_family, read_config
 from tpo_jax.interop.huggingface import read_tensors
 from tpo_jax.interop.output import OutputError
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.predict import Predictor
 from tpo_jax.training.config import validate
 from tpo_jax.training.start import make_model_config
 
@@ -59,6 +64,7 @@ def test_in_and_out_again(source, tmp_path):
     assert config.dtype == "bfloat16" and config.vision.kind == "siglip"
     assert params["vision"]["layers"]["self_attn"]["q_proj"]["kernel"].dtype == ml_dtypes.bfloat16
     assert codec.template.sampling == "evenly" and codec.template.time_instruction
+    assert (codec.template.frames, config.vision.max_frames) == (64, 512)
     prefix = codec.build_prefix(config.num_visual_tokens(2))
     assert list(prefix[: config.visual_offset]).count(codec.pad_id) == 0
     assert prefix[config.visual_offset] == codec.pad_id
@@ -72,6 +78,18 @@ def test_in_and_out_again(source, tmp_path):
         left, right = np.asarray(theirs[name]), np.asarray(ours[name])
         assert left.dtype == right.dtype and left.tobytes() == right.tobytes(), name
     assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_commands_show_as_many_frames_as_the_checkpoint_says(model):
+    config, params, codec = folder.load_model(model)
+    predictor = Predictor(config, params, codec, prompt_tokens=16, batch_size=1, max_new=1)
+    assert predictor.builder("video", 0).bucket.frames == predictor.frames == 64
+    assert Evaluator(config, {}, codec, Settings())._clip_frames("video") == 64
+    assert shown_frames(codec, config, 8) == 8
+    with pytest.raises(UserError, match="--frames=513: the model takes at most 512"):
+        shown_frames(codec, config, 513)
+    own = TextCodec(codec.tokenizer, dataclasses.replace(codec.template, frames=0))
+    assert shown_frames(own, config) == 512
 
 
 def test_an_export_replaces_an_export_whole_and_nothing_else(model, source, tmp_path, monkeypatch):
@@ -196,6 +214,36 @@ def test_an_option_completes_config_json(source, tmp_path):
         import_family(silent, tmp_path / "model")
     import_family(silent, tmp_path / "model", {"mm_newline_position": "frame"})
     assert folder.load_config(tmp_path / "model").connector.newline == "frame"
+
+
+def test_an_option_that_nothing_reads_is_refused(model, source, tmp_path):
+    typo = {"mm_spatial_pool_mod": "max"}
+    read = r"--set mm_spatial_pool_mod: nothing reads it in this llava_qwen; .*'frames_upbound'"
+    with pytest.raises(FamilyError, match=read):
+        import_family(source, tmp_path / "model", typo)
+    with pytest.raises(FamilyError, match="--set mm_spatial_pool_mod"):
+        export_family(model, tmp_path / "out", source, typo)
+    read_by_all = {"rope_theta": 1e6, "frames_upbound": 16, "faster_token_stride": 10,
+                   "add_faster_video": False}  # fmt: skip
+    with pytest.raises(FamilyError, match="--set faster_token_stride: nothing"):  # as it is off
+        read_config(source, read_by_all)
+    read_config(source, read_by_all | {"add_faster_video": True})
+
+
+def test_a_tower_that_crops_is_imported_to_stretch_for_heads(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    write_published(source, sized(LONGVA))
+    import_family(source, tmp_path / "cropped")
+    with pytest.raises(UserError, match="resize='crop' does not show; .* --set resize=stretch"):
+        dataclasses.replace(folder.load_config(tmp_path / "cropped"), heads=("region",))
+    whole = {"resize": "stretch"}
+    import_family(source, tmp_path / "model", whole)
+    config = dataclasses.replace(folder.load_config(tmp_path / "model"), heads=("region",))
+    assert config.vision.resize == "stretch"
+    export_family(tmp_path / "model", tmp_path / "out", source, whole)
+    with pytest.raises(UserError, match="vision.resize='shrink': use one of"):
+        import_family(source, tmp_path / "other", {"resize": "shrink"})
 
 
 def test_options_are_json_or_text():

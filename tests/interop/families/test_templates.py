@@ -11,12 +11,19 @@ from tpo_jax.data.text import train_tokenizer
 from tpo_jax.interop.chat_template import ChatTemplateError
 from tpo_jax.interop.families.registry import named
 from tpo_jax.interop.families.source import fitted_codec, open_codec
+from tpo_jax.interop.huggingface import HuggingFaceError
 
 # Pieces that the first tokenizer of Mistral, which is Llama's, has for these texts.
 PIECES = [
     ["▁", "▁[", "INST", "]", "▁<", "▁</", "Video", "Image", ">", "[", "/"],
     ["▁US", "ER", ":", "▁ASS", "IST", "ANT", "▁What", "What", "?", "▁It", "<0x0A>"],
 ]
+
+
+def test_a_missing_tokenizer_is_named_with_the_lines_that_write_it(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAVA_VIDEO))
+    with pytest.raises(HuggingFaceError, match=r"tokenizer.json: missing; [^$]*AutoTokenizer.from"):
+        open_codec(tmp_path)
 
 
 def llama_tokenizer():

@@ -17,6 +17,7 @@ import tqdm
 from etils import epath
 
 from tpo_jax.data import files
+from tpo_jax.data.pipeline import shown_frames
 from tpo_jax.errors import UserError
 from tpo_jax.generation import pairs
 from tpo_jax.generation.answers import Settings, longest_texts, shuffled_videos
@@ -34,7 +35,6 @@ from tpo_jax.generation.pipeline.model import ModelAnswerer, ModelSpeaker, OwnMo
 from tpo_jax.generation.pipeline.relay import RelayedSpeaker
 from tpo_jax.generation.pipeline.shards import Found, Work, run_part, run_whole
 from tpo_jax.generation.pipeline.stages import Pipeline, report
-from tpo_jax.models.config import ModelConfig
 from tpo_jax.parallel.distributed import say
 
 ROLES = ("captioner", "writer", "judge")
@@ -143,7 +143,7 @@ def run(flags: argparse.Namespace, own: OwnModel, endpoint: Endpoint | None, chu
     """
     started = time.monotonic()
     asked = longest_texts(own.dataset, own.codec) if flags.writer == "rules" else None
-    settings = settings_of(flags, own.model.config, asked)
+    settings = settings_of(flags, own, asked)
     prompt = asked[0] if asked else 0
     make = functools.partial(make_pipeline, flags, own, settings, endpoint, prompt)
     work = Work(epath.Path(flags.out), shuffled_videos(own.dataset, flags.seed), chunk,
@@ -218,14 +218,15 @@ def _stopped(flags: argparse.Namespace, problem: Exception) -> int:
     return BUDGET_STATUS
 
 
-def settings_of(flags: argparse.Namespace, config: ModelConfig,
+def settings_of(flags: argparse.Namespace, own: OwnModel,
                 asked: tuple[int, int] | None) -> Settings:
     """The settings of answers that the flags ask for.
 
     Args:
       asked: `longest_texts` of the split, where its questions are asked.
     """
-    *fewer, frames = sorted(set(flags.frames)) or [config.vision.max_frames]
+    *fewer, frames = (
+        sorted(set(flags.frames)) or [shown_frames(own.codec, own.model.config)])
     return Settings(
         evidence=pairs.EvidenceSettings(
             frames, flags.mix, flags.subset, flags.right, flags.seed, tuple(fewer)),

@@ -15,8 +15,22 @@ from tpo_jax.models.connectors.config import MlpConnectorConfig, QFormerConfig
 from tpo_jax.models.published import OPENAI_MEAN, OPENAI_STD
 from tpo_jax.models.towers.config import TowerConfig
 
-# Most frames of a clip where a tower sets no bound.
+# Most frames of a clip where a tower sets no bound; how many are shown is `Sampling.frames`.
 MOST_FRAMES = 512
+# Filters of Pillow, as `resample` of preprocessor_config.json numbers them.
+BILINEAR, BICUBIC = 2, 3
+# {vision_config.model_type: (kind, what a vision_config leaves out)}, by the configuration classes
+# of `transformers` (models/*/configuration_*.py): it saves what differs from these.
+_SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+          "intermediate_size": 3072}  # fmt: skip
+_SIGLIP = _SIZES | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_TOWERS = {
+    "siglip_vision_model": ("siglip", _SIGLIP | {"image_size": 224}),
+    "siglip2_vision_model": ("siglip2", _SIGLIP | {"num_patches": 256}),
+    "clip_vision_model": ("clip", _SIZES | {
+        "patch_size": 32, "image_size": 224, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    }),
+}  # fmt: skip
 
 
 class FamilyError(UserError):
@@ -46,8 +60,11 @@ class Family:
       with_heads: ModelConfig with the heads that a checkpoint has, of (ModelConfig, its tensor
         names, names of heads or None for all that read nothing else, config.json); None: no
         checkpoint of the family has heads.
+      head_options: entries of config.json that `with_heads` reads.
       carried: regular expressions of tensors that this program has no use for. They are kept
         beside the model and go back out as they came.
+      unapplied: entries of config.json, as text, that say how the checkpoint is trained on and that
+        this program does not have.
       layouts: where the names of the tensors were read.
     """
 
@@ -59,7 +76,9 @@ class Family:
     sampling: Callable[[Mapping[str, Any]], Sampling]
     reads_template: bool = False
     with_heads: Callable[..., ModelConfig] | None = None
+    head_options: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
+    unapplied: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
     layouts: str = ""
 
 
@@ -93,6 +112,18 @@ def said(config: Mapping[str, Any], key: str, choices: Collection[Any] | None = 
     return config[key]
 
 
+def frames_upbound(config: Mapping[str, Any]) -> int:
+    """Most frames that a model is to see, by that entry of config.json."""
+    frames = said(config, "frames_upbound")
+    if not isinstance(frames, int) or not 1 <= frames <= MOST_FRAMES:
+        raise FamilyError(
+            f"config.json: frames_upbound={frames!r}: batches here have a fixed number of frames; "
+            "import with --set frames_upbound=N, the most that the model is to see, up to "
+            f"{MOST_FRAMES}"
+        )
+    return frames
+
+
 def only(config: Mapping[str, Any], key: str, value: Any) -> None:
     """Refuses any value but one; a config that does not say has it."""
     if config.get(key, value) != value:
@@ -106,21 +137,21 @@ def tower_config(
     """TowerConfig of a `vision_config` in the layout of `transformers`.
 
     Pixel statistics come from preprocessor_config.json, else they are those of the tower.
+
+    Raises:
+      FamilyError: another tower, or a preprocessor that makes other pixels than this program.
     """
-    types = {
-        "siglip_vision_model": "siglip", "siglip2_vision_model": "siglip2",
-        "clip_vision_model": "clip",
-    }  # fmt: skip
     model_type = vision.get("model_type", "")
-    if model_type not in types:
+    if model_type not in _TOWERS:
         raise FamilyError(
-            f"vision_config.model_type={model_type!r}: this program has {sorted(types)}"
+            f"vision_config.model_type={model_type!r}: this program has {sorted(_TOWERS)}"
         )
-    published = types[model_type]
-    clip = published == "clip"
+    published, defaults = _TOWERS[model_type]
+    vision, clip = defaults | dict(vision), published == "clip"
     side = vision["image_size"] if "image_size" in vision else round(
         vision["num_patches"] ** 0.5) * vision["patch_size"]  # fmt: skip
     preprocessor = preprocessor or {}
+    _check_preprocessor(preprocessor, side, clip)
     mean = preprocessor.get("image_mean", OPENAI_MEAN if clip else (0.5, 0.5, 0.5))
     std = preprocessor.get("image_std", OPENAI_STD if clip else (0.5, 0.5, 0.5))
     fields = {
@@ -131,8 +162,8 @@ def tower_config(
         "depth": vision["num_hidden_layers"],
         "heads": vision["num_attention_heads"],
         "mlp_width": vision["intermediate_size"],
-        "activation": vision.get("hidden_act", "quick_gelu" if clip else "gelu_pytorch_tanh"),
-        "epsilon": vision.get("layer_norm_eps", 1e-5 if clip else 1e-6),
+        "activation": vision["hidden_act"],
+        "epsilon": vision["layer_norm_eps"],
         "layer": layer,
         "max_frames": MOST_FRAMES,
         "mean": tuple(mean),
@@ -140,6 +171,27 @@ def tower_config(
         "resize": "crop" if clip else "stretch",
     }
     return TowerConfig(**fields | changes)
+
+
+def _check_preprocessor(preprocessor: Mapping[str, Any], side: int, clip: bool) -> None:
+    """Refuses what `data.preprocess` does not do; a file that does not say does it."""
+    square = {"height": side, "width": side}
+    known = {
+        "do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,),
+        "rescale_factor": (1 / 255,), "resample": (BICUBIC,), "do_center_crop": (clip,),
+        # Older files have a number: the short side of CLIP, both of SigLIP.
+        "size": ({"shortest_edge": side} if clip else square, side),
+    }  # fmt: skip
+    if clip:
+        known["crop_size"] = (square, side)
+    for option, values in known.items():
+        given = preprocessor.get(option)
+        if given is not None and given not in values:
+            raise FamilyError(
+                f"preprocessor_config.json: {option}={given!r}: this program has only "
+                f"{values[0]!r} for this tower (docs/families.md), and with other pixels it is "
+                "another model; correct the file if it is wrong"
+            )
 
 
 def assemble(

@@ -82,6 +82,7 @@ def import_family(
         f"heads: {', '.join(config.heads) or 'none'}",
         f"adapters: {_adapters(config)}",
     ]
+    lines += [f"  not applied in training: {entry}" for entry in opened.unapplied]
     return lines + [f"  carried, not used: {name}" for name in sorted(opened.carried)]
 
 

@@ -8,6 +8,7 @@ of transformers 4 ("language_model.model."), the model in memory those of transf
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,10 @@ from tpo_jax.interop.families.base import (
     Sampling,
     assemble,
     decoder_rows,
+    frames_upbound,
     mlp_rows,
     only,
+    said,
     tower_config,
 )
 from tpo_jax.interop.families.towers import tower_rows
@@ -28,6 +31,8 @@ from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.connectors.anyres import Size
 from tpo_jax.models.connectors.config import MlpConnectorConfig
 
+# As its authors trained it (LLaVA-NeXT issue 292); the files of `transformers` do not say.
+FRAMES = {"frames_upbound": 32}
 # That of llava-hf's chat_template.json, for a folder without one; it has no system turn.
 TEMPLATE = ChatTemplate(
     before_video="<|im_start|>user ", after_video="\n", before_image="<|im_start|>user ",
@@ -43,7 +48,8 @@ def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> 
     layer = config.get("vision_feature_layer", -1)
     if not isinstance(layer, int):
         raise FamilyError(f"config.json: vision_feature_layer={layer!r}: this program reads one")
-    vision = tower_config(config["vision_config"], layer=layer, preprocessor=preprocessor)
+    tower = {"model_type": "siglip_vision_model"} | said(config, "vision_config")
+    vision = tower_config(tower, layer=layer, preprocessor=preprocessor)
     grid = tuple(map(tuple, config.get("image_grid_pinpoints") or ()))
     connector = MlpConnectorConfig(
         pool="bilinear", newline="one_token", image="newline", stride=2, resolutions=grid,
@@ -51,7 +57,7 @@ def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> 
             config.get("vision_aspect_ratio", "anyres_max_9"), grid, vision.image_size
         ),
     )  # fmt: skip
-    language = dict(config["text_config"])
+    language = {"model_type": "qwen2"} | said(config, "text_config")
     language["tie_word_embeddings"] = bool(
         config.get("tie_word_embeddings") or language.get("tie_word_embeddings")
     )
@@ -101,7 +107,9 @@ FAMILY = Family(
     rows=rows,
     template=TEMPLATE,
     reads_template=True,
-    sampling=lambda config: Sampling("evenly", 32),
+    sampling=lambda config: Sampling(
+        "evenly", frames_upbound(collections.ChainMap(config, FRAMES))
+    ),
     # Some tied checkpoints also hold the output table, some towers their pooling head.
     carried=(
         r".*\.position_ids", r".*rotary_emb\.inv_freq", r"(language_model\.)?lm_head\.weight",

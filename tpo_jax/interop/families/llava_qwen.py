@@ -8,6 +8,7 @@ is assumed.
 from __future__ import annotations
 
 import ast
+import collections
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from tpo_jax.interop.families.base import (
     Sampling,
     assemble,
     decoder_rows,
+    frames_upbound,
     mlp_rows,
     said,
     tower_config,
@@ -55,7 +57,7 @@ def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> 
     # LLaVA-NeXT's SigLIP takes what leaves its last stored layer, whatever the option says.
     layer = said(config, "mm_vision_select_layer") if clip else -1
     tower = tower_config(vision, layer=layer, preprocessor=preprocessor)
-    language = dict(config) | {"model_type": "qwen2"}
+    language = collections.ChainMap({"model_type": "qwen2"}, config)
     return assemble(tower, connector_config(config, tower.image_size), language)
 
 
@@ -111,20 +113,22 @@ def rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
 def sampling(config: Mapping[str, Any]) -> Sampling:
     """One frame a second up to `frames_upbound`, or always so many spread evenly: `force_sample`,
     as LLaVA-Video has it."""
-    frames = said(config, "frames_upbound")
-    if not isinstance(frames, int) or frames < 1:
-        raise FamilyError(
-            f"config.json: frames_upbound={frames!r}: batches here have a fixed number of frames; "
-            "import with --set frames_upbound=N, the most that the model is to see"
-        )
+    frames = frames_upbound(config)
     switch = (True, False)
     method = "evenly" if said(config, "force_sample", switch) else "frames_at_one_fps"
     return Sampling(method, frames, said(config, "add_time_instruction", switch))
 
 
+def matches(config: Mapping[str, Any]) -> bool:
+    """Published LLaVA-OneVision says "llava", for sglang's sake (LLaVA-NeXT issue 130)."""
+    if config.get("model_type") == "llava":
+        return "LlavaQwenForCausalLM" in (config.get("architectures") or ())
+    return config.get("model_type") in ("llava_qwen", "llava_next_qwen")
+
+
 FAMILY = Family(
     name="llava_qwen",
-    matches=lambda config: config.get("model_type") in ("llava_qwen", "llava_next_qwen"),
+    matches=matches,
     model_config=model_config,
     rows=rows,
     template=CHATML,

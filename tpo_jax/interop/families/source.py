@@ -6,6 +6,7 @@ folder, `families.folder` imports from it and exports to it.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -38,6 +39,7 @@ class Source:
     Attributes:
       leaves: {parameter path: array}.
       carried: {their name: array} of what this program has no use for.
+      unapplied: of the family, see there.
     """
 
     family: Family
@@ -46,6 +48,7 @@ class Source:
     sampling: Sampling
     leaves: dict[str, LazyArray]
     carried: dict[str, LazyArray]
+    unapplied: list[str]
 
 
 def is_family(source: epath.PathLike) -> bool:
@@ -94,7 +97,8 @@ def open_source(
         config, tokens=codec.task_tokens if config.heads else {},
         visual_offset=codec.template.visual_offset, dtype=dtype,
     )  # fmt: skip
-    return Source(family, config, codec, family.sampling(data), leaves, carried)
+    unapplied = family.unapplied(data)
+    return Source(family, config, codec, family.sampling(data), leaves, carried, unapplied)
 
 
 def open_codec(
@@ -104,9 +108,7 @@ def open_codec(
     path = epath.Path(source)
     data = read_json(path / "config.json") | dict(options or {})
     family = _family(path, data)
-    if not (path / "tokenizer.json").exists():
-        raise FamilyError(f"{path / 'tokenizer.json'}: missing; save the tokenizer as a fast one")
-    tokenizer = Tokenizer.from_str((path / "tokenizer.json").read_text())
+    tokenizer = huggingface.read_tokenizer(path)
     if jinja is None and family.reads_template:
         jinja = read_processor_template(path)
     template = family.template
@@ -114,20 +116,58 @@ def open_codec(
         template = multimodal_template(jinja, path, tokenizer, template)
     sampling = family.sampling(data)
     template = dataclasses.replace(
-        template, sampling=sampling.method, time_instruction=sampling.time_instruction
-    )
+        template, sampling=sampling.method, frames=sampling.frames,
+        time_instruction=sampling.time_instruction,
+    )  # fmt: skip
     return fitted_codec(tokenizer, template)
 
 
 def read_config(
     source: epath.PathLike, options: Mapping[str, Any]
 ) -> tuple[Family, ModelConfig, dict[str, Any]]:
-    """Family, ModelConfig and config.json with `options` in it."""
+    """Family, ModelConfig and config.json with `options` in it.
+
+    Raises:
+      FamilyError: also for an option that the family does not read.
+    """
     path = epath.Path(source)
     config = read_json(path / "config.json") | dict(options)
-    family = _family(path, config)
-    preprocessor = read_json(path / "preprocessor_config.json")
-    return family, family.model_config(config, preprocessor), config
+    family, entries = _family(path, config), _Entries(config)
+    model = family.model_config(entries, read_json(path / "preprocessor_config.json"))
+    if resize := entries.get("resize"):  # in no published file
+        model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, resize=resize))
+    _check_options(family, entries, options)
+    return family, model, config
+
+
+class _Entries(collections.UserDict):
+    """A config.json that keeps which of its entries were looked up."""
+
+    def __init__(self, data: Mapping[str, Any]):
+        self.read: set[str] = set()
+        super().__init__(data)
+
+    def __contains__(self, key: object) -> bool:
+        self.read.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+def _check_options(family: Family, entries: _Entries, options: Mapping[str, Any]) -> None:
+    """Refuses options that nothing reads; those of ModelConfig have been looked up."""
+    try:
+        family.sampling(entries)
+    except FamilyError:  # an import says so itself, for the others it does not matter
+        return
+    known = {"heads", *family.head_options} | entries.read
+    if unknown := sorted(options.keys() - known):
+        raise FamilyError(
+            f"--set {unknown[0]}: nothing reads it in this {family.name}; leave it out, or use one "
+            f"of {sorted(known)}"
+        )
 
 
 def headed(

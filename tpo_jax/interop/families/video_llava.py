@@ -7,6 +7,7 @@ frame. The original flips frames at random, at inference too; this program never
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -56,10 +57,11 @@ def huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any
     only(config, "vision_feature_select_strategy", "default")
     only(config, "multimodal_projector_bias", True)
     vision = tower_config(
-        config["vision_config"], layer=config.get("vision_feature_layer", -2),
+        {"model_type": "clip_vision_model"} | said(config, "vision_config"),
+        layer=config.get("vision_feature_layer", -2),
         preprocessor=preprocessor, kind="languagebind",
     )  # fmt: skip
-    return assemble(vision, CONNECTOR, config["text_config"])
+    return assemble(vision, CONNECTOR, {"model_type": "llama"} | said(config, "text_config"))
 
 
 def huggingface_rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
@@ -85,7 +87,7 @@ def original_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) 
         layer=said(config, "mm_vision_select_layer"), max_frames=FRAMES,
         preprocessor=preprocessor, resize=RESIZES[said(config, "image_aspect_ratio", RESIZES)],
     )  # fmt: skip
-    return assemble(vision, CONNECTOR, dict(config) | {"model_type": "llama"})
+    return assemble(vision, CONNECTOR, collections.ChainMap({"model_type": "llama"}, config))
 
 
 def original_rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:

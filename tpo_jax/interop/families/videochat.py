@@ -93,6 +93,14 @@ def rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
     ]  # fmt: skip
 
 
+def unapplied(config: Mapping[str, Any]) -> list[str]:
+    """Dropout and stochastic depth of the Q-Former."""
+    bridge = config["model_config"]["bridge"]
+    rates = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
+    return [f"model_config.bridge.{name}={bridge[name]}"
+            for name in (f"qformer_{rate}" for rate in rates) if bridge.get(name)]  # fmt: skip
+
+
 def with_lora(row: Row) -> list[Row]:
     """Rows of a kernel that PEFT has wrapped."""
     ours, theirs = row.ours.removesuffix("/kernel"), row.theirs.removesuffix(".weight")
@@ -141,6 +149,7 @@ FAMILY = Family(
     model_config=model_config,
     rows=rows,
     with_heads=with_heads,
+    head_options=("sam2_config", "cg_config"),
     template=TEMPLATE,
     sampling=lambda config: Sampling(
         "middles", config["model_config"]["vision_encoder"]["num_frames"]
@@ -154,5 +163,6 @@ FAMILY = Family(
         r"qformer\.bert\.embeddings\.position_ids",
         r"qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..*",
     ),
+    unapplied=unapplied,
     layouts="OpenGVLab/TPO inference/model.safetensors.index.json and modeling_*.py",
 )  # fmt: skip
