@@ -355,7 +355,8 @@ def test_a_number_of_frames_is_a_program_and_prompts_have_one_length(monkeypatch
             for number in range(len(questions)):
                 rows = [types.SimpleNamespace(questions=[number])]
                 text = questions[number].asked
-                yield rows, {(number, 0): (pairs.Answer(text, 1, True, 0.0), [7])}, None
+                drawn = {(number, 0): (pairs.Answer(text, 1, True, 0.0), [7])}
+                yield rows, drawn, lambda sample, answers, rows: dict.fromkeys(answers, -2.0)
 
     monkeypatch.setattr(pipeline_model, "AnswerGenerator", Generator)
     own = pipeline_model.OwnModel(None, None, None, None, "none")
@@ -365,7 +366,8 @@ def test_a_number_of_frames_is_a_program_and_prompts_have_one_length(monkeypatch
              "asked": f"q{i}", "answer": "a", "options": [], "kind": "", "frame_indices": [0] * n}
             for i, n in enumerate((8, 4, 8))]
     found = [(name, fields["answers"][0]["text"])
-             for _ in range(2) for name, fields in answerer.preferred(jobs, ())]
+             for _ in range(2) for name, fields in answerer.preferred(jobs, ())
+             if fields["chosen_logp"] == [-2.0]]
     assert found == [("v1/talk/0", "q1"), ("v0/talk/0", "q0"), ("v2/talk/0", "q2")] * 2
     assert made == [(4, (), 21), (8, (), 21)]
 

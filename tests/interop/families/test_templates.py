@@ -155,7 +155,7 @@ def test_bos_of_the_tokenizer_and_end_of_an_answer_complete_a_template(tmp_path)
     assert codec.template == named("video_llava").template.__class__(
         before_video="<s>USER: ", after_video="\n", before_image="<s>USER: ", after_image="\n",
         user="", assistant=" ASSISTANT:", end="</s>", pad="<unk>", visual_offset=5,
-        sampling="evenly",
+        sampling="evenly", frames=8,
     )  # fmt: skip
 
 
