@@ -315,9 +315,8 @@ class Pipeline:
         """What is never drawn because no bucket shows its media, a line for each source; "" if
         nothing. Steps that were counted with it are too many for what is left."""
         return "\n".join(
-            f"WARNING: {source.dataset.path}: no bucket shows {_in_words(unseen)}, of "
-            f"{len(source.dataset.videos)} videos and images. Add a bucket of that media and kind, "
-            "or count steps without them."
+            f"{source.dataset.path}: no bucket shows {_in_words(unseen)}, of "
+            f"{len(source.dataset.videos)} videos and images"
             for source, unseen in zip(self._sources, self._unseen.values(), strict=True) if unseen)
 
     def describe_kinds(self, reported: Sequence[str]) -> str:
