@@ -220,13 +220,14 @@ def test_arms_ask_what_heads_asks():
         return {task: per_task * weight for task, weight in tasks.items()}, config
 
     most, heads = asked("heads")
-    for arm in ("TRM", "T", "R", "M", "temporal", "conversation"):
-        rows, config = asked(arm)
+    times = dict.fromkeys(("temporal", "cg_detr", "temporal_mlp"), 4)
+    for arm in ("TRM", "T", "R", "M", "conversation", *times):
+        (rows, config), n = asked(arm), times.get(arm, 1)
         long = "conversation" in rows
-        assert config.steps == (heads.steps if long else round(heads.steps * 6 / 7))
+        assert config.steps == n * (heads.steps if long else round(heads.steps * 6 / 7))
         assert ("video_long" in config.buckets) == long
         for task, count in rows.items():
-            assert count == pytest.approx(most[task], rel=0.07)
+            assert count == pytest.approx(n * most[task], rel=0.07)
     text = CONFIG["get_config"]("arm=text")
     assert text.steps == heads.steps and text.trainable == [["language/", heads.trainable[1][1]]]
     assert text.data.task_text and not text.model.heads
