@@ -10,7 +10,7 @@ FLOORS = (
     {"parallel"}, {"objectives", "models"}, {"data"}, {"interop"}, {"training", "generation"},
     {"evaluation"},
 )  # fmt: skip
-OPEN_TO_ALL = {"errors", "assets", "__version__"}
+OPEN_TO_ALL = {"errors"}
 
 
 def imported(file: pathlib.Path) -> set[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from jax.sharding import PartitionSpec as P
 from tpo_jax.parallel.mesh import BATCH_AXES
 
 AXIS = "context"
+
+Out = TypeVar("Out")  # an array, or a pytree of them
 
 
 def context_devices() -> int:
@@ -38,8 +41,8 @@ def split_tokens(x: jax.Array, axis: int) -> jax.Array:
 
 
 def per_device(
-    function: Callable, args: Sequence, in_specs: Sequence[P], out_specs: P
-) -> jax.Array:
+    function: Callable[..., Out], args: Sequence, in_specs: Sequence[P], out_specs: Any
+) -> Out:
     """function(*args) on each device's part of `context`; the compiler splits the other axes.
 
     Specs name `context` alone. What `function` closes over must not be traced.
