@@ -211,6 +211,7 @@ def test_generated_pairs_come_from_the_model_and_are_counted(generated):
     lines = (generated / "pairs.jsonl").read_text().splitlines()
     assert len(lines) == counts["kept"] == counts["written"] > 5
     assert sum(counts["manipulation"].values()) == len(lines)
+    assert counts["manipulation"].keys() == {"localized, segment unknown", "comprehensive"}
     pairs = [Example.from_json(json.loads(line)) for line in lines]
     assert len({pair.example_id for pair in pairs}) == len(pairs)
     said = {word for p in pairs for side in ("chosen", "rejected")

@@ -171,7 +171,14 @@ def test_the_page_is_of_the_figures_beside_it_and_says_what_the_untrained_base_g
     assert page == (RESULTS / "README.md").read_text()
     # Hidden, DPO has 0.263 and the base 0.261; one model under two conditions is the same.
     assert "| +0.006 [-0.007, +0.018] | +0.002 | not decided |" in page
-    assert "| +0.143 [+0.117, +0.170] | +0.000 | agrees |" in page
+    # With 8 frames nothing was measured hidden, so neither was the difference from it.
+    assert "| +0.143 [+0.117, +0.170] | — | agrees |" in page
+    without = [line for line in page.splitlines() if line.endswith("| — |")]
+    assert {line.split(" | ")[0] for line in without} == {
+        "| 8 frames", "| 16 frames", "| needles in 16 s", "| needles in 32 s"}
+    assert len(without) == 12 and "| needles in 64 s | sft | 0.816 [0.767, 0.861] | " in page
+    assert page.count("| 0.270 |\n") == 1
+    assert "`--gap` is 0" in page and "the held-out ones too" in page and "--subset 0.125" in page
     assert page.count("which no pair trained") == 1
     assert "gives +0.143. Between the same two the base, " in page and "gains +0.170 (0.5" in page
     assert "(0.552 to 0.723), no less: this comparison **says nothing about preferences**." in page

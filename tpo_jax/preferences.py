@@ -125,6 +125,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add("--frames", type=scoring.frame_counts, default=(), metavar="N,N", help="frames shown: of "
         "a video the smallest number that takes all its stored frames, else the largest "
         "(default: as many as the model was published with, else as it takes)")
+    add("--train_frames", choices=pairs.TRAIN_FRAMES, default="whole", help="frames that training "
+        "shows of a pair: of the whole video, or those that the preferred answer was given with, "
+        "of a localized pair mostly its segment (default: %(default)s)")
     add("--near_equal", type=float, default=0.95, help="word similarity from which answers count "
         "as equal (default: %(default)s)")
     add("--length_ratio", type=float, default=4.0, help="largest ratio of token counts "

@@ -16,7 +16,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.temporal_preference.runs import best
-from experiments.temporal_preference.studies import BLIND, HIDDEN, PREFERENCE, QA, STUDIES, Claim
+from experiments.temporal_preference.studies import (
+    BLIND,
+    HIDDEN,
+    PREFERENCE,
+    QA,
+    STUDIES,
+    Claim,
+    hidden_condition,
+)
 from tpo_jax.evaluation import results
 from tpo_jax.evaluation.bootstrap import ItemScores, interval, paired_difference
 
@@ -131,17 +139,25 @@ def render(records: list[Mapping[str, Any]]) -> str:
         "answer is the known one and whose other is not. Published (arXiv 2501.13919) are LongVA "
         "of 7 billion parameters on 10,000 pairs and benchmarks of real videos: only the sign of "
         "a difference can be compared.", "",
+        "**What pairs are left, the held-out ones too:** before that rule they passed the filters "
+        "of `preferences generate` (docs/preferences.md). One of them is the base's own likelihood "
+        "gap: it finds the preferred answer likelier with the right frames than with the "
+        "manipulated ones (`--gap` is 0). So `preferred answer likelier` is counted on pairs that "
+        "the base chose. Comprehensive pairs keep an eighth of the frames (`--subset 0.125`).", "",
         "In brackets are 95 % intervals of a bootstrap over videos, of differences paired by "
         "question and seed. `hidden` is the same figure with the video hidden: what the text alone "
-        f"gives. An interval above 0 {AGREES}, one below 0 {DISAGREES} with what was published, "
-        f"one that holds 0 is {UNDECIDED}.", "",
+        "gives. Of questions it was measured with all frames and with needles in the longest "
+        "videos; for fewer frames and shorter videos it was not, which is —. The plots show the "
+        f"one that was measured. An interval above 0 {AGREES}, one below 0 {DISAGREES} with what "
+        f"was published, one that holds 0 is {UNDECIDED}.", "",
     ]  # fmt: skip
     lines += ["| study | published | here | hidden | |", "|---|---|---|---|---|"]
     for record in records:
         for claim, hidden in zip(record["claims"], _hidden_differences(record), strict=True):
             lines.append(
                 f"| {record['study']}: {claim['text']} | {claim['published']} | "
-                f"{_signed(claim['difference'])} | {hidden:+.3f} | {claim['verdict']} |"
+                f"{_signed(claim['difference'])} | {_measured(hidden, '+.3f')} | "
+                f"{claim['verdict']} |"
             )
     for note in (note for record in records for note in _untrained(record)):
         lines += ["", note]
@@ -150,29 +166,30 @@ def render(records: list[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _hidden_differences(record: Mapping[str, Any]) -> list[float]:
-    """Of each claim, the same difference with the video hidden."""
+def _hidden_differences(record: Mapping[str, Any]) -> list[float | None]:
+    """Of each claim, the same difference with the video hidden; None where it was not measured."""
     rows, scale = _by_place(record["rows"]), types.SimpleNamespace(**record["scale"])
-    return [
-        _hidden(rows, *dataclasses.astuple(claim.more(scale)))
-        - _hidden(rows, *dataclasses.astuple(claim.less(scale)))
+    sides = [
+        [_hidden(rows, *dataclasses.astuple(of(scale))) for of in (claim.more, claim.less)]
         for claim in STUDIES[record["study"]].claims
     ]
+    return [None if None in (more, less) else more - less for more, less in sides]
 
 
 def _by_place(rows: list[Mapping[str, Any]]) -> dict[tuple[str, str, str], Mapping[str, Any]]:
     return {(row["model"], row["condition"], row["metric"]): row for row in rows}
 
 
-def _hidden(rows: Mapping[Any, Any], model: str, condition: str, metric: str) -> float:
-    """What is left of a figure without the video: hidden, one clip is as any other."""
+def _hidden(rows: Mapping[Any, Any], model: str, condition: str, metric: str) -> float | None:
+    """What is left of a figure without the video; None where that was not measured."""
     if metric == PREFERENCE:
         return rows[model, condition, HIDDEN]["value"]
-    (found,) = (
-        row["value"] for (of, under, what), row in rows.items()
-        if (of, what) == (model, metric) and "hidden" in under
-    )  # fmt: skip
-    return found
+    under = hidden_condition(condition)
+    return rows[model, under, metric]["value"] if (model, under, metric) in rows else None
+
+
+def _measured(value: float | None, form: str) -> str:
+    return "—" if value is None else format(value, form)
 
 
 def _untrained(record: Mapping[str, Any]) -> list[str]:
@@ -228,7 +245,7 @@ def _search(search: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Mapping[Any, Any], models: tuple[str, ...], metric: str, title: str) -> list[str]:
-    """A line a model and condition; the last column is what is left without the video."""
+    """A line a model and condition; the last column is what is left without the video, or —."""
     lines = [
         f"| {title} | model | value | by seed | minus {models[0]} | hidden |",
         "|---|---|---|---|---|---|",
@@ -241,7 +258,7 @@ def _table(rows: Mapping[Any, Any], models: tuple[str, ...], metric: str, title:
             lines.append(
                 f"| {condition} | {model} | {_value(row)} | "
                 f"{', '.join(f'{v:.3f}' for v in row['by_seed'])} | {difference} | "
-                f"{_hidden(rows, model, condition, metric):.3f} |"
+                f"{_measured(_hidden(rows, model, condition, metric), '.3f')} |"
             )
     return lines
 
@@ -317,7 +334,8 @@ def _error_bars(ax: Any, xs: Any, rows: list[Mapping[str, Any]], label: str, fmt
 
 
 def _maps(rows: list[Mapping[str, Any]], models: tuple[str, ...]) -> Figure:
-    """A map a model: depth of the needle by length of the video; all depths with it hidden."""
+    """A map a model: depth of the needle by length of the video; all depths of the longest with it
+    hidden."""
     places = _by_place(rows)
     cells = {
         (row["model"], row["condition"], row["metric"].removeprefix(DEPTH)): row["value"]
@@ -333,7 +351,7 @@ def _maps(rows: list[Mapping[str, Any]], models: tuple[str, ...]) -> Figure:
         for y, line in enumerate(values):
             for x, value in enumerate(line):
                 ax.text(x, y, f"{value:.2f}", ha="center", va="center")
-        hidden = _hidden(places, model, conditions[0], QA)
+        hidden = _hidden(places, model, conditions[-1], QA)
         ax.set(
             title=f"{model} (hidden {hidden:.2f})", xlabel="video",
             yticks=range(len(depths)), yticklabels=depths,

@@ -86,15 +86,21 @@ def on_frames(runs: Runs) -> dict[str, Evaluation]:
 
 
 def on_needles(runs: Runs) -> dict[str, Evaluation]:
-    """Questions about needles in videos of every length; hidden, one length is as any other."""
+    """Questions about needles in videos of every length, of the longest with the video hidden."""
     data = {length: runs.needles(length) for length in runs.scale.lengths}
-    hidden = {f"needles hidden in {runs.scale.lengths[-1]} s": next(
-        iter(_hidden(data[runs.scale.lengths[-1]]).values())
-    )}  # fmt: skip
     seen = {
         f"needles in {n} s": Evaluation(folder, ("--tasks", "qa")) for n, folder in data.items()
     }
-    return seen | hidden
+    longest = runs.scale.lengths[-1]
+    (hidden,) = _hidden(data[longest]).values()
+    return seen | {hidden_condition(f"needles in {longest} s"): hidden}
+
+
+def hidden_condition(condition: str) -> str:
+    """The name of a condition with the video hidden, whether or not a study has it:
+    "needles in 64 s" -> "needles hidden in 64 s"."""
+    what, _, more = condition.partition(" ")
+    return BLIND if condition == TEST else f"{what} hidden {more}"
 
 
 def _hidden(data: pathlib.Path) -> dict[str, Evaluation]:

@@ -55,6 +55,17 @@ def test_uniform_on_the_world():
     assert sampling.uniform(times, 1).tolist() == [64]
 
 
+def test_a_model_is_shown_all_of_a_clip_that_has_no_more_frames():
+    """Half of the world's frames are uniform ones; of few, uneven ones none is left out."""
+    times = np.arange(64) / 2
+    assert sampling.shown("uniform", times, 32, 0.0, 32.0).tolist() == list(range(1, 64, 2))
+    uneven = np.array([0.0, 0.48, 1.0, 1.48, 2.0, 2.48])
+    assert len(set(sampling.uniform(uneven, 6, 0.0, 3.0))) < 6
+    for count in (6, 8):
+        assert sampling.shown("uniform", uneven, count, 0.0, 3.0).tolist() == list(range(6))
+    assert sampling.shown("evenly", uneven, 8, 0.0, 3.0).tolist() == [0, 0, 1, 2, 2, 3, 4, 5]
+
+
 def test_uniform_follows_time_not_frame_number():
     times = np.concatenate([np.arange(80) / 10, [8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0]])
     seen = times[sampling.uniform(times, 4, 0.0, 16.0)]

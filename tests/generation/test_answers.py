@@ -26,7 +26,7 @@ def generator(model, params, codec):
 def test_a_clip_is_prefilled_once_for_all_of_its_questions(generator, monkeypatch):
     questions = [q for video in shuffled_videos(generator.dataset, 0)
                  for q in pairs.questions_of(generator.dataset, video, 16, 0)]
-    evidence = [pairs.plan_evidence(q, generator.dataset.video_info("video0").timestamps,
+    evidence = [pairs.plan_evidence(q, generator.dataset.video_info("video0"),
                                     generator.settings.evidence) for q in questions]
     assert len(questions) == 21
     prefill, prefilled = generator.sampler.prefill, []

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from micro_model import MemoryDataset, conversation
 
-from tpo_jax.data.records import Example, Turn
+from tpo_jax.data.records import Example, Turn, VideoInfo
 from tpo_jax.generation import pairs
 from tpo_jax.generation.pairs import Answer, Candidate, EvidenceSettings, FilterSettings, Question
 
@@ -27,10 +27,17 @@ def question(turn=MOVE, segment=(4.0, 6.0), index=0):
                     segment)
 
 
+def plan_of(asked, settings, times=TIMES):
+    """Of a video whose last frame is shown for 0.25 s."""
+    times = np.asarray(times, np.float32)
+    info = VideoInfo("video", float(times[-1]) + 0.25, len(times), times, 32, 32)
+    return pairs.plan_evidence(asked, info, settings)
+
+
 def candidate(chosen="left", rejected="right", turn=MOVE, gap=1.0, finished=(True, True),
               lengths=(2, 2)):
     asked = question(turn)
-    evidence = pairs.plan_evidence(asked, TIMES, EvidenceSettings(8))
+    evidence = plan_of(asked, EvidenceSettings(8))
     return Candidate(
         asked, evidence, 0, Answer(chosen, lengths[0], finished[0], -1.0),
         Answer(rejected, lengths[1], finished[1], -2.0), -1.0 - gap)
@@ -42,7 +49,7 @@ def candidate(chosen="left", rejected="right", turn=MOVE, gap=1.0, finished=(Tru
 @given(st.integers(0, 1000), st.booleans(), st.sampled_from(["dense", "whole"]))
 def test_localized_frames_avoid_the_segment_and_right_frames_show_it(seed, known, right):
     settings = EvidenceSettings(8, mix=1.0, right=right, seed=seed)
-    plan = pairs.plan_evidence(question(segment=(4.0, 6.0) if known else None), TIMES, settings)
+    plan = plan_of(question(segment=(4.0, 6.0) if known else None), settings)
     assert plan.manipulation == "localized"
     start, end = plan.segment
     manipulated = TIMES[list(plan.manipulated_indices)]
@@ -51,16 +58,18 @@ def test_localized_frames_avoid_the_segment_and_right_frames_show_it(seed, known
     chosen = TIMES[list(plan.chosen_indices)]
     assert ((chosen >= start) & (chosen <= end)).any()
     if known and right == "dense":
-        assert ((chosen >= start) & (chosen <= end)).all()
+        assert ((chosen >= start) & (chosen <= end)).all() and plan.right == "dense"
     else:
         assert plan.chosen_indices == plan.frame_indices
+        assert plan.right == ("right=whole" if known else "segment unknown")
 
 
 @given(st.integers(0, 1000), st.floats(0.05, 0.95))
 def test_comprehensive_frames_are_a_repeated_sparse_subset(seed, subset):
     settings = EvidenceSettings(16, mix=0.0, subset=subset, seed=seed)
-    plan = pairs.plan_evidence(question(), TIMES, settings)
+    plan = plan_of(question(), settings)
     assert plan.manipulation == "comprehensive" and plan.chosen_indices == plan.frame_indices
+    assert plan.right is None
     distinct = set(plan.manipulated_indices)
     assert distinct < set(plan.frame_indices) and len(distinct) == max(1, round(16 * subset))
     assert len(plan.manipulated_indices) == 16
@@ -69,38 +78,39 @@ def test_comprehensive_frames_are_a_repeated_sparse_subset(seed, subset):
 
 def test_evidence_is_a_function_of_seed_and_names_and_follows_the_mix():
     settings = EvidenceSettings(8, mix=0.3, seed=7)
-    plans = [pairs.plan_evidence(question(index=i), TIMES, settings) for i in range(300)]
-    again = [pairs.plan_evidence(question(index=i), TIMES, settings) for i in range(300)]
+    plans = [plan_of(question(index=i), settings) for i in range(300)]
+    again = [plan_of(question(index=i), settings) for i in range(300)]
     assert plans == again
     share = np.mean([plan.manipulation == "localized" for plan in plans])
     assert 0.2 < share < 0.4
     subsets = {p.manipulated_indices for p in plans if p.manipulation == "comprehensive"}
     assert len(subsets) == 1  # one per video: its questions share a prefill
-    other = pairs.plan_evidence(
-        question(), TIMES, dataclasses.replace(settings, seed=8, mix=0.0))
+    other = plan_of(question(), dataclasses.replace(settings, seed=8, mix=0.0))
     assert other.manipulated_indices not in subsets
 
 
 @pytest.mark.parametrize("kind", pairs.KINDS_ABOUT_TIME)
 def test_a_question_about_time_keeps_the_whole_video(kind):
     turn = dataclasses.replace(MOVE, kind=kind)
-    plan = pairs.plan_evidence(question(turn), TIMES, EvidenceSettings(8, mix=1.0))
+    plan = plan_of(question(turn), EvidenceSettings(8, mix=1.0))
     assert plan.chosen_indices == plan.frame_indices and plan.segment == (4.0, 6.0)
+    assert plan.right == "question about time"
 
 
 def test_dense_frames_are_used_only_where_they_show_more():
     settings = EvidenceSettings(16, mix=1.0)
-    fine = pairs.plan_evidence(question(), TIMES, settings)
-    assert fine.chosen_indices != fine.frame_indices
-    coarse = pairs.plan_evidence(question(), TIMES[::4], settings)  # 1 frame a second, 16 shown
+    fine = plan_of(question(), settings)
+    assert fine.chosen_indices != fine.frame_indices and fine.right == "dense"
+    coarse = plan_of(question(), settings, TIMES[::4])  # 1 frame a second, 16 shown
     assert coarse.chosen_indices == coarse.frame_indices and coarse.manipulation == "localized"
+    assert coarse.right == "no more frames stored"
 
 
 @pytest.mark.parametrize("times", [[0.0], [0.0, 5.0]])
 def test_a_video_without_remainder_gives_a_comprehensive_pair(times):
-    plan = pairs.plan_evidence(
-        question(segment=(0.0, 5.0)), np.array(times, np.float32), EvidenceSettings(8, mix=1.0))
-    assert plan.manipulation == "comprehensive" and len(plan.manipulated_indices) == 8
+    plan = plan_of(question(segment=(0.0, 5.0)), EvidenceSettings(8, mix=1.0), times)
+    assert plan.manipulation == "comprehensive"
+    assert len(plan.manipulated_indices) == len(plan.frame_indices) == len(times)
 
 
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=20, unique=True), st.integers(1, 40))
@@ -159,10 +169,24 @@ def test_a_question_that_is_there_with_and_without_options_is_not_asked_twice():
 @pytest.mark.parametrize("stored, frames", [(3, 4), (4, 4), (5, 8), (16, 16), (64, 16)])
 def test_a_video_is_shown_in_the_smallest_number_that_takes_its_frames(stored, frames):
     settings = EvidenceSettings(16, mix=0.5, fewer=(8, 4))
-    plan = pairs.plan_evidence(question(segment=(0.0, 0.5)), TIMES[:stored], settings)
+    assert settings.frames_of(stored) == frames
+    plan = plan_of(question(segment=(0.0, 0.5)), settings, TIMES[:stored])
     for indices in (plan.frame_indices, plan.chosen_indices, plan.manipulated_indices):
-        assert len(indices) == frames
-    assert set(plan.frame_indices) == set(range(stored)) or stored > frames
+        assert len(indices) == min(stored, frames)  # each side as many, none of the whole twice
+    assert plan.frame_indices == tuple(range(stored)) or stored > frames
+
+
+@pytest.mark.parametrize("mix", [0.0, 1.0])
+def test_where_a_sampler_gives_fewer_frames_every_side_has_as_many(mix):
+    """16 s at 4 frames a second: one a second are 16 of the 32 that were asked for."""
+    settings = EvidenceSettings(32, mix=mix, sampling="frames_at_one_fps")
+    plan = plan_of(question(), settings)
+    assert plan.frame_indices == tuple(range(0, 64, 4))
+    assert len(plan.chosen_indices) == len(plan.manipulated_indices) == 16
+    if mix:
+        assert set(TIMES[list(plan.chosen_indices)]) == set(np.arange(4.0, 6.25, 0.25))
+    else:
+        assert set(plan.manipulated_indices) < set(plan.frame_indices)
 
 
 @pytest.mark.parametrize("field, value", [
@@ -239,3 +263,13 @@ def test_pair_is_an_example_with_all_frames_and_survives_json():
         assert targets[name] == list(getattr(pair.evidence, name))
     assert targets["seed"] == 3 and example.turns[0].question == pair.question.asked
     assert targets["chosen_logp"] - targets["chosen_logp_manipulated"] == pytest.approx(pair.gap)
+    assert "train_frames" not in targets
+
+
+def test_training_may_show_the_frames_of_the_preferred_answer():
+    pair = candidate()
+    pair = dataclasses.replace(pair, evidence=plan_of(question(), EvidenceSettings(8, mix=1.0)))
+    targets = pairs.to_example(pair, 16.0, {}, "segment").targets
+    assert targets["frame_indices"] == targets["chosen_indices"] != list(
+        pair.evidence.frame_indices)
+    assert targets["train_frames"] == "segment" and len(targets["manipulated_indices"]) == 8

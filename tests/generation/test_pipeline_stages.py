@@ -16,11 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from micro_model import MemoryDataset, conversation
 
+from tpo_jax import preferences
 from tpo_jax.data import files
-from tpo_jax.data.records import Example, Turn
+from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.pipeline import row_builder
+from tpo_jax.data.records import Example, Turn, VideoInfo
+from tpo_jax.data.row_plans import RowPlan
+from tpo_jax.data.sampling import SAMPLERS
+from tpo_jax.data.text import TextCodec
 from tpo_jax.generation import pairs
 from tpo_jax.generation.answers import Settings
-from tpo_jax.generation.pipeline import manifest, plugins, prompts
+from tpo_jax.generation.pipeline import command, manifest, plugins, prompts
 from tpo_jax.generation.pipeline import model as pipeline_model
 from tpo_jax.generation.pipeline.manifest import Folder, FolderBusy, Manifest, ManifestError
 from tpo_jax.generation.pipeline.shards import Work, run_part, run_whole
@@ -192,6 +198,7 @@ def test_counts_add_up_and_cheap_filters_come_before_the_judge(whole):
     assert counts["questions"]["failed"] == {"topic does not suit": sum(
         "failed" in q for q in read(path, "questions"))}
     assert counts["captions"]["failed"].keys() == {"empty reply"}
+    assert counts["manipulation"].keys() == {"localized", "comprehensive"}
     dropped = counts["dropped"]
     assert dropped.keys() == {"identical", "question has a pair already",
                               "judge: dis-preferred answer is as good or better"}
@@ -343,6 +350,71 @@ def test_a_video_is_shown_in_the_fewest_frames_that_take_all_of_its_own(tmp_path
     assert {len(r["frame_indices"]) for r in shown} == {24}
 
 
+CLIPS = {  # video -> times of its stored frames, and its duration, in seconds
+    "video0": (np.arange(24) / 2, 12.0),
+    "video1": (np.arange(12) / 2, 6.0),  # one a second are fewer than asked for
+    "video2": (np.array([0.0, 0.48, 1.0, 1.48, 2.0]), 2.5),  # fewer are stored
+    "video3": (0.1 + 0.51 * np.arange(20), 10.7),
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLERS)
+def test_pairs_show_what_training_rows_show_of_the_same_clip(tmp_path, codec, model, sampling):
+    """From the template of the model to the records of every stage."""
+    infos = {name: VideoInfo("video", duration, len(times), times.astype(np.float32), 32, 32)
+             for name, (times, duration) in CLIPS.items()}
+    dataset = MemoryDataset(len(CLIPS))
+    dataset.video_info = infos.__getitem__
+    codec = TextCodec(codec.tokenizer, dataclasses.replace(codec.template, sampling=sampling))
+    own = types.SimpleNamespace(codec=codec, model=model)
+    flags = preferences.parse(["generate", "--model=m", "--data=d", "--out=o", "--frames=8"])
+    answerer = Answerer(Speaker())
+    answerer.settings = command.settings_of(flags, own, None)
+    with Work(epath.Path(tmp_path), VIDEOS, 2, OPTIONS).whole() as folder:
+        pipeline = dataclasses.replace(
+            pipeline_of(folder, Speaker()), answerer=answerer, dataset=dataset)
+        assert pipeline.run(VIDEOS, 99) > 3
+    rows = row_builder(codec, model.config, Bucket(
+        "video", "video", batch_size=1, frames=8, branches=1, branch_tokens=8, answers=1,
+        windows=1, mask_size=model.config.mask_size))
+    shown = {name: rows.frame_indices(RowPlan(dataset, name, 0.0, info.duration, ())).tolist()
+             for name, info in infos.items()}
+    assert len(shown["video1"]) == (6 if sampling == "frames_at_one_fps" else 8)
+    for stage in ("videos", "questions", "filter", "pairs"):
+        for record in read(tmp_path, stage):
+            where = record["targets"] if stage == "pairs" else record
+            assert where["frame_indices"] == shown[record["video_id"]]
+            for side in ("chosen_indices", "manipulated_indices"):
+                assert len(where.get(side, where["frame_indices"])) == len(where["frame_indices"])
+    options = command.stage_options(flags, answerer.settings, "none")["videos"]
+    # The manifests depend on it; those from before there were several go on.
+    assert options.get("sampling", "uniform") == sampling
+    assert ("sampling" in options) == (sampling != "uniform")
+
+
+def test_frames_of_training_change_the_pairs_alone(whole, tmp_path):
+    path, _, _ = whole
+    answerer = Answerer(Speaker())
+    answerer.settings = dataclasses.replace(answerer.settings, train_frames="segment")
+    with Work(epath.Path(tmp_path), VIDEOS, 2, OPTIONS).whole() as folder:
+        pipeline = dataclasses.replace(pipeline_of(folder, Speaker()), answerer=answerer)
+        for first in (0, 2):
+            pipeline.run(VIDEOS[first : first + 2], 1000)
+    before, after = manifests(path), manifests(tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {FILES["pairs"]}
+    differ = 0
+    for old, new in zip(read(path, "pairs"), read(tmp_path, "pairs"), strict=True):
+        targets = old["targets"]
+        assert new["targets"] == targets | {
+            "frame_indices": targets["chosen_indices"], "train_frames": "segment"}
+        differ += targets["chosen_indices"] != targets["frame_indices"]
+    assert differ
+    flags = preferences.parse(["generate", "--model=m", "--data=d", "--out=o"])
+    for of, option in ((Answerer(Speaker()).settings, {}),
+                       (answerer.settings, {"train_frames": "segment"})):
+        assert command.stage_options(flags, of, "none")["pairs"] == option
+
+
 def test_a_number_of_frames_is_a_program_and_prompts_have_one_length(monkeypatch):
     made = []
 
@@ -351,7 +423,7 @@ def test_a_number_of_frames_is_a_program_and_prompts_have_one_length(monkeypatch
             made.append((settings.evidence.frames, settings.evidence.fewer, prompt))
 
         def answers(self, questions, evidence, side, skip):
-            assert len({len(e.chosen_indices) for e in evidence}) == 1
+            assert max(len(e.chosen_indices) for e in evidence) <= settings.evidence.frames
             for number in range(len(questions)):
                 rows, text = [types.SimpleNamespace(questions=[number])], questions[number].asked
                 drawn = {(number, 0): (pairs.Answer(text, 1, True, 0.0), [7])}
@@ -363,10 +435,10 @@ def test_a_number_of_frames_is_a_program_and_prompts_have_one_length(monkeypatch
     answerer = pipeline_model.ModelAnswerer(own, settings, prompt=21)
     jobs = [{"id": f"v{i}/talk/0", "video_id": f"v{i}", "source": "test", "question": f"q{i}",
              "asked": f"q{i}", "answer": "a", "options": [], "kind": "", "frame_indices": [0] * n}
-            for i, n in enumerate((8, 4, 8))]
+            for i, n in enumerate((8, 3, 8, 5))]  # of 5 frames three are padding
     found = [(name, fields["answers"][0]["text"], *fields["chosen_logp"])
              for _ in range(2) for name, fields in answerer.preferred(jobs, ())]
-    assert found == [(f"v{n}/talk/0", f"q{n}", -2.0) for n in (1, 0, 2)] * 2
+    assert found == [(f"v{n}/talk/0", f"q{n}", -2.0) for n in (1, 0, 2, 3)] * 2
     assert made == [(4, (), 21), (8, (), 21)]
 
 

@@ -49,10 +49,23 @@ PACKED = (
 CASES = {"plain": PLAIN, "padded": PADDED, "packed": PACKED, "dropout": PADDED}
 
 
-def _tokens():
+def _runs(*lengths):
+    """int32[n]: so many entries of segment 1, then of 2, then of padding."""
+    return np.repeat(np.array([1, 2, 0], np.int32), lengths)
+
+
+# Prefix, branch and both together take several of the kernel's blocks of 128, none of them whole,
+# and a segment of the prefix ends in one block and a branch's in another.
+LONG = (
+    np.stack([_runs(90, 95, 15)]),
+    np.stack([[_runs(70, 60, 10), _runs(5, 131, 4), _runs(130, 10, 0)]]),
+)
+
+
+def _tokens(segments, own):
     """int32[B, P], int32[B, K, R]."""
     rng = np.random.default_rng(0)
-    return (rng.integers(0, 128, shape).astype(np.int32) for shape in ((B, P), (B, K, R)))
+    return (rng.integers(0, 128, part.shape).astype(np.int32) for part in (segments, own))
 
 
 def _model(backend):
@@ -90,7 +103,8 @@ def _step(backend):
         targets = branches[0][..., 1:]
         logps = token_logps(hidden[..., :-1, :], model.table, targets, chunk=4)
         # [B, K, R - 1] also where every branch has a row of its own, [2 B, K, R - 1] a segment.
-        of_pairs = [jnp.repeat(x.reshape(B, K, R - 1), 2, axis=0) for x in (logps, targets)]
+        shape = (-1, *answers.shape[1:])
+        of_pairs = [jnp.repeat(x.reshape(shape), 2, axis=0) for x in (logps, targets)]
         return _loss(*of_pairs, answers)
 
     return jax.jit(jax.value_and_grad(loss))
@@ -104,9 +118,9 @@ def _positions(segments):
     return out
 
 
-def _shared_rows(case):
-    segments, own = CASES[case]
-    prefix, branches = _tokens()
+def _shared_rows(segments, own):
+    B, K, R = own.shape
+    prefix, branches = _tokens(segments, own)
     positions = np.stack([_positions(row) for row in segments])
     lengths = np.stack([[0, *((row == s).sum() for s in (1, 2))] for row in segments])
     own_positions = np.array(
@@ -124,17 +138,17 @@ def _shared_rows(case):
 def _separate(state, tokens, segments, answers):
     """Plain causal rows without branches: int32[2 B, K, T] each, answers bool[2 B, K, T - 1]."""
     model = nnx.merge(_model("dense")[0], state)
-    rows = tokens.reshape(-1, P + R)
-    positions = jnp.broadcast_to(jnp.arange(P + R), rows.shape)
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
     hidden, _ = model.prefill(model.embed_tokens(rows), positions, segments.reshape(rows.shape))
     logps = token_logps(hidden[:, :-1], model.table, rows[:, 1:], chunk=4)
     return _loss(logps.reshape(answers.shape), tokens[..., 1:], answers)
 
 
-def _separate_rows(case):
+def _separate_rows(segments, own):
     """Each (pair, branch) alone: its prefix, its branch, then padding, which nothing sees."""
-    segments, own = CASES[case]
-    prefix, branches = _tokens()
+    P, (B, K, R) = segments.shape[1], own.shape
+    prefix, branches = _tokens(segments, own)
     tokens, used, answers = (np.zeros((B, 2, K, P + R), np.int32) for _ in range(3))
     for b, s, k in np.ndindex(B, 2, K):
         start = prefix[b][segments[b] == s + 1]
@@ -168,20 +182,24 @@ def steps():
 @pytest.mark.parametrize("backend", ["xla", "splash_interpret"])
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradient_equal_those_of_separate_rows(steps, backend, case):
-    """To 1e-5: of the loss, and of the largest entry of each parameter's gradient."""
-    weights, rows, keys = _weights(), _shared_rows(case), None
+    weights, rows, keys = _weights(), _shared_rows(*CASES[case]), None
     if case == "dropout":
         # Rows of one branch have the same masks: the row's key, and slice k of the branches'.
         keys = jax.random.split(jax.random.key(3), B)
         keys = keys, branch_keys(keys, K)
         want, wanted = steps["dense"](weights, *_one_branch(rows, keys))
-        _, kept = _separate(weights, *_separate_rows(case))
+        _, kept = _separate(weights, *_separate_rows(*CASES[case]))
         moved = _leaves(wanted)["embed/table"] - _leaves(kept)["embed/table"]
         share = jnp.abs(moved).max() / jnp.abs(_leaves(kept)["embed/table"]).max()
         assert share > 0.05, "nothing is dropped"
     else:
-        want, wanted = _separate(weights, *_separate_rows(case))
-    got, gradient = steps[backend](weights, *rows, keys)
+        want, wanted = _separate(weights, *_separate_rows(*CASES[case]))
+    _check(steps[backend](weights, *rows, keys), (want, wanted))
+
+
+def _check(got, want):
+    """To 1e-5: of the loss, and of the largest entry of each parameter's gradient."""
+    (got, gradient), (want, wanted) = got, want
     np.testing.assert_allclose(got, want, rtol=1e-5)
     leaves = _leaves(gradient)
     for path, leaf in _leaves(wanted).items():
@@ -190,3 +208,8 @@ def test_loss_and_gradient_equal_those_of_separate_rows(steps, backend, case):
         np.testing.assert_allclose(
             leaves[path], leaf, rtol=0, atol=1e-5 * largest, err_msg=path
         )  # fmt: skip
+
+
+def test_loss_and_gradient_of_splash_over_several_of_its_blocks(steps):
+    want = _separate(_weights(), *_separate_rows(*LONG))
+    _check(steps["splash_interpret"](_weights(), *_shared_rows(*LONG), None), want)

@@ -61,3 +61,12 @@ def test_other_data_or_random_settings_forbid_other_code_is_told():
     assert len(forbids) == 2 and "random: implementation" in forbids[0]
     assert "data: train: checkpoint has aa, this command has changed" in forbids[1]
     assert told == ["code: checkpoint has 1+a, this command has 1+b"] and now == before
+
+
+def test_another_kind_of_device_is_told():
+    saved = identity() | {"device": "TPU v4"}
+    assert agreement.changes(saved, saved) == ([], [])
+    assert agreement.changes(saved, identity() | agreement.identity([]))[1][-1] == (
+        "device: checkpoint has TPU v4, this command has cpu")
+    older = identity()  # of a checkpoint that does not say
+    assert agreement.changes(older, older | {"device": "cpu"}) == ([], [])

@@ -121,11 +121,8 @@ class RowBuilder:
         self.time_room = bucket.after_visual - codec.after_visual  # for the sentence about times
 
     def frame_indices(self, plan: RowPlan) -> np.ndarray:
-        """int64[n], n <= F: the frames of a row, as the template samples them.
-
-        `uniform` gives fewer than F only if the clip has fewer; `frames_at_one_fps` if it is
-        shorter than F seconds; the others show frames of a short clip more than once.
-        """
+        """int64[n], n <= F: the frames of a row, as the template samples them; see
+        `sampling.shown`."""
         timestamps = plan.dataset.video_info(plan.video_id).timestamps
         if plan.frame_indices is not None:
             indices = np.asarray(plan.frame_indices, np.int64)
@@ -136,12 +133,8 @@ class RowBuilder:
                     f"{indices.tolist()}, expected at most {self.bucket.frames} (frames of the "
                     f"bucket) below {len(timestamps)} (frames of the video).")
             return indices
-        method = self.codec.template.sampling
-        inside = sampling.frames_between(timestamps, plan.start, plan.end)
-        if method == "uniform" and len(inside) <= self.bucket.frames:
-            # Where times are uneven, one frame may be nearest twice, another never.
-            return inside
-        return sampling.SAMPLERS[method](timestamps, self.bucket.frames, plan.start, plan.end)
+        return sampling.shown(self.codec.template.sampling, timestamps, self.bucket.frames,
+                              plan.start, plan.end)
 
     def tokens(self, plan: RowPlan) -> tuple[np.ndarray, list[Branch]]:
         """Prefix ids int32[n] and branches, refused by name where they exceed the bucket."""

@@ -134,6 +134,24 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
+def shown(method: str, timestamps: np.ndarray, count: int, start: float | None = None,
+          end: float | None = None) -> np.ndarray:
+    """int64[n], n <= count, sorted: the frames of a clip that a model is shown.
+
+    `uniform` gives fewer than `count` only if the clip has fewer; `frames_at_one_fps` if it is
+    shorter than `count` seconds; the others show frames of a short clip more than once.
+
+    Args:
+      method: of the template, one of SAMPLERS.
+      timestamps, count, start, end: see `uniform`.
+    """
+    inside = frames_between(timestamps, start, end)
+    if method == "uniform" and len(inside) <= count:
+        # Where times are uneven, one frame may be nearest twice, another never.
+        return inside
+    return SAMPLERS[method](timestamps, count, start, end)
+
+
 def dense_segment(timestamps: np.ndarray, count: int, start: float, end: float) -> np.ndarray:
     """int64[F]: up to `count` distinct frames of the segment, evenly spaced.
 

@@ -56,6 +56,7 @@ class Settings:
       samples: pairs drawn for a question; the first that passes the filters is kept.
       batch_size: B, rows at a time.
       branches: K, questions about a set of frames that are answered at a time.
+      train_frames: which frames a pair gives to training, of `pairs.TRAIN_FRAMES`.
     """
 
     evidence: pairs.EvidenceSettings
@@ -67,6 +68,7 @@ class Settings:
     samples: int = 2
     batch_size: int = 16
     branches: int = 4
+    train_frames: str = "whole"
 
     def __post_init__(self) -> None:
         for name in ("max_new", "questions", "samples", "batch_size", "branches"):
@@ -102,10 +104,10 @@ Answered = tuple[list[_Row], Drawn, Scorer]
 class AnswerGenerator:
     """Answers questions about videos of one prepared split.
 
-    All questions are padded to `prompt` tokens and all videos to `settings.evidence.frames` frames:
-    one program. `poll` is called before every batch; what it raises ends the work. With a `mesh`
-    the rows of a batch are split over it, and each process reads the videos of its own; every one
-    gets all answers.
+    All questions are padded to `prompt` tokens and all clips, which may have fewer frames, to
+    `settings.evidence.frames`: one program. `poll` is called before every batch; what it raises
+    ends the work. With a `mesh` the rows of a batch are split over it, and each process reads the
+    videos of its own; every one gets all answers.
     """
 
     def __init__(self, model: FunctionalModel, params: Any, codec: TextCodec,

@@ -3,11 +3,14 @@
 Following Temporal Preference Optimization, the model answers one question twice: the preferred
 answer with the right frames, the dis-preferred one with manipulated frames.
 
-* localized: the right frames are dense in the segment that the question is about (uniform over the
-  video when it is unknown, or when the store has no more frames of it), the manipulated ones come
-  from the remainder, the segment excluded.
-* comprehensive: the right frames are uniform over the video, the manipulated ones are a sparse
-  random subset of them, repeated to the same number.
+* localized: the right frames are dense in the segment that the question is about, or those of the
+  whole video where that cannot be (`Evidence.right` says why); the manipulated ones come from the
+  remainder, the segment excluded.
+* comprehensive: the right frames are those of the whole video, the manipulated ones are a sparse
+  random subset of them.
+
+The frames of the whole video are those that training shows. They may be fewer than were asked for,
+and other frames are repeated to as many, so that their number does not tell the sides apart.
 
 Everything here is a pure function of its arguments and a seed; `tpo_jax.preferences` runs it.
 """
@@ -25,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from tpo_jax.data import sampling
-from tpo_jax.data.records import Example, PreparedDataset, Turn
+from tpo_jax.data.records import Example, PreparedDataset, Turn, VideoInfo
 from tpo_jax.data.target_parts import parts
 from tpo_jax.data.text import render_options
 from tpo_jax.errors import UserError
@@ -35,6 +38,9 @@ MANIPULATIONS = ("localized", "comprehensive")
 LONGEST_SEGMENT = 0.7
 OPTIONS_SHOWN = 0.5  # share of multiple-choice questions that list their options
 CHOSEN_SEGMENT = (0.3, 0.6)  # share of the duration, where no example tells the segment
+# What training shows of a pair: the frames of the whole video, or those that its preferred answer
+# was given with.
+TRAIN_FRAMES = ("whole", "segment")
 # Questions about times of the video or an order in it: a segment alone cannot answer them.
 KINDS_ABOUT_TIME = (
     "moment", "when", "start", "at_time", "doing", "place", "order", "who", "earlier",
@@ -71,14 +77,15 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """Frame indices behind one pair, each of length F.
+    """Frame indices behind one pair, each of length n <= F.
 
     Attributes:
       manipulation: "localized" or "comprehensive".
-      frame_indices: uniform over the video; what training shows.
+      frame_indices: of the whole video, as training shows it.
       chosen_indices: what the preferred answer was generated with.
       manipulated_indices: what the dis-preferred answer was generated with.
       segment: the excluded segment in seconds (localized), else None.
+      right: of a localized pair "dense", or why its right frames are those of the whole video.
     """
 
     manipulation: str
@@ -86,6 +93,7 @@ class Evidence:
     chosen_indices: tuple[int, ...]
     manipulated_indices: tuple[int, ...]
     segment: tuple[float, float] | None
+    right: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +101,14 @@ class EvidenceSettings:
     """How evidence is drawn.
 
     Attributes:
-      frames: F, of every list of indices; with `fewer`, of videos that fit no smaller number.
+      frames: F, most of a list of indices; with `fewer`, of videos that fit no smaller number.
       fewer: other numbers of frames. A video is shown in the smallest number that takes all of its
         stored frames.
       mix: probability of "localized"; the rest is "comprehensive".
       subset: share of the F frames that the comprehensive manipulation keeps.
       right: right frames of a localized pair with a known segment: "dense" in it, or "whole".
       seed: of every draw.
+      sampling: how the template samples the whole video, of `data.sampling.SAMPLERS`.
     """
 
     frames: int
@@ -108,10 +117,16 @@ class EvidenceSettings:
     right: str = "dense"
     seed: int = 0
     fewer: tuple[int, ...] = ()
+    sampling: str = "uniform"
 
     def frames_of(self, stored: int) -> int:
         """F of a video with so many stored frames."""
         return min((count for count in self.fewer if stored <= count), default=self.frames)
+
+    def whole(self, video: VideoInfo) -> np.ndarray:
+        """int64[n], n <= F: the frames of a whole video, as training shows them."""
+        frames = self.frames_of(len(video.timestamps))
+        return sampling.shown(self.sampling, video.timestamps, frames, 0.0, video.duration)
 
     def __post_init__(self) -> None:
         for name, good, expected in (
@@ -219,17 +234,17 @@ def evidence_segment(example: Example, turn: Turn, examples: Sequence[Example],
     return (start, end) if end - start < LONGEST_SEGMENT * duration else None
 
 
-def plan_evidence(question: Question, timestamps: np.ndarray,
-                  settings: EvidenceSettings) -> Evidence:
+def plan_evidence(question: Question, info: VideoInfo, settings: EvidenceSettings) -> Evidence:
     """Draws the manipulation and its frames for one question.
 
     Args:
       question: with or without a known segment.
-      timestamps: float32[n] seconds of the stored frames.
+      info: of its video.
       settings: with the ids of question and video they determine the draw.
     """
-    frames, seed = settings.frames_of(len(timestamps)), settings.seed
-    whole = sampling.uniform(timestamps, frames)
+    timestamps, seed = info.timestamps, settings.seed
+    whole = settings.whole(info)
+    frames = len(whole)  # of every side
     # Drawn per video where possible, so that questions share the prefill of one set of frames.
     video = question.example.video_id
     segment = question.segment or _choose_segment(
@@ -242,15 +257,29 @@ def plan_evidence(question: Question, timestamps: np.ndarray,
             whole, max(1, round(settings.subset * frames)), [seed, name_id(f"{video}/subset")])
         return Evidence("comprehensive", _indices(whole), _indices(whole),
                         _indices(repeat_to(kept, frames)), None)
-    right = whole
-    if (question.segment and settings.right == "dense"
-            and question.turn.kind not in KINDS_ABOUT_TIME):
-        dense = sampling.dense_segment(timestamps, frames, *segment)
-        # Where the store has no frames between those of the whole video, dense shows only less.
-        if len(dense) > len(np.intersect1d(whole, np.flatnonzero(~outside))):
-            right = repeat_to(dense, frames)
+    dense = sampling.dense_segment(timestamps, frames, *segment)
+    # Where the store has no frames between those of the whole video, dense shows only less.
+    has_more = len(dense) > len(np.intersect1d(whole, np.flatnonzero(~outside)))
+    reason = _why_whole(question, settings, has_more)
+    right = whole if reason else repeat_to(dense, frames)
     rest = repeat_to(sampling.excluding(timestamps, frames, [segment]), frames)
-    return Evidence("localized", _indices(whole), _indices(right), _indices(rest), segment)
+    return Evidence("localized", _indices(whole), _indices(right), _indices(rest), segment,
+                    reason or "dense")
+
+
+def _why_whole(question: Question, settings: EvidenceSettings, has_more: bool) -> str | None:
+    """Why the right frames of a localized pair are those of the whole video; None: they are not.
+
+    Args:
+      has_more: whether the store has more frames of the segment than the whole video shows.
+    """
+    if not question.segment:
+        return "segment unknown"
+    if settings.right == "whole":
+        return "right=whole"
+    if question.turn.kind in KINDS_ABOUT_TIME:
+        return "question about time"
+    return None if has_more else "no more frames stored"
 
 
 def repeat_to(indices: np.ndarray, count: int) -> np.ndarray:
@@ -364,15 +393,18 @@ def cheap_reason(candidate: Candidate, settings: FilterSettings) -> str | None:
 # --- the pair as a record ---
 
 
-def to_example(candidate: Candidate, duration: float, drawn: Mapping[str, Any]) -> Example:
+def to_example(candidate: Candidate, duration: float, drawn: Mapping[str, Any],
+               train_frames: str = "whole") -> Example:
     """The pair as an Example of task "preference".
 
     Args:
       candidate: that was kept.
       duration: of the video, seconds.
       drawn: how the answers were drawn (temperature, top_p, seed, model, ...), kept in the targets.
+      train_frames: of TRAIN_FRAMES; kept in the targets where it is not "whole".
     """
     question, evidence = candidate.question, candidate.evidence
+    shown = evidence.frame_indices if train_frames == "whole" else evidence.chosen_indices
     return Example(
         example_id=f"{question.question_id}/pair", video_id=question.example.video_id,
         media=question.example.media, task="preference", source=question.example.source,
@@ -383,12 +415,13 @@ def to_example(candidate: Candidate, duration: float, drawn: Mapping[str, Any]) 
             "rejected": candidate.rejected.text,
             "manipulation": evidence.manipulation,
             "segment": list(evidence.segment) if evidence.segment else None,
-            "frame_indices": list(evidence.frame_indices),
+            "frame_indices": list(shown),
             "chosen_indices": list(evidence.chosen_indices),
             "manipulated_indices": list(evidence.manipulated_indices),
             "chosen_logp": candidate.chosen.logp,
             "chosen_logp_manipulated": candidate.manipulated_logp,
             "rejected_logp_manipulated": candidate.rejected.logp,
             "sample": candidate.sample,
+            **({} if train_frames == "whole" else {"train_frames": train_frames}),
             **drawn,
         })

@@ -32,7 +32,8 @@ class Disagreement(UserError, RuntimeError):
 
 
 def identity(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a run depends on beside its config, JSON: code, libraries, random settings, data.
+    """What a run depends on beside its config, JSON: code, libraries, kind of device, random
+    settings, data.
 
     Args:
       sources: entries of data.train and data.validation.
@@ -40,6 +41,7 @@ def identity(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "code": code_version(),
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "device": jax.devices()[0].device_kind,
         "random": {
             "implementation": str(jax.config.jax_default_prng_impl),
             "partitionable": bool(jax.config.jax_threefry_partitionable),
@@ -150,14 +152,15 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str]
     """How the identity of a checkpoint differs from this process's: (what forbids, what does not).
 
     Other random settings or other data under the same path give another run. Other code is what
-    mends a bug; it is told, not refused.
+    mends a bug, and another kind of device is what there is; they are told, not refused.
     """
     forbids = _differing(saved, now, "random", {*saved["random"], *now["random"]})
     # Sources that come or go are a matter of the config.
     forbids += _differing(saved, now, "data", {*saved["data"]} & {*now["data"]})
     told = _differing(saved, now, "libraries", {*saved["libraries"], *now["libraries"]})
-    if saved["code"] != now["code"]:
-        told.append(f"code: checkpoint has {saved['code']}, this command has {now['code']}")
+    for part in ("code", "device"):
+        if part in saved and saved[part] != now[part]:  # older checkpoints do not name a device
+            told.append(f"{part}: checkpoint has {saved[part]}, this command has {now[part]}")
     return forbids, told
 
 

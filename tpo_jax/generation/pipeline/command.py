@@ -229,11 +229,13 @@ def settings_of(flags: argparse.Namespace, own: OwnModel,
         sorted(set(flags.frames)) or [shown_frames(own.codec, own.model.config)])
     return Settings(
         evidence=pairs.EvidenceSettings(
-            frames, flags.mix, flags.subset, flags.right, flags.seed, tuple(fewer)),
+            frames, flags.mix, flags.subset, flags.right, flags.seed, tuple(fewer),
+            own.codec.template.sampling),
         filters=pairs.FilterSettings(flags.near_equal, flags.length_ratio, flags.gap),
         max_new=flags.max_new or (asked[1] + SPARE_TOKENS if asked else flags.reply_tokens),
         temperature=flags.temperature, top_p=flags.top_p, questions=flags.questions,
-        samples=flags.samples, batch_size=flags.batch_size, branches=flags.branches)
+        samples=flags.samples, batch_size=flags.batch_size, branches=flags.branches,
+        train_frames=flags.train_frames)
 
 
 def make_pipeline(flags: argparse.Namespace, own: OwnModel, settings: Settings,
@@ -245,25 +247,26 @@ def make_pipeline(flags: argparse.Namespace, own: OwnModel, settings: Settings,
     """
     seed = settings.evidence.seed
 
-    def speaker(role: str, frames: int) -> plugins.Speaker:
+    def speaker(role: str, evidence: pairs.EvidenceSettings) -> plugins.Speaker:
         if getattr(flags, role) == "endpoint":
             return _asking(endpoint, flags, own)
         most = own.model.config.vision.max_frames
-        if frames > most:
-            raise UserError(f"--caption_frames={frames}: the model takes at most {most} frames")
-        evidence = dataclasses.replace(settings.evidence, frames=frames, fewer=())
+        if evidence.frames > most:
+            raise UserError(
+                f"--caption_frames={evidence.frames}: the model takes at most {most} frames")
         return ModelSpeaker(own, dataclasses.replace(
             settings, evidence=evidence, temperature=flags.plugin_temperature, samples=1,
             max_new=flags.reply_tokens), flags.prompt_tokens)
 
-    frames = settings.evidence.frames
+    of_part = dataclasses.replace(settings.evidence, frames=flags.caption_frames, fewer=())
     captioner = (plugins.RuleCaptioner(own.dataset) if flags.captioner == "rules"
-                 else plugins.SpokenCaptioner(speaker("captioner", flags.caption_frames)))
+                 else plugins.SpokenCaptioner(speaker("captioner", of_part)))
     writer = (plugins.RuleWriter(own.dataset, settings.questions, seed)
               if flags.writer == "rules" else plugins.SpokenWriter(
-                  speaker("writer", frames), settings.questions, settings.evidence.mix, seed))
+                  speaker("writer", settings.evidence), settings.questions,
+                  settings.evidence.mix, seed))
     judge = (plugins.RuleJudge(flags.judge) if flags.judge in pairs.JUDGES
-             else plugins.SpokenJudge(speaker("judge", frames), seed))
+             else plugins.SpokenJudge(speaker("judge", settings.evidence), seed))
     answerer = ModelAnswerer(own, settings, prompt)
     return Pipeline(folder, own.dataset, captioner, writer, judge, answerer, flags.parts,
                     flags.caption_frames, own.poll)
@@ -297,9 +300,13 @@ def stage_options(flags: argparse.Namespace, settings: Settings,
                         "endpoint_body": flags.endpoint_body}
         return options
 
+    # Folders that are older than these options go on where they have their default.
+    sampling = {} if evidence.sampling == "uniform" else {"sampling": evidence.sampling}
+    train_frames = (
+        {} if settings.train_frames == "whole" else {"train_frames": settings.train_frames})
     return {
         "videos": {"data": str(flags.data), "seed": evidence.seed, "parts": flags.parts,
-                   "frames": [*evidence.fewer, evidence.frames]},
+                   "frames": [*evidence.fewer, evidence.frames]} | sampling,
         "captions": plugin("captioner") | {"caption_frames": flags.caption_frames},
         "questions": plugin("writer") | {
             "questions": settings.questions, "mix": evidence.mix, "subset": evidence.subset,
@@ -313,5 +320,5 @@ def stage_options(flags: argparse.Namespace, settings: Settings,
         "filter": plugin("judge") | {
             "near_equal": filters.near_equal, "length_ratio": filters.length_ratio,
             "gap": filters.gap},
-        "pairs": {},
+        "pairs": train_frames,
     }

@@ -53,8 +53,9 @@ class _Generators:
 
     def answers(self, questions: Sequence[Question], indices: Sequence[Sequence[int]], side: str,
                 skip: Callable[[list[int]], bool]) -> Iterator[Answered]:
-        """As `AnswerGenerator.answers`. All questions have the same number of frames."""
-        generator = self._of([q.asked for q in questions], len(indices[0]))
+        """As `AnswerGenerator.answers`. All questions have the same F."""
+        frames = self._settings.evidence.frames_of(len(indices[0]))
+        generator = self._of([q.asked for q in questions], frames)
         evidence = [Evidence("", *[tuple(i)] * 3, None) for i in indices]
         return generator.answers(questions, evidence, side, skip)
 
@@ -94,7 +95,7 @@ class ModelAnswerer:
 
     def _side(self, jobs: Sequence[Record], done: Done, side: str) -> Outputs:
         samples = range(self.settings.samples)
-        for group in _by_frames(jobs, lambda job: job["frame_indices"]):
+        for group in _by_frames(jobs, lambda job: job["frame_indices"], self.settings):
             for rows, drawn, score in self._batches(group, done, side):
                 chosen, scores = drawn if side == "chosen" else _chosen_of(group), {}
                 for sample in samples:
@@ -147,7 +148,7 @@ class ModelSpeaker:
                 yield request.id, Reply(failed=f"prompt is longer than {self._longest} tokens")
             else:
                 fitting.append(request)
-        for group in _by_frames(fitting, lambda request: request.frame_indices):
+        for group in _by_frames(fitting, lambda request: request.frame_indices, self._settings):
             yield from self._say(group, done)
 
     def _say(self, group: Sequence[Request], done: Done) -> Iterator[tuple[str, Reply]]:
@@ -182,11 +183,12 @@ def _asked(request: Request) -> Question:
     return Question(example, 0, request.text, None)
 
 
-def _by_frames(jobs: Sequence[Job], indices: Callable[[Job], Sequence[int]]) -> list[list[Job]]:
-    """The jobs of each number of frames, fewest first."""
+def _by_frames(jobs: Sequence[Job], indices: Callable[[Job], Sequence[int]],
+               settings: Settings) -> list[list[Job]]:
+    """The jobs of each F that takes their frames, fewest first: each is a program."""
     groups: dict[int, list[Job]] = {}
     for job in jobs:
-        groups.setdefault(len(indices(job)), []).append(job)
+        groups.setdefault(settings.evidence.frames_of(len(indices(job))), []).append(job)
     return [groups[count] for count in sorted(groups)]
 
 

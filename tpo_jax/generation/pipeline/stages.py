@@ -120,13 +120,12 @@ class Pipeline:
         return [manifest.records[name] for name in inputs]
 
     def _videos(self, video_ids: Sequence[str]) -> list[Record]:
-        """frame_indices: uniform, what training shows; parts: [s, e] in seconds."""
+        """frame_indices: what training shows; parts: [s, e] in seconds."""
         jobs, fields = [], {}
         for video_id in video_ids:
             info = self.dataset.video_info(video_id)
             edges = np.linspace(0.0, float(info.duration), self.parts + 1)
-            frames = self.settings.evidence.frames_of(len(info.timestamps))
-            indices = sampling.uniform(info.timestamps, frames)
+            indices = self.settings.evidence.whole(info)
             jobs.append({"id": video_id, "video_id": video_id, "frame_indices": _ints(indices),
                          "timestamps": digest([float(t) for t in info.timestamps])})
             fields[video_id] = {
@@ -172,8 +171,8 @@ class Pipeline:
         if question["manipulation"]:
             mix = float(question["manipulation"] == "localized")
             settings = dataclasses.replace(settings, mix=mix)
-        times = self.dataset.video_info(question["video_id"]).timestamps
-        evidence = pairs.plan_evidence(question_of(question), times, settings)
+        info = self.dataset.video_info(question["video_id"])
+        evidence = pairs.plan_evidence(question_of(question), info, settings)
         return {name: list(value) if isinstance(value, tuple) else value
                 for name, value in dataclasses.asdict(evidence).items()}
 
@@ -235,7 +234,8 @@ class Pipeline:
         for candidate in kept.values():
             video_id = candidate.question.example.video_id
             duration = float(self.dataset.video_info(video_id).duration)
-            record = pairs.to_example(candidate, duration, drawn).to_json()
+            record = pairs.to_example(
+                candidate, duration, drawn, self.settings.train_frames).to_json()
             there = manifest.records.get(record["example_id"])
             if there is not None and there != record:
                 raise _stale(manifest, record["example_id"])
@@ -305,9 +305,17 @@ def report(folder: Folder, wanted: int) -> dict[str, Any]:
         "kept": len(sifted) - dropped.total(), "written": len(written), "wanted": wanted,
         "videos": len(folder["videos"].records),
         "videos_with_pairs": len({example.video_id for example in written}),
-        "manipulation": dict(Counter(e.targets["manipulation"] for e in written)),
+        "manipulation": dict(Counter(_manipulation(folder, e) for e in written)),
         "kind": dict(Counter(e.turns[0].kind for e in written)),
     }
+
+
+def _manipulation(folder: Folder, pair: Example) -> str:
+    """Of a localized pair whose right frames were those of the whole video, with the reason."""
+    name = pair.targets["manipulation"]
+    question = folder["questions"].records.get(pair.example_id.removesuffix("/pair"), {})
+    right = question.get("right")  # older records do not say
+    return name if right in (None, "dense") else f"{name}, {right}"
 
 
 def _outcomes(manifest: Manifest, field: str) -> dict[str, Any]:
