@@ -87,7 +87,10 @@ def draw_curves(out: pathlib.Path, stages: tuple[str, ...] = STAGES) -> pathlib.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.base", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/base"))
     steps = Steps(parser.parse_args().out)
     steps.stop_on_sigterm()

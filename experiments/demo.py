@@ -173,7 +173,10 @@ def export(steps: Steps, model: pathlib.Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.demo", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0, help="rendering, splits and training")
     parser.add_argument("--base", type=pathlib.Path, default=BASE, help="model folder")

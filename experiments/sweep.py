@@ -100,7 +100,10 @@ def launch(launcher: Any, runs: list[Run], out: epath.Path, parallel: int) -> in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.sweep", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--config", default="", help="config file with sweep(add), FILE.py[:ARG]")
     parser.add_argument("--out", required=True, help="folder of the sweep, local or gs://")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="where runs start")

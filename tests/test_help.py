@@ -5,6 +5,8 @@ import sys
 import pytest
 from absl import app, flags
 
+from experiments import base, demo, real_files, sweep
+from experiments.task_preference import cost
 from tpo_jax import convert, plan, predict, preferences, train
 from tpo_jax.data.moving_shapes import __main__ as moving_shapes
 from tpo_jax.training.config_flag import parse_flags
@@ -36,6 +38,26 @@ def test_help_of_predict_has_examples(capsys):
     printed = capsys.readouterr().out
     assert "    python -m tpo_jax.predict --model=runs/demo/stage3/model --video=" in printed
     assert "--model=runs/demo/stage3/model --input=list.jsonl --out=predictions\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "example"),
+    [
+        (sweep, "--config=configs/demo.py:stage=2 --out=runs/seeds --parallel=2"),
+        (cost, "--measure "),
+        (base, "--out runs/base"),
+        (demo, "--out runs/demo --seed 0"),
+        (real_files, "--media FOLDER --out runs/mine --results runs/mine/results"),
+    ],
+)
+def test_help_of_experiments_has_examples(command, example, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [command.__name__, "--help"])
+    with pytest.raises(SystemExit) as caught:
+        command.main()
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: python -m {command.__name__} ")
+    assert f"    python -m {command.__name__} {example}" in printed
 
 
 @pytest.mark.parametrize(

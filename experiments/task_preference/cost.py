@@ -55,7 +55,10 @@ ONE = "one question"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.task_preference.cost", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--measure", action="store_true", help="time steps on this machine as well")
     parser.add_argument("--width", type=int, default=WIDTH, help="of the measured language model")

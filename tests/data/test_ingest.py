@@ -99,21 +99,24 @@ def test_a_bad_file_takes_its_own_records_only(many, small_pieces, tmp_path):
             targets={"windows": [[0.5, 3]]},
         )
     )
+    (media / "15.gif").write_bytes(b"GIF89a")  # whether it moves cannot be seen
+    records.append(question("15.gif"))
     write_native(annotations, records)
     out = tmp_path / "out"
     statistics = prepare([source(media, annotations)], out, Settings(size=16), progress=False)
     quarantine = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
-    assert statistics["quarantined"] == len(quarantine) == 5
+    assert statistics["quarantined"] == len(quarantine) == 6
     assert statistics["examples"] == 9 and statistics["videos"] == 9
-    assert sum(statistics["quarantined_by_reason"].values()) == 5
+    assert sum(statistics["quarantined_by_reason"].values()) == 6
     by_record = {entry["record"]: entry for entry in quarantine}
-    assert set(by_record) == {"line 2", "line 6", "line 8", "line 13", "line 14"}
+    assert set(by_record) == {f"line {number}" for number in (2, 6, 8, 13, 14, 15)}
     for entry in quarantine:
         assert set(entry) == {"file", "record", "field", "value", "reason", "fix"}
         assert entry["file"] == str(annotations) and entry["reason"] and entry["fix"]
     assert "01.mp4" in by_record["line 2"]["value"] and by_record["line 13"]["field"] == "video"
     assert "0 bytes" in by_record["line 6"]["reason"]
     assert "it has no frame" in by_record["line 8"]["reason"]
+    assert "not a readable image" in by_record["line 15"]["reason"]
     assert by_record["line 14"]["field"] == "targets.windows[0]"
     assert "1.000 s" in by_record["line 14"]["reason"]
     dataset = PreparedDataset(out)

@@ -1,5 +1,6 @@
 import collections
 
+import av
 import hypothesis
 import numpy as np
 import pytest
@@ -127,6 +128,19 @@ def test_truncated_matroska(folder):
     (folder / "cut.mkv").write_bytes(whole[: len(whole) * 6 // 10])
     with pytest.raises(VideoError, match="cut.mkv"):
         read_video(folder / "cut.mkv")
+
+
+def test_avi_that_counts_the_frames_it_left_out(folder):
+    """A recorder that saw no change writes empty chunks: 8 pictures of 3,625 stated frames."""
+    whole = write_video(folder / "sparse.avi", steady(4, fps=2), codec="mpeg4")
+    with av.open(str(whole)) as container:
+        assert container.streams.video[0].frames > 3000
+    np.testing.assert_allclose(read_video(whole).timestamps, steady(4, fps=2), atol=0.01)
+    data = whole.read_bytes()
+    for part in (0.6, 0.9):
+        (folder / "cut.avi").write_bytes(data[: int(part * data.index(b"idx1"))])
+        with pytest.raises(VideoError, match="cut.avi: it is truncated"):
+            read_video(folder / "cut.avi")
 
 
 @hypothesis.settings(max_examples=30, deadline=None)

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import pathlib
 import runpy
 
@@ -96,14 +97,14 @@ def test_micro_batches_equal_one_batch_with_dropout_and_every_head(host_params):
     """Loss, terms and gradient; the update does not know of micro-batches."""
     batch = random_batch(bucket(B), micro(HEADS))
     found = {}
-    for accumulation in (1, 2):
+    for accumulation in (1, 2, 4):
         program = program_of(HEADS, dropout=0.2, accumulation=accumulation)
         state, key = program.init_state(host_params), program.base_key(0)
         for step in (0, 1):
             now = dataclasses.replace(state, step=jnp.full((), step, jnp.int32))
             found[accumulation, step] = program.train_step.gradient(now, batch, key)
-    for step in (0, 1):
-        (whole, sums), (parts, added) = found[1, step], found[2, step]
+    for accumulation, step in itertools.product((2, 4), (0, 1)):
+        (whole, sums), (parts, added) = found[1, step], found[accumulation, step]
         assert {"language", "region/giou", "temporal/saliency", "mask/dice"} < set(sums)
         assert means(added) == pytest.approx(means(sums), rel=1e-4, abs=1e-5)
         size = max(float(np.abs(leaf).max()) for leaf in flatten(whole).values())
@@ -150,7 +151,7 @@ def demo_stage(stage):
     return runpy.run_path(str(DEMO))["get_config"](f"stage={stage}")
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_frozen_leaves_stay_bit_identical_and_all_others_move(host_params, stage):
     """What stages of the demo train, with their losses."""
     shipped = demo_stage(stage)
@@ -163,18 +164,10 @@ def test_frozen_leaves_stay_bit_identical_and_all_others_move(host_params, stage
     trained = set(assign_groups(shipped.trainable, list(before)))
     assert moved <= trained and all(path.endswith(NO_GRADIENT) for path in trained - moved)
     state_paths = "\n".join(flatten(state.opt_state))
-    assert "vision" not in state_paths and "language/lm_head" in state_paths
-    assert ("heads/region/" in state_paths) == (stage == "2")
-
-
-def test_the_last_stage_trains_every_leaf(host_params):
-    """Nothing is compiled: that what is trained moves is seen above."""
-    shipped = demo_stage("3")
-    leaves = flatten(host_params)
-    assert set(assign_groups(shipped.trainable, list(leaves))) == set(leaves)
-    program = program_of(HEADS, trainable=shipped.trainable, losses=shipped.losses)
-    state_paths = "\n".join(flatten(program.abstract_state.opt_state))
-    assert all(path in state_paths for path in leaves)
+    assert all(path in state_paths for path in trained)
+    assert ("heads/region/" in state_paths) == (stage != "1")
+    assert ("vision/" in state_paths) == ("connector/" in state_paths) == (stage == "3")
+    assert stage != "3" or trained == set(before)
 
 
 def test_overfits_one_batch(host_params):

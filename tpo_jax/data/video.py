@@ -275,7 +275,7 @@ class Decoder:
                 raise _no_frames(self.path)
             self.duration = last + shown
             if self.start == 0:
-                _check_frame_count(self.path, container, stream, packets)
+                _check_frame_count(self.path, container, stream, packets, self.duration)
             tolerance = max(1.5 * shown, 0 if "DURATION" in stream.metadata else DURATION_TOLERANCE)
             if stated and self.duration < stated - tolerance:
                 raise _truncated(
@@ -380,12 +380,23 @@ def _origin(stream: av.VideoStream) -> float | None:
 
 
 def _check_frame_count(
-    path: PathLike, container: InputContainer, stream: av.VideoStream, packets: int
+    path: PathLike,
+    container: InputContainer,
+    stream: av.VideoStream,
+    packets: int,
+    duration: float,
 ) -> None:
-    """Compares with the header. MP4 counts exactly; AVI also counts a few that were left out."""
+    """Compares with the header. MP4 counts exactly; AVI also counts frames that were left out.
+
+    These are a few, or most of them where the recorder saw no change. Then the others last until
+    the end of the count, `duration` in seconds; AVI's unit of time is a frame.
+    """
     missing = stream.frames - packets
-    if missing > (0 if "mp4" in container.format.name else 1 + stream.frames // 32):
-        raise _truncated(path, f"it has {packets} of {stream.frames} stated frames")
+    if missing <= (0 if "mp4" in container.format.name else 1 + stream.frames // 32):
+        return
+    if container.format.name == "avi" and duration > (stream.frames - 0.5) * stream.time_base:
+        return
+    raise _truncated(path, f"it has {packets} of {stream.frames} stated frames")
 
 
 def _stated_duration(container: InputContainer, stream: av.VideoStream) -> float | None:

@@ -87,7 +87,12 @@ class Context:
 
     def kind(self, name: str, expected: str) -> str:
         """ "video" or "image" of a name from `find`; `expected` where there are no media."""
-        return expected if self.media is None else video_lib.media_kind(self.media.path(name))
+        if self.media is None:
+            return expected
+        try:
+            return video_lib.media_kind(self.media.path(name))
+        except video_lib.VideoError as error:  # a GIF or WebP has to be opened
+            raise Invalid(expected, name, error.reason, error.fix) from error
 
     def frame_size(self, name: str, field: str) -> tuple[int, int]:
         """(width, height) in pixels, read from the file's header."""
