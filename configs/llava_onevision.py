@@ -1,8 +1,12 @@
-"""LLaVA-OneVision, video stage, full fine-tuning (2408.03326).
+r"""LLaVA-OneVision, video stage, full fine-tuning (2408.03326).
 
     python -m tpo_jax.convert import --source=llava-onevision-qwen2-7b-ov-hf --out=onevision
     python -m tpo_jax.train --config=configs/llava_onevision.py:init=onevision --workdir=runs/ov
-    python -m tpo_jax.plan --config=configs/llava_onevision.py --topology=v5e:8x8
+    python -m tpo_jax.plan --config=configs/llava_onevision.py --topology=v5e:8x8 \
+        --config.mesh.fsdp=64 --config.accumulation=2
+
+The last two flags are those with which it fits that pod, for `train` as well; other pods have
+theirs in experiments/results/plans/README.md.
 
 `init` is the imported folder; without it the weights are random, for planning. `data` is a folder
 that `prepare` wrote; `tiny` is a few steps of a tiny model of the same parts; `samples` is how many

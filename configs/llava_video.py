@@ -1,8 +1,12 @@
-"""LLaVA-Video-7B-Qwen2 (2410.02713): full fine-tuning on videos of 64 frames.
+r"""LLaVA-Video-7B-Qwen2 (2410.02713): full fine-tuning on videos of 64 frames.
 
     python -m tpo_jax.convert import --source=LLaVA-Video-7B-Qwen2 --out=llava_video
     python -m tpo_jax.train --config=configs/llava_video.py:init=llava_video --workdir=runs/lv
-    python -m tpo_jax.plan --config=configs/llava_video.py:frames=32 --topology=v5e:16x16
+    python -m tpo_jax.plan --config=configs/llava_video.py --topology=v5e:8x8 \
+        --config.mesh.fsdp=64 --config.accumulation=4
+
+The last two flags are those with which it fits that pod, for `train` as well; other pods and frames
+have theirs in experiments/results/plans/README.md.
 
 Learning rate 1e-5, 2e-6 for the tower, cosine with 3 % warm-up, one epoch of 2.7 M samples (1.6 M
 of videos, 1.1 M of images; `samples`: another number; `tiles` adds images, of that many tiles at

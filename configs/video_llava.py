@@ -1,8 +1,13 @@
-"""Video-LLaVA-7B (2311.10122): both stages, on images and videos.
+r"""Video-LLaVA-7B (2311.10122): both stages, on images and videos.
 
     C=configs/video_llava.py
     python -m tpo_jax.train --config=$C:stage=1,init=video_llava --workdir=runs/vl1
     python -m tpo_jax.train --config=$C:stage=2,init=runs/vl1/model --workdir=runs/vl2
+    python -m tpo_jax.plan --config=$C:stage=2 --topology=v5e:8x8 \
+        --config.mesh.fsdp=16 --config.mesh.tensor=4
+
+Rows of a step divide over 16 devices, so 64 need the last two flags, for `train` as well; other
+pods have theirs in experiments/results/plans/README.md.
 
   1  the connector alone, at 1e-3, global batch 256
   2  connector and language model, at 2e-5, global batch 128

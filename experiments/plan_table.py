@@ -38,10 +38,13 @@ Everything else is arithmetic:
   at once. It is a bound and no prediction; the word says which of the three.
 - **MFU at most**: FLOPs / (peak x that time).
 - **chip-hours** at that time, for the steps of the config in brackets. {steps}
+- **flags**: those with which a config is the program of its row, for `train` as for
+  `python -m tpo_jax.plan --config=configs/CONFIG.py:ARGUMENT --topology=TOPOLOGY FLAGS`.
+  TPO configs start from a folder, for which random weights of its shapes stood here.
 
 `lora`: rank 128 on every matrix of the language model, all else frozen (VideoChat2: rank 16, its
 own). `published`: what the config trains. `full`: every leaf. Frozen parameters are float32, as all
-are.
+are. The flags of `lora` and `full` are in docs/families.md, "What they need on a pod".
 """
 # Full-size configs without a cell.
 NOT_PLANNED = (
@@ -50,13 +53,16 @@ NOT_PLANNED = (
 )  # fmt: skip
 _STEPS = (
     "They are those of the published epochs, but for LongVA, whose number of samples is not "
-    "published: its figure is for 1,000 steps."
+    "published: its figure is for 1,000 steps. Every step is priced as the planned one of videos "
+    "or pairs. Of the published data images are 1.25 of 1.6 million samples (LLaVA-OneVision), 1.1 "
+    "of 2.7 (LLaVA-Video) and, as the config takes it, half (VideoChat2): those shares of a figure "
+    "are images priced as videos. Video-LLaVA's step has its images in it."
 )
 BY = ("compiled", "assigned", "estimated")  # the best first
 _COLUMNS = (
     "config", "trained", "topology, mesh", "rows a step", "GiB a chip", "fits", "by",
     "compiled in, s", "largest", "sent, GB", "collectives", "FLOPs", "at least, s", "MFU at most",
-    "chip-hours",
+    "chip-hours", "flags",
 )  # fmt: skip
 
 
@@ -154,8 +160,16 @@ def _cells(name: str, result: dict[str, Any]) -> tuple[str, ...]:
         _by(result), seconds_taken,
         str(_largest_batch(result)), _sent(estimate), _counts(made),
         f"{estimate['flops']:.2e}", f"{seconds:.2f} {limit}", f"{100 * times['bound']:.0f} %",
-        f"{hours:,.0f} ({estimate['steps']:,})",
+        f"{hours:,.0f} ({estimate['steps']:,})", f"`{' '.join(planned_flags(estimate))}`",
     )  # fmt: skip
+
+
+def planned_flags(estimate: dict[str, Any]) -> list[str]:
+    """What the command line says of the mesh and the micro-batches that a cell was planned with;
+    axes that are not named have one chip in the configs, or what is left."""
+    flags = [f"--config.mesh.{axis}={size}" for axis, size in estimate["mesh"].items()]
+    micro_batches = estimate["accumulation"]
+    return flags + [f"--config.accumulation={micro_batches}"] * (micro_batches > 1)
 
 
 def _sent(estimate: dict) -> str:

@@ -262,7 +262,7 @@ def estimated(planned: Planned, cell: Cell) -> dict[str, Any]:
         "batch": estimate.rows * estimate.row_chips, "accumulation": estimate.accumulation,
         "mesh": {axis: size for axis, size in planned.mesh.shape.items() if size > 1},
         "chips": estimate.chips, "flops": estimate.model_flops,
-        "sent": {kind: estimate.accumulation * size for kind, size in estimate.sent.items()},
+        "sent": estimate.sent_a_step,
         "roofline": dataclasses.asdict(roofline),
     }  # fmt: skip
 

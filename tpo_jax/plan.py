@@ -7,13 +7,14 @@
 The folder in init_from must be there: stages 2 and 3 are planned after the one before has run.
 
 What is compiled is what `python -m tpo_jax.train` runs: the update, and the gradient of every
-bucket of the config. Prints for each: memory of one chip against its HBM, and collectives in the
-text of the program with their bytes (a loop counts once there, and what is fused with products more
-often than it is sent; see parallel/collectives.py); for buckets also analytic FLOPs (see
-training/flops.py for what is counted), the least time that they, the memory traffic and the network
-allow (see training/estimate.py), the chip-hours of config.steps such steps, and the largest batch
-that would fit by the estimate. experiments/plans.py does this for the published families. Exits
-with status 1 where one does not fit. Needs libtpu: pip install 'tpo_jax[plan]'.
+bucket of the config. Prints for each: memory of one chip against its HBM, and how many collectives
+the text of the program has (a loop counts once there); for buckets also analytic FLOPs (see
+training/flops.py for what is counted), the bytes that a chip sends in a step, the least time that
+products, memory traffic and network allow (see training/estimate.py, which those bytes are of), the
+chip-hours of the bucket's share of config.steps, and the largest batch that would fit by the
+estimate; at last the chip-hours of all steps, without validation and checkpoints.
+experiments/plans.py does this for the published families. Exits with status 1 where one does not
+fit. Needs libtpu: pip install 'tpo_jax[plan]'.
 
 Topologies are GENERATION:SIZES: v5e:2x4, v5e:16x16, v6e:4x4, v4:2x2x2, v5p:2x2x1, ...
 With --num_slices=N, N of them over the data centre network, and mesh.data a multiple of N: prints
@@ -33,7 +34,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from tpo_jax.data.batch_spec import batch_spec
-from tpo_jax.data.buckets import Bucket, scheduled
+from tpo_jax.data.buckets import Bucket, BucketSchedule, scheduled
 from tpo_jax.data.pipeline import read_buckets
 from tpo_jax.errors import UserError
 from tpo_jax.errors import report as report_mistake
@@ -79,7 +80,7 @@ class ProgramPlan:
     """What compiling one program showed; memory is None where the compiler ran out of it.
 
     bucket: whose gradient it is; None for the update. needed: bytes of one chip.
-    collectives: {kind: count in the program text, and bytes that one chip sends in a run}.
+    collectives: {kind: count in the program text, and bytes by it; see parallel/collectives.py}.
     transfers: to other slices. gradients: bytes of the float32 gradients that a chip holds.
     """
 
@@ -184,10 +185,7 @@ def report(plan: ProgramPlan, topology: str, num_slices: int = 1) -> str:
         )
     verdict = "fits" if plan.fits(chip.hbm) else "DOES NOT FIT"
     shapes = f" {bucket.batch_size} rows, {bucket.frames} frames," if bucket else ""
-    kinds = ", ".join(
-        f"{found.count} {kind} ({found.bytes / 1e9:.3g} GB)"
-        for kind, found in sorted(plan.collectives.items())
-    )
+    kinds = ", ".join(f"{found.count} {kind}" for kind, found in sorted(plan.collectives.items()))
     lines = [
         f"{plan.name}:{shapes} compiled in {plan.seconds:.0f} s",
         f"  memory a chip   peak {plan.needed / GIB:.3f} of {chip.hbm / GIB:.0f} GiB: "
@@ -203,18 +201,19 @@ def report(plan: ProgramPlan, topology: str, num_slices: int = 1) -> str:
     return "\n".join(lines)
 
 
-def report_bound(plan: ProgramPlan, estimate: Estimate, topology: str, steps: int) -> str:
-    """Lines for people about what a bucket's step costs at the least."""
+def report_bound(estimate: Estimate, topology: str, steps: int) -> str:
+    """Lines for people about what `steps` steps of a bucket cost at the least."""
     chip, _ = parse_topology(topology)
-    sent = sum(found.bytes for found in plan.collectives.values()) if plan.memory else None
-    line = estimate.roofline(chip, sent)
-    hours = steps * line.seconds * estimate.chips / 3600
+    line = estimate.roofline(chip)
+    sent = sorted(estimate.sent_a_step.items())
+    kinds = [f"{kind} {size / 1e9:.3g}" for kind, size in sent if size]
     return "\n".join([
         f"  FLOPs a step    {estimate.model_flops:.4g}",
+        f"  sent a step     {', '.join(kinds) or '0'} GB a chip, estimated",
         f"  at least        {1e3 * line.seconds:.3g} ms, by {line.limit} (compute "
         f"{1e3 * line.compute:.3g}, HBM {1e3 * line.hbm:.3g}, ICI {1e3 * line.ici:.3g}): MFU at "
-        f"most {100 * line.bound:.0f} %, {steps} steps {hours:.3g} chip-hours on "
-        f"{estimate.chips} chips",
+        f"most {100 * line.bound:.0f} %, {steps} steps "
+        f"{estimate.chip_hours(chip, steps):.3g} chip-hours on {estimate.chips} chips",
         f"  estimated       {estimate.memory / GIB:.3f} GiB a chip; micro-batches of up to "
         f"{estimate.largest_batch(chip.hbm)} rows fit",
     ])  # fmt: skip
@@ -231,11 +230,16 @@ def plan(config: ConfigDict, topology: str, num_slices: int = 1) -> list[Program
     print(report(plans[-1], topology, num_slices), flush=True)
     buckets = read_buckets(training_config.to_dict(config)["buckets"], codec)
     named = {bucket.name: bucket for bucket in buckets}
-    for bucket in scheduled(buckets):
+    chip, _ = parse_topology(topology)
+    schedule, hours = BucketSchedule(scheduled(buckets)), 0.0
+    for bucket in schedule.buckets:
         step = (program, model_config, bucket, needs_contrast(config), named.get(bucket.beside))
         plans.append(plan_bucket(*step))
         print(report(plans[-1], topology, num_slices), flush=True)
-        print(report_bound(plans[-1], estimate_step(*step), topology, config.steps), flush=True)
+        estimate, steps = estimate_step(*step), schedule.occurrences(bucket, config.steps)
+        print(report_bound(estimate, topology, steps), flush=True)
+        hours += estimate.chip_hours(chip, steps)
+    print(f"all {config.steps} steps: at least {hours:.3g} chip-hours on {mesh.size} chips")
     print(f"{len(plans)} programs compiled in {sum(p.seconds for p in plans):.0f} s", flush=True)
     return plans
 

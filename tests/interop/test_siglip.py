@@ -146,6 +146,7 @@ def test_sizes_that_a_config_leaves_out_are_those_of_its_class(kind, side):
 
 def test_the_bilinear_filter_of_siglip_2_is_no_reason_to_refuse_it():
     published = {"do_resize": True, "max_num_patches": 256, "patch_size": 16, "resample": 2}
-    assert siglip.tower_of({"model_type": "siglip2"}, published).image_size == 256
-    with pytest.raises(FamilyError, match="resample=0: this program"):
-        siglip.tower_of({"model_type": "siglip2"}, published | {"resample": 0})
+    where = "processor_config.json: image_processor"
+    assert siglip.tower_of({"model_type": "siglip2"}, {where: published}).image_size == 256
+    with pytest.raises(FamilyError, match=f"{where}: resample=0: this program"):
+        siglip.tower_of({"model_type": "siglip2"}, {where: published | {"resample": 0}})

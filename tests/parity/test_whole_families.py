@@ -1,7 +1,9 @@
 """Whole families from published folder to logits, every decoder layer and 64 greedy tokens.
 
 Full: `transformers` loads what we export. Composed: towers and language models of `transformers`
-with float64 NumPy between them, all from the published tensors by name.
+with float64 NumPy between them, from the published tensors by name. `transformers` has neither
+LanguageBind's attention over time nor UMT: those two towers are NumPy with the leaves that our
+import made (test_check_family.py fills them by the published names).
 
     python -m tests.parity.test_whole_families     # writes tests/interop/families/whole_logits.npz
 """

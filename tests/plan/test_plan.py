@@ -14,9 +14,11 @@ from fake_batches import bucket, micro, train_config
 from tpo_jax import plan, train
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.pipeline import row_builder
+from tpo_jax.parallel.collectives import Collective
 from tpo_jax.parallel.mesh import batch_sharding, make_mesh, replicated
-from tpo_jax.parallel.topologies import GIB, topology_devices
+from tpo_jax.parallel.topologies import GIB, parse_topology, topology_devices
 from tpo_jax.parallel.transfers import find_transfers
+from tpo_jax.training.estimate import estimate_step
 from tpo_jax.training.program import Program, make_program
 from tpo_jax.training.start import make_model_config
 
@@ -84,6 +86,41 @@ def test_a_config_in_a_bucket_is_planned(tmp_path, lowered, monkeypatch, capsys)
             plan.plan(tiny_run.get_config(f"data={data},buckets=1"), "v5e:1x1")
     (_, local), (_, remote) = lowered
     assert remote == local
+
+
+def test_steps_are_priced_by_the_estimate_and_each_bucket_by_its_steps(
+    tmp_path, monkeypatch, capsys
+):
+    """Bytes in the text of a program, which are no measure, price nothing."""
+
+    def fake(bucket):
+        text = {"all-gather": Collective(3, 1e15)}
+        return plan.ProgramPlan(bucket, 0.0, plan.Memory(GIB, 0, 0, GIB, 0), GIB, text)
+
+    estimates = []
+
+    def estimate(*step):
+        estimates.append(estimate_step(*step))
+        return estimates[-1]
+
+    monkeypatch.setattr(plan, "topology_devices", lambda name, num_slices: jax.devices()[:2])
+    monkeypatch.setattr(plan, "plan_update", lambda program: fake(None))
+    monkeypatch.setattr(plan, "plan_bucket", lambda program, model, bucket, *_: fake(bucket))
+    monkeypatch.setattr(plan, "estimate_step", estimate)
+    data = tiny_run.write_data(tmp_path)
+    config = tiny_run.get_config(f"data={data}")  # 12 steps, of weights 1 and 0.5
+    config.accumulation = 2
+    plan.plan(config, "v5e:1x2")
+    out, (chip, _) = capsys.readouterr().out, parse_topology("v5e:1x2")
+    assert out.count("collectives     3 all-gather\n") == 3
+    (sent,) = {each.sent_a_step["all-reduce"] for each in estimates}
+    assert sent == 2 * estimates[0].sent["all-reduce"] > 1e5
+    assert out.count(f"sent a step     all-reduce {sent / 1e9:.3g} GB a chip, estimated\n") == 2
+    assert out.count(f"ICI {1e3 * sent / chip.ici:.3g})") == 2
+    long, short = (2 * each.roofline(chip).seconds / 3600 for each in estimates)
+    assert f", 8 steps {8 * long:.3g} chip-hours on 2 chips" in out
+    assert f", 4 steps {4 * short:.3g} chip-hours on 2 chips" in out
+    assert f"all 12 steps: at least {8 * long + 4 * short:.3g} chip-hours on 2 chips\n" in out
 
 
 @needs_libtpu

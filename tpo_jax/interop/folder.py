@@ -32,6 +32,7 @@ from tpo_jax.errors import UserError
 from tpo_jax.interop import huggingface, output
 from tpo_jax.interop.families import source
 from tpo_jax.interop.tensors import (
+    Box,
     Index,
     LazyArray,
     TensorFileError,
@@ -39,6 +40,7 @@ from tpo_jax.interop.tensors import (
     lazy,
     mean,
     read_file,
+    read_parts,
     resized,
     shard_name,
     transposed,
@@ -277,8 +279,8 @@ def load_into(
 ) -> Loaded:
     """Reads parameters by name into the shapes, dtypes and shardings asked for.
 
-    Each process reads the bytes that its devices hold; those whose devices hold rows of new tokens
-    also read a token table once, block by block, for its mean.
+    Each process reads the bytes that its devices hold, once (`tensors.read_parts`); those whose
+    devices hold rows of new tokens also read a token table, block by block, for its mean.
 
     Args:
       abstract: nested dict of jax.ShapeDtypeStruct; leaves with a sharding are placed by it, the
@@ -457,14 +459,15 @@ def _with_room(table: LazyArray, axis: int, size: int) -> LazyArray:
 
 
 def _place(tensor: LazyArray, wanted: jax.ShapeDtypeStruct) -> jax.Array | np.ndarray:
+    """Reads what the devices of this process hold once, copies and shared rows of files too."""
     if wanted.sharding is None:
         return np.asarray(tensor).astype(wanted.dtype, copy=False)
-    parts: dict[Any, np.ndarray] = {}  # devices that hold copies share what was read
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        key = tuple(s.indices(n) for s, n in zip(index, tensor.shape, strict=True))
-        if key not in parts:
-            parts[key] = tensor[index].astype(wanted.dtype, copy=False)
-        return parts[key]
+    def box(index: tuple[slice, ...]) -> Box:
+        return tuple(s.indices(n)[:2] for s, n in zip(index, tensor.shape, strict=True))
 
-    return jax.make_array_from_callback(tensor.shape, wanted.sharding, read)
+    held = wanted.sharding.addressable_devices_indices_map(tensor.shape).values()
+    parts = read_parts(tensor, dict.fromkeys(map(box, held)), wanted.dtype)
+    return jax.make_array_from_callback(
+        tensor.shape, wanted.sharding, lambda index: parts[box(index)]
+    )

@@ -235,7 +235,7 @@ def _merged(kernel: LazyArray, a: LazyArray, b: LazyArray, scale: float) -> Lazy
         delta = scale * (low.astype(np.float32) @ high.astype(np.float32))
         return kernel[index] + delta.astype(kernel.dtype)
 
-    return LazyArray(kernel.shape, kernel.dtype, read, kernel.unit)
+    return dataclasses.replace(kernel, read=read)
 
 
 def _adapter_rows(kernels: Sequence[Row]) -> list[Row]:

@@ -19,10 +19,12 @@ from tpo_jax.interop.families import beside
 from tpo_jax.interop.families.base import (
     BILINEAR,
     FamilyError,
+    Pixels,
     assemble_parts,
     only,
     tower_config,
 )
+from tpo_jax.interop.families.source import read_pixels
 from tpo_jax.interop.families.towers import tower_rows
 from tpo_jax.interop.mapping import export_leaves, import_leaves
 from tpo_jax.interop.tensors import read_file, write_file
@@ -56,21 +58,23 @@ def import_folder(path: epath.PathLike) -> tuple[TowerConfig, dict[str, Any]]:
       FamilyError, MappingError: name what does not fit.
     """
     path = epath.Path(path)
-    data, about = (read_json(path / f"{name}config.json") for name in ("", "preprocessor_"))
-    config = tower_of(data, about)
+    config = tower_of(read_json(path / "config.json"), read_pixels(path))
     rows = tower_rows(config, "", "vision_model.")
     return config, import_leaves(rows, huggingface.read_tensors(path), IGNORED)
 
 
-def tower_of(data: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> TowerConfig:
-    """TowerConfig of config.json and preprocessor_config.json (or {})."""
+def tower_of(data: Mapping[str, Any], pixels: Pixels) -> TowerConfig:
+    """TowerConfig of config.json and what says how images become pixels."""
     vision = dict(data.get("vision_config") or {})
     vision["model_type"] = f"{data['model_type']}_vision_model"
     only(vision, "num_channels", 3)
-    about = dict(preprocessor)
-    if about.get("resample") == BILINEAR:
-        del about["resample"]  # SigLIP 2's; a connector that is new learns from bicubic pixels
-    return tower_config(vision, layer=LAYER, preprocessor=about)
+    # SigLIP 2 resizes bilinearly; a connector that is new learns from bicubic pixels.
+    pixels = {
+        where: {option: value for option, value in settings.items()
+                if (option, value) != ("resample", BILINEAR)}
+        for where, settings in pixels.items()
+    }  # fmt: skip
+    return tower_config(vision, layer=LAYER, pixels=pixels)
 
 
 def add_to_language(

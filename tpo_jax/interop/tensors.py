@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -36,6 +36,7 @@ BLOCK_BYTES = 64 * 2**20
 _PAGE = 4096
 
 Index = tuple[slice, ...]
+Box = tuple[tuple[int, int], ...]  # (start, stop) of every axis
 
 
 class TensorFileError(UserError):
@@ -50,12 +51,14 @@ class LazyArray:
       shape, dtype: of the whole.
       read: function of one slice per axis (start and stop given, step 1) -> that part.
       unit: entries along axis 0 that are best read at once.
+      inner: the axis, -1 or -2, along which a file has the entries side by side.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
     unit: int = 1
+    inner: int = -1
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
         given = index if isinstance(index, tuple) else (index,)
@@ -107,7 +110,7 @@ def transposed(array: LazyArray) -> LazyArray:
             out[..., at] = np.swapaxes(array[(*outer, part, columns)], -1, -2)
         return out
 
-    return LazyArray((*lead, b, a), array.dtype, read, unit)
+    return LazyArray((*lead, b, a), array.dtype, read, unit, inner=-3 - array.inner)
 
 
 def stacked(parts: Sequence[LazyArray]) -> LazyArray:
@@ -123,7 +126,7 @@ def stacked(parts: Sequence[LazyArray]) -> LazyArray:
             out[layer - layers.start] = parts[layer][rest]
         return out
 
-    return LazyArray((len(parts), *first.shape), first.dtype, read)
+    return LazyArray((len(parts), *first.shape), first.dtype, read, inner=first.inner)
 
 
 def entry(array: LazyArray, number: int) -> LazyArray:
@@ -132,8 +135,8 @@ def entry(array: LazyArray, number: int) -> LazyArray:
     def read(index: Index) -> np.ndarray:
         return array[(slice(number, number + 1), *index)][0]
 
-    inner = LazyArray(array.shape[1:], array.dtype, read)
-    return dataclasses.replace(inner, unit=_rows(inner))
+    one = LazyArray(array.shape[1:], array.dtype, read, inner=array.inner)
+    return dataclasses.replace(one, unit=_rows(one))
 
 
 def led(array: LazyArray, count: int) -> LazyArray:
@@ -143,7 +146,9 @@ def led(array: LazyArray, count: int) -> LazyArray:
         inner = array[index[count:]]
         return inner.reshape(*(s.stop - s.start for s in index[:count]), *inner.shape)
 
-    return LazyArray((1,) * count + array.shape, array.dtype, read) if count else array
+    if not count:
+        return array
+    return LazyArray((1,) * count + array.shape, array.dtype, read, inner=array.inner)
 
 
 def unled(array: LazyArray, count: int) -> LazyArray:
@@ -154,8 +159,8 @@ def unled(array: LazyArray, count: int) -> LazyArray:
 
     if not count:
         return array
-    inner = LazyArray(array.shape[count:], array.dtype, read)
-    return dataclasses.replace(inner, unit=_rows(inner))
+    without = LazyArray(array.shape[count:], array.dtype, read, inner=array.inner)
+    return dataclasses.replace(without, unit=_rows(without))
 
 
 def resized(array: LazyArray, rows: int) -> LazyArray:
@@ -172,7 +177,56 @@ def resized(array: LazyArray, rows: int) -> LazyArray:
         return out
 
     unit = array.unit if array.unit < have else max(rows, 1)
-    return LazyArray((rows, *array.shape[1:]), array.dtype, read, unit)
+    return LazyArray((rows, *array.shape[1:]), array.dtype, read, unit, array.inner)
+
+
+def read_parts(array: LazyArray, boxes: Collection[Box], dtype: Any) -> dict[Box, np.ndarray]:
+    """{box: that part of the array}, cast; different parts, such as those of a process's devices.
+
+    Of a part that is narrow along the rows of a file whole rows are read (`_fill`). Such parts are
+    cut from one reading of all that lie in the same rows.
+    """
+    parts: dict[Box, np.ndarray] = {}
+    rows: dict[tuple[Box, Box], list[Box]] = {}
+    for box in boxes:
+        if _is_narrow(array, box):
+            at = len(box) + array.inner
+            rows.setdefault((box[:at], box[at + 1 :]), []).append(box)
+        else:
+            parts[box] = array[_slices(box)].astype(dtype, copy=False)
+    for group in rows.values():
+        parts |= _cut_rows(array, group, dtype)
+    return parts
+
+
+def _cut_rows(array: LazyArray, boxes: Sequence[Box], dtype: Any) -> dict[Box, np.ndarray]:
+    """Parts that differ along `array.inner` alone. Stacks are read entry by entry, so that no more
+    than one is in memory twice."""
+    at = len(boxes[0]) + array.inner
+    first, last = min(box[at][0] for box in boxes), max(box[at][1] for box in boxes)
+    span = [*boxes[0][:at], (first, last), *boxes[0][at + 1 :]]
+    low, high = span[0]
+    parts = {box: np.empty([stop - start for start, stop in box], dtype) for box in boxes}
+    step = 1 if len(span) > 2 else high - low
+    for start in range(low, high, step):
+        block = array[_slices(((start, start + step), *span[1:]))]
+        for box, part in parts.items():
+            cut = [slice(None)] * len(span)
+            cut[at] = slice(box[at][0] - first, box[at][1] - first)
+            part[start - low : start - low + step] = block[tuple(cut)]
+    return parts
+
+
+def _is_narrow(array: LazyArray, box: Box) -> bool:
+    """Whether `_fill` reads whole rows of a file for a part."""
+    if len(box) < 2:
+        return False
+    start, stop = box[array.inner]
+    return stop - start < array.shape[array.inner] and (stop - start) * array.dtype.itemsize < _PAGE
+
+
+def _slices(box: Sequence[tuple[int, int]]) -> Index:
+    return tuple(slice(*ends) for ends in box)
 
 
 def mean(array: LazyArray, axis: int, count: int) -> np.ndarray:

@@ -37,8 +37,6 @@ from tpo_jax.training.moments import is_on_host
 from tpo_jax.training.program import Program
 from tpo_jax.training.step import make_gradient_step
 
-COMPUTE_BYTES = 2  # bfloat16, in which kernels are gathered
-
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
@@ -108,17 +106,23 @@ class Estimate:
         more = (hbm - self.memory) // max(self.temporaries.slope, 1)
         return int(max(self.rows // self.accumulation + more, 0)) * self.row_chips
 
-    def roofline(self, chip: Chip, sent: float | None = None) -> Roofline:
-        """`sent`: bytes that a compiled program sends in a step, where there is one."""
+    @property
+    def sent_a_step(self) -> dict[str, float]:
+        """{kind: bytes that one chip sends in a step}."""
+        return {kind: self.accumulation * size for kind, size in self.sent.items()}
+
+    def roofline(self, chip: Chip) -> Roofline:
         rows, micros = self.rows / self.accumulation, self.accumulation
-        if sent is None:
-            sent = micros * sum(self.sent.values())
         compute = micros * self.flops.at(rows) / chip.peak
         # The update reads and writes the state.
         hbm = (micros * self.products.at(rows) + 2 * self.state) / chip.hbm_bandwidth
-        ici = sent / chip.ici
+        ici = sum(self.sent_a_step.values()) / chip.ici
         best = self.model_flops / (self.chips * chip.peak)
         return Roofline(compute, hbm, ici, best / max(compute, hbm, ici))
+
+    def chip_hours(self, chip: Chip, steps: int) -> float:
+        """Of `steps` such steps, at the least."""
+        return steps * self.roofline(chip).seconds * self.chips / 3600
 
 
 def estimate_step(
@@ -298,9 +302,10 @@ def _sent(program: Program, tokens: int) -> dict[str, float]:
 
     A split parameter is gathered for the forward pass and, where a gradient goes through it, again
     for the backward pass; a gradient is summed over all rows, and over the parts of each. So are
-    keys and values of the `tokens` of a chip's prefixes, where it shares them.
+    keys and values of the `tokens` of a chip's prefixes, where it shares them. All travel in the
+    dtype that the model computes in.
     """
-    mesh = program.mesh
+    mesh, item = program.mesh, jnp.dtype(program.model.config.dtype).itemsize
     fsdp, tensor, context = (mesh.shape[axis] for axis in ("fsdp", "tensor", AXIS))
     copies = mesh.shape["data"] * context
     rates = program.optimizer.learning_rates
@@ -308,7 +313,7 @@ def _sent(program: Program, tokens: int) -> dict[str, float]:
     sent: collections.Counter = collections.Counter()
     for path, leaf in flatten(program.abstract_state.params).items():
         split = "fsdp" in jax.tree.leaves(tuple(leaf.sharding.spec))
-        size = math.prod(leaf.shape) * COMPUTE_BYTES
+        size = math.prod(leaf.shape) * item
         if "tensor" in jax.tree.leaves(tuple(leaf.sharding.spec)):
             size /= tensor
         passes = 2 if _depth(path) >= first else 1
@@ -323,7 +328,7 @@ def _sent(program: Program, tokens: int) -> dict[str, float]:
     if context > 1:
         language = program.model.config.language
         heads = 2 * language.kv_heads * language.head_dim
-        size = language.depth * tokens * heads * COMPUTE_BYTES * (context - 1) / context
+        size = language.depth * tokens * heads * item * (context - 1) / context
         sent["all-gather"] += size * (2 if language.remat else 1)
         sent["reduce-scatter"] += size
     return dict(sent)

@@ -66,3 +66,13 @@ CONFIGS = {
     "video_llava": VIDEO_LLAVA, "video_llava_original": VIDEO_LLAVA_ORIGINAL,
     "videochat": VIDEOCHAT,
 }  # fmt: skip
+
+# In the style of llava-hf: all videos, then all texts of a turn.
+ONEVISION_JINJA = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] + ' ' }}"
+    "{% for c in m['content'] if c['type'] != 'text' %}{{ '<' + c['type'] + '>' }}{% endfor %}"
+    "{% for c in m['content'] if c['type'] == 'text' %}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ '\\n' + c['text'] }}{% endgeneration %}"
+    "{% else %}{{ '\\n' + c['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)

@@ -10,6 +10,7 @@ import numpy as np
 import safetensors.numpy
 from tokenizers import AddedToken
 
+from tests.interop.families.configs import ONEVISION_JINJA
 from tpo_jax.data.text import train_tokenizer
 from tpo_jax.interop import folder
 from tpo_jax.interop.families.registry import family_of, from_leaves
@@ -61,6 +62,8 @@ def write_folder(path, data, seed=0):
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in TOKENS])
     (path / "tokenizer.json").write_text(tokenizer.to_str())
     (path / "config.json").write_text(json.dumps(data))
+    if family.needs_template:
+        (path / "chat_template.jinja").write_text(ONEVISION_JINJA)
 
 
 def prompt(config, frames=3, seed=2):

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 from tokenizers import AddedToken
 
+from tests.interop.families.configs import ONEVISION_JINJA
 from tpo_jax.data.text import train_tokenizer
 from tpo_jax.interop.families.registry import family_of, from_leaves
 from tpo_jax.interop.tensors import lazy, write_file
@@ -43,4 +44,6 @@ def write_published(path, data, dtype=ml_dtypes.bfloat16, scale=1.0, **carried):
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in TOKENS])
     (path / "tokenizer.json").write_text(tokenizer.to_str())
     (path / "config.json").write_text(json.dumps(data))
+    if family.needs_template:
+        (path / "chat_template.jinja").write_text(ONEVISION_JINJA)
     (path / "generation_config.json").write_text('{"temperature": 0}')

@@ -78,8 +78,8 @@ def test_out_and_in_again(world, tmp_path, capsys):
     out, back = tmp_path / "out", tmp_path / "back"
     assert export(world.model, out, world.sam2, world.source) == 0
     assert capsys.readouterr().out.endswith(
-        "out: config.json, generation_config.json, model.safetensors, sam2, tokenizer.json, "
-        "tpo.safetensors, tpo_config.json\n"
+        "out: chat_template.jinja, config.json, generation_config.json, model.safetensors, sam2, "
+        "tokenizer.json, tpo.safetensors, tpo_config.json\n"
     )
     same_tensors(world.source, out)
     same_tensors(world.sam2, out / "sam2")

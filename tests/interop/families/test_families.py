@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import pathlib
 import re
 
@@ -21,6 +22,7 @@ from tests.interop.families.configs import (
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.llava_qwen import resolutions
 from tpo_jax.interop.families.registry import family_of, from_leaves, to_leaves
+from tpo_jax.interop.families.source import read_config
 from tpo_jax.interop.mapping import MappingError
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.video_language import FunctionalModel
@@ -198,23 +200,65 @@ CLIP_PIXELS = {
 
 
 def test_published_preprocessors_are_taken():
-    config = family_of(LLAVA_ONEVISION).model_config(LLAVA_ONEVISION, SIGLIP_PIXELS)
+    where = "preprocessor_config.json"
+    config = family_of(LLAVA_ONEVISION).model_config(LLAVA_ONEVISION, {where: SIGLIP_PIXELS})
     assert config.vision.mean == (0.5, 0.4, 0.3)
     for pixels in (CLIP_PIXELS, CLIP_PIXELS | {"crop_size": 24, "size": 24}):
         for data in (LONGVA, VIDEO_LLAVA, VIDEO_LLAVA_ORIGINAL):
-            family_of(data).model_config(data, pixels)
+            family_of(data).model_config(data, {where: pixels})
 
 
 @pytest.mark.parametrize("data, option, value", [
     (LLAVA_ONEVISION, "resample", 2), (LLAVA_ONEVISION, "do_center_crop", True),
     (LLAVA_ONEVISION, "size", {"shortest_edge": 24}), (LLAVA_ONEVISION, "do_normalize", False),
+    (LLAVA_ONEVISION, "image_grid_pinpoints", [[24, 24]]), (LLAVA_ONEVISION, "do_flip", True),
     (VIDEO_LLAVA, "do_center_crop", False), (VIDEO_LLAVA, "size", {"height": 24, "width": 24}),
     (VIDEO_LLAVA, "crop_size", 20), (VIDEO_LLAVA, "rescale_factor", 1 / 127.5),
+    (VIDEO_LLAVA, "do_pad", True), (VIDEO_LLAVA, "do_sample_frames", True),
 ])  # fmt: skip
 def test_a_preprocessor_that_makes_other_pixels_is_refused(data, option, value):
     pixels = SIGLIP_PIXELS if data is LLAVA_ONEVISION else CLIP_PIXELS
-    with pytest.raises(FamilyError, match=f"preprocessor_config.json: {option}={value!r}"):
-        family_of(data).model_config(data, pixels | {option: value})
+    where = {"preprocessor_config.json": pixels, "elsewhere.json": pixels | {option: value}}
+    with pytest.raises(FamilyError, match=re.escape(f"elsewhere.json: {option}={value!r}")):
+        family_of(data).model_config(data, where)
+
+
+PLACES = (
+    "preprocessor_config.json", "video_processor/preprocessor_config.json",
+    "video_preprocessor_config.json", "processor_config.json: image_processor",
+    "processor_config.json: video_processor",
+)  # fmt: skip
+
+
+def write_pixels(path, settings):
+    """A folder of LLaVA-OneVision that has settings in these places."""
+    (path / "config.json").write_text(json.dumps(LLAVA_ONEVISION))
+    (path / "video_processor").mkdir(exist_ok=True)
+    files = {}
+    for place, values in settings.items():
+        name, _, part = place.partition(": ")
+        files.setdefault(name, {}).update({part: values} if part else values)
+    for name, content in files.items():
+        (path / name).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_pixels_are_read_wherever_transformers_has_written_them(tmp_path, place):
+    write_pixels(tmp_path, {place: SIGLIP_PIXELS})
+    assert read_config(tmp_path, {})[1].vision.mean == (0.5, 0.4, 0.3)
+    write_pixels(tmp_path, {place: SIGLIP_PIXELS | {"resample": 0}})
+    with pytest.raises(FamilyError, match=re.escape(f"{place}: resample=0: this program has")):
+        read_config(tmp_path, {})
+
+
+def test_images_and_videos_have_the_same_pixels(tmp_path):
+    write_pixels(tmp_path, dict.fromkeys(PLACES, SIGLIP_PIXELS))
+    assert read_config(tmp_path, {})[1].vision.mean == (0.5, 0.4, 0.3)
+    video = "processor_config.json: video_processor"
+    write_pixels(tmp_path, {video: SIGLIP_PIXELS | {"image_std": [0.2, 0.2, 0.2]}})
+    other = r"image_std=\[0.2, 0.2, 0.2\], but preprocessor_config.json has \[0.5, 0.5, 0.5\]"
+    with pytest.raises(FamilyError, match=f"{video}: {other}"):
+        read_config(tmp_path, {})
 
 
 def test_llava_video_reads_its_modes():

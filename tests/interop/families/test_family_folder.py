@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import gcs_server
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,13 +22,16 @@ from tpo_jax.data.pipeline import read_buckets, row_builder, shown_frames
 from tpo_jax.data.text import TextCodec
 from tpo_jax.errors import UserError
 from tpo_jax.evaluation.evaluator import Evaluator, Settings
-from tpo_jax.interop import folder, huggingface
+from tpo_jax.interop import folder, huggingface, tensors
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.folder import export_family, import_family, option
 from tpo_jax.interop.families.source import is_family, read_config
 from tpo_jax.interop.huggingface import read_tensors
 from tpo_jax.interop.output import OutputError
 from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.parallel.paths import flatten
+from tpo_jax.parallel.rules import param_shardings
 from tpo_jax.predict import Predictor
 from tpo_jax.training.config import validate
 from tpo_jax.training.start import make_model_config
@@ -49,6 +53,37 @@ def model(source, tmp_path_factory):
     path = tmp_path_factory.mktemp("imported") / "model"
     import_family(source, path)
     return path
+
+
+@pytest.mark.parametrize("layout", ["published", "model"])
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_every_byte_of_a_folder_is_read_once_whatever_the_mesh(
+    source, model, monkeypatch, layout, sizes
+):
+    """By the rules that training has; all eight devices are this process's own."""
+    path = {"published": source, "model": model}[layout]
+    leaves = {name: np.asarray(leaf) for name, leaf in folder.open_leaves(path).items()}
+    abstract = FunctionalModel(folder.load_config(path)).abstract()
+    shardings = param_shardings(abstract, make_mesh(sizes))
+    wanted = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    split = {name for name, leaf in flatten(wanted).items()
+             if leaf.sharding.shard_shape(leaf.shape) != leaf.shape}  # fmt: skip
+    assert "language/embed/table" in split
+    assert {name for name in leaves if name.endswith("_proj/kernel")} <= split
+    read, real = [], tensors._fill_run
+
+    def counted(out, stream, start):
+        read.append(out.nbytes)
+        real(out, stream, start)
+
+    monkeypatch.setattr(tensors, "_fill_run", counted)
+    loaded = folder.load_into(wanted, path).leaves
+    files = read_tensors(source) if layout == "published" else leaves
+    assert sum(read) == sum(x.nbytes for name, x in files.items() if "inv_freq" not in name)
+    for name, leaf in leaves.items():
+        np.testing.assert_array_equal(np.asarray(loaded[name]), leaf.astype(loaded[name].dtype))
 
 
 def llava_video_config(init=None):

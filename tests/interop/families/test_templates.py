@@ -5,10 +5,16 @@ import json
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, processors
 
-from tests.interop.families.configs import LLAVA_ONEVISION, LLAVA_VIDEO, VIDEO_LLAVA
+from tests.interop.families.configs import (
+    LLAVA_ONEVISION,
+    LLAVA_VIDEO,
+    ONEVISION_JINJA,
+    VIDEO_LLAVA,
+)
 from tests.interop.families.published_folder import sized
 from tpo_jax.data.text import train_tokenizer
 from tpo_jax.interop.chat_template import ChatTemplateError
+from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.registry import named
 from tpo_jax.interop.families.source import fitted_codec, open_codec
 from tpo_jax.interop.huggingface import HuggingFaceError
@@ -88,17 +94,6 @@ def test_video_llava_is_one_text_around_the_frames(name):
     assert text.startswith("<s>A chat between a curious user and") or text == "<s>USER: "
 
 
-# In the style of llava-hf: all videos, then all texts of a turn.
-ONEVISION_JINJA = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] + ' ' }}"
-    "{% for c in m['content'] if c['type'] != 'text' %}{{ '<' + c['type'] + '>' }}{% endfor %}"
-    "{% for c in m['content'] if c['type'] == 'text' %}{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ '\\n' + c['text'] }}{% endgeneration %}"
-    "{% else %}{{ '\\n' + c['text'] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
 VIDEO_LLAVA_JINJA = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}"
     "{% if c['type'] == 'text' %}{{ c['text'] + ' ' }}{% else %}{{ '<' + c['type'] + '>\\n' }}"
@@ -122,7 +117,7 @@ def chatml_folder(path, data, **files):
 
 
 @pytest.mark.parametrize("files", [
-    {}, {"chat_template": {"chat_template": ONEVISION_JINJA}},
+    {"chat_template": {"chat_template": ONEVISION_JINJA}},
     {"processor_config": {"chat_template": ONEVISION_JINJA},
      "tokenizer_config": {"chat_template": "{{ 'of the language model' }}"}},
 ])  # fmt: skip
@@ -134,6 +129,19 @@ def test_onevision_has_no_system_turn(tmp_path, files):
     said = "".join(branch).replace("Ċ", "\n")
     assert said == "What?<|im_end|><|im_start|>assistant\nIt<|im_end|>"
     assert tokens(codec, "image")[:2] == (before, after)
+
+
+def test_a_onevision_folder_without_a_chat_template_is_refused_with_the_option(tmp_path):
+    """Its converter writes one, so a file was lost; that of Video-LLaVA writes none."""
+    files = {"processor_config": {"num_image_tokens": 9},
+             "tokenizer_config": {"chat_template": "{{ 'of the language model' }}"}}  # fmt: skip
+    chatml_folder(tmp_path, LLAVA_ONEVISION, **files)
+    with pytest.raises(FamilyError, match="no chat template .*--chat_template=FILE.jinja"):
+        open_codec(tmp_path)
+    assert tokens(open_codec(tmp_path, jinja=ONEVISION_JINJA))[0] == ["<|im_start|>", "user", "Ġ"]
+    llama_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps(sized(VIDEO_LLAVA)))
+    assert open_codec(tmp_path).template.before_video == "<s>USER: "
 
 
 def test_a_checkpoints_own_template_is_followed(tmp_path):

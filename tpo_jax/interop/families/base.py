@@ -17,8 +17,11 @@ from tpo_jax.models.towers.config import TowerConfig
 
 # Most frames of a clip where a tower sets no bound; how many are shown is `Sampling.frames`.
 MOST_FRAMES = 512
-# Filters of Pillow, as `resample` of preprocessor_config.json numbers them.
+# Filters of Pillow, as `resample` of a preprocessor numbers them.
 BILINEAR, BICUBIC = 2, 3
+# How images and videos become pixels, by the place that says it (`source.read_pixels`), such as
+# {"preprocessor_config.json": {"resample": 3}}.
+Pixels = Mapping[str, Mapping[str, Any]]
 # {vision_config.model_type: (kind, what a vision_config leaves out)}, by the configuration classes
 # of `transformers` (models/*/configuration_*.py): it saves what differs from these.
 _SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -52,10 +55,11 @@ class Family:
 
     Attributes:
       matches: whether a config.json is of this family.
-      model_config: ModelConfig of (config.json, preprocessor_config.json or {}).
+      model_config: ModelConfig of (config.json, what says how images and videos become pixels).
       rows: mapping rows of a ModelConfig, given the tensor names of the source.
       template: texts around video, question and answer.
       reads_template: whether a folder's chat template takes its place, where it has one.
+      needs_template: whether a folder without one is refused.
       sampling: of config.json.
       with_heads: ModelConfig with the heads that a checkpoint has, of (ModelConfig, its tensor
         names, names of heads or None for all that read nothing else, config.json); None: no
@@ -70,11 +74,12 @@ class Family:
 
     name: str
     matches: Callable[[Mapping[str, Any]], bool]
-    model_config: Callable[[Mapping[str, Any], Mapping[str, Any]], ModelConfig]
+    model_config: Callable[[Mapping[str, Any], Pixels], ModelConfig]
     rows: Callable[[ModelConfig, Collection[str]], list[Row]]
     template: ChatTemplate
     sampling: Callable[[Mapping[str, Any]], Sampling]
     reads_template: bool = False
+    needs_template: bool = False
     with_heads: Callable[..., ModelConfig] | None = None
     head_options: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
@@ -131,15 +136,15 @@ def only(config: Mapping[str, Any], key: str, value: Any) -> None:
 
 
 def tower_config(
-    vision: Mapping[str, Any], *, layer: int, preprocessor: Mapping[str, Any] | None = None,
+    vision: Mapping[str, Any], *, layer: int, pixels: Pixels | None = None,
     kind: str | None = None, **changes: Any,
 ) -> TowerConfig:
     """TowerConfig of a `vision_config` in the layout of `transformers`.
 
-    Pixel statistics come from preprocessor_config.json, else they are those of the tower.
+    Pixel statistics are those of `pixels`, else of the tower.
 
     Raises:
-      FamilyError: another tower, or a preprocessor that makes other pixels than this program.
+      FamilyError: another tower, or other pixels than this program makes.
     """
     model_type = vision.get("model_type", "")
     if model_type not in _TOWERS:
@@ -150,10 +155,10 @@ def tower_config(
     vision, clip = defaults | dict(vision), published == "clip"
     side = vision["image_size"] if "image_size" in vision else round(
         vision["num_patches"] ** 0.5) * vision["patch_size"]  # fmt: skip
-    preprocessor = preprocessor or {}
-    _check_preprocessor(preprocessor, side, clip)
-    mean = preprocessor.get("image_mean", OPENAI_MEAN if clip else (0.5, 0.5, 0.5))
-    std = preprocessor.get("image_std", OPENAI_STD if clip else (0.5, 0.5, 0.5))
+    pixels = pixels or {}
+    check_pixels(pixels, side, clip)
+    mean = agreed(pixels, "image_mean", OPENAI_MEAN if clip else (0.5, 0.5, 0.5))
+    std = agreed(pixels, "image_std", OPENAI_STD if clip else (0.5, 0.5, 0.5))
     fields = {
         "kind": kind or published,
         "image_size": side,
@@ -173,25 +178,50 @@ def tower_config(
     return TowerConfig(**fields | changes)
 
 
-def _check_preprocessor(preprocessor: Mapping[str, Any], side: int, clip: bool) -> None:
-    """Refuses what `data.preprocess` does not do; a file that does not say does it."""
+def check_pixels(pixels: Pixels, side: int, clip: bool) -> None:
+    """Refuses what `data.preprocess` does not do; what is not said, it does.
+
+    Raises:
+      FamilyError: another value of a setting, or a step (`do_...`) that this program has not.
+    """
     square = {"height": side, "width": side}
     known = {
         "do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,),
         "rescale_factor": (1 / 255,), "resample": (BICUBIC,), "do_center_crop": (clip,),
         # Older files have a number: the short side of CLIP, both of SigLIP.
         "size": ({"shortest_edge": side} if clip else square, side),
+        # There are three colours anyway. Processors of SigLIP pad a batch with tiles.
+        "do_convert_rgb": (True, False), "do_pad": (False,) if clip else (True, False),
     }  # fmt: skip
     if clip:
         known["crop_size"] = (square, side)
-    for option, values in known.items():
-        given = preprocessor.get(option)
-        if given is not None and given not in values:
+    for where, settings in pixels.items():
+        steps = {option: (False,) for option in settings if option.startswith("do_")}
+        for option, values in (steps | known).items():
+            given = settings.get(option)
+            if given is not None and given not in values:
+                raise FamilyError(
+                    f"{where}: {option}={given!r}: this program has only {values[0]!r} for this "
+                    "tower (docs/families.md), and with other pixels it is another model; correct "
+                    "the file if it is wrong"
+                )
+
+
+def agreed(pixels: Pixels, option: str, default: Any) -> Any:
+    """The value of a setting, in whichever place it is said.
+
+    Raises:
+      FamilyError: two places say it differently.
+    """
+    found = [(where, s[option]) for where, s in pixels.items() if s.get(option) is not None]
+    for where, value in found:
+        first, known = found[0]
+        if value != known:
             raise FamilyError(
-                f"preprocessor_config.json: {option}={given!r}: this program has only "
-                f"{values[0]!r} for this tower (docs/families.md), and with other pixels it is "
-                "another model; correct the file if it is wrong"
+                f"{where}: {option}={value!r}, but {first} has {known!r}: images and videos go "
+                "through the same pixels here; correct the one that is wrong"
             )
+    return found[0][1] if found else default
 
 
 def assemble(

@@ -12,10 +12,11 @@ import collections
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from tpo_jax.data.text import ChatTemplate
 from tpo_jax.interop.families.base import (
+    CHATML,
     Family,
     FamilyError,
+    Pixels,
     Sampling,
     assemble,
     decoder_rows,
@@ -33,15 +34,8 @@ from tpo_jax.models.connectors.config import MlpConnectorConfig
 
 # As its authors trained it (LLaVA-NeXT issue 292); the files of `transformers` do not say.
 FRAMES = {"frames_upbound": 32}
-# That of llava-hf's chat_template.json, for a folder without one; it has no system turn.
-TEMPLATE = ChatTemplate(
-    before_video="<|im_start|>user ", after_video="\n", before_image="<|im_start|>user ",
-    after_image="\n", user="", assistant="<|im_end|><|im_start|>assistant\n", end="<|im_end|>",
-    pad="<|endoftext|>",
-)  # fmt: skip
 
-
-def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
+def model_config(config: Mapping[str, Any], pixels: Pixels) -> ModelConfig:
     only(config, "projector_hidden_act", "gelu")
     only(config, "vision_feature_select_strategy", "full")
     only(config, "multimodal_projector_bias", True)
@@ -49,8 +43,9 @@ def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> 
     if not isinstance(layer, int):
         raise FamilyError(f"config.json: vision_feature_layer={layer!r}: this program reads one")
     tower = {"model_type": "siglip_vision_model"} | said(config, "vision_config")
-    vision = tower_config(tower, layer=layer, preprocessor=preprocessor)
+    vision = tower_config(tower, layer=layer, pixels=pixels)
     grid = tuple(map(tuple, config.get("image_grid_pinpoints") or ()))
+    _check_grid(grid, pixels)
     connector = MlpConnectorConfig(
         pool="bilinear", newline="one_token", image="newline", stride=2, resolutions=grid,
         max_tiles=max_tiles(
@@ -62,6 +57,17 @@ def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> 
         config.get("tie_word_embeddings") or language.get("tie_word_embeddings")
     )
     return assemble(vision, connector, language)
+
+
+def _check_grid(grid: Sequence[Size], pixels: Pixels) -> None:
+    """Refuses an image processor that cuts other tiles than the model's config.json has."""
+    for where, settings in pixels.items():
+        given = settings.get("image_grid_pinpoints")
+        if given is not None and tuple(map(tuple, given)) != tuple(grid):
+            raise FamilyError(
+                f"{where}: image_grid_pinpoints={given}, but config.json has {list(grid)}: images "
+                "would be cut into other tiles than the model joins; correct the one that is wrong"
+            )
 
 
 def max_tiles(ratio: str, resolutions: Sequence[Size], tile_size: int) -> int:
@@ -105,8 +111,9 @@ FAMILY = Family(
     matches=lambda config: config.get("model_type") == "llava_onevision",
     model_config=model_config,
     rows=rows,
-    template=TEMPLATE,
+    template=CHATML,  # of which a chat template leaves the end of an answer and the padding
     reads_template=True,
+    needs_template=True,
     sampling=lambda config: Sampling(
         "evenly", frames_upbound(collections.ChainMap(config, FRAMES))
     ),

@@ -17,6 +17,7 @@ from tpo_jax.interop.families.base import (
     CHATML,
     Family,
     FamilyError,
+    Pixels,
     Sampling,
     assemble,
     decoder_rows,
@@ -48,7 +49,7 @@ POOLS = ("average", "max", "bilinear")
 NEWLINES = ("grid", "frame", "one_token", "no_token")
 
 
-def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
+def model_config(config: Mapping[str, Any], pixels: Pixels) -> ModelConfig:
     """`vision_config` in `config` (not in published files) gives the sizes of another tower."""
     vision = config.get("vision_config") or TOWERS[said(config, "mm_vision_tower", TOWERS)]
     said(config, "mm_projector_type", ("mlp2x_gelu",))
@@ -56,7 +57,7 @@ def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> 
     clip = vision["model_type"] == "clip_vision_model"
     # LLaVA-NeXT's SigLIP takes what leaves its last stored layer, whatever the option says.
     layer = said(config, "mm_vision_select_layer") if clip else -1
-    tower = tower_config(vision, layer=layer, preprocessor=preprocessor)
+    tower = tower_config(vision, layer=layer, pixels=pixels)
     language = collections.ChainMap({"model_type": "qwen2"}, config)
     return assemble(tower, connector_config(config, tower.image_size), language)
 

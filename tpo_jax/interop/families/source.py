@@ -23,13 +23,20 @@ from tpo_jax.interop.chat_template import (
     template_ids,
 )
 from tpo_jax.interop.families import beside
-from tpo_jax.interop.families.base import Family, FamilyError, Sampling
+from tpo_jax.interop.families.base import Family, FamilyError, Pixels, Sampling
 from tpo_jax.interop.families.registry import FAMILIES, family_of, to_leaves
 from tpo_jax.interop.tensors import LazyArray
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import tokens_of
 
 ADAPTER = "adapter"  # folder beside the files of a family, in PEFT's layout
+# Where `transformers` has said how images and videos become pixels: of both until 4.44; of videos
+# from 4.45 and from 4.52; of both since version 5, by part.
+_PIXEL_FILES = (
+    "preprocessor_config.json", "video_processor/preprocessor_config.json",
+    "video_preprocessor_config.json",
+)  # fmt: skip
+_PROCESSOR, _PROCESSOR_PARTS = "processor_config.json", ("image_processor", "video_processor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +118,12 @@ def open_codec(
     tokenizer = huggingface.read_tokenizer(path)
     if jinja is None and family.reads_template:
         jinja = read_processor_template(path)
+    if jinja is None and family.needs_template:
+        raise FamilyError(
+            f"{path}: has no chat template (chat_template.jinja, or chat_template.json), and a "
+            "guess would change what the model reads around a video; put the published file there, "
+            "or import with --chat_template=FILE.jinja"
+        )
     template = family.template
     if jinja is not None:
         template = multimodal_template(jinja, path, tokenizer, template)
@@ -133,11 +146,20 @@ def read_config(
     path = epath.Path(source)
     config = read_json(path / "config.json") | dict(options)
     family, entries = _family(path, config), _Entries(config)
-    model = family.model_config(entries, read_json(path / "preprocessor_config.json"))
+    model = family.model_config(entries, read_pixels(path))
     if resize := entries.get("resize"):  # in no published file
         model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, resize=resize))
     _check_options(family, entries, options)
     return family, model, config
+
+
+def read_pixels(directory: epath.PathLike) -> Pixels:
+    """All that a folder says of how images and videos become pixels; {} where it says nothing."""
+    path = epath.Path(directory)
+    found = {name: read_json(path / name) for name in _PIXEL_FILES}
+    parts = read_json(path / _PROCESSOR)
+    found |= {f"{_PROCESSOR}: {part}": parts.get(part) for part in _PROCESSOR_PARTS}
+    return {where: settings for where, settings in found.items() if settings}
 
 
 class _Entries(collections.UserDict):

@@ -15,6 +15,7 @@ from typing import Any
 from tpo_jax.data.text import ChatTemplate
 from tpo_jax.interop.families.base import (
     Family,
+    Pixels,
     Sampling,
     assemble,
     decoder_rows,
@@ -34,6 +35,8 @@ LANGUAGEBIND = {
     "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
     "hidden_act": "gelu",
 }  # fmt: skip
+# Prompts of the port as its documentation writes them (docs/source/en/model_doc/video_llava.md);
+# `transformers`' convert_video_llava_weights_to_hf.py saves no chat template.
 VICUNA = ChatTemplate(
     before_video="<s>USER: ", after_video="\n", before_image="<s>USER: ", after_image="\n",
     user="", assistant=" ASSISTANT:", end="</s>", pad="<unk>",
@@ -52,14 +55,14 @@ RESIZES = {"pad": "pad", "square": "crop"}
 CONNECTOR = MlpConnectorConfig(pool="none", newline="no_token", image="plain", class_token=True)
 
 
-def huggingface_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
+def huggingface_config(config: Mapping[str, Any], pixels: Pixels) -> ModelConfig:
     only(config, "projector_hidden_act", "gelu")
     only(config, "vision_feature_select_strategy", "default")
     only(config, "multimodal_projector_bias", True)
     vision = tower_config(
         {"model_type": "clip_vision_model"} | said(config, "vision_config"),
         layer=config.get("vision_feature_layer", -2),
-        preprocessor=preprocessor, kind="languagebind",
+        pixels=pixels, kind="languagebind",
     )  # fmt: skip
     return assemble(vision, CONNECTOR, {"model_type": "llama"} | said(config, "text_config"))
 
@@ -78,14 +81,14 @@ def huggingface_rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
     ]
 
 
-def original_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
+def original_config(config: Mapping[str, Any], pixels: Pixels) -> ModelConfig:
     """`vision_config` in `config` (not in published files) gives the sizes of other towers."""
     said(config, "mm_projector_type", ("mlp2x_gelu",))
     said(config, "mm_vision_select_feature", ("patch",))
     vision = tower_config(
         config.get("vision_config") or LANGUAGEBIND, kind="languagebind", frames=FRAMES,
         layer=said(config, "mm_vision_select_layer"), max_frames=FRAMES,
-        preprocessor=preprocessor, resize=RESIZES[said(config, "image_aspect_ratio", RESIZES)],
+        pixels=pixels, resize=RESIZES[said(config, "image_aspect_ratio", RESIZES)],
     )  # fmt: skip
     return assemble(vision, CONNECTOR, collections.ChainMap({"model_type": "llama"}, config))
 

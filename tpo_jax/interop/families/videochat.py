@@ -15,6 +15,7 @@ from tpo_jax.data.text import ChatTemplate
 from tpo_jax.interop.families.base import (
     Family,
     FamilyError,
+    Pixels,
     Sampling,
     assemble,
     decoder_rows,
@@ -47,9 +48,9 @@ TEMPLATE = ChatTemplate(
 )  # fmt: skip
 
 
-def model_config(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
+def model_config(config: Mapping[str, Any], pixels: Pixels) -> ModelConfig:
     """`qformer_config` and `llm_config` in `config` (not in published files) give other sizes."""
-    del preprocessor  # published checkpoints have none
+    del pixels  # published checkpoints have none
     parts = config["model_config"]
     vision, bridge, llm = parts["vision_encoder"], parts["bridge"], parts["llm"]
     said(bridge, "name", ("qformer",))
