@@ -128,10 +128,10 @@ def table(rngs: Rngs, *shape: int) -> nnx.Param:
 
 class FourierPositions(nnx.Module):
     """Random Fourier features of places (Tancik et al. 2020, 2006.10739). The frequencies are
-    drawn once and never trained, but belong to a checkpoint."""
+    drawn once, from `key`, and never trained, but belong to a checkpoint."""
 
-    def __init__(self, width: int, *, rngs: Rngs):
-        self.frequencies = nnx.Param(jax.random.normal(rngs.params(), (2, width // 2), jnp.float32))
+    def __init__(self, width: int, key: jax.Array):
+        self.frequencies = nnx.Param(jax.random.normal(key, (2, width // 2), jnp.float32))
 
     def __call__(self, places: jax.Array) -> jax.Array:
         """float32[..., 2], x and y in [0, 1] -> float32[..., C]."""
