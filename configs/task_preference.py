@@ -79,10 +79,14 @@ class Arm:
     steps: int = STEPS
 
 
-def _sam2(prompt: bool) -> dict[str, float]:
-    """Weights of all terms: of the prompt and its box, or of everything else."""
+def _sam2(taught: str) -> dict[str, float]:
+    """Weights of all terms: of the "prompt" and its box, of all "masks", or of "tracks" by drawn
+    boxes, which do not prompt frames by themselves."""
     weights = sam2.published_weights()
-    return {term: w * float((term in sam2.PROMPT_TERMS) == prompt) for term, w in weights.items()}
+    masks = weights.keys() - sam2.PROMPT_TERMS
+    tracks = {term for term in masks if "/still_" not in term}
+    terms = {"prompt": set(sam2.PROMPT_TERMS), "masks": masks, "tracks": tracks}[taught]
+    return {term: weight * float(term in terms) for term, weight in weights.items()}
 
 
 _MASKS = ("mask", "tracking")
@@ -102,9 +106,9 @@ ARMS = {
     "temporal": Arm(_TEMPORAL, ("temporal",), steps=TEMPORAL_STEPS),
     "cg_detr": Arm(_TEMPORAL, ("cg_detr",), _CG_DETR, steps=TEMPORAL_STEPS),
     "temporal_mlp": Arm(_TEMPORAL, ("temporal_mlp",), _MLP, steps=TEMPORAL_STEPS),
-    "tracker": Arm(("tracking",), ("sam2",), _sam2(prompt=False)),
-    "sam2": Arm(("mask",), ("sam2",), _sam2(prompt=False), _ADAPTER),
-    "first_frame_box": Arm(("mask",), ("sam2",), _sam2(prompt=True), _ADAPTER),
+    "tracker": Arm(("tracking",), ("sam2",), _sam2("tracks")),
+    "sam2": Arm(("mask",), ("sam2",), _sam2("masks"), _ADAPTER),
+    "first_frame_box": Arm(("mask",), ("sam2",), _sam2("prompt"), _ADAPTER),
 }
 
 
