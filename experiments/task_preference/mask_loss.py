@@ -28,7 +28,8 @@ def run(study: Study) -> dict[str, Any]:
     files: dict[str, dict[int, pathlib.Path]] = {arm: {} for arm in ARMS}
     floors = {}
     _relabel(study, 0, DRAWN)
-    tracker = study.train(0, "tracker", data=DRAWN)
+    stills = study.train(0, "tracker_stills", data=DRAWN)
+    tracker = study.train(0, "tracker", init=stills, data=DRAWN)
     followed = study.evaluate(0, "tracker", tracker)
     for seed in study.seeds:
         floors[seed] = study.floors(seed, questions=False)

@@ -202,7 +202,7 @@ def test_every_arm_is_a_valid_config(arm):
 
 # One of the arms with the same head is enough, but for losses of their own.
 @pytest.mark.parametrize(
-    "arm", ["heads", "T", "cg_detr", "temporal_mlp", "tracker", "first_frame_box"]
+    "arm", ["heads", "T", "cg_detr", "temporal_mlp", "tracker", "tracker_stills", "first_frame_box"]
 )
 def test_every_term_of_an_arm_has_a_weight(arm):
     config = CONFIG["get_config"](f"arm={arm},tiny")
@@ -301,6 +301,7 @@ def test_an_arm_of_masks_learns_from_the_masks_or_from_the_first_box():
     paths = [f"heads/sam2/{part}/fc1/kernel" for part in ("adapter", "box_readout", "network")]
     tracks = {term for term in masks if "/still_" not in term}
     for arm, terms, learns in (
+        ("tracker_stills", tracks, [False, False, True]),
         ("tracker", tracks, [False, False, True]), ("sam2", masks, [True, True, False]),
         ("first_frame_box", {"sam2/prompt", "sam2/box"}, [True, True, False]),
     ):  # fmt: skip
