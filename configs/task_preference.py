@@ -3,13 +3,16 @@
     python -m tpo_jax.train --config=configs/task_preference.py:arm=text,data=D --workdir=DIR
 
   heads         region, temporal and mask head beside conversation
-  text          the same targets written into the answers, no head
+  text          the same targets written into the answers, no head, asked as often as in `heads`
+  text_half     the same, asked half as often: as many positions as in `heads`
   conversation  conversation alone
   middle_frame  the same about the middle frame alone: a floor of questions
   TRM           as heads, without conversation
   T, R, M       one task alone: temporal; region; mask and tracking
   temporal, cg_detr, temporal_mlp   one temporal head each, beside conversation
-  tracker       a SAM 2 of the demo's size follows boxes that are drawn; nothing else learns
+  tracker_stills   a SAM 2 of the demo's size finds what is in boxes that are drawn; nothing else
+                learns
+  tracker       the same SAM 2 follows it through clips
   sam2, first_frame_box   masks by that SAM 2, frozen, which the slot state prompts: taught by the
                 losses of its masks or, all that is published, by the box on the first frame, as the
                 prompt that it would be and as four numbers that are read out of the slot state
@@ -24,8 +27,11 @@ steps being as many. A row that runs out of its video's questions, or of slots, 
 in the videos of seed 0, `conversation` asks 24 % less than `heads`, T, R, M and TRM between 4 %
 less and 12 % more. `text` has longer answers; what is too long for the rows of short ones stands
 beside them in every step, so that in as many steps it sees twice the rows, reads twice the
-positions and asks 9 to 27 % more of every kind than `heads`. The page of the study prints what
-every run was asked.
+positions and asks 9 to 27 % more of every kind than `heads`. `text_half` has the one or the other
+in a step, by turns. The page of the study prints what every run was asked.
+
+The tracker is asked to follow what is masked, from a box: its `data` are `drawn_boxes` of
+experiments/task_preference/relabelled.py.
 
 The three temporal heads have four times as many steps as the other arms. In as many as those, the
 loss by which `cg_detr` learns which of its windows to answer with had not moved (cg_detr/label was
@@ -47,14 +53,16 @@ from tpo_jax.training.config import ConfigError, parse_arg, source_config
 
 _DEMO = runpy.run_path(str(pathlib.Path(__file__).with_name("demo.py")))
 STEPS, TEMPORAL_STEPS = 120, 480
-TRACKER_STEPS, TRACKER_RATE = 120, 2e-3
-SAM2_FRAMES = 16  # published: 8 in training; tests show all frames
+# Single frames come first, as published. In half an hour of clips alone nothing was found.
+TRACKER_STEPS, TRACKER_RATE, TRACKER_OBJECTS = {"tracker_stills": 400, "tracker": 240}, 1e-2, 4
+STILLS = 32  # videos a step
+SAM2_FRAMES = 8  # published: 8 in training; tests show all frames
 SAVE_EVERY = 40
 # The demo counts the language loss eight times; published weights are a twentieth beside once.
 _CG_DETR = cg_detr.published_weights(saliency=4.0, scale=8 * 0.05)
 _NEW = "heads/|task_tokens/|box_encoder/"
 _ADAPTER = "heads/sam2/(?!network)|task_tokens/|box_encoder/"
-_TRACKER = "heads/sam2/network"
+_TRACKER, _TRACKER_IOU = "heads/sam2/network", "heads/sam2/network/mask_decoder/iou_mlp"
 # In words: tokens of answers and of questions with them, of most places and windows, and of tracks.
 TEXT_SHORT = {"answers": 24, "branch_tokens": 40}
 TEXT_LONG = {"answers": 76, "branch_tokens": 100}
@@ -75,10 +83,14 @@ class Arm:
     steps: int = STEPS
 
 
-def _sam2(prompt: bool) -> dict[str, float]:
-    """Weights of all terms: of the prompt and its box, or of everything else."""
+def _sam2(taught: str) -> dict[str, float]:
+    """Weights of all terms: of the "prompt" and its box, of all "masks", or of "tracks" by drawn
+    boxes, which do not prompt frames by themselves."""
     weights = sam2.published_weights()
-    return {term: w * float((term in sam2.PROMPT_TERMS) == prompt) for term, w in weights.items()}
+    masks = weights.keys() - sam2.PROMPT_TERMS
+    tracks = {term for term in masks if "/still_" not in term}
+    terms = {"prompt": set(sam2.PROMPT_TERMS), "masks": masks, "tracks": tracks}[taught]
+    return {term: weight * float(term in terms) for term, weight in weights.items()}
 
 
 _MASKS = ("mask", "tracking")
@@ -88,6 +100,7 @@ _MLP = {"temporal_mlp/l1": 5.0, "temporal_mlp/giou": 1.0}
 ARMS = {
     "heads": Arm(("conversation", *_TASKS), ("region", "temporal", "mask")),
     "text": Arm(("conversation", *_TASKS)),
+    "text_half": Arm(("conversation", *_TASKS)),
     "conversation": Arm(("conversation",)),
     "middle_frame": Arm(("conversation",), evidence="middle_frame"),
     "TRM": Arm(_TASKS, ("region", "temporal", "mask")),
@@ -97,9 +110,10 @@ ARMS = {
     "temporal": Arm(_TEMPORAL, ("temporal",), steps=TEMPORAL_STEPS),
     "cg_detr": Arm(_TEMPORAL, ("cg_detr",), _CG_DETR, steps=TEMPORAL_STEPS),
     "temporal_mlp": Arm(_TEMPORAL, ("temporal_mlp",), _MLP, steps=TEMPORAL_STEPS),
-    "tracker": Arm(("tracking",), ("sam2",), _sam2(prompt=False)),
-    "sam2": Arm(("mask",), ("sam2",), _sam2(prompt=False), _ADAPTER),
-    "first_frame_box": Arm(("mask",), ("sam2",), _sam2(prompt=True), _ADAPTER),
+    "tracker_stills": Arm(("tracking",), ("sam2",), _sam2("tracks")),
+    "tracker": Arm(("tracking",), ("sam2",), _sam2("tracks")),
+    "sam2": Arm(("mask",), ("sam2",), _sam2("masks"), _ADAPTER),
+    "first_frame_box": Arm(("mask",), ("sam2",), _sam2("prompt"), _ADAPTER),
 }
 
 
@@ -121,15 +135,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
         bucket.mask_size = load_config(arg.init).mask_size
     _choose_heads(config, arm)
     _choose_questions(config, arm, asked)
-    if arg.arm == "text":
-        _write_text(config, arg.tiny)
-    if arg.arm == "tracker":
-        config.trainable = [[_TRACKER, TRACKER_RATE]]
-        config.steps = config.steps if arg.tiny else max(round(TRACKER_STEPS * arg.steps), 1)
+    if arg.arm in ("text", "text_half"):
+        _write_text(config, arg)
     if "sam2" in arm.heads:
         video = config.buckets.video
         video.frames, video.slots.mask = min(video.frames, SAM2_FRAMES), video.branches
         config.sam2 = "micro" if arg.tiny else "demo"
+    if arg.arm in TRACKER_STEPS:
+        _choose_tracks(config, arg)
     config.trainable = [[pattern, rate * arg.rate] for pattern, rate in config.trainable]
     return config
 
@@ -161,12 +174,29 @@ def _choose_questions(config: ConfigDict, arm: Arm, asked: dict[str, float]) -> 
         video.frames = long.frames = 1
 
 
-def _write_text(config: ConfigDict, tiny: bool) -> None:
-    """Short answers, and beside them the masks, tracks and conversation that need long rows."""
+def _choose_tracks(config: ConfigDict, arg: ConfigDict) -> None:
+    """As many objects as a row of the other arms has masks, each behind a box."""
+    # Slower: while no mask is right, it learns that none is, once for all.
+    config.trainable = [[_TRACKER_IOU, TRACKER_RATE / 10], [_TRACKER, TRACKER_RATE]]
+    if not arg.tiny:
+        config.steps = max(round(TRACKER_STEPS[arg.arm] * arg.steps), 1)
+    video = config.buckets.video
+    if arg.arm == "tracker_stills":
+        video.frames, video.batch_size = 1, video.batch_size if arg.tiny else STILLS
+    video.branches = TRACKER_OBJECTS
+    video.slots.mask = video.slots.box = video.branches
+
+
+def _write_text(config: ConfigDict, arg: ConfigDict) -> None:
+    """Short answers, and beside them or by turns the masks, tracks and conversation that need long
+    rows."""
     config.data.task_text = True
     video, long = config.buckets.video, config.buckets.video_long
     every = _DEMO["TASKS"]
     masks = sum(every[task] for task in _MASKS)
     video.update(TEXT_SHORT, branches=round(video.branches * (1 - masks / sum(every.values()))))
-    long.update(TEXT_LONG, branches=2 if tiny else TEXT_LONG_BRANCHES)
-    video.beside = "video_long"
+    long.update(TEXT_LONG, branches=2 if arg.tiny else TEXT_LONG_BRANCHES)
+    if arg.arm == "text":
+        video.beside = "video_long"
+    else:
+        video.weight = long.weight = 1

@@ -13,8 +13,9 @@ import json
 import pathlib
 import runpy
 import signal
+import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments import demo
@@ -37,19 +38,21 @@ TINY = dataclasses.replace(demo.TINY, images=0)
 class Options:
     """Of the command line: see `parser`.
 
-    The runs in `out` belong to one choice of the base, the steps and tiny; see `check`.
+    The runs in `out` belong to one choice of the base, videos, steps and tiny; see `check`.
     """
 
     out: pathlib.Path
     results: pathlib.Path
     base: pathlib.Path
     seeds: int
+    videos: int
     steps: float
     tiny: bool
 
     def check(self) -> None:
         """Writes what decides the runs into `out`; ValueError if those there were others."""
-        mine = {"base": str(self.base), "steps": self.steps, "tiny": self.tiny}
+        mine = {name: getattr(self, name) for name in ("videos", "steps", "tiny")}
+        mine |= {"base": str(self.base)}
         file = self.out / "options.json"
         if not file.exists():
             files.write(file, json.dumps(mine) + "\n")
@@ -64,7 +67,7 @@ class Study:
 
     def __init__(self, options: Options):
         self.options = options
-        self.scale = TINY if options.tiny else FULL
+        self.scale = TINY if options.tiny else dataclasses.replace(FULL, train=options.videos)
         self._steps: dict[int, Steps] = {}
 
     @property
@@ -123,9 +126,35 @@ class Study:
             f"evaluate {name} on {split}", "tpo_jax.evaluate", "--model", model,
             "--data", steps.out / "data" / split, "--out", result, *demo.PART,
             "--tasks", ",".join(asked), "--evidence", ARMS[arm].evidence,
-            *(("--task_text",) if arm == "text" else ()), lane=lane,
+            *(("--task_text",) if arm.startswith("text") else ()), lane=lane,
         )  # fmt: skip
         return result
+
+    def choose_rates(
+        self, searched: Sequence[str], rates: Sequence[float], metrics: Sequence[str]
+    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """The best rate of each arm by the mean of `metrics` on validation, seed 0.
+
+        Those runs are the ones of seed 0 in the study itself.
+
+        Args:
+          rates: of which a tiny study tries the middle one.
+
+        Returns: {arm: rate}, and {arm: {rate: mean}}.
+        """
+        tried = rates[1:2] if self.options.tiny else rates
+        files = {}
+        for arm in searched:
+            for rate in tried:
+                model = self.train(0, arm, rate=rate)
+                files[arm, rate] = self.evaluate(0, arm, model, "validation")
+        self.wait()
+        found: dict[str, dict[str, float]] = {arm: {} for arm in searched}
+        for (arm, rate), file in files.items():
+            of_run = results.read_json(file)["metrics"]
+            found[arm][f"{rate:g}"] = statistics.fmean(of_run[name] for name in metrics)
+        best = {arm: float(max(means, key=means.__getitem__)) for arm, means in found.items()}
+        return best, found
 
     def floors(self, seed: int, questions: bool = True) -> pathlib.Path:
         """What constants reach, and with `questions` a model that sees the middle frame alone."""
@@ -191,7 +220,9 @@ def run_name(arm: str, rate: float) -> str:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=description.split("\n")[0])
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/task_preference"))
     made.add_argument(
         "--results", type=pathlib.Path,
@@ -199,6 +230,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     made.add_argument("--base", type=pathlib.Path, default=demo.BASE, help="model folder")
     made.add_argument("--seeds", type=int, default=3, help="of rendering, splits and training")
+    made.add_argument("--videos", type=int, default=FULL.train, help="to train on, of a seed")
     made.add_argument("--steps", type=float, default=1.0, help="share of the steps of every arm")
     made.add_argument("--tiny", action="store_true", help="a few videos and steps, for tests")
     return made
@@ -221,6 +253,7 @@ def main(name: str, description: str, run: Callable[[Study], dict[str, Any]]) ->
         print(failure, file=sys.stderr)
         sys.exit(failure.status)
     command = f"python -m experiments.task_preference.{name} --seeds {options.seeds}"
+    command += f" --videos {options.videos}" if options.videos != FULL.train else ""
     command += f" --steps {options.steps:g}" if options.steps != 1 else ""
     page.write(options.results, name, {"command": command} | record)
     print(options.results / "README.md")

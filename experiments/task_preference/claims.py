@@ -24,6 +24,8 @@ class Claim:
 
 CLAIMS = {
     "central": (
+        Claim("temporal/r1@0.5", "text_half", "heads", (18.6, 40.2), "Charades-STA R1@0.5"),
+        Claim("qa/accuracy", "text_half", "heads", (64.7, 66.8), "MVBench"),
         Claim("temporal/r1@0.5", "text", "heads", (18.6, 40.2), "Charades-STA R1@0.5"),
         Claim("qa/accuracy", "text", "heads", (64.7, 66.8), "MVBench"),
         Claim("temporal/r1@0.5", "T", "TRM", (30.2, 36.7), "Charades-STA R1@0.5"),

@@ -2,13 +2,13 @@
 
     python -m experiments.task_preference.mask_loss --out runs/task_preference --seeds 3
 
-A SAM 2 of the demo's size learns to follow boxes that are drawn in the videos of seed 0. It is then
-frozen and the same for all seeds, in the place of the published one that comes trained. The
-language model and the adapter, which turns the slot state into SAM 2's prompt, learn from either
-objective: `sam2`, the losses of the masks in all frames, or `first_frame_box`, all that is
-published: the distance to the prompt of the object's box on the first frame, and to that box from
-what a second network reads out of the slot state. Of an object that is absent there the box is -1,
-and no prompt is taught. The same command goes on where it stopped.
+A SAM 2 of the demo's size learns to follow boxes that are drawn around what is masked in the videos
+of seed 0. It is then frozen and the same for all seeds, in the place of the published one that
+comes trained. The language model and the adapter, which turns the slot state into SAM 2's prompt,
+learn from either objective: `sam2`, the losses of the masks in all frames, or `first_frame_box`,
+all that is published: the distance to the prompt of the object's box on the first frame, and to
+that box from what a second network reads out of the slot state. Of an object that is absent there
+the box is -1, and no prompt is taught. The same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -21,27 +21,34 @@ from experiments.task_preference.arms import Study
 from tpo_jax.evaluation import results
 
 ARMS = ("first_frame_box", "sam2")
-DATA = "first_frame"
+FIRST, DRAWN = "first_frame", "drawn_boxes"
 
 
 def run(study: Study) -> dict[str, Any]:
     files: dict[str, dict[int, pathlib.Path]] = {arm: {} for arm in ARMS}
     floors = {}
-    tracker = study.train(0, "tracker")
+    _relabel(study, 0, DRAWN)
+    stills = study.train(0, "tracker_stills", data=DRAWN)
+    tracker = study.train(0, "tracker", init=stills, data=DRAWN)
     followed = study.evaluate(0, "tracker", tracker)
     for seed in study.seeds:
         floors[seed] = study.floors(seed, questions=False)
-        steps = study.steps(seed)
-        steps.run(
-            "first frames", "experiments.task_preference.first_frame",
-            "--data", steps.out / "data" / "train", "--out", steps.out / DATA / "train",
-        )  # fmt: skip
+        _relabel(study, seed, FIRST)
         for arm in ARMS:
-            data = DATA if arm == "first_frame_box" else "data"
+            data = FIRST if arm == "first_frame_box" else "data"
             model = study.train(seed, arm, init=tracker, data=data)
             files[arm][seed] = study.evaluate(seed, arm, model)
     record = study.record(files, floors)
     return record | {"tracker": results.read_json(followed)["metrics"]}
+
+
+def _relabel(study: Study, seed: int, labels: str) -> None:
+    """Makes OUT/seed<n>/<labels>/train of the training videos of a seed."""
+    steps = study.steps(seed)
+    steps.run(
+        f"label {labels}", "experiments.task_preference.relabelled", labels,
+        "--data", steps.out / "data" / "train", "--out", steps.out / labels / "train",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

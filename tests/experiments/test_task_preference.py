@@ -16,7 +16,7 @@ from experiments.steps import Steps
 from experiments.task_preference import page
 from experiments.task_preference.arms import Options, Study
 from experiments.task_preference.claims import CLAIMS, Claim, Estimate, difference, verdict
-from experiments.task_preference.first_frame import first_frame
+from experiments.task_preference.relabelled import drawn_box, first_frame
 from experiments.task_preference.trained import trained
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.pipeline import read_buckets
@@ -46,7 +46,7 @@ def test_differences_are_paired_by_seed():
 
 
 def test_runs_of_other_options_are_refused(tmp_path):
-    options = Options(tmp_path / "runs", tmp_path, tmp_path / "base", 3, 0.5, False)
+    options = Options(tmp_path / "runs", tmp_path, tmp_path / "base", 3, 100, 0.5, False)
     options.check()
     dataclasses.replace(options, seeds=5).check()
     with pytest.raises(ValueError, match="has runs of .*0.5.*expected .*1.0.*use another"):
@@ -63,14 +63,21 @@ def record(name):
         "floors": dict.fromkeys(metrics, [0.05, 0.07]), "cpu_seconds": 600.0,
         "training_cpu_seconds": {arm: [60.0, 120.0] for arm in arms},
         "trained": {arm: [trained_on(1.0), trained_on(3.0)] for arm in arms},
-    } | (SEARCHED if name == "central" else {})  # fmt: skip
+    } | SEARCHED.get(name, {})  # fmt: skip
 
 
 # Both ways that a search can end.
+HIGHEST, BETWEEN = {"0.5": 0.1, "1": 0.2, "2": 0.4}, {"0.5": 0.3, "1": 0.5, "2": 0.2}
 SEARCHED = {
-    "rates": {"text": 2.0, "heads": 1.0},
-    "search": {"text": {"0.5": 0.1, "1": 0.2, "2": 0.4}, "heads": {"0.5": 0.3, "1": 0.5, "2": 0.2}},
-    "words_at_best": {"temporal/r1@0.5": [1.0, 1.0], "mask/j&f": [0.66, 0.68]},
+    "central": {
+        "rates": {"text": 2.0, "heads": 1.0},
+        "search": {"text": HIGHEST, "heads": BETWEEN},
+        "words_at_best": {"temporal/r1@0.5": [1.0, 1.0], "mask/j&f": [0.66, 0.68]},
+    },
+    "temporal_head": {
+        "rates": {"temporal_mlp": 2.0, "cg_detr": 1.0, "temporal": 1.0},
+        "search": {"temporal_mlp": HIGHEST, "cg_detr": BETWEEN, "temporal": BETWEEN},
+    },
 }
 
 
@@ -102,7 +109,7 @@ def test_the_page_says_what_each_arm_was_trained_on():
     text = page.section("central", "Central", found)
     assert (
         "`text` 1.00 of the steps, 2.00 of the positions, 1.50 of the conversation questions, "
-        "0.80 of the mask questions; `conversation` 1.00 of the steps" in text
+        "0.80 of the mask questions; `text_half` 1.00 of the steps" in text
     )
     head = "| trained on | conversation questions | mask questions | positions | steps |"
     assert f"{head} CPU seconds |" in text
@@ -114,9 +121,12 @@ def test_the_page_says_how_rates_floors_and_words_are_meant():
     text = page.section("central", "Central", record("central"))
     assert (
         "`text` 2, the highest that was tried: a better one may lie beyond (0.5: 10.0, 1: 20.0, 2: "
-        "40.0); `heads` 1, between others that were tried (0.5: 30.0, 1: 50.0, 2: 20.0). Only "
-        "`text` and `heads` were searched; all other arms, `conversation` among them" in text
+        "40.0); `heads` 1, between others that were tried (0.5: 30.0, 1: 50.0, 2: 20.0). No others "
+        "were searched: all other arms, `conversation` among them" in text
     )
+    heads = page.section("temporal_head", "Heads", record("temporal_head"))
+    assert "`temporal_mlp` 2, the highest that was tried" in heads
+    assert "No others were searched" not in heads
     assert "| words at best |  | 100.0 ± 0.0 |  | 67.0 ± 1.0 |  |" in text
     assert "its highlight metrics come from the reader" in text
     assert "a model that was trained on conversation about the middle frame alone" in text
@@ -151,7 +161,7 @@ def test_what_a_run_was_trained_on_is_read_from_its_log(tmp_path):
 
 def test_the_record_has_what_the_chosen_run_was_trained_on(tmp_path):
     """Of the folder of its rate, by the name of its evaluation."""
-    study = Study(Options(tmp_path, tmp_path, tmp_path / "base", 1, 1.0, True))
+    study = Study(Options(tmp_path, tmp_path, tmp_path / "base", 1, 100, 1.0, True))
     seed, version = tmp_path / "seed0", {"format_version": results.FORMAT_VERSION}
     files = {
         "text_rate2/metrics.jsonl": {
@@ -192,7 +202,7 @@ def test_every_arm_is_a_valid_config(arm):
 
 # One of the arms with the same head is enough, but for losses of their own.
 @pytest.mark.parametrize(
-    "arm", ["heads", "T", "cg_detr", "temporal_mlp", "tracker", "first_frame_box"]
+    "arm", ["heads", "T", "cg_detr", "temporal_mlp", "tracker", "tracker_stills", "first_frame_box"]
 )
 def test_every_term_of_an_arm_has_a_weight(arm):
     config = CONFIG["get_config"](f"arm={arm},tiny")
@@ -236,6 +246,9 @@ def test_arms_ask_what_heads_asks():
     shown = (short, long, heads.buckets.video, heads.buckets.video_long)
     positions = [b.branches * b.branch_tokens for b in shown]
     assert positions == [760, 700, 720, 768]  # both of the first in every step, one of the others
+    half, halves = CONFIG["get_config"]("arm=text_half"), text.to_dict() | {"buckets": None}
+    assert half.to_dict() | {"buckets": None} == halves
+    assert [b.weight for b in half.buckets.values()] == [1, 1] and not half.buckets.video.beside
 
 
 def test_what_the_first_frame_teaches():
@@ -257,6 +270,27 @@ def test_what_the_first_frame_teaches():
     assert first_frame(example(times=[1.0, 2.0], boxes=[None, box], input_box=box)) is None
 
 
+def test_what_a_drawn_box_follows():
+    mask = np.zeros((10, 20), np.uint8)
+    mask[2:4, 5:10] = 1
+    empty, seen = (coco_mask.encode(np.asfortranarray(m)) for m in (np.zeros_like(mask), mask))
+    times, turns = [0.0, 0.5, 1.0], (Turn("Which?", "<mask>"),)
+
+    def example(task="mask", **targets):
+        return Example("e", "v", "video", task, "t", 0.0, 1.0, turns, targets)
+
+    found = drawn_box(example(times=times, rles=[None, seen, empty]))
+    box = [0.25, 0.2, 0.5, 0.4]
+    assert found.task == "tracking" and found.targets == {
+        "times": times, "rles": [None, seen, empty], "boxes": [None, box, None],
+        "input_box": box, "input_time": 0.5,
+    }  # fmt: skip
+    assert "<box>" in found.turns[0].question and "<mask>" in found.turns[0].answer
+    assert drawn_box(example(times=times, rles=[None, empty, None])) is None
+    track = example("tracking", times=times, boxes=[box] * 3, input_box=box)
+    assert drawn_box(track) is track
+
+
 def test_an_arm_of_masks_learns_from_the_masks_or_from_the_first_box():
     def taught(arm):
         config = CONFIG["get_config"](f"arm={arm}")
@@ -265,8 +299,10 @@ def test_an_arm_of_masks_learns_from_the_masks_or_from_the_first_box():
     masks = {f"sam2/{kind}{term}" for kind in ("", "still_")
              for term in ("focal", "dice", "iou", "presence")}  # fmt: skip
     paths = [f"heads/sam2/{part}/fc1/kernel" for part in ("adapter", "box_readout", "network")]
+    tracks = {term for term in masks if "/still_" not in term}
     for arm, terms, learns in (
-        ("tracker", masks, [False, False, True]), ("sam2", masks, [True, True, False]),
+        ("tracker_stills", tracks, [False, False, True]),
+        ("tracker", tracks, [False, False, True]), ("sam2", masks, [True, True, False]),
         ("first_frame_box", {"sam2/prompt", "sam2/box"}, [True, True, False]),
     ):  # fmt: skip
         found, groups = taught(arm)

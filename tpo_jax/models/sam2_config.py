@@ -172,10 +172,13 @@ PUBLISHED: dict[str, Sam2Config] = {
 }
 
 
-def small(image_size: int, width: int) -> Sam2Config:
-    """One block a stage, for models that train on a CPU."""
+def small(image_size: int, width: int, trunk: int) -> Sam2Config:
+    """One block a stage, for models that train on a CPU; `trunk` channels in the second stage.
+
+    A pixel has width / 8 features by which a mask is told from all others.
+    """
     return Sam2Config(
-        image_size=image_size, widths=(width // 2, width, width * 2, width * 4),
+        image_size=image_size, widths=(trunk // 2, trunk, trunk * 2, trunk * 4),
         depths=(1, 1, 2, 1), heads=(1, 1, 2, 2), windows=(8, 4, 4, 2), global_blocks=(3,),
         position_grid=4, width=width, decoder_heads=2, decoder_mlp_width=2 * width,
         mask_channels=8, iou_width=width, memory_width=width // 2, memory_layers=1,
@@ -185,7 +188,7 @@ def small(image_size: int, width: int) -> Sam2Config:
 
 
 # What a training config may name. "demo" and "micro" are for models that train on a CPU.
-SIZES: dict[str, Sam2Config] = PUBLISHED | {"demo": small(64, 32), "micro": small(32, 16)}
+SIZES: dict[str, Sam2Config] = PUBLISHED | {"demo": small(64, 64, 32), "micro": small(32, 16, 16)}
 
 
 def sam2_size(name: str) -> Sam2Config:

@@ -111,6 +111,15 @@ def test_every_parameter_and_the_slot_state_have_a_gradient():
 
 
 @pytest.mark.long
+def test_prompts_and_cells_have_the_same_places_from_the_start():
+    network = _start()["network"]
+    frequencies = network["image_positions"]["frequencies"]
+    assert np.ptp(frequencies) > 0
+    np.testing.assert_array_equal(
+        frequencies, network["prompt_encoder"]["positions"]["frequencies"]
+    )
+
+
 def test_trains_on_moving_shapes():
     """Adam on two clips: every mask term falls, and so does the whole."""
     inputs = _inputs()

@@ -30,7 +30,7 @@ BOX = [0.25, 0.125, 0.75, 0.5]
 
 @pytest.fixture(scope="module")
 def encoder():
-    return PromptEncoder(CONFIG, rngs=Rngs(0))
+    return PromptEncoder(CONFIG, jax.random.key(1), rngs=Rngs(0))
 
 
 def asked(labels, box_valid):

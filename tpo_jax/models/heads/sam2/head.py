@@ -124,13 +124,13 @@ class Sam2Head(nnx.Module):
     def _prompt(
         self, inputs: HeadInputs, read: Callable[[jax.Array], ImageFeatures]
     ) -> tuple[Prompt, jax.Array, Decoded]:
-        """The prompt of every object, the adapter's tokens, and every shown frame by itself."""
+        """The prompt of every object, the adapter's tokens, and what these find in every shown
+        frame by itself."""
         tokens = self.adapter(inputs.slot_states)
         tokens = tokens.reshape(*tokens.shape[:2], BOX_TOKENS, self.config.width)
         prompted = prompt_tokens(self.network.prompt_encoder, tokens, inputs)
-        alone = stills(
-            self.network, read, prompted.tokens, inputs.frame_valid.shape[1], prompted.valid
-        )
+        # Of a drawn prompt too: that one holds on its frame alone.
+        alone = stills(self.network, read, tokens, inputs.frame_valid.shape[1])
         start = best_frame(alone, inputs.frame_valid)
         if inputs.targets is not None:
             start = best_labelled_frame(inputs.targets, inputs.frame_valid, start)

@@ -140,7 +140,10 @@ class Hiera(nnx.Module):
     def __init__(self, config: Sam2Config, *, rngs: Rngs):
         width, side = config.widths[0], config.windows[0]
         self.patch_embedding = Conv(3, width, 7, stride=4, padding=3, rngs=rngs)
-        self.position = table(rngs, 1, width, config.position_grid, config.position_grid)
+        # The release draws it from N(0, 0.02^2), too small to be seen beside the pixels: from such
+        # weights a small model does not learn in hundreds of steps where its prompt is.
+        draw = jax.random.normal(rngs.params(), (1, width, *[config.position_grid] * 2))
+        self.position = nnx.Param(draw)
         self.window_position = table(rngs, 1, width, side, side)
         self.stages = nnx.Dict({f"stage{i}": Stage(config, i, rngs=rngs) for i in range(STAGES)})
 

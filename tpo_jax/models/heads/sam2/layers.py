@@ -3,6 +3,7 @@ as checkpoints store them, [out, in, height, width]."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from tpo_jax.models.attention import attention
-from tpo_jax.models.layers import Linear, Rngs
+from tpo_jax.models.layers import Linear, Rngs, matmul
 from tpo_jax.models.towers.interpolate import resize_grid
 
 # torch.nn.LayerNorm's own; norms of pixels say 1e-6 instead.
@@ -22,7 +23,7 @@ Rotate = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Conv(nnx.Module):
-    """Convolution over float[..., h, w, C]; `groups` = C makes it depthwise."""
+    """Convolution over float[..., h, w, C], if `depthwise` of every channel by itself."""
 
     def __init__(
         self,
@@ -33,24 +34,56 @@ class Conv(nnx.Module):
         rngs: Rngs,
         stride: int = 1,
         padding: int = 0,
-        groups: int = 1,
+        depthwise: bool = False,
     ):
-        shape = (features_out, features_in // groups, size, size)
+        read = 1 if depthwise else features_in
+        shape = (features_out, read, size, size)
         draw = jax.random.normal(rngs.params(), shape, jnp.float32)
-        self.kernel = nnx.Param(draw * (features_in // groups * size**2) ** -0.5)
+        self.kernel = nnx.Param(draw * (read * size**2) ** -0.5)
         self.bias = nnx.Param(jnp.zeros(features_out, jnp.float32))
-        self.stride, self.padding, self.groups = stride, padding, groups
+        self.stride, self.padding = stride, padding
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         if kernel.shape[2:] == (1, 1):
-            return x @ kernel[:, :, 0, 0].T + self.bias[...]
+            return matmul(x, kernel[:, :, 0, 0].T) + self.bias[...]
         rows = x.reshape(-1, *x.shape[-3:])
-        y = jax.lax.conv_general_dilated(
-            rows, kernel, (self.stride, self.stride), [(self.padding, self.padding)] * 2,
-            dimension_numbers=("NHWC", "OIHW", "NHWC"), feature_group_count=self.groups,
+        options = {"stride": self.stride, "padding": self.padding}
+        # XLA's gradients of convolutions on CPUs are loops, a hundred times slower than products.
+        y = jax.lax.platform_dependent(
+            rows, kernel, cpu=functools.partial(convolved_by_products, **options),
+            default=functools.partial(convolved, **options),
         )  # fmt: skip
         return y.reshape(*x.shape[:-3], *y.shape[1:]) + self.bias[...]
+
+
+def convolved(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int) -> jax.Array:
+    """float[B, h, w, C], float[O, C or 1, k, k] -> float[B, h', w', O]; one input channel a kernel
+    makes it depthwise."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "OIHW", "NHWC"),
+        feature_group_count=x.shape[-1] // kernel.shape[1],
+    )  # fmt: skip
+
+
+def convolved_by_products(
+    x: jax.Array, kernel: jax.Array, *, stride: int, padding: int
+) -> jax.Array:
+    """`convolved`, as products with the pixels under each place of the kernel."""
+    size, channels = kernel.shape[-1], x.shape[-1]
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    h, w = ((n - size) // stride + 1 for n in x.shape[1:3])
+    under = [
+        x[:, a : a + stride * (h - 1) + 1 : stride, b : b + stride * (w - 1) + 1 : stride]
+        for a in range(size)
+        for b in range(size)
+    ]
+    places = kernel.reshape(*kernel.shape[:2], -1)
+    if kernel.shape[1] == 1 and channels > 1:
+        return sum(pixels * places[:, 0, i] for i, pixels in enumerate(under))
+    flat = places.transpose(2, 1, 0).reshape(-1, kernel.shape[0])
+    return matmul(jnp.concatenate(under, axis=-1), flat)
 
 
 class DoublingConv(nnx.Module):
@@ -63,8 +96,10 @@ class DoublingConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """float[..., h, w, C] -> float[..., 2h, 2w, C']."""
-        *lead, h, w, _ = x.shape
-        y = jnp.einsum("...hwc,coab->...hawbo", x, self.kernel[...])
+        *lead, h, w, C = x.shape
+        y = matmul(x, self.kernel[...].reshape(C, -1)).reshape(*lead, h, w, -1, 2, 2)
+        y = jnp.moveaxis(y, -2, -4)  # [..., h, 2, w, C', 2]
+        y = jnp.moveaxis(y, -1, -2)  # [..., h, 2, w, 2, C']
         return y.reshape(*lead, 2 * h, 2 * w, -1) + self.bias[...]
 
 
@@ -128,10 +163,10 @@ def table(rngs: Rngs, *shape: int) -> nnx.Param:
 
 class FourierPositions(nnx.Module):
     """Random Fourier features of places (Tancik et al. 2020, 2006.10739). The frequencies are
-    drawn once and never trained, but belong to a checkpoint."""
+    drawn once, from `key`, and never trained, but belong to a checkpoint."""
 
-    def __init__(self, width: int, *, rngs: Rngs):
-        self.frequencies = nnx.Param(jax.random.normal(rngs.params(), (2, width // 2), jnp.float32))
+    def __init__(self, width: int, key: jax.Array):
+        self.frequencies = nnx.Param(jax.random.normal(key, (2, width // 2), jnp.float32))
 
     def __call__(self, places: jax.Array) -> jax.Array:
         """float32[..., 2], x and y in [0, 1] -> float32[..., C]."""

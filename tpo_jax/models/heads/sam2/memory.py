@@ -141,7 +141,7 @@ class FuserLayer(nnx.Module):
     """A ConvNeXt block (Liu et al. 2022, 2201.03545)."""
 
     def __init__(self, width: int, hidden: int, *, rngs: Rngs):
-        self.depthwise_conv = Conv(width, width, 7, padding=3, groups=width, rngs=rngs)
+        self.depthwise_conv = Conv(width, width, 7, padding=3, depthwise=True, rngs=rngs)
         self.layer_norm = LayerNorm(width)
         self.fc1 = Linear(width, hidden, rngs=rngs)
         self.fc2 = Linear(hidden, width, rngs=rngs)

@@ -32,8 +32,11 @@ class Sam2(nnx.Module):
         width, memory_width = config.width, config.memory_width
         self.config = config
         self.image_encoder = ImageEncoder(config, rngs=rngs)
-        self.image_positions = FourierPositions(width, rngs=rngs)
-        self.prompt_encoder = PromptEncoder(config, rngs=rngs)
+        # Prompts are found among the cells by their places, so both have the same frequencies; as
+        # in checkpoints they are two leaves.
+        frequencies = rngs.params()
+        self.image_positions = FourierPositions(width, frequencies)
+        self.prompt_encoder = PromptEncoder(config, frequencies, rngs=rngs)
         self.mask_decoder = MaskDecoder(config, rngs=rngs)
         self.memory_attention = MemoryAttention(config, rngs=rngs)
         self.memory_encoder = MemoryEncoder(config, rngs=rngs)

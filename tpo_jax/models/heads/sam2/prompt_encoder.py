@@ -33,9 +33,10 @@ class MaskEmbedding(nnx.Module):
 
 
 class PromptEncoder(nnx.Module):
-    def __init__(self, config: Sam2Config, *, rngs: Rngs):
+    def __init__(self, config: Sam2Config, frequencies: jax.Array, *, rngs: Rngs):
+        """frequencies: key[], which those of the image's places are drawn from."""
         self.image_size = config.image_size
-        self.positions = FourierPositions(config.width, rngs=rngs)
+        self.positions = FourierPositions(config.width, frequencies)
         self.labels = table(rngs, 4, config.width)  # of BACKGROUND to CORNER_2
         self.filling = table(rngs, 1, config.width)
         self.no_mask = table(rngs, 1, config.width)
