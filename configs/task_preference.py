@@ -10,9 +10,9 @@
   TRM           as heads, without conversation
   T, R, M       one task alone: temporal; region; mask and tracking
   temporal, cg_detr, temporal_mlp   one temporal head each, beside conversation
-  tracker_stills   a SAM 2 of the demo's size finds what is in boxes that are drawn; nothing else
-                learns
-  tracker       the same SAM 2 follows it through clips
+  tracker_stills, tracker_pairs, tracker   a SAM 2 of the demo's size, and nothing else, learns to
+                find what is in boxes that are drawn, to find it again in another frame, and to
+                follow it through clips
   sam2, first_frame_box   masks by that SAM 2, frozen, which the slot state prompts: taught by the
                 losses of its masks or, all that is published, by the box on the first frame, as the
                 prompt that it would be and as four numbers that are read out of the slot state
@@ -53,9 +53,17 @@ from tpo_jax.training.config import ConfigError, parse_arg, source_config
 
 _DEMO = runpy.run_path(str(pathlib.Path(__file__).with_name("demo.py")))
 STEPS, TEMPORAL_STEPS = 120, 480
-# Single frames come first, as published. In half an hour of clips alone nothing was found.
-TRACKER_STEPS, TRACKER_RATE, TRACKER_OBJECTS = {"tracker_stills": 400, "tracker": 240}, 1e-2, 4
-STILLS = 32  # videos a step
+# Single frames come first, as published. With 480 steps on clips alone, or clips after single
+# frames, nothing was followed; at 1e-2 features grew until memories drowned what was found.
+TRACKER_STAGES = {  # frames, videos a step, steps, learning rate
+    "tracker_stills": (1, 32, 400, 3e-3),
+    "tracker_pairs": (2, 32, 240, 3e-3),
+    "tracker": (8, 8, 160, 1e-3),
+}
+# Of what guesses the overlaps; at more, it learns that there are none while there are none, for
+# good.
+TRACKER_IOU_RATE = 1e-3
+TRACKER_OBJECTS = 4
 SAM2_FRAMES = 8  # published: 8 in training; tests show all frames
 SAVE_EVERY = 40
 # The demo counts the language loss eight times; published weights are a twentieth beside once.
@@ -110,8 +118,7 @@ ARMS = {
     "temporal": Arm(_TEMPORAL, ("temporal",), steps=TEMPORAL_STEPS),
     "cg_detr": Arm(_TEMPORAL, ("cg_detr",), _CG_DETR, steps=TEMPORAL_STEPS),
     "temporal_mlp": Arm(_TEMPORAL, ("temporal_mlp",), _MLP, steps=TEMPORAL_STEPS),
-    "tracker_stills": Arm(("tracking",), ("sam2",), _sam2("tracks")),
-    "tracker": Arm(("tracking",), ("sam2",), _sam2("tracks")),
+    **{stage: Arm(("tracking",), ("sam2",), _sam2("tracks")) for stage in TRACKER_STAGES},
     "sam2": Arm(("mask",), ("sam2",), _sam2("masks"), _ADAPTER),
     "first_frame_box": Arm(("mask",), ("sam2",), _sam2("prompt"), _ADAPTER),
 }
@@ -141,7 +148,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         video = config.buckets.video
         video.frames, video.slots.mask = min(video.frames, SAM2_FRAMES), video.branches
         config.sam2 = "micro" if arg.tiny else "demo"
-    if arg.arm in TRACKER_STEPS:
+    if arg.arm in TRACKER_STAGES:
         _choose_tracks(config, arg)
     config.trainable = [[pattern, rate * arg.rate] for pattern, rate in config.trainable]
     return config
@@ -176,13 +183,11 @@ def _choose_questions(config: ConfigDict, arm: Arm, asked: dict[str, float]) -> 
 
 def _choose_tracks(config: ConfigDict, arg: ConfigDict) -> None:
     """As many objects as a row of the other arms has masks, each behind a box."""
-    # Slower: while no mask is right, it learns that none is, once for all.
-    config.trainable = [[_TRACKER_IOU, TRACKER_RATE / 10], [_TRACKER, TRACKER_RATE]]
-    if not arg.tiny:
-        config.steps = max(round(TRACKER_STEPS[arg.arm] * arg.steps), 1)
     video = config.buckets.video
-    if arg.arm == "tracker_stills":
-        video.frames, video.batch_size = 1, video.batch_size if arg.tiny else STILLS
+    video.frames, rows, steps, rate = TRACKER_STAGES[arg.arm]
+    config.trainable = [[_TRACKER_IOU, TRACKER_IOU_RATE], [_TRACKER, rate]]
+    if not arg.tiny:
+        video.batch_size, config.steps = rows, max(round(steps * arg.steps), 1)
     video.branches = TRACKER_OBJECTS
     video.slots.mask = video.slots.box = video.branches
 

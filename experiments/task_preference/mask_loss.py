@@ -20,6 +20,7 @@ from experiments.task_preference import arms
 from experiments.task_preference.arms import Study
 from tpo_jax.evaluation import results
 
+TRACKER = ("tracker_stills", "tracker_pairs", "tracker")
 ARMS = ("first_frame_box", "sam2")
 FIRST, DRAWN = "first_frame", "drawn_boxes"
 
@@ -28,8 +29,9 @@ def run(study: Study) -> dict[str, Any]:
     files: dict[str, dict[int, pathlib.Path]] = {arm: {} for arm in ARMS}
     floors = {}
     _relabel(study, 0, DRAWN)
-    stills = study.train(0, "tracker_stills", data=DRAWN)
-    tracker = study.train(0, "tracker", init=stills, data=DRAWN)
+    tracker = None
+    for stage in TRACKER:
+        tracker = study.train(0, stage, init=tracker, data=DRAWN)
     followed = study.evaluate(0, "tracker", tracker)
     for seed in study.seeds:
         floors[seed] = study.floors(seed, questions=False)

@@ -202,7 +202,7 @@ def test_every_arm_is_a_valid_config(arm):
 
 # One of the arms with the same head is enough, but for losses of their own.
 @pytest.mark.parametrize(
-    "arm", ["heads", "T", "cg_detr", "temporal_mlp", "tracker", "tracker_stills", "first_frame_box"]
+    "arm", ["heads", "T", "cg_detr", "temporal_mlp", "tracker", "tracker_pairs", "first_frame_box"]
 )
 def test_every_term_of_an_arm_has_a_weight(arm):
     config = CONFIG["get_config"](f"arm={arm},tiny")
