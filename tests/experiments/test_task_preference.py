@@ -16,7 +16,7 @@ from experiments.steps import Steps
 from experiments.task_preference import page
 from experiments.task_preference.arms import Options, Study
 from experiments.task_preference.claims import CLAIMS, Claim, Estimate, difference, verdict
-from experiments.task_preference.relabelled import drawn_box, first_frame
+from experiments.task_preference.relabelled import PIECE, drawn_boxes, first_frame
 from experiments.task_preference.trained import trained
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.pipeline import read_buckets
@@ -124,9 +124,6 @@ def test_the_page_says_how_rates_floors_and_words_are_meant():
         "40.0); `heads` 1, between others that were tried (0.5: 30.0, 1: 50.0, 2: 20.0). No others "
         "were searched: all other arms, `conversation` among them" in text
     )
-    heads = page.section("temporal_head", "Heads", record("temporal_head"))
-    assert "`temporal_mlp` 2, the highest that was tried" in heads
-    assert "No others were searched" not in heads
     assert "| words at best |  | 100.0 ± 0.0 |  | 67.0 ± 1.0 |  |" in text
     assert "its highlight metrics come from the reader" in text
     assert "a model that was trained on conversation about the middle frame alone" in text
@@ -135,7 +132,8 @@ def test_the_page_says_how_rates_floors_and_words_are_meant():
     assert "middle frame" not in text  # nothing is asked but masks: its floors know no such model
     assert "no conversation beside them" in text and "no rate was searched" in text
     text = page.section("temporal_head", "Heads", record("temporal_head"))
-    assert "No rate was searched" in text and "tuned for the light head" in text
+    assert "`temporal_mlp` 2, the highest that was tried" in text
+    assert "No others were searched" not in text and "tuned for the light head" in text
 
 
 def test_what_a_run_was_trained_on_is_read_from_its_log(tmp_path):
@@ -251,44 +249,45 @@ def test_arms_ask_what_heads_asks():
     assert [b.weight for b in half.buckets.values()] == [1, 1] and not half.buckets.video.beside
 
 
-def test_what_the_first_frame_teaches():
+def labelled(task="mask", **targets):
+    return Example("e", "v", "video", task, "t", 0.0, 6.0, (Turn("Which?", "<mask>"),), targets)
+
+
+def rle(pixels):
     mask = np.zeros((10, 20), np.uint8)
-    mask[2:4, 5:10] = 1
-    rles = [coco_mask.encode(np.asfortranarray(mask)), None]
-    turns = (Turn("Which?", "<mask>"),)
+    mask[pixels] = 1
+    return coco_mask.encode(np.asfortranarray(mask))
 
-    def example(**targets):
-        return Example("e", "v", "video", "mask", "t", 0.0, 1.0, turns, targets)
 
-    found = first_frame(example(times=[0.0, 0.5], rles=rles))
+def test_what_the_first_frame_teaches():
+    rles = [rle(np.s_[2:4, 5:10]), None]
+    (found,) = first_frame(labelled(times=[0.0, 0.5], rles=rles))
     assert found.targets == {"times": [0.0], "rles": rles[:1]}
-    absent = first_frame(example(times=[0.0, 0.5], rles=rles[::-1]))
+    (absent,) = first_frame(labelled(times=[0.0, 0.5], rles=rles[::-1]))
     assert absent.targets == {"times": [0.0], "rles": [None]}
     box = [0, 0, 1, 1]
-    track = first_frame(example(times=[1.0, 2.0], boxes=[box, None], input_box=box))
+    (track,) = first_frame(labelled(times=[1.0, 2.0], boxes=[box, None], input_box=box))
     assert track.targets == {"times": [1.0], "boxes": [box], "input_box": box}
-    assert first_frame(example(times=[1.0, 2.0], boxes=[None, box], input_box=box)) is None
+    assert first_frame(labelled(times=[1.0, 2.0], boxes=[None, box], input_box=box)) == []
 
 
 def test_what_a_drawn_box_follows():
-    mask = np.zeros((10, 20), np.uint8)
-    mask[2:4, 5:10] = 1
-    empty, seen = (coco_mask.encode(np.asfortranarray(m)) for m in (np.zeros_like(mask), mask))
-    times, turns = [0.0, 0.5, 1.0], (Turn("Which?", "<mask>"),)
-
-    def example(task="mask", **targets):
-        return Example("e", "v", "video", task, "t", 0.0, 1.0, turns, targets)
-
-    found = drawn_box(example(times=times, rles=[None, seen, empty]))
+    seen, empty, later = rle(np.s_[2:4, 5:10]), rle(np.s_[:0, :0]), rle(np.s_[0:10, 0:2])
+    times = [0.0, 1.0, 3.0, 4.0, 5.0]
+    first, second = drawn_boxes(labelled(times=times, rles=[None, seen, empty, later, None]))
     box = [0.25, 0.2, 0.5, 0.4]
-    assert found.task == "tracking" and found.targets == {
-        "times": times, "rles": [None, seen, empty], "boxes": [None, box, None],
-        "input_box": box, "input_time": 0.5,
+    assert (first.task, first.start, first.end) == ("tracking", 0.0, PIECE)
+    assert first.targets == {
+        "times": times[:3], "rles": [None, seen, empty], "boxes": [None, box, None],
+        "input_box": box, "input_time": 1.0,
     }  # fmt: skip
-    assert "<box>" in found.turns[0].question and "<mask>" in found.turns[0].answer
-    assert drawn_box(example(times=times, rles=[None, empty, None])) is None
-    track = example("tracking", times=times, boxes=[box] * 3, input_box=box)
-    assert drawn_box(track) is track
+    assert "<box>" in first.turns[0].question and "<mask>" in first.turns[0].answer
+    assert (second.start, second.end, second.targets["input_time"]) == (4.0, 6.0, 4.0)
+    assert second.targets["input_box"] == [0.0, 0.0, 0.1, 1.0]
+    assert len({first.example_id, second.example_id}) == 2
+    (only,) = drawn_boxes(labelled(times=times, rles=[None, empty, None, later, None]))
+    assert only.start == 4.0
+    assert drawn_boxes(labelled("tracking", times=times, boxes=[box] * 5, input_box=box)) == []
 
 
 def test_an_arm_of_masks_learns_from_the_masks_or_from_the_first_box():
