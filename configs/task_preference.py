@@ -52,7 +52,7 @@ from tpo_jax.models.heads import cg_detr, heads_of, sam2
 from tpo_jax.training.config import ConfigError, parse_arg, source_config
 
 _DEMO = runpy.run_path(str(pathlib.Path(__file__).with_name("demo.py")))
-STEPS, TEMPORAL_STEPS = 120, 480
+STEPS, LONG_STEPS = 120, 480
 # Single frames come first, as published. With 480 steps on clips alone, or clips after single
 # frames, nothing was followed; at 1e-2 features grew until memories drowned what was found.
 TRACKER_STAGES = {  # frames, videos a step, steps, learning rate
@@ -115,12 +115,12 @@ ARMS = {
     "T": Arm(("temporal",), ("temporal",)),
     "R": Arm(("region",), ("region",)),
     "M": Arm(_MASKS, ("mask",)),
-    "temporal": Arm(_TEMPORAL, ("temporal",), steps=TEMPORAL_STEPS),
-    "cg_detr": Arm(_TEMPORAL, ("cg_detr",), _CG_DETR, steps=TEMPORAL_STEPS),
-    "temporal_mlp": Arm(_TEMPORAL, ("temporal_mlp",), _MLP, steps=TEMPORAL_STEPS),
+    "temporal": Arm(_TEMPORAL, ("temporal",), steps=LONG_STEPS),
+    "cg_detr": Arm(_TEMPORAL, ("cg_detr",), _CG_DETR, steps=LONG_STEPS),
+    "temporal_mlp": Arm(_TEMPORAL, ("temporal_mlp",), _MLP, steps=LONG_STEPS),
     **{stage: Arm(("tracking",), ("sam2",), _sam2("tracks")) for stage in TRACKER_STAGES},
-    "sam2": Arm(("mask",), ("sam2",), _sam2("masks"), _ADAPTER),
-    "first_frame_box": Arm(("mask",), ("sam2",), _sam2("prompt"), _ADAPTER),
+    "sam2": Arm(("mask",), ("sam2",), _sam2("masks"), _ADAPTER, steps=LONG_STEPS),
+    "first_frame_box": Arm(("mask",), ("sam2",), _sam2("prompt"), _ADAPTER, steps=LONG_STEPS),
 }
 
 
