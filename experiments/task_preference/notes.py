@@ -32,7 +32,9 @@ ABOUT = {
         "has no prompt here; of the release no such exception is known. `sam2` has the losses of "
         "the masks and neither of these. At test both arms prompt the frame where the head is "
         "surest, which the published method, always on the first, does not: two ways to learn are "
-        "compared, not two systems."
+        "compared, not two systems. Both arms have four times the steps of the central study. With "
+        "as many as there J&F was 26.6 ± 0.3 for `first_frame_box` and 28.2 ± 1.6 for `sam2` "
+        "(three seeds, commit 0fbb8f7)."
     ),
 }
 FLOORS = (
