@@ -12,6 +12,8 @@ from PIL import Image
 
 from tpo_jax import predict
 from tpo_jax.data import files, video
+from tpo_jax.data.sampling import SAMPLERS
+from tpo_jax.data.text import TextCodec
 from tpo_jax.generation import draw
 from tpo_jax.generation.requests import Clip, Request, RequestError, make_request, read_list
 from tpo_jax.generation.rles import Rles
@@ -78,13 +80,13 @@ def test_masks_are_of_every_frame_of_the_file_and_drawn_on_them(folder, media, t
     predictor = predict.Predictor(*load_model(folder), prompt_tokens=48, batch_size=1, max_new=8,
                                   mask_fps=fps)
     request = make_request("line", {"id": "x", "video": "clip.mp4", "prompt": "What?"}, media)
-    clip, builder = Clip.read(request, 8), predictor.builder("video", 0)
+    clip, builder = Clip.read(request), predictor.builder("video", 0)
     plan = predict._plan(request, clip)
     film, shown = predictor._film(clip, plan, builder), builder.frame_indices(plan)
     assert (film is None) == (fps == 0)
     if film:
         np.testing.assert_allclose(film.times(film.fps), times, atol=1e-6)
-        again = film.play(clip.frames_read.timestamps[shown].astype(float))
+        again = film.play(clip.times[shown])
         np.testing.assert_array_equal(np.stack(list(again)), builder.build(plan, 0)["frames"])
     masks = np.ones((len(times), 64, 96), bool)
     result = {"masks": Rles.of(masks) if film else masks, "boxes": [[0, 0, 1, 1]] * len(times),
@@ -248,11 +250,50 @@ def test_a_bucket_has_what_a_folder_has_after_a_kill_at_any_batch(folder, media,
         "still.json", "still.png"}
 
 
-def test_frames_are_those_that_preparation_would_give(media):
-    clip = Clip.read(Request("x", media / "clip.mp4", "?"), 4)
-    np.testing.assert_allclose(clip.frames_read.timestamps, np.arange(16) / 4)
-    part = Clip.read(Request("x", media / "clip.mp4", "?", start=1.0, end=2.0), 4)
-    assert part.frames_read.timestamps[0] == 1.0 and part.frames_read.timestamps[-1] < 2.0
+def test_a_clip_has_the_times_of_every_frame_of_its_part(media):
+    clip = Clip.read(Request("x", media / "clip.mp4", "?"))
+    np.testing.assert_allclose(clip.times, np.arange(16) / 4)
+    part = Clip.read(Request("x", media / "clip.mp4", "?", start=1.0, end=2.0))
+    np.testing.assert_allclose(part.times, [1.0, 1.25, 1.5, 1.75])
+
+
+@pytest.fixture(scope="module")
+def long_clip(tmp_path_factory):
+    """193 frames, 30 a second: neither is a multiple of what samplers take."""
+    path = tmp_path_factory.mktemp("long") / "long.mp4"
+    pixels = np.random.default_rng(1).integers(0, 255, (193, 32, 48, 3), np.uint8)
+    draw.write_mp4(path, list(pixels), 30.0)
+    return path
+
+
+@pytest.mark.parametrize("start, end", [(0.0, None), (1.51, 5.2)])
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_the_model_is_shown_the_frames_that_its_sampler_finds_in_the_file(
+        folder, long_clip, monkeypatch, method, start, end):
+    """Among all frames of the file, and no others are made."""
+    whole = video.read_video(long_clip, start=start, end=end or np.inf)
+    expected = SAMPLERS[method](whole.timestamps, 8, start, end or whole.duration)
+    made, make = [], video._to_array
+
+    def counting(frame, *more):
+        made.append(frame.time)
+        return make(frame, *more)
+
+    monkeypatch.setattr(video, "_to_array", counting)
+    config, params, codec = load_model(folder)
+    codec = TextCodec(codec.tokenizer, dataclasses.replace(codec.template, sampling=method))
+    predictor = predict.Predictor(config, params, codec, prompt_tokens=48, batch_size=1, max_new=8)
+    request = Request("x", long_clip, "What?", start=start, end=end)
+    clip, builder = Clip.read(request), predictor.builder("video", 0)
+    assert not made
+    plan = predict._plan(request, clip)
+    row, shown = builder.build(plan, 0), builder.frame_indices(plan)
+    np.testing.assert_allclose(
+        row["frame_times"][row["frame_valid"]], whole.timestamps[expected], atol=1e-6)
+    frames, times = predictor._to_draw(RoutedAnswer("", "", True, ()), None, clip, shown)
+    np.testing.assert_allclose(times, whole.timestamps[expected], atol=1e-6)
+    np.testing.assert_array_equal(frames, whole.frames[expected])
+    assert made == pytest.approx(sorted(set(times)))  # once each, though they were asked for twice
 
 
 def test_a_box_is_drawn_on_the_frame_of_its_time(folder, media):
@@ -262,13 +303,13 @@ def test_a_box_is_drawn_on_the_frame_of_its_time(folder, media):
     predictor = predict.Predictor(config, params, codec, prompt_tokens=48, batch_size=1, max_new=8)
     for time, frame in ((None, 0), (1.0, 0), (2.1, 4), (3.0, 7)):
         request = make_request("line", entry | {"box_time": time}, media)
-        clip = Clip.read(request, 8)
+        clip = Clip.read(request)
         row = predictor.builder("video", 0).build(predict._plan(request, clip), 0)
         assert row["slots"]["box"]["frame"][0] == frame, (time, row["frame_times"])
     for time in (0.5, 3.5):
         request = make_request("line", entry | {"box_time": time}, media)
         with pytest.raises(RequestError, match=f"box_time: {time}, expected .* from 1 to 3"):
-            Clip.read(request, 8)
+            Clip.read(request)
 
 
 def test_several_boxes_and_points_reach_the_batch(folder, media):
@@ -281,7 +322,7 @@ def test_several_boxes_and_points_reach_the_batch(folder, media):
     predictor = predict.Predictor(*load_model(folder), prompt_tokens=48, batch_size=3, max_new=8,
                                   boxes=2, points=2)
     builder = predictor.builder("video", 0)
-    rows = [builder.build(predict._plan(request, Clip.read(request, 8)), 0) for request in requests]
+    rows = [builder.build(predict._plan(request, Clip.read(request)), 0) for request in requests]
     box = rows[0]["slots"]["box"]
     assert box["valid"].tolist() == [True, True] and box["frame"].tolist() == [0, 6]
     np.testing.assert_allclose(box["boxes"], entry["box"])
@@ -296,7 +337,7 @@ def test_several_boxes_and_points_reach_the_batch(folder, media):
     assert predict.most_points(sam2, requests) == 2
     late = make_request("line", pointing | {"point_time": 9.0}, media)
     with pytest.raises(RequestError, match="point_time: 9.0, expected seconds of the clip"):
-        Clip.read(late, 8)
+        Clip.read(late)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -155,8 +155,7 @@ class Predictor:
         one frame of a video has no place for others."""
         if clip.media == "image" or self.mask_fps == 0 or builder.bucket.frames == 1:
             return None
-        return Film(clip.path, clip.frames_read.frames.shape[1:3], plan.start, plan.end,
-                    self.mask_fps, builder.prepare)
+        return Film(clip.path, clip.size, plan.start, plan.end, self.mask_fps, builder.prepare)
 
     def _to_draw(self, answer: RoutedAnswer, film: Film | None, clip: Clip, shown: np.ndarray
                  ) -> tuple[Iterable[np.ndarray], np.ndarray]:
@@ -164,11 +163,11 @@ class Predictor:
         masks = [event.result for event in answer.events if event.task == "mask"]
         if film and masks and isinstance(masks[0]["masks"], Rles):
             return film.pictures(), np.asarray(masks[0]["times"])
-        return clip.frames("", shown), clip.frames_read.timestamps[shown]
+        return clip.frames("", shown), clip.times[shown]
 
 
 def _plan(request: Request, clip: Clip) -> RowPlan:
-    end = request.end if request.end is not None else clip.frames_read.duration
+    end = request.end if request.end is not None else clip.duration
     targets = {}
     if request.boxes:
         targets = {"input_boxes": request.boxes, "input_times": request.box_times}
@@ -253,8 +252,8 @@ def records_of(predictor: Predictor, requests: Sequence[Request],
 
     for request in requests:
         try:
-            clip = Clip.read(request, predictor.frames, predictor.features,
-                             predictor.kinds, whole_images=predictor.tiled)
+            clip = Clip.read(request, predictor.features, predictor.kinds,
+                             whole_images=predictor.tiled)
         except (video.VideoError, ValueError) as error:
             yield [failed(request, error)]
             continue

@@ -1,5 +1,7 @@
 """`convert check` of imported families: parts in PyTorch, and the layer that differs is named."""
 
+import json
+
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -7,13 +9,15 @@ import safetensors.numpy
 from tests.interop.families.configs import (
     LLAVA_ONEVISION,
     LONGVA,
+    VIDEO_LLAVA,
     VIDEO_LLAVA_ORIGINAL,
     VIDEOCHAT,
 )
-from tests.interop.families.folders import write_folder
+from tests.interop.families.folders import VOCABULARY, write_folder
 from tpo_jax import convert
 
 pytestmark = pytest.mark.parity
+IDS = {"image_token_index": VOCABULARY - 2, "video_token_index": VOCABULARY - 1}
 
 
 def run(monkeypatch, *arguments):
@@ -31,8 +35,8 @@ def with_adapters(data, alpha):
 # stood on the other side of the vision.
 CASES = {
     "llava_onevision": (
-        LLAVA_ONEVISION, ["vision_tower.*layers.1.mlp.fc1.weight"], ["vision/vision_tower/layer 1"],
-        "SiglipVisionModel of transformers",
+        LLAVA_ONEVISION | IDS, ["vision_tower.*layers.1.mlp.fc1.weight"],
+        ["vision/vision_tower/layer 1", "whole/embed"], "SiglipVisionModel of transformers",
     ),
     "longva": (
         LONGVA, ["model.mm_projector.2.weight"], ["connector/linear_2"],
@@ -84,6 +88,59 @@ def test_the_first_layer_of_each_part_that_differs(name, tmp_path, monkeypatch, 
         if difference > 2e-4:
             first.setdefault(part.rpartition("/")[0], part)
     assert list(first.values()) == named
+
+
+# What is between the parts: no part differs, the whole does.
+GLUE = {
+    "llava_onevision": (LLAVA_ONEVISION | IDS, {}, "LlavaOnevisionForConditionalGeneration"),
+    "video_llava": (VIDEO_LLAVA | IDS, {"vision_feature_layer": -1},
+                    "VideoLlavaForConditionalGeneration"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_a_family_with_a_class_in_transformers_is_run_as_a_whole(
+    name, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("transformers")
+    data, options, theirs = GLUE[name]
+    source, model = tmp_path / "source", tmp_path / "model"
+    write_folder(source, data)
+    assert run(monkeypatch, "import", f"--source={source}", f"--out={model}") == 0
+    check = ("check", f"--model={model}", f"--exported={source}")
+    assert run(monkeypatch, *check) == 0, capsys.readouterr()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [
+        f"compared: whole, with {theirs} of transformers, on a clip of 2 frames between words",
+        "not compared (glue): sampling and resizing of frames; the template; "
+        "images and their tiles",
+    ]
+    found = [part for part in differences_of(lines) if part.startswith("whole/")]
+    assert found == ["whole/embed", "whole/layer 0", "whole/layer 1", "whole/logits"]
+
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    for key in tensors:
+        if key.endswith("image_newline"):  # of LLaVA-OneVision: behind a clip
+            tensors[key] = -tensors[key]
+    safetensors.numpy.save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    about = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(about | options))
+    assert run(monkeypatch, *check) == 1
+    assert "first difference above 0.0002: whole/embed\n" in capsys.readouterr().err
+
+
+def test_a_tensor_that_only_the_whole_class_misses_is_named(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    source, model = tmp_path / "source", tmp_path / "model"
+    write_folder(source, LLAVA_ONEVISION | IDS)
+    assert run(monkeypatch, "import", f"--source={source}", f"--out={model}") == 0
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    newline = next(key for key in tensors if key.endswith("image_newline"))
+    del tensors[newline]
+    safetensors.numpy.save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert run(monkeypatch, "check", f"--model={model}", f"--exported={source}") == 2
+    assert "finds 1 of its tensors missing or of another shape, such as model.image_newline" in (
+        capsys.readouterr().err)
 
 
 def differences_of(lines):

@@ -259,7 +259,7 @@ def test_frames_that_are_absent_change_nothing(onevision):
 
 @pytest.mark.parametrize("name", ["onevision", "video_llava"])
 def test_bfloat16_is_as_near_as_pytorch_gets(name, request):
-    """The error of bfloat16 is at most twice that of PyTorch's own."""
+    """The error of bfloat16, mean and maximum, is at most twice PyTorch's own."""
     import torch
 
     pair = request.getfixturevalue(name)
@@ -285,5 +285,6 @@ def test_bfloat16_is_as_near_as_pytorch_gets(name, request):
 
     ours = np.asarray(run(params, clip, np.array([row])))[..., :200]
     exact = exact.detach().numpy()
-    error, reference = np.abs(ours - exact).mean(), np.abs(theirs.detach().numpy() - exact).mean()
-    assert 0 < error <= 2 * reference
+    error, reference = np.abs(ours - exact), np.abs(theirs.detach().numpy() - exact)
+    assert 0 < error.mean() <= 2 * reference.mean()
+    assert error.max() <= 2 * reference.max()

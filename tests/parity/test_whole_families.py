@@ -158,7 +158,7 @@ def rows_of_images(ours, folder, sizes):
         Image.fromarray(pixels).save(folder / f"{number}.png")
         entry = {"id": "a", "video": f"{number}.png", "prompt": "what is it?"}
         request = make_request("test", entry, folder)
-        clip = Clip.read(request, 8, whole_images=predictor.tiled)
+        clip = Clip.read(request, whole_images=predictor.tiled)
         assert predictor.shape_of(clip) == ("image", tiling_of(config).tiles(size))
         batch = stack_rows([builder.build(plan_of(request, clip), 0)])
         ids = np.concatenate([batch["prefix_tokens"][0], batch["branch_tokens"][0, 0]])

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import av
 import numpy as np
@@ -131,10 +132,17 @@ def read_video(
     start: float = 0.0,
     end: float = math.inf,
     size: int | tuple[int, int] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Video:
-    """All chosen frames of one file in memory; see `Decoder` for the arguments and errors."""
+    """All chosen frames of one file in memory; see `Decoder` for the other arguments and errors.
+
+    Args:
+      numbers: rising, those of the decoder's frames that are made; None: all. What comes after the
+        last of them is not read, and `duration` stays the header's.
+    """
     decoder = Decoder(path, fps, start, end, size)
-    times, frames = zip(*decoder, strict=True)
+    chosen = iter(decoder) if numbers is None else decoder.only(numbers)
+    times, frames = zip(*chosen, strict=True)
     return Video(decoder.media, np.asarray(times, np.float32), np.stack(frames), decoder.duration)
 
 
@@ -195,6 +203,13 @@ class Decoder:
 
     def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
         return ((time, convert()) for time, convert in self.lazily())
+
+    def only(self, numbers: Sequence[int]) -> Iterator[tuple[float, np.ndarray]]:
+        """Those of its frames with these rising numbers, as it counts them from 0."""
+        wanted = set(numbers)
+        for number, (time, convert) in enumerate(itertools.islice(self.lazily(), numbers[-1] + 1)):
+            if number in wanted:
+                yield time, convert()
 
     def lazily(self) -> LazyFrames:
         """(time, what makes the frame) of the same frames; one that is not made costs no pixels."""

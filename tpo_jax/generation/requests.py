@@ -21,7 +21,6 @@ from tpo_jax.errors import UserError
 from tpo_jax.models.config import ClipFeaturesConfig
 
 LONG_SIDE = 512  # pixels; larger frames are read at this size
-OVERSAMPLING = 4  # frames read per frame shown, so that sampling finds the right times
 KEYS = (
     "video", "prompt", "id", "box", "box_time", "points", "point_time", "time", "start", "end",
 )  # fmt: skip
@@ -61,20 +60,41 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A file as it was read, with the interface of a prepared data set of one video."""
+    """A file with the interface of a prepared data set of one video.
+
+    Every frame of the part that is asked about can be chosen, by its own time, so that a sampler
+    finds the frames that it would find in the file. The first pass over the file reads times alone;
+    pixels are made of the frames that are chosen, and kept.
+
+    Attributes:
+      path: the file.
+      probe: what its header says.
+      media: "video" or "image".
+      start, end: seconds, the part of it; end may be infinite.
+      times: float64[n] seconds of its frames that are on screen in [start, end), rising.
+      duration: seconds of the whole file.
+      size: (height, width) that frames are read at.
+      kept: {number among `times`: uint8[height, width, 3]}, filled as frames are asked for.
+    """
 
     path: pathlib.Path
     probe: video.Probe
-    frames_read: video.Video
+    media: str
+    start: float
+    end: float
+    times: np.ndarray
+    duration: float
+    size: tuple[int, int]
+    kept: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     features: tuple[ClipFeaturesConfig, np.ndarray] | None = None
     texts: Asked | None = None
 
     @classmethod
     def read(
-        cls, request: Request, frames: int, features: FeatureStore | None = None,
+        cls, request: Request, features: FeatureStore | None = None,
         kinds: Collection[str] = ("clip_features",), *, whole_images: bool = False,
     ) -> Clip:
-        """Reads about OVERSAMPLING * frames frames, at most LONG_SIDE pixels wide and high.
+        """Reads the times of all frames; frames will be at most LONG_SIDE pixels wide and high.
 
         Args:
           features: where the features of the file and of the prompt are; None: they are not read.
@@ -93,33 +113,32 @@ class Clip:
                 raise RequestError(
                     f"{field}: {time}, expected seconds of the clip, from {request.start:g} to "
                     f"{last:g}: the frame that it is drawn on")
-        length = last - request.start
-        fps = OVERSAMPLING * frames / length if probe.duration and length > 0 else None
-        read = video.read_video(request.video, fps, request.start, end, size)
-        clip = cls(request.video, probe, read)
-        if features is None or read.media == "image":
+        decoder = video.Decoder(request.video, None, request.start, end, size)
+        times = np.array([time for time, _ in decoder.lazily()])
+        clip = cls(request.video, probe, decoder.media, request.start, end, times,
+                   decoder.duration, size)
+        if features is None or clip.media == "image":
             return clip
         given: dict[str, Any] = {}
         if "clip_features" in kinds:
-            values = features.read(features.file_of(request.video), read.duration)
+            values = features.read(features.file_of(request.video), clip.duration)
             given["features"] = (features.about, values)
         if "text_features" in kinds:
             states = features.read_text(request.prompt)
             given["texts"] = Asked(features.text, request.prompt, states)
         return dataclasses.replace(clip, **given)
 
-    @property
-    def media(self) -> str:
-        return self.frames_read.media
-
     def video_info(self, video_id: str) -> VideoInfo:
-        read = self.frames_read
-        return VideoInfo(read.media, read.duration, len(read.frames), read.timestamps,
-                         *read.frames.shape[1:3])
+        return VideoInfo(self.media, self.duration, len(self.times),
+                         self.times.astype(np.float32), *self.size)
 
     def frames(self, video_id: str, indices: np.ndarray) -> np.ndarray:
-        """uint8[n, h, w, 3] of the n `indices` int[n] among the frames that were read."""
-        return self.frames_read.frames[indices]
+        """uint8[n, h, w, 3] of the n `indices` int[n] among `times`; no others are made."""
+        missing = sorted(set(map(int, indices)) - self.kept.keys())
+        if missing:
+            read = video.read_video(self.path, None, self.start, self.end, self.size, missing)
+            self.kept.update(zip(missing, read.frames, strict=True))
+        return np.stack([self.kept[index] for index in map(int, indices)])
 
     @property
     def clip_features_config(self) -> ClipFeaturesConfig | None:

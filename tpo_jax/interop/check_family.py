@@ -1,8 +1,9 @@
 """Runs a multimodal model here and the parts of its published folder in PyTorch, layer by layer.
 
 Each part gets one input on both sides. The PyTorch side is filled from the published tensors by
-name and not through our mapping. What puts the parts together (the glue) has no class that takes
-every layout: tests/parity compares it, and the report says what was left out.
+name and not through our mapping. What puts the parts together (the glue) has a class for two
+layouts, which is then run as a whole (check_whole.py); for the others tests/parity compares it, and
+the report says what was left out.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from tpo_jax.interop.check_towers import (
     filled,
     named,
 )
+from tpo_jax.interop.check_whole import WHOLE, compare_whole
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.source import ADAPTER, read_config
 from tpo_jax.interop.families.videochat import MISTRAL_7B
@@ -57,7 +59,7 @@ class Compared:
 def compare_family(
     model: epath.PathLike, published: epath.PathLike, options: Mapping[str, Any], seed: int = 0
 ) -> Compared:
-    """Runs every part of a family on both sides.
+    """Runs every part of a family on both sides, and the whole where `transformers` has it.
 
     Args:
       model: model folder that `import` wrote.
@@ -76,8 +78,8 @@ def compare_family(
     config, params = _merged_params(model)
     tensors = huggingface.read_tensors(published)
     rng = np.random.default_rng(seed)
-    module = _module(config, params)
-    differences, vision = compare_towers(module.vision, tensors, _frames(config, rng))
+    module, frames = _module(config, params), _frames(config, rng)
+    differences, vision = compare_towers(module.vision, tensors, frames)
     qformer = isinstance(config.connector, QFormerConfig)
     if qformer:
         more, connector = compare_qformer(module.connector, tensors, config.vision.width, rng)
@@ -93,7 +95,12 @@ def compare_family(
         "connector": connector,
         "language": f"{type(theirs).__name__} of transformers{adapted}",
     }
-    return Compared(differences, parts, _glue(config))
+    whole = family.name in WHOLE
+    if whole:
+        del theirs  # as large as the language model
+        more, parts["whole"] = compare_whole(module, published, frames, rng)
+        differences |= more
+    return Compared(differences, parts, _glue(config, whole))
 
 
 def compare_parts(model: epath.PathLike, exported: epath.PathLike, seed: int = 0) -> Compared:
@@ -129,12 +136,15 @@ def _frames(config: ModelConfig, rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, 256, (1, FRAMES, side, side, 3), np.uint8)
 
 
-def _glue(config: ModelConfig) -> tuple[str, ...]:
-    """What a comparison by parts leaves out."""
+def _glue(config: ModelConfig, whole: bool = False) -> tuple[str, ...]:
+    """What a comparison by parts leaves out, or one by parts and of the `whole`."""
     glue = ["sampling and resizing of frames", "the template"]
-    glue.append("the order of the clip's tokens" if isinstance(config.connector, QFormerConfig)
-                else "pooling, newlines and tiles of visual tokens")  # fmt: skip
-    glue.append("their place in the prompt")
+    if whole:
+        glue.append("images and their tiles")
+    else:
+        glue.append("the order of the clip's tokens" if isinstance(config.connector, QFormerConfig)
+                    else "pooling, newlines and tiles of visual tokens")  # fmt: skip
+        glue.append("their place in the prompt")
     return (*glue, f"heads ({', '.join(config.heads)})") if config.heads else tuple(glue)
 
 

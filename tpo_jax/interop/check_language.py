@@ -1,6 +1,7 @@
 """Runs a language model here and in `transformers` on the same tokens, layer by layer."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,21 +53,35 @@ def compare_parameters(
     positions = np.arange(TOKENS)[None]
     embeds, states, last, logits = forward(config, params, tokens, positions, np.ones_like(tokens))
 
-    collected: dict[int, Any] = {}
-    for number, layer in enumerate(theirs.model.layers):
-        layer.register_forward_hook(functools.partial(_keep, collected, number))
-    with torch.no_grad():
-        out = theirs(torch.tensor(tokens), output_hidden_states=True)
+    expected, out = layer_outputs(
+        theirs.model.layers, lambda: theirs(torch.tensor(tokens), output_hidden_states=True)
+    )
     differences = {"language/embed": _difference(embeds, out.hidden_states[0])}
-    for number, state in enumerate(states):
-        differences[f"language/layer {number}"] = _difference(state, collected[number])
+    for number, (state, wanted) in enumerate(zip(states, expected, strict=True)):
+        differences[f"language/layer {number}"] = _difference(state, wanted)
     differences["language/final_norm"] = _difference(last, out.hidden_states[-1])
     their_logits = out.logits[..., : config.num_tokens]
     return differences | {"language/logits": _difference(logits, their_logits)}
 
 
-def _keep(collected: dict[int, Any], number: int, layer: Any, inputs: Any, output: Any) -> None:
-    collected[number] = output[0] if isinstance(output, tuple) else output
+def layer_outputs(layers: Any, run: Callable[[], Any]) -> tuple[list[Any], Any]:
+    """What each of PyTorch's layers gives [B, T, D] while `run` runs, and what `run` returns."""
+    import torch
+
+    collected: dict[int, Any] = {}
+
+    def keep(number: int, layer: Any, inputs: Any, output: Any) -> None:
+        collected[number] = output[0] if isinstance(output, tuple) else output
+
+    hooks = [
+        layer.register_forward_hook(functools.partial(keep, number))
+        for number, layer in enumerate(layers)
+    ]
+    with torch.no_grad():
+        out = run()
+    for hook in hooks:
+        hook.remove()
+    return [collected[number] for number in range(len(hooks))], out
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -81,9 +96,17 @@ def forward(
     """
     model = bind(config, params)
     embeds = model.embed_tokens(tokens)
+    return embeds, *states_of(model, embeds, positions, segments)
+
+
+def states_of(
+    model: Any, embeds: jax.Array, positions: jax.Array, segments: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same from the embeddings on: states, after the final norm, logits."""
     states = model.layer_states(embeds, positions, segments)
     last = model.final_norm(states[-1])
-    return embeds, states, last, (last @ model.table.T.astype(last.dtype))[..., : config.num_tokens]
+    logits = last @ model.table.T.astype(last.dtype)
+    return states, last, logits[..., : model.config.num_tokens]
 
 
 def _difference(ours: jax.Array, theirs: Any) -> float:
