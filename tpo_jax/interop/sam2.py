@@ -2,7 +2,8 @@
 
 The key layout is that of modeling_sam2_video.py. The network lies at heads/sam2/network in a model;
 the adapter and the box readout beside it belong to Task Preference Optimization and are in no
-checkpoint of SAM 2.
+checkpoint of SAM 2. `Sam2Model` (model_type "sam2") is the same network without its memory: it is
+read, and training makes the rest.
 """
 
 from __future__ import annotations
@@ -20,24 +21,56 @@ from tpo_jax.interop.families.base import FamilyError, only, said
 from tpo_jax.interop.families.towers import linear, norm
 from tpo_jax.interop.huggingface import read_tensors, side_files, write_tensors
 from tpo_jax.interop.mapping import Row, export_leaves, import_leaves
-from tpo_jax.models.sam2_config import STAGES, Sam2Config
+from tpo_jax.models.sam2_config import PUBLISHED, STAGES, Sam2Config
 
 MODEL_TYPE = "sam2_video"
+# Of `Sam2Model`, which finds objects in single images.
+IMAGE_TYPE = "sam2"
 # The head, and where its network lies in a model.
 NAME = "sam2"
 PREFIX = f"heads/{NAME}/network/"
 # Saved with every checkpoint and read by nothing, there or here.
 IGNORED = ("no_memory_positional_encoding",)
+# Field of Sam2Config -> option of Sam2VideoConfig: sizes of the memory.
+_MEMORY = {
+    "memory_width": "memory_encoder_output_channels",
+    "memory_layers": "memory_attention_num_layers",
+    "memory_mlp_width": "memory_attention_feed_forward_hidden_size",
+    "fuser_layers": "memory_fuser_num_layers",
+    "fuser_mlp_width": "memory_fuser_intermediate_dim",
+    "memories": "num_maskmem",
+    "pointers": "max_object_pointers_in_encoder",
+    "pointer_times": "enable_temporal_pos_encoding_for_object_pointers",
+    "occlusion_embedding": "enable_occlusion_spatial_embedding",
+}
 
 
 def is_sam2(source: epath.PathLike) -> bool:
     """Whether a folder holds SAM 2 in the layout of `transformers`."""
-    return read_json(epath.Path(source) / "config.json").get("model_type") == MODEL_TYPE
+    kind = read_json(epath.Path(source) / "config.json").get("model_type")
+    return kind in (MODEL_TYPE, IMAGE_TYPE)
 
 
 def import_folder(path: epath.PathLike) -> tuple[Sam2Config, dict[str, Any]]:
     """The configuration and the leaves {"image_encoder/...": array} of a folder with config.json
     and safetensors; leaves are read when they are asked for.
+
+    Raises:
+      FamilyError, MappingError: name what does not fit; so does a folder of `Sam2Model`.
+    """
+    config, leaves, missing = import_network(path)
+    if missing:
+        raise FamilyError(
+            f"{epath.Path(path) / 'config.json'}: model_type={IMAGE_TYPE!r}: expected "
+            f"{MODEL_TYPE!r}, as here the memory is needed, too; give a folder that "
+            "`Sam2VideoModel` saved (that of `Sam2Model` can be put into a model by import --into)"
+        )
+    return config, leaves
+
+
+def import_network(path: epath.PathLike) -> tuple[Sam2Config, dict[str, Any], list[str]]:
+    """As `import_folder`, also of a folder of `Sam2Model`; and the parts ("memory_encoder", ...)
+    of the network that the folder lacks. The sizes of these are the published ones.
 
     Raises:
       FamilyError, MappingError: name what does not fit.
@@ -48,8 +81,12 @@ def import_folder(path: epath.PathLike) -> tuple[Sam2Config, dict[str, Any]]:
             f"{path / 'config.json'}: missing; give the folder of SAM 2 as `transformers` saves it "
             f'(model_type "{MODEL_TYPE}")'
         )
-    config = sam2_config(json.loads((path / "config.json").read_text()))
-    return config, import_leaves(sam2_rows(config), read_tensors(path), IGNORED)
+    about = json.loads((path / "config.json").read_text())
+    config, tensors = sam2_config(about), read_tensors(path)
+    if about.get("model_type") != IMAGE_TYPE:
+        return config, import_leaves(sam2_rows(config), tensors, IGNORED), []
+    missing = dict.fromkeys(row.ours.split("/")[0] for row in memory_rows(config, ""))
+    return config, import_leaves(image_rows(config, ""), tensors), list(missing)
 
 
 def export_folder(out: epath.PathLike, config: Sam2Config, leaves: Mapping[str, Any]) -> None:
@@ -91,15 +128,15 @@ def sam2_config(config: Mapping[str, Any]) -> Sam2Config:
         another value.
     """
     kind = config.get("model_type", MODEL_TYPE)
-    if kind != MODEL_TYPE:
+    if kind not in (MODEL_TYPE, IMAGE_TYPE):
         raise FamilyError(
-            f"config.json: model_type={kind!r}: expected {MODEL_TYPE!r}; a folder that `Sam2Model` "
-            "saved lacks the weights of the memory: save the published one with `Sam2VideoModel`"
+            f"config.json: model_type={kind!r}: expected {MODEL_TYPE!r}, or {IMAGE_TYPE!r} of a "
+            "network without memory; give a folder that `Sam2VideoModel` or `Sam2Model` saved"
         )
     vision, decoder = said(config, "vision_config"), said(config, "mask_decoder_config")
     prompts, backbone = said(config, "prompt_encoder_config"), said(vision, "backbone_config")
     _same(config, vision, decoder, prompts, backbone)
-    side = said(config, "image_size")
+    side = said(prompts if kind == IMAGE_TYPE else config, "image_size")
     return Sam2Config(
         image_size=side if isinstance(side, int) else side[0],
         widths=tuple(said(backbone, "embed_dim_per_stage")),
@@ -113,17 +150,18 @@ def sam2_config(config: Mapping[str, Any]) -> Sam2Config:
         decoder_mlp_width=said(decoder, "mlp_dim"),
         mask_channels=said(prompts, "mask_input_channels"),
         iou_width=said(decoder, "iou_head_hidden_dim"),
-        memory_width=said(config, "memory_encoder_output_channels"),
-        memory_layers=said(config, "memory_attention_num_layers"),
-        memory_mlp_width=said(config, "memory_attention_feed_forward_hidden_size"),
-        fuser_layers=said(config, "memory_fuser_num_layers"),
-        fuser_mlp_width=said(config, "memory_fuser_intermediate_dim"),
-        memories=said(config, "num_maskmem"),
-        pointers=said(config, "max_object_pointers_in_encoder"),
-        pointer_times=said(config, "enable_temporal_pos_encoding_for_object_pointers"),
-        occlusion_embedding=said(config, "enable_occlusion_spatial_embedding"),
+        **(_published_memory() if kind == IMAGE_TYPE else _memory(config)),
         remat="full",
     )
+
+
+def _memory(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: said(config, option) for field, option in _MEMORY.items()}
+
+
+def _published_memory() -> dict[str, Any]:
+    """Of SAM 2.1, in all of whose sizes it is the same."""
+    return {field: getattr(PUBLISHED["tiny"], field) for field in _MEMORY}
 
 
 def _same(
@@ -181,17 +219,29 @@ def _same(
 
 def sam2_rows(config: Sam2Config, ours: str = "") -> list[Row]:
     """Rows of the whole network; `ours` is the prefix of its leaves, with a "/" at its end."""
-    rows = [
+    return [*image_rows(config, ours), *memory_rows(config, ours)]
+
+
+def image_rows(config: Sam2Config, ours: str) -> list[Row]:
+    """What finds objects in a frame by itself: all that `Sam2Model` has."""
+    return [
         Row(f"{ours}image_positions/frequencies", "shared_image_embedding.positional_embedding"),
         Row(f"{ours}no_memory", "no_memory_embedding"),
+        *image_encoder_rows(config, f"{ours}image_encoder", "vision_encoder"),
+        *prompt_encoder_rows(f"{ours}prompt_encoder", "prompt_encoder"),
+        *mask_decoder_rows(f"{ours}mask_decoder", "mask_decoder"),
+    ]
+
+
+def memory_rows(config: Sam2Config, ours: str) -> list[Row]:
+    """What follows objects from frame to frame: what `Sam2VideoModel` has beyond `Sam2Model`."""
+    rows = [
+        *memory_attention_rows(f"{ours}memory_attention", "memory_attention"),
+        *memory_encoder_rows(f"{ours}memory_encoder", "memory_encoder"),
         Row(f"{ours}memory_times", "memory_temporal_positional_encoding"),
         Row(f"{ours}no_pointer", "no_object_pointer"),
         *conv(f"{ours}mask_downsample", "mask_downsample"),
         *feed_forward(f"{ours}pointer_mlp", "object_pointer_proj"),
-        *image_encoder_rows(config, f"{ours}image_encoder", "vision_encoder"),
-        *prompt_encoder_rows(f"{ours}prompt_encoder", "prompt_encoder"),
-        *mask_decoder_rows(f"{ours}mask_decoder", "mask_decoder"),
-        *memory_rows(ours),
     ]
     if config.pointer_times:
         theirs = "temporal_positional_encoding_projection_layer"
@@ -297,11 +347,10 @@ def mask_decoder_rows(ours: str, theirs: str) -> list[Row]:
     return rows
 
 
-def memory_rows(ours: str) -> list[Row]:
-    """Memory attention and memory encoder."""
-    reading, key = f"{ours}memory_attention/layers", "memory_attention.layers.{layer}"
+def memory_attention_rows(ours: str, theirs: str) -> list[Row]:
+    reading, key = f"{ours}/layers", theirs + ".layers.{layer}"
     rows = [
-        *norm(f"{ours}memory_attention/final_norm", "memory_attention.layer_norm"),
+        *norm(f"{ours}/final_norm", f"{theirs}.layer_norm"),
         *attention(f"{reading}/self_attn", f"{key}.self_attn"),
         *attention(f"{reading}/cross_attn", f"{key}.cross_attn_image"),
         *linear(f"{reading}/linear1", f"{key}.linear1"),
@@ -309,17 +358,21 @@ def memory_rows(ours: str) -> list[Row]:
     ]
     for number in range(1, 4):
         rows += norm(f"{reading}/layer_norm{number}", f"{key}.layer_norm{number}")
-    writing, fuser = f"{ours}memory_encoder", "memory_encoder.memory_fuser.layers.{layer}"
-    rows += [
-        *conv(f"{writing}/feature_projection", "memory_encoder.feature_projection"),
-        *conv(f"{writing}/projection", "memory_encoder.projection"),
-        *conv(f"{writing}/fuser/depthwise_conv", f"{fuser}.depthwise_conv"),
-        *norm(f"{writing}/fuser/layer_norm", f"{fuser}.layer_norm"),
-        *linear(f"{writing}/fuser/fc1", f"{fuser}.pointwise_conv1"),
-        *linear(f"{writing}/fuser/fc2", f"{fuser}.pointwise_conv2"),
-        Row(f"{writing}/fuser/scale", f"{fuser}.scale"),
+    return rows
+
+
+def memory_encoder_rows(ours: str, theirs: str) -> list[Row]:
+    fuser = theirs + ".memory_fuser.layers.{layer}"
+    rows = [
+        *conv(f"{ours}/feature_projection", f"{theirs}.feature_projection"),
+        *conv(f"{ours}/projection", f"{theirs}.projection"),
+        *conv(f"{ours}/fuser/depthwise_conv", f"{fuser}.depthwise_conv"),
+        *norm(f"{ours}/fuser/layer_norm", f"{fuser}.layer_norm"),
+        *linear(f"{ours}/fuser/fc1", f"{fuser}.pointwise_conv1"),
+        *linear(f"{ours}/fuser/fc2", f"{fuser}.pointwise_conv2"),
+        Row(f"{ours}/fuser/scale", f"{fuser}.scale"),
     ]
-    masks, key = f"{writing}/mask_downsampler", "memory_encoder.mask_downsampler"
+    masks, key = f"{ours}/mask_downsampler", f"{theirs}.mask_downsampler"
     rows += conv(f"{masks}/final_conv", f"{key}.final_conv")
     for number in range(4):
         rows += conv(f"{masks}/convs/layer{number}", f"{key}.layers.{number}.conv")
