@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.models.oracle import dense_attention, visible
+from tpo_jax.models import xla_attention
 from tpo_jax.models.attention import attention, best_backend, branch_attention
 from tpo_jax.parallel.mesh import make_mesh
 
@@ -196,6 +197,53 @@ def test_blocks_equal_one_product_in_value_and_gradient(window, dtype):
         if dtype == jnp.float32:
             bound = 1e-6 * np.abs(want).max()
         np.testing.assert_allclose(got, want, atol=bound)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("causal_offset", [0, 7])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_turns_equal_blocks_in_value_and_gradient(window, causal_offset, dtype, monkeypatch):
+    """530 tokens are four blocks of 133 and fewer, each of three turns of 48, the last filled up;
+    two packed segments and padding."""
+    arrays = _arrays(7, (2, 530, N, H), (2, 530, G, H), (2, 530, G, H))
+    arrays = [x.astype(dtype) for x in arrays]
+    segments = np.repeat([[1, 2, 0], [1, 1, 1]], (300, 170, 60), axis=1)
+
+    def found(arrays):
+        def total(arrays):
+            out = attention(*arrays, q_segments=segments, kv_segments=segments, window=window,
+                            causal_offset=causal_offset, backend="xla")  # fmt: skip
+            return jnp.sum(jnp.sin(3 * out.astype(jnp.float32))), out
+
+        gradient, out = jax.jit(jax.grad(total, has_aux=True))(arrays)
+        return [np.asarray(x, np.float32) for x in (out, *gradient)]
+
+    exact, blocks = found([x.astype(jnp.float32) for x in arrays]), found(arrays)
+    monkeypatch.setattr(xla_attention, "LONG", 529)
+    monkeypatch.setattr(xla_attention, "TURN", 48)
+    turns = found(arrays)
+    np.testing.assert_allclose(turns[0], blocks[0], atol=1e-6 if dtype == jnp.float32 else 2e-2)
+    for want, usual, got in zip(exact, blocks, turns, strict=True):
+        bound = 1e-5
+        if dtype == jnp.bfloat16:  # added up in float32, so more of them are no more wrong
+            bound = 2 * np.abs(usual - want).max()
+        np.testing.assert_allclose(got, want, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_long_row_holds_the_logits_of_one_turn(dtype):
+    """Compiled, not run: 16,384 tokens with one head, whose logits are 1 GiB at once."""
+    T = 16384
+    array = jax.ShapeDtypeStruct((1, T, 1, 8), dtype)
+
+    def total(arrays, segments):
+        out = attention(*arrays, q_segments=segments, kv_segments=segments, causal_offset=0)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+    segments = jax.ShapeDtypeStruct((1, T), jnp.int32)
+    compiled = jax.jit(jax.grad(total)).lower([array] * 3, segments).compile()
+    # The backward pass wants several arrays of 16 MiB, and blocks of a fourth of the row 1.5 GiB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * T * T / 8
 
 
 @pytest.mark.parametrize("causal_offset", [None, 0, 5, -3])

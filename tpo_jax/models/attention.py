@@ -39,15 +39,20 @@ from jax.sharding import PartitionSpec as P
 
 from tpo_jax.models.config import ATTENTION_BACKENDS
 from tpo_jax.models.splash_mask import CausalMask
-from tpo_jax.models.xla_attention import Rule, attend, in_blocks, merge_heads, plain_attend
+from tpo_jax.models.xla_attention import (
+    Rule,
+    attend,
+    in_blocks,
+    in_turns,
+    merge_heads,
+    plain_attend,
+)
 from tpo_jax.parallel.context import AXIS, ContextLayout, context_devices, per_device, split_tokens
 from tpo_jax.parallel.mesh import BATCH_AXES
 
 _PLAIN = ("xla", "dense")
 CUDNN_HEAD = 128  # widest head on every GPU that has the kernel
 SPLASH_BLOCK = 128
-# Queries of a split prefix that are taken at a time: the logits of one block exist at once.
-_CONTEXT_BLOCK = 256
 
 
 def best_backend(platform: str, dtype: Any, head_dim: int, context: int = 1) -> str:
@@ -160,7 +165,9 @@ def prefix_attention(
             q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, order: jax.Array
         ) -> jax.Array:
             k, v, kv_segments = (layout.gather(x) for x in (k, v, segments))
-            return _in_context_blocks(q, k, v, segments, kv_segments, order, window)
+            places = order, jnp.arange(k.shape[1])
+            rule = Rule((segments, kv_segments), places, (places[0][None], places[1][None]))
+            return in_turns(q, k, v, rule, window).astype(q.dtype)
 
         args = (q, k, v, segments, jnp.asarray(layout.order))
         return per_device(local, args, (place,) * 4 + (P(AXIS),), place)
@@ -277,33 +284,6 @@ def _two_part_attention(
     whole = jnp.logaddexp(*log_sums)
     shares = [jnp.exp(log_sum - whole) for log_sum in log_sums]
     return (outs[0] * shares[0] + outs[1] * shares[1]).astype(q.dtype)
-
-
-def _in_context_blocks(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array, kv_segments: jax.Array,
-    order: jax.Array, window: int | None,
-) -> jax.Array:  # fmt: skip
-    """The xla path for queries that are tokens `order` int32[T] of the keys' sequence; the logits
-    of a block of queries exist at a time."""
-    T, size = q.shape[1], min(_CONTEXT_BLOCK, q.shape[1])
-    count = -(-T // size)
-
-    def cut(x: jax.Array, axis: int) -> jax.Array:
-        """The blocks of `axis`, counted along a new first axis; the last is filled up."""
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, count * size - T)
-        x = jnp.pad(x, padding).reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
-
-    def one(block: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        q, segments, order = block
-        places = order, jnp.arange(k.shape[1])
-        rule = Rule((segments, kv_segments), places, (places[0][None], places[1][None]))
-        return attend(q, k, v, rule, window)[0]
-
-    blocks = jax.lax.map(one, (cut(q, 1), cut(q_segments, 1), cut(order, 0)))
-    out = jnp.moveaxis(blocks, 0, 1).reshape(q.shape[0], count * size, *q.shape[2:])[:, :T]
-    return out.astype(q.dtype)
 
 
 def _cudnn(

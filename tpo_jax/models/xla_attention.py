@@ -3,8 +3,9 @@
 `attend` has its own backward pass (after FlashAttention, 2205.14135): it keeps the logarithm of
 each query's sum instead of the weights, computes them again, and takes the gradient of the softmax
 from the outputs (the sum of weight * gradient over keys is output . gradient). So the logits of one
-call exist at a time, and a row that is cut into calls holds those of one block. `plain_attend` is
-the same function, differentiated by JAX: slower and larger, with products as textbooks count them.
+call exist at a time, and a row that is cut into calls holds those of one block: of a fourth of its
+queries, or of `TURN` in a long row. `plain_attend` is the same function, differentiated by JAX:
+slower and larger, with products as textbooks count them.
 
 Axes: B batch, T queries, S keys, G key/value heads, N = G * n query heads, H head dim.
 """
@@ -22,6 +23,9 @@ MASKED = -1e9
 # A causal row is cut so that a block has at least this many queries, and into at most so many
 # blocks: more save little and take their time to compile.
 _BLOCK_QUERIES, _BLOCKS = 128, 4
+# The blocks of a row of more queries than `LONG` are taken `TURN` queries at a time: a fourth of
+# such a row is too many logits, and so many queries still fill a matrix product.
+LONG, TURN = 2048, 256
 
 _product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
@@ -124,7 +128,7 @@ def in_blocks(
     q: jax.Array, k: jax.Array, v: jax.Array, rule: Rule, causal_offset: int, window: int | None
 ) -> jax.Array:
     """`attend` of causal queries, i to keys 0 to i + causal_offset: a block of queries at a time
-    against the keys up to its end. float32[B, T, N, H]."""
+    against the keys up to its end, and in turns where there are many. float32[B, T, N, H]."""
     T, S = q.shape[1], k.shape[1]
     size = -(-T // max(1, min(_BLOCKS, T // _BLOCK_QUERIES)))
     outs = []
@@ -132,8 +136,36 @@ def in_blocks(
         queries = slice(start, min(start + size, T))
         keys = slice(0, min(max(queries.stop + causal_offset, 1), S))
         block = q[:, queries], k[:, keys], v[:, keys], rule.block(queries, keys)
-        outs.append(attend(*block, window)[0])
+        outs.append(in_turns(*block, window) if T > LONG else attend(*block, window)[0])
     return jnp.concatenate(outs, axis=1)
+
+
+def in_turns(
+    q: jax.Array, k: jax.Array, v: jax.Array, rule: Rule, window: int | None
+) -> jax.Array:
+    """`attend`, `TURN` queries after `TURN` in a loop: float32[B, G, TURN, n, S] logits exist at a
+    time, in the backward pass too. float32[B, T, N, H]."""
+    T, size = q.shape[1], min(TURN, q.shape[1])
+    count = -(-T // size)
+
+    def cut(x: jax.Array, axis: int) -> jax.Array:
+        """The turns of `axis`, counted along a new first axis; the last is filled up."""
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, count * size - T)
+        x = jnp.pad(x, padding).reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    # Of each turn keys and values get a gradient; float32 is what these are added up in.
+    wide = k.astype(jnp.float32), v.astype(jnp.float32)
+    of_queries = [None if pair is None else cut(pair[0], pair[0].ndim - 1) for pair in rule]
+
+    def turn(block: tuple[jax.Array, list[jax.Array | None]]) -> jax.Array:
+        q, places = block
+        pairs = (None if x is None else (x, pair[1]) for x, pair in zip(places, rule, strict=True))
+        return attend(q, wide[0].astype(k.dtype), wide[1].astype(v.dtype), Rule(*pairs), window)[0]
+
+    outs = jax.lax.map(turn, (cut(q, 1), of_queries))
+    return jnp.moveaxis(outs, 0, 1).reshape(q.shape[0], count * size, *q.shape[2:])[:, :T]
 
 
 def _logits(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> jax.Array:
