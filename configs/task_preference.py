@@ -13,9 +13,11 @@
   tracker_stills, tracker_pairs, tracker   a SAM 2 of the demo's size, and nothing else, learns to
                 find what is in boxes that are drawn, to find it again in another frame, and to
                 follow it through clips
-  sam2, first_frame_box   masks by that SAM 2, frozen, which the slot state prompts: taught by the
-                losses of its masks or, all that is published, by the box on the first frame, as the
-                prompt that it would be and as four numbers that are read out of the slot state
+  sam2, first_frame_box, sam2_all   masks by that SAM 2, frozen, which the slot state prompts:
+                taught by the losses of its masks; all that is published, by the box on the first
+                frame, as the prompt that it would be and as four numbers that are read out of the
+                slot state; or by all of it, the box that of the best labelled frame, as
+                configs/videochat_tpo.py does
 
 What is trained at which rates is the demo's stage 2, with everything in it from the start: routing,
 heads and language model. Published are three stages, of which arms differ in the later ones; one
@@ -92,12 +94,13 @@ class Arm:
 
 
 def _sam2(taught: str) -> dict[str, float]:
-    """Weights of all terms: of the "prompt" and its box, of all "masks", or of "tracks" by drawn
-    boxes, which do not prompt frames by themselves."""
+    """Weights of the terms: of the "prompt" and its box, of all "masks", of "all" these, or of
+    "tracks" by drawn boxes, which do not prompt frames by themselves."""
     weights = sam2.published_weights()
     masks = weights.keys() - sam2.PROMPT_TERMS
     tracks = {term for term in masks if "/still_" not in term}
-    terms = {"prompt": set(sam2.PROMPT_TERMS), "masks": masks, "tracks": tracks}[taught]
+    prompt = set(sam2.PROMPT_TERMS)
+    terms = {"prompt": prompt, "masks": masks, "all": weights.keys(), "tracks": tracks}[taught]
     return {term: weight * float(term in terms) for term, weight in weights.items()}
 
 
@@ -120,6 +123,7 @@ ARMS = {
     "temporal_mlp": Arm(_TEMPORAL, ("temporal_mlp",), _MLP, steps=LONG_STEPS),
     **{stage: Arm(("tracking",), ("sam2",), _sam2("tracks")) for stage in TRACKER_STAGES},
     "sam2": Arm(("mask",), ("sam2",), _sam2("masks"), _ADAPTER, steps=LONG_STEPS),
+    "sam2_all": Arm(("mask",), ("sam2",), _sam2("all"), _ADAPTER, steps=LONG_STEPS),
     "first_frame_box": Arm(("mask",), ("sam2",), _sam2("prompt"), _ADAPTER, steps=LONG_STEPS),
 }
 

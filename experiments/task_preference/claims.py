@@ -47,6 +47,8 @@ CLAIMS = {
     "mask_loss": (
         Claim("mask/j&f", "first_frame_box", "sam2"),
         Claim("mask/j", "first_frame_box", "sam2"),
+        Claim("mask/j&f", "first_frame_box", "sam2_all"),
+        Claim("mask/j", "first_frame_box", "sam2_all"),
     ),
 }
 

@@ -5,10 +5,12 @@
 A SAM 2 of the demo's size learns to follow boxes that are drawn around what is masked in the videos
 of seed 0. It is then frozen and the same for all seeds, in the place of the published one that
 comes trained. The language model and the adapter, which turns the slot state into SAM 2's prompt,
-learn from either objective: `sam2`, the losses of the masks in all frames, or `first_frame_box`,
-all that is published: the distance to the prompt of the object's box on the first frame, and to
-that box from what a second network reads out of the slot state. Of an object that is absent there
-the box is -1, and no prompt is taught. The same command goes on where it stopped.
+learn from one of three objectives: `first_frame_box`, all that is published: the distance to the
+prompt of the object's box on the first frame, and to that box from what a second network reads out
+of the slot state (of an object that is absent there the box is -1, and no prompt is taught);
+`sam2`, the losses of the masks in all frames; or `sam2_all`, both, the box that of the frame that
+shows most of the object, which is what the configs with published numbers have. The same command
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from experiments.task_preference.arms import Study
 from tpo_jax.evaluation import results
 
 TRACKER = ("tracker_stills", "tracker_pairs", "tracker")
-ARMS = ("first_frame_box", "sam2")
+ARMS = ("first_frame_box", "sam2", "sam2_all")
 FIRST, DRAWN = "first_frame", "drawn_boxes"
 
 

@@ -303,6 +303,7 @@ def test_an_arm_of_masks_learns_from_the_masks_or_from_the_first_box():
         ("tracker_stills", tracks, [False, False, True]),
         ("tracker", tracks, [False, False, True]), ("sam2", masks, [True, True, False]),
         ("first_frame_box", {"sam2/prompt", "sam2/box"}, [True, True, False]),
+        ("sam2_all", masks | {"sam2/prompt", "sam2/box"}, [True, True, False]),
     ):  # fmt: skip
         found, groups = taught(arm)
         assert found == terms
