@@ -11,17 +11,14 @@ import pytest
 
 from tests.interop.families.configs import LLAVA_ONEVISION
 from tests.interop.families.published_folder import sized, write_published
-from tests.interop.families.sam2_folder import config_json, write_sam2
+from tests.interop.families.sam2_folder import write_sam2
 from tpo_jax import convert
 from tpo_jax.data.text import TextCodec, add_task_tokens
 from tpo_jax.interop import folder
 from tpo_jax.interop.export import largest_difference
-from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.huggingface import read_tensors
-from tpo_jax.interop.sam2 import sam2_config
 from tpo_jax.interop.tensors import lazy
 from tpo_jax.models.config import LoraConfig
-from tpo_jax.models.sam2_config import SIZES
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.paths import flatten
 
@@ -159,12 +156,6 @@ def test_what_does_not_fit_is_refused(world, tmp_path, capsys, model, likes, mes
     assert export(getattr(world, model), tmp_path / "out", *folders) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_sam2_without_a_memory_is_refused():
-    stills = config_json(SIZES["micro"]) | {"model_type": "sam2"}
-    with pytest.raises(FamilyError, match="model_type='sam2': expected 'sam2_video'.*Sam2VideoMo"):
-        sam2_config(stills)
 
 
 def test_a_folder_that_is_not_whole_is_refused(world, tmp_path, capsys):

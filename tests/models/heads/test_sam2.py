@@ -110,7 +110,6 @@ def test_every_parameter_and_the_slot_state_have_a_gradient():
     assert not {path for path in blind if not re.search(BLIND, path)}
 
 
-@pytest.mark.long
 def test_prompts_and_cells_have_the_same_places_from_the_start():
     network = _start()["network"]
     frequencies = network["image_positions"]["frequencies"]
@@ -120,12 +119,13 @@ def test_prompts_and_cells_have_the_same_places_from_the_start():
     )
 
 
+@pytest.mark.long
 def test_trains_on_moving_shapes():
     """Adam on two clips: every mask term falls, and so does the whole."""
     inputs = _inputs()
-    optimizer = optax.adam(3e-3)
+    optimizer = optax.adam(1e-2)
     params, state, history = _start(), optimizer.init(_start()), []
-    for _ in range(40):
+    for _ in range(60):
         (total, terms), (gradients, _) = _gradient()(params, inputs.slot_states, inputs)
         history.append({"total": float(total)} | {n: float(t.mean()) for n, t in terms.items()})
         updates, state = optimizer.update(gradients, state)
