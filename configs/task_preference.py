@@ -55,8 +55,8 @@ from tpo_jax.training.config import ConfigError, parse_arg, source_config
 
 _DEMO = runpy.run_path(str(pathlib.Path(__file__).with_name("demo.py")))
 STEPS, LONG_STEPS = 120, 480
-# Single frames come first, as published. With 480 steps on clips alone, or clips after single
-# frames, nothing was followed; at 1e-2 features grew until memories drowned what was found.
+# Single frames come first, as published. In 200 steps on clips alone, or 240 after single frames,
+# nothing was followed; at 1e-2 features grew until memories drowned what was found.
 TRACKER_STAGES = {  # frames, videos a step, steps, learning rate
     "tracker_stills": (1, 32, 400, 3e-3),
     "tracker_pairs": (2, 32, 240, 3e-3),

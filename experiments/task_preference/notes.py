@@ -25,19 +25,18 @@ ABOUT = {
         "One SAM 2 for all seeds, which learned from random weights to follow what is masked in "
         "the videos of seed 0, each from a box around it, and is frozen from then on. Masks alone "
         "are asked: there is no conversation beside them, as there is in the last published "
-        "stage, and no rate was searched for any objective. The head of `first_frame_box` learns "
-        "as published from the first frame alone: from the prompt that the box of the object "
-        "would be, and from that box, which a second network reads out of the slot state and "
-        "which is -1 where the object is absent. Such an object has no prompt here; of the "
-        "release no such exception is known. `sam2` has the losses of the masks and neither of "
-        "these, `sam2_all` all of them, with the box of the labelled frame that shows most of the "
-        "object. At test all arms prompt the frame where the head is surest, which the published "
-        "method, always on the first, does not: two ways to learn are compared, not two systems. "
-        "All arms have four times the steps of the central study. With as many as there J&F was "
-        "26.6 ± 0.3 for `first_frame_box` and 28.2 ± 1.6 for `sam2` (three seeds, commit "
-        "0fbb8f7). Published are clips of 8 frames; SAM 2 learned on such of 4 seconds, and the "
-        "arms show 8 frames of 16 seconds, so that it follows over longer steps there than it "
-        "learned to and than in tests."
+        "stage. The head of `first_frame_box` learns as published from the first frame alone: "
+        "from the prompt that the box of the object would be, and from that box, which a second "
+        "network reads out of the slot state and which is -1 where the object is absent. Such an "
+        "object has no prompt here; of the release no such exception is known. `sam2` has the "
+        "losses of the masks and neither of these, `sam2_all` all of them, with the box of the "
+        "labelled frame that shows most of the object. At test all arms prompt the frame where "
+        "the head is surest, which the published method, always on the first, does not: two ways "
+        "to learn are compared, not two systems. All arms have four times the steps of the "
+        "central study. With as many as there J&F was 26.6 ± 0.3 for `first_frame_box` and 28.2 ± "
+        "1.6 for `sam2` (three seeds, commit 0fbb8f7). Published are clips of 8 frames; SAM 2 "
+        "learned on such of 4 seconds, and the arms show 8 frames of 16 seconds, so that it "
+        "follows over longer steps there than it learned to and than in tests."
     ),
 }
 FLOORS = (
@@ -48,6 +47,7 @@ MIDDLE_FRAME = (
     "; for questions also a model that was trained on conversation about the middle frame alone, "
     "at rate 1 without a search, with its last weights"
 )
+UNSEARCHED = "No rate was searched: all arms learn at those of the demo."
 MINUTES, CORES = 90, 2  # that all studies should take
 
 
@@ -55,7 +55,7 @@ def notes(name: str, record: Mapping[str, Any]) -> list[str]:
     """Paragraphs under a study's title."""
     asks = "qa/accuracy" in record["floors"]
     own = _central(record) if name == "central" else []
-    own += [_searched(record)] if "search" in record else []
+    own.append(_searched(record) if "search" in record else UNSEARCHED)
     return [ABOUT[name], *own, f"{FLOORS}{MIDDLE_FRAME if asks else ''}."]
 
 

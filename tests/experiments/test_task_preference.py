@@ -130,7 +130,7 @@ def test_the_page_says_how_rates_floors_and_words_are_meant():
     assert ": 10. All studies together should take about 90 minutes on 2 cores, which is" in text
     text = page.section("mask_loss", "Masks", record("mask_loss"))
     assert "middle frame" not in text  # nothing is asked but masks: its floors know no such model
-    assert "no conversation beside them" in text and "no rate was searched" in text
+    assert "no conversation beside them" in text and "No rate was searched" in text
     text = page.section("temporal_head", "Heads", record("temporal_head"))
     assert "`temporal_mlp` 2, the highest that was tried" in text
     assert "No others were searched" not in text and "tuned for the light head" in text
