@@ -37,7 +37,8 @@ experiments/task_preference/relabelled.py.
 
 The three temporal heads have four times as many steps as the other arms. In as many as those, the
 loss by which `cg_detr` learns which of its windows to answer with had not moved (cg_detr/label was
-0.138 at step 10, 0.135 at step 110), and its windows were below the floor.
+0.138 at step 10, 0.135 at step 110), and its windows were below the floor. So have the arms that
+prompt SAM 2, whose losses were still falling at the end of fewer.
 
 `data` holds train/; `init` is the model folder that an arm starts from, the base by default; `rate`
 multiplies all learning rates, `steps` the number of steps; `tiny` is a few steps on small shapes.

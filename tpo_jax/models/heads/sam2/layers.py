@@ -49,7 +49,7 @@ class Conv(nnx.Module):
             return matmul(x, kernel[:, :, 0, 0].T) + self.bias[...]
         rows = x.reshape(-1, *x.shape[-3:])
         options = {"stride": self.stride, "padding": self.padding}
-        # XLA's gradients of convolutions on CPUs are loops, a hundred times slower than products.
+        # On CPUs XLA's gradients of convolutions, which are loops, were most of a small step.
         y = jax.lax.platform_dependent(
             rows, kernel, cpu=functools.partial(convolved_by_products, **options),
             default=functools.partial(convolved, **options),
