@@ -106,7 +106,7 @@ class Study:
         init: pathlib.Path | None = None, data: str = "data",
     ) -> tuple[object, ...]:  # fmt: skip
         argument = f"arm={arm},data={steps.out / data},init={init or self.options.base}"
-        argument += f",rate={rate:g},steps={self.options.steps:g}{self.scale.config}"
+        argument += f",rate={rate:g},steps={self.options.steps:g}{',tiny' * self.options.tiny}"
         return "tpo_jax.train", f"--config={CONFIG}:{argument}", f"--workdir={workdir}"
 
     def evaluate(
