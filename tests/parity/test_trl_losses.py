@@ -4,8 +4,10 @@ The trainer's loss method is called on a stand-in that has its options; the mode
 our random token log-probabilities instead of running.
 """
 
+import ast
 import collections
 import dataclasses
+import functools
 import inspect
 import re
 import types
@@ -27,27 +29,33 @@ SHARED = (
 )  # fmt: skip
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
 DIVERGENCES = {"forward_kl": "forward_kl", "js_divergence": "js", "alpha_divergence": "alpha"}
+WITH_DIVERGENCE = (
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft",
+)  # fmt: skip
+COEFFICIENT = 0.7  # of the alpha divergence
 PAIRS = random_pairs(6, 7, seed=5, invalid=())
+# Ratios of which e^-r is no large number: with far ones TRL's discopop multiplies infinity by 0.
+NEAR = dataclasses.replace(PAIRS, reference=PAIRS.policy + 0.3 * (PAIRS.reference - PAIRS.policy))
 
 
-def of_trl(loss, **options):
+def of_trl(loss, pairs=PAIRS, **options):
     """(loss, gradient float[B, 2, A]) by trl.DPOTrainer; options by its names."""
     torch, trl = pytest.importorskip("torch"), pytest.importorskip("trl")
-    weights = torch.tensor(np.array(PAIRS.weights)).swapaxes(0, 1).flatten(0, 1)  # chosen, rejected
+    weights = torch.tensor(np.array(pairs.weights)).swapaxes(0, 1).flatten(0, 1)  # chosen, rejected
 
     def rows(values):
         """[B, 2, A] -> [2B, PROMPT - 1 + A], 0 where no answer token is predicted, as in TRL."""
         rows = torch.tensor(np.array(values)).swapaxes(0, 1).flatten(0, 1)
         return torch.nn.functional.pad(rows * weights, (PROMPT - 1, 0))
 
-    policy = rows(PAIRS.policy).requires_grad_()
+    policy = rows(pairs.policy).requires_grad_()
     zeros = torch.zeros_like(policy)
     outputs = types.SimpleNamespace(
         log_probs=policy * torch.nn.functional.pad(weights, (PROMPT - 1, 0)), entropy=zeros,
-        log_sum_sq_probs=rows(PAIRS.log_collision), mean_logits=zeros, is_top1=zeros.bool(),
+        log_sum_sq_probs=rows(pairs.log_collision), mean_logits=zeros, is_top1=zeros.bool(),
     )  # fmt: skip
     mask = torch.nn.functional.pad(weights, (PROMPT, 0))
-    reference = np.array(PAIRS.reference)
+    reference = np.array(pairs.reference)
     ld_alpha = options.get("ld_alpha")
     sums = (reference * tail_weights(ld_alpha)).sum(-1)
     defaults = {
@@ -109,12 +117,50 @@ def test_losses_and_gradients_are_those_of_trl(name):
     check(ours(name, label_smoothing=smoothing), want)
 
 
+@functools.cache
+def ours_under(divergence):
+    """{loss: (value, gradient)} of all that go with a divergence, by one program."""
+    alpha = {"divergence_alpha": COEFFICIENT} if divergence == "alpha" else {}
+
+    def values(policy):
+        tokens = dataclasses.replace(NEAR, policy=policy)
+        found = {}
+        for name in WITH_DIVERGENCE:
+            smoothing = {"label_smoothing": 0.1} if name in SMOOTHED else {}
+            options = {"loss": name, "divergence": divergence} | smoothing | alpha
+            config = PreferenceConfig(beta=BETA, **options)
+            found[name] = preference_losses(tokens, config)[name].mean()
+        return found
+
+    run = jax.jit(lambda policy: (values(policy), jax.jacrev(values)(policy)))
+    each, gradients = run(NEAR.policy)
+    return {name: (each[name], gradients[name]) for name in each}
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("name", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("name", WITH_DIVERGENCE)
 def test_divergences_are_those_of_trl(name, divergence):
-    coefficient = 0.7 if divergence == "alpha_divergence" else 0.5
-    want = of_trl(name, f_divergence_type=divergence, f_alpha_divergence_coef=coefficient)
-    check(ours(name, divergence=DIVERGENCES[divergence], divergence_alpha=coefficient), want)
+    smoothing = 0.1 if name in SMOOTHED else 0.0
+    want = of_trl(
+        name, NEAR, label_smoothing=smoothing, f_divergence_type=divergence,
+        f_alpha_divergence_coef=COEFFICIENT,
+    )  # fmt: skip
+    got = ours_under(DIVERGENCES[divergence])
+    check(got[name], want)
+    if name != "sft":  # the divergence is no option without an effect
+        assert abs(got[name][0] - ours_under("reverse_kl")[name][0]) > 2e-4
+
+
+def test_losses_that_trl_refuses_with_a_divergence_are_refused():
+    trl = pytest.importorskip("trl")
+    source = inspect.getsource(trl.DPOTrainer.__init__)
+    taken = ast.literal_eval(re.search(r"f_divergence_loss_types = (\{.*?\})", source, re.S)[1])
+    assert taken == set(WITH_DIVERGENCE)
+    for name in sorted(set(SHARED) - taken):
+        smoothing = {"label_smoothing": 0.1} if name in SMOOTHED else {}
+        for divergence in DIVERGENCES.values():
+            with pytest.raises(ValueError, match=f"{name} is defined for reverse_kl only"):
+                PreferenceConfig(beta=BETA, loss=name, divergence=divergence, **smoothing)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "bco_pair", "ipo"])

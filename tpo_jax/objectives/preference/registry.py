@@ -27,8 +27,10 @@ class PreferenceLoss:
       needs: options that the function takes by keyword, of `PreferenceConfig`.
       reference: whether it reads reference log-probabilities; if none of the losses in use does, a
         batch without `reference_logps` is accepted.
-      divergence: whether it is defined for other f-divergences than reverse KL, that is, reads
-        nothing but differences of scores, in which the divergence's normaliser cancels.
+      divergence: whether it takes other f-divergences than reverse KL: reads the scores s in their
+        difference alone, in which the normaliser of a question cancels, or not at all. It cancels
+        in `ipo` and `sigmoid_norm`, on token means, where both answers have one length only; they
+        are taken all the same, as in TRL.
       contrast: whether it reads log-probabilities under manipulated frames.
       mean: whether it reads the mean log-probability of an answer's tokens under the policy alone.
       vocabulary: whether it reads the KL over the vocabulary, for which the reference's whole
