@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import unittest.mock
 
 import gcs_server
 import jax
@@ -34,7 +35,7 @@ from tpo_jax.training.config import to_dict
 from tpo_jax.training.config_flag import read_json
 from tpo_jax.training.dry_run import DryRun
 from tpo_jax.training.ledger import Ledger
-from tpo_jax.training.preemption import EXIT_STATUS, Preemption
+from tpo_jax.training.preemption import EXIT_STATUS, Preempted, Preemption
 from tpo_jax.training.program import Program
 from tpo_jax.training.start import make_model_config
 from tpo_jax.training.writers import read_scalars
@@ -221,6 +222,17 @@ def test_resuming_with_another_config_names_the_option(data, whole):
         run(config, whole)
     assert "trainable[0][1]: checkpoint has 0.003, this command has 0.0001" in str(error.value)
     assert "log_every" not in str(error.value)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_resuming_on_another_mesh_says_so(data, whole, devices, monkeypatch, capsys):
+    mesh = functools.partial(make_mesh, devices=jax.devices()[:devices])
+    monkeypatch.setattr(tpo_jax.train, "make_mesh", mesh)
+    stop = unittest.mock.Mock(side_effect=Preempted)  # before anything is compiled
+    monkeypatch.setattr(tpo_jax.train, "compile_buckets", stop)
+    assert run(tiny_run.get_config(f"data={data}"), whole) == EXIT_STATUS
+    told = "differs from the checkpoint: mesh: checkpoint has data 1, fsdp 1, context 1, tensor 1, "
+    assert (f"{told}this command has data 2" in capsys.readouterr().err) == (devices == 2)
 
 
 def checked(config, workdir) -> dict[str, str]:

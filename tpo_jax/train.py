@@ -141,7 +141,7 @@ def train(
         data_train, data_validation = plain_config["data"]["train"], []
         if config.eval_every:
             data_validation = plain_config["data"]["validation"]
-        identity = agreement.identity([*data_train, *data_validation])
+        identity = agreement.identity([*data_train, *data_validation], mesh)
         agreement.check(agreement.facts(plain_config, mesh, identity))
 
         ####################################################################### Checkpoint

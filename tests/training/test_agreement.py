@@ -41,10 +41,11 @@ def test_data_and_code_have_digests(tmp_path):
     (tmp_path / "index.jsonl").write_text("a\n")
     (tmp_path / "pairs.jsonl").write_text("p\n")
     source = {"path": str(tmp_path), "pairs": str(tmp_path / "pairs.jsonl")}
-    first = agreement.identity([source])
+    mesh = make_mesh({}, jax.devices()[:1])
+    first = agreement.identity([source], mesh)
     assert set(first["data"]) == {str(tmp_path), str(tmp_path / "pairs.jsonl")}
     (tmp_path / "index.jsonl").write_text("b\n")
-    second = agreement.identity([source])
+    second = agreement.identity([source], mesh)
     assert first["code"] == second["code"] and "+" in first["code"]
     differing = {path for path in first["data"] if first["data"][path] != second["data"][path]}
     assert differing == {str(tmp_path)}
@@ -63,10 +64,14 @@ def test_other_data_or_random_settings_forbid_other_code_is_told():
     assert told == ["code: checkpoint has 1+a, this command has 1+b"] and now == before
 
 
-def test_another_kind_of_device_is_told():
-    saved = identity() | {"device": "TPU v4"}
+def test_another_kind_of_device_and_another_mesh_are_told():
+    one, two = (agreement.identity([], make_mesh({"fsdp": n}, jax.devices()[:n])) for n in (1, 2))
+    saved = one | {"device": "TPU v4"}
     assert agreement.changes(saved, saved) == ([], [])
-    assert agreement.changes(saved, identity() | agreement.identity([]))[1][-1] == (
-        "device: checkpoint has TPU v4, this command has cpu")
-    older = identity()  # of a checkpoint that does not say
-    assert agreement.changes(older, older | {"device": "cpu"}) == ([], [])
+    assert agreement.changes(saved, two) == ([], [
+        "device: checkpoint has TPU v4, this command has cpu",
+        "mesh: checkpoint has data 1, fsdp 1, context 1, tensor 1, "
+        "this command has data 1, fsdp 2, context 1, tensor 1",
+    ])  # fmt: skip
+    older = identity()  # of a checkpoint that says neither
+    assert agreement.changes(older, older | {"device": "cpu", "mesh": "data 2"}) == ([], [])

@@ -20,6 +20,7 @@ from jax._src import distributed  # the key-value store has no public name
 
 import tpo_jax
 from tpo_jax.errors import UserError
+from tpo_jax.parallel.mesh import describe_shape
 
 TIMEOUT = 300.0  # seconds; hosts of a pod start, and index their data, some minutes apart
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "grain")
@@ -31,8 +32,10 @@ class Disagreement(UserError, RuntimeError):
     """Processes that would not run the same program; names who differs in what."""
 
 
-def identity(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a run depends on beside its config, JSON: code, libraries, kind of device, random
+def identity(
+    sources: Sequence[Mapping[str, Any]], mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+    """What a run depends on beside its config, JSON: code, libraries, kind of device, mesh, random
     settings, data.
 
     Args:
@@ -42,6 +45,7 @@ def identity(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "code": code_version(),
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "device": jax.devices()[0].device_kind,
+        "mesh": describe_shape(mesh),  # as made: config.mesh may leave a size to the devices
         "random": {
             "implementation": str(jax.config.jax_default_prng_impl),
             "partitionable": bool(jax.config.jax_threefry_partitionable),
@@ -152,14 +156,16 @@ def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str]
     """How the identity of a checkpoint differs from this process's: (what forbids, what does not).
 
     Other random settings or other data under the same path give another run. Other code is what
-    mends a bug, and another kind of device is what there is; they are told, not refused.
+    mends a bug, and another kind of device, or another mesh, is what there is; they are told, not
+    refused.
     """
     forbids = _differing(saved, now, "random", {*saved["random"], *now["random"]})
     # Sources that come or go are a matter of the config.
     forbids += _differing(saved, now, "data", {*saved["data"]} & {*now["data"]})
     told = _differing(saved, now, "libraries", {*saved["libraries"], *now["libraries"]})
-    for part in ("code", "device"):
-        if part in saved and saved[part] != now[part]:  # older checkpoints do not name a device
+    for part in ("code", "device", "mesh"):
+        # Older checkpoints name neither device nor mesh.
+        if part in saved and saved[part] != now[part]:
             told.append(f"{part}: checkpoint has {saved[part]}, this command has {now[part]}")
     return forbids, told
 

@@ -63,7 +63,8 @@ class Checkpoint:
       progress: what the loop remembers beside the state (last evaluation, best result), JSON.
       ledger: training.ledger.Ledger.state(), JSON.
       config: the run's config as plain dict, JSON. Its seed, with the step, is every random key.
-      identity: training.agreement.identity(): code, data and random settings of the writer, JSON.
+      identity: training.agreement.identity(): code, mesh, data and random settings of the writer,
+        JSON.
     """
 
     state: Any
