@@ -105,6 +105,69 @@ def test_no_gradient_goes_through_the_statistics_of_the_batch():
         assert np.all(gradient[:, 0] < 0) and np.all(gradient[:, 1] > 0), name
 
 
+def several_by_hand(name, policy, fixed):
+    """kto_pair or bco over rows of one, two and three rejected answers, in float64.
+
+    Args:
+      policy: {row: [log pi of the chosen answer, of each rejected one]}. fixed: the same, from
+        which the statistics of the batch are, that no gradient goes through.
+    """
+
+    def means(policy):
+        """Of r_w and r_l: a row counts once, however many answers it rejects."""
+        ratios = [np.subtract(policy[row], SEVERAL_REFERENCE[row]) for row in policy]
+        return np.mean([r[0] for r in ratios]), np.mean([r[1:].mean() for r in ratios])
+
+    mean_chosen, mean_rejected = means(fixed)
+    losses = []
+    for row, sums in policy.items():
+        chosen, *rejected = np.subtract(sums, SEVERAL_REFERENCE[row])
+        if name == "kto_pair":
+            chosen_kl, rejected_kl = max(mean_chosen, 0), max(mean_rejected, 0)
+            each = [0.5 / (1 + np.exp(BETA * (chosen - rejected_kl)))
+                    + 0.5 / (1 + np.exp(BETA * (chosen_kl - r))) for r in rejected]
+        else:
+            shift = BETA * (mean_chosen + mean_rejected) / 2
+            each = [-log_sigmoid(BETA * chosen - shift) - log_sigmoid(shift - BETA * r)
+                    for r in rejected]  # fmt: skip
+        losses.append(np.mean(each))
+    return np.mean(losses)
+
+
+SEVERAL_POLICY = {0: [-2.0, -9.0], 1: [-3.0, -4.0, -7.5], 2: [-4.5, -1.0, -6.0, -2.0]}
+SEVERAL_REFERENCE = {0: [-6.0, -5.0], 1: [-4.0, -8.0, -7.0], 2: [-5.0, -2.5, -6.5, -9.0]}
+
+
+@pytest.mark.parametrize("name", ["kto_pair", "bco"])
+def test_rows_of_several_rejected_answers_are_compared_over_the_whole_batch(name):
+    """Value and gradient by hand; a row of padding and answers that are not there hold NaN."""
+
+    def padded(sums):
+        rows = [[*sums[row], *[np.nan] * (4 - len(sums[row]))] for row in sums]
+        return jnp.asarray([*rows, [np.nan] * 4])[..., None]
+
+    policy = padded(SEVERAL_POLICY)
+    pairs = PairTokens(policy, padded(SEVERAL_REFERENCE), jnp.isfinite(policy).astype(jnp.float32),
+                       jnp.array([1.0, 1, 1, 0]))  # fmt: skip
+
+    def loss(policy):
+        return losses_of(dataclasses.replace(pairs, policy=policy), [name])[name]
+
+    value, gradient = jit(jax.value_and_grad(loss))(policy)
+    want = several_by_hand(name, SEVERAL_POLICY, SEVERAL_POLICY)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    for row, sums in SEVERAL_POLICY.items():
+        for answer in range(4):
+            wanted = 0.0
+            if answer < len(sums):
+                step = np.eye(len(sums))[answer] * 1e-4
+                up, down = (several_by_hand(name, SEVERAL_POLICY | {row: sums + sign * step},
+                                            SEVERAL_POLICY) for sign in (1, -1))  # fmt: skip
+                wanted = (up - down) / 2e-4
+            np.testing.assert_allclose(gradient[row, answer, 0], wanted, rtol=1e-4, atol=1e-7)
+    assert np.all(np.asarray(gradient)[3] == 0)
+
+
 def test_eight_devices_see_the_whole_batch():
     """Rows over eight devices, one of them padding: the value and gradient of one device."""
     mesh = make_mesh({"data": 8}, jax.devices()[:8])
