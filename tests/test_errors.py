@@ -94,6 +94,10 @@ def test_of_commands_with_a_config_too(command, monkeypatch, capsys):
             ("configs/demo.py", "--config.optimizer.nmae=adamw"),
             "--config.optimizer.nmae: config.optimizer has no 'nmae'; it has clip, eps, ",
         ),
+        (  # TR-DPO's option of TRL
+            ("configs/longva_tpo.py", "--config.preference.sync_ref_model=True"),
+            "--config.preference.sync_ref_model: config.preference has no 'sync_ref_model'; it has",
+        ),
         (("configs/nope.py",), "--config: configs/nope.py does not exist; correct the path"),
         (("configs/demo.py:stag=1",), "config argument 'stag=1': unknown key 'stag'; known: stage"),
         (("nope.json",), "nope.json: no such config; expected WORKDIR/config.json"),

@@ -213,6 +213,10 @@ def test_a_loss_may_be_a_name_a_list_or_weights():
         ({"loss": 3}, 1, "preference.loss = 3: is a int; give a str"),
         ({"loss": "kto_pair"}, 2, "accumulation = 2: would change kto_pair, .*; set it to 1"),
         ({"reference": "model"}, 1, "preference.reference = 'model': unknown; one of sidecar, "),
+        (  # TR-DPO, as TRL names it
+            {"sync_ref_model": True}, 1,
+            "preference.sync_ref_model = True: unknown key; known: .*reference",
+        ),
         (
             {"loss": "vocabulary_kl"}, 1,
             "preference.reference = 'sidecar': 'vocabulary_kl' reads .*'adapters_off'.*'chosen_kl'",
