@@ -69,6 +69,16 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory):
+    """A model whose every layer counts, so that its answers depend on what it is shown."""
+    codec = micro_model.make_codec()
+    model = micro_model.make_model(codec)
+    path = tmp_path_factory.mktemp("reading") / "model"
+    save_model(path, model.config, micro_model.make_params(model), codec)
+    return path
+
+
 def generate(folder, out, *more):
     return preferences.main(["generate", f"--model={folder}", "--data=memory", f"--out={out}",
                       "--judge=none", "--gap=-1", "--temperature=1", "--top_p=1", "--max_new=16",
@@ -271,6 +281,25 @@ def test_shards_divide_the_chunks_and_give_the_same(
     assert counts[0] | {"seconds": 0} == counts[1] | {"seconds": 0}
 
 
+def test_devices_divide_generation_and_give_the_same(reading, tmp_path):
+    """Eight devices: rows over four, weights over two, a row over two; and one."""
+    found = []
+    for devices in ((), ("--data_parallel=2", "--fsdp=2", "--context=2")):
+        out = tmp_path / str(len(devices))
+        assert generate(reading, out, "--samples=1", "--max_new=4", *devices) == 0
+        found.append({stage: lines(out / FILES[stage]) for stage in ("preferred", "dispreferred")})
+    one, several = found
+    for stage, records in one.items():
+        assert len(records) == VIDEOS * 4
+        texts = [[[answer["text"] for answer in r["answers"]] for r in by[stage]] for by in found]
+        assert texts[0] == texts[1] and len(set(map(str, texts[0]))) > 4
+        for record, other in zip(records, several[stage], strict=True):
+            assert record["id"] == other["id"]
+            logps, others = ([*r["chosen_logp"], *(answer["logp"] for answer in r["answers"])]
+                             for r in (record, other))
+            np.testing.assert_allclose(others, logps, atol=1e-4)
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--data_parallel=2", "--fsdp=3"], "--batch_size=4: does not divide over 6 devices"),
     (["--shards=2", "--shard=2"], "--shard=2: expected 0..1"),
@@ -432,20 +461,21 @@ def test_interrupted_scoring_goes_on_and_a_finished_one_is_not_redone(
     assert built["parts"] == parts + 1
 
 
-def test_shards_and_devices_divide_the_work_and_give_the_same(folder, generated, tmp_path, capsys):
-    """Three commands, each with two of the fake devices, in any order."""
+def test_shards_and_devices_divide_the_work_and_give_the_same(
+        reading, generated, tmp_path, capsys):
+    """Three commands, each with two of the fake devices in its own way, in any order."""
     out, whole = tmp_path / "reference.npz", tmp_path / "whole.npz"
-    score(folder, generated / "pairs.jsonl", whole)
-    split = ["--shards=3", "--data_parallel=2", "--fsdp=1"]
-    for shard in (2, 0):
-        score(folder, generated / "pairs.jsonl", out, *split, f"--shard={shard}")
-        assert not out.exists() and "left to the other shards" in capsys.readouterr().out
-    score(folder, generated / "pairs.jsonl", out, *split, "--shard=1")
+    score(reading, generated / "pairs.jsonl", whole)
+    for shard, devices in ((2, "--data_parallel=2"), (0, "--fsdp=2"), (1, "--context=2")):
+        score(reading, generated / "pairs.jsonl", out, "--shards=3", f"--shard={shard}", devices)
+        left = "left to the other shards" in capsys.readouterr().out
+        assert left == (shard != 1) and out.exists() != left
     assert sorted(p.name for p in tmp_path.iterdir()) == ["reference.npz", "whole.npz"]
     first, second = sidecar.read(whole), sidecar.read(out)
     assert first.fingerprint == second.fingerprint and first.digests == second.digests
     for pair, logps in first.logps.items():
         np.testing.assert_allclose(second.logps[pair], logps, atol=1e-5)
+    assert len(first.logps) > 8  # at least a part for each
     assert score(folder, generated / "pairs.jsonl", out, "--shards=3", "--shard=3") == 2
     assert "error: --shard=3: expected 0..2" in capsys.readouterr().err
 
