@@ -115,42 +115,56 @@ def train(config, workdir):
     return read_scalars(workdir / "metrics.jsonl")
 
 
-@pytest.mark.long
-def test_llava_video_tpo_trains_language_model_and_projector(runs, tmp_path):
-    config = get_config("llava_video_tpo.py", "recipe=tpo", runs)
-    config.data.references = [str(tmp_path / "plain.npz")]
-    score(runs, tmp_path / "plain.npz")
-    first, *_, last = train(config, tmp_path / "run")
-    # At step 1 the policy is the reference.
-    assert first["train/preference/sigmoid"] == pytest.approx(np.log(2), abs=1e-4)
-    total = first["train/preference/sigmoid"] + 1.0 * first["train/preference/sft"]
-    assert first["train/loss"] == pytest.approx(total, rel=1e-5)
-    assert last["train/preference/sigmoid"] < first["train/preference/sigmoid"] - 0.01
-    before, after = weights(runs / "base"), weights(tmp_path / "run" / "model")
-    moved = {path.split("/")[0] for path, leaf in before.items()
-             if not np.array_equal(leaf, after[path])}  # fmt: skip
-    assert moved == {"language", "connector"}
+@pytest.fixture(scope="module")
+def plain(runs):
+    """A sidecar of the answers alone."""
+    out = runs / "pairs" / "plain.npz"
+    score(runs, out)
+    return out
 
 
 def weights(folder):
     return flatten(load_model(folder)[1])
 
 
-@pytest.mark.long
-def test_llava_video_rrpo_trains_adapters_without_a_sidecar(runs, tmp_path):
-    config = get_config("llava_video_tpo.py", "recipe=rrpo", runs)
+ADAPTERS = "adapters"
+
+
+@pytest.mark.parametrize(
+    ("file", "recipe", "losses", "moved"),
+    [
+        ("longva_tpo.py", "hound", {"sigmoid": 1.0}, {"language"}),
+        ("longva_tpo.py", "realign", {"sigmoid": 1.0, "conditional": 1.0}, ADAPTERS),
+        ("longva_tpo.py", "mdpo", {"sigmoid": 1.0, "conditional": 1.0, "anchor": 1.0}, ADAPTERS),
+        ("llava_video_tpo.py", "tpo", {"sigmoid": 1.0, "sft": 1.0}, {"language", "connector"}),
+        ("llava_video_tpo.py", "rrpo", {"sigmoid": 1.0, "vocabulary_kl": 0.01}, ADAPTERS),
+    ],
+)
+def test_a_recipe_trains_its_losses_and_its_part_of_the_model(
+    request, runs, tmp_path, file, recipe, losses, moved
+):
+    config = get_config(file, f"recipe={recipe}", runs)
+    if config.data.references and "conditional" not in losses:
+        config.data.references = [str(request.getfixturevalue("plain"))]
     first, *_, last = train(config, tmp_path)
-    # At step 1 the policy is the reference.
-    assert first["train/preference/sigmoid"] == pytest.approx(np.log(2), abs=1e-4)
-    assert first["train/preference/vocabulary_kl"] == pytest.approx(0, abs=1e-4)
-    assert last["train/preference/vocabulary_kl"] > 1e-3
-    assert last["train/preference/vocabulary_kl_per_token"] > 0
-    names = ("sigmoid", "vocabulary_kl")
-    total = sum(w * last[f"train/preference/{n}"] for n, w in zip(names, (1, 0.01), strict=True))
-    assert last["train/loss"] == pytest.approx(total, rel=1e-5)
-    after = weights(tmp_path / "model")
-    for path, leaf in weights(runs / "base").items():
-        np.testing.assert_array_equal(leaf, after[path], err_msg=path)
+    for name in losses:
+        at_first = first[f"train/preference/{name}"]
+        if name != "sft":  # at step 1 the policy is the reference
+            start = 0.0 if name == "vocabulary_kl" else np.log(2)
+            assert at_first == pytest.approx(start, abs=1e-4), name
+        assert abs(last[f"train/preference/{name}"] - at_first) > 1e-3, name
+    for record in (first, last):
+        total = sum(w * record[f"train/preference/{name}"] for name, w in losses.items())
+        assert record["train/loss"] == pytest.approx(total, rel=1e-5)
+    if moved != ADAPTERS:
+        assert last["train/preference/sigmoid"] < first["train/preference/sigmoid"] - 0.01
+    assert ("train/preference/vocabulary_kl_per_token" in last) == (recipe == "rrpo")
+    before, after = weights(runs / "base"), weights(tmp_path / "model")
+    changed = {path for path, leaf in before.items() if not np.array_equal(leaf, after[path])}
+    assert {path.split("/")[0] for path in changed} == (set() if moved == ADAPTERS else moved)
+    adapters = {path for path in after if path.split("/")[-1] in ("lora_a", "lora_b")}
+    assert after.keys() == before.keys() | adapters and bool(adapters) == (moved == ADAPTERS)
+    assert all(np.any(after[path]) for path in adapters)
 
 
 @pytest.mark.long
