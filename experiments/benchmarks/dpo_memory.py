@@ -31,6 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.benchmarks.layouts import with_objective
 from experiments.plans import Cell, cell_config, mesh_of, step_buckets
 from tpo_jax import plan
 from tpo_jax.data.buckets import Bucket
@@ -49,8 +50,6 @@ from tpo_jax.training.estimate import estimate_step
 from tpo_jax.training.objective import Batch, PreferenceObjective, PreferenceScores
 from tpo_jax.training.program import Program, make_program
 from tpo_jax.training.start import make_model_config
-from tpo_jax.training.state import partition
-from tpo_jax.training.step import jit_train_step, make_gradient_step, make_update_step
 
 TARGET = 0.35
 LAYOUTS = ("shared", "naive")
@@ -98,15 +97,7 @@ def naive_scores(model: Any, batch: Batch) -> TokenScores:
 
 def with_naive_layout(program: Program) -> Program:
     """The program whose gradient is the naive one; all else is kept."""
-    objective = NaiveObjective(program.objective.config)
-    shardings = jax.tree.map(lambda x: x.sharding, program.abstract_state)
-    gradients, _ = partition(shardings.params, program.trainable)
-    step = make_gradient_step(
-        program.model, objective, program.optimizer, accumulation=program.accumulation
-    )
-    update = make_update_step(program.optimizer)
-    jitted = jit_train_step(step, update, program.mesh, shardings, gradients)
-    return dataclasses.replace(program, objective=objective, train_step=jitted)
+    return with_objective(program, NaiveObjective(program.objective.config))
 
 
 @dataclasses.dataclass(frozen=True)
