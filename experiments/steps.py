@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from tpo_jax.training.preemption import EXIT_STATUS
 
@@ -44,6 +46,22 @@ class StepChanged(StepFailed):
         self.status = 2
 
 
+def read_journal(file: pathlib.Path) -> list[dict]:
+    """One record a finished step: "step", "started" (seconds of `time.time`), "seconds" on the
+    clock, "cpu_seconds" of all processors, "command"."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def wall_seconds(records: Iterable[Mapping[str, Any]]) -> float:
+    """How long any step was running; what ran beside another step counts once."""
+    total, until = 0.0, 0.0
+    for record in sorted(records, key=lambda record: record["started"]):
+        end = record["started"] + record["seconds"]
+        total += max(0.0, end - max(record["started"], until))
+        until = max(until, end)
+    return round(total, 1)
+
+
 class Steps:
     """Runs commands; `out`/steps.jsonl has when each started and how many seconds it took.
 
@@ -67,8 +85,7 @@ class Steps:
         }
         self.done: dict[str, dict] = {}
         if self.journal.exists():
-            records = map(json.loads, self.journal.read_text().splitlines())
-            self.done = {record["step"]: record for record in records}
+            self.done = {record["step"]: record for record in read_journal(self.journal)}
         self._lock = threading.Lock()
         self._lanes: dict[str, concurrent.futures.ThreadPoolExecutor] = {}
         self._waiting: list[concurrent.futures.Future] = []
@@ -173,10 +190,5 @@ class Steps:
 
     @property
     def wall_seconds(self) -> float:
-        """How long any step was running; what ran beside another step counts once."""
-        total, until = 0.0, 0.0
-        for record in sorted(self.done.values(), key=lambda record: record["started"]):
-            end = record["started"] + record["seconds"]
-            total += max(0.0, end - max(record["started"], until))
-            until = max(until, end)
-        return round(total, 1)
+        """See the function of this name."""
+        return wall_seconds(self.done.values())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from processes import QUICK, finish, start
 
+from experiments.steps import read_journal
 from experiments.temporal_preference import needles, report, runs, studies
 from experiments.temporal_preference.__main__ import RESULTS
 from tpo_jax.data.moving_shapes import render, simulate
@@ -19,7 +20,16 @@ ANSWERS = {
     "dpo": [(1, 1, 1, 1), (1, 1, 1, 0)],
 }
 
-SEARCH = {"sft": {1e-4: 0.5, 1e-3: 0.25}, "dpo": {1e-4: 0.5, 1e-3: 0.75}}
+SEARCH = {
+    "sft": {1e-4: runs.Searched(0.5, 0.25), 1e-3: runs.Searched(0.25, 0.125)},
+    "dpo": {1e-4: runs.Searched(0.5, 0.25), 1e-3: runs.Searched(0.75, 0.375)},
+}
+# Two commands beside each other, then one alone: 120 s on the clock, 240 of processor time.
+STEPS = (
+    {"step": "a", "started": 0.0, "seconds": 90.0, "cpu_seconds": 120.0, "command": "python -m a"},
+    {"step": "b", "started": 30.0, "seconds": 60.0, "cpu_seconds": 30.0, "command": "python -m b"},
+    {"step": "c", "started": 500.0, "seconds": 30.0, "cpu_seconds": 90.0, "command": "python -m c"},
+)
 
 
 def write_evaluation(file, values, *metrics):
@@ -28,6 +38,13 @@ def write_evaluation(file, values, *metrics):
         dict.fromkeys(metrics, scores), routing={}, about={"data": "test", "tasks": ["qa"]}
     )
     results.write_json(file, record)
+    return file
+
+
+@pytest.fixture
+def journal(tmp_path):
+    file = tmp_path / "steps.jsonl"
+    file.write_text("".join(json.dumps(step) + "\n" for step in STEPS))
     return file
 
 
@@ -79,8 +96,8 @@ def test_a_claim_is_judged_by_the_interval(figures):
     assert worse["verdict"] == report.DISAGREES
 
 
-def test_every_figure_of_the_page_stands_beside_its_hidden_one(figures, tmp_path):
-    page = report.write(tmp_path / "results", figures).read_text()
+def test_every_figure_of_the_page_stands_beside_its_hidden_one(figures, journal, tmp_path):
+    page = report.write(tmp_path / "results", figures, journal).read_text()
     assert (tmp_path / "results" / "objectives.png").stat().st_size > 1000
     assert (
         "| test | dpo | 0.875 [0.750, 1.000] | 1.000, 0.750 | +0.625 [+0.500, +0.750] | 0.250 |"
@@ -92,8 +109,24 @@ def test_every_figure_of_the_page_stands_beside_its_hidden_one(figures, tmp_path
     assert "| +0.625 [+0.500, +0.750] | +0.000 | agrees |\n" in page
     assert "LongVideoBench 54.2 against 51.3" in page and "sft 9, 8; dpo 9, 8" in page
     assert (
-        "sft 0.0001 (0.0001: 0.500, 0.001: 0.250); dpo 0.001 (0.0001: 0.500, 0.001: 0.750)" in page
+        "sft 0.0001 of 0.0001 (0.500, hidden 0.250), 0.001 (0.250, hidden 0.125); "
+        "dpo 0.001 of 0.0001 (0.500, hidden 0.250), 0.001 (0.750, hidden 0.375)." in page
     )
+
+
+def test_the_page_says_what_all_commands_took_and_keeps_them(figures, journal, tmp_path):
+    page = report.write(tmp_path / "results", figures, journal).read_text()
+    assert (tmp_path / "results" / "steps.jsonl").read_text() == journal.read_text()
+    assert "The 3 commands of these studies" in page
+    assert "4 minutes of processor time in all, and 2 minutes in which" in page
+
+
+def test_a_record_of_an_older_format_is_left_out_of_the_page(figures, journal, tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    results.write_json(folder / "needles.json", {"format_version": 1, "study": "needles"})
+    page = report.write(folder, figures, journal).read_text()
+    assert "temporal_preference objectives`" in page and "needle in a haystack" not in page
 
 
 class NoSteps:
@@ -121,17 +154,22 @@ def test_an_objective_trains_at_the_rate_that_validation_chose(tmp_path):
             folder.mkdir(parents=True)
             (folder / "pairs.jsonl").write_text("{}\n" * 10)
     accuracy = {"sft": {1e-4: 0.5, 1e-3: 0.5}, "dpo": {1e-4: 0.5, 1e-3: 0.75}}
+    (tmp_path / "eval").mkdir()
     for objective, found in accuracy.items():
         for rate, value in found.items():
-            file = tmp_path / "eval" / f"validation_{objective}_rate{rate:g}.json"
-            file.parent.mkdir(exist_ok=True)
-            write_evaluation(
-                file, (1,) * round(4 * value) + (0,) * round(4 - 4 * value), studies.QA
-            )
-    assert study.choose_rates() == accuracy
+            for more, share in (("", value), ("_hidden", 0.25)):
+                file = tmp_path / "eval" / f"validation_{objective}_rate{rate:g}{more}.json"
+                values = (1,) * round(4 * share) + (0,) * round(4 - 4 * share)
+                write_evaluation(file, values, studies.QA)
+    assert study.choose_rates() == {
+        objective: {rate: runs.Searched(value, 0.25) for rate, value in found.items()}
+        for objective, found in accuracy.items()
+    }
     asked = [command for command in steps.commands if "tpo_jax.evaluate" in command]
-    assert len(asked) == 4
+    assert len(asked) == 8
     assert all(f"--data {tmp_path}/data/validation" in command for command in asked)
+    hidden = [command for command in asked if command.endswith("--tasks qa --evidence blind")]
+    assert len(hidden) == 4 and all("_hidden.json" in command for command in hidden)
     steps.commands.clear()
     model = study.train("localized", runs.Model(mix=1.0), seed=1)
     assert model == tmp_path / "seed1" / "localized_rate0.001" / "model"
@@ -140,8 +178,9 @@ def test_an_objective_trains_at_the_rate_that_validation_chose(tmp_path):
     assert ",rate=0.0001," in steps.commands[-1]
 
 
-@pytest.mark.parametrize("name", studies.STUDIES)
-def test_every_study_is_judged_drawn_and_written(name, tmp_path):
+def fake_study(name, tmp_path):
+    """(record of a study, its conditions): every model but the first gains by training, and all
+    lose without the video."""
     study, files = studies.STUDIES[name], {}
     conditions = study.conditions(runs.Runs(NoSteps(tmp_path), runs.FULL))
     for condition, evaluation in conditions.items():
@@ -152,41 +191,82 @@ def test_every_study_is_judged_drawn_and_written(name, tmp_path):
         if name == "needles":
             metrics += [f"{report.DEPTH}{depth:g}" for depth in needles.DEPTHS]
         for place, model in enumerate(study.models):
-            values = (1, 1, 1, 0) if place else (0, 1, 0, 0)
+            values = (1, 1, 1, 0) if place else (0, 1, 0, 1)
+            values = (0, 0, 0, 1) if "blind" in tasks else values
             file = tmp_path / f"{model}{condition}.json"
             files[model, condition] = {0: write_evaluation(file, values, *metrics)}
     trained = {model: [8] for model in study.models[1:]}
-    found = report.figures(name, files, runs.FULL, trained, SEARCH)
+    return report.figures(name, files, runs.FULL, trained, SEARCH), conditions
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_every_study_is_judged_drawn_and_written_beside_hidden(name, journal, tmp_path):
+    study = studies.STUDIES[name]
+    found, conditions = fake_study(name, tmp_path)
     assert len(found["claims"]) == len(study.claims)
-    page = report.write(tmp_path / "results", found).read_text()
-    seen = sum("hidden" not in condition for condition in conditions)
-    assert page.count(f"| {study.models[1]} | 0.750 [") >= seen
+    page = report.write(tmp_path / "results", found, journal).read_text()
+    seen = [condition for condition in conditions if "hidden" not in condition]
+    for condition in seen:
+        assert studies.hidden_condition(condition) in conditions
+        for model in study.models:
+            row = next(r for r in page.splitlines() if r.startswith(f"| {condition} | {model} |"))
+            assert row.endswith("| 0.250 |"), row
+    assert "—" not in page
     assert (tmp_path / "results" / f"{name}.png").stat().st_size > 1000
 
 
-def test_the_page_is_of_the_figures_beside_it_and_says_what_the_untrained_base_gains():
-    files = {name: RESULTS / f"{name}.json" for name in studies.STUDIES}
-    records = [json.loads(file.read_text()) for file in files.values()]
-    page = report.render(records)
-    assert page == (RESULTS / "README.md").read_text()
-    # Hidden, DPO has 0.263 and the base 0.261; one model under two conditions is the same.
-    assert "| +0.006 [-0.007, +0.018] | +0.002 | not decided |" in page
-    # With 8 frames nothing was measured hidden, so neither was the difference from it.
-    assert "| +0.143 [+0.117, +0.170] | — | agrees |" in page
-    without = [line for line in page.splitlines() if line.endswith("| — |")]
-    assert {line.split(" | ")[0] for line in without} == {
-        "| 8 frames", "| 16 frames", "| needles in 16 s", "| needles in 32 s"}
-    assert len(without) == 12 and "| needles in 64 s | sft | 0.816 [0.767, 0.861] | " in page
-    assert page.count("| 0.270 |\n") == 1
-    assert "`--gap` is 0" in page and "the held-out ones too" in page and "--subset 0.125" in page
-    assert page.count("which no pair trained") == 1
-    assert "gives +0.143. Between the same two the base, " in page and "gains +0.170 (0.5" in page
-    assert "(0.552 to 0.723), no less: this comparison **says nothing about preferences**." in page
-    frames = records[list(files).index("frames")]
-    for row in frames["rows"]:
+def test_hidden_needles_are_asked_of_every_length_and_frames_once(tmp_path):
+    steps = NoSteps(tmp_path)
+    asked = studies.on_needles(runs.Runs(steps, runs.FULL))
+    for seconds in runs.FULL.lengths:
+        hidden = asked[f"needles hidden in {seconds} s"]
+        assert hidden.data == asked[f"needles in {seconds} s"].data
+        assert hidden.arguments == ("--tasks", "qa", "--evidence", "blind")
+    of_frames = studies.on_frames(runs.Runs(steps, runs.FULL))
+    assert list(of_frames) == ["8 frames", "16 frames", "test", "video hidden"]
+    assert {studies.hidden_condition(c) for c in of_frames if c != "video hidden"} == {
+        "video hidden"
+    }
+
+
+def test_hidden_cells_of_the_map_are_those_of_their_length_and_depth(tmp_path):
+    record, _ = fake_study("needles", tmp_path)
+    for row in record["rows"]:
+        place = (row["model"], row["condition"], row["metric"])
+        if place == ("sft", "needles hidden in 16 s", f"{report.DEPTH}0.75"):
+            row["value"] = 0.125
+    texts = [text.get_text() for ax in report.draw(record).axes for text in ax.texts]
+    assert len(texts) == 3 * 5 * 3 and texts.count("0.75\n(0.25)") == 2 * 5 * 3 - 1
+    assert texts.index("0.75\n(0.12)") == 15 + 3 * 3  # of the second model, fourth depth, first
+
+
+def test_a_gain_between_conditions_stands_beside_that_of_the_untrained_base(tmp_path):
+    record, _ = fake_study("frames", tmp_path)
+    steps = []
+    note = "gives +0.000. Between the same two the base, which no pair trained, gains +0.000 "
+    assert f"{note}(0.500 to 0.500, hidden 0.250 to 0.250), no less: this" in report.render(
+        [record], steps
+    )
+    for row in record["rows"]:
         if (row["model"], row["condition"], row["metric"]) == ("base", "8 frames", studies.QA):
             row["value"] = 0.7
-    assert "gains +0.023 (0.700 to 0.723), less." in report.render(records)
+    assert "gains -0.200 (0.700 to 0.500, hidden 0.250 to 0.250), less." in report.render(
+        [record], steps
+    )
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the results are of a run before every figure was measured hidden"
+)
+def test_the_page_is_of_the_figures_beside_it():
+    records, steps = report.read_records(RESULTS), read_journal(RESULTS / "steps.jsonl")
+    assert [record["study"] for record in records] == list(studies.STUDIES)
+    page = (RESULTS / "README.md").read_text()
+    assert page == report.render(records, steps)
+    assert "—" not in page
+    assert "`--gap` is 0" in page and "the held-out ones too" in page and "--subset 0.125" in page
+    assert page.count("which no pair trained") == 1
+    assert not any(" /" in step["command"] for step in steps)  # paths are relative
 
 
 def test_a_needle_is_the_same_wherever_it_is_and_everything_around_is_still():
@@ -228,5 +308,7 @@ def test_every_study_runs_from_end_to_end(tmp_path):
         assert {row["model"] for row in record["rows"]} == set(study.models)
         assert (tmp_path / "results" / f"{name}.png").exists()
     steps = (tmp_path / "steps.jsonl").read_text()
+    assert (tmp_path / "results" / "steps.jsonl").read_text() == steps
+    assert "hidden 0." in page and "—" not in page
     (again,) = finish([start(*command, flags=QUICK)])
     assert again.status == 0 and (tmp_path / "steps.jsonl").read_text() == steps

@@ -8,7 +8,8 @@
     python -m experiments.temporal_preference all
 
 Studies share data, pairs and models in --out. Run again after an interruption, a study goes on
-where it stopped. README.md, a plot and the figures of each study are written to --results.
+where it stopped. README.md, a plot and the figures of each study, and steps.jsonl with the time of
+every command, are written to --results.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def main() -> None:
     runs.steps.stop_on_sigterm()
     try:
         for name in names:
-            page = report.write(folder, run(runs, name, range(flags.seeds)))
+            page = report.write(folder, run(runs, name, range(flags.seeds)), runs.steps.journal)
             print(f"\n{page}")
     except StepFailed as failure:
         print(failure, file=sys.stderr)

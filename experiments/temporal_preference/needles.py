@@ -19,6 +19,7 @@ from tpo_jax.data.moving_shapes.encode import encode_mp4
 from tpo_jax.data.moving_shapes.questions import Question, video_questions
 
 NEEDLE = WorldConfig(seconds=8, density=2.5)
+SEED = 3000
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 # What is asked has the same answer wherever the needle is.
 KINDS = ("action", "attribute", "before_after", "counting", "direction", "existence", "order")
@@ -35,7 +36,8 @@ def place(needle: Scene, seconds: int, depth: float) -> Scene:
         )
         for field in dataclasses.fields(needle.states)
     }
-    held["white"][:, before + needle.config.num_frames :] = False  # nobody blinks on
+    # Nobody blinks on, nor before a needle that begins with a blink.
+    held["white"][:, :before] = held["white"][:, before + needle.config.num_frames :] = False
     return dataclasses.replace(
         needle,
         config=dataclasses.replace(needle.config, seconds=seconds),
@@ -89,7 +91,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--seconds", type=int, required=True, help="length of a video")
     parser.add_argument("--needles", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=SEED)
     flags = parser.parse_args()
     if flags.seconds < NEEDLE.seconds:
         parser.error(f"--seconds={flags.seconds}: the needle alone takes {NEEDLE.seconds}")

@@ -1,7 +1,7 @@
 """From evaluations to figures: pooled over seeds, paired by item, drawn and written down.
 
-RESULTS/STUDY.json has everything that README.md and STUDY.png show; README.md is written from all
-of those that are there.
+RESULTS/STUDY.json has everything that README.md and STUDY.png show, and RESULTS/steps.jsonl what
+every command took; README.md is written from all of those that are there.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import dataclasses
 import json
 import pathlib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.temporal_preference.runs import best
+from experiments.steps import read_journal, wall_seconds
+from experiments.temporal_preference.runs import Searched, best
 from experiments.temporal_preference.studies import (
     BLIND,
     HIDDEN,
@@ -30,6 +31,9 @@ from tpo_jax.evaluation.bootstrap import ItemScores, interval, paired_difference
 
 # {(model, condition): {seed: file that `evaluate` wrote}}
 Files = Mapping[tuple[str, str], Mapping[int, pathlib.Path]]
+FORMAT_VERSION = 2  # 1: not every figure was measured hidden
+STEPS = "steps.jsonl"
+MINUTES, CORES = 90, 2  # of the whole set, as was wanted
 DEPTH = "qa/accuracy/depth_"
 AGREES, UNDECIDED, DISAGREES = "agrees", "not decided", "**disagrees**"
 
@@ -56,14 +60,14 @@ def read(files: Files) -> dict[tuple[str, str, str], dict[int, ItemScores]]:
 
 def figures(
     name: str, files: Files, scale: Any, pairs: Mapping[str, list[int]],
-    search: Mapping[str, Mapping[float, float]],
+    search: Mapping[str, Mapping[float, Searched]],
 ) -> dict[str, Any]:  # fmt: skip
     """Everything about one study, as JSON.
 
     Args:
       scale: of the runs; its fields are kept, and claims read what they need.
       pairs: model -> number of training pairs by seed.
-      search: objective -> rate -> accuracy on validation.
+      search: objective -> rate -> accuracy on validation, seen and hidden.
     """
     study, scores = STUDIES[name], read(files)
     first = study.models[0]
@@ -79,11 +83,14 @@ def figures(
             row["difference"] = _difference(scores[first, condition, metric], by_seed)
         rows.append(row)
     return {
-        "format_version": 1, "study": name, "scale": dataclasses.asdict(scale),
+        "format_version": FORMAT_VERSION, "study": name, "scale": dataclasses.asdict(scale),
         "seeds": sorted({seed for by_seed in files.values() for seed in by_seed}),
         "pairs": dict(pairs), "rows": rows,
         "search": {
-            objective: {"chosen": best(of), "accuracy": {f"{rate:g}": of[rate] for rate in of}}
+            objective: {
+                "chosen": best(of),
+                "rates": {f"{rate:g}": dataclasses.asdict(found) for rate, found in of.items()},
+            }
             for objective, of in search.items()
         },
         "claims": [_judge(claim, scores, scale) for claim in study.claims],
@@ -110,25 +117,42 @@ def _judge(claim: Claim, scores: Mapping[Any, Any], scale: Any) -> dict[str, Any
     }  # fmt: skip
 
 
-def write(folder: pathlib.Path, record: Mapping[str, Any]) -> pathlib.Path:
-    """Writes a study's figures and plot, and README.md anew; returns README.md."""
+def write(
+    folder: pathlib.Path, record: Mapping[str, Any], journal: pathlib.Path
+) -> pathlib.Path:
+    """Writes a study's figures and plot, a copy of the journal of `Steps`, and README.md anew;
+    returns README.md."""
     folder.mkdir(parents=True, exist_ok=True)
     results.write_json(folder / f"{record['study']}.json", record)
     draw(record).savefig(folder / f"{record['study']}.png", dpi=110, bbox_inches="tight")
-    found = {name: folder / f"{name}.json" for name in STUDIES}
-    records = [json.loads(file.read_text()) for file in found.values() if file.exists()]
+    _replace(folder / STEPS, journal.read_text())
     page = folder / "README.md"
-    temporary = folder / "README.md.tmp"
-    temporary.write_text(render(records))
-    temporary.replace(page)
+    _replace(page, render(read_records(folder), read_journal(folder / STEPS)))
     return page
+
+
+def _replace(file: pathlib.Path, text: str) -> None:
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
+
+
+def read_records(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Of the studies that were written in this format; others are left out of the page."""
+    files = (folder / f"{name}.json" for name in STUDIES)
+    records = [json.loads(file.read_text()) for file in files if file.exists()]
+    return [record for record in records if record["format_version"] == FORMAT_VERSION]
 
 
 # The page.
 
 
-def render(records: list[Mapping[str, Any]]) -> str:
-    """README.md of the studies that have been run."""
+def render(records: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]) -> str:
+    """README.md of the studies that have been run.
+
+    Args:
+      steps: of `read_journal`.
+    """
     lines = [
         "# Temporal Preference Optimization on long videos of moving shapes", "",
         "Written by `python -m experiments.temporal_preference "
@@ -146,18 +170,19 @@ def render(records: list[Mapping[str, Any]]) -> str:
         "the base chose. Comprehensive pairs keep an eighth of the frames (`--subset 0.125`).", "",
         "In brackets are 95 % intervals of a bootstrap over videos, of differences paired by "
         "question and seed. `hidden` is the same figure with the video hidden: what the text alone "
-        "gives. Of questions it was measured with all frames and with needles in the longest "
-        "videos; for fewer frames and shorter videos it was not, which is —. The plots show the "
-        f"one that was measured. An interval above 0 {AGREES}, one below 0 {DISAGREES} with what "
-        f"was published, one that holds 0 is {UNDECIDED}.", "",
+        "gives, measured on the same questions, needles of each length by themselves. The number "
+        "of frames makes no difference to it: of a hidden video `evaluate` takes one frame, "
+        "whatever `--frames` says, so one measurement stands beside all numbers. An interval above "
+        f"0 {AGREES}, one below 0 {DISAGREES} with what was published, one that holds 0 is "
+        f"{UNDECIDED}.", "",
+        _time(steps), "",
     ]  # fmt: skip
     lines += ["| study | published | here | hidden | |", "|---|---|---|---|---|"]
     for record in records:
         for claim, hidden in zip(record["claims"], _hidden_differences(record), strict=True):
             lines.append(
                 f"| {record['study']}: {claim['text']} | {claim['published']} | "
-                f"{_signed(claim['difference'])} | {_measured(hidden, '+.3f')} | "
-                f"{claim['verdict']} |"
+                f"{_signed(claim['difference'])} | {hidden:+.3f} | {claim['verdict']} |"
             )
     for note in (note for record in records for note in _untrained(record)):
         lines += ["", note]
@@ -166,43 +191,51 @@ def render(records: list[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _hidden_differences(record: Mapping[str, Any]) -> list[float | None]:
-    """Of each claim, the same difference with the video hidden; None where it was not measured."""
+def _time(steps: Sequence[Mapping[str, Any]]) -> str:
+    cpu, clock = sum(step["cpu_seconds"] for step in steps) / 60, wall_seconds(steps) / 60
+    return (
+        f"The {len(steps)} commands of these studies are in `{STEPS}`, with what each took: "
+        f"{cpu:.0f} minutes of processor time in all, and {clock:.0f} minutes in which one or more "
+        "were running, whatever else the machine did then. Of a command that was interrupted only "
+        f"the last call is counted. The whole set should take about {MINUTES} minutes on {CORES} "
+        f"cores, which is {MINUTES * CORES} of processor time where both are always busy."
+    )
+
+
+def _hidden_differences(record: Mapping[str, Any]) -> list[float]:
+    """Of each claim, the same difference with the video hidden."""
     rows, scale = _by_place(record["rows"]), types.SimpleNamespace(**record["scale"])
-    sides = [
-        [_hidden(rows, *dataclasses.astuple(of(scale))) for of in (claim.more, claim.less)]
+    return [
+        _hidden(rows, *dataclasses.astuple(claim.more(scale)))
+        - _hidden(rows, *dataclasses.astuple(claim.less(scale)))
         for claim in STUDIES[record["study"]].claims
     ]
-    return [None if None in (more, less) else more - less for more, less in sides]
 
 
 def _by_place(rows: list[Mapping[str, Any]]) -> dict[tuple[str, str, str], Mapping[str, Any]]:
     return {(row["model"], row["condition"], row["metric"]): row for row in rows}
 
 
-def _hidden(rows: Mapping[Any, Any], model: str, condition: str, metric: str) -> float | None:
-    """What is left of a figure without the video; None where that was not measured."""
+def _hidden(rows: Mapping[Any, Any], model: str, condition: str, metric: str) -> float:
+    """What is left of a figure without the video."""
     if metric == PREFERENCE:
         return rows[model, condition, HIDDEN]["value"]
-    under = hidden_condition(condition)
-    return rows[model, under, metric]["value"] if (model, under, metric) in rows else None
-
-
-def _measured(value: float | None, form: str) -> str:
-    return "—" if value is None else format(value, form)
+    return rows[model, hidden_condition(condition), metric]["value"]
 
 
 def _untrained(record: Mapping[str, Any]) -> list[str]:
     """What the untrained base does between the conditions of each claim that compares one trained
     model under two of them: a gain that it has as well is none of training."""
     study, scale = STUDIES[record["study"]], types.SimpleNamespace(**record["scale"])
-    values = {place: row["value"] for place, row in _by_place(record["rows"]).items()}
+    rows, base = _by_place(record["rows"]), study.models[0]
     notes = []
     for claim, judged in zip(study.claims, record["claims"], strict=True):
         more, less = claim.more(scale), claim.less(scale)
         if more.model != less.model:
             continue
-        low, high = (values[study.models[0], at.condition, at.metric] for at in (less, more))
+        places = [(base, at.condition, at.metric) for at in (less, more)]
+        low, high = (rows[place]["value"] for place in places)
+        hidden = " to ".join(f"{_hidden(rows, *place):.3f}" for place in places)
         gain = judged["difference"]["value"]
         means = (
             "no less: this comparison **says nothing about preferences**"
@@ -210,8 +243,8 @@ def _untrained(record: Mapping[str, Any]) -> list[str]:
         )  # fmt: skip
         notes.append(
             f"`{record['study']}: {claim.text}` compares one model under two conditions and gives "
-            f"{gain:+.3f}. Between the same two the {study.models[0]}, which no pair trained, "
-            f"gains {high - low:+.3f} ({low:.3f} to {high:.3f}), {means}."
+            f"{gain:+.3f}. Between the same two the {base}, which no pair trained, "
+            f"gains {high - low:+.3f} ({low:.3f} to {high:.3f}, hidden {hidden}), {means}."
         )
     return notes
 
@@ -236,16 +269,18 @@ def _section(record: Mapping[str, Any]) -> list[str]:
 
 def _search(search: Mapping[str, Any]) -> str:
     found = "; ".join(
-        f"{objective} {of['chosen']:g} ("
-        + ", ".join(f"{rate}: {accuracy:.3f}" for rate, accuracy in of["accuracy"].items())
-        + ")"
+        f"{objective} {of['chosen']:g} of "
+        + ", ".join(
+            f"{rate} ({tried['accuracy']:.3f}, hidden {tried['hidden']:.3f})"
+            for rate, tried in of["rates"].items()
+        )
         for objective, of in search.items()
     )
     return f"Learning rates, by the accuracy of questions on validation with seed 0: {found}."
 
 
 def _table(rows: Mapping[Any, Any], models: tuple[str, ...], metric: str, title: str) -> list[str]:
-    """A line a model and condition; the last column is what is left without the video, or —."""
+    """A line a model and condition; the last column is what is left without the video."""
     lines = [
         f"| {title} | model | value | by seed | minus {models[0]} | hidden |",
         "|---|---|---|---|---|---|",
@@ -258,7 +293,7 @@ def _table(rows: Mapping[Any, Any], models: tuple[str, ...], metric: str, title:
             lines.append(
                 f"| {condition} | {model} | {_value(row)} | "
                 f"{', '.join(f'{v:.3f}' for v in row['by_seed'])} | {difference} | "
-                f"{_measured(_hidden(rows, model, condition, metric), '.3f')} |"
+                f"{_hidden(rows, model, condition, metric):.3f} |"
             )
     return lines
 
@@ -306,7 +341,7 @@ def _points(rows: list[Mapping[str, Any]], models: tuple[str, ...]) -> Figure:
 def _curves(
     rows: list[Mapping[str, Any]], models: tuple[str, ...], scale: Mapping[str, Any]
 ) -> Figure:
-    """Questions over the frames that are shown."""
+    """Questions over the frames that are shown; dotted, with the video hidden."""
     figure = Figure(figsize=(5, 3.2))
     ax, places = figure.subplots(), _by_place(rows)
     seen = [row for row in rows if row["metric"] == QA and row["condition"] != BLIND]
@@ -317,7 +352,8 @@ def _curves(
             for row in of
         ]
         hidden = places[model, BLIND, QA]["value"]
-        _error_bars(ax, frames, of, f"{model} (hidden {hidden:.2f})", fmt="o-")
+        line = _error_bars(ax, frames, of, f"{model} (hidden {hidden:.2f})", fmt="o-")
+        ax.axhline(hidden, color=line.get_color(), linestyle=":")
     ax.set(title="questions", xlabel="frames shown", xscale="log")
     ax.set_xticks(frames, [str(count) for count in frames])
     ax.minorticks_off()
@@ -326,37 +362,38 @@ def _curves(
     return figure
 
 
-def _error_bars(ax: Any, xs: Any, rows: list[Mapping[str, Any]], label: str, fmt: str) -> None:
+def _error_bars(ax: Any, xs: Any, rows: list[Mapping[str, Any]], label: str, fmt: str) -> Any:
+    """Returns the line through the values."""
     values = [row["value"] for row in rows]
     below = [row["value"] - row["interval"][0] for row in rows]
     above = [row["interval"][1] - row["value"] for row in rows]
-    ax.errorbar(list(xs), values, yerr=[below, above], fmt=fmt, capsize=3, label=label)
+    return ax.errorbar(list(xs), values, yerr=[below, above], fmt=fmt, capsize=3, label=label)[0]
 
 
 def _maps(rows: list[Mapping[str, Any]], models: tuple[str, ...]) -> Figure:
-    """A map a model: depth of the needle by length of the video; all depths of the longest with it
-    hidden."""
+    """A map a model: depth of the needle by length of the video; below each, with it hidden."""
     places = _by_place(rows)
-    cells = {
-        (row["model"], row["condition"], row["metric"].removeprefix(DEPTH)): row["value"]
-        for row in rows
-        if row["metric"].startswith(DEPTH) and "hidden" not in row["condition"]
-    }
-    conditions = list(dict.fromkeys(condition for _, condition, _ in cells))
-    depths = sorted({depth for _, _, depth in cells}, key=float)
-    figure = Figure(figsize=(3.2 * len(models), 3.4))
+    seen = [r for r in rows if r["metric"].startswith(DEPTH) and "hidden" not in r["condition"]]
+    conditions = list(dict.fromkeys(row["condition"] for row in seen))
+    metrics = sorted({row["metric"] for row in seen}, key=_depth)
+    figure = Figure(figsize=(3.2 * len(models), 4.2))
     for ax, model in zip(figure.subplots(1, len(models)), models, strict=True):
-        values = [[cells[model, c, depth] for c in conditions] for depth in depths]
+        values = [[places[model, c, metric]["value"] for c in conditions] for metric in metrics]
         ax.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        for y, line in enumerate(values):
-            for x, value in enumerate(line):
-                ax.text(x, y, f"{value:.2f}", ha="center", va="center")
-        hidden = _hidden(places, model, conditions[-1], QA)
+        for y, metric in enumerate(metrics):
+            for x, condition in enumerate(conditions):
+                hidden = _hidden(places, model, condition, metric)
+                text = f"{values[y][x]:.2f}\n({hidden:.2f})"
+                ax.text(x, y, text, ha="center", va="center", fontsize=8)
         ax.set(
-            title=f"{model} (hidden {hidden:.2f})", xlabel="video",
-            yticks=range(len(depths)), yticklabels=depths,
-            xticks=range(len(conditions)), ylabel="depth",
+            title=f"{model} (hidden)", xlabel="video", ylabel="depth",
+            yticks=range(len(metrics)), yticklabels=[f"{_depth(metric):g}" for metric in metrics],
+            xticks=range(len(conditions)),
             xticklabels=[condition.removeprefix("needles in ") for condition in conditions],
         )  # fmt: skip
     figure.tight_layout()
     return figure
+
+
+def _depth(metric: str) -> float:
+    return float(metric.removeprefix(DEPTH))

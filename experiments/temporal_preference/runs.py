@@ -20,6 +20,7 @@ WORLD_SEED = 4000  # far from those of the base and of the demo
 CONFIG = "configs/temporal_preference.py"
 SEARCHED = ("sft", "dpo")
 CHOSEN_BY = "qa/accuracy"
+HIDDEN_QUESTIONS = ("--tasks", "qa", "--evidence", "blind")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,14 @@ class Model:
     few: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    """Accuracy of a tried rate, and the same with the video hidden."""
+
+    accuracy: float
+    hidden: float
+
+
 class Runs:
     """What one scale and folder need; every method returns where its result is."""
 
@@ -107,23 +116,26 @@ class Runs:
     def test_pairs(self) -> pathlib.Path:
         return self.out / "pairs_test" / "pairs.jsonl"
 
-    def choose_rates(self) -> dict[str, dict[float, float]]:
-        """{objective: {rate: accuracy of questions about validation videos}}, of seed 0.
+    def choose_rates(self) -> dict[str, dict[float, Searched]]:
+        """{objective: {rate: questions about validation videos}}, of seed 0.
 
         From now on, `train` takes the best of an objective, whatever its pairs.
         """
-        files = {
-            (objective, rate): self.evaluate(
-                f"validation_{objective}_rate{rate:g}",
-                self._train(objective, Model(objective), 0, rate), self.data("validation"),
-                "--tasks", "qa",
-            )
-            for objective in SEARCHED for rate in self.scale.rates
-        }  # fmt: skip
+        files = {}
+        for objective in SEARCHED:
+            for rate in self.scale.rates:
+                name = f"validation_{objective}_rate{rate:g}"
+                model = self._train(objective, Model(objective), 0, rate)
+                data = self.data("validation")
+                files[objective, rate] = (
+                    self.evaluate(name, model, data, "--tasks", "qa"),
+                    self.evaluate(f"{name}_hidden", model, data, *HIDDEN_QUESTIONS),
+                )
         self.steps.wait()
-        found: dict[str, dict[float, float]] = {objective: {} for objective in SEARCHED}
-        for (objective, rate), file in files.items():
-            found[objective][rate] = results.read_json(file)["metrics"][CHOSEN_BY]
+        found: dict[str, dict[float, Searched]] = {objective: {} for objective in SEARCHED}
+        for (objective, rate), both in files.items():
+            metrics = (results.read_json(file)["metrics"][CHOSEN_BY] for file in both)
+            found[objective][rate] = Searched(*metrics)
         self.rates = {objective: best(of) for objective, of in found.items()}
         return found
 
@@ -196,9 +208,9 @@ class Runs:
         return prepared
 
 
-def best(found: Mapping[float, float]) -> float:
-    """The rate with the highest figure; of equal ones the lowest."""
-    return max(sorted(found), key=found.__getitem__)
+def best(found: Mapping[float, Searched]) -> float:
+    """The rate with the highest accuracy; of equal ones the lowest."""
+    return max(sorted(found), key=lambda rate: found[rate].accuracy)
 
 
 def pairs_trained_on(model: pathlib.Path) -> int:

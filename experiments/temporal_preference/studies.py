@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from experiments.temporal_preference.runs import Model, Runs
+from experiments.temporal_preference.runs import HIDDEN_QUESTIONS, Model, Runs
 
 MODELS = {
     "base": Model("base"),
@@ -71,11 +71,14 @@ class Study:
 def on_test(runs: Runs) -> dict[str, Evaluation]:
     """Questions and preferences, and the questions without the video."""
     tasks = ("--tasks", "qa,preference", "--pairs", runs.test_pairs)
-    return {TEST: Evaluation(runs.data("test"), tasks), **_hidden(runs.data("test"))}
+    return {
+        TEST: Evaluation(runs.data("test"), tasks),
+        BLIND: Evaluation(runs.data("test"), HIDDEN_QUESTIONS),
+    }
 
 
 def on_frames(runs: Runs) -> dict[str, Evaluation]:
-    """Questions about few, twice as many, ... and all frames."""
+    """Questions about few, twice as many, ... and all frames; hidden, the number is the same."""
     few, most = runs.scale.few_frames, runs.scale.frames
     counts = [few * 2**i for i in range(16) if few * 2**i < most]
     evaluations = {
@@ -86,25 +89,24 @@ def on_frames(runs: Runs) -> dict[str, Evaluation]:
 
 
 def on_needles(runs: Runs) -> dict[str, Evaluation]:
-    """Questions about needles in videos of every length, of the longest with the video hidden."""
-    data = {length: runs.needles(length) for length in runs.scale.lengths}
-    seen = {
-        f"needles in {n} s": Evaluation(folder, ("--tasks", "qa")) for n, folder in data.items()
+    """Questions about needles in videos of every length, and the same with the video hidden."""
+    data = {f"needles in {n} s": runs.needles(n) for n in runs.scale.lengths}
+    seen = {name: Evaluation(folder, ("--tasks", "qa")) for name, folder in data.items()}
+    hidden = {
+        hidden_condition(name): Evaluation(folder, HIDDEN_QUESTIONS)
+        for name, folder in data.items()
     }
-    longest = runs.scale.lengths[-1]
-    (hidden,) = _hidden(data[longest]).values()
-    return seen | {hidden_condition(f"needles in {longest} s"): hidden}
+    return seen | hidden
 
 
 def hidden_condition(condition: str) -> str:
-    """The name of a condition with the video hidden, whether or not a study has it:
-    "needles in 64 s" -> "needles hidden in 64 s"."""
-    what, _, more = condition.partition(" ")
-    return BLIND if condition == TEST else f"{what} hidden {more}"
+    """The condition that has the questions of this one with the video hidden.
 
-
-def _hidden(data: pathlib.Path) -> dict[str, Evaluation]:
-    return {BLIND: Evaluation(data, ("--tasks", "qa", "--evidence", "blind"))}
+    "needles in 64 s" -> "needles hidden in 64 s". All numbers of frames share one: of a hidden
+    video `evaluate` takes a single frame, whatever `--frames` says.
+    """
+    what, within, length = condition.partition(" in ")
+    return f"{what} hidden in {length}" if within else BLIND
 
 
 def _model(name: str, metric: str = QA) -> Callable[[Any], Place]:

@@ -125,6 +125,12 @@ def test_a_blind_model_cannot_see_and_a_full_one_does(model, dataset):
     assert option_logps(model, dataset) != option_logps(model, noisy)
 
 
+def test_a_hidden_video_is_one_frame_whatever_is_asked_for(model, dataset):
+    whole = option_logps(model, dataset, evidence="blind")
+    assert option_logps(model, dataset, evidence="blind", frames=2) == whole
+    assert option_logps(model, dataset, frames=2) != option_logps(model, dataset)
+
+
 def test_a_middle_frame_model_sees_that_frame_and_no_other(model, dataset):
     scores = option_logps(model, dataset, evidence="middle_frame")
     assert scores != option_logps(model, dataset, evidence="blind")

@@ -5,14 +5,14 @@ import re
 
 import numpy as np
 import pytest
+from answerer import NUMBERS, answers, third_person
 from observer import observed
 
 from tpo_jax.data.moving_shapes import WorldConfig, render, simulate, simulate_image
 from tpo_jax.data.moving_shapes.image_questions import image_questions
-from tpo_jax.data.moving_shapes.questions import NUM_OPTIONS, PARTS, choice, video_questions
+from tpo_jax.data.moving_shapes.questions import NUM_OPTIONS, choice, video_questions
 
 CONFIG = WorldConfig()
-NUMBERS = ("zero", "one", "two", "three")
 KINDS = {
     *("direction", "order", "before_after", "counting", "action", "attribute"),
     *("existence", "moment", "caption", "when", "start", "who", "earlier"),
@@ -50,63 +50,13 @@ def _of_kind(videos, kind):
     return [q for _, qs in videos for q in qs if q.kind == kind]
 
 
-def _third_person(text):
-    """ "the red bar hide behind the blue circle" to "the red bar hides behind the blue circle"."""
-    words = text.split()
-    return " ".join([*words[:3], words[3] + "s", *words[4:]])
-
-
-def _judge(question, seen):
-    """The true options of a video question, from what was seen: [(start, end, sentence)]."""
-    text, sentences = question.question, [s for _, _, s in seen]
-    if question.kind == "direction":
-        name = re.fullmatch("Which way does (.*) move[?]", text)[1]
-        return [o for o in question.options if f"{name} moves {o}" in sentences]
-    if question.kind == "order":
-        return [sentences[0 if "first" in text else -1]]
-    if question.kind == "before_after":
-        word, named = re.fullmatch("What happens right (after|before) (.*)[?]", text).groups()
-        assert sentences.count(named) == 1
-        return [sentences[sentences.index(named) + (1 if word == "after" else -1)]]
-    if question.kind == "counting":
-        return [NUMBERS[_count(text, sentences)]]
-    if question.kind == "action":
-        name = re.fullmatch("What does (.*) do[?]", text)[1]
-        return [o for o in question.options if f"{name} {o}" in sentences]
-    if question.kind == "existence":
-        return [o for o in question.options if o in sentences]
-    if question.kind == "attribute":
-        return _attribute(text, question.options, sentences)
-    assert question.kind == "moment"
-    clause = re.fullmatch("In which part of the video does (.*)[?]", text)[1]
-    ((start, end, _),) = [s for s in seen if s[2] == _third_person(clause)]
-    return [PARTS[int((start + end) / 2 / (CONFIG.seconds / 4))]]
-
-
-def _count(text, sentences):
-    verbs = [(" ".join(s.split()[:3]), s.split()[3]) for s in sentences]
-    if "times" in text:
-        name, verb = re.fullmatch("How many times does (.*) (.*)[?]", text).groups()
-        return verbs.count((name, verb + "s"))
-    verb = re.fullmatch("How many shapes (.*)[?]", text)[1]
-    return len({name for name, v in verbs if v == verb + "s"})
-
-
-def _attribute(text, options, sentences):
-    colour = text.startswith("What colour")
-    what = re.fullmatch("(?:Which shape|What colour is the shape that) (.*)[?]", text)[1]
-    pattern = what.replace("another shape", "the .*") + "$"
-    doers = {s.split()[1] if colour else " ".join(s.split()[:3])
-             for s in sentences if re.match("the [a-z]+ [a-z]+ " + pattern, s)}  # fmt: skip
-    return [o for o in options if o in doers]
-
-
 def test_exactly_the_answer_is_true(watched):
     judged = collections.Counter()
     for scene, questions, seen in watched:
         for question in questions:
             if question.options:
-                assert _judge(question, seen) == [question.answer], (scene.seed, question)
+                found = answers(question, seen, CONFIG.seconds)
+                assert found == [question.answer], (scene.seed, question)
                 judged[question.kind] += 1
     assert set(judged) == KINDS - OPEN
     assert min(judged.values()) >= 20
@@ -123,7 +73,7 @@ def test_when_gives_the_window(watched):
         for question in (q for q in questions if q.kind == "when"):
             clause = re.fullmatch("When does (.*)[?]", question.question)[1]
             window = re.fullmatch("from (.*) to (.*) seconds", question.answer).groups()
-            ((start, end, _),) = [s for s in seen if s[2] == _third_person(clause)]
+            ((start, end, _),) = [s for s in seen if s[2] == third_person(clause)]
             first, last = map(float, window)
             assert start == first and last - 0.4 <= end <= last
 
@@ -132,7 +82,7 @@ def test_start_is_the_first_half_second_of_the_event(watched):
     for _, questions, seen in watched:
         for question in (q for q in questions if q.kind == "start"):
             name, verb = re.fullmatch("When does (.*) start to (.*)[?]", question.question).groups()
-            (start,) = [s for s, _, sentence in seen if sentence == _third_person(f"{name} {verb}")]
+            (start,) = [s for s, _, sentence in seen if sentence == third_person(f"{name} {verb}")]
             assert question.answer == f"at {start:g} seconds"
 
 
