@@ -148,11 +148,9 @@ class NoSteps:
 def test_an_objective_trains_at_the_rate_that_validation_chose(tmp_path):
     steps = NoSteps(tmp_path)
     study = runs.Runs(steps, runs.TINY)
-    for seed in (0, 1):
-        for pairs in ("pairs_mix0.5_frames8", "pairs_mix1_frames8"):
-            folder = tmp_path / f"seed{seed}" / pairs
-            folder.mkdir(parents=True)
-            (folder / "pairs.jsonl").write_text("{}\n" * 10)
+    for pool in ("pairs_mix0.5_frames8", "pairs_mix1_frames8"):
+        (tmp_path / pool).mkdir()
+        (tmp_path / pool / "pairs.jsonl").write_text("{}\n" * runs.TINY.pool)
     accuracy = {"sft": {1e-4: 0.5, 1e-3: 0.5}, "dpo": {1e-4: 0.5, 1e-3: 0.75}}
     (tmp_path / "eval").mkdir()
     for objective, found in accuracy.items():
@@ -174,6 +172,7 @@ def test_an_objective_trains_at_the_rate_that_validation_chose(tmp_path):
     model = study.train("localized", runs.Model(mix=1.0), seed=1)
     assert model == tmp_path / "seed1" / "localized_rate0.001" / "model"
     assert "objective=dpo" in steps.commands[-1] and ",rate=0.001," in steps.commands[-1]
+    assert ",manifest=seed1_10.jsonl,count=10," in steps.commands[-1]
     study.train("sft", runs.Model("sft"), seed=1)  # of equal ones the lowest
     assert ",rate=0.0001," in steps.commands[-1]
 
@@ -287,12 +286,20 @@ def test_a_needle_is_the_same_wherever_it_is_and_everything_around_is_still():
     assert len(needles.questions_of(needle)) > 3
 
 
-def test_a_part_of_the_pairs_is_the_first_ones(tmp_path):
+def test_a_seed_draws_its_pairs_and_fewer_are_the_first_of_more(tmp_path):
     manifest = tmp_path / "pairs.jsonl"
-    manifest.write_text("a\nb\nc\n")
-    assert runs.first_pairs(manifest, 2) == ("first2.jsonl", 2)
-    assert (tmp_path / "first2.jsonl").read_text() == "a\nb\n"
-    assert runs.first_pairs(manifest, 5) == ("pairs.jsonl", 3)
+    lines = [f"{number}\n" for number in range(20)]
+    manifest.write_text("".join(lines))
+
+    def drawn(wanted, seed):
+        name, count = runs.draw_pairs(manifest, wanted, seed)
+        found = (tmp_path / name).read_text().splitlines(keepends=True)
+        assert len(found) == len(set(found)) == count and set(found) <= set(lines)
+        return found
+
+    ten = drawn(10, 0)
+    assert len(ten) == 10 and drawn(4, 0) == ten[:4] and drawn(10, 0) == ten
+    assert set(drawn(10, 1)) != set(ten) and sorted(drawn(30, 0)) == sorted(lines)
 
 
 @pytest.mark.long

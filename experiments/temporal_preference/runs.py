@@ -1,8 +1,9 @@
 """The commands behind the studies: data, pairs, training and evaluation, each done once.
 
 Everything is a step of one `Steps`, so studies share what they have in common and an interrupted
-one goes on where it stopped. All seeds read the same videos; a seed decides what pairs are drawn
-and in which order they are trained on. Learning rates are chosen on the validation split.
+one goes on where it stopped. All seeds read the same videos and draw from the same pools of pairs;
+a seed decides which pairs are drawn and in which order they are trained on. Learning rates are
+chosen on the validation split.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
+
+import numpy as np
 
 from experiments.steps import Steps
 from tpo_jax.evaluation import results
@@ -31,17 +34,19 @@ class Scale:
       train, validation, test: videos of `seconds` with a mean of `density` events in 10 s, of
         which a model sees 32 frames: most of a video says nothing about a question.
       rates: that are tried for each objective.
-      pairs: of one training run; test_pairs: to score.
+      pool: pairs that are generated; pairs: of one training run, drawn from them; test_pairs: to
+        score.
       needles: a cell of the map has the questions about so many videos.
     """
 
-    train: int = 500
-    validation: int = 120
-    test: int = 120
+    train: int = 800
+    validation: int = 160
+    test: int = 240
     seconds: int = 32
     density: float = 1.0
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    pairs: int = 400
+    pool: int = 2400
+    pairs: int = 2000
     test_pairs: int = 200
     frames: int = 32
     few_frames: int = 8
@@ -55,7 +60,7 @@ class Scale:
 FULL = Scale()
 # Seconds instead of minutes, for the tests; its figures mean nothing.
 TINY = Scale(
-    train=6, validation=3, test=3, seconds=16, density=1.5, rates=(1e-4, 1e-3), pairs=10,
+    train=6, validation=3, test=3, seconds=16, density=1.5, rates=(1e-4, 1e-3), pool=12, pairs=10,
     test_pairs=4, frames=8, few_frames=4, needles=1, lengths=(8, 16), judge="none", tiny=True,
 )  # fmt: skip
 
@@ -67,7 +72,7 @@ class Model:
     Attributes:
       objective: argument of the config.
       mix: share of localized manipulations among its pairs.
-      share: of the pairs, the first ones.
+      share: of the pairs of one run.
       few: whether it is trained on clips of few frames.
     """
 
@@ -107,7 +112,7 @@ class Runs:
                 f"prepare {split}", "tpo_jax.prepare", "run", "--data", self.out / "world" / split,
                 "--out", self.data(split), "--processes", 2,
             )  # fmt: skip
-        self._generate("test", self.test_pairs.parent, scale.test_pairs, 0.5, scale.frames, seed=0)
+        self._generate("test", self.test_pairs.parent, scale.test_pairs, 0.5, scale.frames)
 
     def data(self, split: str) -> pathlib.Path:
         return self.out / "data" / split
@@ -148,8 +153,9 @@ class Runs:
     def _train(self, name: str, model: Model, seed: int, rate: float) -> pathlib.Path:
         scale = self.scale
         frames = scale.few_frames if model.few else scale.frames
-        pairs = self._pairs(model.mix, frames, seed)
-        manifest, count = first_pairs(pairs / "pairs.jsonl", round(model.share * scale.pairs))
+        pairs = self._pairs(model.mix, frames)
+        wanted = round(model.share * scale.pairs)
+        manifest, count = draw_pairs(pairs / "pairs.jsonl", wanted, seed)
         argument = (
             f"objective={model.objective},data={self.data('train')},pairs={pairs},"
             f"manifest={manifest},count={count},frames={frames},rate={rate:g},tiny={scale.tiny}"
@@ -161,24 +167,24 @@ class Runs:
         )  # fmt: skip
         return workdir / "model"
 
-    def _pairs(self, mix: float, frames: int, seed: int) -> pathlib.Path:
-        """Folder of the pairs that the base generated and scored."""
-        out = self.out / f"seed{seed}" / f"pairs_mix{mix:g}_frames{frames}"
-        self._generate("train", out, self.scale.pairs, mix, frames, seed)
+    def _pairs(self, mix: float, frames: int) -> pathlib.Path:
+        """Folder of the pool of pairs that the base generated and scored."""
+        out = self.out / f"pairs_mix{mix:g}_frames{frames}"
+        self._generate("train", out, self.scale.pool, mix, frames)
         self.steps.run(
-            f"score {out.parent.name} {out.name}", "tpo_jax.preferences", "score", "--model", BASE,
+            f"score {out.name}", "tpo_jax.preferences", "score", "--model", BASE,
             "--data", self.data("train"), "--pairs", out / "pairs.jsonl",
             "--out", out / "reference.npz", "--frames", frames,
         )  # fmt: skip
         return out
 
     def _generate(
-        self, split: str, out: pathlib.Path, pairs: int, mix: float, frames: int, seed: int
+        self, split: str, out: pathlib.Path, pairs: int, mix: float, frames: int
     ) -> None:
         self.steps.run(
-            f"generate {out.parent.name} {out.name}", "tpo_jax.preferences", "generate",
+            f"generate {out.name}", "tpo_jax.preferences", "generate",
             "--model", BASE, "--data", self.data(split), "--out", out, "--pairs", pairs,
-            "--seed", seed, "--mix", mix, "--frames", frames, "--samples", 1,
+            "--seed", 0, "--mix", mix, "--frames", frames, "--samples", 1,
             "--subset", 0.125, "--judge", self.scale.judge,
         )  # fmt: skip
 
@@ -220,16 +226,16 @@ def pairs_trained_on(model: pathlib.Path) -> int:
     return len(pathlib.Path(source["pairs"]).read_text().splitlines())
 
 
-def first_pairs(manifest: pathlib.Path, wanted: int) -> tuple[str, int]:
-    """Writes the first `wanted` pairs beside a manifest; returns the file's name and its pairs.
+def draw_pairs(manifest: pathlib.Path, wanted: int, seed: int) -> tuple[str, int]:
+    """Writes `wanted` pairs, drawn with `seed`, beside a manifest; returns the file's name and its
+    pairs.
 
-    The manifest is in random order of videos. It may hold fewer, where all videos were used.
+    Fewer pairs of a seed are the first of more. The manifest may hold fewer than are wanted.
     """
     lines = manifest.read_text().splitlines(keepends=True)
-    if wanted >= len(lines):
-        return manifest.name, len(lines)
-    part = manifest.with_name(f"first{wanted}.jsonl")
+    drawn = np.random.default_rng(seed).permutation(len(lines))[:wanted]
+    part = manifest.with_name(f"seed{seed}_{len(drawn)}.jsonl")
     temporary = part.with_name(part.name + ".tmp")
-    temporary.write_text("".join(lines[:wanted]))
+    temporary.write_text("".join(lines[i] for i in drawn))
     temporary.replace(part)
-    return part.name, wanted
+    return part.name, len(drawn)
