@@ -145,12 +145,19 @@ class NoSteps:
         pass
 
 
+def pool_of(**counts):
+    """Lines of a manifest, so many of each kind of manipulation."""
+    kinds = [kind for kind, count in counts.items() for _ in range(count)]
+    return [json.dumps({"example_id": i, "targets": {"manipulation": kind}}) + "\n"
+            for i, kind in enumerate(kinds)]  # fmt: skip
+
+
 def test_an_objective_trains_at_the_rate_that_validation_chose(tmp_path):
     steps = NoSteps(tmp_path)
     study = runs.Runs(steps, runs.TINY)
-    for pool in ("pairs_mix0.5_frames8", "pairs_mix1_frames8"):
-        (tmp_path / pool).mkdir()
-        (tmp_path / pool / "pairs.jsonl").write_text("{}\n" * runs.TINY.pool)
+    pool = tmp_path / "pairs_mix0.5_frames8"
+    pool.mkdir()
+    (pool / "pairs.jsonl").write_text("".join(pool_of(localized=8, comprehensive=4)))
     accuracy = {"sft": {1e-4: 0.5, 1e-3: 0.5}, "dpo": {1e-4: 0.5, 1e-3: 0.75}}
     (tmp_path / "eval").mkdir()
     for objective, found in accuracy.items():
@@ -169,12 +176,13 @@ def test_an_objective_trains_at_the_rate_that_validation_chose(tmp_path):
     hidden = [command for command in asked if command.endswith("--tasks qa --evidence blind")]
     assert len(hidden) == 4 and all("_hidden.json" in command for command in hidden)
     steps.commands.clear()
-    model = study.train("localized", runs.Model(mix=1.0), seed=1)
+    model = study.train("localized", studies.MODELS["localized"], seed=1)
     assert model == tmp_path / "seed1" / "localized_rate0.001" / "model"
     assert "objective=dpo" in steps.commands[-1] and ",rate=0.001," in steps.commands[-1]
-    assert ",manifest=seed1_10.jsonl,count=10," in steps.commands[-1]
+    assert ",manifest=seed1_localized_5.jsonl,count=5," in steps.commands[-1]
     study.train("sft", runs.Model("sft"), seed=1)  # of equal ones the lowest
     assert ",rate=0.0001," in steps.commands[-1]
+    assert ",manifest=seed1_10.jsonl,count=10," in steps.commands[-1]
 
 
 def fake_study(name, tmp_path):
@@ -288,11 +296,11 @@ def test_a_needle_is_the_same_wherever_it_is_and_everything_around_is_still():
 
 def test_a_seed_draws_its_pairs_and_fewer_are_the_first_of_more(tmp_path):
     manifest = tmp_path / "pairs.jsonl"
-    lines = [f"{number}\n" for number in range(20)]
+    lines = pool_of(localized=12, comprehensive=8)
     manifest.write_text("".join(lines))
 
-    def drawn(wanted, seed):
-        name, count = runs.draw_pairs(manifest, wanted, seed)
+    def drawn(wanted, seed, **kind):
+        name, count = runs.draw_pairs(manifest, wanted, seed, **kind)
         found = (tmp_path / name).read_text().splitlines(keepends=True)
         assert len(found) == len(set(found)) == count and set(found) <= set(lines)
         return found
@@ -300,6 +308,8 @@ def test_a_seed_draws_its_pairs_and_fewer_are_the_first_of_more(tmp_path):
     ten = drawn(10, 0)
     assert len(ten) == 10 and drawn(4, 0) == ten[:4] and drawn(10, 0) == ten
     assert set(drawn(10, 1)) != set(ten) and sorted(drawn(30, 0)) == sorted(lines)
+    assert sorted(drawn(30, 0, manipulation="comprehensive")) == sorted(lines[12:])
+    assert ten == drawn(10, 0)  # a kind has a file of its own
 
 
 @pytest.mark.long

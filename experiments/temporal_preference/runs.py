@@ -21,6 +21,7 @@ from tpo_jax.evaluation import results
 BASE = pathlib.Path("tpo_jax/assets/tiny_base")
 WORLD_SEED = 4000  # far from those of the base and of the demo
 CONFIG = "configs/temporal_preference.py"
+MIX = 0.5  # share of localized manipulations in the pools
 SEARCHED = ("sft", "dpo")
 CHOSEN_BY = "qa/accuracy"
 HIDDEN_QUESTIONS = ("--tasks", "qa", "--evidence", "blind")
@@ -71,14 +72,15 @@ class Model:
 
     Attributes:
       objective: argument of the config.
-      mix: share of localized manipulations among its pairs.
       share: of the pairs of one run.
+      manipulation: "localized" or "comprehensive": pairs of this kind alone; "" for both, of which
+        the pool has about as many.
       few: whether it is trained on clips of few frames.
     """
 
     objective: str = "dpo"
-    mix: float = 0.5
     share: float = 1.0
+    manipulation: str = ""
     few: bool = False
 
 
@@ -112,7 +114,7 @@ class Runs:
                 f"prepare {split}", "tpo_jax.prepare", "run", "--data", self.out / "world" / split,
                 "--out", self.data(split), "--processes", 2,
             )  # fmt: skip
-        self._generate("test", self.test_pairs.parent, scale.test_pairs, 0.5, scale.frames)
+        self._generate("test", self.test_pairs.parent, scale.test_pairs, scale.frames)
 
     def data(self, split: str) -> pathlib.Path:
         return self.out / "data" / split
@@ -153,9 +155,9 @@ class Runs:
     def _train(self, name: str, model: Model, seed: int, rate: float) -> pathlib.Path:
         scale = self.scale
         frames = scale.few_frames if model.few else scale.frames
-        pairs = self._pairs(model.mix, frames)
+        pairs = self._pairs(frames)
         wanted = round(model.share * scale.pairs)
-        manifest, count = draw_pairs(pairs / "pairs.jsonl", wanted, seed)
+        manifest, count = draw_pairs(pairs / "pairs.jsonl", wanted, seed, model.manipulation)
         argument = (
             f"objective={model.objective},data={self.data('train')},pairs={pairs},"
             f"manifest={manifest},count={count},frames={frames},rate={rate:g},tiny={scale.tiny}"
@@ -167,10 +169,10 @@ class Runs:
         )  # fmt: skip
         return workdir / "model"
 
-    def _pairs(self, mix: float, frames: int) -> pathlib.Path:
+    def _pairs(self, frames: int) -> pathlib.Path:
         """Folder of the pool of pairs that the base generated and scored."""
-        out = self.out / f"pairs_mix{mix:g}_frames{frames}"
-        self._generate("train", out, self.scale.pool, mix, frames)
+        out = self.out / f"pairs_mix{MIX:g}_frames{frames}"
+        self._generate("train", out, self.scale.pool, frames)
         self.steps.run(
             f"score {out.name}", "tpo_jax.preferences", "score", "--model", BASE,
             "--data", self.data("train"), "--pairs", out / "pairs.jsonl",
@@ -178,13 +180,11 @@ class Runs:
         )  # fmt: skip
         return out
 
-    def _generate(
-        self, split: str, out: pathlib.Path, pairs: int, mix: float, frames: int
-    ) -> None:
+    def _generate(self, split: str, out: pathlib.Path, pairs: int, frames: int) -> None:
         self.steps.run(
             f"generate {out.name}", "tpo_jax.preferences", "generate",
             "--model", BASE, "--data", self.data(split), "--out", out, "--pairs", pairs,
-            "--seed", 0, "--mix", mix, "--frames", frames, "--samples", 1,
+            "--seed", 0, "--mix", MIX, "--frames", frames, "--samples", 1,
             "--subset", 0.125, "--judge", self.scale.judge,
         )  # fmt: skip
 
@@ -226,15 +226,21 @@ def pairs_trained_on(model: pathlib.Path) -> int:
     return len(pathlib.Path(source["pairs"]).read_text().splitlines())
 
 
-def draw_pairs(manifest: pathlib.Path, wanted: int, seed: int) -> tuple[str, int]:
-    """Writes `wanted` pairs, drawn with `seed`, beside a manifest; returns the file's name and its
-    pairs.
+def draw_pairs(
+    manifest: pathlib.Path, wanted: int, seed: int, manipulation: str = ""
+) -> tuple[str, int]:
+    """Writes `wanted` pairs, of one kind of manipulation if it is named, drawn with `seed`, beside
+    a manifest; returns the file's name and its pairs.
 
     Fewer pairs of a seed are the first of more. The manifest may hold fewer than are wanted.
     """
-    lines = manifest.read_text().splitlines(keepends=True)
+    lines = [
+        line for line in manifest.read_text().splitlines(keepends=True)
+        if manipulation in ("", json.loads(line)["targets"]["manipulation"])
+    ]  # fmt: skip
     drawn = np.random.default_rng(seed).permutation(len(lines))[:wanted]
-    part = manifest.with_name(f"seed{seed}_{len(drawn)}.jsonl")
+    kind = f"{manipulation}_" if manipulation else ""
+    part = manifest.with_name(f"seed{seed}_{kind}{len(drawn)}.jsonl")
     temporary = part.with_name(part.name + ".tmp")
     temporary.write_text("".join(lines[i] for i in drawn))
     temporary.replace(part)

@@ -13,8 +13,8 @@ MODELS = {
     "base": Model("base"),
     "sft": Model("sft"),
     "dpo": Model(),
-    "localized": Model(mix=1.0),
-    "comprehensive": Model(mix=0.0),
+    "localized": Model(share=0.5, manipulation="localized"),
+    "comprehensive": Model(share=0.5, manipulation="comprehensive"),
     "fifth": Model(share=0.2),
     "half": Model(share=0.5),
     "few frames": Model(few=True),
@@ -148,21 +148,21 @@ STUDIES = {
         ),
     ),
     "mix": Study(
-        "Localized : comprehensive pairs, 10:0 (localized), 5:5 (dpo) and 0:10 (comprehensive)",
-        ("base", "localized", "dpo", "comprehensive"),
+        "Localized : comprehensive pairs, 10:0 (localized), 5:5 (half) and 0:10 (comprehensive)",
+        ("base", "localized", "half", "comprehensive"),
         on_test,
         (
             Claim(
                 "5:5 is better than localized pairs alone",
                 "LongVideoBench 54.2 against 53.5, MLVU 61.7 against 58.7, Video-MME 55.1 against "
                 "54.0",
-                _model("dpo"), _model("localized"),
+                _model("half"), _model("localized"),
             ),
             Claim(
                 "5:5 is better than comprehensive pairs alone",
                 "LongVideoBench 54.2 against 53.4, MLVU 61.7 against 58.5, Video-MME 55.1 against "
                 "53.8",
-                _model("dpo"), _model("comprehensive"),
+                _model("half"), _model("comprehensive"),
             ),
         ),
     ),
