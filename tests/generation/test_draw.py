@@ -23,11 +23,18 @@ def pages(events):
     return list(draw.annotate(FRAMES, TIMES, "Where is it?", "It is here.", events))
 
 
+@pytest.mark.parametrize("shape, expected", [
+    ((48, 64), (288, 384)), ((31, 383), (62, 766)), ((360, 512), (360, 512)),
+    ((720, 1280), (288, 512)), ((1920, 1080), (512, 288)), ((3, 2001), (2, 512))])  # fmt: skip
+def test_pages_are_neither_tiny_nor_huge(shape, expected):
+    assert draw.paper(np.zeros((*shape, 3), np.uint8)).size[::-1] == expected
+
+
 def test_region_is_drawn_on_its_frame_only():
     plain, drawn = pages([]), pages([REGION])
     assert [(a != b).any() for a, b in zip(plain, drawn, strict=True)] == [
         False, False, True, False]
-    height, width = draw.enlarge(FRAMES[0]).size[::-1]
+    height, width = draw.paper(FRAMES[0]).size[::-1]
     changed = (plain[2] != drawn[2]).any(-1)[:height]
     rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
     assert abs(rows[0] / height - 0.25) < 0.02 and abs(rows[-1] / height - 0.75) < 0.02
@@ -36,7 +43,7 @@ def test_region_is_drawn_on_its_frame_only():
 
 def test_mask_covers_its_pixels_on_its_frame():
     plain, drawn = pages([]), pages([mask_event()])
-    height = draw.enlarge(FRAMES[0]).size[1]
+    height = draw.paper(FRAMES[0]).size[1]
     changed = (plain[1] != drawn[1]).any(-1)[:height]
     assert changed[: height // 2].all() and not changed[height // 2 + 4 :].any()
     assert not (plain[0] != drawn[0]).any()

@@ -23,17 +23,21 @@ from tpo_jax.data import files
 # One colour per event, repeated; chosen to stay apart on light and on dark frames.
 COLOURS = ((255, 140, 0), (0, 170, 255), (230, 60, 180), (120, 200, 0), (250, 220, 0))
 MIN_WIDTH = 384  # pixels; smaller frames are enlarged so that the text can be read
+MAX_SIDE = 512  # pixels; larger frames are shrunk
 TIMELINE_HEIGHT = 72  # pixels
 CAPTION_LINE = 14  # pixels
 REGION_SECONDS = 0.25  # for how long before and after its time a region is seen
 
 
-def enlarge(frame: np.ndarray, min_width: int = MIN_WIDTH) -> Image.Image:
-    """uint8[h, w, 3] -> image at least `min_width` pixels wide with even sides (H.264 needs it)."""
+def paper(frame: np.ndarray) -> Image.Image:
+    """uint8[h, w, 3] -> image with even sides (H.264 needs it): a frame of more than MAX_SIDE
+    pixels is shrunk by area, one that is narrower than MIN_WIDTH becomes several times as large."""
     height, width = frame.shape[:2]
-    scale = max(1, -(-min_width // width))
-    width, height = width * scale, height * scale
-    return Image.fromarray(frame).resize((width + width % 2, height + height % 2), Image.NEAREST)
+    shrink = max(height, width) > MAX_SIDE
+    scale = MAX_SIDE / max(height, width) if shrink else max(1, -(-MIN_WIDTH // width))
+    width, height = (max(2, round(side * scale)) for side in (width, height))
+    size = (width + width % 2, height + height % 2)
+    return Image.fromarray(frame).resize(size, Image.BOX if shrink else Image.NEAREST)
 
 
 def draw_box(image: Image.Image, box: Sequence[float], colour: tuple[int, int, int]) -> None:
@@ -106,7 +110,7 @@ def annotate(frames: Iterable[np.ndarray], times: np.ndarray, prompt: str, text:
     painted = list(zip(events, _cycle_colours(len(events)), strict=True))
     frames = iter(frames)
     first = next(frames)
-    base = enlarge(first)
+    base = paper(first)
     width, height = base.size
     lines = wrap(f"> {prompt}", width - 8) + wrap(text, width - 8)
     tracks = [(event["result"], colour) for event, colour in painted if event["task"] == "temporal"]
@@ -116,7 +120,7 @@ def annotate(frames: Iterable[np.ndarray], times: np.ndarray, prompt: str, text:
     total = top + CAPTION_LINE * len(lines) + 8
     for index, frame in enumerate(itertools.chain([first], frames)):
         page = Image.new("RGB", (width, total + total % 2), (24, 24, 24))
-        page.paste(_paint(enlarge(frame), painted, index, times), (0, 0))
+        page.paste(_paint(paper(frame), painted, index, times), (0, 0))
         pen = ImageDraw.Draw(page)
         if strip:
             page.paste(strip, (0, height))

@@ -20,7 +20,9 @@ from tpo_jax.data.text_features import Asked
 from tpo_jax.errors import UserError
 from tpo_jax.models.config import ClipFeaturesConfig
 
-LONG_SIDE = 512  # pixels; larger frames are read at this size
+# Pixels; frames that are larger are shrunk to it before the model's own preprocessing, which is
+# published for the frames of the file. Full HD is not; 512 shown frames of it are 3.2 GB.
+LONG_SIDE = 1920
 KEYS = (
     "video", "prompt", "id", "box", "box_time", "points", "point_time", "time", "start", "end",
 )  # fmt: skip
