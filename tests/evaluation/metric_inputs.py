@@ -73,13 +73,23 @@ def grounded_qa(seed: int, questions: int, grid: float = 0.0) -> tuple[dict, dic
     return {name: span.tolist() for name, span in spans.items()}, as_lists, correct
 
 
+ALIKE = [[0, 10], [0, 5]]  # the first overlaps [0, 5] as much as [5, 10], the second does not
+
+
 def degenerate_qvhighlights(seed: int, queries: int) -> tuple[list[dict], list[dict]]:
-    """Submission and labels on a grid, a fifth of the windows ending before they start."""
+    """Submission and labels on a grid, a fifth of the windows ending before they start.
+
+    The first query has two labels that the first window overlaps alike: which of them it claims
+    decides of the second window.
+    """
     submission, labels = qvhighlights(seed, queries, 5.0)
     rng = np.random.default_rng(seed)
     for record in submission:
         windows = record["pred_relevant_windows"]
         record["pred_relevant_windows"] = [_reversed(rng, window) for window in windows]
+        if record["qid"] == 0:
+            record["pred_relevant_windows"] = [[*ALIKE[0], 1.0], [*ALIKE[1], 0.5]]
+    labels[0]["relevant_windows"] = [[0, 5], [5, 10]]
     return submission, labels
 
 
@@ -87,11 +97,12 @@ def degenerate_detection(seed: int, videos: int) -> tuple[dict, dict]:
     """As `detection` on a grid, a fifth of the segments ending before they start.
 
     Of a class 16 predictions at most, the most that NumPy's default sort leaves in their order
-    where scores are equal (on a processor without vector sorts); odd seeds have no "run".
+    where scores are equal (on a processor without vector sorts); odd seeds have no "run". The last
+    video has labels that a segment overlaps alike, as in `degenerate_qvhighlights`.
     """
     results, database = detection(seed, videos, 6.0)
     rng = np.random.default_rng(seed)
-    left = {"jump": 16, "run": 0 if seed % 2 else 16, "swim": 16}
+    left = {"jump": 14, "run": 0 if seed % 2 else 16, "swim": 16}
     for guesses in results.values():
         kept = []
         for guess in guesses:
@@ -99,6 +110,10 @@ def degenerate_detection(seed: int, videos: int) -> tuple[dict, dict]:
             if left[guess["label"]] >= 0:
                 kept.append(guess | {"segment": _reversed(rng, guess["segment"])})
         guesses[:] = kept
+    database["alike"] = [{"label": "jump", "segment": segment} for segment in ([0, 5], [5, 10])]
+    results["alike"] = [
+        {"label": "jump", "segment": segment, "score": 5.0 - i} for i, segment in enumerate(ALIKE)
+    ]
     return results, database
 
 
