@@ -12,7 +12,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.manifest = arg
     # Further sources: dicts of media, format, annotations, name, ignore_keys, and frame_rate where
     # the media are folders of pictures whose annotations do not say it; unlabelled=True of a split
-    # that is published without labels.
+    # that is published without labels; split="train" of annotations that hold several.
     config.sources = ()
     config.fps = 2.0  # frames a second that are kept
     config.size = 64  # square frames of so many pixels; 0 keeps the native size

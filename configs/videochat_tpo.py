@@ -20,7 +20,8 @@ through these stages already.
 Each starts from RUNS/<the one before>/model, the first from RUNS/base; `init` names another folder.
 Heads are `region_mlp`, `cg_detr` and `sam2`; adapters of rank 16 on the language model. DIR holds
 a prepared folder for each data set, named as in SETS; docs/task_preference.md has them with their
-formats, what of all this is published and what is not. Arguments beside `stage`, `runs` and `init`:
+formats, what of all this is published and what is not. Those of RefCOCO are prepared with
+`--split=train`: their files hold what is tested, too. Arguments beside `stage`, `runs` and `init`:
 
   numbers    table: the paper's Table 17. text: its sections, where they differ. run: the arguments
              that are published with the weights, of a joint stage (stage=3)

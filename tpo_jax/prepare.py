@@ -81,6 +81,8 @@ CHECK_EXAMPLES = """examples:
   # a split that is published without labels
   python -m tpo_jax.prepare check --format mevis --annotations mevis/valid --frame_rate 6 \\
       --media mevis/valid/JPEGImages --unlabelled
+  # one split of a file that holds them all
+  python -m tpo_jax.prepare check --format refcoco --annotations refcoco --split train
 
 The exit status is 1 when a record is invalid.
 """
@@ -95,7 +97,7 @@ INSPECT_EXAMPLES = """examples:
 """
 KNOWN = "one of the formats below"
 SETTINGS = ("fps", "size", "encoding")
-_OF_SOURCE = ("format", "annotations", "frame_rate", "unlabelled")
+_OF_SOURCE = ("format", "annotations", "frame_rate", "unlabelled", "split")
 # What says where the data is, and the options that it leaves no room for.
 NOT_READ = {
     "config": (*SETTINGS, "processes", *_OF_SOURCE, "ignore_keys"),
@@ -176,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--media", type=files.local_path, help="also look the media up")
     _add_frame_rate(check)
     _add_unlabelled(check)
+    _add_split(check)
     _add_ignore_keys(check)
 
     features = commands.add_parser(
@@ -241,6 +244,7 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", type=files.local_path, help="annotation file or folder")
     _add_frame_rate(parser)
     _add_unlabelled(parser)
+    _add_split(parser)
     _add_ignore_keys(parser)
 
 
@@ -270,6 +274,16 @@ def _add_unlabelled(parser: argparse.ArgumentParser) -> None:
         default=None,  # what is given beside --data or --config is refused
         help="the split is published without labels: it can be answered for a submission, not "
         f"scored or trained on ({', '.join(reads)})",
+    )
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    several = (form.name for form in formats.FORMATS.values() if form.split)
+    parser.add_argument(
+        "--split",
+        metavar="NAME",
+        help="which split is read of annotations that hold several; these are not read without "
+        f"({', '.join(several)})",
     )
 
 
@@ -349,6 +363,7 @@ def _sources(
         ignore_keys,
         options.frame_rate,
         bool(options.unlabelled),
+        options.split,
     )
     return [source], None, None
 
@@ -451,6 +466,7 @@ def _check(options: argparse.Namespace) -> int:
         options.ignore_keys or frozenset(),
         options.frame_rate,
         bool(options.unlabelled),
+        options.split,
     )
     drafts, problems = read_source(source, media)
     for problem in problems:

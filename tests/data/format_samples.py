@@ -4,6 +4,7 @@ import pathlib
 
 from tpo_jax.data import formats
 from tpo_jax.data.formats.reading import Context
+from tpo_jax.data.formats.splits import WrongSplit
 
 SAMPLES = pathlib.Path(__file__).parent / "samples"
 FILES = {
@@ -41,10 +42,20 @@ UNLABELLED = {
 }
 
 
-def read(name, path, media, ignore=(), frame_rate=None, unlabelled=False):
-    """(examples, problems) of a file."""
-    context = Context(path, "test", media, frozenset(ignore), frame_rate, unlabelled)
-    drafts, problems = formats.get(name).read(context)
+# Files that hold several splits, and the number of records of each.
+SPLITS = {
+    "refcoco": ("refcoco_splits.json", {"testA": 1, "train": 2, "val": 1}),
+    "thumos": ("thumos_splits.json", {"training": 1, "validation": 1}),
+}
+
+
+def read(name, path, media, ignore=(), frame_rate=None, unlabelled=False, split=None):
+    """(examples, problems) of a file; of one that is refused the problem says why."""
+    context = Context(path, "test", media, frozenset(ignore), frame_rate, unlabelled, split)
+    try:
+        drafts, problems = formats.get(name).read(context)
+    except WrongSplit as wrong:
+        return [], [wrong.at(str(path), "")]
     return [draft.example for draft in drafts], problems
 
 

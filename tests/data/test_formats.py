@@ -47,6 +47,21 @@ def test_qvhighlights(media):
     assert b.targets == {"windows": [[0, 1], [2, 3.5]]}
 
 
+def test_qvhighlights_has_whole_clips_as_the_benchmark_counts(tmp_path):
+    """int(duration / 2); what is left at the end is no clip, and its rating a problem."""
+    line = json.loads((SAMPLES / "qvhighlights.jsonl").read_text().splitlines()[0])
+    file = tmp_path / "a.jsonl"
+    for duration, clips in ((150, 75), (149, 74), (149.9, 74), (148, 74), (1.5, 1)):
+        windows = {"relevant_windows": [[0, 1]], "relevant_clip_ids": [clips - 1]}
+        rated = line | windows | {"saliency_scores": [[4, 4, 4]], "duration": duration}
+        file.write_text(json.dumps(rated))
+        ((example,), problems) = read("qvhighlights", file, None)
+        assert problems == [] and len(example.targets["saliency"]) == clips
+        file.write_text(json.dumps(rated | {"relevant_clip_ids": [clips]}))
+        examples, (problem,) = read("qvhighlights", file, None)
+        assert examples == [] and f"has clips 0..{clips - 1} of 2 s" in problem.reason
+
+
 def test_refcoco(media):
     a, b, c = read_sample("refcoco", media)
     assert (a.media, a.targets) == ("image", {"boxes": [[0.1, 0.25, 0.6, 0.75]], "times": [0]})
@@ -166,7 +181,10 @@ BAD_JSON = [
         *("thumos", ("database", "clip_a", "annotations", 0, "segment"), [2, 1]),
         *("annotations[0].segment", "start < end"),
     ),
-    ("thumos", ("database", "clip_z"), {"annotations": []}, "database", "unknown video"),
+    (
+        *("thumos", ("database", "clip_z"), {"annotations": [], "subset": "validation"}),
+        *("database", "unknown video"),
+    ),
     ("thumos", ("database", "clip_a", "subst"), "x", "subst", "unknown key"),
 ]
 
@@ -373,6 +391,21 @@ def test_got10k_takes_what_is_missing_from_the_file(media, tmp_path):
     ((example,), problems) = read("got10k", folder, media)
     assert problems == [] and example.targets["times"] == [0, 1 / 8, 2 / 8, 3 / 8]
     assert example.targets["input_box"] == [0, 0, 0.25, 1 / 3]
+
+
+def test_got10k_keys_without_a_source_are_unknown(media, tmp_path):
+    """Those that the release seems to have; the page says which, and how they are passed over."""
+    folder = damaged(tmp_path, "got10k")
+    keys = ["url", "begin", "end"]
+    with (folder / "clip_a" / "meta_info.ini").open("a") as file:
+        file.writelines(f"{key}: x\n" for key in keys)
+    examples, (problem,) = read("got10k", folder, media)
+    assert examples == [] and problem.field == "meta_info.ini.url"
+    assert "unknown key" in problem.reason and "--ignore_keys" in problem.fix
+    examples, problems = read("got10k", folder, media, ignore=keys)
+    assert len(examples) == 1 and problems == []
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "formats.md").read_text("utf-8")
+    assert f"--ignore_keys={','.join(keys)}" in page
 
 
 @pytest.mark.parametrize("name", list(formats.FORMATS))

@@ -180,6 +180,23 @@ def test_refcoco_release_and_conversions_agree(media):
         assert (other.turns, other.targets) == (release.turns, release.targets)
     assert '"the corner"' in again.turns[0].question
     assert whole.targets["boxes"] == [[0, 0, 1, 1]]
+    shares = read_sample("refcoco_shikra", media, "refcoco_shikra_shares.jsonl")
+    assert [(e.turns, e.targets) for e in shares] == [
+        (e.turns, e.targets) for e in (shikra, whole)
+    ]
+
+
+def test_a_shikra_file_is_in_pixels_or_in_shares(media, tmp_path):
+    lines = [json.loads(line) for line in (SAMPLES / "refcoco_shikra.jsonl").open()]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("\n".join(map(json.dumps, [*lines, lines[0] | {"bbox": [0.1, 0.2, 0.6, 1]}])))
+    examples, (problem,) = read("refcoco_shikra", file, media)
+    assert len(examples) == 2 and (problem.record, problem.field) == ("line 3", "bbox")
+    assert "other boxes of the file are in pixels" in problem.reason
+    for box in ([0.6, 0.2, 0.1, 0.9], [-0.2, 0.1, 0.6, 0.9]):  # a file of shares
+        file.write_text(json.dumps(lines[0] | {"bbox": box}))
+        examples, (problem,) = read("refcoco_shikra", file, media)
+        assert examples == [] and problem.field == "bbox"
 
 
 def test_refcoco_pickle_is_never_loaded(media, tmp_path):

@@ -73,6 +73,68 @@ def grounded_qa(seed: int, questions: int, grid: float = 0.0) -> tuple[dict, dic
     return {name: span.tolist() for name, span in spans.items()}, as_lists, correct
 
 
+ALIKE = [[0, 10], [0, 5]]  # the first overlaps [0, 5] as much as [5, 10], the second does not
+
+
+def degenerate_qvhighlights(seed: int, queries: int) -> tuple[list[dict], list[dict]]:
+    """Submission and labels on a grid, a fifth of the windows ending before they start.
+
+    The first query has two labels that the first window overlaps alike: which of them it claims
+    decides of the second window.
+    """
+    submission, labels = qvhighlights(seed, queries, 5.0)
+    rng = np.random.default_rng(seed)
+    for record in submission:
+        windows = record["pred_relevant_windows"]
+        record["pred_relevant_windows"] = [_reversed(rng, window) for window in windows]
+        if record["qid"] == 0:
+            record["pred_relevant_windows"] = [[*ALIKE[0], 1.0], [*ALIKE[1], 0.5]]
+    labels[0]["relevant_windows"] = [[0, 5], [5, 10]]
+    return submission, labels
+
+
+def degenerate_detection(seed: int, videos: int) -> tuple[dict, dict]:
+    """As `detection` on a grid, a fifth of the segments ending before they start.
+
+    Of a class 16 predictions at most, the most that NumPy's default sort leaves in their order
+    where scores are equal (on a processor without vector sorts); odd seeds have no "run". The last
+    video has labels that a segment overlaps alike, as in `degenerate_qvhighlights`.
+    """
+    results, database = detection(seed, videos, 6.0)
+    rng = np.random.default_rng(seed)
+    left = {"jump": 14, "run": 0 if seed % 2 else 16, "swim": 16}
+    for guesses in results.values():
+        kept = []
+        for guess in guesses:
+            left[guess["label"]] -= 1
+            if left[guess["label"]] >= 0:
+                kept.append(guess | {"segment": _reversed(rng, guess["segment"])})
+        guesses[:] = kept
+    database["alike"] = [{"label": "jump", "segment": segment} for segment in ([0, 5], [5, 10])]
+    results["alike"] = [
+        {"label": "jump", "segment": segment, "score": 5.0 - i} for i, segment in enumerate(ALIKE)
+    ]
+    return results, database
+
+
+def degenerate_grounded_qa(seed: int, questions: int) -> tuple[dict, dict, dict]:
+    """As `grounded_qa` on a grid, a fifth of the spans missing, a fifth ending before it starts."""
+    spans, windows, correct = grounded_qa(seed, questions, 8.0)
+    rng = np.random.default_rng(seed)
+    spans = {name: span for name, span in spans.items() if rng.random() < 0.8}
+    return {name: _reversed(rng, span) for name, span in spans.items()}, windows, correct
+
+
+def nextgqa_files(windows: dict, correct: dict) -> tuple[dict, dict]:
+    """What gsub_test.json and test-res.json hold of labelled windows and right answers."""
+    labels: dict = {}
+    for name, rows in windows.items():
+        video, question = name.split("_")
+        labels.setdefault(video, {"location": {}})["location"][question] = rows
+    answers = {name: {"answer": 1, "prediction": int(right)} for name, right in correct.items()}
+    return labels, answers
+
+
 def moment_columns(predicted: list, targets: list) -> tuple[np.ndarray, ...]:
     """windows, scores, query, targets, target_query of lists of windows, one a query."""
     rows = np.array([w for windows in predicted for w in windows], float).reshape(-1, 3)
@@ -96,3 +158,8 @@ def _windows(rng: np.random.Generator, count: int, duration: float, grid: float)
     empty = rng.random(count) < 1 / 6
     windows[empty, 1] = windows[empty, 0]
     return windows
+
+
+def _reversed(rng: np.random.Generator, window: list) -> list:
+    """[start, end, ...], one in five with start and end exchanged."""
+    return [window[1], window[0], *window[2:]] if rng.random() < 0.2 else window

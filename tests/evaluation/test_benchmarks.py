@@ -1,11 +1,16 @@
 """Calls and events, and how each task is scored; J, F and AUC themselves are tested elsewhere."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from tpo_jax.data.formats import qvhighlights
+from tpo_jax.data.formats.reading import Context
 from tpo_jax.data.records import Example, Turn
-from tpo_jax.evaluation import benchmarks
+from tpo_jax.evaluation import benchmarks, submissions
 from tpo_jax.generation.rles import Rles
 
 TIMES = np.arange(8) * 1.0
@@ -98,6 +103,24 @@ def test_saliency_with_three_raters():
     scores = benchmarks.score_saliency(asked, {"times": TIMES, "saliency": curve})
     assert scores["highlight/hit@1"] == 1  # one rater is enough
     assert scores["highlight/map"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
+
+
+@pytest.mark.parametrize(("duration", "clips"), [(150, 75), (149, 74), (61, 30)])
+def test_as_many_clips_are_scored_as_of_a_submission(duration, clips, tmp_path):
+    """Which the benchmark's own program counts, too: int(duration / 2)."""
+    label = {
+        "qid": 1, "query": "q", "vid": "v", "duration": duration, "relevant_windows": [[0, 6]],
+        "relevant_clip_ids": [0, 2], "saliency_scores": [[4, 3, 1], [4, 4, 4]],
+    }  # fmt: skip
+    file = tmp_path / "highlight.jsonl"
+    file.write_text(json.dumps(label))
+    (draft,), problems = qvhighlights.FORMAT.read(Context(file, "test"))
+    asked = dataclasses.replace(draft.example, end=float(duration))  # as `prepare` knows it
+    positive, first, _ = benchmarks.positive_clips(asked)
+    submitted = {"qid": 1, "pred_saliency_scores": [0.0] * clips}
+    _, _, counted, ratings = submissions.highlight_arrays([(submitted, label)])
+    assert problems == [] and first == 0 and len(positive) == clips == counted[0]
+    np.testing.assert_array_equal(positive, ratings[0] >= benchmarks.VERY_GOOD)
 
 
 def test_one_saliency_is_read_on_the_five_point_scale_and_cut_to_the_clip():

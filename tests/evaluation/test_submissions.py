@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from metric_inputs import detection, grounded_qa, qvhighlights
+from metric_inputs import detection, grounded_qa, nextgqa_files, qvhighlights
 
 from experiments.benchmarks import metric_oracles
 from tpo_jax import evaluate
@@ -104,11 +104,7 @@ def test_the_210_video_labels_do_not_pass_for_212(thumos14):
 
 def test_nextgqa_files(tmp_path):
     spans, windows, correct = grounded_qa(0, 20)
-    labels = {}
-    for name, rows in windows.items():
-        video, question = name.split("_")
-        labels.setdefault(video, {"location": {}})["location"][question] = rows
-    answers = {name: {"answer": 1, "prediction": int(right)} for name, right in correct.items()}
+    labels, answers = nextgqa_files(windows, correct)
     del spans[next(iter(spans))]
     paths = [tmp_path / name for name in ("p.json", "a.json", "q.json")]
     files = [write(path, c) for path, c in zip(paths, (spans, labels, answers), strict=True)]

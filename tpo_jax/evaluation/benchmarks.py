@@ -207,7 +207,7 @@ def score_saliency(example: Example, prediction: Prediction | None) -> dict[str,
 
 
 def positive_clips(example: Example) -> tuple[np.ndarray, int, float]:
-    """Which 2-second clips are highlights.
+    """Which 2-second clips are highlights, of those that the labels have.
 
     With the ratings of several people, each is one column; a single saliency in [0, 1] is read on
     the same scale 0..4, rounded.

@@ -3,7 +3,8 @@
 Beside it, optional as in the release: absence.label (1 = the object is not in this frame),
 meta_info.ini (anno_fps, resolution, object_class, ...) and the frames 00000001.jpg, ...; the labels
 cover.label and cut_by_image.label are not used. The sequence folder has the name of its video.
-The split test is published with the box of the first frame alone.
+The split test is published with the box of the first frame alone. Names of the release say the
+split: GOT-10k_Val_000001.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from tpo_jax.data.records import Example
 
 META = "meta_info.ini"
 META_KEYS = (
-    *("url", "begin", "end", "anno_fps", "resolution", "object_class"),
-    *("motion_class", "major_class", "root_class", "motion_adverb"),
+    *("anno_fps", "resolution", "object_class", "motion_class", "major_class", "root_class"),
+    "motion_adverb",
 )
 
 
@@ -78,6 +79,14 @@ def _meta(path: pathlib.Path) -> Mapping[str, str]:
     return {key: value for section in parser.sections() for key, value in parser[section].items()}
 
 
+def _split(record: Any, label: str) -> str | None:
+    """train, val or test by the name of a sequence of the release; None of others."""
+    named = re.fullmatch(r"GOT-10k_(Train|Val|Test)_\d+", label.split("/")[-1])
+    return named[1].lower() if named else None
+
+
 FORMAT = Format(
-    *("got10k", "GOT-10k tracking boxes, one folder per sequence", records, parse), unlabelled=True
+    *("got10k", "GOT-10k tracking boxes, one folder per sequence", records, parse),
+    unlabelled=True,
+    split=_split,
 )

@@ -4,7 +4,8 @@
  [{"annotation_uid", "language_queries": [{"query", "clip_start_sec", "clip_end_sec", ...}]}]}]}]}
 
 The media are the clips (<clip_uid>.mp4); where only the whole video is there (<video_uid>.mp4) the
-example is about the part of it that the clip was cut from.
+example is about the part of it that the clip was cut from. `split`, of a video or else of the
+file, says where the queries belong.
 """
 
 from __future__ import annotations
@@ -31,22 +32,29 @@ QUERY_KEYS = (
 def records(context: Context) -> Iterator[Record]:
     data = load_json(context.file, dict)
     context.keys(data, ("videos",), ("version", "date", "description", "manifest", "split"))
-    return expand(_numbered("videos", data["videos"]), lambda *item: _clips(context, *item))
+    of_file = data.get("split")
+    return expand(
+        _numbered("videos", data["videos"]), lambda *item: _clips(context, of_file, *item)
+    )
 
 
 def _numbered(field: str, items: Any) -> Iterator[Record]:
     return ((f"{field}[{i}]", v) for i, v in enumerate(validation.check_list(field, items)))
 
 
-def _clips(context: Context, label: str, video: Any) -> Iterator[Record]:
+def _clips(context: Context, split: Any, label: str, video: Any) -> Iterator[Record]:
     context.keys(video, ("video_uid", "clips"), ("split",))
+    about = video["video_uid"], video.get("split", split)
     yield from expand(
         _numbered(f"{label}.clips", video["clips"]),
-        lambda *item: _annotations(context, video["video_uid"], *item),
+        lambda *item: _annotations(context, about, *item),
     )
 
 
-def _annotations(context: Context, video: Any, label: str, clip: Any) -> Iterator[Record]:
+def _annotations(
+    context: Context, about: tuple[Any, Any], label: str, clip: Any
+) -> Iterator[Record]:
+    """One record per query: video_uid and split (`about`), clip, query."""
     required = ("clip_uid", "video_start_sec", "video_end_sec", "annotations")
     context.keys(clip, required, CLIP_KEYS)
 
@@ -54,13 +62,13 @@ def _annotations(context: Context, video: Any, label: str, clip: Any) -> Iterato
         context.keys(annotation, ("annotation_uid", "language_queries"))
         found = validation.check_list("language_queries", annotation["language_queries"])
         for i, query in enumerate(found):
-            yield f"{clip['clip_uid']}/{annotation['annotation_uid']}_{i}", (video, clip, query)
+            yield f"{clip['clip_uid']}/{annotation['annotation_uid']}_{i}", (*about, clip, query)
 
     yield from expand(_numbered(f"{label}.annotations", clip["annotations"]), queries)
 
 
 def parse(record: Any, label: str, context: Context) -> list[Example]:
-    video, clip, query = record
+    video, _, clip, query = record
     context.keys(query, ("query", "clip_start_sec", "clip_end_sec"), QUERY_KEYS)
     start, end = validation.check_window(
         "video_start_sec, video_end_sec",
@@ -82,4 +90,7 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
     return [context.example(name, label, "temporal", [turn], {"windows": [window]}, **changes)]
 
 
-FORMAT = Format("nlq", "Ego4D natural language queries", records, parse)
+FORMAT = Format(
+    *("nlq", "Ego4D natural language queries", records, parse),
+    split=lambda record, label: record[1],
+)

@@ -12,6 +12,7 @@ from typing import Any
 from tpo_jax.data import media as media_lib
 from tpo_jax.data import validation
 from tpo_jax.data import video as video_lib
+from tpo_jax.data.formats import splits
 from tpo_jax.data.problems import Invalid, Problem
 from tpo_jax.data.records import Example, Turn
 
@@ -41,7 +42,7 @@ class Context:
     `media` is None when the annotations are checked without their media; then names are only
     checked for safety. `source` names the data set in every example. `picture_rate` is the frame
     rate of folders of pictures where the annotations do not say it; `unlabelled`, whether the split
-    is one that is published without labels.
+    is one that is published without labels; `split`, which one is read where a file holds several.
     """
 
     file: pathlib.Path
@@ -50,6 +51,7 @@ class Context:
     ignore_keys: frozenset[str] = frozenset()
     picture_rate: float | None = None
     unlabelled: bool = False
+    split: str | None = None
 
     def keys(
         self, data: Any, required: Sequence[str], optional: Sequence[str] = (), field: str = ""
@@ -153,7 +155,9 @@ class Format:
     """A published annotation format.
 
     `records` walks a file or folder; `parse` makes examples of one record and raises Invalid.
-    `unlabelled`: whether it also reads splits that are published without labels.
+    `unlabelled`: whether it also reads splits that are published without labels. `split`: of
+    formats whose files may hold several, the name of that of a record and its label; None where
+    the record names none.
     """
 
     name: str
@@ -161,16 +165,24 @@ class Format:
     records: Callable[[Context], Iterator[Record]]
     parse: Callable[[Any, str, Context], Sequence[Example]]
     unlabelled: bool = False
+    split: Callable[[Any, str], Any] | None = None
 
     def read(self, context: Context) -> tuple[list[Draft], list[Problem]]:
-        """All good examples of a file, and what is wrong with the others."""
+        """All good examples of a file, and what is wrong with the others.
+
+        Raises:
+          splits.WrongSplit: `context.split` is missing, or is none that the file holds.
+        """
         drafts, problems = [], []
         file = str(context.file)
+        chosen = splits.Chosen(context.file, context.split)
         try:
             for label, record in self.records(context):
                 try:
                     if isinstance(record, Invalid):
                         raise record
+                    if self.split and not chosen.takes(self.split(record, label)):
+                        continue
                     examples = [
                         validation.check_example(example)
                         for example in self.parse(record, label, context)
@@ -181,6 +193,7 @@ class Format:
                     drafts += [Draft(example, file, label) for example in examples]
         except Invalid as invalid:  # the file as a whole
             problems.append(invalid.at(file, ""))
+        chosen.check()
         return drafts, problems
 
 

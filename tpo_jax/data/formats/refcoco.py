@@ -5,7 +5,7 @@ pixels) and `refs`, which name an annotation and its sentences.
 `refs(unc).p` was converted to `refs(unc).json` (pickles are not loaded; the error says how to
 convert one). With several, name the one: refcoco/refs(unc).json; instances.json is beside it.
 An image may be a frame of a video: `file_name` is the video then, `time` says which frame, in
-seconds.
+seconds. One file holds all splits (train, val, testA, ...): `split` of a ref says which.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tpo_jax.data import validation
-from tpo_jax.data.formats import asking
+from tpo_jax.data.formats import asking, splits
 from tpo_jax.data.formats.reading import (
     COCO_ABOUT,
     Context,
@@ -124,4 +124,7 @@ def _lookup(table: Mapping[Any, Any], key: Any, field: str) -> Mapping[str, Any]
     return table[key]
 
 
-FORMAT = Format("refcoco", "referring boxes, COCO JSON with refs", records, parse)
+FORMAT = Format(
+    *("refcoco", "referring boxes, COCO JSON with refs", records, parse),
+    split=lambda record, label: splits.of_key(record[0], "split"),
+)

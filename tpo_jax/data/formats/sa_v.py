@@ -3,8 +3,8 @@
 The training set is VIDEO_manual.json and VIDEO_auto.json: {"video_id", "video_duration" s,
 "video_frame_count", "masklet": [frame][object] RLE, "masklet_id": [...], "masklet_num", ...}. The
 validation and test sets are folders with Annotations_6fps/VIDEO/OBJECT/00004.png, not 0 where the
-object is. No object has words: each is a tracking example with masks, asked for by the box of the
-first frame that shows it.
+object is. `video_split` of a JSON says where it belongs. No object has words: each is a tracking
+example with masks, asked for by the box of the first frame that shows it.
 """
 
 from __future__ import annotations
@@ -99,4 +99,11 @@ def _listed(data: Any, k: int, rles: Any, context: Context) -> tuple[str, dict[s
     return name, masks.tracking_targets(times, checked)
 
 
-FORMAT = Format("sa_v", "SA-V masklets, JSON per video or PNG per object", records, parse)
+def _split(record: Any, label: str) -> Any:
+    """Of a JSON; folders of PNGs name none."""
+    return None if isinstance(record, pathlib.Path) else record[0].get("video_split")
+
+
+FORMAT = Format(
+    *("sa_v", "SA-V masklets, JSON per video or PNG per object", records, parse), split=_split
+)

@@ -2,6 +2,7 @@
 
 {"database": {video: {"annotations": [{"label", "segment": [s, e] in seconds}], "subset"?,
  "duration"?, "fps"?}}, "version"?, "taxonomy"?}
+One file holds all splits: `subset` says which.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tpo_jax.data import validation
+from tpo_jax.data.formats import splits
 from tpo_jax.data.formats.reading import Context, Format, Record, as_object, load_json
 from tpo_jax.data.records import Example, Turn
 
@@ -52,4 +54,7 @@ def _is_number(text: str) -> bool:
     return text.replace(".", "", 1).strip().isdigit()
 
 
-FORMAT = Format("thumos", "THUMOS14 / ActivityNet action segments JSON", records, parse)
+FORMAT = Format(
+    *("thumos", "THUMOS14 / ActivityNet action segments JSON", records, parse),
+    split=lambda record, label: splits.of_key(record, "subset"),
+)

@@ -67,6 +67,7 @@ class Source:
     ignore_keys: frozenset[str] = frozenset()
     frame_rate: float | None = None  # of folders of pictures whose annotations do not say it
     unlabelled: bool = False  # whether the split is published without labels
+    split: str | None = None  # which one is read where the annotations hold several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,9 @@ def read_source(source: Source, folder: MediaFolder | None) -> tuple[list[Draft]
     """The drafts of one annotation file and the problems in it.
 
     Raises:
-      PrepareError: it is said to have no labels, and its format reads no such splits.
+      PrepareError: it is said to have no labels, and its format reads no such splits; or a split is
+        named, and no file of its format holds several.
+      splits.WrongSplit: the file holds several, and none of them is named.
     """
     if source.unlabelled and not formats.get(source.format).unlabelled:
         known = [name for name, form in formats.FORMATS.items() if form.unlabelled]
@@ -179,9 +182,15 @@ def read_source(source: Source, folder: MediaFolder | None) -> tuple[list[Draft]
             f"unlabelled: the format {source.format} reads no splits without labels, "
             f"{', '.join(known)} do; leave it out"
         )
+    if source.split is not None and formats.get(source.format).split is None:
+        known = [name for name, form in formats.FORMATS.items() if form.split]
+        raise PrepareError(
+            f"split: {source.split!r}: files of the format {source.format} hold one split each, "
+            f"those of {', '.join(known)} may hold several; leave it out"
+        )
     context = Context(
         source.annotations, source.name, folder, source.ignore_keys, source.frame_rate,
-        source.unlabelled,
+        source.unlabelled, source.split,
     )  # fmt: skip
     return formats.get(source.format).read(context)
 

@@ -5,8 +5,8 @@ A manifest is `dataset.json` in the folder of the data set:
     {"name": "...", "media": "media", "annotations": [{"format": "native", "path": "a.jsonl"}]}
 
 Paths are relative to the folder and stay inside it. An entry may have a `frame_rate`, of folders of
-pictures whose annotations do not say it, and `"unlabelled": true` of a split that is published
-without labels.
+pictures whose annotations do not say it, `"unlabelled": true` of a split that is published without
+labels, and a `split`, the one to be read of annotations that hold several.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tpo_jax.data.problems import Invalid
 MANIFEST = "dataset.json"
 SETTING_KEYS = ("fps", "size", "encoding", "processes")
 SOURCE_KEYS = ("media", "format", "annotations", "name", "ignore_keys")
-OPTIONAL_KEYS = ("frame_rate", "unlabelled")
+OPTIONAL_KEYS = ("frame_rate", "unlabelled", "split")
 
 
 def from_manifest(folder: pathlib.Path, ignore_keys: frozenset[str] = frozenset()) -> list[Source]:
@@ -55,6 +55,7 @@ def _manifest_source(
     _check_format(f"{field}.format", entry["format"])
     _check_rate(f"{field}.frame_rate", entry.get("frame_rate"))
     _check_switch(f"{field}.unlabelled", entry.get("unlabelled", False))
+    _check_split(f"{field}.split", entry.get("split"))
     return Source(
         folder / safe_name(data["media"], "media"),
         entry["format"],
@@ -63,6 +64,7 @@ def _manifest_source(
         ignore_keys,
         entry.get("frame_rate"),
         entry.get("unlabelled", False),
+        entry.get("split"),
     )
 
 
@@ -78,6 +80,7 @@ def check_config(config: ConfigDict) -> None:
             _check_format(f"sources[{i}].format", source["format"])
             _check_rate(f"sources[{i}].frame_rate", source.get("frame_rate"))
             _check_switch(f"sources[{i}].unlabelled", source.get("unlabelled", False))
+            _check_split(f"sources[{i}].split", source.get("split"))
     except Invalid as error:
         raise PrepareError(f"config.{error}") from error
 
@@ -93,6 +96,7 @@ def from_config(config: ConfigDict) -> tuple[list[Source], Settings, int]:
             frozenset(source["ignore_keys"]),
             source.get("frame_rate"),
             source.get("unlabelled", False),
+            source.get("split"),
         )
         for i, source in enumerate(config.to_dict().get("sources", ()))
     ]
@@ -123,3 +127,8 @@ def _check_rate(field: str, rate: Any) -> None:
 def _check_switch(field: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise Invalid(field, value, "expected true or false", "correct it")
+
+
+def _check_split(field: str, value: Any) -> None:
+    if value is not None:
+        validation.check_text(field, value)

@@ -127,8 +127,9 @@ def _queries(rng: np.random.Generator, scene: Scene, name: str) -> list[dict[str
 
 
 def _saliency(rng: np.random.Generator, events: list[Event], seconds: int) -> dict[str, Any]:
-    """Clips that the windows touch, and three ratings: 4 for the best covered clip, or one less."""
-    starts = np.arange(0, seconds, CLIP_SECONDS)
+    """Whole clips that the windows touch, and three ratings: 4 for the best covered one, or one
+    less."""
+    starts = np.arange(0, seconds - CLIP_SECONDS + 1, CLIP_SECONDS)
     covered = sum(
         np.clip(np.minimum(starts + CLIP_SECONDS, e.end) - np.maximum(starts, e.start), 0, None)
         for e in events
