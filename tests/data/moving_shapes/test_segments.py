@@ -20,6 +20,7 @@ from tpo_jax.data.moving_shapes.annotations import MAX_WINDOWS, annotate_video
 from tpo_jax.data.moving_shapes.build import scene_name, scene_seed
 from tpo_jax.generation.pairs import KINDS_ABOUT_TIME, evidence_segment
 
+VIDEOS = 120  # the first ones that the studies test on
 CONFIG = WorldConfig(seconds=FULL.seconds, density=FULL.density)
 # A form that is turned by so many degrees looks as before.
 SYMMETRY = {"square": 90, "cross": 90, "bar": 180, "triangle": 360}
@@ -84,9 +85,9 @@ def read_examples(folder, annotations):
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """All questions about the videos that the studies test on."""
+    """All questions about these videos."""
     scenes, visible, annotations = {}, {}, []
-    for index in range(FULL.test):
+    for index in range(VIDEOS):
         name = scene_name("test", "video", index)
         scenes[name] = simulate(scene_seed(WORLD_SEED, "test", "video", index), CONFIG)
         rendered = render(scenes[name])
