@@ -22,7 +22,7 @@ Reference log-probabilities come with the batch, as from a sidecar. A ratio is t
 and the median of rounds is reported, beside the ratio of FLOPs; temporary memory is the compiler's
 figure for the gradient. Before any measurement both layouts have to agree in the loss.
 
-Neither has run on a GPU yet: on a CPU, on a tiny model, alone.
+Neither has run on a GPU yet, both on a CPU alone, on a tiny model.
 """
 
 from __future__ import annotations
