@@ -18,6 +18,7 @@ from fake_batches import (
 )
 
 from tests.models.oracle import dense_attention, visible
+from tpo_jax.models import xla_attention
 from tpo_jax.models.attention import prefix_attention
 from tpo_jax.models.config import LanguageConfig
 from tpo_jax.models.language import LanguageModel, bind
@@ -177,6 +178,25 @@ def test_value_and_gradient_of_the_decoder_equal_one_device(one_device, sizes):
     assert float(value) == pytest.approx(want_value, rel=1e-5)
     for path, leaf in flatten(gradients).items():
         difference = np.abs(np.asarray(leaf) - want[path]).max()
+        assert difference <= 1e-5 * np.abs(want[path]).max(), path
+
+
+def test_windows_and_branches_in_turns_equal_one_device(monkeypatch):
+    """24 branch tokens in three turns; a frame that is not there in the middle of a prefix, of
+    which the window counts nothing."""
+    config = dataclasses.replace(LANGUAGE, sliding_window=20, full_layers=1)
+    batch = pair_batch()
+    batch["prefix_segments"][1, 20:30] = 0
+    program, args = gradient_program(ONE, batch, config)
+    want_value, want = program(*args)
+    monkeypatch.setattr(xla_attention, "LONG", 8)
+    monkeypatch.setattr(xla_attention, "TURN", 8)
+    program, args = gradient_program(ALL_AXES, batch, config)
+    value, gradients = program(*args)
+    assert float(value) == pytest.approx(float(want_value), rel=1e-5)
+    want = flatten(want)
+    for path, leaf in flatten(gradients).items():
+        difference = np.abs(np.asarray(leaf) - np.asarray(want[path])).max()
         assert difference <= 1e-5 * np.abs(want[path]).max(), path
 
 
