@@ -108,21 +108,6 @@ def test_the_window_of_a_branch_does_not_count_padding(backend):
             np.testing.assert_allclose(out[b, r][seen], expected[seen], atol=2e-5)
 
 
-def test_splash_gradients_equal_xla_in_a_window():
-    (q, pk, pv, k, v), keywords = _windowed_case()
-    real = (keywords["q_segments"] > 0)[..., None, None]
-
-    def total(arrays, backend):
-        out = branch_attention(*arrays, **keywords, backend=backend)
-        return jnp.sum(jnp.where(real, jnp.sin(out), 0.0))
-
-    gradient = jax.jit(jax.grad(total), static_argnums=1)
-    want = gradient((q, pk, pv, k, v), "xla")
-    got = gradient((q, pk, pv, k, v), "splash_interpret")
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=3e-5)
-
-
 def test_without_mask_every_key_counts():
     q, k, v, _ = _prefix_case()
     expected = dense_attention(q[0], k[0], v[0], np.ones((12, 12), bool))
@@ -243,6 +228,81 @@ def test_a_long_row_holds_the_logits_of_one_turn(dtype):
     compiled = jax.jit(jax.grad(total)).lower([array] * 3, segments).compile()
     # The backward pass wants several arrays of 16 MiB, and blocks of a fourth of the row 1.5 GiB.
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * T * T / 8
+
+
+def _long_branch_case(window):
+    """Two rows of 3 branches of 70 tokens, 210 queries, behind prefixes of 300; packed segments,
+    padding inside a prefix and behind a branch, own tokens that a query sees only up to itself."""
+    shapes = [(2, 3, 70, N, H), (2, 300, G, H), (2, 300, G, H), (2, 3, 70, G, H), (2, 3, 70, G, H)]
+    prefix = np.array([np.repeat([1, 0, 1, 2], (90, 30, 60, 120)), [1] * 300], np.int32)
+    own = np.ones((2, 3, 70), np.int32)
+    own[0, 1], own[1, 0, 50:] = 2, 0
+    keywords = {"q_segments": own, "prefix_segments": prefix, "own_segments": own, "window": window}
+    if window is not None:
+        places = np.stack([np.cumsum(prefix == s, axis=1) - 1 for s in (0, 1, 2)])
+        lengths = places[..., -1] + 1
+        own_places = np.take_along_axis(lengths.T, own[:, :, 0], axis=1)[..., None] + np.arange(70)
+        of_prefix = np.take_along_axis(places, prefix[None], axis=0)[0]
+        keywords["positions"] = own_places, of_prefix, own_places
+    return _arrays(8, *shapes), keywords
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_branches_in_turns_are_branches_at_once_in_value_and_gradient(window, dtype, monkeypatch):
+    """210 queries against the prefix are five turns of 48, the last filled up; a branch's own 70
+    against themselves are two."""
+    arrays, keywords = _long_branch_case(window)
+    arrays = [x.astype(dtype) for x in arrays]
+
+    def found(arrays, backend="xla"):
+        def total(arrays):
+            out = branch_attention(*arrays, **keywords, backend=backend)
+            return jnp.sum(jnp.sin(3 * out.astype(jnp.float32))), out
+
+        gradient, out = jax.jit(jax.grad(total, has_aux=True))(arrays)
+        return [np.asarray(x, np.float32) for x in (out, *gradient)]
+
+    exact, once = found([x.astype(jnp.float32) for x in arrays], "dense"), found(arrays)
+    looped = _counted(monkeypatch)
+    monkeypatch.setattr(xla_attention, "LONG", 60)
+    monkeypatch.setattr(xla_attention, "TURN", 48)
+    turns = found(arrays)
+    assert looped == [(210, 300), (70, 70)]
+    for want, usual, got in zip(exact, once, turns, strict=True):
+        bound = 1e-6 * np.abs(want).max()
+        if dtype == jnp.bfloat16:
+            bound = 2 * np.abs(usual - want).max()
+        np.testing.assert_allclose(got, want, atol=bound)
+
+
+def _counted(monkeypatch):
+    """A list to which every call of `in_turns` adds its number of queries and of keys."""
+    calls, real = [], xla_attention.in_turns
+
+    def in_turns(q, k, *rest):
+        calls.append((q.shape[1], k.shape[1]))
+        return real(q, k, *rest)
+
+    monkeypatch.setattr(xla_attention, "in_turns", in_turns)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_branches_behind_a_long_prefix_hold_the_logits_of_one_turn(dtype):
+    """Compiled, not run: 4 branches of 512 tokens with one head behind 16,384, whose logits are
+    128 MiB at once and 16 MiB a turn."""
+    P, K, R = 16384, 4, 512
+    shapes = (1, K, R, 1, 8), *((1, P, 1, 8),) * 2, *((1, K, R, 1, 8),) * 2
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    segments = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, K, R), (1, P))]
+
+    def total(arrays, own, prefix):
+        out = branch_attention(*arrays, q_segments=own, prefix_segments=prefix, own_segments=own)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+    compiled = jax.jit(jax.grad(total)).lower(arrays, *segments).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * K * R * P
 
 
 @pytest.mark.parametrize("causal_offset", [None, 0, 5, -3])

@@ -73,6 +73,33 @@ def test_the_kernel_is_asked_for_the_rule(name, monkeypatch):
         assert options["mask"].shape[2:] == (T, S) and T % 2 == S % 2 == 0
 
 
+@pytest.mark.parametrize(
+    "T, rule, kernel",
+    [
+        (2456, "segments", "cudnn"),  # 5 bytes a query are 12,280, and 12 * 256 * 4 heads 12,288
+        (2458, "segments", "xla"),
+        (2458, "plain", "cudnn"),
+        (2458, "behind a prefix", "xla"),
+    ],
+)
+def test_long_rows_do_not_get_a_mask(T, rule, kernel, monkeypatch):
+    """Traced, not run."""
+    asked = []
+
+    def instead(q, k, v, **options):
+        asked.append(options)
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    options = {"causal_offset": 1 if rule == "behind a prefix" else 0}
+    if rule == "segments":
+        options["q_segments"] = options["kv_segments"] = np.ones((1, T), np.int32)
+    q, k = (jax.ShapeDtypeStruct((1, T, heads, H), jnp.bfloat16) for heads in (N, G))
+    run = functools.partial(attention, **options, backend="cudnn")
+    assert jax.eval_shape(run, q, k, k).shape == q.shape
+    assert len(asked) == (kernel == "cudnn")
+
+
 def value_and_gradient(run, inputs):
     def total(*inputs):
         out = run(*inputs).astype(jnp.float32)

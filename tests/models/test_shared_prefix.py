@@ -1,6 +1,7 @@
 """One preference step on a shared prefix is the same step on separate rows, in float32."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -68,8 +69,8 @@ def _tokens(segments, own):
     return (rng.integers(0, 128, part.shape).astype(np.int32) for part in (segments, own))
 
 
-def _model(backend):
-    config = dataclasses.replace(CONFIG, attention=backend, dropout=0.2)
+def _model(backend, window=None):
+    config = dataclasses.replace(CONFIG, attention=backend, dropout=0.2, sliding_window=window)
     return nnx.split(nnx.eval_shape(lambda: LanguageModel(config, rngs=Rngs(0))))
 
 
@@ -88,13 +89,13 @@ def _loss(logps, tokens, weights):
     return sum(weight * terms[name].mean() for name, weight in LOSSES.weights.items())
 
 
-def _step(backend):
+def _step(backend, window=None):
     """Function of (weights, rows, keys) -> (loss, gradient) of the layout of training.
 
     rows: prefix (tokens, positions, segments), branches likewise, and bool[2 B, K, R - 1], the
     tokens behind a branch's first that are answers of segment 1, and of 2, of each row.
     """
-    structure, _ = _model(backend)
+    structure, _ = _model(backend, window)
 
     def loss(state, prefix, branches, answers, keys):
         model = nnx.merge(structure, state)
@@ -133,11 +134,11 @@ def _shared_rows(segments, own):
     return (prefix, positions, segments), (branches, own_positions, own), answers
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=4)
 @jax.value_and_grad
-def _separate(state, tokens, segments, answers):
+def _separate(state, tokens, segments, answers, window=None):
     """Plain causal rows without branches: int32[2 B, K, T] each, answers bool[2 B, K, T - 1]."""
-    model = nnx.merge(_model("dense")[0], state)
+    model = nnx.merge(_model("dense", window)[0], state)
     rows = tokens.reshape(-1, tokens.shape[-1])
     positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
     hidden, _ = model.prefill(model.embed_tokens(rows), positions, segments.reshape(rows.shape))
@@ -208,6 +209,16 @@ def _check(got, want):
         np.testing.assert_allclose(
             leaves[path], leaf, rtol=0, atol=1e-5 * largest, err_msg=path
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash_interpret"])
+@pytest.mark.parametrize("case", ["padded", "packed"])
+def test_a_window_counts_the_tokens_of_a_row_alone(steps, backend, case):
+    """Three tokens back, behind padding, frames that are not there, and other packed rows."""
+    want = _separate(_weights(), *_separate_rows(*CASES[case]), 3)
+    whole, _ = _separate(_weights(), *_separate_rows(*CASES[case]))
+    assert abs(whole - want[0]) > 1e-3 * abs(whole), "the window hides nothing"
+    _check(_step(backend, 3)(_weights(), *_shared_rows(*CASES[case]), None), want)
 
 
 def test_loss_and_gradient_of_splash_over_several_of_its_blocks(steps):

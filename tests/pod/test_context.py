@@ -18,7 +18,8 @@ from fake_batches import (
 )
 
 from tests.models.oracle import dense_attention, visible
-from tpo_jax.models.attention import prefix_attention
+from tpo_jax.models import xla_attention
+from tpo_jax.models.attention import branch_attention, prefix_attention
 from tpo_jax.models.config import LanguageConfig
 from tpo_jax.models.language import LanguageModel, bind
 from tpo_jax.models.layers import Rngs
@@ -178,6 +179,47 @@ def test_value_and_gradient_of_the_decoder_equal_one_device(one_device, sizes):
     for path, leaf in flatten(gradients).items():
         difference = np.abs(np.asarray(leaf) - want[path]).max()
         assert difference <= 1e-5 * np.abs(want[path]).max(), path
+
+
+def test_windows_and_branches_in_turns_equal_one_device(monkeypatch):
+    """24 branch tokens in three turns; a frame that is not there in the middle of a prefix, of
+    which the window counts nothing."""
+    config = dataclasses.replace(LANGUAGE, sliding_window=20, full_layers=1)
+    batch = pair_batch()
+    batch["prefix_segments"][1, 20:30] = 0
+    program, args = gradient_program(ONE, batch, config)
+    want_value, want = program(*args)
+    monkeypatch.setattr(xla_attention, "LONG", 8)
+    monkeypatch.setattr(xla_attention, "TURN", 8)
+    program, args = gradient_program(ALL_AXES, batch, config)
+    value, gradients = program(*args)
+    assert float(value) == pytest.approx(float(want_value), rel=1e-5)
+    want = flatten(want)
+    for path, leaf in flatten(gradients).items():
+        difference = np.abs(np.asarray(leaf) - np.asarray(want[path])).max()
+        assert difference <= 1e-5 * np.abs(want[path]).max(), path
+
+
+def test_each_device_holds_its_part_of_the_logits_of_a_turn():
+    """Compiled, not run: 2,048 branch tokens with one head behind 16,384, whose logits are 128 MiB,
+    16 MiB a turn, and a device's part of these 2 MiB."""
+    P, K, R, C = 16384, 4, 512, 8
+    mesh = mesh_of({"context": C})
+    shapes = (1, K, R, 1, 8), *((1, P, 1, 8),) * 2, *((1, K, R, 1, 8),) * 2
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    segments = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, K, R), (1, P))]
+
+    def total(arrays, own, prefix):
+        out = branch_attention(*arrays, q_segments=own, prefix_segments=prefix, own_segments=own)
+        return jnp.sum(jnp.sin(out))
+
+    run = jax.jit(on_mesh(jax.grad(total), mesh), in_shardings=replicated(mesh))
+    compiled = run.lower(arrays, *segments).compile()
+    # Twelve such parts, 4 MiB of branches' own logits among them. Whole, a turn's are eight, and
+    # so are a device's of all queries at once.
+    assert compiled.memory_analysis().temp_size_in_bytes < 12 * 4 * 256 * P / C
+    sizes = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
+    assert max(np.prod([int(n) for n in size.split(",")]) for size in sizes) < 256 * P
 
 
 def test_a_split_row_takes_a_fraction_of_the_memory_and_keys_alone_travel_whole():

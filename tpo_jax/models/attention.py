@@ -5,14 +5,17 @@ carry the same segment id. A prefix attends to itself with offset 0; a branch at
 [prefix || itself] with offset P. Padding is segment 0 on both sides: a padded query sees padded
 keys, itself included, so that no row of the softmax is ever empty.
 
-A sliding window w hides keys that lie w or more tokens back. `attention` counts that distance by
-index. Branches count it by position, because padding may stand between a prefix and its branches;
-the kernels count by index in prefixes whose padding is moved to the front.
+A sliding window w hides keys that lie w or more tokens back. `attention` and `prefix_attention`
+count that distance by index, which is that of positions where no padding stands between tokens of
+one segment: models.language moves it behind them (`padding_last`). Branches count it by position,
+because other segments and padding stand between a prefix and its branches, and as the kernels
+count by index alone, branches in a window always take "xla".
 
 Backends: "auto" (`best_backend` of the devices), "xla" (everywhere, models.xla_attention), "dense"
 (the same without blocks or a backward pass of its own: to compare, and to count products), "cudnn"
-(NVIDIA, 16-bit), "splash" (TPU Pallas kernel, which never materialises logits), "splash_interpret"
-(the same kernel, slowly, on any device).
+(NVIDIA, 16-bit; "xla" where its mask would be larger than XLA's logits, `_mask_is_larger`),
+"splash" (TPU Pallas kernel, which never materialises logits), "splash_interpret" (the same kernel,
+slowly, on any device).
 
 On a mesh whose axis `context` is larger than 1, a prefix is split over it (parallel.context). Its
 queries stay where they are and its keys and values are gathered, layer by layer: with few key/value
@@ -40,10 +43,12 @@ from jax.sharding import PartitionSpec as P
 from tpo_jax.models.config import ATTENTION_BACKENDS
 from tpo_jax.models.splash_mask import CausalMask
 from tpo_jax.models.xla_attention import (
+    TURN,
     Rule,
     attend,
     in_blocks,
     in_turns,
+    in_turns_if_long,
     merge_heads,
     plain_attend,
 )
@@ -75,6 +80,24 @@ def _chosen(backend: str, q: jax.Array, context: int = 1) -> str:
     return best_backend(jax.default_backend(), q.dtype, q.shape[-1], context)
 
 
+def _wants_mask(q_segments: jax.Array | None, causal_offset: int | None) -> bool:
+    """Whether cuDNN's own causal rule, which starts at the first key, does not say all."""
+    return q_segments is not None or causal_offset not in (None, 0)
+
+
+def _mask_is_larger(
+    q: jax.Array, q_segments: jax.Array | None, causal_offset: int | None
+) -> bool:
+    """Whether cuDNN wants a mask for q float[B, T, N, H] that is larger than the logits of "xla".
+
+    For each key the mask has 5 bytes a query (bool, its bias and that one's gradient), whatever the
+    heads. XLA's turns have 12 bytes a head for `TURN` queries: logits and their gradient as
+    products in float32, and both in the 16 bits in which products read them.
+    """
+    _, T, N, _ = q.shape
+    return _wants_mask(q_segments, causal_offset) and 5 * T > 12 * TURN * N
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -103,6 +126,8 @@ def attention(
     if window is not None and causal_offset is None:
         raise ValueError(f"attention: window={window} needs a causal_offset")
     backend = _chosen(backend, q)
+    if backend == "cudnn" and _mask_is_larger(q, q_segments, causal_offset):
+        backend = "xla"
     if backend == "xla":
         rule = _rule(q, k, q_segments, kv_segments, causal_offset, window)
         if causal_offset is None:
@@ -167,7 +192,7 @@ def prefix_attention(
             k, v, kv_segments = (layout.gather(x) for x in (k, v, segments))
             places = order, jnp.arange(k.shape[1])
             rule = Rule((segments, kv_segments), places, (places[0][None], places[1][None]))
-            return in_turns(q, k, v, rule, window).astype(q.dtype)
+            return in_turns(q, k, v, rule, window)[0].astype(q.dtype)
 
         args = (q, k, v, segments, jnp.asarray(layout.order))
         return per_device(local, args, (place,) * 4 + (P(AXIS),), place)
@@ -196,8 +221,9 @@ def branch_attention(
 ) -> jax.Array:
     """K branches of a row attend to the row's prefix and each to itself.
 
-    The order of the prefix does not matter. Where it is split over `context` the xla path is taken
-    whatever the backend: its logits are float32[B, N, K * T, P / C] on a device.
+    The order of the prefix does not matter. Where it is split over `context`, and in a window, the
+    xla path is taken whatever the backend: its logits are float32[B, N, K * T, P / C] on a device,
+    of 256 queries at a time where that is long (models.xla_attention).
 
     Args:
       q: float[B, K, T, N, H].
@@ -212,16 +238,15 @@ def branch_attention(
     if (window is None) != (positions is None):
         raise ValueError("branch_attention: window and positions must be given together")
     backend = _chosen(backend, q, context_devices())
-    if backend in _PLAIN or not isinstance(own_offset, int) or context_devices() > 1:
-        part = plain_attend if backend == "dense" else attend
+    by_index = window is None and isinstance(own_offset, int) and context_devices() == 1
+    if backend in _PLAIN or not by_index:
+        part = plain_attend if backend == "dense" else in_turns_if_long
         return _two_part_attention(
             part, q, prefix_k, prefix_v, own_k, own_v, q_segments, prefix_segments, own_segments,
             own_offset, window, positions,
         )  # fmt: skip
     B, K, T = q.shape[:3]
     P = prefix_k.shape[1]
-    if window is not None:
-        prefix_k, prefix_v, prefix_segments = _padding_first(prefix_k, prefix_v, prefix_segments)
 
     def fold(x: jax.Array) -> jax.Array:
         return x.reshape(B * K, *x.shape[2:])
@@ -232,19 +257,17 @@ def branch_attention(
     out = attention(
         fold(q), joined(prefix_k, own_k), joined(prefix_v, own_v),
         q_segments=fold(q_segments), kv_segments=joined(prefix_segments, own_segments),
-        causal_offset=P + own_offset, window=window, backend=backend,
+        causal_offset=P + own_offset, backend=backend,
     )  # fmt: skip
     return out.reshape(q.shape)
 
 
-def _padding_first(k: jax.Array, v: jax.Array, segments: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, P, ...] with the padding behind each row's last token moved before its first."""
-    P = segments.shape[1]
-    real = segments > 0
-    last = jnp.max(jnp.where(real, jnp.arange(P) + 1, 0), axis=1)
-    order = (jnp.arange(P) + last[:, None]) % P
-    k, v = (jnp.take_along_axis(x, order[..., None, None], axis=1) for x in (k, v))
-    return k, v, jnp.take_along_axis(segments, order, axis=1)
+def padding_last(segments: jax.Array) -> jax.Array:
+    """int32[B, P]: the places of int32[B, P] segments in order, those of padding after the others.
+
+    Tokens of one packed segment then stand side by side, as a window by index wants them.
+    """
+    return jnp.argsort(segments == 0, axis=1, stable=True)
 
 
 def _two_part_attention(
@@ -256,7 +279,7 @@ def _two_part_attention(
 ) -> jax.Array:  # fmt: skip
     """One softmax over prefix and own keys; the prefix is never repeated K times.
 
-    part: `attend` or `plain_attend`.
+    part: `in_turns_if_long` or `plain_attend`.
     """
     B, K, T, N, H = q.shape
     # Logits are split as these are; the compiler reduces over `context` where it sums over tokens.
@@ -290,10 +313,10 @@ def _cudnn(
     q: jax.Array, k: jax.Array, v: jax.Array, q_segments: jax.Array | None,
     kv_segments: jax.Array | None, causal_offset: int | None, window: int | None,
 ) -> jax.Array:  # fmt: skip
-    """The kernel's own causal rule and window where they say all, which start at the first key;
-    else a mask bool[B or 1, 1, T, S], whose gradient wants even lengths."""
+    """The kernel's own causal rule and window where they say all; else a mask
+    bool[B or 1, 1, T, S], whose gradient wants even lengths."""
     run = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-    if q_segments is None and causal_offset in (None, 0):
+    if not _wants_mask(q_segments, causal_offset):
         back = None if window is None else (window - 1, 0)
         return run(q, k, v, is_causal=causal_offset == 0, local_window_size=back)
     mask = _rule(q, k, q_segments, kv_segments, causal_offset, window).visible(window)[:, :, :, 0]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tpo_jax.models.attention import branch_attention, prefix_attention
+from tpo_jax.models.attention import branch_attention, padding_last, prefix_attention
 from tpo_jax.models.config import LanguageConfig
 from tpo_jax.models.layers import (
     Carry,
@@ -44,7 +44,8 @@ class KVCache:
     """Keys (rotated) and values of every layer.
 
     k, v: float[L, B, P, G, H] for a prefix, float[L, B, K, R, G, H] for branches. On a mesh with a
-      `context` axis the P tokens lie as parallel.context.ContextLayout places them.
+      `context` axis the P tokens lie as parallel.context.ContextLayout places them, and in a model
+      with a sliding window in the order of `padding_last`.
     segments: None for a prefix; int32[B, K, R] for branches, segment of each cached token.
     positions: int32 of the shape of the cached tokens; None in a model without a sliding window.
     """
@@ -53,6 +54,29 @@ class KVCache:
     v: jax.Array
     segments: jax.Array | None = None
     positions: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """Where the layers have the tokens of a prefix: in `order` int32[B, P] (None: as they come),
+    and then as `layout` puts them."""
+
+    layout: ContextLayout
+    order: jax.Array | None
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """[B, P, ...] as it comes -> [B, P', ...] placed."""
+        return self.layout.spread(x if self.order is None else _taken(x, self.order))
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """The inverse of `spread`."""
+        x = self.layout.restore(x)
+        return x if self.order is None else _taken(x, jnp.argsort(self.order, axis=1))
+
+
+def _taken(x: jax.Array, places: jax.Array) -> jax.Array:
+    """[B, P, ...] at int32[B, P]."""
+    return jnp.take_along_axis(x, jnp.expand_dims(places, range(2, x.ndim)), axis=1)
 
 
 # Where a layer drops something, in the order of the numbers that tell the masks apart: what goes
@@ -195,10 +219,10 @@ class LanguageModel(nnx.Module):
 
         Returns: hidden float[B, P, D] and float[B, K, R, D] after the final norm.
         """
-        layout = ContextLayout.of(prefix[0].shape[1])
-        embeds, positions, segments = map(layout.spread, prefix)
+        places = self._places(prefix[2])
+        embeds, positions, segments = map(places.spread, prefix)
         prefix_keys, branch_keys = (None, None) if keys is None else keys
-        prefix_layer = self._prefix_layer(positions, segments, prefix_keys, layout)
+        prefix_layer = self._prefix_layer(positions, segments, prefix_keys, places.layout)
         branch_layer = self._branch_layer(*branches[1:], positions, segments, branch_keys)
 
         def apply(
@@ -212,7 +236,14 @@ class LanguageModel(nnx.Module):
 
         numbers = jnp.arange(self.config.depth)
         (x, own), _ = self._run(apply, (embeds, branches[0]), numbers)
-        return layout.restore(self.final_norm(x)), self.final_norm(own)
+        return places.restore(self.final_norm(x)), self.final_norm(own)
+
+    def _places(self, segments: jax.Array) -> _Places:
+        """The places of prefixes with these segments, int32[B, P]."""
+        slides = self.config.sliding_window is not None
+        return _Places(
+            ContextLayout.of(segments.shape[1]), padding_last(segments) if slides else None
+        )
 
     def prefill(
         self,
@@ -231,20 +262,22 @@ class LanguageModel(nnx.Module):
 
         Returns: hidden float[B, P, D] after the final norm, and the cache.
         """
-        layout = ContextLayout.of(embeds.shape[1])
-        embeds, positions, segments = map(layout.spread, (embeds, positions, segments))
-        apply = self._prefix_layer(positions, segments, keys, layout)
+        places = self._places(segments)
+        embeds, positions, segments = map(places.spread, (embeds, positions, segments))
+        apply = self._prefix_layer(positions, segments, keys, places.layout)
         x, (k, v) = self._run(apply, embeds, jnp.arange(self.config.depth))
         slides = self.config.sliding_window is not None
         cache = KVCache(k, v, positions=positions if slides else None)
-        return layout.restore(self.final_norm(x)), cache
+        return places.restore(self.final_norm(x)), cache
 
     def layer_states(
         self, embeds: jax.Array, positions: jax.Array, segments: jax.Array
     ) -> jax.Array:
         """float[L, B, P, D], what each layer of `prefill` hands on, before the final norm."""
-        layout = ContextLayout(embeds.shape[1], 1)
-        run = self._prefix_layer(positions, segments, None, layout)
+        places = self._places(segments)
+        places = dataclasses.replace(places, layout=ContextLayout(embeds.shape[1], 1))
+        embeds, positions, segments = map(places.spread, (embeds, positions, segments))
+        run = self._prefix_layer(positions, segments, None, places.layout)
 
         def apply(
             window: int | None, layer: DecoderBlock, x: jax.Array, number: jax.Array
@@ -252,7 +285,8 @@ class LanguageModel(nnx.Module):
             x, _ = run(window, layer, x, number)
             return x, x
 
-        return self._run(apply, embeds, jnp.arange(self.config.depth))[1]
+        states = self._run(apply, embeds, jnp.arange(self.config.depth))[1]
+        return jax.vmap(places.restore)(states)
 
     def _prefix_layer(
         self, positions: jax.Array, segments: jax.Array, keys: jax.Array | None,
@@ -300,7 +334,7 @@ class LanguageModel(nnx.Module):
 
         Returns: hidden float[B, K, T, D] after the final norm, and the updated `own`.
         """
-        prefix_segments = ContextLayout.of(prefix_segments.shape[1]).spread(prefix_segments)
+        prefix_segments = self._places(prefix_segments).spread(prefix_segments)
         apply = self._branch_layer(
             positions, segments, prefix.positions, prefix_segments, keys, own, index
         )

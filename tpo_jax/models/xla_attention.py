@@ -4,8 +4,8 @@
 each query's sum instead of the weights, computes them again, and takes the gradient of the softmax
 from the outputs (the sum of weight * gradient over keys is output . gradient). So the logits of one
 call exist at a time, and a row that is cut into calls holds those of one block: of a fourth of its
-queries, or of `TURN` in a long row. `plain_attend` is the same function, differentiated by JAX:
-slower and larger, with products as textbooks count them.
+queries, or of `TURN` in a long row and of branches behind a long prefix. `plain_attend` is the same
+function, differentiated by JAX: slower and larger, with products as textbooks count them.
 
 Axes: B batch, T queries, S keys, G key/value heads, N = G * n query heads, H head dim.
 """
@@ -23,8 +23,9 @@ MASKED = -1e9
 # A causal row is cut so that a block has at least this many queries, and into at most so many
 # blocks: more save little and take their time to compile.
 _BLOCK_QUERIES, _BLOCKS = 128, 4
-# The blocks of a row of more queries than `LONG` are taken `TURN` queries at a time: a fourth of
-# such a row is too many logits, and so many queries still fill a matrix product.
+# The blocks of a row of more queries than `LONG` are taken `TURN` queries at a time, and so are
+# branches with more logits than such a row: a fourth of it is too many, and so many queries still
+# fill a matrix product.
 LONG, TURN = 2048, 256
 
 _product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
@@ -136,15 +137,23 @@ def in_blocks(
         queries = slice(start, min(start + size, T))
         keys = slice(0, min(max(queries.stop + causal_offset, 1), S))
         block = q[:, queries], k[:, keys], v[:, keys], rule.block(queries, keys)
-        outs.append(in_turns(*block, window) if T > LONG else attend(*block, window)[0])
+        outs.append((in_turns if T > LONG else attend)(*block, window)[0])
     return jnp.concatenate(outs, axis=1)
+
+
+def in_turns_if_long(
+    q: jax.Array, k: jax.Array, v: jax.Array, rule: Rule, window: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """`attend`, in turns where there are more logits than a row of `LONG` tokens has."""
+    T, S = q.shape[1], k.shape[1]
+    return (in_turns if T > TURN and T * S > LONG**2 else attend)(q, k, v, rule, window)
 
 
 def in_turns(
     q: jax.Array, k: jax.Array, v: jax.Array, rule: Rule, window: int | None
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """`attend`, `TURN` queries after `TURN` in a loop: float32[B, G, TURN, n, S] logits exist at a
-    time, in the backward pass too. float32[B, T, N, H]."""
+    time, in the backward pass too."""
     T, size = q.shape[1], min(TURN, q.shape[1])
     count = -(-T // size)
 
@@ -155,17 +164,23 @@ def in_turns(
         x = jnp.pad(x, padding).reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
+    def joined(x: jax.Array, axis: int) -> jax.Array:
+        """The inverse of `cut`."""
+        x = jnp.moveaxis(x, 0, axis)
+        x = x.reshape(*x.shape[:axis], count * size, *x.shape[axis + 2 :])
+        return jax.lax.slice_in_dim(x, 0, T, axis=axis)
+
     # Of each turn keys and values get a gradient; float32 is what these are added up in.
     wide = k.astype(jnp.float32), v.astype(jnp.float32)
     of_queries = [None if pair is None else cut(pair[0], pair[0].ndim - 1) for pair in rule]
 
-    def turn(block: tuple[jax.Array, list[jax.Array | None]]) -> jax.Array:
+    def turn(block: tuple[jax.Array, list[jax.Array | None]]) -> tuple[jax.Array, jax.Array]:
         q, places = block
         pairs = (None if x is None else (x, pair[1]) for x, pair in zip(places, rule, strict=True))
-        return attend(q, wide[0].astype(k.dtype), wide[1].astype(v.dtype), Rule(*pairs), window)[0]
+        return attend(q, wide[0].astype(k.dtype), wide[1].astype(v.dtype), Rule(*pairs), window)
 
-    outs = jax.lax.map(turn, (cut(q, 1), of_queries))
-    return jnp.moveaxis(outs, 0, 1).reshape(q.shape[0], count * size, *q.shape[2:])[:, :T]
+    out, log_sum = jax.lax.map(turn, (cut(q, 1), of_queries))
+    return joined(out, 1), joined(log_sum, 2)
 
 
 def _logits(q: jax.Array, k: jax.Array, mask: jax.Array | None) -> jax.Array:
