@@ -84,28 +84,29 @@ def uniform(timestamps: np.ndarray, count: int, start: float | None = None,
     return inside[0] + _nearest(timestamps[inside], middles)
 
 
-def frames_at_one_fps(frames: int, fps: float, most: int, *, force: bool = False) -> np.ndarray:
-    """int64[n]: frame numbers as LLaVA-Video samples them.
+def frames_at_one_fps(frames: int, fps: float, most: int) -> np.ndarray:
+    """int64[n]: frame numbers as LLaVA-NeXT samples them without `force_sample`.
 
-    One frame a second; where that is more than `most`, or with `force`, exactly `most` spread
-    evenly over the whole video, first and last included.
+    One frame a second; where that is more than `most`, exactly `most` spread evenly over the whole
+    video, first and last included.
     """
-    step = max(round(fps), 1)
-    indices = np.arange(0, frames, step)
-    if most > 0 and (force or len(indices) > most):
-        return np.linspace(0, frames - 1, most, dtype=int)
-    return indices
+    indices = np.arange(0, frames, max(round(fps), 1))
+    return evenly(frames, most) if len(indices) > most else indices
 
 
 def evenly(frames: int, count: int) -> np.ndarray:
-    """int64[count]: frame numbers from the first to the last (LongVA, Video-LLaVA)."""
+    """int64[count]: frame numbers from the first to the last (LLaVA, LongVA)."""
     return np.linspace(0, frames - 1, count, dtype=int)
 
 
 def middles(frames: int, count: int) -> np.ndarray:
-    """int64[count]: the middles of `count` equal parts (VideoChat2)."""
-    edges = np.linspace(0, frames, count + 1).astype(int)
-    return (edges[:-1] + edges[1:] - 1) // 2
+    """int64[count]: the middles of `count` equal parts (VideoChat2).
+
+    Of fewer frames all of them, and the last one again.
+    """
+    parts = min(count, frames)
+    edges = np.linspace(0, frames, parts + 1).astype(int)
+    return np.pad((edges[:-1] + edges[1:] - 1) // 2, (0, count - parts), mode="edge")
 
 
 def _published(choose: Callable[[int, float, int], np.ndarray]) -> Sampler:
