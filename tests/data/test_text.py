@@ -204,6 +204,20 @@ def test_template_refuses_other_versions_and_keys():
         ChatTemplate.from_json(good | {"usr": "x"})
 
 
+def test_further_stops_are_kept_by_name_and_no_part_of_an_answers_text(codec, tmp_path):
+    (mark,) = codec.encode("!")
+    stops = ("<bos>", "!")
+    TextCodec(codec.tokenizer, ChatTemplate(stops=stops)).save(tmp_path)
+    loaded = TextCodec.load(tmp_path)
+    assert loaded.template.stops == stops
+    assert loaded.stop_ids == (codec.eos_id, codec.special_ids["<bos>"], mark)
+    ids = [*codec.encode("a blue star"), mark]
+    assert (loaded.decode(ids), codec.decode(ids)) == ("a blue star", "a blue star!")
+    assert "stops" not in codec.template.to_json() and codec.stop_ids == (codec.eos_id,)
+    with pytest.raises(ValueError, match="template.stops: '<end>' is not in the tokenizer"):
+        TextCodec(codec.tokenizer, ChatTemplate(stops=("<end>",)))
+
+
 def test_template_must_fit_the_tokenizer(codec):
     with pytest.raises(ValueError, match="before_video: 2 tokens, but visual_offset is 3"):
         TextCodec(codec.tokenizer, ChatTemplate(visual_offset=3))

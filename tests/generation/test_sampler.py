@@ -10,6 +10,7 @@ from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.pipeline import row_builder
 from tpo_jax.data.records import Turn
 from tpo_jax.data.rows import BranchPlan, RowPlan, stack_rows
+from tpo_jax.data.text import TextCodec
 from tpo_jax.generation.sampler import Sampler, Sampling, branch_keys, keep_top_p, with_answers
 from tpo_jax.parallel import rules
 from tpo_jax.parallel.mesh import make_mesh
@@ -154,6 +155,22 @@ def test_several_head_calls_in_one_answer_are_collected_and_capped(
     routed = np.isin(out.tokens, [codec.special_ids[t] for t in ("<box_begin>", "<time_begin>")])
     assert (slots.sum(-1) == calls).all()
     assert (slots[..., 1:] == routed[..., :-1]).all()  # every routing token has its slot
+
+
+def test_an_answer_stops_at_any_of_the_stops_of_the_template(model, codec, params, prompts):
+    """<bos> is barred where it is no stop, and the model would go on without it."""
+    first, second = codec.encode("it")[0], codec.encode("moves")[0]
+    bos = codec.special_ids["<bos>"]
+    says = that_says(params, codec, first, bos, second, codec.eos_id)
+    stopping = TextCodec(codec.tokenizer, dataclasses.replace(codec.template, stops=("<bos>",)))
+    sampler = Sampler(model, stopping, Sampling(max_new=4))
+    out = sampler.generate(says, sampler.prefill(says, prompts), prompts, keys_of(prompts))
+    used = np.asarray(out.lengths) > 0
+    assert used.sum() == 5 and np.asarray(out.finished)[used].all()
+    assert (np.asarray(out.tokens)[used] == [first, bos, codec.pad_id, codec.pad_id]).all()
+    assert (np.asarray(out.lengths)[used] == 2).all()
+    assert stopping.decode([first, bos]) == codec.decode([first])
+    assert not Sampler(model, codec, GREEDY)._vocabulary.free[bos]
 
 
 @pytest.fixture(scope="module")

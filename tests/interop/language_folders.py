@@ -80,7 +80,8 @@ def write_tokenizer(folder: pathlib.Path) -> None:
         "pad_token": "<pad>", "chat_template": CHATML,
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 301}))
+    end = tokenizer.token_to_id("<|im_end|>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
 
 
 def random_tensors(config: dict, dtype=np.float32, seed: int = 0) -> dict[str, np.ndarray]:

@@ -11,9 +11,9 @@ import pytest
 import safetensors.numpy
 from language_folders import CONFIGS, GOLDEN, GOLDEN_EVERY, tokens_of, write_folder
 
-from tpo_jax.data.text import TextCodec
+from tpo_jax.data.text import TextCodec, train_tokenizer
 from tpo_jax.interop import folder, huggingface, tensors
-from tpo_jax.interop.chat_template import ChatTemplateError
+from tpo_jax.interop.chat_template import ChatTemplateError, stop_tokens
 from tpo_jax.interop.check_language import forward
 from tpo_jax.interop.export import ExportFolderError, export_model, import_model
 from tpo_jax.interop.huggingface import HuggingFaceError, language_config
@@ -188,6 +188,68 @@ def test_broken_folders_are_named(tmp_path):
     write_folder(tmp_path / "fine", "llama")
     with pytest.raises(ExportFolderError, match="in the Hugging Face layout already"):
         export_model(tmp_path / "fine", tmp_path / "exported")
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "special", "stops"),
+    [
+        ({"eos_token_id": [11, 2, 1]}, {"eos_token_id": 0}, {}, ("<eos>", "<bos>")),
+        ({"eos_token_id": 2}, {}, {}, ("<eos>",)),
+        ({"temperature": 1.0}, {"eos_token_id": [11, 1]}, {}, ("<bos>",)),
+        ({}, {"text_config": {"eos_token_id": 1}}, {}, ("<bos>",)),
+        ({}, {}, {"eos_token": {"content": "<eos>"}}, ("<eos>",)),
+        ({}, {}, {}, ()),
+    ],
+)
+def test_stops_come_from_the_file_that_generation_reads(
+    tmp_path, generation, config, special, stops
+):
+    """generation_config.json, then config.json, then the tokenizer's; the end itself is none."""
+    tokenizer = train_tokenizer(["a"], 270)
+    path = folder.epath.Path(tmp_path)
+    for name, values in (("generation_config", generation), ("config", config),
+                         ("tokenizer_config", special)):  # fmt: skip
+        (path / f"{name}.json").write_text(json.dumps(values))
+    assert stop_tokens(path, tokenizer, tokenizer.id_to_token(11)) == stops
+
+
+@pytest.mark.parametrize("number", [331, -1, 2**40, "<eos>"])
+def test_a_stop_outside_of_the_vocabulary_is_refused(tmp_path, number):
+    write_folder(tmp_path / "source", "qwen2")
+    file = tmp_path / "source/generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [2, number]}))
+    message = rf"generation_config.json: eos_token_id has {number!r}, expected ids of tokenizer"
+    with pytest.raises(ChatTemplateError, match=message):
+        import_model(tmp_path / "source", tmp_path / "model")
+
+
+def test_published_stops_reach_the_model_folder_and_go_back_out(tmp_path):
+    """Of a language folder as they came, of a model that was trained on it in a file like it."""
+    source, model, out = (tmp_path / name for name in ("source", "model", "out"))
+    write_folder(source, "qwen2")
+    codec = folder.load_codec(source)
+    assert codec.template.stops == ()  # one id, the end of the chat template
+    stops = [codec.eos_id, codec.special_ids["<eos>"]]
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    import_model(source, model)
+    for path in (source, model):
+        assert folder.load_codec(path).stop_ids == tuple(stops)
+    assert json.loads((model / "template.json").read_text())["stops"] == ["<eos>"]
+    export_model(model, out)
+    name = "generation_config.json"
+    assert (out / name).read_bytes() == (source / name).read_bytes()
+
+    config, codec = folder.load_config(source, preset("micro")), folder.load_codec(model)
+    params = jax.tree.map(
+        lambda x: np.zeros(x.shape, np.float32), FunctionalModel(config).abstract()
+    )
+    folder.save_model(tmp_path / "trained", config, params, codec)
+    export_model(tmp_path / "trained", tmp_path / "whole")
+    inner = tmp_path / "whole/language_model"
+    assert json.loads((inner / name).read_text())["eos_token_id"] == stops
+    assert huggingface.open_codec(inner).template == codec.template
+    import_model(tmp_path / "whole", tmp_path / "back")
+    assert folder.load_codec(tmp_path / "back").stop_ids == tuple(stops)
 
 
 def test_known_extras_are_listed_and_others_refused(tmp_path):

@@ -10,12 +10,15 @@ import made (test_check_family.py fills them by the published names).
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from tests.interop.families.configs import (
@@ -207,20 +210,55 @@ def test_images_in_tiles_from_files_to_logits(full, tmp_path):
 @pytest.mark.parametrize("full", ["llava_onevision", "video_llava"], indirect=True)
 def test_the_sampler_gives_the_same_64_tokens(full):
     ours, theirs = full
-    sampler = Sampler(ours.model, ours.codec, Sampling(max_new=STEPS))
-    context = sampler.prefill(ours.params, ours.batch)
-    keys = branch_keys(0, np.zeros((1, 1), np.uint32))
-    found = sampler.generate(ours.params, context, ours.batch, keys)
+    found = sampled(ours.model, ours.codec, ours.params, ours.batch)
     assert int(found.lengths[0, 0]) == STEPS  # no <eos>
-    barred = sorted(set(ours.codec.special_ids.values()) - {ours.codec.eos_id})
-    inputs = inputs_of(ours.pixels(), ours.ids)
-    expected = theirs.generate(
-        **inputs, do_sample=False, max_new_tokens=STEPS, eos_token_id=None, pad_token_id=0,
-        suppress_tokens=[*barred, *range(ours.codec.vocab_size, VOCABULARY)],
-    )  # fmt: skip
     tokens = found.tokens[0, 0].tolist()
-    assert tokens == expected[0, inputs["input_ids"].shape[1] :].tolist()
+    assert tokens == generated(ours, theirs, ours.codec, eos_token_id=None)
     assert len(set(tokens)) > 8  # not one token over and over
+
+
+def sampled(model, codec, params, batch):
+    """Our greedy answer to a `prompt`."""
+    sampler = Sampler(model, codec, Sampling(max_new=STEPS))
+    keys = branch_keys(0, np.zeros((1, 1), np.uint32))
+    return sampler.generate(params, sampler.prefill(params, batch), batch, keys)
+
+
+def generated(ours, theirs, codec, **options):
+    """The greedy answer of `transformers` to the prompt of `ours`, without the tokens that our
+    sampler bars: added ones that are no stops, and rows of no token."""
+    barred = sorted(set(codec.special_ids.values()) - set(codec.stop_ids))
+    inputs = inputs_of(ours.pixels(), ours.ids)
+    out = theirs.generate(
+        **inputs, do_sample=False, max_new_tokens=STEPS, pad_token_id=0,
+        suppress_tokens=[*barred, *range(codec.vocab_size, VOCABULARY)], **options,
+    )  # fmt: skip
+    return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("full", ["llava_onevision"], indirect=True)
+def test_both_stop_at_the_second_stop_of_generation_config(full, tmp_path):
+    """As of Qwen2, where a model says <|endoftext|> instead of <|im_end|>. `transformers` takes the
+    list from the folder that we export, the sampler from our model folder."""
+    ours, theirs = full
+    tokens = generated(ours, theirs, ours.codec, eos_token_id=None)
+    at = next(i for i in range(8, STEPS) if tokens[i] not in tokens[:i])
+    ids = [ours.codec.special_ids[name] for name in ("<|im_end|>", "<|endoftext|>")]
+    source, model, out = (tmp_path / name for name in ("source", "model", "out"))
+    shutil.copytree(ours.path / "source", source)
+    weights = {key: np.array(value) for key, value in read_tensors(source).items()}
+    (head,) = (value for key, value in weights.items() if key.endswith("lm_head.weight"))
+    head[ids[1]] = 1.01 * head[tokens[at]]  # wherever that token was the best, this is better
+    safetensors.numpy.save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    import_family(source, model)
+    export_family(model, out, source)
+    stopping, params, codec = load(model)
+    found = sampled(stopping, codec, params, ours.batch)
+    length = int(found.lengths[0, 0])
+    answer = found.tokens[0, 0, :length].tolist()
+    assert bool(found.finished[0, 0]) and answer[-1] == ids[1] and 1 < length <= at + 1 < STEPS
+    assert answer == generated(ours, load_whole(out), codec)
 
 
 @pytest.mark.parametrize("name", COMPOSED)

@@ -128,7 +128,8 @@ def test_fingerprint_ignores_dropout_and_sees_weights_and_frames():
     language = dataclasses.replace(model.config.language, dropout=0.1)
     dropped = dataclasses.replace(model.config, language=language)
     assert make_print(dropped, params, codec, 8) == base
-    shown = TextCodec(codec.tokenizer, dataclasses.replace(codec.template, frames=8))
+    shown = TextCodec(codec.tokenizer, dataclasses.replace(
+        codec.template, frames=8, stops=("<bos>",)))
     assert make_print(model.config, params, shown, 8) == base
     assert make_print(model.config, params, codec, 4).bucket != base.bucket
     table = params["language"]["embed"]["table"].at[0, 0].add(1.0)

@@ -48,7 +48,7 @@ class _TaskTokens(Mapping):
 
 
 # Entries of template.json that folders written before them lack, and what they mean there.
-_YOUNGER = {"sampling": "uniform", "frames": 0, "time_instruction": False}
+_YOUNGER = {"sampling": "uniform", "frames": 0, "time_instruction": False, "stops": ()}
 TASK_TOKENS: Mapping[str, tuple[str | None, str]] = _TaskTokens()
 _MARKER = re.compile(r"<(/?[A-Za-z_]+)>")
 
@@ -116,7 +116,8 @@ class ChatTemplate:
 
     sampling: how frames of a video are chosen, of data.sampling.SAMPLERS. frames: how many, as the
     model was published; 0: as many as it takes. time_instruction: whether the times of the frames
-    are told in words, by `time_instruction`, after the video.
+    are told in words, by `time_instruction`, after the video. stops: tokens beside `end` at which
+    an answer stops, too; a model may have learnt to say them, though no label here has them.
     """
 
     before_video: str = "<bos><video>"
@@ -131,6 +132,7 @@ class ChatTemplate:
     sampling: str = "uniform"
     frames: int = 0
     time_instruction: bool = False
+    stops: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.sampling not in SAMPLERS:
@@ -153,7 +155,7 @@ class ChatTemplate:
         names = {field.name for field in dataclasses.fields(cls)}
         if wrong := names ^ value.keys():
             raise UserError(f"{where}: missing or unknown keys {sorted(wrong)}.")
-        return cls(**value)
+        return cls(**value | {"stops": tuple(value["stops"])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +224,8 @@ class TextCodec:
         self._spaced = "".join(alone).startswith("▁")
         self.pad_id, = self._template_ids("pad")
         self.eos_id = self._template_ids("end")[-1]
+        # Where a generated answer stops; the first is the one that labels have.
+        self.stop_ids = tuple(dict.fromkeys((self.eos_id, *map(self._stop_id, t.stops))))
         self._before = {m: self._template_ids(f"before_{m}") for m in ("video", "image")}
         self._after = {m: self._template_ids(f"after_{m}") for m in ("video", "image")}
         self._user, self._assistant, self._end = (
@@ -238,6 +242,7 @@ class TextCodec:
         if len(self._after["video"]) != len(self._after["image"]):
             raise UserError("template: after_video and after_image differ in number of tokens.")
         self._names = {id: name for name, id in self.special_ids.items()}
+        self._names |= {id: tokenizer.id_to_token(id) for id in self.stop_ids[1:]}
         self._markers = {}  # (routing id, slot id) -> marker; the box has no routing id
         for head, (routing, slot) in TASK_TOKENS.items():
             if slot in self.special_ids:
@@ -246,6 +251,15 @@ class TextCodec:
     def __reduce__(self):
         # The tokenizer's own pickle forgets encode_special_tokens.
         return TextCodec, (self.tokenizer, self.template)
+
+    def _stop_id(self, token: str) -> int:
+        """Id of a token of `template.stops`, which need not be a special one."""
+        number = self.tokenizer.token_to_id(token)
+        if number is None:
+            raise UserError(
+                f"template.stops: {token!r} is not in the tokenizer, expected one of its tokens; "
+                "correct template.json or import the model again.")
+        return number
 
     def _template_ids(self, field: str) -> list[int]:
         """Ids of one template text; special tokens by name, the rest as ordinary text."""

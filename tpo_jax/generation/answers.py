@@ -50,7 +50,7 @@ class Settings:
     Attributes:
       evidence: how frames are drawn.
       filters: which pairs are kept.
-      max_new: answer tokens at most, <eos> included.
+      max_new: answer tokens at most, the stop included.
       temperature, top_p: of sampling; temperature 0 is greedy.
       questions: most questions of a video.
       samples: pairs drawn for a question; the first that passes the filters is kept.

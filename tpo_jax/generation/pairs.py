@@ -144,7 +144,7 @@ class EvidenceSettings:
 class Answer:
     """One sampled answer.
 
-    `length` counts tokens, with <eos> if `finished`; `logp` is the sum of log-probabilities at
+    `length` counts tokens, with its stop if `finished`; `logp` is the sum of log-probabilities at
     temperature 1 under the frames that it was sampled with.
     """
 

@@ -50,7 +50,7 @@ class Sampling:
     """How answers are drawn; part of the compiled program.
 
     Attributes:
-      max_new: answer tokens at most, <eos> included.
+      max_new: answer tokens at most, the stop included.
       events: E, head calls per answer; once an answer has made E calls, routing tokens are barred.
       temperature: 0 is greedy.
       top_p: the smallest set of tokens with at least this probability is drawn from.
@@ -94,9 +94,10 @@ class Generation:
     """Answers and the head calls in them.
 
     Attributes:
-      tokens: int32[B, K, N]; <eos> included, <pad> after it.
-      lengths: int32[B, K]; <eos> included; 0 for an unused branch.
-      finished: bool[B, K], whether <eos> was drawn.
+      tokens: int32[B, K, N]; the stop (<eos>, or another of `TextCodec.stop_ids`) included, <pad>
+        after it.
+      lengths: int32[B, K]; the stop included; 0 for an unused branch.
+      finished: bool[B, K], whether a stop was drawn.
       logps: float32[B, K, N] log-probabilities at temperature 1; 0 for forced tokens and padding.
       event_states: float32[B, K, E, D] hidden states at slots.
       event_heads: int32[B, K, E], index into the model's heads, -1 for no event.
@@ -121,13 +122,15 @@ class _Vocabulary:
     """Constant tables over token ids.
 
     Attributes:
-      free: bool[V], tokens that may be drawn: text, <eos>, routing tokens of the model's heads.
+      free: bool[V], tokens that may be drawn: text, stops, routing tokens of the model's heads.
+      stops: bool[V], tokens at which an answer stops.
       routing: bool[V].
       slot_after: int32[V], slot token forced after a routing token, -1 elsewhere.
       head_of: int32[V], head index of a slot token, -1 elsewhere.
     """
 
     free: np.ndarray
+    stops: np.ndarray
     routing: np.ndarray
     slot_after: np.ndarray
     head_of: np.ndarray
@@ -136,7 +139,8 @@ class _Vocabulary:
     def build(cls, codec: TextCodec, heads: tuple[str, ...], size: int) -> _Vocabulary:
         free = np.arange(size) < codec.vocab_size
         free[list(codec.special_ids.values())] = False
-        free[codec.eos_id] = True
+        stops = np.isin(np.arange(size), codec.stop_ids)
+        free |= stops
         slot_after, head_of = np.full(size, -1, np.int32), np.full(size, -1, np.int32)
         for index, head in enumerate(heads):
             tokens = (HEADS[head].routing_token, HEADS[head].slot_token)
@@ -144,7 +148,7 @@ class _Vocabulary:
             free[routing_id] = True
             slot_after[routing_id] = slot_id
             head_of[slot_id] = index
-        return cls(free, slot_after >= 0, slot_after, head_of)
+        return cls(free, stops, slot_after >= 0, slot_after, head_of)
 
 
 class Sampler:
@@ -338,13 +342,13 @@ class Sampler:
             embeds, (position + index)[..., None], (~done).astype(jnp.int32)[..., None],
             context.prefix, context.prefix_segments, state["cache"], free + index)
         hidden = hidden[..., 0, :]
-        generation = _record(state["generation"], index, done, token, logp,
-                             token == self.codec.eos_id)
+        ends = tables["stops"][token]
+        generation = _record(state["generation"], index, done, token, logp, ends)
         generation = _record_event(generation, index, head, count, hidden)
         return {
             "step": index + 1, "hidden": hidden, "cache": cache,
             "forced": jnp.where(done, -1, tables["slot_after"][token]),
-            "done": done | (token == self.codec.eos_id),
+            "done": done | ends,
             "count": count + (head >= 0), "generation": generation,
         }
 

@@ -1,4 +1,4 @@
-"""The published chat template (Jinja) of a checkpoint as the program's ChatTemplate.
+"""The published chat template (Jinja) of a checkpoint as the program's ChatTemplate, and its stops.
 
 The template is rendered once with a question and an answer that stand for themselves; the texts
 around them are what ChatTemplate holds. For a language model a video stands at the start of the
@@ -21,7 +21,8 @@ _AFTER_VISUAL = "\n"
 
 
 class ChatTemplateError(UserError):
-    """A chat template that is missing or cannot be split; the message names the fix."""
+    """A chat template that is missing or cannot be split, or a stop that is no token; the message
+    names the fix."""
 
 
 def read_chat_template(directory: epath.Path) -> str | None:
@@ -153,6 +154,44 @@ def special_tokens(directory: epath.Path) -> dict[str, str]:
             if value:
                 found[name] = value
     return found
+
+
+def stop_tokens(directory: epath.Path, tokenizer: Any, end: str) -> tuple[str, ...]:
+    """Texts of the tokens beside `end` at which answers of a checkpoint stop.
+
+    They are `eos_token_id` of generation_config.json, an id or a list; of config.json where that
+    file does not say; the tokenizer's eos_token where neither does.
+
+    Args:
+      tokenizer: tokenizers.Tokenizer.
+
+    Raises:
+      ChatTemplateError: an id that is not in the tokenizer's vocabulary.
+    """
+    for name in ("generation_config.json", "config.json"):
+        about = read_json(directory / name)
+        # A multimodal config.json may leave it to the part that is the language model.
+        parts = (about, about.get("text_config") or {}, about.get("llm_config") or {})
+        given = [part["eos_token_id"] for part in parts if part.get("eos_token_id") is not None]
+        if given:
+            ids = given[0] if isinstance(given[0], list) else given[:1]
+            texts = [_token_of(number, tokenizer, directory / name) for number in ids]
+            break
+    else:
+        texts = [special_tokens(directory).get("eos_token", end)]
+    return tuple(text for text in dict.fromkeys(texts) if text != end)
+
+
+def _token_of(number: Any, tokenizer: Any, file: epath.Path) -> str:
+    """Text of the token with an id that a file says."""
+    is_id = isinstance(number, int) and 0 <= number < 2**32
+    text = tokenizer.id_to_token(number) if is_id else None
+    if text is None:
+        raise ChatTemplateError(
+            f"{file}: eos_token_id has {number!r}, expected ids of tokenizer.json, which has "
+            f"{tokenizer.get_vocab_size()} tokens; correct it, or copy both files of one checkpoint"
+        )
+    return text
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:

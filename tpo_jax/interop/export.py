@@ -145,6 +145,10 @@ def write_language_model(
         for name, token in huggingface.token_names(codec).items()
     }
     huggingface.write_json(out / "config.json", about)
+    ends = {name: value for name, value in about.items() if name.endswith("_token_id")}
+    if len(codec.stop_ids) > 1:
+        ends["eos_token_id"] = list(codec.stop_ids)
+    huggingface.write_json(out / "generation_config.json", ends)
     huggingface.write_tokenizer(out, codec)
 
 

@@ -19,6 +19,7 @@ from tpo_jax.interop.chat_template import (
     read_chat_template,
     read_json,
     special_tokens,
+    stop_tokens,
 )
 from tpo_jax.interop.mapping import Row, import_leaves, llama_rows
 from tpo_jax.interop.output import EXPORT_METADATA
@@ -145,7 +146,9 @@ def open_codec(directory: epath.PathLike, jinja: str | None = None) -> TextCodec
     special = special_tokens(path)
     if "eos_token" not in special:
         raise HuggingFaceError(f"{path / 'tokenizer_config.json'}: names no eos_token; add it")
-    return TextCodec(tokenizer, chat_template(jinja, special, tokenizer, str(path)))
+    template = chat_template(jinja, special, tokenizer, str(path))
+    stops = stop_tokens(path, tokenizer, template.end)
+    return TextCodec(tokenizer, dataclasses.replace(template, stops=stops))
 
 
 def read_tokenizer(path: epath.Path) -> Tokenizer:

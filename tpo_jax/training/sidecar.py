@@ -102,7 +102,8 @@ class Fingerprint:
             model=hash_json(_as_first_written(same.to_dict(), attention)),
             tokenizer=hash_json(json.loads(codec.tokenizer.to_str())),
             # How many frames are shown by default is no part of it: `bucket` says how many were.
-            template=hash_json(dataclasses.replace(codec.template, frames=0).to_json()),
+            # Nor is where generated answers stop: those that are scored are given.
+            template=hash_json(dataclasses.replace(codec.template, frames=0, stops=()).to_json()),
             preprocessing=_preprocessing(config),
             bucket=f"{media}, {', '.join(map(str, sizes))} frames"
             f"{', right and manipulated' if contrast else ''}",

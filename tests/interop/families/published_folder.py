@@ -46,4 +46,7 @@ def write_published(path, data, dtype=ml_dtypes.bfloat16, scale=1.0, **carried):
     (path / "config.json").write_text(json.dumps(data))
     if family.needs_template:
         (path / "chat_template.jinja").write_text(ONEVISION_JINJA)
-    (path / "generation_config.json").write_text('{"temperature": 0}')
+    # As of Qwen2: two stops, of which one also pads.
+    stops = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    about = {"temperature": 0, "eos_token_id": stops}
+    (path / "generation_config.json").write_text(json.dumps(about))

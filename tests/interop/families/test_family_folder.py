@@ -95,6 +95,7 @@ def test_in_and_out_again(source, tmp_path):
     lines = import_family(source, tmp_path / "model")
     assert any("64, evenly; time instruction: yes" in line for line in lines)
     assert any("carried" in line and "inv_freq" in line for line in lines)
+    assert "an answer stops at: <|im_end|>, <|endoftext|>" in lines
     config, params, codec = folder.load_model(tmp_path / "model")
     assert config.dtype == "bfloat16" and config.vision.kind == "siglip"
     assert params["vision"]["layers"]["self_attn"]["q_proj"]["kernel"].dtype == ml_dtypes.bfloat16
@@ -107,6 +108,9 @@ def test_in_and_out_again(source, tmp_path):
     assert text.endswith("<|im_end|>\n<|im_start|>user\n")
     files = export_family(tmp_path / "model", tmp_path / "out", source)
     assert "generation_config.json" in files
+    assert codec.stop_ids == (codec.eos_id, codec.pad_id)
+    name = "generation_config.json"
+    assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     theirs, ours = read_tensors(source), read_tensors(tmp_path / "out")
     assert theirs.keys() == ours.keys()
     for name in theirs:

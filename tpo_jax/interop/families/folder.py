@@ -73,12 +73,13 @@ def import_family(
         out, config.to_dict(), leaves, opened.codec, preprocessor=folder.preprocessor(config),
         reads=(source, adapter),
     )  # fmt: skip
-    sampling = opened.sampling
+    sampling, template = opened.sampling, opened.codec.template
     lines = [
         f"{out}: {opened.family.name}, {len(leaves)} parameters",
         f"frames: {sampling.frames}, {sampling.method}; time instruction: "
         + ("yes" if sampling.time_instruction else "no"),
-        f"template: {opened.codec.template.before_video!r}, video, question",
+        f"template: {template.before_video!r}, video, question",
+        f"an answer stops at: {', '.join((template.end, *template.stops))}",
         f"heads: {', '.join(config.heads) or 'none'}",
         f"adapters: {_adapters(config)}",
     ]

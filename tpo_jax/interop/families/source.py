@@ -20,6 +20,7 @@ from tpo_jax.interop.chat_template import (
     multimodal_template,
     read_json,
     read_processor_template,
+    stop_tokens,
     template_ids,
 )
 from tpo_jax.interop.families import beside
@@ -131,6 +132,7 @@ def open_codec(
     template = dataclasses.replace(
         template, sampling=sampling.method, frames=sampling.frames,
         time_instruction=sampling.time_instruction,
+        stops=stop_tokens(path, tokenizer, template.end),
     )  # fmt: skip
     return fitted_codec(tokenizer, template)
 
