@@ -39,6 +39,10 @@ def _head():
 STRUCTURE = nnx.graphdef(nnx.eval_shape(_head))
 
 
+def _bound(params):
+    return nnx.merge(STRUCTURE, nnx.State(jax.tree.map(nnx.Param, params)))
+
+
 @functools.cache
 def _start():
     params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(_head())))()
@@ -78,7 +82,7 @@ def _inputs():
 
 def _total(params, slot_states, inputs):
     inputs = dataclasses.replace(inputs, slot_states=slot_states)
-    predictions = nnx.merge(STRUCTURE, nnx.State(jax.tree.map(nnx.Param, params)))(inputs)
+    predictions = _bound(params)(inputs)
     terms = sam2.loss(predictions, inputs.targets, inputs.targets["valid"])
     return sum(WEIGHTS[name] * term.mean() for name, term in terms.items()), terms
 
@@ -92,10 +96,7 @@ def _gradient():
 
 @functools.cache
 def _predict():
-    def predict(params, inputs):
-        return nnx.merge(STRUCTURE, nnx.State(jax.tree.map(nnx.Param, params)))(inputs)
-
-    return jax.jit(predict)
+    return jax.jit(lambda params, inputs: _bound(params)(inputs))
 
 
 @pytest.mark.long
@@ -117,6 +118,72 @@ def test_prompts_and_cells_have_the_same_places_from_the_start():
     np.testing.assert_array_equal(
         frequencies, network["prompt_encoder"]["positions"]["frequencies"]
     )
+
+
+@functools.cache
+def _start_of_equal_overlaps():
+    """Parameters whose predicted IoU is the same everywhere: the surest is what is most present."""
+    params = jax.tree.map(np.array, _start())
+    params["network"]["mask_decoder"]["iou_mlp"]["proj_out"]["kernel"][:] = 0.0
+    return params
+
+
+@functools.cache
+def _surest_frames():
+    """(int[B, S] surest frame of all F, `begin` itself): what it calls present of each frame alone,
+    no other being there."""
+
+    @jax.jit
+    def begin(params, inputs):
+        frame, found, _ = _bound(params).begin(inputs)
+        return frame, found["presence"][..., 0]
+
+    inputs = dataclasses.replace(_inputs(), targets=None)
+    alone = []
+    for frame in range(F):
+        there = np.tile(np.arange(F) == frame, (B, 1))
+        only = dataclasses.replace(inputs, frame_valid=there)
+        chosen, presence = begin(_start_of_equal_overlaps(), only)
+        assert np.all(chosen == frame)
+        alone.append(presence)
+    return np.argmax(alone, axis=0), begin
+
+
+def test_an_object_is_prompted_where_it_is_surest_wherever_that_frame_comes():
+    surest, begin = _surest_frames()
+    everything = dataclasses.replace(
+        _inputs(), targets=None, frame_valid=np.ones((B, F), bool)
+    )
+    found, _ = begin(_start_of_equal_overlaps(), everything)
+    np.testing.assert_array_equal(found, surest)
+    turned = dataclasses.replace(everything, frames=everything.frames[:, ::-1])
+    found, _ = begin(_start_of_equal_overlaps(), turned)
+    np.testing.assert_array_equal(found, F - 1 - surest)
+
+
+def test_in_training_it_is_prompted_where_most_of_it_is_labelled_else_where_it_is_surest():
+    """Slots: an object that appears late, one without a label, one that grows, one that goes."""
+    surest, _ = _surest_frames()
+    masks = np.zeros((B, S, F, CONFIG.mask_size, CONFIG.mask_size), np.uint8)
+    masks[0, 0, 2, 1:3, 2:6] = 1
+    masks[1, 0, 1, :2, :2] = masks[1, 0, 3, :4, :4] = 1
+    masks[1, 1, 0, :4, :4] = masks[1, 1, 1, :2, :2] = 1
+    targets = {"masks": masks, "labelled": np.ones((B, S, F), bool), "valid": np.ones((B, S), bool)}
+    targets["labelled"][0, 1] = False
+    inputs = dataclasses.replace(_inputs(), targets=targets, frame_valid=np.ones((B, F), bool))
+
+    @jax.jit
+    def forward(params, inputs):
+        found = _bound(params)(inputs)
+        return found["asked"], found["labelled_box"]  # nothing is tracked for these
+
+    asked, box = forward(_start_of_equal_overlaps(), inputs)
+    # The closed prompt's mask is asked for in the prompted frame, the three others behind it.
+    start = np.array([[2, surest[0, 1]], [3, 0]])
+    np.testing.assert_array_equal(asked[..., 0], np.arange(F) == start[..., None])
+    m = CONFIG.mask_size
+    wanted = np.array([[[2, 1, 6, 3], [0] * 4], [[0, 0, 4, 4], [0, 0, 4, 4]]]) / m
+    np.testing.assert_allclose(box, wanted, atol=1e-6)
 
 
 @pytest.mark.long
@@ -184,11 +251,8 @@ def test_a_video_in_windows_is_tracked_as_the_whole_clip_is():
     )  # fmt: skip
     expected = _predict()(_start(), whole)
 
-    def bound(params):
-        return nnx.merge(STRUCTURE, nnx.State(jax.tree.map(nnx.Param, params)))
-
-    begin = jax.jit(lambda params, inputs: bound(params).begin(inputs))
-    go_on = jax.jit(lambda params, *given: bound(params).go_on(*given))
+    begin = jax.jit(lambda params, inputs: _bound(params).begin(inputs))
+    go_on = jax.jit(lambda params, *given: _bound(params).go_on(*given))
     start, prompted, followed = begin(_start(), whole)
     assert start.tolist() == [[2, 0]]
     found = {name: np.full(x.shape, np.nan) for name, x in expected.items()}
