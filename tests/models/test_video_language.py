@@ -116,6 +116,20 @@ def test_the_mask_head_reads_the_box_on_the_frame_that_it_is_drawn_on(params, fo
         assert np.abs(late["mask"][name][1] - first["mask"][name][1]).max() > 1e-5
 
 
+def test_the_region_head_reads_the_frame_that_is_asked_about(params, forward):
+    batch = _batch()
+    first = batch["slots"]["region"] | {"frame": np.zeros((B, S), np.int32)}
+    frame = np.zeros((B, S), np.int32)
+    frame[1] = 2, 0
+    boxes = []
+    for region in (first, first | {"frame": frame}):
+        _, found = forward(params, batch | {"slots": batch["slots"] | {"region": region}})
+        boxes.append(found["region"]["boxes"])
+    still = np.array([[True, True], [False, True]])
+    np.testing.assert_array_equal(boxes[1][still], boxes[0][still])
+    assert np.abs(boxes[1][1, 0] - boxes[0][1, 0]).max() > 1e-4
+
+
 def test_slots_take_the_boxes_of_their_question_in_turn():
     """Branch 0 has the boxes 1 and 2, branch 1 the box 0, branch 2 none."""
     corners = np.arange(4.0)[None, :, None] * np.ones((1, 4, 4))  # the last one is not valid
