@@ -90,6 +90,20 @@ def detection_table(
     }
 
 
+def activitynet_report(submission: Record, labels: Record) -> dict[str, float]:
+    """mAP in percent, of the files of the benchmark, subset `validation`."""
+    database = {
+        video: entry["annotations"]
+        for video, entry in labels["database"].items()
+        if entry["subset"] == "validation"
+    }
+    table = detection_table(submission["results"], database, AP_THRESHOLDS)
+    columns = zip(*table.values(), strict=True)
+    means = [100 * sum(column) / len(table) for column in columns]
+    report = {f"mAP@{t:g}": mean for t, mean in zip(AP_THRESHOLDS, means, strict=True)}
+    return report | {"mAP@0.5:0.95": sum(means) / len(means)}
+
+
 def moment_ap(predicted: Sequence[Window], targets: Sequence[Window], threshold: float) -> float:
     """AP of one query: at most ten (start, end, score), the first of equal scores first."""
     order = sorted(predicted[:10], key=lambda window: -window[2])
@@ -209,6 +223,21 @@ def grounded_qa_table(
     return {
         name: 100 * sum(value(*row) for row in rows) / len(rows) for name, value in columns.items()
     }
+
+
+def grounded_qa_report(submission: Record, labels: Record, answers: Record) -> dict[str, float]:
+    """`grounded_qa_table` of the files of the benchmark: labels by video, answers by question."""
+    locations = {
+        f"{video}_{question}": windows
+        for video, entry in labels.items()
+        for question, windows in entry["location"].items()
+    }
+    correct = {
+        name: answers[name]["prediction"] == answers[name]["answer"]
+        for name in locations
+        if name in submission
+    }
+    return grounded_qa_table(submission, locations, correct)
 
 
 def lasot(

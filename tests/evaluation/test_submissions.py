@@ -154,10 +154,37 @@ def test_bad_detection_records_are_named():
     guess = {"label": "fly", "segment": [0, 1], "score": 1.0}
     with pytest.raises(ValueError, match=r"results\['v'\]: label 'fly' has no annotation"):
         submissions.score_detection({"results": {"v": [guess]}}, labels, "activitynet")
+    several = {"u": [guess | {"label": "jump"}] * 2, "w": [guess | {"label": "jump"}, guess]}
+    with pytest.raises(ValueError, match=r"results\['w'\]: label 'fly' has no annotation"):
+        submissions.score_detection({"results": several}, labels, "activitynet")
+    for change, message in (
+        ({"segment": [0, 1, 2]}, r"segment: expected 2 numbers, got \[0, 1, 2\]"),
+        ({"segment": [0, float("inf")]}, "segment: a number is not finite"),
+        ({"score": float("nan")}, "scores: expected 1 finite numbers"),
+    ):
+        given = {"results": {"v": [guess | {"label": "jump"} | change]}}
+        with pytest.raises(ValueError, match=message):
+            submissions.score_detection(given, labels, "activitynet")
     with pytest.raises(ValueError, match="predictions: no field 'results'; found version"):
         submissions.score_detection({"version": 1}, labels, "activitynet")
     with pytest.raises(ValueError, match="some labelled videos of subset 'validation', found 0"):
         submissions.score_detection({"results": {}}, {"database": {}}, "activitynet")
+
+
+def test_bad_grounded_qa_records_are_named():
+    spans, windows = {"v_0": [0, 1], "v_1": [0, 2]}, {"0": [[0, 1]], "1": [[0, 1], [4, 5]]}
+    labels, answers = {"v": {"location": windows}}, {"v_0": {"prediction": 1, "answer": 1}}
+    for arguments, message in (
+        ((spans, labels, answers), "answers: 'v_1' and 0 more have none"),
+        (({"w_0": [0, 1]}, labels, answers), "no key <video>_<question> is in the annotations"),
+        (({"v_0": [0]}, labels, answers), r"span: expected 2 numbers, got \[0\]"),
+        (
+            ({"v_0": [0, 1]}, {"v": {"location": {"0": [[0, 1], [2]]}}}, answers),
+            r"location: expected 2 numbers, got \[2\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            submissions.score_nextgqa(*arguments)
 
 
 def test_errors_of_the_command_are_one_line(tmp_path, capsys):

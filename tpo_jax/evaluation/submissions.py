@@ -4,11 +4,13 @@
         --annotations=highlight_val_release.jsonl
 
 Each reader turns a submission and its annotations into arrays for `evaluation.metrics`; a record
-that the official program would stop at is refused by name.
+that the official program would stop at is refused by name. Scoring the arrays takes about as long
+as reading the records, so a field is read from all records at once, by iterators that run in C.
 """
 
 import itertools
 import json
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -76,42 +78,41 @@ def score_detection(submission: Record, labels: Record, name: str) -> dict[str, 
       name: of the protocol.
     """
     protocol = detection.PROTOCOLS[name]
-    rows = [
-        (video, row["label"], row["segment"])
+    labelled = {
+        video: entry["annotations"]
         for video, entry in _field(labels, "database", "annotations").items()
         if entry["subset"] == protocol.subset and video not in protocol.left_out
-        for row in entry["annotations"]
-    ]
-    videos = {video: index for index, video in enumerate(dict.fromkeys(row[0] for row in rows))}
-    if not videos or protocol.num_videos not in (0, len(videos)):
+    }
+    labelled = {video: rows for video, rows in labelled.items() if rows}
+    if not labelled or protocol.num_videos not in (0, len(labelled)):
         raise UserError(
             f"annotations: {name} expects {protocol.num_videos or 'some'} labelled videos of "
-            f"subset {protocol.subset!r}, found {len(videos)}"
+            f"subset {protocol.subset!r}, found {len(labelled)}"
         )
-    classes = {label: index for index, label in enumerate(dict.fromkeys(row[1] for row in rows))}
-    guesses = [
-        (video, row)
-        for video, entry in _field(submission, "results", "predictions").items()
-        for row in entry
-    ]
-    for video, row in guesses:
-        if row["label"] not in classes:
-            raise UserError(f"results[{video!r}]: label {row['label']!r} has no annotation")
-    segments = _array([row["segment"] for _, row in guesses], 2, "segment")
-    targets = _array([row[2] for row in rows], 2, "segment")
+    results = _field(submission, "results", "predictions")
+    videos = {video: index for index, video in enumerate(dict.fromkeys((*labelled, *results)))}
+    target_labels, targets = _columns(labelled.values(), "label", "segment")
+    classes = {label: index for index, label in enumerate(dict.fromkeys(target_labels))}
+    names, segments, scores = _columns(results.values(), "label", "segment", "score")
+    segments, targets = _array(segments, 2, "segment"), _array(targets, 2, "segment")
+    guess_videos, target_videos = (
+        np.repeat(_looked_up(videos, rows), _lengths(rows.values())) for rows in (results, labelled)
+    )
+    if unknown := set(names) - classes.keys():
+        row = next(row for row, label in enumerate(names) if label in unknown)
+        video = list(videos)[guess_videos[row]]
+        raise UserError(f"results[{video!r}]: label {names[row]!r} has no annotation")
     if protocol.rounded:
         segments = segments * detection.SNIPPETS_PER_SECOND
         targets = detection.round_to_snippets(targets)
-    for video, _ in guesses:
-        videos.setdefault(video, len(videos))
     precision = detection.average_precision(
         segments,
-        [row["score"] for _, row in guesses],
-        [classes[row["label"]] for _, row in guesses],
-        [videos[video] for video, _ in guesses],
+        np.fromiter(scores, np.float64, len(scores)),
+        _looked_up(classes, names),
+        guess_videos,
         targets,
-        [classes[row[1]] for row in rows],
-        [videos[row[0]] for row in rows],
+        _looked_up(classes, target_labels),
+        target_videos,
         protocol.thresholds,
     )
     return detection.report(precision, protocol)
@@ -125,23 +126,27 @@ def score_nextgqa(submission: Record, labels: Record, answers: Record) -> dict[s
       labels: {video: {"location": {question: [[start, end], ...]}}}.
       answers: {"<video>_<question>": {"prediction", "answer"}}.
     """
-    asked = {
-        f"{video}_{question}": windows
-        for video, entry in labels.items()
-        for question, windows in entry["location"].items()
-    }
-    kept = [name for name in asked if name in submission]
-    if not kept:
+    names: list[str] = []
+    windows: list[Sequence[Sequence[float]]] = []
+    for video, entry in labels.items():
+        names += [f"{video}_{question}" for question in entry["location"]]
+        windows += entry["location"].values()
+    asked, predicted = len(names), list(map(submission.__contains__, names))
+    names = list(itertools.compress(names, predicted))
+    windows = list(itertools.compress(windows, predicted))
+    if not names:
         raise UserError("predictions: no key <video>_<question> is in the annotations")
-    if missing := [name for name in kept if name not in answers]:
+    if missing := [name for name in names if name not in answers]:
         raise UserError(f"answers: {missing[0]!r} and {len(missing) - 1} more have none")
     iop, iou = grounded_qa.overlaps(
-        _array([submission[name] for name in kept], 2, "span"),
-        _array([window for name in kept for window in asked[name]], 2, "location"),
-        np.repeat(np.arange(len(kept)), [len(asked[name]) for name in kept]),
+        _array(map(submission.__getitem__, names), 2, "span"),
+        _array(itertools.chain.from_iterable(windows), 2, "location"),
+        np.repeat(np.arange(len(names)), _lengths(windows)),
     )
-    correct = [answers[name]["prediction"] == answers[name]["answer"] for name in kept]
-    counts = {"questions": len(kept), "without prediction": len(asked) - len(kept)}
+    chosen = [answers[name] for name in names]
+    prediction, answer = (map(operator.itemgetter(f), chosen) for f in ("prediction", "answer"))
+    correct = np.fromiter(map(operator.eq, prediction, answer), bool)
+    counts = {"questions": len(names), "without prediction": asked - len(names)}
     return grounded_qa.report(iop, iou, correct) | counts
 
 
@@ -192,19 +197,20 @@ def moment_arrays(pairs: Sequence[tuple[Record, Record]]) -> tuple[np.ndarray, .
     Returns: windows float64[n, 2] seconds, scores float64[n], query int[n] (position in `pairs`),
       targets float64[m, 2] seconds, target_query int[m].
     """
-    windows = [guess["pred_relevant_windows"][: temporal.MAX_WINDOWS] for guess, _ in pairs]
-    targets = [label["relevant_windows"] for _, label in pairs]
-    for (guess, _), labelled in zip(pairs, targets, strict=True):
-        if not labelled:
-            raise UserError(f"annotations: qid {guess['qid']}: relevant_windows is empty")
+    guesses, labels = zip(*pairs, strict=True)
+    windows = [guess["pred_relevant_windows"][: temporal.MAX_WINDOWS] for guess in guesses]
+    targets = list(map(operator.itemgetter("relevant_windows"), labels))
+    if not all(targets):
+        qid = guesses[next(i for i, windows in enumerate(targets) if not windows)]["qid"]
+        raise UserError(f"annotations: qid {qid}: relevant_windows is empty")
     numbers = np.arange(len(pairs))
-    rows = _array(itertools.chain(*windows), 3, "pred_relevant_windows")
+    rows = _array(itertools.chain.from_iterable(windows), 3, "pred_relevant_windows")
     return (
         rows[:, :2],
         rows[:, 2],
-        np.repeat(numbers, [len(w) for w in windows]),
-        _array(itertools.chain(*targets), 2, "relevant_windows"),
-        np.repeat(numbers, [len(t) for t in targets]),
+        np.repeat(numbers, _lengths(windows)),
+        _array(itertools.chain.from_iterable(targets), 2, "relevant_windows"),
+        np.repeat(numbers, _lengths(targets)),
     )
 
 
@@ -251,9 +257,29 @@ def highlight_arrays(
     return saliency, best, clips, ratings
 
 
+def _columns(entries: Iterable[Sequence[Record]], *fields: str) -> list[list[Any]]:
+    """[n] values of each field, of the records of all entries in turn."""
+    columns: list[list[Any]] = [[] for _ in fields]
+    getters = list(map(operator.itemgetter, fields))
+    for entry in entries:  # one after the other, whose records lie together in memory
+        for column, getter in zip(columns, getters, strict=True):
+            column += map(getter, entry)
+    return columns
+
+
+def _looked_up(table: Mapping[Any, int], keys: Iterable[Any]) -> np.ndarray:
+    """int64[n]."""
+    return np.fromiter(map(table.__getitem__, keys), np.int64)
+
+
+def _lengths(lists: Iterable[Sequence[Any]]) -> np.ndarray:
+    """int64[n]."""
+    return np.fromiter(map(len, lists), np.int64)
+
+
 def _array(rows: Any, columns: int, field: str) -> np.ndarray:
     """float64[n, columns] of lists of numbers (or of their text, in THUMOS14's labels)."""
-    rows = list(rows)
+    rows = rows if isinstance(rows, list) else list(rows)
     if wrong := set(map(len, rows)) - {columns}:
         row = next(row for row in rows if len(row) in wrong)
         raise UserError(f"{field}: expected {columns} numbers, got {row}")

@@ -92,17 +92,18 @@ def average_precision(
         )
     if labels.size and not 0 <= labels.min() <= labels.max() < len(positives):
         raise ValueError(f"labels: expected classes 0..{len(positives) - 1} that have a target")
-    order = np.argsort(scores, kind="stable")[::-1]
-    labels = labels[order]
-    both = np.concatenate([videos, target_videos])
-    num_videos = both.max() + 1
-    hits = greedy_hits(
-        segments[order],
-        labels * num_videos + videos[order],
-        targets,
-        target_labels * num_videos + target_videos,
-        thresholds,
+    # Numbers of the pairs of video and class, one behind the last for those without a target.
+    pairs, target_group = np.unique(
+        target_videos * len(positives) + target_labels, return_inverse=True
     )
+    pair = videos * len(positives) + labels
+    group = np.minimum(np.searchsorted(pairs, pair), len(pairs) - 1)
+    group = np.where(pairs[group] == pair, group, len(pairs))
+    order = np.argsort(scores, kind="stable")[::-1]
+    # Class by class: what is sorted already is sorted again in no time, once a threshold.
+    order = order[_small_argsort(labels[order])]
+    labels = labels[order]
+    hits = greedy_hits(segments[order], group[order], targets, target_group, thresholds)
     return interpolated_ap(hits, labels, positives)
 
 
@@ -145,7 +146,8 @@ def greedy_hits(
 
     Args:
       windows: float64[n, 2].
-      group: int[n] a window can only claim a label of its own group.
+      group: int[n] >= 0; a window can only claim a label of its own group. Tables have an entry
+        for each number up to the largest.
       targets: float64[m, 2].
       target_group: int[m].
       thresholds: least overlap.
@@ -156,9 +158,14 @@ def greedy_hits(
     if not window.size:
         return hits
     starts = np.flatnonzero(np.diff(window, prepend=-1))
-    step = np.repeat(place_in_group(group[window[starts]]), np.diff(starts, append=len(window)))
-    # Of one window's candidates the largest overlap first, of equal ones the later label.
-    order = np.lexsort((-label, -iou, window, step))
+    count = np.diff(starts, append=len(window))
+    step = np.repeat(place_in_group(group[window[starts]]), count)
+    # Of one window's candidates the largest overlap first, of equal ones the later label. Most
+    # windows have one.
+    order = np.arange(len(window))
+    several = np.flatnonzero(np.repeat(count > 1, count))
+    order[several] = several[np.lexsort((-label[several], -iou[several], window[several]))]
+    order = order[_small_argsort(step[order])]
     window, label, reached = window[order], label[order], iou[order, None] >= limits
     bounds = np.append(np.flatnonzero(np.diff(step[order], prepend=-1)), len(window))
     free = np.ones((len(targets), len(limits)), bool)
@@ -208,6 +215,11 @@ def place_in_group(group: np.ndarray) -> np.ndarray:
     return place
 
 
+def _small_argsort(values: np.ndarray) -> np.ndarray:
+    """int64[n], stable, of int[n] >= 0: NumPy sorts numbers of 16 bits by their digits."""
+    return np.argsort(values.astype(np.min_scalar_type(values.max(initial=0))), kind="stable")
+
+
 def as_windows(windows: np.ndarray, name: str) -> np.ndarray:
     """float64[n, 2], checked."""
     windows = np.asarray(windows, np.float64).reshape(-1, 2)
@@ -234,9 +246,8 @@ def _candidates(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs of a window and a label of its group that overlap enough: (window, label, iou)."""
     by_group = np.argsort(target_group, kind="stable")
-    ordered = np.asarray(target_group)[by_group]
-    first = np.searchsorted(ordered, group, "left")
-    count = np.searchsorted(ordered, group, "right") - first
+    sizes = np.bincount(target_group, minlength=np.max(group, initial=-1) + 1)
+    first, count = (np.cumsum(sizes) - sizes)[group], sizes[group]
     window = np.repeat(np.arange(len(windows)), count)
     before = np.cumsum(count) - count
     label = by_group[np.arange(len(window)) + np.repeat(first - before, count)]

@@ -69,7 +69,7 @@ def average_precisions(
     windows, targets, query, target_query, counts = _checked(windows, query, targets, target_query)
     scores = detection.finite(scores, "scores", len(windows))
     kept = np.flatnonzero(detection.place_in_group(query) < MAX_WINDOWS)
-    kept = kept[np.argsort(-scores[kept], kind="stable")]
+    kept = kept[np.lexsort((-scores[kept], query[kept]))]
     query = query[kept]
     hits = detection.greedy_hits(windows[kept], query, targets, target_query, thresholds)
     return detection.interpolated_ap(hits, query, counts)
