@@ -1,8 +1,8 @@
 """Trains and evaluates the arms of configs/task_preference.py with the commands of the demo.
 
-A step keeps both cores busy, so seeds are runs of their own and not one program with an axis of
-seeds: that would compile once more and be no faster. Runs of one shape share compiled programs
-through OUT/compiled; studies share data, arms and floors.
+Seeds are runs of their own, of one program, which runs of one shape share through OUT/compiled. One
+program with an axis of seeds would be another to compile; what it takes a seed, beside a step of
+one, is timed by experiments/benchmarks/vmapped_seeds.py. Studies share data, arms and floors.
 """
 
 from __future__ import annotations
