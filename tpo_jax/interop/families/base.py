@@ -250,12 +250,18 @@ def assemble_parts(
     )
 
 
-def decoder_rows(config: LanguageConfig, *, body: str, head: str) -> list[Row]:
-    """Rows of the language model below another name than its own."""
+def decoder_rows(
+    config: LanguageConfig, *, body: str, head: str, keys: Collection[str]
+) -> list[Row]:
+    """Rows of the language model below another name than its own.
+
+    Args:
+      keys: tensor names of the source.
+    """
     return llama_rows(
         tied=config.tied_head, qkv_bias=config.qkv_bias, output_bias=config.output_bias,
         qk_norm=config.qk_norm, vocabulary=(config.num_tokens, config.vocab_size), body=body,
-        head=head,
+        head=head, stored=keys,
     )  # fmt: skip
 
 

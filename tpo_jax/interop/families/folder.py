@@ -20,8 +20,11 @@ from tpo_jax.interop.families import beside
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.registry import from_leaves, to_leaves
 from tpo_jax.interop.families.source import ADAPTER, Source, headed, open_source, read_config
+from tpo_jax.interop.mapping import check_shapes
 from tpo_jax.interop.tensors import LazyArray
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.paths import flatten
 
 # Modules have the names of `transformers` 5 in memory, on disk those of version 4.
 IN_MEMORY = ("model.",)
@@ -69,6 +72,8 @@ def import_family(
     if adapter is not None and config.lora is not None and not keep_adapters:
         leaves = peft.merged_leaves(leaves, config.lora)
         config = dataclasses.replace(config, lora=None)
+    wanted = flatten(FunctionalModel(config).abstract())
+    check_shapes(str(source), opened.rows, leaves, {name: x.shape for name, x in wanted.items()})
     folder.write_model(
         out, config.to_dict(), leaves, opened.codec, preprocessor=folder.preprocessor(config),
         reads=(source, adapter),

@@ -102,7 +102,7 @@ def rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
         *tower_rows(config.vision, "vision/", f"{prefix}vision_tower.{inner}"),
         *mlp_rows(config.connector, f"{projector}.linear_1", f"{projector}.linear_2",
                   f"{prefix}image_newline"),
-        *decoder_rows(config.language, body=body, head=head),
+        *decoder_rows(config.language, body=body, head=head, keys=keys),
     ]  # fmt: skip
 
 
@@ -119,7 +119,7 @@ FAMILY = Family(
     ),
     # Some tied checkpoints also hold the output table, some towers their pooling head.
     carried=(
-        r".*\.position_ids", r".*rotary_emb\.inv_freq", r"(language_model\.)?lm_head\.weight",
+        r".*\.position_ids", r".*rotary_emb\.inv_freq",
         r"(model\.)?vision_tower\.(vision_model\.)?head\..*",
     ),  # fmt: skip
     layouts="transformers/models/llava_onevision/modeling_llava_onevision.py",

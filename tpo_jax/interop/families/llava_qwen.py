@@ -101,13 +101,12 @@ def resolutions(pinpoints: Any, tile_size: int) -> tuple[tuple[int, int], ...]:
 
 
 def rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
-    del keys
     projector = "model.mm_projector."
     return [
         *tower_rows(config.vision, "vision/", "model.vision_tower.vision_tower.vision_model."),
         *mlp_rows(config.connector, f"{projector}0", f"{projector}2", "model.image_newline",
                   "model.faster_token"),
-        *decoder_rows(config.language, body="model.", head="lm_head.weight"),
+        *decoder_rows(config.language, body="model.", head="lm_head.weight", keys=keys),
     ]  # fmt: skip
 
 
@@ -136,8 +135,8 @@ FAMILY = Family(
     sampling=sampling,
     carried=(
         r".*\.position_ids", r".*rotary_emb\.inv_freq", r".*vision_model\.head\..*",
-        # LongVA's "unires" has no newline, tied models no output table; files may hold them.
-        r"model\.image_newline", r"lm_head\.weight",
+        # LongVA's "unires" has no newline; files may hold one.
+        r"model\.image_newline",
     ),  # fmt: skip
     layouts="LLaVA-VL/LLaVA-NeXT llava/model/llava_arch.py, EvolvingLMMs-Lab/LongVA "
     "longva/longva/model/llava_arch.py",

@@ -25,6 +25,7 @@ from tpo_jax.interop.chat_template import (
 from tpo_jax.interop.families import beside
 from tpo_jax.interop.families.base import Family, FamilyError, Pixels, Sampling
 from tpo_jax.interop.families.registry import FAMILIES, family_of, to_leaves
+from tpo_jax.interop.mapping import Row
 from tpo_jax.interop.tensors import LazyArray
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import tokens_of
@@ -45,6 +46,7 @@ class Source:
 
     Attributes:
       leaves: {parameter path: array}.
+      rows: by which the tensors of the family's own files became leaves.
       carried: {their name: array} of what this program has no use for.
       unapplied: of the family, see there.
     """
@@ -54,6 +56,7 @@ class Source:
     codec: TextCodec
     sampling: Sampling
     leaves: dict[str, LazyArray]
+    rows: list[Row]
     carried: dict[str, LazyArray]
     unapplied: list[str]
 
@@ -86,10 +89,11 @@ def open_source(
         raise FamilyError(f"heads: {chosen}: {path / beside.CONFIG} says which there are; leave "
                           "--set heads out")  # fmt: skip
     config = headed(family, config, data, tensors, [] if others else chosen)
+    rows = family.rows(config, tensors.keys())
     leaves, carried = to_leaves(family, config, tensors)
     if (path / ADAPTER).exists():  # as `export --keep_adapters` leaves it
-        rows = family.rows(config, peft.module_names(path / ADAPTER))
-        leaves, lora = peft.with_kept(leaves, path / ADAPTER, rows)
+        modules = family.rows(config, peft.module_names(path / ADAPTER))
+        leaves, lora = peft.with_kept(leaves, path / ADAPTER, modules)
         config = dataclasses.replace(config, lora=lora)
     if others is not None:
         config, leaves = others.joined(config), leaves | others.leaves
@@ -105,7 +109,7 @@ def open_source(
         visual_offset=codec.template.visual_offset, dtype=dtype,
     )  # fmt: skip
     unapplied = family.unapplied(data)
-    return Source(family, config, codec, family.sampling(data), leaves, carried, unapplied)
+    return Source(family, config, codec, family.sampling(data), leaves, rows, carried, unapplied)
 
 
 def open_codec(

@@ -77,7 +77,7 @@ def huggingface_rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
         *clip_rows("vision/image_tower/", f"{prefix}image_tower.{inner}"),
         *clip_rows("vision/video_tower/", f"{prefix}video_tower.{inner}"),
         *mlp_rows(config.connector, f"{projector}.linear_1", f"{projector}.linear_2", ""),
-        *decoder_rows(config.language, body=body, head=head),
+        *decoder_rows(config.language, body=body, head=head, keys=keys),
     ]
 
 
@@ -94,12 +94,11 @@ def original_config(config: Mapping[str, Any], pixels: Pixels) -> ModelConfig:
 
 
 def original_rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
-    del keys
     return [
         *clip_rows("vision/image_tower/", "model.image_tower.image_tower."),
         *clip_rows("vision/video_tower/", "model.video_tower.video_tower.", temporal=True),
         *mlp_rows(config.connector, "model.mm_projector.0", "model.mm_projector.2", ""),
-        *decoder_rows(config.language, body="model.", head="lm_head.weight"),
+        *decoder_rows(config.language, body="model.", head="lm_head.weight", keys=keys),
     ]
 
 
