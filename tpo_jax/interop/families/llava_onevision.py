@@ -8,7 +8,6 @@ of transformers 4 ("language_model.model."), the model in memory those of transf
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -32,8 +31,6 @@ from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.connectors.anyres import Size
 from tpo_jax.models.connectors.config import MlpConnectorConfig
 
-# As its authors trained it (LLaVA-NeXT issue 292); the files of `transformers` do not say.
-FRAMES = {"frames_upbound": 32}
 
 def model_config(config: Mapping[str, Any], pixels: Pixels) -> ModelConfig:
     only(config, "projector_hidden_act", "gelu")
@@ -114,10 +111,9 @@ FAMILY = Family(
     template=CHATML,  # of which a chat template leaves the end of an answer and the padding
     reads_template=True,
     needs_template=True,
-    sampling=lambda config: Sampling(
-        "evenly", frames_upbound(collections.ChainMap(config, FRAMES))
-    ),
-    # Some tied checkpoints also hold the output table, some towers their pooling head.
+    # The files and the code of `transformers` do not say how many.
+    sampling=lambda config: Sampling("evenly", frames_upbound(config)),
+    # Some towers hold their pooling head.
     carried=(
         r".*\.position_ids", r".*rotary_emb\.inv_freq",
         r"(model\.)?vision_tower\.(vision_model\.)?head\..*",

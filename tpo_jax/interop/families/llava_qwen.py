@@ -1,8 +1,9 @@
 """The layout of LLaVA-NeXT's code, `llava_qwen`: LLaVA-OneVision, LLaVA-Video and LongVA.
 
 config.json names the tower but not its sizes: those of the named towers are here. Pooling, newline,
-merge mode, sampling and time instruction are options of config.json; where it does not say, nothing
-is assumed.
+merge mode, sampling, time instruction and template are options of config.json; where it does not
+say, nothing is assumed. Published files never name the template (that of their code where nobody
+asks for another is Vicuna's), so it is always given: `conv_template`, as lmms-eval calls it.
 """
 
 from __future__ import annotations
@@ -132,6 +133,7 @@ FAMILY = Family(
     model_config=model_config,
     rows=rows,
     template=CHATML,
+    conversation="qwen_1_5",
     sampling=sampling,
     carried=(
         r".*\.position_ids", r".*rotary_emb\.inv_freq", r".*vision_model\.head\..*",

@@ -23,7 +23,7 @@ from tpo_jax.interop.chat_template import (
     template_ids,
 )
 from tpo_jax.interop.families import beside
-from tpo_jax.interop.families.base import Family, FamilyError, Pixels, Sampling
+from tpo_jax.interop.families.base import Family, FamilyError, Pixels, Sampling, said
 from tpo_jax.interop.families.registry import FAMILIES, family_of, to_leaves
 from tpo_jax.interop.mapping import Row
 from tpo_jax.interop.tensors import LazyArray
@@ -129,6 +129,8 @@ def open_codec(
             "or import with --chat_template=FILE.jinja"
         )
     template = family.template
+    if jinja is None and family.conversation:
+        said(data, "conv_template", (family.conversation,))
     if jinja is not None:
         template = multimodal_template(jinja, path, tokenizer, template)
     sampling = family.sampling(data)
@@ -189,6 +191,7 @@ def _check_options(family: Family, entries: _Entries, options: Mapping[str, Any]
     except FamilyError:  # an import says so itself, for the others it does not matter
         return
     known = {"heads", *family.head_options} | entries.read
+    known |= {"conv_template"} if family.conversation else set()
     if unknown := sorted(options.keys() - known):
         raise FamilyError(
             f"--set {unknown[0]}: nothing reads it in this {family.name}; leave it out, or use one "
