@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from tpo_jax.data.text import TextCodec
 from tpo_jax.errors import UserError
+from tpo_jax.interop import precision
 from tpo_jax.interop.chat_template import (
     ChatTemplateError,
     chat_template,
@@ -31,10 +32,10 @@ from tpo_jax.interop.tensors import (
     write_file,
 )
 from tpo_jax.models.config import VOCABULARY_MULTIPLE, LanguageConfig
-from tpo_jax.models.rope import RopeScaling
 from tpo_jax.models.language import abstract
-
+from tpo_jax.models.rope import RopeScaling
 from tpo_jax.parallel.paths import flatten
+
 # What a config.json leaves out, by the configuration classes of `transformers`
 # (models/*/configuration_*.py): it saves the parts of a larger model as what differs from these.
 _SIZES = {
@@ -445,6 +446,25 @@ def write_tokenizer(directory: epath.Path, codec: TextCodec) -> None:
             "clean_up_tokenization_spaces": False,
         },
     )
+
+
+def keep_dtype(
+    path: epath.Path, tensors: Mapping[str, LazyArray], published: Mapping[str, LazyArray],
+    chosen: bool,
+) -> None:  # fmt: skip
+    """Makes a config.json name the dtype of the tensors beside it, which `transformers` loads in.
+
+    A published one stays as it came where its tensors did, by their dtype and by nobody's choice.
+
+    Args:
+      published: tensors that it came with.
+      chosen: whether somebody chose the dtype.
+    """
+    written = precision.dtype_of(tensors)
+    before = precision.dtype_of({k: x for k, x in published.items() if k in tensors})
+    config = json.loads(path.read_text())
+    if (chosen or written != before) and precision.said_dtype(config) != written:
+        write_json(path, precision.with_dtype(config, written))
 
 
 def write_json(path: epath.Path, value: Mapping[str, Any]) -> None:
