@@ -26,10 +26,12 @@ from tpo_jax.interop.families.base import (
 )
 from tpo_jax.interop.families.source import read_pixels
 from tpo_jax.interop.families.towers import tower_rows
-from tpo_jax.interop.mapping import export_leaves, import_leaves
+from tpo_jax.interop.mapping import check_shapes, export_leaves, import_leaves
 from tpo_jax.interop.tensors import read_file, write_file
 from tpo_jax.models.published import SIGLIP2_CONNECTOR
 from tpo_jax.models.towers.config import TowerConfig
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.paths import flatten
 
 PREFIX = "vision/"
 CONNECTOR = "connector.safetensors"  # of an export: no published file holds it
@@ -97,6 +99,9 @@ def add_to_language(
         visual_offset=codec.template.visual_offset,
     )  # fmt: skip
     eyes = {PREFIX + name: leaf for name, leaf in leaves.items()}
+    wanted = flatten(FunctionalModel(about).abstract())
+    check_shapes(str(source), tower_rows(tower, PREFIX, "vision_model."), eyes,
+                 {name: x.shape for name, x in wanted.items()})  # fmt: skip
     folder.write_model(
         out, about.to_dict(), dict(folder.open_leaves(language)) | eyes, codec,
         preprocessor=folder.preprocessor(about), reads=(source, language),
