@@ -1,6 +1,7 @@
 r"""LLaVA-OneVision, video stage, full fine-tuning (2408.03326).
 
-    python -m tpo_jax.convert import --source=llava-onevision-qwen2-7b-ov-hf --out=onevision
+    python -m tpo_jax.convert import --source=llava-onevision-qwen2-7b-ov-hf --out=onevision \
+        --set frames_upbound=32
     python -m tpo_jax.train --config=configs/llava_onevision.py:init=onevision --workdir=runs/ov
     python -m tpo_jax.plan --config=configs/llava_onevision.py --topology=v5e:8x8 \
         --config.mesh.fsdp=64 --config.accumulation=2

@@ -1,6 +1,7 @@
-"""LLaVA-OneVision-TPO: Task Preference Optimization of LLaVA-OneVision-7B (arXiv 2412.19326).
+r"""LLaVA-OneVision-TPO: Task Preference Optimization of LLaVA-OneVision-7B (arXiv 2412.19326).
 
-    python -m tpo_jax.convert import --source=llava-onevision-qwen2-7b-ov-hf --out=onevision
+    python -m tpo_jax.convert import --source=llava-onevision-qwen2-7b-ov-hf --out=onevision \
+        --set frames_upbound=32
     python -m tpo_jax.convert import --source=sam2-hiera-large --into=onevision \
         --out=runs/llava_onevision_tpo/base
     python -m tpo_jax.train --config=configs/llava_onevision_tpo.py:stage=1,data=DIR \

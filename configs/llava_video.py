@@ -1,6 +1,7 @@
 r"""LLaVA-Video-7B-Qwen2 (2410.02713): full fine-tuning on videos of 64 frames.
 
-    python -m tpo_jax.convert import --source=LLaVA-Video-7B-Qwen2 --out=llava_video
+    python -m tpo_jax.convert import --source=LLaVA-Video-7B-Qwen2 --out=llava_video \
+        --set conv_template=qwen_1_5
     python -m tpo_jax.train --config=configs/llava_video.py:init=llava_video --workdir=runs/lv
     python -m tpo_jax.plan --config=configs/llava_video.py --topology=v5e:8x8 \
         --config.mesh.fsdp=64 --config.accumulation=4

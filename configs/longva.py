@@ -1,7 +1,8 @@
 r"""LongVA-7B (2406.16852): the image stage, and longer videos than it was trained on.
 
-    python -m tpo_jax.convert import --source=LongVA-7B --out=longva --set frames_upbound=128 \
-        --set force_sample=true --set add_time_instruction=false   (where its config.json is silent)
+    python -m tpo_jax.convert import --source=LongVA-7B --out=longva \
+        --set conv_template=qwen_1_5 --set frames_upbound=128 --set force_sample=true \
+        --set add_time_instruction=false   (what its config.json does not say)
     python -m tpo_jax.train --config=configs/longva.py:init=longva --workdir=runs/longva
     python -m tpo_jax.plan --config=configs/longva.py:frames=128 --topology=v5p:4x4x4
 

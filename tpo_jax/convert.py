@@ -3,7 +3,7 @@
 python -m tpo_jax.convert export --model=runs/demo/dpo/model --out=exported
 python -m tpo_jax.convert import --source=exported --out=model
 python -m tpo_jax.convert import --source=Qwen2-7B --out=qwen2   (a Hugging Face folder)
-python -m tpo_jax.convert import --source=LongVA-7B --out=longva   (a multimodal family)
+python -m tpo_jax.convert import --source=LongVA-7B --out=longva --set conv_template=qwen_1_5
 python -m tpo_jax.convert import --source=sam2.1-hiera-large --into=model --out=model2
 python -m tpo_jax.convert import --source=siglip2-so400m-patch16-naflex --into=qwen3 --out=model
 python -m tpo_jax.convert export --model=longva --out=exported --like=LongVA-7B
@@ -22,7 +22,7 @@ from etils import epath
 
 from tpo_jax.data.files import local_path, read_text
 from tpo_jax.errors import MissingFile, Parser, UserError, report
-from tpo_jax.interop import export, folder, sam2, sam2_model, siglip
+from tpo_jax.interop import export, folder, precision, sam2, sam2_model, siglip
 from tpo_jax.interop.families import folder as families
 from tpo_jax.interop.families import source
 from tpo_jax.models.heads.listed import load_listed
@@ -33,6 +33,8 @@ EXPORT_EXAMPLES = """examples:
   python -m tpo_jax.convert export --model=tuned --out=exported --keep_adapters
   # back into the layout of a multimodal family that was imported
   python -m tpo_jax.convert export --model=longva --out=exported --like=LongVA-7B
+  # trained in float32, as small as it was published
+  python -m tpo_jax.convert export --model=longva --out=exported --like=LongVA-7B --dtype=bfloat16
   # a model with the head sam2, its network as `transformers` has it; one of a family likewise
   python -m tpo_jax.convert export --model=tuned --out=exported --like=sam2.1-hiera-large
   python -m tpo_jax.convert export --model=tuned --out=exported \
@@ -42,10 +44,11 @@ IMPORT_EXAMPLES = """examples:
   # what `export` wrote, a Hugging Face language model, a multimodal family (docs/families.md)
   python -m tpo_jax.convert import --source=exported --out=model
   python -m tpo_jax.convert import --source=Qwen2-7B --out=qwen2
-  python -m tpo_jax.convert import --source=LongVA-7B --out=longva
+  python -m tpo_jax.convert import --source=LongVA-7B --out=longva --set conv_template=qwen_1_5
   # with a PEFT adapter merged, or kept apart; the mask network of SAM 2 into a model that has one
   python -m tpo_jax.convert import --source=Qwen2-7B --adapter=tuned --out=qwen2
-  python -m tpo_jax.convert import --source=LongVA-7B --adapter=tuned --keep_adapters --out=longva
+  python -m tpo_jax.convert import --source=LongVA-7B --out=longva --set conv_template=qwen_1_5 \
+      --adapter=tuned --keep_adapters
   python -m tpo_jax.convert import --source=sam2.1-hiera-large --into=model --out=model2
   # the tower of SigLIP 2 into a language folder
   python -m tpo_jax.convert import --source=siglip2-so400m-patch16-naflex --into=qwen3 --out=parts
@@ -73,16 +76,28 @@ def _export(flags: argparse.Namespace) -> int:
     like, network = _likes(flags.like)
     if like and siglip.is_tower(like):
         _refuse(flags, "a model of two parts", "set", "keep_adapters")
-        files = siglip.export_parts(flags.model, flags.out, like, network)
+        _refuse_checkpoint(flags, "a model of two parts")
+        files = siglip.export_parts(flags.model, flags.out, like, network, flags.dtype)
     elif like:
         files = families.export_family(
-            flags.model, flags.out, like, dict(flags.set), flags.keep_adapters, network
+            flags.model, flags.out, like, dict(flags.set), flags.keep_adapters, network, flags.dtype
         )
     else:
         _refuse(flags, "an export without --like of a published model", "set")
-        files = export.export_model(flags.model, flags.out, flags.keep_adapters, network)
+        _refuse_checkpoint(flags, "an export without --like of a published model")
+        files = export.export_model(
+            flags.model, flags.out, flags.keep_adapters, network, flags.dtype
+        )
     print(f"{flags.out}: " + ", ".join(files))
     return 0
+
+
+def _refuse_checkpoint(flags: argparse.Namespace, what: str) -> None:
+    if flags.dtype == precision.CHECKPOINT:
+        raise OptionError(
+            f"--dtype={flags.dtype}: has no meaning for {what}; use one of "
+            f"{', '.join(precision.DTYPES)}"
+        )
 
 
 def _likes(folders: Sequence[str]) -> tuple[str | None, str | None]:
@@ -197,6 +212,11 @@ def _parser() -> argparse.ArgumentParser:
         help="published folder that the model was imported from, whose layout is written; once "
         "more for the SAM 2 in it",
     )
+    command.add_argument(
+        "--dtype", choices=[*precision.DTYPES, precision.CHECKPOINT],
+        help="of the weights, which are otherwise as the model has them, after training float32; "
+        "checkpoint: that of every tensor of --like",
+    )  # fmt: skip
     _add_set(command)
     command.set_defaults(run=_export)
     command = _add(

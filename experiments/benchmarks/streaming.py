@@ -44,6 +44,7 @@ LLAVA = {
     "mm_spatial_pool_stride": 2, "mm_newline_position": "grid",
     "image_aspect_ratio": "anyres_max_9", "image_grid_pinpoints": "(1x1),...,(6x6)",
     "frames_upbound": 64, "force_sample": True, "add_time_instruction": True,
+    "conv_template": "qwen_1_5",
 }  # fmt: skip
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT = (

@@ -180,7 +180,7 @@ def test_broken_folders_are_named(tmp_path):
         import_model(source, tmp_path / "other")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 41}))
-    with pytest.raises(HuggingFaceError, match="config.json describes"):
+    with pytest.raises(MappingError, match="not what config.json describes"):
         import_model(source, tmp_path / "other")
     (source / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(TensorFileError, match="the index names it"):

@@ -150,3 +150,34 @@ def test_the_bilinear_filter_of_siglip_2_is_no_reason_to_refuse_it():
     assert siglip.tower_of({"model_type": "siglip2"}, {where: published}).image_size == 256
     with pytest.raises(FamilyError, match=f"{where}: resample=0: this program"):
         siglip.tower_of({"model_type": "siglip2"}, {where: published | {"resample": 0}})
+
+
+def test_a_tower_that_is_not_that_of_its_config_json_is_refused(parts, tmp_path, capsys):
+    path, tensors = parts
+    source, last = tmp_path / "siglip2", "vision_model.encoder.layers.2."
+    write_siglip2(source)
+    more = {k.replace(last, last.replace("2", "3")): x for k, x in tensors.items() if last in k}
+    safetensors.numpy.save_file(tensors | more, source / "model.safetensors")
+    given = [f"--source={source}", f"--into={path / 'qwen3'}", f"--out={tmp_path / 'model'}"]
+    assert convert.main(["import", *given]) == 2
+    printed = capsys.readouterr().err
+    assert "encoder.layers.3.layer_norm1.bias is [24], expected none" in printed
+    assert not (tmp_path / "model").exists()
+
+
+def test_both_parts_go_out_in_the_dtype_that_is_asked_for(parts, tmp_path, capsys):
+    path, tensors = parts
+    model, out = tmp_path / "model", tmp_path / "out"
+    given = [f"--source={path / 'siglip2'}", f"--into={path / 'qwen3'}", f"--out={model}"]
+    assert convert.main(["import", *given]) == 0
+    export = ["export", f"--model={model}", f"--like={path / 'siglip2'}", f"--out={out}"]
+    assert convert.main([*export, "--dtype=bfloat16"]) == 0
+    for part, entry in (("vision", "torch_dtype"), ("language_model", "dtype")):
+        written = safetensors.numpy.load_file(out / part / "model.safetensors")
+        assert {x.dtype.name for x in written.values()} == {"bfloat16"}
+        assert json.loads((out / part / "config.json").read_text())[entry] == "bfloat16"
+    name = "vision_model.post_layernorm.bias"
+    vision = safetensors.numpy.load_file(out / "vision/model.safetensors")[name]
+    np.testing.assert_array_equal(vision, tensors[name].astype(vision.dtype))
+    assert convert.main([*export, "--dtype=checkpoint"]) == 2
+    assert "--dtype=checkpoint: has no meaning for a model of two parts" in capsys.readouterr().err

@@ -189,10 +189,12 @@ def _language(name: str, data: Mapping[str, Any], tensors: Mapping[str, Any]) ->
         found = {f"model.{key}": tensor for key, tensor in named(tensors, _LANGUAGE).items()}
         found |= named(tensors, _HEAD)
     kind = {"llava_qwen": "qwen2", "video_llava_original": "llama"}.get(name, text["model_type"])
-    options = {k: v for k, v in text.items() if k not in ("model_type", "dtype", "torch_dtype")}
-    config = AutoConfig.for_model(kind, **options)
-    if config.tie_word_embeddings:
-        found["lm_head.weight"] = found["model.embed_tokens.weight"]
+    # Two tables, whatever config.json says: a tied model whose files hold both is what they hold.
+    own = ("model_type", "dtype", "torch_dtype", "tie_word_embeddings")
+    options = {k: v for k, v in text.items() if k not in own}
+    config = AutoConfig.for_model(kind, tie_word_embeddings=False, **options)
+    if data.get("tie_word_embeddings") or text.get("tie_word_embeddings"):
+        found.setdefault("lm_head.weight", found["model.embed_tokens.weight"])
     make = functools.partial(AutoModelForCausalLM.from_config, dtype=torch.float32)
     return filled(make(config), found, r".*inv_freq")
 

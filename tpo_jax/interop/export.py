@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from tpo_jax.data.text import ChatTemplate, TextCodec
 from tpo_jax.errors import UserError
-from tpo_jax.interop import folder, huggingface, output, peft, sam2
+from tpo_jax.interop import folder, huggingface, output, peft, precision, sam2
 from tpo_jax.interop.families import beside
 from tpo_jax.interop.folder import SIDE_FILES, preprocessor
 from tpo_jax.interop.mapping import export_leaves, import_leaves
@@ -40,7 +40,7 @@ class ExportFolderError(UserError):
 
 def export_model(
     model: epath.PathLike, out: epath.PathLike, keep_adapters: bool = False,
-    sam2_like: epath.PathLike | None = None,
+    sam2_like: epath.PathLike | None = None, dtype: str | None = None,
 ) -> list[str]:  # fmt: skip
     """Writes the exported folder; returns the names in it.
 
@@ -49,6 +49,7 @@ def export_model(
 
     Args:
       sam2_like: folder of SAM 2 in whose layout the network of the head sam2 goes out.
+      dtype: of a language folder's weights, one of `precision.DTYPES`; None: as they are.
 
     Raises:
       ExportFolderError, FamilyError, HuggingFaceError, MappingError, ModelFolderError: name what
@@ -59,8 +60,12 @@ def export_model(
         if folder.holds_language_only(model):
             if sam2_like is not None:
                 raise ExportFolderError(f"{model}: language model without SAM 2; leave --like out")
-            _write_language(epath.Path(model), temporary)
+            _write_language(epath.Path(model), temporary, dtype)
         else:
+            if dtype:
+                raise ExportFolderError(
+                    f"{model}: --dtype={dtype}: {_RUNTIME} computes in float32; leave it out"
+                )
             _write_whole(epath.Path(model), temporary, keep_adapters, sam2_like)
     return sorted(path.name for path in epath.Path(out).iterdir())
 
@@ -132,14 +137,17 @@ def _check_heads(
 
 
 def write_language_model(
-    out: epath.Path, config: LanguageConfig, leaves: Mapping[str, LazyArray], codec: TextCodec
-) -> None:
+    out: epath.Path, config: LanguageConfig, leaves: Mapping[str, LazyArray], codec: TextCodec,
+    dtype: str | None = None,
+) -> None:  # fmt: skip
     """A Hugging Face folder of the leaves below language/, without adapters."""
     out.mkdir()
     vocabulary = config.vocab_size
     rows = huggingface.language_rows(config, vocabulary)
-    huggingface.write_tensors(out, export_leaves(rows, leaves))
-    about = huggingface.huggingface_config(config, vocabulary) | {"dtype": "float32"}
+    tensors = precision.cast(export_leaves(rows, leaves), dtype)
+    huggingface.write_tensors(out, tensors)
+    about = huggingface.huggingface_config(config, vocabulary)
+    about |= {"dtype": precision.dtype_of(tensors)}
     about |= {
         f"{name}_id": codec.special_ids[token]
         for name, token in huggingface.token_names(codec).items()
@@ -152,13 +160,14 @@ def write_language_model(
     huggingface.write_tokenizer(out, codec)
 
 
-def _write_language(model: epath.Path, out: epath.Path) -> None:
+def _write_language(model: epath.Path, out: epath.Path, dtype: str | None) -> None:
     """A language folder as the Hugging Face folder that it came from."""
     if huggingface.model_type(model):
         raise ExportFolderError(f"{model}: is in the Hugging Face layout already")
     config, _ = folder.load_language(model)
     rows = huggingface.language_rows(config, config.num_tokens)
-    huggingface.write_tensors(out, export_leaves(rows, folder.open_leaves(model)))
+    tensors = precision.cast(export_leaves(rows, folder.open_leaves(model)), dtype)
+    huggingface.write_tensors(out, tensors)
     for file in (model / SIDE_FILES).iterdir():
         (out / file.name).write_bytes(file.read_bytes())
     codec = TextCodec.load(model)
@@ -168,6 +177,7 @@ def _write_language(model: epath.Path, out: epath.Path) -> None:
     if huggingface.language_config(published) != config:
         about = huggingface.huggingface_config(config, config.num_tokens, published)
         huggingface.write_json(out / "config.json", about)
+    huggingface.keep_dtype(out / "config.json", tensors, tensors, dtype is not None)
 
 
 def _same_tokenizer(file: epath.Path, codec: TextCodec) -> bool:

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from tpo_jax.data.text import TextCodec
 from tpo_jax.errors import UserError
+from tpo_jax.interop import precision
 from tpo_jax.interop.chat_template import (
     ChatTemplateError,
     chat_template,
@@ -21,7 +22,7 @@ from tpo_jax.interop.chat_template import (
     special_tokens,
     stop_tokens,
 )
-from tpo_jax.interop.mapping import Row, import_leaves, llama_rows
+from tpo_jax.interop.mapping import Row, check_shapes, import_leaves, llama_rows
 from tpo_jax.interop.output import EXPORT_METADATA
 from tpo_jax.interop.tensors import (
     LazyArray,
@@ -32,7 +33,9 @@ from tpo_jax.interop.tensors import (
     write_file,
 )
 from tpo_jax.models.config import VOCABULARY_MULTIPLE, LanguageConfig
+from tpo_jax.models.language import abstract
 from tpo_jax.models.rope import RopeScaling
+from tpo_jax.parallel.paths import flatten
 
 # What a config.json leaves out, by the configuration classes of `transformers`
 # (models/*/configuration_*.py): it saves the parts of a larger model as what differs from these.
@@ -54,9 +57,8 @@ FAMILIES = tuple(_DEFAULTS)
 # The published default: a new file where the next tensor would pass it.
 SHARD_BYTES = 5 * 10**9
 BOS = "<bos>"
-# Buffers of older checkpoints; the copy of the tied table that some checkpoints carry.
+# Buffers of older checkpoints.
 _IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-_IGNORED_TIED = (*_IGNORED, r"lm_head\.weight")
 # Pickles that a trainer leaves beside its model.
 _NO_MODEL = ("training_args", "optimizer", "scheduler", "rng_state")
 _WEIGHTS = (
@@ -100,34 +102,14 @@ def open_language(directory: epath.PathLike) -> LanguageSource:
     path = epath.Path(directory)
     config = language_config(read_json(path / "config.json"), f"{path / 'config.json'}")
     tensors = read_tensors(path)
-    rows = language_rows(config, config.num_tokens)
-    leaves = import_leaves(rows, tensors, _IGNORED_TIED if config.tied_head else _IGNORED)
-    shapes = {leaf: array.shape for leaf, array in leaves.items()}
-    _check_shapes(path, config, shapes)
-    used = {key for row in rows for key in row.inward(tensors)[1]}
+    rows = language_rows(config, config.num_tokens, tensors)
+    leaves = import_leaves(rows, tensors, _IGNORED)
+    wanted = flatten({"language": abstract(config)})
+    check_shapes(f"{path}", rows, leaves, {name: x.shape for name, x in wanted.items()})
+    # A copy of a tied table, which some checkpoints have, does not go back out.
+    used = {key for row in rows for key in row.inward(tensors)[1] if key not in row.same}
     dtype = "bfloat16" if leaves["language/embed/table"].dtype.name == "bfloat16" else "float32"
     return LanguageSource(config, dtype, leaves, tuple(sorted(tensors.keys() - used)))
-
-
-def _check_shapes(
-    path: epath.Path, config: LanguageConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    """The tensors must be those that config.json describes."""
-    layers, attention = "language/layers/", "language/layers/self_attn/"
-    wanted = {
-        "language/embed/table": (config.vocab_size, config.width),
-        attention + "q_proj/kernel": (config.depth, config.width, config.heads * config.head_dim),
-        attention + "k_proj/kernel": (
-            config.depth, config.width, config.kv_heads * config.head_dim,
-        ),
-        layers + "mlp/up_proj/kernel": (config.depth, config.width, config.mlp_width),
-    }  # fmt: skip
-    for leaf, shape in wanted.items():
-        if shapes[leaf] != shape:
-            raise HuggingFaceError(
-                f"{path}: {leaf} is {list(shapes[leaf])}, but config.json describes {list(shape)}; "
-                "the files are of different models"
-            )
 
 
 def open_codec(directory: epath.PathLike, jinja: str | None = None) -> TextCodec:
@@ -220,11 +202,17 @@ def side_files(path: epath.Path) -> dict[str, bytes]:
     return {name: (path / name).read_bytes() for name in sorted(names) if name[0] != "."}
 
 
-def language_rows(config: LanguageConfig, vocabulary: int) -> list[Row]:
-    """The table between `config`'s parameters and a Hugging Face model of so many tokens."""
+def language_rows(
+    config: LanguageConfig, vocabulary: int, stored: Collection[str] = ()
+) -> list[Row]:
+    """The table between `config`'s parameters and a Hugging Face model of so many tokens.
+
+    Args:
+      stored: tensor names of a folder that is read.
+    """
     return llama_rows(
         tied=config.tied_head, qkv_bias=config.qkv_bias, output_bias=config.output_bias,
-        qk_norm=config.qk_norm, vocabulary=(vocabulary, config.vocab_size),
+        qk_norm=config.qk_norm, vocabulary=(vocabulary, config.vocab_size), stored=stored,
     )  # fmt: skip
 
 
@@ -461,6 +449,25 @@ def write_tokenizer(directory: epath.Path, codec: TextCodec) -> None:
             "clean_up_tokenization_spaces": False,
         },
     )
+
+
+def keep_dtype(
+    path: epath.Path, tensors: Mapping[str, LazyArray], published: Mapping[str, LazyArray],
+    chosen: bool,
+) -> None:  # fmt: skip
+    """Makes a config.json name the dtype of the tensors beside it, which `transformers` loads in.
+
+    A published one stays as it came where its tensors did, by their dtype and by nobody's choice.
+
+    Args:
+      published: tensors that it came with.
+      chosen: whether somebody chose the dtype.
+    """
+    written = precision.dtype_of(tensors)
+    before = precision.dtype_of({k: x for k, x in published.items() if k in tensors})
+    config = json.loads(path.read_text())
+    if (chosen or written != before) and precision.said_dtype(config) != written:
+        write_json(path, precision.with_dtype(config, written))
 
 
 def write_json(path: epath.Path, value: Mapping[str, Any]) -> None:

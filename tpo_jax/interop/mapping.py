@@ -17,6 +17,7 @@ import numpy as np
 
 from tpo_jax.errors import UserError
 from tpo_jax.interop.tensors import (
+    Index,
     LazyArray,
     entry,
     lazy,
@@ -26,6 +27,8 @@ from tpo_jax.interop.tensors import (
     transposed,
     unled,
 )
+
+_SHOWN = 5  # tensors that an error names
 
 
 class MappingError(UserError):
@@ -45,6 +48,7 @@ class Row:
       count: entries of a stacked leaf; None: as many as the source has.
       lead: axes of length 1 that the other side's tensors have in front of ours.
       copies: further paths of ours with the same values, which must still agree on the way out.
+      same: further keys of theirs with the same values, which must agree on the way in.
     """
 
     ours: str
@@ -56,6 +60,7 @@ class Row:
     count: int | None = None
     lead: int = 0
     copies: tuple[str, ...] = ()
+    same: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -73,7 +78,7 @@ class Row:
         """
         leaf = lazy(leaf)
         if not self.stacked:
-            return {self.theirs: self._outward(leaf)}
+            return dict.fromkeys((self.theirs, *self.same), self._outward(leaf))
         return {
             self.theirs.format(layer=self.first + layer * self.step): self._outward(
                 entry(leaf, layer)
@@ -91,7 +96,10 @@ class Row:
         if not self.stacked:
             if self.theirs not in tensors:
                 raise MappingError(f"{self.ours}: tensor {self.theirs!r} is missing in the source")
-            return self._inward(lazy(tensors[self.theirs])), [self.theirs]
+            tensor = lazy(tensors[self.theirs])
+            for key in self.same:
+                tensor = self._agreeing(tensor, key, lazy(tensors[key]))
+            return self._inward(tensor), [self.theirs, *self.same]
         keys = self._layer_keys(tensors)
         if not keys:
             raise MappingError(f"{self.ours}: no tensor {self.theirs!r} in the source")
@@ -103,6 +111,31 @@ class Row:
                     f"{keys[0]!r} is {parts[0].dtype}{list(parts[0].shape)}"
                 )
         return stacked([self._inward(part) for part in parts]), keys
+
+    def _agreeing(self, tensor: LazyArray, key: str, other: LazyArray) -> LazyArray:
+        """The tensor; what is read of it is read of `other` as well, and raises if they differ."""
+        about = (
+            f"{self.ours}: tensors {self.theirs!r} and {key!r} {{}}, but config.json has one table "
+            "for both ends (tie_word_embeddings), and transformers ties them only where they are "
+            "equal; if the model has two, write tie_word_embeddings=false in config.json, also in "
+            "its text_config; if one of them is stale, remove it"
+        )
+        if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
+            kinds = (f"{x.dtype}{list(x.shape)}" for x in (tensor, other))
+            raise MappingError(about.format(f"are {' and '.join(kinds)}"))
+
+        def read(index: Index) -> np.ndarray:
+            part, (rows, *rest) = tensor[index], index
+            for start in range(rows.start, rows.stop, other.unit):
+                stop = min(start + other.unit, rows.stop)
+                here = slice(start - rows.start, stop - rows.start)
+                same = part[here] == other[(slice(start, stop), *rest)]
+                if not same.all():
+                    row = start + int(np.argmin(same.all(axis=tuple(range(1, same.ndim)))))
+                    raise MappingError(about.format(f"differ, first in row {row}"))
+            return part
+
+        return dataclasses.replace(tensor, read=read)
 
     def _layer_keys(self, names: Collection[str]) -> list[str]:
         """Their keys of our entries in order. Without `count` these are all that fit, which must
@@ -214,6 +247,57 @@ def import_leaves(
     return leaves
 
 
+def check_shapes(
+    where: str, rows: Sequence[Row], leaves: Mapping[str, Any],
+    wanted: Mapping[str, tuple[int, ...]],
+) -> None:  # fmt: skip
+    """Refuses leaves that are not those of a configuration, by the names that their tensors have.
+
+    Args:
+      where: the folder that they were read from.
+      rows: the table by which they were; leaves without a row have their own names.
+      wanted: {parameter path: shape} of the model that the configuration describes.
+
+    Raises:
+      MappingError: a layer too many or too few, a tensor of another shape.
+    """
+    table = {path: row for row in rows for path in row.paths}
+    lines = []
+    for path in sorted(leaves):
+        have, want = tuple(leaves[path].shape), wanted.get(path)
+        if have == want or (want is None and path not in table):
+            continue
+        found, described = (_tensor_shapes(table.get(path), path, x) for x in (have, want))
+        for key in sorted(found.keys() | described.keys()):
+            if key not in found:
+                lines.append(f"{key} is missing, expected {described[key]}")
+            elif found[key] != described.get(key):
+                lines.append(f"{key} is {found[key]}, expected {described.get(key, 'none')}")
+    if lines:
+        more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        raise MappingError(
+            f"{where}: {len(lines)} tensors are not what config.json describes: "
+            f"{'; '.join(sorted(lines)[:_SHOWN])}{more}; the files are of different models, or not "
+            "all are there; copy them again, or correct config.json"
+        )
+
+
+def _tensor_shapes(
+    row: Row | None, path: str, shape: tuple[int, ...] | None
+) -> dict[str, list[int]]:
+    """{tensor name: its shape} of a leaf of that shape."""
+    if shape is None:
+        return {}
+    if row is None:
+        return {path: list(shape)}
+
+    def zeros(index: Index) -> np.ndarray:
+        return np.zeros([s.stop - s.start for s in index], np.float32)
+
+    leaf = LazyArray(shape, np.dtype(np.float32), zeros)
+    return {key: list(tensor.shape) for key, tensor in row.outward(leaf).items()}
+
+
 def _like(source: Any, result: LazyArray) -> Any:
     return result if isinstance(source, LazyArray) else np.asarray(result, order="C")
 
@@ -228,6 +312,7 @@ def llama_rows(
     prefix: str = "language/",
     body: str = "model.",
     head: str = "lm_head.weight",
+    stored: Collection[str] = (),
 ) -> list[Row]:
     """Rows between our language model and Hugging Face's Llama, Mistral, Qwen2 and Qwen3.
 
@@ -237,12 +322,15 @@ def llama_rows(
     Args:
       vocabulary: rows of the token tables, (theirs, ours).
       body, head: where the model is on the other side; a multimodal one has it at another place.
+      stored: tensor names of the other side; one that has the output table of a tied model as
+        well keeps it, a copy of the table.
     """
     layer = body + "layers.{layer}."
     rows = [
-        Row(f"{prefix}embed/table", f"{body}embed_tokens.weight", rows=vocabulary),
+        Row(f"{prefix}embed/table", f"{body}embed_tokens.weight", rows=vocabulary,
+            same=(head,) if tied and head in stored else ()),
         Row(f"{prefix}final_norm/scale", f"{body}norm.weight"),
-    ]
+    ]  # fmt: skip
     for name in ("input_layernorm", "post_attention_layernorm"):
         rows.append(Row(f"{prefix}layers/{name}/scale", f"{layer}{name}.weight"))
     for name in ("q_norm", "k_norm") if qk_norm else ():

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from tpo_jax.interop import folder, huggingface, output, peft
+from tpo_jax.interop import folder, huggingface, output, peft, precision
 from tpo_jax.interop.chat_template import read_json
 from tpo_jax.interop.export import read_about, write_about, write_language_model
 from tpo_jax.interop.families import beside
@@ -26,10 +26,12 @@ from tpo_jax.interop.families.base import (
 )
 from tpo_jax.interop.families.source import read_pixels
 from tpo_jax.interop.families.towers import tower_rows
-from tpo_jax.interop.mapping import export_leaves, import_leaves
+from tpo_jax.interop.mapping import check_shapes, export_leaves, import_leaves
 from tpo_jax.interop.tensors import read_file, write_file
 from tpo_jax.models.published import SIGLIP2_CONNECTOR
 from tpo_jax.models.towers.config import TowerConfig
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.paths import flatten
 
 PREFIX = "vision/"
 CONNECTOR = "connector.safetensors"  # of an export: no published file holds it
@@ -97,6 +99,9 @@ def add_to_language(
         visual_offset=codec.template.visual_offset,
     )  # fmt: skip
     eyes = {PREFIX + name: leaf for name, leaf in leaves.items()}
+    wanted = flatten(FunctionalModel(about).abstract())
+    check_shapes(str(source), tower_rows(tower, PREFIX, "vision_model."), eyes,
+                 {name: x.shape for name, x in wanted.items()})  # fmt: skip
     folder.write_model(
         out, about.to_dict(), dict(folder.open_leaves(language)) | eyes, codec,
         preprocessor=folder.preprocessor(about), reads=(source, language),
@@ -133,7 +138,7 @@ def import_parts(source: epath.PathLike, out: epath.PathLike) -> list[str]:
 
 def export_parts(
     model: epath.PathLike, out: epath.PathLike, like: epath.PathLike,
-    sam2_like: epath.PathLike | None = None,
+    sam2_like: epath.PathLike | None = None, dtype: str | None = None,
 ) -> list[str]:  # fmt: skip
     """Writes a model of `add_to_language` as it came: `vision`, in the layout of the SigLIP folder
     `like` and with its text half, `language_model`, a Hugging Face folder, the connector and what
@@ -142,6 +147,7 @@ def export_parts(
 
     Args:
       sam2_like: folder of SAM 2 in whose layout the network of the head sam2 goes out.
+      dtype: of the language model and the tower, one of `precision.DTYPES`; None: as they are.
 
     Raises:
       FamilyError: the model has other eyes than `like`, or another SAM 2 than `sam2_like`.
@@ -166,12 +172,15 @@ def export_parts(
             beside.write(temporary, config, others, sam2_like)
         vision = temporary / "vision"
         vision.mkdir()
+        published = huggingface.read_tensors(source)
         tensors = export_leaves(tower_rows(tower, PREFIX, "vision_model."), parts["vision"])
-        huggingface.write_tensors(vision, huggingface.read_tensors(source) | tensors)
+        tensors = precision.cast(published | tensors, dtype)
+        huggingface.write_tensors(vision, tensors)
         for name, content in huggingface.side_files(source).items():
             (vision / name).write_bytes(content)
+        huggingface.keep_dtype(vision / "config.json", tensors, published, dtype is not None)
         inner = temporary / "language_model"
-        write_language_model(inner, config.language, parts["language"], codec)
+        write_language_model(inner, config.language, parts["language"], codec, dtype)
         write_file(temporary / CONNECTOR, parts["connector"], output.EXPORT_METADATA)
         write_about(temporary, dataclasses.replace(config, lora=None), codec)
     return sorted(file.name for file in epath.Path(out).iterdir())

@@ -443,5 +443,15 @@ class LanguageModel(nnx.Module):
 def bind(config: LanguageConfig, params: Mapping[str, Any]) -> LanguageModel:
     """The language model alone with these parameters, nested without the leading "language"; use
     it inside jit. (The whole model is FunctionalModel's.)"""
-    structure = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=Rngs(0))))
+    structure = nnx.graphdef(_abstract(config))
     return nnx.merge(structure, nnx.State(jax.tree.map(nnx.Param, dict(params))))
+
+
+def abstract(config: LanguageConfig) -> dict[str, Any]:
+    """Parameters of the language model alone, nested as `bind` takes them, of
+    jax.ShapeDtypeStruct."""
+    return nnx.to_pure_dict(nnx.state(_abstract(config)))
+
+
+def _abstract(config: LanguageConfig) -> LanguageModel:
+    return nnx.eval_shape(lambda: LanguageModel(config, rngs=Rngs(0)))

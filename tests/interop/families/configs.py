@@ -1,4 +1,8 @@
-"""config.json of every family at a tiny size, as the published files are written."""
+"""config.json of every family at a tiny size, as the published files are written.
+
+With what those do not say, `frames_upbound` of transformers' LLaVA-OneVision and `conv_template` of
+`llava_qwen`, as somebody adds it who trains from the folder itself.
+"""
 
 TEXT = {
     "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -15,7 +19,7 @@ LLAVA_ONEVISION = {
     "model_type": "llava_onevision", "text_config": {"model_type": "qwen2", **TEXT},
     "vision_config": SIGLIP, "vision_feature_layer": -1, "projector_hidden_act": "gelu",
     "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9",
-    "image_grid_pinpoints": [[24, 24], [24, 48], [48, 24], [48, 48]],
+    "image_grid_pinpoints": [[24, 24], [24, 48], [48, 24], [48, 48]], "frames_upbound": 32,
 }  # fmt: skip
 # As in the 0.5B: the language model has one table for both ends.
 LLAVA_ONEVISION_TIED = LLAVA_ONEVISION | {"tie_word_embeddings": True}
@@ -26,7 +30,7 @@ LLAVA_VIDEO = {
     "mm_spatial_pool_stride": 2, "mm_newline_position": "grid",
     "image_aspect_ratio": "anyres_max_9",
     "image_grid_pinpoints": "(1x1),...,(2x3)", "frames_upbound": 64, "force_sample": True,
-    "add_time_instruction": True,
+    "add_time_instruction": True, "conv_template": "qwen_1_5",
 }  # fmt: skip
 LONGVA = {
     "model_type": "llava_qwen", **TEXT, "rope_theta": 1e9, "vision_config": CLIP,
@@ -34,7 +38,7 @@ LONGVA = {
     "mm_vision_select_layer": -2, "mm_patch_merge_type": "unires",
     "mm_spatial_pool_mode": "average", "mm_spatial_pool_stride": 2,
     "image_grid_pinpoints": [[24, 24], [48, 24]], "frames_upbound": 32, "force_sample": True,
-    "add_time_instruction": False,
+    "add_time_instruction": False, "conv_template": "qwen_1_5",
 }  # fmt: skip
 VIDEO_LLAVA = {
     "model_type": "video_llava", "text_config": {"model_type": "llama", **TEXT},

@@ -130,7 +130,8 @@ def test_an_unknown_tensor_is_refused():
     ("llava_video", "mm_spatial_pool_stride"), ("longva", "mm_patch_merge_type"),
     ("longva", "mm_vision_select_layer"), ("longva", "frames_upbound"),
     ("llava_video", "force_sample"), ("llava_video", "add_time_instruction"),
-    ("video_llava_original", "image_aspect_ratio"),
+    ("video_llava_original", "image_aspect_ratio"), ("llava_onevision", "frames_upbound"),
+    ("video_llava_original", "mm_image_tower"),
 ])  # fmt: skip
 def test_an_option_that_config_json_does_not_say_is_named(name, option):
     data = copy.deepcopy(CONFIGS[name])
@@ -278,11 +279,34 @@ def test_llava_video_reads_its_modes():
     assert fast.connector.slow_every == 10
 
 
-def test_llava_onevision_of_transformers_shows_the_published_32_frames_or_those_of_an_option():
+def test_llava_onevision_of_transformers_shows_the_frames_that_it_is_told():
     sampling = family_of(LLAVA_ONEVISION).sampling
-    assert (sampling(LLAVA_ONEVISION).frames, sampling({"frames_upbound": 16}).frames) == (32, 16)
+    assert sampling({"frames_upbound": 16}).frames == 16
     with pytest.raises(FamilyError, match="frames_upbound=900.*up to 512"):
         sampling({"frames_upbound": 900})
+
+
+@pytest.mark.parametrize("option, value", [
+    ("mm_image_tower", "openai/clip-vit-large-patch14"),
+    ("mm_video_tower", "LanguageBind/LanguageBind_Video_FT"),
+    ("mm_video_tower", "LanguageBind/LanguageBind_Image"),
+])  # fmt: skip
+def test_the_original_video_llava_has_the_towers_of_its_code(option, value):
+    family = family_of(VIDEO_LLAVA_ORIGINAL)
+    local = {"mm_image_tower": "cache_dir/LanguageBind_Image",
+             "mm_video_tower": "/data/LanguageBind_Video_merge/"}  # fmt: skip
+    family.model_config(VIDEO_LLAVA_ORIGINAL | local, {})
+    with pytest.raises(FamilyError, match=f"{option}='{value}': this program has only LanguageBi"):
+        family.model_config(VIDEO_LLAVA_ORIGINAL | {option: value}, {})
+
+
+def test_languagebind_has_the_sizes_and_the_activation_of_datacomps_clip():
+    """CLIP-ViT-L-14-DataComp.XL-s13B-b90K, whose GELU is exact; that of OpenAI's CLIP is not."""
+    data = {k: v for k, v in VIDEO_LLAVA_ORIGINAL.items() if k != "vision_config"}
+    vision = family_of(data).model_config(data, {}).vision
+    assert (vision.kind, vision.activation, vision.epsilon) == ("languagebind", "gelu", 1e-5)
+    assert (vision.width, vision.depth, vision.heads, vision.mlp_width) == (1024, 24, 16, 4096)
+    assert (vision.image_size, vision.patch_size, vision.frames, vision.layer) == (224, 14, 8, -2)
 
 
 def test_longva_reads_the_layer_before_last_and_has_no_newlines():

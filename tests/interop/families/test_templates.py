@@ -16,7 +16,7 @@ from tpo_jax.data.text import train_tokenizer
 from tpo_jax.interop.chat_template import ChatTemplateError
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.registry import named
-from tpo_jax.interop.families.source import fitted_codec, open_codec
+from tpo_jax.interop.families.source import fitted_codec, open_codec, read_config
 from tpo_jax.interop.huggingface import HuggingFaceError
 
 # Pieces that the first tokenizer of Mistral, which is Llama's, has for these texts.
@@ -165,6 +165,21 @@ def test_bos_of_the_tokenizer_and_end_of_an_answer_complete_a_template(tmp_path)
         user="", assistant=" ASSISTANT:", end="</s>", pad="<unk>", visual_offset=5,
         sampling="evenly", frames=8,
     )  # fmt: skip
+
+
+def test_a_llava_qwen_folder_that_names_no_template_is_refused_with_the_option(tmp_path):
+    """LLaVA-NeXT's code has many, and Vicuna's where nobody asks for another."""
+    data = {k: v for k, v in LLAVA_VIDEO.items() if k != "conv_template"}
+    chatml_folder(tmp_path, data)
+    with pytest.raises(FamilyError, match="does not say conv_template.*--set conv_template=VALUE"):
+        open_codec(tmp_path)
+    told = open_codec(tmp_path, {"conv_template": "qwen_1_5"})
+    with pytest.raises(FamilyError, match="conv_template='vicuna_v1': this program has one of"):
+        open_codec(tmp_path, {"conv_template": "vicuna_v1"})
+    read_config(tmp_path, {"conv_template": "qwen_1_5"})  # as an export takes it
+    assert tokens(open_codec(tmp_path, jinja=ONEVISION_JINJA))[0] == ["<|im_start|>", "user", "Ġ"]
+    chatml_folder(tmp_path, LLAVA_VIDEO)
+    assert open_codec(tmp_path).template == told.template
 
 
 def test_llava_video_has_the_system_turn_of_qwen(tmp_path):

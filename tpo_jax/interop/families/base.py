@@ -58,6 +58,8 @@ class Family:
       model_config: ModelConfig of (config.json, what says how images and videos become pixels).
       rows: mapping rows of a ModelConfig, given the tensor names of the source.
       template: texts around video, question and answer.
+      conversation: what `conv_template` of config.json has to say for `template`, unless a chat
+        template is given; None: the family has one.
       reads_template: whether a folder's chat template takes its place, where it has one.
       needs_template: whether a folder without one is refused.
       sampling: of config.json.
@@ -78,6 +80,7 @@ class Family:
     rows: Callable[[ModelConfig, Collection[str]], list[Row]]
     template: ChatTemplate
     sampling: Callable[[Mapping[str, Any]], Sampling]
+    conversation: str | None = None
     reads_template: bool = False
     needs_template: bool = False
     with_heads: Callable[..., ModelConfig] | None = None
@@ -87,7 +90,7 @@ class Family:
     layouts: str = ""
 
 
-# The template of LLaVA-NeXT's code for Qwen ("qwen_1_5").
+# "qwen_1_5" of LLaVA-NeXT's and LongVA's conversation.py.
 CHATML = ChatTemplate(
     before_video="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
     after_video="\n",
@@ -250,12 +253,18 @@ def assemble_parts(
     )
 
 
-def decoder_rows(config: LanguageConfig, *, body: str, head: str) -> list[Row]:
-    """Rows of the language model below another name than its own."""
+def decoder_rows(
+    config: LanguageConfig, *, body: str, head: str, keys: Collection[str]
+) -> list[Row]:
+    """Rows of the language model below another name than its own.
+
+    Args:
+      keys: tensor names of the source.
+    """
     return llama_rows(
         tied=config.tied_head, qkv_bias=config.qkv_bias, output_bias=config.output_bias,
         qk_norm=config.qk_norm, vocabulary=(config.num_tokens, config.vocab_size), body=body,
-        head=head,
+        head=head, stored=keys,
     )  # fmt: skip
 
 

@@ -15,13 +15,16 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from tpo_jax.data.text import TextCodec
-from tpo_jax.interop import folder, huggingface, output, peft
+from tpo_jax.interop import folder, huggingface, output, peft, precision
 from tpo_jax.interop.families import beside
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.registry import from_leaves, to_leaves
 from tpo_jax.interop.families.source import ADAPTER, Source, headed, open_source, read_config
+from tpo_jax.interop.mapping import check_shapes
 from tpo_jax.interop.tensors import LazyArray
 from tpo_jax.models.config import ModelConfig
+from tpo_jax.models.video_language import FunctionalModel
+from tpo_jax.parallel.paths import flatten
 
 # Modules have the names of `transformers` 5 in memory, on disk those of version 4.
 IN_MEMORY = ("model.",)
@@ -69,6 +72,8 @@ def import_family(
     if adapter is not None and config.lora is not None and not keep_adapters:
         leaves = peft.merged_leaves(leaves, config.lora)
         config = dataclasses.replace(config, lora=None)
+    wanted = flatten(FunctionalModel(config).abstract())
+    check_shapes(str(source), opened.rows, leaves, {name: x.shape for name, x in wanted.items()})
     folder.write_model(
         out, config.to_dict(), leaves, opened.codec, preprocessor=folder.preprocessor(config),
         reads=(source, adapter),
@@ -104,7 +109,7 @@ def _with_adapter(
 def export_family(
     model: epath.PathLike, out: epath.PathLike, like: epath.PathLike,
     options: Mapping[str, Any] | None = None, keep_adapters: bool = False,
-    sam2_like: epath.PathLike | None = None,
+    sam2_like: epath.PathLike | None = None, dtype: str | None = None,
 ) -> list[str]:  # fmt: skip
     """Writes a model in the layout of the published folder `like`; returns the names of files.
 
@@ -116,6 +121,7 @@ def export_family(
       options: entries of config.json that `like` lacks, as they were given to the import.
       keep_adapters: do not merge.
       sam2_like: folder of SAM 2 in whose layout the network of the head sam2 goes out.
+      dtype: of what is not carried (`precision.cast`).
 
     Raises:
       AdapterError, FamilyError, MappingError: the model has other sizes than `like`, or parts that
@@ -138,16 +144,18 @@ def export_family(
     _same_sizes(model, layout, like, published, _further_parts(layout, published))
     own, others = beside.split(config, leaves)
     _, carried = to_leaves(family, published, tensors)
-    theirs = from_leaves(family, layout, own, carried, tensors.keys())
+    theirs = from_leaves(family, layout, own, {}, tensors.keys())
     _same_shapes(model, theirs, like, tensors)
+    theirs = precision.cast(theirs, dtype, tensors)
     with output.replacing(out, output.EXPORT, model, like, sam2_like) as temporary:
         if others:
             beside.write(temporary, config, others, sam2_like)
         if apart and keep_adapters:
             rows = family.rows(layout, IN_MEMORY)
             peft.write_adapter(temporary / ADAPTER, with_adapters, lora, rows, whole_names=True)
-        huggingface.write_tensors(temporary, theirs)
+        huggingface.write_tensors(temporary, theirs | carried)
         _write_side_files(temporary, source, folder.load_codec(model))
+        huggingface.keep_dtype(temporary / "config.json", theirs, tensors, dtype is not None)
     return sorted(file.name for file in epath.Path(out).iterdir())
 
 

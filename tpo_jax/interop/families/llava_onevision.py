@@ -8,7 +8,6 @@ of transformers 4 ("language_model.model."), the model in memory those of transf
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -32,8 +31,6 @@ from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.connectors.anyres import Size
 from tpo_jax.models.connectors.config import MlpConnectorConfig
 
-# As its authors trained it (LLaVA-NeXT issue 292); the files of `transformers` do not say.
-FRAMES = {"frames_upbound": 32}
 
 def model_config(config: Mapping[str, Any], pixels: Pixels) -> ModelConfig:
     only(config, "projector_hidden_act", "gelu")
@@ -102,7 +99,7 @@ def rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
         *tower_rows(config.vision, "vision/", f"{prefix}vision_tower.{inner}"),
         *mlp_rows(config.connector, f"{projector}.linear_1", f"{projector}.linear_2",
                   f"{prefix}image_newline"),
-        *decoder_rows(config.language, body=body, head=head),
+        *decoder_rows(config.language, body=body, head=head, keys=keys),
     ]  # fmt: skip
 
 
@@ -114,12 +111,11 @@ FAMILY = Family(
     template=CHATML,  # of which a chat template leaves the end of an answer and the padding
     reads_template=True,
     needs_template=True,
-    sampling=lambda config: Sampling(
-        "evenly", frames_upbound(collections.ChainMap(config, FRAMES))
-    ),
-    # Some tied checkpoints also hold the output table, some towers their pooling head.
+    # The files and the code of `transformers` do not say how many.
+    sampling=lambda config: Sampling("evenly", frames_upbound(config)),
+    # Some towers hold their pooling head.
     carried=(
-        r".*\.position_ids", r".*rotary_emb\.inv_freq", r"(language_model\.)?lm_head\.weight",
+        r".*\.position_ids", r".*rotary_emb\.inv_freq",
         r"(model\.)?vision_tower\.(vision_model\.)?head\..*",
     ),  # fmt: skip
     layouts="transformers/models/llava_onevision/modeling_llava_onevision.py",

@@ -1,8 +1,9 @@
 """The layout of LLaVA-NeXT's code, `llava_qwen`: LLaVA-OneVision, LLaVA-Video and LongVA.
 
 config.json names the tower but not its sizes: those of the named towers are here. Pooling, newline,
-merge mode, sampling and time instruction are options of config.json; where it does not say, nothing
-is assumed.
+merge mode, sampling, time instruction and template are options of config.json; where it does not
+say, nothing is assumed. Published files never name the template (that of their code where nobody
+asks for another is Vicuna's), so it is always given: `conv_template`, as lmms-eval calls it.
 """
 
 from __future__ import annotations
@@ -101,13 +102,12 @@ def resolutions(pinpoints: Any, tile_size: int) -> tuple[tuple[int, int], ...]:
 
 
 def rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
-    del keys
     projector = "model.mm_projector."
     return [
         *tower_rows(config.vision, "vision/", "model.vision_tower.vision_tower.vision_model."),
         *mlp_rows(config.connector, f"{projector}0", f"{projector}2", "model.image_newline",
                   "model.faster_token"),
-        *decoder_rows(config.language, body="model.", head="lm_head.weight"),
+        *decoder_rows(config.language, body="model.", head="lm_head.weight", keys=keys),
     ]  # fmt: skip
 
 
@@ -133,11 +133,12 @@ FAMILY = Family(
     model_config=model_config,
     rows=rows,
     template=CHATML,
+    conversation="qwen_1_5",
     sampling=sampling,
     carried=(
         r".*\.position_ids", r".*rotary_emb\.inv_freq", r".*vision_model\.head\..*",
-        # LongVA's "unires" has no newline, tied models no output table; files may hold them.
-        r"model\.image_newline", r"lm_head\.weight",
+        # LongVA's "unires" has no newline; files may hold one.
+        r"model\.image_newline",
     ),  # fmt: skip
     layouts="LLaVA-VL/LLaVA-NeXT llava/model/llava_arch.py, EvolvingLMMs-Lab/LongVA "
     "longva/longva/model/llava_arch.py",

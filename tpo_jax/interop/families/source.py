@@ -24,8 +24,9 @@ from tpo_jax.interop.chat_template import (
     template_ids,
 )
 from tpo_jax.interop.families import beside
-from tpo_jax.interop.families.base import Family, FamilyError, Pixels, Sampling
+from tpo_jax.interop.families.base import Family, FamilyError, Pixels, Sampling, said
 from tpo_jax.interop.families.registry import FAMILIES, family_of, to_leaves
+from tpo_jax.interop.mapping import Row
 from tpo_jax.interop.tensors import LazyArray
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import tokens_of
@@ -46,6 +47,7 @@ class Source:
 
     Attributes:
       leaves: {parameter path: array}.
+      rows: by which the tensors of the family's own files became leaves.
       carried: {their name: array} of what this program has no use for.
       unapplied: of the family, see there.
     """
@@ -55,6 +57,7 @@ class Source:
     codec: TextCodec
     sampling: Sampling
     leaves: dict[str, LazyArray]
+    rows: list[Row]
     carried: dict[str, LazyArray]
     unapplied: list[str]
 
@@ -87,10 +90,11 @@ def open_source(
         raise FamilyError(f"heads: {chosen}: {path / beside.CONFIG} says which there are; leave "
                           "--set heads out")  # fmt: skip
     config = headed(family, config, data, tensors, [] if others else chosen)
+    rows = family.rows(config, tensors.keys())
     leaves, carried = to_leaves(family, config, tensors)
     if (path / ADAPTER).exists():  # as `export --keep_adapters` leaves it
-        rows = family.rows(config, peft.module_names(path / ADAPTER))
-        leaves, lora = peft.with_kept(leaves, path / ADAPTER, rows)
+        modules = family.rows(config, peft.module_names(path / ADAPTER))
+        leaves, lora = peft.with_kept(leaves, path / ADAPTER, modules)
         config = dataclasses.replace(config, lora=lora)
     if others is not None:
         config, leaves = others.joined(config), leaves | others.leaves
@@ -106,7 +110,7 @@ def open_source(
         visual_offset=codec.template.visual_offset, dtype=dtype,
     )  # fmt: skip
     unapplied = family.unapplied(data)
-    return Source(family, config, codec, family.sampling(data), leaves, carried, unapplied)
+    return Source(family, config, codec, family.sampling(data), leaves, rows, carried, unapplied)
 
 
 def open_codec(
@@ -126,6 +130,8 @@ def open_codec(
             "or import with --chat_template=FILE.jinja"
         )
     template = family.template
+    if jinja is None and family.conversation:
+        said(data, "conv_template", (family.conversation,))
     if jinja is not None:
         template = multimodal_template(jinja, path, tokenizer, template)
     sampling = family.sampling(data)
@@ -187,6 +193,7 @@ def _check_options(family: Family, entries: _Entries, options: Mapping[str, Any]
     except FamilyError:  # an import says so itself, for the others it does not matter
         return
     known = {"heads", *family.head_options} | entries.read
+    known |= {"conv_template"} if family.conversation else set()
     if unknown := sorted(options.keys() - known):
         raise FamilyError(
             f"--set {unknown[0]}: nothing reads it in this {family.name}; leave it out, or use one "

@@ -15,6 +15,7 @@ from typing import Any
 from tpo_jax.data.text import ChatTemplate
 from tpo_jax.interop.families.base import (
     Family,
+    FamilyError,
     Pixels,
     Sampling,
     assemble,
@@ -29,7 +30,12 @@ from tpo_jax.interop.mapping import Row
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.connectors.config import MlpConnectorConfig
 
+# The length of a video in VideoLlavaConfig of `transformers` (video_seq_length = 2056) and of the
+# original's LanguageBind, whose places in time are as many.
 FRAMES = 8
+# Both towers of PKU-YuanGroup/LanguageBind start from laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K,
+# whose sizes and exact GELU (OpenCLIP's; OpenAI's CLIP has quick_gelu) are in the config.json that
+# it has in tokenizer_cache/ (da45496).
 LANGUAGEBIND = {
     "model_type": "clip_vision_model", "image_size": 224, "patch_size": 14, "hidden_size": 1024,
     "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
@@ -50,6 +56,8 @@ SYSTEM = (
 VICUNA_V1 = dataclasses.replace(
     VICUNA, before_video=f"<s>{SYSTEM} USER: ", before_image=f"<s>{SYSTEM} USER: "
 )
+# What the names of the towers end in, as the original's multimodal_encoder/builder.py has it.
+TOWERS = {"mm_image_tower": "LanguageBind_Image", "mm_video_tower": "LanguageBind_Video_merge"}
 # Of image_aspect_ratio, which is about images; videos are cropped.
 RESIZES = {"pad": "pad", "square": "crop"}
 CONNECTOR = MlpConnectorConfig(pool="none", newline="no_token", image="plain", class_token=True)
@@ -77,12 +85,18 @@ def huggingface_rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
         *clip_rows("vision/image_tower/", f"{prefix}image_tower.{inner}"),
         *clip_rows("vision/video_tower/", f"{prefix}video_tower.{inner}"),
         *mlp_rows(config.connector, f"{projector}.linear_1", f"{projector}.linear_2", ""),
-        *decoder_rows(config.language, body=body, head=head),
+        *decoder_rows(config.language, body=body, head=head, keys=keys),
     ]
 
 
 def original_config(config: Mapping[str, Any], pixels: Pixels) -> ModelConfig:
     """`vision_config` in `config` (not in published files) gives the sizes of other towers."""
+    for option, name in TOWERS.items():
+        if not str(said(config, option)).rstrip("/").endswith(name):
+            raise FamilyError(
+                f"config.json: {option}={config[option]!r}: this program has only {name}, of other "
+                "towers it would read other numbers; import a checkpoint with that tower"
+            )
     said(config, "mm_projector_type", ("mlp2x_gelu",))
     said(config, "mm_vision_select_feature", ("patch",))
     vision = tower_config(
@@ -94,12 +108,11 @@ def original_config(config: Mapping[str, Any], pixels: Pixels) -> ModelConfig:
 
 
 def original_rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
-    del keys
     return [
         *clip_rows("vision/image_tower/", "model.image_tower.image_tower."),
         *clip_rows("vision/video_tower/", "model.video_tower.video_tower.", temporal=True),
         *mlp_rows(config.connector, "model.mm_projector.0", "model.mm_projector.2", ""),
-        *decoder_rows(config.language, body="model.", head="lm_head.weight"),
+        *decoder_rows(config.language, body="model.", head="lm_head.weight", keys=keys),
     ]
 
 

@@ -79,11 +79,10 @@ def model_config(config: Mapping[str, Any], pixels: Pixels) -> ModelConfig:
 
 
 def rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
-    del keys
     lora = config.lora is not None
     base = "lm.base_model.model." if lora else "lm."
     table = decoder_rows(
-        config.language, body=f"{base}model.", head=f"{base}lm_head.weight"
+        config.language, body=f"{base}model.", head=f"{base}lm_head.weight", keys=keys
     )
     return [
         *umt_rows("vision/", "vision_encoder.encoder.", "vision_layernorm"),
