@@ -12,11 +12,21 @@ from fake_batches import HEADS, bucket, micro, train_config
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.models.config import LoraConfig
 from tpo_jax.models.connector import TIME_WAVES
+from tpo_jax.models.heads import sam2
+from tpo_jax.models.heads.sam2.model import Sam2
+from tpo_jax.models.layers import Rngs
 from tpo_jax.models.presets import PRESETS
+from tpo_jax.models.sam2_config import SIZES
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.paths import flatten
-from tpo_jax.training.flops import forward_flops, matmul_flops, peak_flops, train_flops
+from tpo_jax.training.flops import (
+    _gradient,
+    forward_flops,
+    matmul_flops,
+    peak_flops,
+    train_flops,
+)
 from tpo_jax.training.program import make_program
 from tpo_jax.training.step import make_gradient_step
 
@@ -100,22 +110,24 @@ def test_heads_count(counted):
     assert counted[3]["heads"] > 0
 
 
-@pytest.mark.parametrize(("trained", "vision", "language", "lm_head", "heads"), [
-    (".*", 3, 3, 3, 3),
-    ("connector/", 1, 2, 2, 2),  # and the connector's weights, which are part of "vision"
-    ("vision/", 2, 2, 2, 2),  # likewise the tower's
-    ("language/", 1, 3, 3, 2),
-    ("task_tokens/", 1, 2, 2, 2),
-    ("heads/", 1, 1, 1, 3),
-    ("language/lm_head", 1, 1, 2, 1),
-    ("language/.*lora_[ab]", 1, 2, 2, 2),  # and the weights of adapters
+@pytest.mark.parametrize(("trained", "vision", "language", "lm_head"), [
+    (".*", 3, 3, 3),
+    ("connector/", 1, 2, 2),  # and the connector's weights, which are part of "vision"
+    ("vision/", 2, 2, 2),  # likewise the tower's
+    ("language/", 1, 3, 3),
+    ("task_tokens/", 1, 2, 2),
+    ("heads/", 1, 1, 1),
+    ("language/lm_head", 1, 1, 2),
+    ("language/.*lora_[ab]", 1, 2, 2),  # and the weights of adapters
 ])  # fmt: skip
 def test_a_train_step_leaves_out_what_frozen_weights_do_not_need(
-    monkeypatch, counted, trained, vision, language, lm_head, heads
+    monkeypatch, counted, trained, vision, language, lm_head
 ):
+    """Of models without heads, whose products are counted one by one."""
     config, _, batch, flops = counted
     config = dataclasses.replace(config, lora=LoraConfig("language/.*kernel", 2, 4.0))
-    monkeypatch.setattr("tpo_jax.training.flops.forward_flops", lambda *_: flops)
+    heads = types.SimpleNamespace(predictions={})
+    monkeypatch.setattr("tpo_jax.training.flops._forward", lambda *_: (dict(flops), heads))
     sizes = {path: leaf.size for path, leaf in flatten(FunctionalModel(config).abstract()).items()}
     paths = [path for path in sizes if re.match(trained, path)]
 
@@ -130,9 +142,42 @@ def test_a_train_step_leaves_out_what_frozen_weights_do_not_need(
     if "lora" in trained:
         layers, head = ("language/layers/", "language/final_norm/"), ("language/lm_head/",)
         more = share(*layers) * flops["language"] + share(*head) * flops["lm_head"]
-    times = {"vision": vision, "language": language, "lm_head": lm_head, "heads": heads}
+    times = {"vision": vision, "language": language, "lm_head": lm_head, "heads": 1}
     want = sum(times[part] * flops[part] for part in flops) + more
-    assert train_flops(config, batch, paths) == pytest.approx(want, rel=1e-6)
+    assert train_flops(config, batch, paths, {}) == pytest.approx(want, rel=1e-6)
+
+
+def test_the_gradient_of_a_product_costs_once_for_each_operand_that_it_reaches():
+    def layers(x, w, frozen, flag):
+        x, seen = jax.lax.scan(lambda x, w: (jax.nn.relu(x @ w), x @ frozen), x, w)
+        x = jax.lax.cond(flag, lambda x: x @ frozen, lambda x: x, x)
+        return x, seen, jax.lax.stop_gradient(x) @ frozen, jnp.argmax(x @ x, 0)
+
+    flag = jax.ShapeDtypeStruct((), jnp.bool_)
+    jaxpr = jax.make_jaxpr(layers)(spec(4, 4), spec(3, 4, 4), spec(4, 4), flag).jaxpr
+    product = 2 * 4**3
+
+    def counted(*moved, results=None):
+        return _gradient(jaxpr, [name in moved for name in ("x", "w", "frozen", "flag")], results)
+
+    # Of x alone: three turns of two products, and one behind them. A weight's own gradient costs as
+    # much again, and what one turn carries depends on it in the next.
+    assert counted("x")[0] == (3 * 2 + 1) * product
+    assert counted("w") == ((3 * 3 + 1) * product, [True, True, False, False])
+    assert counted("w", results=jaxpr.outvars[1:2])[0] == 3 * 3 * product
+    assert counted()[0] == 0
+
+
+def needed_and_computed(config, batch, trained, **changes):
+    """FLOPs of a step by `train_flops`, and products of its traced gradient."""
+    language = dataclasses.replace(config.language, attention="dense")
+    dense, mesh = dataclasses.replace(config, language=language), make_mesh({}, jax.devices()[:1])
+    program = make_program(train_config(trainable=trained, **changes), dense, mesh)
+    step = make_gradient_step(program.model, program.objective, program.optimizer)
+    key = jax.eval_shape(jax.random.key, jnp.uint32(0))
+    computed = matmul_flops(step, program.abstract_state, batch, key)
+    rates, weights = program.optimizer.learning_rates, program.objective.weights
+    return train_flops(config, batch, rates, weights), computed
 
 
 def test_a_step_computes_what_it_is_said_to_need():
@@ -141,15 +186,37 @@ def test_a_step_computes_what_it_is_said_to_need():
     twice, not once."""
     config = dataclasses.replace(micro(), lora=LoraConfig("language/.*kernel", 2, 4.0))
     batch = batch_spec(bucket(8), config)
-    language = dataclasses.replace(config.language, attention="dense")
-    dense, mesh = dataclasses.replace(config, language=language), make_mesh({}, jax.devices()[:1])
     for trained in (".*", "language/", "connector/", "language/.*lora_[ab]"):
-        program = make_program(train_config(trainable=[[trained, 1e-3]]), dense, mesh)
-        step = make_gradient_step(program.model, program.objective, program.optimizer)
-        key = jax.eval_shape(jax.random.key, jnp.uint32(0))
-        computed = matmul_flops(step, program.abstract_state, batch, key)
-        needed = train_flops(config, batch, program.optimizer.learning_rates)
+        needed, computed = needed_and_computed(config, batch, [[trained, 1e-3]])
         assert 0.8 < needed / computed < 1.01, trained
+
+
+@pytest.mark.parametrize("trained", [".*", "heads/temporal", "task_tokens/"])
+def test_a_step_with_heads_computes_what_it_is_said_to_need(trained):
+    config, batch = micro(HEADS), batch_spec(bucket(8), micro(HEADS))
+    needed, computed = needed_and_computed(config, batch, [[trained, 1e-3]], heads=HEADS)
+    assert 0.8 < needed / computed < 1.01
+
+
+def test_a_frozen_network_in_a_head_has_no_gradient_but_behind_its_prompt():
+    """The image encoder of SAM 2 reads frames alone. Losses of weight 0 are only reported."""
+    tokens = PRESETS["micro"](("mask",)).tokens  # of the same task
+    config = dataclasses.replace(micro(), heads=("sam2",), tokens=tokens, sam2=SIZES["micro"])
+    batch = batch_spec(bucket(2), config)
+    forward = forward_flops(config, batch)
+    paths, weights = flatten(FunctionalModel(config).abstract()), sam2.published_weights()
+    once, heads = sum(forward.values()), forward["heads"]
+
+    def step(trained, weights):
+        return train_flops(config, batch, [p for p in paths if re.match(trained, p)], weights)
+
+    size = SIZES["micro"].image_size
+    encoder = matmul_flops(lambda x: Sam2(SIZES["micro"], rngs=Rngs(0)).features(x),
+                           spec(2, 4, size, size, 3))  # fmt: skip
+    assert 0 < encoder < heads
+    assert step("heads/sam2/adapter", dict.fromkeys(weights, 0.0)) == once
+    assert 0.5 < (step("heads/sam2/adapter", weights) - once) / (heads - encoder) < 2
+    assert 2.9 < (step(".*", weights) - 3 * (once - heads)) / heads <= 3
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,10 @@ def compile_buckets(
             shapes={path: (x.shape, x.dtype) for path, x in leaves.items()},
             tokens=tokens,
             flops=sum(
-                train_flops(program.model.config, part, program.optimizer.learning_rates)
+                train_flops(
+                    program.model.config, part, program.optimizer.learning_rates,
+                    program.objective.weights,
+                )  # fmt: skip
                 for part in parts_of(batch)
             ),
             train_step=TrainStep(gradient, update),

@@ -215,12 +215,12 @@ def trace_step(
     if like is not None:
         return like._replace(gradient=gradient, micros=micros)
     whole = [spec(bucket, bucket.batch_size) for bucket in buckets]
-    trained = program.optimizer.learning_rates
+    how = program.optimizer.learning_rates, program.objective.weights
     return Traced(
         gradient=gradient,
         plain=trace(0, 1, True),
         micros=micros,
-        model_flops=sum(train_flops(model_config, part, trained) for part in whole),
+        model_flops=sum(train_flops(model_config, part, *how) for part in whole),
         batch_bytes=sum(_bytes(part) for part in whole),
     )
 

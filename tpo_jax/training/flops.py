@@ -11,15 +11,16 @@ forward), without rematerialisation. What a step does not compute for frozen wei
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from tpo_jax.models.config import ModelConfig
-from tpo_jax.models.video_language import FunctionalModel
-from tpo_jax.parallel.paths import flatten
+from tpo_jax.models.video_language import FunctionalModel, Outputs
+from tpo_jax.parallel.paths import flatten, map_with_path
 from tpo_jax.parallel.topologies import CHIPS
 from tpo_jax.training.objective import answer_scores
 
@@ -56,6 +57,19 @@ def forward_flops(model_config: ModelConfig, batch: Any) -> dict[str, float]:
     Returns:
       {"vision", "language", "lm_head", "heads"}; vision holds encoder and connector.
     """
+    return _forward(model_config, batch)[0]
+
+
+class _Heads(NamedTuple):
+    """Heads as they were traced, of (params, outputs, batch)."""
+
+    trace: Any
+    arguments: tuple[Any, Outputs, Any]
+    predictions: dict[str, Any]
+
+
+def _forward(model_config: ModelConfig, batch: Any) -> tuple[dict[str, float], _Heads]:
+    """`forward_flops`, and the program of the heads among it."""
     # The plain attention path is the one whose products are visible in the trace.
     language = dataclasses.replace(model_config.language, attention="dense", remat="")
     model = FunctionalModel(dataclasses.replace(model_config, language=language))
@@ -78,24 +92,30 @@ def forward_flops(model_config: ModelConfig, batch: Any) -> dict[str, float]:
         # What heads alone read does not run, such as the whole of an image whose tiles are shown:
         # the compiler drops it where heads have no slot in a batch.
         vision = matmul_flops(lambda p, b: encode(p, b).visual, params, batch)
-    return {
+    flops = {
         "vision": vision,
         "language": rest,
         "lm_head": matmul_flops(lambda p, o, b: answer_scores(model.bind(p), o, b), params,
                                 outputs, batch),
         "heads": traced_flops(heads),
     }  # fmt: skip
+    return flops, _Heads(heads, (params, outputs, batch), predictions)
 
 
-def train_flops(model_config: ModelConfig, batch: Any, trained: Collection[str]) -> float:
+def train_flops(
+    model_config: ModelConfig, batch: Any, trained: Collection[str], weights: Mapping[str, float]
+) -> float:
     """FLOPs that one train step over a global batch needs, the numerator of MFU.
 
     A part runs forward once. Where something in it or before it is trained, the gradient of its
     activations costs as much again; the gradient of its weights, the share of them that is trained.
-    Attention between frozen weights is counted like them, so a little low.
+    Attention between frozen weights is counted like them, so a little low. Of heads every product
+    is counted by itself: a frozen network in a head has no gradient behind what prompts it, and
+    losses of weight 0 have none at all.
 
     Args:
       trained: paths of the leaves that are trained.
+      weights: {term: weight in the loss}, of `Objective.weights`.
     """
     sizes = {
         path: leaf.size for path, leaf in flatten(FunctionalModel(model_config).abstract()).items()
@@ -106,15 +126,38 @@ def train_flops(model_config: ModelConfig, batch: Any, trained: Collection[str])
         "vision": any(path.startswith("vision/") for path in trained),
         "language": bool(found - {"lm_head", "heads"}),
         "lm_head": bool(found - {"lm_head", "heads"}),
-        "heads": bool(found - {"lm_head"}),
     }
-    total = 0.0
-    for part, flops in forward_flops(model_config, batch).items():
+    forward, heads = _forward(model_config, batch)
+    total = forward.pop("heads")
+    if heads.predictions:
+        total += _heads_gradient(heads, trained, weights, passed["language"])
+    for part, flops in forward.items():
         here = [path for path in sizes if parts[path] == part]
         weights = sum(sizes[path] for path in here)
         share = sum(sizes[path] for path in here if path in trained) / max(weights, 1)
         total += flops * (1 + passed[part] + share)
     return total
+
+
+def _heads_gradient(
+    heads: _Heads, trained: Collection[str], weights: Mapping[str, float], through_language: bool
+) -> float:
+    """FLOPs of the gradient of the heads that have a loss."""
+    params, outputs, batch = heads.arguments
+    encoder = any(path.startswith("vision/") for path in trained)
+
+    def all_of(tree: Any, value: bool) -> Any:
+        return jax.tree.map(lambda _: value, tree)
+
+    moved = dataclasses.replace(
+        all_of(outputs, through_language), encoded=all_of(outputs.encoded, encoder)
+    )
+    moved = map_with_path(lambda path, _: path in trained, params), moved, all_of(batch, False)
+    asked = {term.split("/")[0] for term, weight in weights.items() if weight}
+    read = {name: all_of(found, name in asked) for name, found in heads.predictions.items()}
+    jaxpr = heads.trace.jaxpr
+    results = [v for v, kept in zip(jaxpr.outvars, jax.tree.leaves(read), strict=True) if kept]
+    return _gradient(jaxpr, jax.tree.leaves(moved), results)[0]
 
 
 def _part(path: str, model_config: ModelConfig) -> str:
@@ -158,6 +201,72 @@ def _count(jaxpr: Any) -> float:
         else:
             total += sum(inner)
     return total
+
+
+def _gradient(
+    jaxpr: Any, moved: Sequence[bool], results: Sequence[Any] | None = None
+) -> tuple[float, list[bool]]:
+    """FLOPs of the gradient of `results` (None: of all): a product costs as much again for each
+    operand that depends on an input that is `moved`. And which outputs do."""
+    reached = {var for var, hit in zip(jaxpr.invars, moved, strict=True) if hit}
+    total = 0.0
+    for equation in _differentiated(jaxpr, jaxpr.outvars if results is None else results):
+        hit = [var in reached for var in map(_place, equation.invars)]
+        if any(hit):
+            flops, out = _equation_gradient(equation, hit)
+            total += flops
+            reached.update(v for v, h in zip(equation.outvars, out, strict=True) if h)
+    return total, [var in reached for var in map(_place, jaxpr.outvars)]
+
+
+def _differentiated(jaxpr: Any, results: Sequence[Any]) -> list[Any]:
+    """The equations that a gradient of `results` goes through, in order: none that ends in integers
+    or stops it."""
+    wanted, kept = set(map(_place, results)), []
+    for equation in reversed(jaxpr.eqns):
+        if equation.primitive.name != "stop_gradient" and wanted.intersection(equation.outvars):
+            kept.append(equation)
+            wanted.update(map(_place, equation.invars))
+    return kept[::-1]
+
+
+def _place(var: Any) -> Any:
+    """A variable that can have a gradient, or None."""
+    real = not isinstance(var, Literal) and jnp.issubdtype(var.aval.dtype, jnp.inexact)
+    return var if real else None
+
+
+def _equation_gradient(equation: Any, hit: Sequence[bool]) -> tuple[float, Sequence[bool]]:
+    """FLOPs of the gradient of one equation, and which of its results a gradient reaches.
+
+    hit: for each operand, whether it does.
+    """
+    name, bodies = equation.primitive.name, sub_programs(equation)
+    if name == "dot_general":
+        return sum(hit) * _dot_flops(equation), [True]
+    if name == "conv_general_dilated":
+        return sum(hit) * _conv_flops(equation), [True]
+    if name == "cond":
+        flops, outs = zip(*(_gradient(body, hit[1:]) for body in bodies), strict=True)
+        return max(flops), [any(out) for out in zip(*outs, strict=True)]
+    if name == "scan":
+        return _scan_gradient(equation, hit)
+    if len(bodies) == 1:
+        return _gradient(bodies[0], hit)
+    return 0.0, [True] * len(equation.outvars)
+
+
+def _scan_gradient(equation: Any, hit: Sequence[bool]) -> tuple[float, Sequence[bool]]:
+    """`_equation_gradient` of a loop, where what one turn carries is reached in the next."""
+    (body,), hit = sub_programs(equation), list(hit)
+    first, count = equation.params["num_consts"], equation.params["num_carry"]
+    while True:
+        flops, out = _gradient(body, hit)
+        before = hit[first : first + count]
+        carried = [a or b for a, b in zip(before, out[:count], strict=True)]
+        if carried == before:
+            return equation.params["length"] * flops, out
+        hit[first : first + count] = carried
 
 
 def _dot_flops(equation: Any) -> float:

@@ -19,6 +19,7 @@ from tpo_jax.models.heads.sam2.tracking import Prompt, track
 from tpo_jax.models.layers import Rngs
 from tpo_jax.models.sam2_config import SIZES
 from tpo_jax.parallel.paths import flatten
+from tpo_jax.training.memory import peak_bytes
 
 CONFIG = dataclasses.replace(micro(), heads=("sam2",), sam2=SIZES["micro"])
 B, S, F, SIDE = 2, 2, 4, 32
@@ -109,6 +110,27 @@ def test_every_parameter_and_the_slot_state_have_a_gradient():
     assert all(np.all(np.isfinite(leaf)) for leaf in leaves.values())
     blind = {path for path, leaf in leaves.items() if not np.abs(leaf).max()}
     assert not {path for path in blind if not re.search(BLIND, path)}
+
+
+def test_with_remat_frames_are_encoded_one_at_a_time():
+    """The same features in a fraction of the memory."""
+    pixels = _inputs().frames
+    frame = np.array([[1, 2], [0, 3]])
+    found, memory = {}, {}
+    for remat in ("", "full"):
+        config = dataclasses.replace(CONFIG, sam2=dataclasses.replace(CONFIG.sam2, remat=remat))
+
+        def features(params, pixels, config=config):
+            structure = nnx.graphdef(
+                nnx.eval_shape(lambda: sam2.Sam2Head(config, rngs=Rngs(0)))
+            )
+            head = nnx.merge(structure, nnx.State(jax.tree.map(nnx.Param, params)))
+            return head._reader(pixels, keep=True)(jnp.asarray(frame))
+
+        found[remat] = jax.jit(features)(_start(), pixels)
+        memory[remat] = peak_bytes(jax.make_jaxpr(features)(_start(), pixels))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found.values())
+    assert memory["full"] < 0.6 * memory[""]
 
 
 def test_prompts_and_cells_have_the_same_places_from_the_start():

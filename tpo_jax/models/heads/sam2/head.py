@@ -153,6 +153,8 @@ class Sam2Head(nnx.Module):
         """Features [B, S, ...] of frames int32[B, S].
 
         Kept, they are computed once and cost memory by the frame, as the backward pass does anyway.
+        A network that saves memory (`remat`) still encodes a frame of a clip at a time: sixteen
+        at once have 8 GiB of logits in a global block of the large one.
         """
 
         def frames_of(x: jax.Array, frame: jax.Array) -> jax.Array:
@@ -160,7 +162,11 @@ class Sam2Head(nnx.Module):
 
         if not keep:
             return lambda frame: self.network.features(frames_of(pixels, frame))
-        features = self.network.features(pixels)
+        if self.config.remat:
+            features = jax.lax.map(self.network.features, jnp.moveaxis(pixels, 1, 0))
+            features = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), features)
+        else:
+            features = self.network.features(pixels)
         return lambda frame: jax.tree.map(lambda x: frames_of(x, frame), features)
 
     def _candidates(self, decoded: Decoded, name: str, asked: jax.Array) -> dict[str, jax.Array]:
