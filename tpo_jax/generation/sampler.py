@@ -354,17 +354,22 @@ class Sampler:
 
     def _draw(self, logits: jax.Array, count: jax.Array, keys: jax.Array) -> jax.Array:
         """int32[B, K] from float32[B, K, V]: greedy, or by temperature and top-p."""
+        logits = self._warp(logits, count)
+        if self.sampling.temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        draw = jax.vmap(jax.vmap(jax.random.categorical))
+        return draw(keys, logits).astype(jnp.int32)
+
+    def _warp(self, logits: jax.Array, count: jax.Array) -> jax.Array:
+        """float32[B, K, V] whose softmax tokens are drawn from, of the model's float32[B, K, V]."""
         vocabulary = self._vocabulary
         allowed = vocabulary.free & ~(
             vocabulary.routing & (count >= self.sampling.events)[..., None])
         logits = jnp.where(allowed, logits, MASKED_LOGIT)
         if self.sampling.temperature == 0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return logits
         logits = logits / self.sampling.temperature
-        if self.sampling.top_p < 1:
-            logits = keep_top_p(logits, self.sampling.top_p)
-        draw = jax.vmap(jax.vmap(jax.random.categorical))
-        return draw(keys, logits).astype(jnp.int32)
+        return keep_top_p(logits, self.sampling.top_p) if self.sampling.top_p < 1 else logits
 
 
 def branch_keys(seed: int, ids: np.ndarray, sample: int = 0) -> jax.Array:

@@ -182,7 +182,8 @@ def _attend(q: Any, k: Any, v: Any, heads: int) -> Any:
 
 
 def _umt(config: TowerConfig, tensors: Mapping[str, Any], clip: Any) -> list[Any]:
-    """Hidden states float32[F * p, D] before the first layer, after each, after the last norm."""
+    """Hidden states float[F * p, D] before the first layer, after each, after the last norm; in the
+    dtype of clip and tensors."""
     import torch
     from torch.nn import functional as F
 
@@ -198,7 +199,7 @@ def _umt(config: TowerConfig, tensors: Mapping[str, Any], clip: Any) -> list[Any
     patch, side = tensors[f"{tower}patch_embed.proj.weight"], config.patch_size
     x = F.conv2d(clip, patch.reshape(-1, 3, side, side), tensors[f"{tower}patch_embed.proj.bias"],
                  stride=side)  # fmt: skip
-    x = x.flatten(2).transpose(1, 2) + _umt_positions(config, len(clip))
+    x = x.flatten(2).transpose(1, 2) + _umt_positions(config, len(clip)).to(clip.dtype)
     x, states = x.reshape(1, -1, config.width), []
     for number in range(config.depth):
         states.append(x[0])
