@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import re
 import shutil
 
 import jax
@@ -39,6 +38,7 @@ from tests.interop.families.folders import (
 )
 from tests.models.connectors.oracle import project, video_tokens
 from tests.models.towers import oracle
+from tests.parity.composed import channels_first, language_of, qformer, tower_of
 from tests.parity.towers import difference
 from tpo_jax.data.rows import stack_rows
 from tpo_jax.generation.requests import Clip, make_request
@@ -293,29 +293,6 @@ def answered(language, ids, visual):
         return language(inputs_embeds=torch.from_numpy(embeds[None]), output_hidden_states=True)
 
 
-def fill(module, tensors, pattern):
-    """The module with the tensors whose name matches, by the group of the pattern; every parameter
-    has to be there."""
-    import torch
-
-    matches = ((re.fullmatch(pattern, key), value) for key, value in tensors.items())
-    module.load_state_dict({m[1]: torch.from_numpy(v.copy()) for m, v in matches if m})
-    return module.eval()
-
-
-def last_states(kind, data, tensors, pixels, layer):
-    """float64[F, T, D] of a tower of `transformers` at a hidden state."""
-    import torch
-    import transformers
-
-    config = getattr(transformers, f"{kind}VisionConfig")(**data["vision_config"])
-    tower = getattr(transformers, f"{kind}VisionModel")(config)
-    tower = fill(tower, tensors, r"model\.vision_tower\.vision_tower\.vision_model\.(.*)")
-    flat = torch.from_numpy(np.moveaxis(pixels, -1, 1).astype(np.float32))
-    with torch.no_grad():
-        return tower(flat, output_hidden_states=True).hidden_states[layer].double().numpy()
-
-
 def mlp_params(tensors):
     """What tests.models.connectors.oracle reads, of the published names."""
     params = {
@@ -328,10 +305,15 @@ def mlp_params(tensors):
 
 def llava_visual(ours, tensors, pixels=None):
     """float64[V, D] of a clip float64[F, S, S, 3], normalised: the one of `ours` by default."""
+    import torch
+
     pixels = ours.pixels() if pixels is None else pixels
     clip = ours.data["vision_config"]["model_type"] == "clip_vision_model"
     kind, layer = ("CLIP", -2) if clip else ("Siglip", -1)
-    states = last_states(kind, ours.data, tensors, pixels, layer)[:, int(clip) :]
+    tower, frames = tower_of(kind, ours.data, tensors), torch.from_numpy(pixels).float()
+    with torch.no_grad():
+        states = tower(channels_first(frames), output_hidden_states=True).hidden_states[layer]
+    states = states[:, int(clip) :].double().numpy()
     params = mlp_params(tensors)
     grids = project(params, states).reshape(len(states), 3, 3, -1)
     return np.stack(video_tokens(ours.model.config.connector, params, grids))
@@ -345,26 +327,10 @@ def languagebind_visual(ours, tensors):
 
 def videochat_visual(ours, tensors):
     import torch
-    from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
     tower = jax.tree.map(lambda x: np.asarray(x, np.float64), ours.params["vision"])
-    tokens = oracle.umt(tower, ours.model.config.vision, ours.pixels(), 3)
-    bridge = Blip2QFormerModel(Blip2QFormerConfig(
-        **ours.data["qformer_config"], encoder_hidden_size=tokens.shape[-1],
-        cross_attention_frequency=2, use_qformer_text_input=False, attn_implementation="eager",
-    ))  # fmt: skip
-    renamed = {
-        re.sub(r"\.(cross)?attention\.self\.", r".\1attention.attention.", key).replace(
-            "embeddings.LayerNorm", "layernorm"): value
-        for key, value in tensors.items()
-    }  # fmt: skip
-    bridge = fill(bridge, renamed, r"qformer\.bert\.(.*)")
-    queries = np.concatenate([tensors["query_tokens"], tensors["extra_query_tokens"]], axis=1)
-    with torch.no_grad():
-        states = bridge(
-            query_embeds=torch.from_numpy(queries),
-            encoder_hidden_states=torch.from_numpy(tokens[None].astype(np.float32)),
-        ).last_hidden_state[0].double().numpy()  # fmt: skip
+    tokens = torch.from_numpy(oracle.umt(tower, ours.model.config.vision, ours.pixels(), 3))
+    states = qformer(ours.data, tensors, tokens[None].float())[0].double().numpy()
     return states @ tensors["project_up.weight"].T + tensors["project_up.bias"]
 
 
@@ -372,25 +338,6 @@ VISUAL = {
     "llava_video": llava_visual, "longva": llava_visual,
     "video_llava_original": languagebind_visual, "videochat": videochat_visual,
 }  # fmt: skip
-
-
-def language_of(name, data, tensors):
-    """The language model of `transformers`, its adapters merged."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    kind = {"llava_video": "qwen2", "longva": "qwen2", "video_llava_original": "llama"}
-    text = data.get("llm_config") or data | {"model_type": kind[name]}
-    module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**text))
-    if "llm_config" not in data:
-        pattern = r"((?:lm_head|model\.(?:embed_tokens|layers|norm))\..*)"
-        return fill(module, tensors, pattern)
-    llm, merged = data["model_config"]["llm"], {}
-    for key, value in tensors.items():
-        if ".base_layer." in key:
-            low, high = (tensors[key.replace("base_layer", f"lora_{x}.default")] for x in "AB")
-            value = value + llm["lora_alpha"] / llm["lora_r"] * high @ low
-        merged[key.replace(".base_layer", "")] = value
-    return fill(module, merged, r"lm\.base_model\.model\.((?!.*lora_).*)")
 
 
 def write_golden():
