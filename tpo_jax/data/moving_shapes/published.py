@@ -218,7 +218,6 @@ def tracks(config: WorldConfig, videos: Sequence[Annotations]) -> Files:
             files[f"{folder}/meta_info.ini"] = _lines(
                 (
                     "[METAINFO]",
-                    f"url: videos/{item.name}.mp4",
                     f"anno_fps: {config.annotation_fps}Hz",
                     f"object_class: {track['expression'].removeprefix('the ')}",
                     f"resolution: ({config.size}, {config.size})",
