@@ -262,9 +262,6 @@ def test_a_gain_between_conditions_stands_beside_that_of_the_untrained_base(tmp_
     )
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the results are of a run before every figure was measured hidden"
-)
 def test_the_page_is_of_the_figures_beside_it():
     records, steps = report.read_records(RESULTS), read_journal(RESULTS / "steps.jsonl")
     assert [record["study"] for record in records] == list(studies.STUDIES)
