@@ -11,10 +11,12 @@ _HEAD = """# What full-size configs need on TPU pods
 
     nice -n 15 python -m experiments.plans --out experiments/results/plans
 
-These are the published families at 7B, and the preference configs of LongVA and LLaVA-Video, each
-at its step of videos or pairs. Not planned are steps of images, alone or in `tiles`, and
-{left_out}.
-`python -m tpo_jax.plan` does one config.
+These are all configs of full size: the published families with videos and with images in `tiles`,
+the preference configs of LongVA and LLaVA-Video, the stages of Task Preference Optimization with
+their heads, a model of parts (SigLIP 2, Qwen3) and one of our own design (`seven_b`). Stage
+`3_tasks` has the programs of `3`. Where the steps of a config are of several buckets, a row is the
+one whose step needs most memory by the estimate. `python -m tpo_jax.plan` does one config, and
+every bucket of it.
 
 No TPU was used. Memory is that of the program that `train` runs, by libtpu's compiler for that
 topology: of a row marked `compiled` from the finished program; of a row marked `assigned` from its
@@ -24,9 +26,10 @@ core. A row marked `estimated` has it from the traced program (`tpo_jax/training
 Everything else is arithmetic:
 
 - **compiled in**: seconds that libtpu's compiler took for the gradient where this was made.
-- **mesh**: in TPO configs the fewest chips that let a row fit share it (`context`, see
+- **mesh**: in preference configs the fewest chips that let a row fit share it (`context`, see
   docs/preferences.md); where `context` is not named, a chip has its rows for itself.
-- **rows a step** are those of the config; `x n` micro-batches, as few as the estimate lets fit.
+- **rows a step** are those of the config; `x n` micro-batches, as few as the estimate lets fit, of
+  all buckets of the config, and more where the compiler then found no room.
 - **largest**: rows of one micro-batch over all chips that fit by the estimate, and at least those
   of a program that was made and fits; 0 where one row a chip is too much.
 - **sent**: bytes that one chip sends in a step, by the estimate: programs for TPU do not tell how
@@ -37,26 +40,23 @@ Everything else is arithmetic:
   chip's peak, their operands and the optimizer's state through HBM once, bytes sent over all links
   at once. It is a bound and no prediction; the word says which of the three.
 - **MFU at most**: FLOPs / (peak x that time).
-- **chip-hours** at that time, for the steps of the config in brackets. {steps}
+- **chip-hours** at that time, for the steps in brackets; of several buckets, those of the row's
+  bucket first, then of each other with its own least seconds. {steps}
 - **flags**: those with which a config is the program of its row, for `train` as for
   `python -m tpo_jax.plan --config=configs/CONFIG.py:ARGUMENT --topology=TOPOLOGY FLAGS`.
-  TPO configs start from a folder, for which random weights of its shapes stood here.
+  Preference configs start from a folder, for which random weights of its shapes stood here; of
+  stages with `random` it is left out to train.
 
 `lora`: rank 128 on every matrix of the language model, all else frozen (VideoChat2: rank 16, its
 own). `published`: what the config trains. `full`: every leaf. Frozen parameters are float32, as all
 are. The flags of `lora` and `full` are in docs/families.md, "What they need on a pod".
 """
-# Full-size configs without a cell.
-NOT_PLANNED = (
-    "llava_onevision:size=0.5b", "llava_onevision_tpo", "seven_b", "siglip2_qwen3",
-    "videochat2:tpo", "videochat_tpo",
-)  # fmt: skip
 _STEPS = (
     "They are those of the published epochs, but for LongVA, whose number of samples is not "
-    "published: its figure is for 1,000 steps. Every step is priced as the planned one of videos "
-    "or pairs. Of the published data images are 1.25 of 1.6 million samples (LLaVA-OneVision), 1.1 "
-    "of 2.7 (LLaVA-Video) and, as the config takes it, half (VideoChat2): those shares of a figure "
-    "are images priced as videos. Video-LLaVA's step has its images in it."
+    "published (1,000 steps), `siglip2_qwen3` (a million samples) and `seven_b` (5,000 steps), "
+    "whose figures are their own. Without `tiles` every step is of videos, with it half of them: "
+    "of the published samples images are 1.25 of 1.6 million (LLaVA-OneVision) and 1.1 of 2.7 "
+    "(LLaVA-Video). Video-LLaVA's step has its images in it."
 )
 BY = ("compiled", "assigned", "estimated")  # the best first
 _COLUMNS = (
@@ -67,8 +67,7 @@ _COLUMNS = (
 
 
 def page(results: dict[str, dict]) -> str:
-    left_out = ", ".join(f"`{config}`" for config in NOT_PLANNED)
-    lines = [_HEAD.format(steps=_STEPS, left_out=left_out), *_summary(results), "", *_row(_COLUMNS)]
+    lines = [_HEAD.format(steps=_STEPS), *_summary(results), "", *_row(_COLUMNS)]
     lines.append("|" + "---|" * len(_COLUMNS))
     for name, result in results.items():
         lines += _row(_cells(name, result))
@@ -152,7 +151,6 @@ def _cells(name: str, result: dict[str, Any]) -> tuple[str, ...]:
     times = estimate["roofline"]
     seconds = max(times[part] for part in ("compute", "hbm", "ici"))
     limit = next(part for part in ("compute", "hbm", "ici") if times[part] == seconds)
-    hours = estimate["steps"] * seconds * estimate["chips"] / 3600
     memory = memory_of(result) / GIB
     return (
         config, trained, f"{topology}, {mesh}", f"{estimate['batch']} x {estimate['accumulation']}",
@@ -160,8 +158,17 @@ def _cells(name: str, result: dict[str, Any]) -> tuple[str, ...]:
         _by(result), seconds_taken,
         str(_largest_batch(result)), _sent(estimate), _counts(made),
         f"{estimate['flops']:.2e}", f"{seconds:.2f} {limit}", f"{100 * times['bound']:.0f} %",
-        f"{hours:,.0f} ({estimate['steps']:,})", f"`{' '.join(planned_flags(estimate))}`",
+        _chip_hours(estimate, seconds), f"`{' '.join(planned_flags(estimate))}`",
     )  # fmt: skip
+
+
+def _chip_hours(estimate: dict[str, Any], seconds: float) -> str:
+    """Of all steps, those of the row's own bucket at `seconds` each."""
+    steps, others = estimate["steps"], estimate["others"]
+    total = steps * seconds + sum(o["steps"] * o["seconds"] for o in others.values())
+    told = [f"{steps:,}" + (f" {estimate['bucket']}" if others else "")]
+    told += [f"{o['steps']:,} {name} at {o['seconds']:.2f} s" for name, o in others.items()]
+    return f"{total * estimate['chips'] / 3600:,.0f} ({', '.join(told)})"
 
 
 def planned_flags(estimate: dict[str, Any]) -> list[str]:

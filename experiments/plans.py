@@ -5,13 +5,15 @@
 
 First every cell is estimated from its traced program (tpo_jax/training/estimate.py), which takes
 seconds and decides its mesh and its micro-batches. Then the compiler for its topology gives every
-buffer of it a place (experiments/assigned_memory.py), which takes half a minute. At last those on
-either side of a boundary between frame counts are compiled to the end, for many minutes each.
+buffer of it a place (experiments/assigned_memory.py), which takes half a minute; where that does
+not fit, more micro-batches are tried. At last those on either side of a boundary between frame
+counts are compiled to the end, for many minutes each.
 Each result is written to OUT/plans.json as it comes and README.md is written anew; the same command
 goes on where it stopped. Rerun with --fresh after a change of the model. Needs libtpu, no TPU.
 
-`cells` are the published families and the preference configs of two of them, each at its step of
-videos or pairs; what is left out stands in plan_table.NOT_PLANNED.
+`cells` are all configs of full size. Where the steps of one are of several buckets (videos and
+images), its cell is the bucket whose step needs most memory by the estimate; mesh and micro-batches
+are such that all of them fit, and chip-hours count the steps of each.
 """
 
 from __future__ import annotations
@@ -33,12 +35,13 @@ import jax
 from jax.sharding import Mesh
 
 from experiments.assigned_memory import Assigned, assigned
-from experiments.plan_table import memory_of, page
+from experiments.plan_table import fits, memory_of, page
 from tpo_jax import plan
+from tpo_jax.data.buckets import Bucket, BucketSchedule, scheduled
 from tpo_jax.data.pipeline import read_buckets
 from tpo_jax.data.text import TextCodec
 from tpo_jax.parallel.collectives import Collective, read_collectives
-from tpo_jax.parallel.mesh import make_mesh
+from tpo_jax.parallel.mesh import AXES, make_mesh
 from tpo_jax.parallel.topologies import parse_topology, prepare_environment, topology_devices
 from tpo_jax.training import config as training_config
 from tpo_jax.training.estimate import Estimate, Traced, estimate_step, trace_step
@@ -48,12 +51,13 @@ from tpo_jax.training.start import make_model_config
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 LORA_RANK, LORA_ALPHA, LORA_RATE, FULL_RATE = 128, 256.0, 2e-4, 2e-5
-# Widths of the towers are multiples of 128; 1152 is none of 256.
-MOST_FSDP = 128
+# Widths of the towers are multiples of 128; 1152 is none of 256. SAM 2 is 288 wide in one stage.
+MOST_FSDP, MOST_FSDP_OF_SAM2 = 128, 32
 # Chips that share a row, at most.
 MOST_CONTEXT = 16
 # What a preference config, which starts from a folder, starts from.
 BASES = {"longva_tpo": "longva", "llava_video_tpo": "llava_video"}
+SMALL = ("v4:2x2x4", "v5e:8x8")
 PODS = ("v5e:8x8", "v5e:16x16", "v4:2x4x4", "v5p:2x4x4")
 
 
@@ -91,20 +95,33 @@ def cells() -> list[Cell]:
         ("video_llava", "stage=2"), ("videochat2", ""), ("longva_tpo", "recipe=hound"),
         ("longva_tpo", "recipe=realign"), ("longva_tpo", "recipe=mdpo"),
     ]  # fmt: skip
-    found = [Cell(*c, topology) for c in published for topology in ("v4:2x2x4", "v5e:8x8")]
+    found = [Cell(*c, topology) for c in published for topology in SMALL]
     for config, frames in itertools.product(("llava_video", "longva"), (32, 64, 128)):
         found += [Cell(config, "", pod, frames=frames) for pod in ("v5e:16x16", "v5p:4x4x4")]
     for config in ("llava_onevision", "llava_video", "longva", "video_llava", "videochat2"):
         found.append(Cell(config, "", "v5e:4x4", "lora"))
     # Published, their towers are frozen, and of VideoChat2's language model all but adapters.
     for config, arg in (("video_llava", "stage=2"), ("videochat2", "")):
-        found += [Cell(config, arg, topology, "full") for topology in ("v4:2x2x4", "v5e:8x8")]
+        found += [Cell(config, arg, topology, "full") for topology in SMALL]
     for config, frames in itertools.product(BASES, (32, 64, 128, 256, 512)):
         smaller = ["v4:2x2x4"] if frames == 32 else []
         found += [Cell(config, "", pod, frames=frames) for pod in [*smaller, *PODS]]
         smaller = ["v5e:4x4"] if frames == 32 else []
         found += [Cell(config, "", pod, "lora", frames) for pod in [*smaller, *PODS]]
-    return found
+    return found + [Cell(*c, topology) for c in _more() for topology in SMALL]
+
+
+def _more() -> list[tuple[str, str]]:
+    """(config, argument): images in as many tiles as a family has, the small OneVision, parts
+    without a published whole, and models with heads, whose stage 3_tasks has the programs of 3."""
+    stages = ("1", "2_temporal", "2_region", "2_mask", "3")
+    heads = itertools.product(("videochat_tpo", "llava_onevision_tpo"), stages)
+    return [
+        ("llava_onevision", "tiles=36"), ("llava_video", "tiles=36"), ("longva", "tiles=49"),
+        ("llava_onevision", "size=0.5b"), ("llava_onevision", "size=0.5b,tiles=36"),
+        ("siglip2_qwen3", "stage=1"), ("siglip2_qwen3", "stage=2"), ("seven_b", ""),
+        ("videochat2", "tpo"), *((config, f"stage={stage},random") for config, stage in heads),
+    ]  # fmt: skip
 
 
 def cell_config(cell: Cell, tiny: bool = False) -> Any:
@@ -114,8 +131,9 @@ def cell_config(cell: Cell, tiny: bool = False) -> Any:
     config = get_config(",".join(filter(None, parts)))
     if cell.config in BASES:
         config.model.preset = f"{BASES[cell.config]}_{'tiny' if tiny else '7b'}"
-        config.init_from, config.tokenizer = "", TOKENIZER
+        config.init_from = ""
         config.time_instruction = BASES[cell.config] == "llava_video"
+    config.tokenizer = TOKENIZER  # seven_b's lies with its data
     if cell.trained == "full":
         config.trainable = [[".*", FULL_RATE]]
     if cell.trained == "lora":
@@ -127,11 +145,23 @@ def cell_config(cell: Cell, tiny: bool = False) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A cell's estimate, with micro-batches as large as fit, and the steps of its run."""
+    """A cell with as few micro-batches as let the steps of all its buckets fit.
+
+    estimates, steps: {bucket: of its step, and how many the run has}, for buckets with steps.
+    """
 
     mesh: Mesh
-    estimate: Estimate
-    steps: int
+    estimates: dict[str, Estimate]
+    steps: dict[str, int]
+
+    @property
+    def bucket(self) -> str:
+        """The one whose step needs most memory."""
+        return max(self.estimates, key=lambda name: self.estimates[name].memory)
+
+    @property
+    def estimate(self) -> Estimate:
+        return self.estimates[self.bucket]
 
 
 class Planner:
@@ -150,11 +180,13 @@ class Planner:
         """
         chip, sizes = parse_topology(cell.topology)
         config = cell_config(cell, self.tiny)
-        bucket, beside = step_buckets(config, make_model_config(config)[1])
-        rows = math.gcd(bucket.batch_size, beside.batch_size if beside else 0)
-        chips = math.prod(sizes)
+        model_config, codec = make_model_config(config)
+        schedule, steps = run_steps(config, codec)
+        rows, chips = common_rows(steps), math.prod(sizes)
         if cell.config not in BASES:
-            return self._plan(cell, mesh_of(chips, rows))
+            most = MOST_FSDP_OF_SAM2 if "sam2" in model_config.heads else MOST_FSDP
+            return self._plan(cell, mesh_of(chips, rows, most=most))
+        (bucket,) = schedule.buckets
         spare = chips // math.gcd(chips, rows)
         best = self._plan(cell, mesh_of(chips, rows, spare))
         for context in contexts(spare, bucket.frames):
@@ -165,38 +197,48 @@ class Planner:
                 best = min(best, found, key=lambda planned: planned.estimate.memory)
         return best
 
-    def _plan(self, cell: Cell, sizes: dict[str, int]) -> Planned:
-        """On one mesh."""
+    def split_more(self, cell: Cell, estimate: dict[str, Any]) -> Planned | None:
+        """On the mesh of an estimate, in more micro-batches than it; None where there are none."""
+        mesh = dict.fromkeys(AXES, 1) | estimate["mesh"]
+        config = cell_config(cell, self.tiny)
+        rows = common_rows(run_steps(config, make_model_config(config)[1])[1])
+        if estimate["accumulation"] == rows // (mesh["data"] * mesh["fsdp"]):
+            return None
+        return self._plan(cell, mesh, estimate["accumulation"] + 1)
+
+    def _plan(self, cell: Cell, sizes: dict[str, int], least: int = 1) -> Planned:
+        """On one mesh, in at least so many micro-batches."""
         chip, _ = parse_topology(cell.topology)
         config = cell_config(cell, self.tiny)
         model_config, codec = make_model_config(config)
-        bucket, beside = step_buckets(config, codec)
-        buckets = [b for b in (bucket, beside) if b]
-        rows = math.gcd(*(b.batch_size for b in buckets))
+        schedule, steps = run_steps(config, codec)
         config.mesh = sizes
         mesh = make_mesh(sizes, topology_devices(cell.topology))
         # As many micro-batches as can be: one row of a chip at a time, or what divides.
-        config.accumulation = most = rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+        most = common_rows(steps) // (mesh.shape["data"] * mesh.shape["fsdp"])
+        config.accumulation = most
         program = make_program(config, model_config, mesh)
         contrast = needs_contrast(config)
-        traced = self._trace(cell, program, model_config, buckets, contrast)
-        estimate = estimate_step(program, model_config, bucket, contrast, beside, traced)
-        counts = [n for n in range(1, most + 1) if most % n == 0]
-        fewest = [dataclasses.replace(estimate, accumulation=n) for n in counts]
-        return Planned(
-            mesh, next((e for e in fewest if e.memory <= chip.hbm), estimate), config.steps
-        )
+        estimates = {}
+        for name, buckets in steps.items():
+            traced = self._trace(cell, program, model_config, buckets, contrast)
+            bucket, *beside = buckets
+            estimates[name] = estimate_step(
+                program, model_config, bucket, contrast, next(iter(beside), None), traced
+            )
+        counts = {b.name: schedule.occurrences(b, config.steps) for b in schedule.buckets}
+        return Planned(mesh, fewest_micro_batches(estimates, least, most, chip.hbm), counts)
 
     def _trace(self, cell: Cell, program: Any, model_config: Any, buckets: list, contrast: bool):
         mesh, count = program.mesh, program.accumulation
         row_chips = mesh.shape["data"] * mesh.shape["fsdp"]
-        micro = tuple(b.batch_size // (row_chips * count) for b in buckets)
-        of = (cell.config, cell.arg, cell.trained, cell.frames, micro)
+        of = (cell.config, cell.arg, cell.trained, cell.frames)
         if self._traced != of:
             self._traced, self._traces = of, {}
-        key = (min(count, 2), mesh.shape["context"])
+        rows = tuple((b.name, b.batch_size // (row_chips * count)) for b in buckets)
+        key = (rows, min(count, 2), mesh.shape["context"])
         if key not in self._traces:
-            like = next(iter(self._traces.values()), None)
+            like = next((t for (same, *_), t in self._traces.items() if same == rows), None)
             self._traces[key] = trace_step(program, model_config, buckets, contrast, like)
         return self._traces[key]
 
@@ -214,25 +256,43 @@ class Planner:
         model_config, codec = make_model_config(config)
         mesh = make_mesh(estimate["mesh"], topology_devices(cell.topology))
         program = make_program(config, model_config, mesh)
-        bucket, beside = step_buckets(config, codec)
-        return plan.plan_bucket(program, model_config, bucket, needs_contrast(config), beside)
+        bucket, *beside = run_steps(config, codec)[1][estimate["bucket"]]
+        contrast = needs_contrast(config)
+        return plan.plan_bucket(program, model_config, bucket, contrast, next(iter(beside), None))
 
 
-def step_buckets(config: Any, codec: TextCodec) -> tuple[Any, Any]:
-    """The bucket of a config's step, and the one beside it or None."""
+def run_steps(config: Any, codec: TextCodec) -> tuple[BucketSchedule, dict[str, list[Bucket]]]:
+    """Which step is of which bucket, and {bucket: it, and the one beside it if there is one}."""
     found = read_buckets(training_config.to_dict(config)["buckets"], codec)
-    buckets = {bucket.name: bucket for bucket in found}
-    first = buckets.get("video") or buckets["pairs"]
-    return first, buckets.get(first.beside)
+    named = {bucket.name: bucket for bucket in found}
+    schedule = BucketSchedule(scheduled(found))
+    steps = {b.name: [b, *([named[b.beside]] if b.beside else [])] for b in schedule.buckets}
+    return schedule, steps
 
 
-def mesh_of(chips: int, rows: int, context: int = 1) -> dict[str, int]:
+def common_rows(steps: dict[str, list[Bucket]]) -> int:
+    """What the rows of all buckets divide by."""
+    return math.gcd(*(bucket.batch_size for buckets in steps.values() for bucket in buckets))
+
+
+def fewest_micro_batches(
+    estimates: dict[str, Estimate], least: int, most: int, hbm: int
+) -> dict[str, Estimate]:
+    """With as few as let every bucket fit into `hbm` bytes, but `least`; else with `most`."""
+    for count in (n for n in range(least, most + 1) if most % n == 0):
+        found = {n: dataclasses.replace(e, accumulation=count) for n, e in estimates.items()}
+        if all(estimate.memory <= hbm for estimate in found.values()):
+            return found
+    return estimates
+
+
+def mesh_of(chips: int, rows: int, context: int = 1, most: int = MOST_FSDP) -> dict[str, int]:
     """Parameters over as many chips as have rows; what is left splits heads and hidden units.
 
-    context: chips that share a row.
+    context: chips that share a row. most: chips that parameters can be split over.
     """
     row_chips = math.gcd(chips // context, rows)
-    fsdp = math.gcd(row_chips, MOST_FSDP)
+    fsdp = math.gcd(row_chips, most)
     return {
         "data": row_chips // fsdp, "fsdp": fsdp, "context": context,
         "tensor": chips // (context * row_chips),
@@ -253,12 +313,18 @@ def least_memory(planned: Planned, context: int) -> float:
 
 
 def estimated(planned: Planned, cell: Cell) -> dict[str, Any]:
-    """What plans.json keeps of an estimate."""
+    """What plans.json keeps of an estimate; others: buckets of which it is not."""
     chip, _ = parse_topology(cell.topology)
     estimate, roofline = planned.estimate, planned.estimate.roofline(chip)
+    others = {
+        name: {"memory": other.memory, "seconds": other.roofline(chip).seconds,
+               "steps": planned.steps[name]}
+        for name, other in planned.estimates.items() if name != planned.bucket
+    }  # fmt: skip
     return {
+        "bucket": planned.bucket, "others": others,
         "memory": estimate.memory, "state": estimate.state, "hbm": chip.hbm,
-        "largest_batch": estimate.largest_batch(chip.hbm), "steps": planned.steps,
+        "largest_batch": estimate.largest_batch(chip.hbm), "steps": planned.steps[planned.bucket],
         "batch": estimate.rows * estimate.row_chips, "accumulation": estimate.accumulation,
         "mesh": {axis: size for axis, size in planned.mesh.shape.items() if size > 1},
         "chips": estimate.chips, "flops": estimate.model_flops,
@@ -331,11 +397,7 @@ def run(
                   f"{time.monotonic() - begin:.0f} s", flush=True)  # fmt: skip
             save(out, results)
     for cell in planned:
-        if "assigned" not in results[cell.name]:
-            results[cell.name]["assigned"] = placed(planner.assign(cell, out))
-            print(f"{cell.name}: {fill(results[cell.name]):.2f} of memory, assigned in "
-                  f"{results[cell.name]['assigned']['seconds']} s", flush=True)  # fmt: skip
-            save(out, results)
+        _assign(out, cell, planner, results)
     for cell in boundaries(results, planned)[:compiles]:
         print(f"{cell.name}: compiling", flush=True)
         result = results[cell.name]
@@ -343,6 +405,23 @@ def run(
         print(f"  {result['compiled']}", flush=True)
         save(out, results)
     return results
+
+
+def _assign(out: pathlib.Path, cell: Cell, planner: Planner, results: dict[str, dict]) -> None:
+    """In as few micro-batches, from those of the estimate on, as fit."""
+    while "assigned" not in results[cell.name] or not fits(results[cell.name]):
+        result = results[cell.name]
+        if "assigned" in result:
+            planned = planner.split_more(cell, result["estimate"])
+            if planned is None:
+                return
+            result = results[cell.name] = {"estimate": estimated(planned, cell)}
+            save(out, results)
+        result["assigned"] = placed(planner.assign(cell, out))
+        print(f"{cell.name}, {result['estimate']['accumulation']} micro-batches: "
+              f"{fill(result):.2f} of memory, assigned in {result['assigned']['seconds']} s",
+              flush=True)  # fmt: skip
+        save(out, results)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from experiments import plan_table, plans
+from experiments import assigned_memory, plan_table, plans
 from tpo_jax.parallel.topologies import GIB, parse_topology
 from tpo_jax.training import estimate
 
@@ -31,14 +31,85 @@ def test_every_cell_has_a_config_a_mesh_and_a_name_of_its_own():
     assert len({cell.name for cell in found}) == len(found) > 100
     for cell in {c.group[:2]: c for c in found}.values():
         assert plans.cell_config(cell).buckets
-    planned = {cell.config for cell in found} | {c.split(":")[0] for c in plan_table.NOT_PLANNED}
+    planned = {cell.config for cell in found}
     small = {"demo", "task_preference", "temporal_preference", "tiny_base", "prepare"}
     assert planned == {path.stem for path in plans.CONFIGS.glob("*.py")} - small
     assert plans.mesh_of(256, 256) == {"data": 2, "fsdp": 128, "context": 1, "tensor": 1}
+    assert plans.mesh_of(64, 128, most=32) == {"data": 2, "fsdp": 32, "context": 1, "tensor": 1}
     assert plans.mesh_of(256, 64) == {"data": 1, "fsdp": 64, "context": 1, "tensor": 4}
     assert plans.mesh_of(256, 64, 4) == {"data": 1, "fsdp": 64, "context": 4, "tensor": 1}
     assert plans.mesh_of(64, 64, 4) == {"data": 1, "fsdp": 16, "context": 4, "tensor": 1}
     assert plans.contexts(1, 32) == [2, 4, 8, 16] and plans.contexts(4, 24) == [8]
+
+
+@pytest.mark.parametrize("config", ["videochat_tpo", "llava_onevision_tpo"])
+def test_the_stage_that_is_left_out_has_the_programs_of_another(config):
+    """How often a bucket comes apart: what is compiled reads neither steps nor data."""
+    left_out, planned = (
+        plans.cell_config(plans.Cell(config, f"stage={stage},random", "v5e:8x8")).to_dict()
+        for stage in ("3_tasks", "3")
+    )
+    for stage in (left_out, planned):
+        del stage["data"], stage["steps"]
+        for bucket in stage["buckets"].values():
+            del bucket["weight"]
+    assert left_out == planned
+    args = {cell.arg for cell in plans.cells() if cell.config == config}
+    assert "stage=3,random" in args and "stage=3_tasks,random" not in args
+
+
+def step_of(memory: float, rows: int) -> estimate.Estimate:
+    """Of `memory` GiB a row, on one chip."""
+    zero = estimate.Linear(0, 0, rows)
+    return estimate.Estimate(
+        state=GIB, batch=0, temporaries=estimate.Linear(rows * memory * GIB, memory * GIB, rows),
+        flops=zero, products=zero, sent={}, model_flops=1, chips=1, row_chips=1, rows=8,
+        accumulation=8 // rows,
+    )  # fmt: skip
+
+
+def test_micro_batches_are_as_few_as_let_all_buckets_fit():
+    steps = {"video": step_of(3, 1), "image": step_of(1, 1)}
+    for name, count in (("image", 1), ("video", 2)):
+        found = plans.fewest_micro_batches({name: steps[name]}, 1, 8, 14 * GIB)
+        assert found[name].accumulation == count
+    for least, count in ((1, 2), (3, 4)):
+        found = plans.fewest_micro_batches(steps, least, 8, 14 * GIB)
+        assert [found[name].accumulation for name in steps] == [count, count]
+    assert plans.fewest_micro_batches(steps, 1, 8, 2 * GIB) == steps
+
+
+def test_where_the_compiler_finds_no_room_more_micro_batches_are_tried(monkeypatch, tmp_path):
+    """Until they fit, or each has one row of a chip."""
+    planner, cell = plans.Planner(tiny=True), plans.Cell("longva_tpo", "", "v5e:1x1", "lora")
+    (chip, _), said = parse_topology(cell.topology), []
+
+    def assign(cell, out):
+        count = json.loads((out / "plans.json").read_text())[cell.name]["estimate"]["accumulation"]
+        said.append(count)
+        return assigned_memory.Assigned(chip.hbm + (1 if count < enough else 0), "ENTRY", 1.0)
+
+    monkeypatch.setattr(planner, "assign", assign)
+    for enough, tried in ((2, [1, 2]), (9, [1, 2, 4])):
+        said.clear()
+        results = plans.run(tmp_path, [cell], 0, planner, fresh=True)
+        assert said == tried and plan_table.fits(results[cell.name]) == (enough == 2)
+        assert plans.run(tmp_path, [cell], 0, planner) == results and said == tried
+
+
+def test_a_cell_with_steps_of_two_buckets_is_the_larger_and_has_the_hours_of_both():
+    cell = plans.Cell("videochat2", "", "v5e:1x1")
+    planned = plans.Planner(tiny=True).plan(cell)
+    record = plans.estimated(planned, cell)
+    assert record["bucket"] == "video" and record["others"].keys() == {"image"}
+    image = record["others"]["image"]
+    assert image["memory"] < record["memory"]
+    config = plans.cell_config(cell, tiny=True)
+    assert config.steps == record["steps"] + image["steps"] == 3
+    record |= {"steps": 3600, "others": {"image": image | {"steps": 7200, "seconds": 2.5}}}
+    record["roofline"] |= {"compute": 1.0, "hbm": 0.5, "ici": 0.5}
+    row = plan_table.page({cell.name: {"estimate": record}})
+    assert "| 6 (3,600 video, 7,200 image at 2.50 s) |" in row
 
 
 @pytest.mark.parametrize(
