@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks.layouts import with_objective
-from experiments.plans import Cell, cell_config, mesh_of, step_buckets
+from experiments.plans import Cell, cell_config, mesh_of, run_steps
 from tpo_jax import plan
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.rows import CLIP_FIELDS
@@ -112,7 +112,7 @@ class Case:
         """{layout: program}, and what both are lowered for."""
         config = cell_config(Cell("longva_tpo", "", self.topology, frames=self.frames), self.tiny)
         model_config, codec = make_model_config(config)
-        bucket, _ = step_buckets(config, codec)
+        ((bucket,),) = run_steps(config, codec)[1].values()
         if self.tiny:  # whose config has a length of clip of its own
             bucket = dataclasses.replace(bucket, frames=self.frames)
         _, sizes = parse_topology(self.topology)

@@ -222,6 +222,21 @@ def test_a_removal_or_save_that_was_cut_off_is_no_checkpoint(two_steps, tmp_path
     assert checkpoints.latest() is None and list(tmp_path.iterdir()) == []
 
 
+def test_a_step_that_another_process_removes_meanwhile_is_no_checkpoint(
+    two_steps, tmp_path, monkeypatch
+):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    checkpoints, read = Checkpoints(tmp_path, policy(keep=2)), checksums._read
+
+    def removed_first(path: epath.Path) -> dict:
+        if path.parent.name == "1":
+            shutil.rmtree(path.parent)
+        return read(path)
+
+    monkeypatch.setattr(checksums, "_read", removed_first)
+    assert checkpoints.steps() == [2]
+
+
 def test_looking_changes_nothing(two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     (tmp_path / "3.orbax-checkpoint-tmp").mkdir()  # a run is writing it

@@ -162,9 +162,9 @@ class Checkpoints:
         if save.kinds == ("local",):
             return  # beside one of the directory that may be under way
         self._wait_directory()
-        if step in self.steps():
-            return
         path = self.directory / str(step)
+        if checksums.is_complete(path):
+            return
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
         with _orbax_context():

@@ -30,10 +30,12 @@ def write(step_path: epath.Path, process: int, count: int) -> None:
 
 
 def is_complete(step_path: epath.Path) -> bool:
-    """Whether every process has left its checksums."""
+    """Whether every process has left its checksums; False of what is removed meanwhile."""
     done = list(step_path.glob(f"{_PREFIX}*.json"))
     try:
         return bool(done) and len(done) >= _read(done[0])["processes"]
+    except FileNotFoundError:  # process 0 removes what the policy drops while others look
+        return False
     except (ValueError, KeyError, TypeError):
         return True  # all there, but damaged
 
