@@ -1,12 +1,16 @@
 """What a preference step on videos costs: ours against PyTorch, both from pixels.
 
     python -m experiments.benchmarks.dpo_video --out experiments/results/benchmarks/dpo_video.json
+    python -m experiments.benchmarks.dpo_video --unroll \
+        --out experiments/results/benchmarks/dpo_video_unrolled.json
 
 A LLaVA-OneVision of small width (SigLIP on every frame, two matrices, bilinear pooling, Qwen2): one
 set of weights, the same pairs of two answers about a clip of 32 frames. As published for TPO the
 tower is frozen, language model and projector are trained; sigmoid loss, clipping, AdamW, float32.
 By default the forward pass of the tower is about as large a part of the language model's as in
-LLaVA-OneVision-7B ("vision / language" in the record, by products).
+LLaVA-OneVision-7B ("vision / language" in the record, by products), heads are as wide as in its
+0.5B (64) and an answer is a 35th of the prefix (of 6,272 tokens of 32 frames and a question, 180
+would be).
 
   shared     the program of `python -m tpo_jax.train`: a clip is encoded once, both answers are
              branches of one prefix, the reference is a sidecar's
@@ -21,7 +25,8 @@ LLaVA-OneVision-7B ("vision / language" in the record, by products).
 `published` is what TRL's trainer does with rows that bring pixels, `once` the best that rows of
 this model can be given. Both run in their fastest of `torch_settings`; the record names it. Pixels
 are given to PyTorch resized and normalised, to ours as bytes. The record says why TRL's trainer
-itself is not timed.
+itself is not timed. Our layers are looped over, as in large models, or with --unroll a copy of the
+program each (`unroll` in docs/families.md), as PyTorch runs them.
 
 Before any measurement all have to agree: every log-probability of the reference, the number of
 trained parameters, and the losses of three steps. Rounds, times and ratios are those of `dpo_step`:
@@ -100,19 +105,25 @@ class Sizes(train_step.Sizes):
 
     rows: int = 4
     frames: int = 32
+    head_dim: int = 64
     vision_width: int = 72
     vision_depth: int = 2
     text: int = 48
-    answer: int = 47
+    answer: int = 15
 
 
 class Ours:
     """The programs of `train` and of `preferences score`, from PyTorch's weights."""
 
-    def __init__(self, sizes: Sizes, weights: Mapping[str, np.ndarray]):
+    def __init__(self, sizes: Sizes, weights: Mapping[str, np.ndarray], unroll: bool = False):
         data = published_config(sizes)
         family = family_of(data)
-        self.model_config = family.model_config(data, {})
+        published = family.model_config(data, {})
+        self.model_config = dataclasses.replace(
+            published,
+            vision=dataclasses.replace(published.vision, unroll=unroll),
+            language=dataclasses.replace(published.language, unroll=unroll),
+        )
         config = training_config.default_config()
         config.objective = "preference"
         config.preference.update(beta=BETA, sft=0.0)
@@ -361,13 +372,15 @@ def check(ours: Ours, sides: Mapping[str, Torch], batch: Any, tensors: Any) -> d
     return found
 
 
-def run(sizes: Sizes, rounds: int, threads: int, settings: Sequence[str]) -> dict[str, Any]:
+def run(
+    sizes: Sizes, rounds: int, threads: int, settings: Sequence[str], unroll: bool
+) -> dict[str, Any]:
     """The whole benchmark; see the module. settings: of SETTINGS; their fastest is the baseline."""
     import torch
 
     torch.set_num_threads(threads)
     weights = draw_weights(sizes)
-    ours = Ours(sizes, weights)
+    ours = Ours(sizes, weights, unroll)
     batch, arrays = make_batches(ours, sizes)
     batch["reference_logps"] = np.array(ours.score(batch))
     arrays["reference"] = batch["reference_logps"]
@@ -400,7 +413,7 @@ def run(sizes: Sizes, rounds: int, threads: int, settings: Sequence[str]) -> dic
         "setting": named, "settings": seconds, "trl": TRL,
         "largest_difference": differences, "losses": losses, "flops": flops,
         "vision / language": forward["vision"] / forward["language"],
-        "sizes": dataclasses.asdict(sizes), "prefix": batch["prefix_tokens"].shape[1],
+        "sizes": dataclasses.asdict(sizes), "unroll": unroll, "prefix": batch["prefix_tokens"].shape[1],
         "rounds": rounds, "threads": threads, "load_average": os.getloadavg()[0],
         "versions": versions(),
     }  # fmt: skip
@@ -414,13 +427,14 @@ def main() -> None:
     add("--out", type=pathlib.Path, required=True, help="JSON file to write")
     for field in dataclasses.fields(Sizes):
         add(f"--{field.name}", type=int, default=field.default, help="(default: %(default)s)")
+    add("--unroll", action="store_true", help="a copy of our program for each layer")
     add("--rounds", type=int, default=10)
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch; XLA takes "
         "all processors that it may run on (default: %(default)s)")
     flags = parser.parse_args()
     require_cpu()
     sizes = Sizes(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Sizes)})
-    result = run(sizes, flags.rounds, flags.threads, usable_settings())
+    result = run(sizes, flags.rounds, flags.threads, usable_settings(), flags.unroll)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     flags.out.write_text(json.dumps(result, indent=2) + "\n")
     for row in result["ratios"]:

@@ -77,13 +77,15 @@ CONFIGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """rows: of a batch. image: side of a frame in pixels. text: tokens around the video."""
+    """rows: of a batch. image: side of a frame in pixels. head_dim: of the language model, which has
+    half as many key/value heads as heads. text: tokens around the video."""
 
     rows: int = 2
     frames: int = 8
     image: int = 112
     width: int = 256
     depth: int = 4
+    head_dim: int = 32
     vision_width: int = 192
     vision_depth: int = 4
     text: int = 32
@@ -96,8 +98,9 @@ def published_config(sizes: Sizes) -> dict[str, Any]:
         "model_type": "llava_onevision",
         "text_config": {
             "model_type": "qwen2", "vocab_size": 1024, "hidden_size": sizes.width,
-            "num_hidden_layers": sizes.depth, "num_attention_heads": sizes.width // 32,
-            "num_key_value_heads": sizes.width // 64, "intermediate_size": 3 * sizes.width,
+            "num_hidden_layers": sizes.depth, "num_attention_heads": sizes.width // sizes.head_dim,
+            "num_key_value_heads": sizes.width // (2 * sizes.head_dim),
+            "intermediate_size": 3 * sizes.width,
             "rms_norm_eps": 1e-6, "max_position_embeddings": 32768,
         },
         "vision_config": {
