@@ -194,6 +194,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True)
+    _add_export(commands)
+    _add_import(commands)
+    _add_check(commands)
+    return parser
+
+
+def _add_export(commands: Any) -> None:
     command = _add(
         commands, "export", EXPORT_EXAMPLES, "model folder -> Hugging Face and PyTorch files"
     )
@@ -219,6 +226,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _add_set(command)
     command.set_defaults(run=_export)
+
+
+def _add_import(commands: Any) -> None:
     command = _add(
         commands, "import", IMPORT_EXAMPLES, "exported or Hugging Face folder -> model folder"
     )
@@ -241,6 +251,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chat_template", help="Jinja file in the place of the source's")
     _add_set(command)
     command.set_defaults(run=_import)
+
+
+def _add_check(commands: Any) -> None:
     command = _add(
         commands, "check", CHECK_EXAMPLES, "run both sides on the same inputs and compare"
     )
@@ -254,7 +267,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tolerance", type=float, default=2e-4, help="largest difference")
     _add_set(command)
     command.set_defaults(run=_check)
-    return parser
 
 
 def _add(commands: Any, name: str, examples: str, what: str) -> argparse.ArgumentParser:

@@ -197,18 +197,28 @@ def score_model(
             "seconds": round(time.monotonic() - started, 1),
         },
     )
-    results.write_json(out, record)
-    results.write_samples(out, evaluator.results.samples)
-    print(results.format_metrics(record))
-    print(results.format_sizes(record) + results.format_unlabelled(record), end="")
-    if flags.mask_frames == "all":
-        print(results.format_frames(record))
-    print(out)
+    write_evaluation(flags, out, record, evaluator.results.samples)
     if flags.submission:
         samples = evaluator.results.samples
         count = track_files.write(flags.submission, flags.benchmark, dataset, samples)
         print(f"{flags.submission}: {count} files")
     return evaluator
+
+
+def write_evaluation(
+    flags: argparse.Namespace,
+    out: str,
+    record: dict[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+) -> None:
+    """The files of one model, and what the command says of it."""
+    results.write_json(out, record)
+    results.write_samples(out, samples)
+    print(results.format_metrics(record))
+    print(results.format_sizes(record) + results.format_unlabelled(record), end="")
+    if flags.mask_frames == "all":
+        print(results.format_frames(record))
+    print(out)
 
 
 def _same_model(evaluator: Evaluator, config: ModelConfig, codec: TextCodec) -> bool:
@@ -289,6 +299,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", dest="outs", action="append", default=[], help="JSON file to write"
     )
+    _add_scoring(parser)
+    _add_beside(parser)
+    flags = parser.parse_args(arguments)
+    _check_options(parser, flags)
+    return flags
+
+
+def _add_scoring(parser: argparse.ArgumentParser) -> None:
+    """Of a model: what it is asked, what it is shown, and how its answers are read."""
     known = ",".join(evaluable_tasks())
     parser.add_argument("--tasks", default="", help=f"comma-separated, of {known}")
     parser.add_argument("--limit", type=_count, default=0, help="only the first N videos")
@@ -326,6 +345,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="read places and times from the words of answers, as models of data.task_text give "
         "them, instead of calling heads",
     )
+
+
+def _add_beside(parser: argparse.ArgumentParser) -> None:
+    """The files that metrics are read against: floors, what those are made of, and labels."""
     parser.add_argument(
         "--floors", default="", metavar="FILE.json",
         help="what --floors_from wrote for this --data, to print beside the metrics",
@@ -342,7 +365,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         f"is written ({', '.join(track_files.LAYOUTS)})",
     )
     parser.add_argument("--answers", default="", help="chosen options of a submission (nextgqa)")
-    flags = parser.parse_args(arguments)
+
+
+def _check_options(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
+    """Refuses options that are missing, or that do not belong together."""
     needed = {"--data": flags.data, "--out": flags.outs}
     if flags.predictions:
         needed = {"--annotations": flags.annotations, "--benchmark": flags.benchmark}
@@ -355,7 +381,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             f"--out: {files} different files for {len(flags.models)} models, expected {expected}; "
             "give each --model its own"
         )
-    return flags
 
 
 def _check_mask_frames(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:

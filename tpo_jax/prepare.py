@@ -140,13 +140,27 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="{run,check,features,tokenizer,inspect}"
     )
+    _add_run(commands)
+    _add_check(commands)
+    _add_features(commands)
+    _add_tokenizer(commands)
+    _add_inspect(commands)
+    return parser
 
-    run = commands.add_parser(
-        "run",
-        help="decode media and write the two tables",
-        epilog=RUN_EXAMPLES + FORMATS,
+
+def _add_command(commands: Any, name: str, what: str, epilog: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=what,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+    )
+
+
+def _add_run(commands: Any) -> None:
+    run = _add_command(
+        commands, "run", "decode media and write the two tables", RUN_EXAMPLES + FORMATS
     )
     run.add_argument(
         "--out", type=epath.Path, required=True, help="the folder to write, local or gs://"
@@ -164,13 +178,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--encoding", help="raw or jpeg (raw)")
     run.add_argument("--processes", type=int, help="parallel processes (1)")
 
-    check = commands.add_parser(
-        "check",
-        help="list the invalid records of an annotation file",
-        epilog=CHECK_EXAMPLES + FORMATS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+
+def _add_check(commands: Any) -> None:
+    what = "list the invalid records of an annotation file"
+    check = _add_command(commands, "check", what, CHECK_EXAMPLES + FORMATS)
     check.add_argument(
         "--format", required=True, choices=formats.FORMATS, metavar="NAME", help=KNOWN
     )
@@ -181,13 +192,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_split(check)
     _add_ignore_keys(check)
 
-    features = commands.add_parser(
-        "features",
-        help="clip features of videos by the video encoder of a model",
-        epilog=FEATURES_EXAMPLES + FORMATS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+
+def _add_features(commands: Any) -> None:
+    what = "clip features of videos by the video encoder of a model"
+    features = _add_command(commands, "features", what, FEATURES_EXAMPLES + FORMATS)
     features.add_argument("--model", required=True, help="a model folder")
     features.add_argument("--out", type=epath.Path, required=True, help="the folder to write")
     _add_sources(features)
@@ -196,24 +204,17 @@ def _parser() -> argparse.ArgumentParser:
         "--frames", type=int, default=0, help="of a clip (4, or those of the encoder)"
     )
 
-    tokenizer = commands.add_parser(
-        "tokenizer",
-        help="train a tokenizer on the questions and answers of a prepared folder",
-        epilog=TOKENIZER_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+
+def _add_tokenizer(commands: Any) -> None:
+    what = "train a tokenizer on the questions and answers of a prepared folder"
+    tokenizer = _add_command(commands, "tokenizer", what, TOKENIZER_EXAMPLES)
     tokenizer.add_argument("--data", type=epath.Path, required=True, help="a prepared folder")
     tokenizer.add_argument("--out", type=epath.Path, required=True, help="tokenizer.json")
     tokenizer.add_argument("--vocabulary", type=int, default=1000, help="most tokens (1000)")
 
-    inspect = commands.add_parser(
-        "inspect",
-        help="draw one training row",
-        epilog=INSPECT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+
+def _add_inspect(commands: Any) -> None:
+    inspect = _add_command(commands, "inspect", "draw one training row", INSPECT_EXAMPLES)
     where = inspect.add_mutually_exclusive_group(required=True)
     where.add_argument("--data", metavar="DIR", help="a prepared folder")
     where.add_argument(
@@ -233,7 +234,6 @@ def _parser() -> argparse.ArgumentParser:
         default=epath.Path("row.html"),
         help="file to write, .html or .png (row.html)",
     )
-    return parser
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:

@@ -15,11 +15,9 @@ time until a save is complete, checksums included (a save before that waits for 
 interval), and the time until the state may be overwritten (a gradient as long hides the copy).
 """
 
-import argparse
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import os
 import pathlib
 import shutil
@@ -34,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from experiments.benchmarks import command_line
 from tpo_jax.training.checkpoint import Checkpoint, Checkpoints
 from tpo_jax.training.local_checkpoints import LocalCheckpoints
 from tpo_jax.training.save_policy import Save, SavePolicy
@@ -176,23 +175,15 @@ def time_restore(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmarks.checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.make_parser("checkpoint", __doc__)
     parser.add_argument("--work", type=pathlib.Path, required=True, help="folder for the files")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON file to write")
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--saves", type=int, default=3, help="of each of the two ways")
     parser.add_argument("--gradient", type=float, default=1.0, help="seconds")
     parser.add_argument("--on_host", action="store_true", help="measure the local tier")
     flags = parser.parse_args(arguments)
     result = measure(flags.work, flags.megabytes, flags.saves, flags.on_host, flags.gradient)
-    text = json.dumps(result, indent=2)
-    print(text)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(text + "\n")
+    print(command_line.write_record(flags.out, result))
     shutil.rmtree(flags.work)
     return 0
 

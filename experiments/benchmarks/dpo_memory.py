@@ -1,6 +1,6 @@
 """Temporary memory of a preference step on TPUs: our layout against the naive one, by `plan`.
 
-    nice -n 15 python -m experiments.benchmarks.dpo_memory \
+    nice -n 15 python -m experiments.benchmarks.dpo_memory \\
         --out experiments/results/benchmarks/dpo_memory.json
 
 The gradient of configs/longva_tpo.py (Qwen2-7B) is compiled twice by libtpu for the same chips,
@@ -20,7 +20,6 @@ Needs libtpu, no TPU; about ten CPU minutes for a layout that fits, seconds for 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -31,6 +30,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.benchmarks import command_line
 from experiments.benchmarks.layouts import with_objective
 from experiments.plans import Cell, cell_config, mesh_of, run_steps
 from tpo_jax import plan
@@ -202,10 +202,7 @@ def save(out: pathlib.Path, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON file")
+    parser = command_line.make_parser("dpo_memory", __doc__)
     parser.add_argument("--topology", default="v5e:8x8")
     parser.add_argument("--frames", type=int, default=64)
     flags = parser.parse_args()

@@ -27,10 +27,7 @@ Neither has run on a GPU yet, both on a CPU alone, on a tiny model.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import pathlib
 import statistics
 import time
 import types
@@ -40,6 +37,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.benchmarks import command_line
 from experiments.benchmarks.layouts import TwoRowsObjective, as_rows, with_objective
 from experiments.benchmarks.train_step import Sizes, make_batches
 from tpo_jax.data.batch_spec import batch_spec
@@ -250,11 +248,8 @@ def ratio(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.make_parser("gpu_step", __doc__)
     add = parser.add_argument
-    add("--out", type=pathlib.Path, required=True, help="JSON file to write")
     add("--objective", choices=("sft", "preference"), default="sft", help="(default: %(default)s)")
     add("--layers", type=int, default=8, help="of the decoder (default: %(default)s)")
     add("--vision_layers", type=int, default=2, help="of the tower (default: %(default)s)")
@@ -270,10 +265,8 @@ def main() -> None:
     run = {"sft": measure, "preference": measure_pairs}[flags.objective]
     found = run(stack(flags.layers, flags.vision_layers), sizes, flags.steps, flags.remat)
     asked = {k: v for k, v in vars(flags).items() if k != "out"}
-    text = json.dumps({"asked": asked, **found, "jax": jax.__version__}, indent=2)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(text + "\n")
-    print(text)
+    record = {"asked": asked, **found, "jax": jax.__version__}
+    print(command_line.write_record(flags.out, record))
 
 
 if __name__ == "__main__":

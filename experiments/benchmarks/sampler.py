@@ -21,7 +21,6 @@ counted dense. CPU time is of the process.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.resources
 import json
@@ -39,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from experiments.benchmarks import command_line
 from experiments.benchmarks.dpo_step import measure, versions
 from experiments.benchmarks.torch_settings import require_cpu
 from tpo_jax.generation.sampler import Sampler, Sampling
@@ -56,14 +56,17 @@ CODEC = importlib.resources.files("tpo_jax") / "assets" / "tiny_base"
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """frames of size x size pixels in patches of `patch`; four patches are a token."""
+    """frames of size x size pixels in patches of `patch`; four patches are a token.
 
-    frames: int
-    size: int
-    patch: int
-    questions: int
-    question: int
-    answer: int
+    questions: about the video. question, answer: tokens of one.
+    """
+
+    frames: int = 32
+    size: int = 64
+    patch: int = 8
+    questions: int = 10
+    question: int = 24
+    answer: int = 32
 
     @property
     def visual(self) -> int:
@@ -299,30 +302,16 @@ def run(sizes: Sizes, width: int, depth: int, rounds: int, threads: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--out", type=pathlib.Path, required=True, help="JSON file to write")
-    add("--frames", type=int, default=32)
-    add("--size", type=int, default=64, help="of a frame, pixels (default: %(default)s)")
-    add("--patch", type=int, default=8)
-    add("--questions", type=int, default=10, help="about the video (default: %(default)s)")
-    add("--question", type=int, default=24, help="tokens of a question")
-    add("--answer", type=int, default=32, help="tokens of an answer")
-    add("--width", type=int, default=256)
-    add("--depth", type=int, default=4, help="of either tower")
-    add("--rounds", type=int, default=8)
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch; XLA takes "
-        "all processors that it may run on (default: %(default)s)")
+    parser = command_line.make_parser("sampler", __doc__)
+    command_line.add_sizes(parser, Sizes)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--depth", type=int, default=4, help="of either tower")
+    command_line.add_rounds(parser, 8)
     flags = parser.parse_args()
     require_cpu()
-    sizes = Sizes(
-        flags.frames, flags.size, flags.patch, flags.questions, flags.question, flags.answer
-    )
+    sizes = command_line.read_sizes(flags, Sizes)
     result = run(sizes, flags.width, flags.depth, flags.rounds, flags.threads)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps(result, indent=2) + "\n")
+    command_line.write_record(flags.out, result)
     for row in result["tokens_per_second"]:
         print(f"{row['ratio']:22s} wall {row['wall']:.2f}  cpu {row['cpu']:.2f}  "
               f"products {row['flops']:.2f}  target {row.get('target')}")  # fmt: skip

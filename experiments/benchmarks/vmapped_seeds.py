@@ -1,6 +1,6 @@
 """Does a step of several seeds in one program take less time a seed than a step of one?
 
-    python -m experiments.benchmarks.vmapped_seeds \
+    python -m experiments.benchmarks.vmapped_seeds \\
         --out experiments/results/benchmarks/vmapped_seeds.json
 
 Model and shapes are those of the studies: the shipped base with its heads and the video bucket of
@@ -13,10 +13,7 @@ alone (the first may be at a rate of 0).
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import pathlib
 import runpy
 import statistics
 from collections.abc import Sequence
@@ -26,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks import command_line
 from experiments.benchmarks.dpo_step import measure, medians
 from experiments.benchmarks.train_step import timed_compile
 from tpo_jax.data.batch_spec import batch_spec
@@ -95,8 +93,7 @@ def compare(program: Program, bucket: Bucket, seeds: int, rounds: int) -> dict[s
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.vmapped_seeds")
-    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser = command_line.make_parser("vmapped_seeds", __doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=9)
     flags = parser.parse_args(arguments)
@@ -107,8 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bucket = Bucket.from_config("video", config.buckets.video.to_dict())
     record = {"device": describe_device(), "versions": versions(), "rows": bucket.batch_size}
     record |= compare(program, bucket, flags.seeds, flags.rounds)
-    flags.out.write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record, indent=2))
+    print(command_line.write_record(flags.out, record))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from format_samples import SAMPLES, read, read_sample
 from media_samples import write_media
 from pycocotools import mask as coco_mask
 
-from tpo_jax.data import formats, validation
+from tpo_jax.data import formats
+from tpo_jax.data.example_checks import check_example
 from tpo_jax.data.ingest.statistics import count_examples
 from tpo_jax.data.media import MediaFolder
+from tpo_jax.data.problems import Invalid
 from tpo_jax.data.records import Example, Turn
 
 
@@ -267,10 +269,10 @@ def test_any_question_may_be_about_a_box():
         turn = Turn("What is at <box>?", answer)
         targets = targets | {"input_box": [0.1, 0.1, 0.5, 1.001]}
         example = Example("a", "v", "video", task, "train", 0.0, 4.0, (turn,), targets)
-        checked = validation.check_example(example, 4.0)
+        checked = check_example(example, 4.0)
         assert checked.targets == targets | {"input_box": [0.1, 0.1, 0.5, 1.0]}
         timed = dataclasses.replace(example, targets=targets | {"input_time": 4.3})
-        assert validation.check_example(timed, 4.0).targets["input_time"] == 4.0
+        assert check_example(timed, 4.0).targets["input_time"] == 4.0
 
 
 TRACKS = {
@@ -295,7 +297,7 @@ def several(task, question, answer, targets):
 @pytest.mark.parametrize("given", SEVERAL, ids=[given[0] for given in SEVERAL])
 def test_an_example_may_have_several_of_one_kind(given):
     example = several(*given)
-    assert validation.check_example(example, 4.0) == example
+    assert check_example(example, 4.0) == example
     assert Example.from_json(json.loads(json.dumps(example.to_json()))) == example
 
 
@@ -323,16 +325,16 @@ def test_statistics_count_what_is_in_them():
 ])
 def test_bad_entries_of_several_are_named(kind, change, field, reason):
     task, question, answer, targets = SEVERAL[kind]
-    with pytest.raises(validation.Invalid) as error:
-        validation.check_example(several(task, question, answer, targets | change), 4.0)
+    with pytest.raises(Invalid) as error:
+        check_example(several(task, question, answer, targets | change), 4.0)
     assert error.value.field == field and reason in error.value.reason
 
 
 def test_tracks_and_boxes_of_a_turn_belong_together():
     example = several("tracking", "Follow <box>.", "<mask> and <mask>", TRACKS)
     turns = (*example.turns, Turn("And <box>?", "As well."))
-    with pytest.raises(validation.Invalid, match="1 <box> in the question for 2 <mask>"):
-        validation.check_example(dataclasses.replace(example, turns=turns), 4.0)
+    with pytest.raises(Invalid, match="1 <box> in the question for 2 <mask>"):
+        check_example(dataclasses.replace(example, turns=turns), 4.0)
 
 
 def damaged(tmp_path, folder):

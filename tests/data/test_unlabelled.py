@@ -11,8 +11,8 @@ from media_samples import write_published_media
 from small_pipeline import HEADS, VIDEO
 
 from tpo_jax import prepare
-from tpo_jax.data import validation
 from tpo_jax.data.evaluation_rows import count_unlabelled
+from tpo_jax.data.example_checks import check_example
 from tpo_jax.data.ingest.statistics import count_examples
 from tpo_jax.data.media import MediaFolder
 from tpo_jax.data.mixture import Source
@@ -140,15 +140,13 @@ def about(task="mask", **changes):
     ],
 )
 def test_what_an_example_without_labels_may_not_have(task, changes, field):
-    assert validation.check_example(about(), 8.0) == about()
+    assert check_example(about(), 8.0) == about()
     with pytest.raises(Invalid) as caught:
-        validation.check_example(about(task, **changes), 8.0)
+        check_example(about(task, **changes), 8.0)
     assert caught.value.field == field
     several = {"each": [about().targets, about().targets]}
     with pytest.raises(Invalid, match="unknown key"):
-        validation.check_example(
-            example("e", "v", "mask", [Turn("Both?", "<mask> <mask>")], several), 8.0
-        )
+        check_example(example("e", "v", "mask", [Turn("Both?", "<mask> <mask>")], several), 8.0)
 
 
 def test_training_refuses_them_by_name(codec, model):

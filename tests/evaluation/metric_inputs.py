@@ -1,4 +1,4 @@
-"""Random and degenerate submissions in the published formats, shared by the metric tests."""
+"""What the metric tests share: submissions in the published formats, and tables laid flat."""
 
 import numpy as np
 
@@ -163,3 +163,12 @@ def _windows(rng: np.random.Generator, count: int, duration: float, grid: float)
 def _reversed(rng: np.random.Generator, window: list) -> list:
     """[start, end, ...], one in five with start and end exchanged."""
     return [window[1], window[0], *window[2:]] if rng.random() < 0.2 else window
+
+
+def leaves(table, prefix=""):
+    """(path, value) of each value in tables within tables."""
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value

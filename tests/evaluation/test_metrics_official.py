@@ -33,6 +33,7 @@ from metric_inputs import (
     degenerate_qvhighlights,
     detection,
     grounded_qa,
+    leaves,
     nextgqa_files,
     qvhighlights,
 )
@@ -44,17 +45,9 @@ OFFICIAL = json.loads(pathlib.Path(__file__).with_name("official_metrics.json").
 LABELS = {"swim": 0, "run": 1, "jump": 2}
 
 
-def numbers(table, prefix=""):
-    for name, value in table.items():
-        if isinstance(value, dict):
-            yield from numbers(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value
-
-
 def check_qvhighlights(inputs, official):
-    got = dict(numbers(submissions.score_qvhighlights(*inputs)))
-    expected = dict(numbers(official))
+    got = dict(leaves(submissions.score_qvhighlights(*inputs)))
+    expected = dict(leaves(official))
     assert len(expected) == 4 * (11 + 10) + 6
     for key, value in expected.items():
         assert got[key] == pytest.approx(value, abs=1e-6), key

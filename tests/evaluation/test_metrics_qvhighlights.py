@@ -2,20 +2,12 @@
 
 import numpy as np
 import pytest
-from metric_inputs import moment_columns, qvhighlights
+from metric_inputs import leaves, moment_columns, qvhighlights
 
 from experiments.benchmarks import metric_oracles
 from tpo_jax.evaluation import submissions
 from tpo_jax.evaluation.metrics import qvhighlights as metrics
 from tpo_jax.evaluation.metrics import temporal
-
-
-def leaves(table, prefix=""):
-    for name, value in table.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value
 
 
 @pytest.mark.parametrize("grid", [0.0, 2.0, 15.0])

@@ -9,12 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.interop.families.configs import (
-    LLAVA_ONEVISION,
-    LLAVA_VIDEO,
-    VIDEO_LLAVA,
-    VIDEO_LLAVA_ORIGINAL,
-)
+from tests.interop.families import configs
 from tests.interop.families.published_folder import sized, write_published
 from tests.parity.test_whole_families import IDS, load_whole
 from tpo_jax.interop.families.folder import export_family, import_family
@@ -45,9 +40,9 @@ VIDEO_LLAVA_NAMES = (
 )  # fmt: skip
 # The original's config.json, their config.json, names, and what their class does not have.
 LAYOUTS = {
-    "llava_qwen": (LLAVA_VIDEO, LLAVA_ONEVISION, ONEVISION_NAMES, ()),
+    "llava_qwen": (configs.LLAVA_VIDEO, configs.LLAVA_ONEVISION, ONEVISION_NAMES, ()),
     "video_llava_original": (
-        VIDEO_LLAVA_ORIGINAL, VIDEO_LLAVA, VIDEO_LLAVA_NAMES,
+        configs.VIDEO_LLAVA_ORIGINAL, configs.VIDEO_LLAVA, VIDEO_LLAVA_NAMES,
         (".temporal_embedding", ".temporal_attn.", ".temporal_layer_norm1."),
     ),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -90,11 +91,16 @@ def _features(config: ModelConfig, frames: int, seed: int) -> dict[str, np.ndarr
 
 
 def _runtime(exported: epath.PathLike) -> Any:
-    """The exported folder's own PyTorch file as a module."""
-    path = pathlib.Path(exported) / "tpo_torch.py"
-    spec = importlib.util.spec_from_file_location("tpo_torch", path)
+    """The exported folder's own tpo_torch.py as a module, which reads its layers beside it."""
+    folder = pathlib.Path(exported).absolute()
+    spec = importlib.util.spec_from_file_location("tpo_torch", folder / "tpo_torch.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(folder))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules.pop("tpo_torch_layers", None)  # those of the next export may be others
     return module
 
 

@@ -5,6 +5,7 @@
     tpo_config.json            ModelConfig, the template and which leaves are where
     preprocessor_config.json   how frames become input
     tpo_torch.py               runs encoder, task tokens and heads on these files
+    tpo_torch_layers.py        what it computes with
     adapter/                   LoRA adapters in PEFT's layout, where they are kept apart
     sam2/                      network of the head sam2, a folder that `Sam2VideoModel` loads
 
@@ -106,8 +107,8 @@ def _write_whole(
     write_file(out / beside.TENSORS, rest, {"format": "pt"})
     huggingface.write_json(out / "preprocessor_config.json", preprocessor(config))
     write_about(out, config, codec)
-    runtime = epath.resource_path("tpo_jax") / "interop" / "torch_runtime" / _RUNTIME
-    (out / _RUNTIME).write_bytes(runtime.read_bytes())
+    for file in (epath.resource_path("tpo_jax") / "interop" / "torch_runtime").glob("*.py"):
+        (out / file.name).write_bytes(file.read_bytes())
 
 
 def write_about(out: epath.Path, config: ModelConfig, codec: TextCodec) -> None:

@@ -257,8 +257,8 @@ def validate(config: ConfigDict) -> None:
     """
     problems = _check_keys(to_dict(config), default_config())
     if not problems:  # the checks below read keys that the first pass has verified
-        problems = [*_check_scalars(config), *_check_data(config), *_check_buckets(config)]
-        problems += [*_check_heads(config), *check_running(config)]
+        problems = [*_check_scalars(config), *_check_start(config), *_check_data(config)]
+        problems += [*_check_buckets(config), *_check_heads(config), *check_running(config)]
         problems += [*check_objective(config), *check_optimizer(config)]
     if problems:
         raise ConfigError("config:\n" + "\n".join(f"  {problem}" for problem in problems))
@@ -344,13 +344,19 @@ def _check_scalars(config: ConfigDict) -> list[str]:
         ):  # fmt: skip
             fix = "give [regex, peak learning rate]"
             problems.append(_problem(f"trainable[{index}]", group, "not a group", fix))
-    if not config.tokenizer and not config.init_from:
-        fix = "name a tokenizer.json, or a model folder in init_from"
-        problems.append(_problem("tokenizer", "", "no tokenizer and no init_from", fix))
     if bool(config.profile.start) != bool(config.profile.steps):
         fix = "give both profile.start (first step to trace) and profile.steps, or neither"
         reason = "half a window"
         problems.append(_problem("profile", config.profile.to_dict(), reason, fix))
+    return problems
+
+
+def _check_start(config: ConfigDict) -> list[str]:
+    """Where model and tokenizer come from."""
+    problems = []
+    if not config.tokenizer and not config.init_from:
+        fix = "name a tokenizer.json, or a model folder in init_from"
+        problems.append(_problem("tokenizer", "", "no tokenizer and no init_from", fix))
     if config.tokenizer and config.init_from:
         reason = f"init_from={config.init_from!r} brings its own"
         problems.append(_problem("tokenizer", config.tokenizer, reason, "leave it empty"))

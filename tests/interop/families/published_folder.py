@@ -1,5 +1,6 @@
 """Published folders of families with random weights, as a user would have downloaded them."""
 
+import dataclasses
 import json
 
 import ml_dtypes
@@ -7,8 +8,10 @@ import numpy as np
 from tokenizers import AddedToken
 
 from tests.interop.families.configs import ONEVISION_JINJA
-from tpo_jax.data.text import train_tokenizer
+from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
+from tpo_jax.interop import folder
 from tpo_jax.interop.families.registry import family_of, from_leaves
+from tpo_jax.interop.huggingface import read_tensors
 from tpo_jax.interop.tensors import lazy, write_file
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.paths import flatten
@@ -50,3 +53,29 @@ def write_published(path, data, dtype=ml_dtypes.bfloat16, scale=1.0, **carried):
     stops = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
     about = {"temperature": 0, "eos_token_id": stops}
     (path / "generation_config.json").write_text(json.dumps(about))
+
+
+def train_heads(base, out, heads):
+    """The folder `out`, of the model `base` with new heads; all else is that of `base`."""
+    config, leaves, codec = (
+        read(base) for read in (folder.load_config, folder.open_leaves, folder.load_codec)
+    )
+    add_task_tokens(codec.tokenizer, heads)
+    codec = TextCodec(codec.tokenizer, codec.template)
+    config = dataclasses.replace(config, heads=heads, tokens=codec.task_tokens)
+    rng = np.random.default_rng(1)
+    for name, leaf in flatten(FunctionalModel(config).abstract()).items():
+        if name not in leaves:
+            leaves[name] = lazy(rng.normal(size=leaf.shape).astype(np.float32))
+    folder.write_model(out, config.to_dict(), leaves, codec,
+                       preprocessor=folder.preprocessor(config))  # fmt: skip
+
+
+def same_tensors(theirs, ours):
+    """Two folders have the same tensors, bit for bit."""
+    theirs, ours = read_tensors(theirs), read_tensors(ours)
+    assert theirs.keys() == ours.keys()
+    for name in theirs:
+        left, right = np.asarray(theirs[name]), np.asarray(ours[name])
+        assert left.dtype == right.dtype and left.shape == right.shape, name
+        assert left.tobytes() == right.tobytes(), name

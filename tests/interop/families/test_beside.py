@@ -10,43 +10,20 @@ import numpy as np
 import pytest
 
 from tests.interop.families.configs import LLAVA_ONEVISION
-from tests.interop.families.published_folder import sized, write_published
+from tests.interop.families.published_folder import (
+    same_tensors,
+    sized,
+    train_heads,
+    write_published,
+)
 from tests.interop.families.sam2_folder import write_sam2
 from tpo_jax import convert
-from tpo_jax.data.text import TextCodec, add_task_tokens
 from tpo_jax.interop import folder
 from tpo_jax.interop.export import largest_difference
-from tpo_jax.interop.huggingface import read_tensors
 from tpo_jax.interop.tensors import lazy
 from tpo_jax.models.config import LoraConfig
-from tpo_jax.models.video_language import FunctionalModel
-from tpo_jax.parallel.paths import flatten
 
 HEADS = ("region", "sam2")
-
-
-def train_heads(base, out, heads):
-    """The folder `out`, of the model `base` with new heads; all else is that of `base`."""
-    config, leaves, codec = (
-        read(base) for read in (folder.load_config, folder.open_leaves, folder.load_codec)
-    )
-    add_task_tokens(codec.tokenizer, heads)
-    codec = TextCodec(codec.tokenizer, codec.template)
-    config = dataclasses.replace(config, heads=heads, tokens=codec.task_tokens)
-    rng = np.random.default_rng(1)
-    for name, leaf in flatten(FunctionalModel(config).abstract()).items():
-        if name not in leaves:
-            leaves[name] = lazy(rng.normal(size=leaf.shape).astype(np.float32))
-    folder.write_model(out, config.to_dict(), leaves, codec,
-                       preprocessor=folder.preprocessor(config))  # fmt: skip
-
-
-def same_tensors(theirs, ours):
-    theirs, ours = read_tensors(theirs), read_tensors(ours)
-    assert theirs.keys() == ours.keys()
-    for name in theirs:
-        left, right = np.asarray(theirs[name]), np.asarray(ours[name])
-        assert left.dtype == right.dtype and left.tobytes() == right.tobytes(), name
 
 
 @pytest.fixture(scope="module")

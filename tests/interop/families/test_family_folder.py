@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from tests.interop.families.configs import LLAVA_VIDEO, LONGVA, VIDEO_LLAVA
-from tests.interop.families.published_folder import sized, write_published
+from tests.interop.families.published_folder import same_tensors, sized, write_published
 from tpo_jax import convert
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
@@ -111,11 +111,7 @@ def test_in_and_out_again(source, tmp_path):
     assert codec.stop_ids == (codec.eos_id, codec.pad_id)
     name = "generation_config.json"
     assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
-    theirs, ours = read_tensors(source), read_tensors(tmp_path / "out")
-    assert theirs.keys() == ours.keys()
-    for name in theirs:
-        left, right = np.asarray(theirs[name]), np.asarray(ours[name])
-        assert left.dtype == right.dtype and left.tobytes() == right.tobytes(), name
+    same_tensors(source, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
@@ -207,10 +203,7 @@ def test_in_and_out_again_in_a_bucket(source, tmp_path, monkeypatch, capsys):
     assert names == {path.name for path in (bucket / "out").iterdir()}
     for name in names - {"model.safetensors"}:
         assert (bucket / "out" / name).read_bytes() == (source / name).read_bytes(), name
-    theirs, ours = read_tensors(source), read_tensors(bucket / "out")
-    assert theirs.keys() == ours.keys()
-    for name in theirs:
-        assert np.asarray(theirs[name]).tobytes() == np.asarray(ours[name]).tobytes(), name
+    same_tensors(source, bucket / "out")
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(sys, "argv", ["convert", "check", f"--model={model}", f"--exported={out}"])
     with pytest.raises(SystemExit):

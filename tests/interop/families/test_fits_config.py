@@ -68,6 +68,17 @@ CASES = {
 }  # fmt: skip
 
 
+def refusal(source, tensors, tmp_path, capsys):
+    """What the import of a folder says that has these tensors; nothing is written."""
+    for file in source.glob("model*"):
+        file.unlink()
+    write_file(source / "model.safetensors", {k: lazy(x) for k, x in tensors.items()},
+               {"format": "pt"})  # fmt: skip
+    assert convert.main(["import", f"--source={source}", f"--out={tmp_path / 'model'}"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    return capsys.readouterr().err
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_does_not_fit_is_named_and_nothing_is_written(case, tmp_path, capsys):
     data, change, message = CASES[case]
@@ -75,13 +86,9 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(case, tmp_path, capsy
     source.mkdir()
     write_published(source, sized(data))
     tensors = change({name: np.asarray(x) for name, x in read_tensors(source).items()})
-    write_file(source / "model.safetensors", {k: lazy(x) for k, x in tensors.items()},
-               {"format": "pt"})  # fmt: skip
-    assert convert.main(["import", f"--source={source}", f"--out={tmp_path / 'model'}"]) == 2
-    printed = capsys.readouterr().err
+    printed = refusal(source, tensors, tmp_path, capsys)
     assert re.search(message, printed), printed
     assert "the files are of different models, or not all are there; copy them again" in printed
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -94,10 +101,4 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(case, tmp_path, capsy
 def test_a_language_model_that_does_not_fit(change, message, tmp_path, capsys):
     source = tmp_path / "source"
     tensors = change(write_folder(source, "qwen2"))
-    for file in source.glob("model*"):
-        file.unlink()
-    write_file(source / "model.safetensors", {k: lazy(x) for k, x in tensors.items()},
-               {"format": "pt"})  # fmt: skip
-    assert convert.main(["import", f"--source={source}", f"--out={tmp_path / 'model'}"]) == 2
-    assert re.search(message, capsys.readouterr().err)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert re.search(message, refusal(source, tensors, tmp_path, capsys))

@@ -9,14 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.interop.families.configs import (
-    LLAVA_ONEVISION,
-    LLAVA_VIDEO,
-    LONGVA,
-    VIDEO_LLAVA,
-    VIDEO_LLAVA_ORIGINAL,
-    VIDEOCHAT,
-)
+from tests.interop.families import configs
 from tpo_jax.data.sampling import SAMPLERS
 from tpo_jax.interop.families.registry import family_of
 
@@ -43,21 +36,21 @@ def middle_of_parts(frames, fps, count):
 
 PUBLISHED = {
     # LLaVA-VL/LLaVA-NeXT@df17966 docs/LLaVA_OneVision_Tutorials.ipynb:330
-    "llava_onevision": (LLAVA_ONEVISION, from_first_to_last),
+    "llava_onevision": (configs.LLAVA_ONEVISION, from_first_to_last),
     # LLaVA-VL/LLaVA-NeXT@df17966 docs/LLaVA_Video_1003.md:41-47 with force_sample=True, as the
     # release's config.json; llava/utils.py:29-37 in training
-    "llava_video": (LLAVA_VIDEO, from_first_to_last),
+    "llava_video": (configs.LLAVA_VIDEO, from_first_to_last),
     # the same lines with force_sample=False; playground/demo/video_demo.py:76-82
-    "llava_next_video": (LLAVA_VIDEO | {"force_sample": False}, one_a_second),
+    "llava_next_video": (configs.LLAVA_VIDEO | {"force_sample": False}, one_a_second),
     # EvolvingLMMs-Lab/LongVA@f4c8781 README.md:87, local_demo/longva_backend.py:299-301
-    "longva": (LONGVA, from_first_to_last),
+    "longva": (configs.LONGVA, from_first_to_last),
     # PKU-YuanGroup/Video-LLaVA@984e65b
     # videollava/model/multimodal_encoder/languagebind/video/processing_video.py:93, 101
-    "video_llava": (VIDEO_LLAVA, from_first_to_last),
-    "video_llava_original": (VIDEO_LLAVA_ORIGINAL, from_first_to_last),
+    "video_llava": (configs.VIDEO_LLAVA, from_first_to_last),
+    "video_llava_original": (configs.VIDEO_LLAVA_ORIGINAL, from_first_to_last),
     # OpenGVLab/TPO@ed733bd app.py:245-270 with sample="middle" (491); the same in
     # OpenGVLab/Ask-Anything@4dd8210 video_chat2/dataset/video_utils.py:48-71
-    "videochat": (VIDEOCHAT, middle_of_parts),
+    "videochat": (configs.VIDEOCHAT, middle_of_parts),
 }
 
 

@@ -2,18 +2,21 @@
 
 import copy
 import dataclasses
-import json
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from tokenizers import AddedToken
 
 from tests.interop.families.configs import VIDEOCHAT
-from tests.interop.families.test_tpo_heads import TOKENS, published_keys
+from tests.interop.families.published_folder import same_tensors
+from tests.interop.families.videochat_release import (
+    ROWS,
+    published_keys,
+    random_leaves,
+    write_release,
+)
 from tests.models.heads import cg_detr_published as reference
-from tpo_jax.data.text import train_tokenizer
 from tpo_jax.interop import folder
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.cg_detr_rows import cg_detr_rows
@@ -21,15 +24,14 @@ from tpo_jax.interop.families.folder import export_family, import_family
 from tpo_jax.interop.families.registry import family_of, from_leaves
 from tpo_jax.interop.families.tpo_heads import CLIP_FEATURES, TEXT_FEATURES
 from tpo_jax.interop.huggingface import read_tensors
-from tpo_jax.interop.tensors import lazy, write_file
+from tpo_jax.interop.tensors import lazy
 from tpo_jax.models.config import ClipFeaturesConfig, TextFeaturesConfig
 from tpo_jax.models.heads import tokens_of
 from tpo_jax.models.video_language import FunctionalModel
-from tpo_jax.parallel.paths import flatten
 
 CHOSEN = ["region_mlp", "cg_detr"]
 DATA = copy.deepcopy(VIDEOCHAT)
-DATA["llm_config"]["vocab_size"] = 320
+DATA["llm_config"]["vocab_size"] = ROWS
 WIDTH = DATA["llm_config"]["hidden_size"]
 DATA["cg_config"] = {
     "width": 16, "heads": 2, "layers": 1, "clip_features": {"width": 6},
@@ -57,25 +59,14 @@ def config_of(data=DATA):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A tiny checkpoint with all that this head's part of the published one has."""
-    config, rng, leaves = config_of(), np.random.default_rng(0), {}
-    for path, leaf in flatten(FunctionalModel(config).abstract()).items():
-        leaves[path] = (0.3 * rng.normal(size=leaf.shape)).astype(ml_dtypes.bfloat16)
-    leaves["language/embed/table"][320:] = 0
-    for path in ("kernel", "lora_b"):
-        leaves[f"language/lm_head/{path}"][:, 320:] = 0
-    tensors = from_leaves(family_of(DATA), config, leaves, {}, ())
+    config = config_of()
+    tensors = from_leaves(family_of(DATA), config, random_leaves(config), {}, ())
     for i, key in enumerate(sorted(key for key in published_keys() if key.startswith(UNUSED))):
         tensors[key] = np.full(3, i, ml_dtypes.bfloat16)
     tensors |= {"cg_criterion.empty_weight": np.ones(2, np.float32),
                 "track_token": np.ones((1, 1, WIDTH), np.float32)}  # fmt: skip
     path = tmp_path_factory.mktemp("published")
-    lazily = {name: lazy(tensor) for name, tensor in tensors.items()}
-    write_file(path / "model.safetensors", lazily, {"format": "pt"})
-    tokenizer = train_tokenizer(["[INST] What happens? [/INST]"], 300)
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<unk>", "<s>", "</s>")])
-    tokenizer.add_tokens([AddedToken(t, normalized=True) for t in TOKENS])
-    (path / "tokenizer.json").write_text(tokenizer.to_str())
-    (path / "config.json").write_text(json.dumps(DATA))
+    write_release(path, DATA, tensors)
     return path
 
 
@@ -95,12 +86,7 @@ def test_in_and_out_again(source, model, tmp_path):
     assert config.text_features == TextFeaturesConfig(WIDTH, 5, "of the test")
     assert (config.head.width, config.head.heads, config.head.layers) == (16, 2, 1)
     export_family(path, tmp_path / "out", source)
-    theirs, ours = read_tensors(source), read_tensors(tmp_path / "out")
-    assert theirs.keys() == ours.keys()
-    for name in theirs:
-        left, right = np.asarray(theirs[name]), np.asarray(ours[name])
-        assert left.dtype == right.dtype and left.shape == right.shape, name
-        assert left.tobytes() == right.tobytes(), name
+    same_tensors(source, tmp_path / "out")
 
 
 def test_it_computes_what_the_published_tensors_say(source, model):

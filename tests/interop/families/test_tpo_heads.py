@@ -2,10 +2,6 @@
 
 import copy
 import dataclasses
-import itertools
-import json
-import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +9,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from tokenizers import AddedToken
 
 from tests.interop.families.configs import VIDEOCHAT
-from tests.interop.families.test_beside import same_tensors, train_heads
-from tpo_jax.data.text import train_tokenizer
+from tests.interop.families.published_folder import same_tensors, train_heads
+from tests.interop.families.videochat_release import (
+    ROWS,
+    published_keys,
+    random_leaves,
+    write_release,
+)
 from tpo_jax.interop import folder
 from tpo_jax.interop.export import largest_difference
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.folder import export_family, import_family
 from tpo_jax.interop.families.registry import family_of, from_leaves, to_leaves
 from tpo_jax.interop.families.tpo_heads import SAM2, release_rows
-from tpo_jax.interop.huggingface import read_tensors
 from tpo_jax.interop.mapping import MappingError
-from tpo_jax.interop.tensors import LazyArray, lazy, write_file
+from tpo_jax.interop.tensors import LazyArray
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.heads import HeadInputs, tokens_of
 from tpo_jax.models.heads.sam2.model import Sam2
@@ -36,33 +35,15 @@ from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.paths import flatten
 
 LOADED = ("region_mlp", "sam2")
-TOKENS = ("<box_begin>", "<time_begin>", "<temp>", "<boxes>", "<track_begin>", "<tracking>",
-          "<track_box>")  # fmt: skip
 # The first release of SAM 2 at the size of tests, as an option of config.json would say it.
 TINY_SAM2 = dataclasses.asdict(
     dataclasses.replace(SIZES["micro"], pointer_times=False, occlusion_embedding=False)
 )
 DATA = copy.deepcopy(VIDEOCHAT)
-DATA["llm_config"]["vocab_size"] = 320
+DATA["llm_config"]["vocab_size"] = ROWS
 DATA["sam2_config"] = TINY_SAM2
 FREQUENCIES = [f"heads/sam2/network/{part}/frequencies"
                for part in ("image_positions", "prompt_encoder/positions")]  # fmt: skip
-
-
-def published_keys():
-    """Of the index of OpenGVLab/TPO, all but those of tower, Q-Former and language model."""
-    lines = (pathlib.Path(__file__).parent / "videochat_tpo_head_keys.txt").read_text().split()
-    for line in lines:
-        pieces = re.split(r"\{([\d,-]+)\}", line)
-        yield from map("".join, itertools.product(*(
-            numbers(piece) if i % 2 else [piece] for i, piece in enumerate(pieces))))  # fmt: skip
-
-
-def numbers(text):
-    if "-" in text:
-        first, last = map(int, text.split("-"))
-        return map(str, range(first, last + 1))
-    return text.split(",")
 
 
 def test_names_and_sizes_of_sam2_are_the_published_ones():
@@ -89,12 +70,8 @@ def config_of(data=DATA, heads=None):
 @pytest.fixture(scope="module")
 def published():
     """All tensors of a tiny checkpoint, those of its temporal head and dead heads among them."""
-    config, rng, leaves = config_of(), np.random.default_rng(0), {}
-    for path, leaf in flatten(FunctionalModel(config).abstract()).items():
-        leaves[path] = (0.3 * rng.normal(size=leaf.shape)).astype(ml_dtypes.bfloat16)
-    leaves["language/embed/table"][320:] = 0
-    for path in ("kernel", "lora_b"):
-        leaves[f"language/lm_head/{path}"][:, 320:] = 0
+    config = config_of()
+    leaves = random_leaves(config)
     leaves[FREQUENCIES[1]] = leaves[FREQUENCIES[0]]
     family = family_of(DATA)
     tensors = from_leaves(family, config, leaves, {}, ())
@@ -106,13 +83,7 @@ def published():
 @pytest.fixture(scope="module")
 def source(published, tmp_path_factory):
     path = tmp_path_factory.mktemp("published")
-    lazily = {name: lazy(tensor) for name, tensor in published[1].items()}
-    write_file(path / "model.safetensors", lazily, {"format": "pt"})
-    tokenizer = train_tokenizer(["[INST] What happens? [/INST]"], 300)
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<unk>", "<s>", "</s>")])
-    tokenizer.add_tokens([AddedToken(t, normalized=True) for t in TOKENS])
-    (path / "tokenizer.json").write_text(tokenizer.to_str())
-    (path / "config.json").write_text(json.dumps(DATA))
+    write_release(path, DATA, published[1])
     return path
 
 
@@ -133,12 +104,7 @@ def test_in_and_out_again(source, model, tmp_path):
     assert config.heads == LOADED and config.box_encoder == "tpo"
     assert ModelConfig.from_dict(config.to_dict()) == config
     export_family(path, tmp_path / "out", source)
-    theirs, ours = read_tensors(source), read_tensors(tmp_path / "out")
-    assert theirs.keys() == ours.keys()
-    for name in theirs:
-        left, right = np.asarray(theirs[name]), np.asarray(ours[name])
-        assert left.dtype == right.dtype and left.shape == right.shape, name
-        assert left.tobytes() == right.tobytes(), name
+    same_tensors(source, tmp_path / "out")
 
 
 def test_heads_that_were_trained_without_those_of_the_release_lie_beside(source, tmp_path):

@@ -15,10 +15,10 @@ from micro_model import MemoryDataset
 
 from tpo_jax import prepare
 from tpo_jax.data.buckets import Bucket
+from tpo_jax.data.example_checks import check_example
 from tpo_jax.data.pipeline import Pipeline, Source
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.data.text import TextCodec, add_task_tokens, train_tokenizer
-from tpo_jax.data.validation import check_example
 from tpo_jax.evaluation import benchmarks
 from tpo_jax.evaluation.evaluator import evaluable_tasks
 from tpo_jax.generation.routing import inline

@@ -12,6 +12,7 @@ from typing import Any
 from tpo_jax.data import media as media_lib
 from tpo_jax.data import validation
 from tpo_jax.data import video as video_lib
+from tpo_jax.data.example_checks import check_example
 from tpo_jax.data.formats import splits
 from tpo_jax.data.problems import Invalid, Problem
 from tpo_jax.data.records import Example, Turn
@@ -183,10 +184,8 @@ class Format:
                         raise record
                     if self.split and not chosen.takes(self.split(record, label)):
                         continue
-                    examples = [
-                        validation.check_example(example)
-                        for example in self.parse(record, label, context)
-                    ]
+                    found = self.parse(record, label, context)
+                    examples = [check_example(example) for example in found]
                 except Invalid as invalid:
                     problems.append(invalid.at(file, label))
                 else:

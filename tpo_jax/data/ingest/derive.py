@@ -14,7 +14,8 @@ import tempfile
 from collections.abc import Iterable
 from typing import Any
 
-from tpo_jax.data import tables, validation
+from tpo_jax.data import tables
+from tpo_jax.data.example_checks import check_example
 from tpo_jax.data.ingest.files import link, publish, write_json, write_lines
 from tpo_jax.data.ingest.plan import PrepareError
 from tpo_jax.data.ingest.statistics import summarise
@@ -36,7 +37,7 @@ def derive(
     by_video: dict[str, list[Example]] = collections.defaultdict(list)
     for example in examples:
         duration = source.video_info(example.video_id).duration
-        by_video[example.video_id].append(validation.check_example(example, duration))
+        by_video[example.video_id].append(check_example(example, duration))
     if not by_video:
         raise PrepareError(f"{out} is not written: there is no example")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,9 @@ from typing import IO
 
 import numpy as np
 
-from tpo_jax.data import tables, text_features, validation
+from tpo_jax.data import tables, text_features
 from tpo_jax.data.clip_features import FeatureError, FeatureStore
+from tpo_jax.data.example_checks import check_example
 from tpo_jax.data.ingest.files import publish, write_lines
 from tpo_jax.data.ingest.plan import MediaItem, Piece, Settings
 from tpo_jax.data.problems import Invalid, Problem
@@ -142,7 +143,7 @@ def _encode_examples(
     for draft in item.drafts:
         example = dataclasses.replace(draft.example, media=info.media)
         try:
-            example = validation.check_example(example, info.duration)
+            example = check_example(example, info.duration)
             texts |= _texts(example, features)
         except Invalid as invalid:
             problems.append(invalid.at(draft.file, draft.record))

@@ -253,6 +253,17 @@ def assemble_parts(
     )
 
 
+def transformers_names(keys: Collection[str]) -> tuple[str, str, dict[str, str]]:
+    """How `transformers` names the parts of a checkpoint with these tensors, 4 or 5: what comes
+    before the name of a tower, what between it and its tensors, and `body` and `head` of
+    `decoder_rows`."""
+    # transformers 5 has no "vision_model." in the tower's names, files have.
+    inner = "vision_model." if any(".vision_model." in key for key in keys) else ""
+    if any(key.startswith("model.") for key in keys):
+        return "model.", inner, {"body": "model.language_model.", "head": "lm_head.weight"}
+    return "", inner, {"body": "language_model.model.", "head": "language_model.lm_head.weight"}
+
+
 def decoder_rows(
     config: LanguageConfig, *, body: str, head: str, keys: Collection[str]
 ) -> list[Row]:

@@ -24,6 +24,7 @@ from tpo_jax.interop.families.base import (
     only,
     said,
     tower_config,
+    transformers_names,
 )
 from tpo_jax.interop.families.towers import tower_rows
 from tpo_jax.interop.mapping import Row
@@ -89,17 +90,13 @@ def max_tiles(ratio: str, resolutions: Sequence[Size], tile_size: int) -> int:
 
 
 def rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
-    new = any(key.startswith("model.") for key in keys)
-    prefix, body = ("model.", "model.language_model.") if new else ("", "language_model.model.")
-    head = "lm_head.weight" if new else "language_model.lm_head.weight"
-    # transformers 5 has no "vision_model." in the tower's names, files have.
-    inner = "vision_model." if any(".vision_model." in key for key in keys) else ""
+    prefix, inner, language = transformers_names(keys)
     projector = f"{prefix}multi_modal_projector"
     return [
         *tower_rows(config.vision, "vision/", f"{prefix}vision_tower.{inner}"),
         *mlp_rows(config.connector, f"{projector}.linear_1", f"{projector}.linear_2",
                   f"{prefix}image_newline"),
-        *decoder_rows(config.language, body=body, head=head, keys=keys),
+        *decoder_rows(config.language, **language, keys=keys),
     ]  # fmt: skip
 
 

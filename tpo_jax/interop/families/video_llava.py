@@ -24,6 +24,7 @@ from tpo_jax.interop.families.base import (
     only,
     said,
     tower_config,
+    transformers_names,
 )
 from tpo_jax.interop.families.towers import clip_rows
 from tpo_jax.interop.mapping import Row
@@ -76,16 +77,13 @@ def huggingface_config(config: Mapping[str, Any], pixels: Pixels) -> ModelConfig
 
 
 def huggingface_rows(config: ModelConfig, keys: Collection[str]) -> list[Row]:
-    new = any(key.startswith("model.") for key in keys)
-    prefix, body = ("model.", "model.language_model.") if new else ("", "language_model.model.")
-    head = "lm_head.weight" if new else "language_model.lm_head.weight"
-    inner = "vision_model." if any(".vision_model." in key for key in keys) else ""
+    prefix, inner, language = transformers_names(keys)
     projector = f"{prefix}multi_modal_projector"
     return [
         *clip_rows("vision/image_tower/", f"{prefix}image_tower.{inner}"),
         *clip_rows("vision/video_tower/", f"{prefix}video_tower.{inner}"),
         *mlp_rows(config.connector, f"{projector}.linear_1", f"{projector}.linear_2", ""),
-        *decoder_rows(config.language, body=body, head=head, keys=keys),
+        *decoder_rows(config.language, **language, keys=keys),
     ]
 
 
