@@ -28,13 +28,10 @@ the last layer's output on the prefix and leaves it out, which in a model of few
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
 import math
 import os
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +45,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from experiments.benchmarks import command_line
 from experiments.benchmarks.torch_settings import SETTINGS, require_cpu, usable_settings
 from tpo_jax.models.config import LanguageConfig
 from tpo_jax.models.language import LanguageModel
@@ -65,13 +63,14 @@ SETTING = "transformers Llama, sdpa, no dropout, float32; torch.optim.AdamW; "  
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Tokens of a pair: question text around frames * tokens_per_frame, and two answers."""
+    """Pairs of a step; tokens of a pair: frames * tokens_per_frame, in the text of system and
+    question, and two answers."""
 
-    pairs: int
-    frames: int
-    tokens_per_frame: int
-    text: int
-    answer: int
+    pairs: int = 1
+    frames: int = 32
+    tokens_per_frame: int = 16
+    text: int = 48
+    answer: int = 47
 
     @property
     def prefix(self) -> int:
@@ -421,29 +420,19 @@ def model_config(width: int, depth: int, unroll: bool = False) -> LanguageConfig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.make_parser("dpo_step", __doc__)
+    command_line.add_sizes(parser, Sizes)
     add = parser.add_argument
-    add("--out", type=pathlib.Path, required=True, help="JSON file to write")
-    add("--pairs", type=int, default=1, help="of a step (default: %(default)s)")
-    add("--frames", type=int, default=32)
-    add("--tokens_per_frame", type=int, default=16)
-    add("--text", type=int, default=48, help="tokens of system and question")
-    add("--answer", type=int, default=47, help="tokens of an answer")
-    add("--width", type=int, default=256)
-    add("--depth", type=int, default=4)
+    add("--width", type=int, default=256, help="(default: %(default)s)")
+    add("--depth", type=int, default=4, help="(default: %(default)s)")
     add("--unroll", action="store_true", help="a copy of the program for each layer")
-    add("--rounds", type=int, default=12)
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch; XLA takes "
-        "all processors that it may run on (default: %(default)s)")
+    command_line.add_rounds(parser, 12)
     flags = parser.parse_args()
     require_cpu()
-    sizes = Sizes(flags.pairs, flags.frames, flags.tokens_per_frame, flags.text, flags.answer)
+    sizes = command_line.read_sizes(flags, Sizes)
     config = model_config(flags.width, flags.depth, flags.unroll)
     result = run(sizes, config, flags.rounds, flags.threads, usable_settings())
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps(result, indent=2) + "\n")
+    command_line.write_record(flags.out, result)
     for row in result["ratios"]:
         print(f"{row['ratio']:26s} wall {row['wall']:.2f}  cpu {row['cpu']:.2f}  "
               f"products {row['flops']:.2f}  target {row['target']}")  # fmt: skip

@@ -36,12 +36,9 @@ matrix products, attention counted dense.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -51,7 +48,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import train_step
+from experiments.benchmarks import command_line, train_step
 from experiments.benchmarks.dpo_step import Ratios, fastest, measure, medians, ratio_rows, versions
 from experiments.benchmarks.torch_settings import SETTINGS, require_cpu, usable_settings
 from experiments.benchmarks.train_step import IMAGE_ID, VIDEO_ID, published_config
@@ -413,30 +410,24 @@ def run(
         "setting": named, "settings": seconds, "trl": TRL,
         "largest_difference": differences, "losses": losses, "flops": flops,
         "vision / language": forward["vision"] / forward["language"],
-        "sizes": dataclasses.asdict(sizes), "unroll": unroll, "prefix": batch["prefix_tokens"].shape[1],
-        "rounds": rounds, "threads": threads, "load_average": os.getloadavg()[0],
-        "versions": versions(),
+        "sizes": dataclasses.asdict(sizes), "unroll": unroll,
+        "prefix": batch["prefix_tokens"].shape[1], "rounds": rounds, "threads": threads,
+        "load_average": os.getloadavg()[0], "versions": versions(),
     }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line.make_parser("dpo_video", __doc__)
+    command_line.add_sizes(parser, Sizes)
+    parser.add_argument(
+        "--unroll", action="store_true", help="a copy of our program for each layer"
     )
-    add = parser.add_argument
-    add("--out", type=pathlib.Path, required=True, help="JSON file to write")
-    for field in dataclasses.fields(Sizes):
-        add(f"--{field.name}", type=int, default=field.default, help="(default: %(default)s)")
-    add("--unroll", action="store_true", help="a copy of our program for each layer")
-    add("--rounds", type=int, default=10)
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch; XLA takes "
-        "all processors that it may run on (default: %(default)s)")
+    command_line.add_rounds(parser, 10)
     flags = parser.parse_args()
     require_cpu()
-    sizes = Sizes(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Sizes)})
+    sizes = command_line.read_sizes(flags, Sizes)
     result = run(sizes, flags.rounds, flags.threads, usable_settings(), flags.unroll)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps(result, indent=2) + "\n")
+    command_line.write_record(flags.out, result)
     for row in result["ratios"]:
         print(f"{row['ratio']:46s} wall {row['wall']:.2f}  cpu {row['cpu']:.2f}  "
               f"products {row['flops']:.2f}  target {row['target']}")  # fmt: skip

@@ -26,7 +26,6 @@ Markdown, too.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import dataclasses
 import functools
@@ -49,6 +48,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait burn no
 import jax
 import numpy as np
 
+from experiments.benchmarks import command_line
 from experiments.benchmarks.dpo_step import measure, versions
 from experiments.benchmarks.torch_settings import SETTINGS, require_cpu, usable_settings
 from tpo_jax.data.batch_spec import batch_spec
@@ -77,8 +77,8 @@ CONFIGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """rows: of a batch. image: side of a frame in pixels. head_dim: of the language model, which has
-    half as many key/value heads as heads. text: tokens around the video."""
+    """rows: of a batch. image: side of a frame in pixels. head_dim: of the language model, which
+    has half as many key/value heads as heads. text: tokens around the video."""
 
     rows: int = 2
     frames: int = 8
@@ -411,20 +411,10 @@ def run(sizes: Sizes, rounds: int, threads: int, parts: Sequence[str]) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.make_parser("train_step", __doc__)
+    command_line.add_sizes(parser, Sizes)
+    command_line.add_rounds(parser, 12)
     add = parser.add_argument
-    add("--out", type=pathlib.Path, required=True, help="JSON file to write")
-    for field in dataclasses.fields(Sizes):
-        add(f"--{field.name}", type=int, default=field.default, help="(default: %(default)s)")
-    add("--rounds", type=int, default=12)
-    add(
-        "--threads",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="of PyTorch; XLA takes all processors that it may run on (default: %(default)s)",
-    )
     add("--parts", default=",".join(PARTS), help="measured again, the others stay in the file "
         "(default: %(default)s)")
     add("--side", choices=("ours", *SETTINGS), help="only the memory of this side; PyTorch reads "
@@ -432,7 +422,7 @@ def main() -> None:
     flags = parser.parse_args()
     require_cpu()
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
-    sizes = Sizes(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Sizes)})
+    sizes = command_line.read_sizes(flags, Sizes)
     if flags.side:
         inputs = flags.out.with_name("inputs.npz")
         result = {"MiB": memory_of(flags.side, sizes, flags.threads, inputs)}
@@ -442,9 +432,7 @@ def main() -> None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
             found = run(sizes, flags.rounds, flags.threads, flags.parts.split(","))
         result = old | found
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    print(command_line.write_record(flags.out, result))
     if not flags.side:
         print(compile_table(found))
 
