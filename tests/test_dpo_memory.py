@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from fake_batches import random_batch
 
 from experiments.benchmarks import dpo_memory
 from experiments.plans import Cell, cell_config, run_steps
+from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.training.program import make_program
@@ -72,6 +74,14 @@ def test_compiles_both_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert dpo_memory.run(out, case) == result
     with pytest.raises(ValueError, match="give another --out"):
         dpo_memory.run(out, dpo_memory.Case("v5e:2x2", 4, tiny=True))
+
+
+def test_the_record_is_of_the_step_that_is_trained_now():
+    result = json.loads(pathlib.Path("experiments/results/benchmarks/dpo_memory.json").read_text())
+    _, model_config, bucket = dpo_memory.Case(**result["case"]).shapes()
+    spec = batch_spec(bucket, model_config)
+    assert result["prefix"] == spec["prefix_tokens"].shape[1]
+    assert (result["pairs"], result["branch"]) == (bucket.batch_size, bucket.branch_tokens)
 
 
 def test_temporaries_of_what_ran_out_are_the_rest_of_its_total():

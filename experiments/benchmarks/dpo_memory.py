@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from experiments.benchmarks import command_line
 from experiments.benchmarks.layouts import with_objective
@@ -108,13 +109,18 @@ class Case:
     frames: int
     tiny: bool = False
 
-    def programs(self) -> tuple[dict[str, Program], ModelConfig, Bucket]:
-        """{layout: program}, and what both are lowered for."""
+    def shapes(self) -> tuple[ConfigDict, ModelConfig, Bucket]:
+        """The config, and what both layouts are lowered for."""
         config = cell_config(Cell("longva_tpo", "", self.topology, frames=self.frames), self.tiny)
         model_config, codec = make_model_config(config)
         ((bucket,),) = run_steps(config, codec)[1].values()
         if self.tiny:  # whose config has a length of clip of its own
             bucket = dataclasses.replace(bucket, frames=self.frames)
+        return config, model_config, bucket
+
+    def programs(self) -> tuple[dict[str, Program], ModelConfig, Bucket]:
+        """{layout: program}, and what both are lowered for."""
+        config, model_config, bucket = self.shapes()
         _, sizes = parse_topology(self.topology)
         config.mesh = mesh_of(math.prod(sizes), bucket.batch_size)
         mesh = make_mesh(config.mesh.to_dict(), topology_devices(self.topology))
