@@ -17,9 +17,10 @@ embeddings of 32 frames. All steps are forward, backward and AdamW in float32:
 PyTorch runs in the fastest of `torch_settings` by the wall time of `torch`; the record names it.
 Both sides run on the CPU: where JAX has another device the command refuses.
 
-Rounds time all of them one after the other, in turning order; a ratio is taken within a round, and
-the median of rounds is reported, in wall time and in CPU time of the process (which other work on
-the machine disturbs less). Beside it stands the ratio of the matrix products. Before any
+Rounds run each of them twice, of which the second is timed, one after the other in turning order; a
+ratio is taken within a round, and the median of rounds is reported, in wall time and in CPU time of
+the process (which other work on the machine disturbs less). Beside it stands the ratio of the
+matrix products. Before any
 measurement, all of them have to agree: PyTorch on each log-probability, our two rows on the loss.
 Layers are looped over as in large models. Unrolled (--unroll) the compiler sees that nothing reads
 the last layer's output on the prefix and leaves it out, which in a model of few layers is much.
@@ -303,14 +304,17 @@ def timed(function: Callable[[], Any]) -> tuple[float, float]:
 
 
 def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list]:
-    """{name: [(wall, cpu) of each round]}; the order turns from round to round."""
+    """{name: [(wall, cpu) of each round]}; the order turns from round to round.
+
+    What is timed follows a run of its own, as a step follows a step in training: after another
+    program's the caches and the memory of the process are in that one's state.
+    """
     found: dict[str, list] = {name: [] for name in runs}
     names = list(runs)
-    for name in names:
-        runs[name]()
     for number in range(rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
+            runs[name]()
             found[name].append(timed(runs[name]))
         print(number, {name: round(times[-1][0], 2) for name, times in found.items()}, flush=True)
     return found
