@@ -11,9 +11,11 @@ import safetensors.numpy
 from tokenizers import AddedToken
 
 from tests.interop.families.configs import ONEVISION_JINJA
-from tpo_jax.data.text import train_tokenizer
+from tpo_jax.data.text import add_task_tokens, train_tokenizer
 from tpo_jax.interop import folder
+from tpo_jax.interop.families import tpo_heads
 from tpo_jax.interop.families.registry import family_of, from_leaves
+from tpo_jax.models.heads import tokens_of
 from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.paths import flatten
 
@@ -37,12 +39,22 @@ def with_vocabulary(data):
     return data | ({name: data[name] | size} if name else size)
 
 
-def write_folder(path, data, seed=0):
-    """A published folder with random float32 weights, config.json and tokenizer.json."""
+def write_folder(path, data, seed=0, heads=()):
+    """A published folder with random float32 weights, config.json and tokenizer.json; `heads` are
+    those of VideoChat-TPO's release that it has."""
     path.mkdir(exist_ok=True)
     data = with_vocabulary(data)
     family = family_of(data)
     config = family.model_config(data, {})
+    tokenizer = train_tokenizer(["You are a helpful assistant. USER: ASSISTANT:"], WORDS)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in TOKENS])
+    if heads:
+        add_task_tokens(tokenizer, heads)
+        keys = {tpo_heads.HEADS[name][1] for name in heads}
+        config = dataclasses.replace(
+            family.with_heads(config, keys, heads, data),
+            tokens={token: tokenizer.token_to_id(token) for token in tokens_of(heads)},
+        )
     rng = np.random.default_rng(seed)
     leaves = {}
     for name, leaf in flatten(FunctionalModel(config).abstract()).items():
@@ -58,8 +70,6 @@ def write_folder(path, data, seed=0):
     tensors = {k: np.ascontiguousarray(v) for k, v in
                from_leaves(family, config, leaves, {}, names).items()}  # fmt: skip
     safetensors.numpy.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    tokenizer = train_tokenizer(["You are a helpful assistant. USER: ASSISTANT:"], WORDS)
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in TOKENS])
     (path / "tokenizer.json").write_text(tokenizer.to_str())
     (path / "config.json").write_text(json.dumps(data))
     if family.needs_template:
