@@ -18,7 +18,8 @@
            vocabulary, LoRA of rank 128, 5e-6, 32 pairs, 16 frames. Score nothing: the reference is
            in the step. Rewards are of whole answers; RRPO's are of the phrases that differ
 
-`pairs` is how many the manifest holds, from which steps follow; `frames` those of a clip, 8 to 512,
+`pairs` is how many the manifest holds, from which steps follow: where `generate` ended with fewer,
+give their number, or training shows them more often and warns; `frames` those of a clip, 8 to 512,
 without it the recipe's (32, of hound 10, of rrpo 16); several make a bucket each (frames=8+16+32;
 weights and `--frames` of the other commands: docs/preferences.md, "Clips of several lengths");
 `context` the devices that share a row, for long ones (docs/preferences.md); `tiny` a few steps on
@@ -80,8 +81,9 @@ def make_config(arg: ConfigDict, *, beta: float, sft: float, rate: float) -> Con
     config.trainable = [["language/|connector/", rate]]
     batch_size, epochs = recipes[arg.recipe](config)
     config.steps = max(-(-arg.pairs * epochs // batch_size), 1)
+    config.data.epochs = float(epochs)
     if arg.tiny:
-        batch_size, config.steps = 4, 4
+        batch_size, config.steps, config.data.epochs = 4, 4, 0.0
         config.lora.rank = min(config.lora.rank, 2)
     frames = arg.frames or (FRAMES[arg.recipe],)
     config.buckets = _buckets(batch_size, frames, arg.tiny)

@@ -54,6 +54,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     with config.ignore_type():  # one name, a list or {name: weight}
         config.preference.loss = losses
     config.steps = 3 if arg.tiny else max(-(-arg.count * EPOCHS // BATCH_SIZE), 1)
+    config.data.epochs = 0.0 if arg.tiny else float(EPOCHS)
     config.buckets = {
         "pairs": bucket_config(
             media="video", batch_size=2 if arg.tiny else BATCH_SIZE, frames=arg.frames, question=64,

@@ -19,13 +19,14 @@ one whose step needs most memory by the estimate. `python -m tpo_jax.plan` does 
 every bucket of it.
 
 No TPU was used. Memory is that of the program that `train` runs, by libtpu's compiler for that
-topology: of a row marked `compiled` from the finished program; of a row marked `assigned` from its
-log, once every buffer had its place and before code was generated, which is nearly all of the time
+topology: of a row marked `compiled` from the finished program; of a row marked `refused by the
+compiler`, which ended for want of memory, from its error; of a row marked `assigned` from its log,
+once every buffer had its place and before code was generated, which is nearly all of the time
 (`experiments/assigned_memory.py`); it counts up to 0.13 GiB on top, which lie in the memory of the
 core. A row marked `estimated` has it from the traced program (`tpo_jax/training/estimate.py`).
 Everything else is arithmetic:
 
-- **compiled in**: seconds that libtpu's compiler took for the gradient where this was made.
+- **compiled in**: seconds that libtpu's compiler took for the gradient, or until it refused it.
 - **mesh**: in preference configs the fewest chips that let a row fit share it (`context`, see
   docs/preferences.md); where `context` is not named, a chip has its rows for itself.
 - **rows a step** are those of the config; `x n` micro-batches, as few as the estimate lets fit, of
@@ -58,7 +59,8 @@ _STEPS = (
     "of the published samples images are 1.25 of 1.6 million (LLaVA-OneVision) and 1.1 of 2.7 "
     "(LLaVA-Video). Video-LLaVA's step has its images in it."
 )
-BY = ("compiled", "assigned", "estimated")  # the best first
+REFUSED = "refused by the compiler"
+BY = ("compiled", REFUSED, "assigned", "estimated")  # the best first
 _COLUMNS = (
     "config", "trained", "topology, mesh", "rows a step", "GiB a chip", "fits", "by",
     "compiled in, s", "largest", "sent, GB", "collectives", "FLOPs", "at least, s", "MFU at most",
@@ -83,7 +85,7 @@ def _summary(results: dict[str, dict]) -> list[str]:
 
 
 def errors(results: dict[str, dict]) -> list[str]:
-    """Estimated and assigned memory over what is known better."""
+    """Estimated and assigned memory over what is known better, by a refusal too."""
     lines = ["## Estimated against assigned or compiled memory", "", *_estimates(results)]
     both = {n: r for n, r in results.items() if "compiled" in r and "assigned" in r}
     if not both:
@@ -116,7 +118,9 @@ def _estimates(results: dict[str, dict]) -> list[str]:
 
 def _by(result: dict[str, Any]) -> str:
     """What the memory of a cell is known by: one of BY."""
-    return next(by for by in BY if by in result or by == "estimated")
+    if "compiled" in result:
+        return REFUSED if result["compiled"]["ran_out"] else "compiled"
+    return "assigned" if "assigned" in result else "estimated"
 
 
 def _made(result: dict[str, Any]) -> dict[str, Any] | None:

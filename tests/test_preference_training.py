@@ -141,12 +141,16 @@ ADAPTERS = "adapters"
     ],
 )
 def test_a_recipe_trains_its_losses_and_its_part_of_the_model(
-    request, runs, tmp_path, file, recipe, losses, moved
+    request, runs, tmp_path, capsys, file, recipe, losses, moved
 ):
     config = get_config(file, f"recipe={recipe}", runs)
+    config.data.epochs = 1.0
     if config.data.references and "conditional" not in losses:
         config.data.references = [str(request.getfixturevalue("plain"))]
     first, *_, last = train(config, tmp_path)
+    said = capsys.readouterr().err
+    assert ": 8 pairs, 2.0 epochs; preference 100.0%" in said
+    assert "WARNING: 4 steps make 2.0 epochs of the 8 pairs" in said
     for name in losses:
         at_first = first[f"train/preference/{name}"]
         if name != "sft":  # at step 1 the policy is the reference
@@ -375,6 +379,8 @@ def test_published_numbers(file, recipe, loss, beta, sft, rate, steps, frames, w
     training_config.validate(config)
     got = config.preference.to_dict()
     assert (got["loss"], got["beta"], got["sft"], config.steps) == (loss, beta, sft, steps)
+    pairs, batch_size = 17_000 if "pairs" in recipe else 10_000, config.buckets.pairs.batch_size
+    assert config.steps == -(-pairs * config.data.epochs // batch_size)
     assert config.trainable[0][1] == rate and config.optimizer.warmup == warmup
     assert config.buckets.pairs.frames == frames
     assert (got["reference"] == "sidecar") == bool(config.data.references)

@@ -190,9 +190,10 @@ def train(
                 "evaluated": 0, "evaluated_loss": None, "best": None, "window": {}, "losses": {},
                 "best_saves": [], "skipped": [], "rollbacks": 0, "examples": {},
             }  # fmt: skip
-        say(pipeline.describe_mixture())
+        say(pipeline.describe_mixture(config.steps))
         for warning in (
-            pipeline.describe_unseen(), pipeline.describe_kinds(config.preference.kinds)
+            pipeline.describe_unseen(), pipeline.describe_kinds(config.preference.kinds),
+            pipeline.describe_repeats(config.steps, config.data.epochs),
         ):  # fmt: skip
             if warning:
                 say(warning)

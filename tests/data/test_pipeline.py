@@ -173,13 +173,33 @@ def test_the_mixture_in_words(codec, model):
     sources = [Source(fake_dataset(), 1.0, {"region": 1.0, "mask": 0.0}),
                Source(fake_dataset(), 3.0, {"conversation": 3.0, "temporal": 1.0})]
     buckets = [VIDEO, dataclasses.replace(IMAGE, weight=1.0)]
-    text = Pipeline(sources, codec, model, HEADS, buckets, 0).describe_mixture().splitlines()
+    pipeline = Pipeline(sources, codec, model, HEADS, buckets, 0)
+    first, *text = pipeline.describe_mixture(steps=64).splitlines()
+    assert first.startswith("mixture: ") and "epochs in 64 steps" in first
     path = fake_dataset().path
-    image, video = text.index("  image: 25.0% of steps, 4 rows"), text.index(
-        "  video: 75.0% of steps, 4 rows")
-    shares = [f"    25.0% {path}: region 100.0%",
-              f"    75.0% {path}: conversation 75.0%, temporal 25.0%"]
-    assert text[video + 1 : video + 3] == shares and text[image + 1 : image + 3] == shares
+    assert text == [
+        "  video: 75.0% of steps, 4 rows",  # 48 steps, 192 rows
+        f"    25.0% {path}: 5 videos, 9.6 epochs; region 100.0%",
+        f"    75.0% {path}: 5 videos, 28.8 epochs; conversation 75.0%, temporal 25.0%",
+        "  image: 25.0% of steps, 4 rows",
+        f"    25.0% {path}: 2 images, 8.0 epochs; region 100.0%",
+        f"    75.0% {path}: 2 images, 24.0 epochs; conversation 75.0%, temporal 25.0%",
+    ]
+
+
+def test_pairs_that_are_shown_more_often_than_was_asked_are_named(codec, model):
+    """Steps were counted for another number of pairs; what fills the last batch is not told."""
+    pipeline = make(codec, model, buckets=[PAIR])
+    pairs = len(pipeline.mixtures["pair"].entries[0])
+    whole = -(-2 * pairs // PAIR.batch_size)
+    assert whole * PAIR.batch_size > 2 * pairs > pairs > PAIR.batch_size
+    assert pipeline.describe_repeats(whole, epochs=2) == ""
+    assert pipeline.describe_repeats(100 * whole, epochs=0) == ""
+    (said,) = pipeline.describe_repeats(whole + 1, epochs=2).splitlines()
+    made = (whole + 1) * PAIR.batch_size / pairs
+    assert said.startswith(f"WARNING: {whole + 1} steps make {made:.1f} epochs of the {pairs} "
+                           "pairs of fake/train in bucket pair, but data.epochs=2.")
+    assert f": {pairs} pairs, {made:.1f} epochs; " in pipeline.describe_mixture(whole + 1)
 
 
 def test_what_no_bucket_shows_is_said_with_counts(codec, model):

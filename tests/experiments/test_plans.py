@@ -167,6 +167,9 @@ def test_what_is_estimated_and_assigned_is_near_what_is_compiled(found):
     assert result["assigned"]["collectives"] == made["collectives"] != {}
     rows = plan_table.page({CELLS[1].name: result | {"compiled": made}})
     assert f"| compiled | {made['seconds']} |" in rows and "Assigned against compiled" in rows
+    refused = plan_table.page({CELLS[1].name: result | {"compiled": made | {"ran_out": True}}})
+    assert f"| **no** | refused by the compiler | {made['seconds']} |" in refused
+    assert "1 cells: 0 compiled, 1 refused by the compiler, 0 assigned, 0 estimated." in refused
 
 
 def test_more_chips_hold_more_rows_in_less_time(found):

@@ -16,6 +16,7 @@ from tpo_jax.objectives.preference import (
     preference_losses,
 )
 from tpo_jax.objectives.preference.pair import divergence_score, every_pair
+from tpo_jax.parallel.weighted_sum import WeightedSum
 
 # beta = 0.3; label smoothing 0.1, for exo_pair 1e-3
 GOLDEN = {
@@ -159,6 +160,23 @@ def test_length_desensitised_logps_weigh_the_tail_of_the_longer_answer():
     assert (float(pair.policy_chosen[0]), float(pair.policy_rejected[0])) == (-2.25, -2.0)
     assert float(pair.chosen_nll[0]) == 3.0 and float(pair.chosen_length[0]) == 3.0
     assert float(plain.policy_chosen[0]) == -3.0 and float(none.policy_chosen[0]) == -2.0
+
+
+def test_length_desensitising_moves_the_losses_of_sums_and_no_other():
+    tokens = random_pairs(5, 6, invalid=(1,))
+
+    @jit
+    def values(tokens):
+        pairs = [pair_scores(tokens, ld_alpha=alpha) for alpha in (1.0, 0.5)]
+        return {name: [value_of(name, pair) for pair in pairs] for name in PREFERENCE_LOSSES}
+
+    def value_of(name, pair):
+        loss, options = PREFERENCE_LOSSES[name], config(name)
+        value = loss.function(pair, **{option: getattr(options, option) for option in loss.needs})
+        return value.mean() if isinstance(value, WeightedSum) else (value * pair.valid).sum()
+
+    moved = {name for name, (plain, other) in values(tokens).items() if plain != other}
+    assert moved == {name for name, loss in PREFERENCE_LOSSES.items() if loss.sums}
 
 
 def test_the_contrast_is_length_desensitised_like_the_answer_it_is_of():
@@ -324,6 +342,10 @@ def test_losses_stay_finite_at_extreme_margins(values_and_gradients):
         ({"divergence": "kl"}, "divergence='kl' is unknown; known: reverse_kl"),
         ({"loss": "bco_pair", "divergence": "js"}, "'js': bco_pair is defined for reverse_kl only"),
         ({"loss": ["sigmoid", "aot"], "wpo": True}, "wpo=True: aot sorts the batch"),
+        ({"loss": "sft", "wpo": True}, "wpo=True has no effect on 'sft'"),
+        ({"loss": {}, "sft": 1.0, "wpo": True}, "wpo=True has no effect on {}"),
+        ({"loss": "sft", "ld_alpha": 0.5}, "ld_alpha=0.5 has no effect on 'sft'.*sigmoid"),
+        ({"loss": ["sft", "chosen_kl"], "ld_alpha": 0.5}, "ld_alpha=0.5 has no effect"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):

@@ -80,11 +80,14 @@ def test_what_no_bucket_shows_is_told_with_the_data(config, monkeypatch):
         return dataclasses.replace(info, media="image") if video.endswith("video0") else info
 
     monkeypatch.setattr(PreparedDataset, "video_info", one_image)
+    config.data.epochs = 1.0
     dry_run = DryRun(config, "", "", lambda finding: None)
     dry_run._config()
     dry_run._model()
-    assert "no bucket shows 1 image with a conversation example, of 6 videos" in (
-        dry_run._data("train"))
+    said = dry_run._data("train")
+    assert "no bucket shows 1 image with a conversation example, of 6 videos" in said
+    assert "WARNING: 12 steps make" in said and "of the 5 videos of" in said
+    assert "WARNING" not in dry_run._data("validation")
 
 
 def test_a_wrong_option_comes_first_and_alone(config):

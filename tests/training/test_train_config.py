@@ -117,6 +117,7 @@ def test_half_a_profiler_window_is_refused(profile):
             ["losses.cg_detr/l1 = 1.0: runs in no bucket"],
         ),
         (lambda c: c.update(task_gradients_every=-1), ["task_gradients_every = -1", "at least 0"]),
+        (lambda c: c.data.update(epochs=-1.0), ["data.epochs = -1.0", "at least 0"]),
         (lambda c: c.update(objective="ppo"), ["objective = 'ppo'", "sft, preference"]),
         (lambda c: c.losses.update({"region/l1": 1.0}), ["losses.region/l1", "missing head"]),
         (lambda c: c.update(trainable=[]), ["trainable", "everything is frozen"]),

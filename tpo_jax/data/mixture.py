@@ -271,6 +271,27 @@ def _entries(kind: str, video_id: str, draws: list[Draw]) -> list[Entry]:
     return [(video_id, draws)] if draws else []
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What a stream takes from a source.
+
+    Attributes:
+      source: one of those that rows come from.
+      share: its share of rows.
+      entries: what it has for the bucket: pairs, or videos or images, each with all of its turns.
+      rows: how many it gave; above `entries` they repeat.
+    """
+
+    source: Source
+    share: float
+    entries: int
+    rows: int
+
+    @property
+    def epochs(self) -> float:
+        return self.rows / self.entries
+
+
 class Mixture:
     """The stream of rows of one bucket.
 
@@ -292,10 +313,12 @@ class Mixture:
         """What each source has for this bucket."""
         return [entries for _, entries in self._parts.values()]
 
-    def source_shares(self) -> list[tuple[Source, float]]:
-        """The sources that rows come from now, and each one's share of them."""
+    def drawn_before(self, row: int) -> list[Drawn]:
+        """What the rows before `row` took from each of the sources that rows come from now."""
         weights = {n: s.weight for n, s in self._shares.shares.items() if s.weight > 0}
-        return [(self._parts[n][0], w / sum(weights.values())) for n, w in weights.items()]
+        drawn, whole = self._shares.counts(row), sum(weights.values())
+        return [Drawn(self._parts[n][0], w / whole, len(self._parts[n][1]), drawn[n])
+                for n, w in weights.items()]
 
     def __call__(self, row: int) -> RowPlan:
         """The plan of a row of the global stream."""

@@ -22,7 +22,7 @@ import grain
 from tpo_jax.data.buckets import Bucket, BucketSchedule, fitted, scheduled
 from tpo_jax.data.clip_features import RowFeatures
 from tpo_jax.data.evidence import apply_evidence
-from tpo_jax.data.mixture import Mixture, Parts, Source, count_unseen, find_entries
+from tpo_jax.data.mixture import Drawn, Mixture, Parts, Source, count_unseen, find_entries
 from tpo_jax.data.pairs import PairedDataset
 from tpo_jax.data.preprocess import resize_of
 from tpo_jax.data.row_texts import RowTexts
@@ -295,21 +295,41 @@ class Pipeline:
         return bucket.name, [
             {"video": plan.video_id, "examples": sorted(_ids(plan))} for plan in plans]
 
-    def describe_mixture(self) -> str:
+    def describe_mixture(self, steps: int) -> str:
         """The weights of the mixture as shares, for the log: steps of a bucket, rows of a source in
-        it, and what a draw of a source asks for as long as its video has all of its tasks."""
-        lines = ["mixture: share of steps; of rows by source; of draws by task"]
+        it, what it has there and how often a run of so many steps shows that, and what a draw of it
+        asks for as long as its video has all of its tasks."""
+        rows = self._rows_before(steps)
+        lines = [f"mixture: share of steps; of rows by source, and its epochs in {steps:,} steps; "
+                 "of draws by task"]
         for bucket in self.schedule.buckets:
             for part in self._parts(bucket):
                 steps = self.schedule.share(bucket)
                 beside = f" beside {bucket.name}" if part is not bucket else ""
                 lines.append(f"  {part.name}{beside}: {steps:.1%} of steps, {part.batch_size} rows")
-                for source, share in self.mixtures[part.name].source_shares():
-                    tasks = {task: weight for task, weight in source.tasks.items() if weight}
+                for drawn in self.mixtures[part.name].drawn_before(rows[part.name]):
+                    tasks = {t: weight for t, weight in drawn.source.tasks.items() if weight}
                     whole = sum(tasks.values())
-                    drawn = ", ".join(f"{t} {w / whole:.1%}" for t, w in sorted(tasks.items()))
-                    lines.append(f"    {share:.1%} {source.dataset.path}: {drawn}")
+                    asked = ", ".join(f"{t} {w / whole:.1%}" for t, w in sorted(tasks.items()))
+                    lines.append(f"    {drawn.share:.1%} {drawn.source.dataset.path}: "
+                                 f"{_counted(part, drawn)}, {drawn.epochs:.1f} epochs; {asked}")
         return "\n".join(lines)
+
+    def describe_repeats(self, steps: int, epochs: float) -> str:
+        """What a run of so many steps shows more often than the asked number of epochs, a line for
+        each source of a bucket; "" if nothing, or `epochs` is 0. Steps are counted for the number
+        of pairs that a config was told, which the manifest need not hold.
+
+        Whole batches are more than whole epochs by less than one batch, which is not told.
+        """
+        rows = self._rows_before(steps)
+        return "\n".join(
+            f"WARNING: {steps:,} steps make {drawn.epochs:.1f} epochs of the "
+            f"{_counted(mixture.bucket, drawn)} of {drawn.source.dataset.path} in bucket {name}, "
+            f"but data.epochs={epochs:g}. Tell the config how many there are, or set steps."
+            for name, mixture in self.mixtures.items()
+            for drawn in mixture.drawn_before(rows[name])
+            if epochs and drawn.rows - mixture.bucket.batch_size >= epochs * drawn.entries)
 
     def describe_unseen(self) -> str:
         """What is never drawn because no bucket shows its media, a line for each source; "" if
@@ -347,6 +367,12 @@ class Pipeline:
         iterator = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
         iterator.set_state({"next_index": start_step})
         return iterator
+
+
+def _counted(bucket: Bucket, drawn: Drawn) -> str:
+    """What a source has for a bucket: "1,600 pairs"."""
+    unit = "pair" if bucket.kind == "preference" else bucket.media
+    return f"{drawn.entries:,} {unit}{'s' * (drawn.entries != 1)}"
 
 
 def _in_words(unseen: Mapping[tuple[str, str], int]) -> str:

@@ -63,6 +63,7 @@ def default_config() -> ConfigDict:
         "threads": 2,  # that read batches ahead
         "evidence": "full",  # "blind" and "middle_frame" train the models that floors come from
         "task_text": False,  # targets of heads as text of answers (data.task_text), without heads
+        "epochs": 0.0,  # asked for, for which steps were counted: more are warned of; 0: any
     }
     config.buckets = {}  # name -> bucket_config(...): the shapes that are compiled
     config.losses = {"language": 1.0}  # term -> weight; "region/l1" is a term of a head
@@ -304,7 +305,7 @@ def _check_scalars(config: ConfigDict) -> list[str]:
     not_negative = (
         "eval_every", "eval_batches", "checkpoint.permanent", "checkpoint.minutes",
         "checkpoint.best", "checkpoint.local_every", "divergence.spike", "divergence.rollbacks",
-        "profile.start", "profile.steps", "task_gradients_every",
+        "profile.start", "profile.steps", "task_gradients_every", "data.epochs",
     )  # fmt: skip
     for option in (*positive, *not_negative):
         value, low = _get(config, option), 1 if option in positive else 0

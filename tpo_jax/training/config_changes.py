@@ -7,8 +7,8 @@ from tpo_jax.training.config import from_dict, to_dict
 
 # Options that do not change what is learnt: a run may resume with other values.
 FREE_ON_RESUME = (
-    "mesh", "checkpoint", "divergence", "log_every", "compile_cache", "data.threads", "profile",
-    "task_gradients_every", "wandb", "model.attention", "model.remat",
+    "mesh", "checkpoint", "divergence", "log_every", "compile_cache", "data.threads",
+    "data.epochs", "profile", "task_gradients_every", "wandb", "model.attention", "model.remat",
 )  # fmt: skip
 
 

@@ -255,6 +255,8 @@ class DryRun:
         kinds = pipeline.describe_kinds(self.config.preference.kinds)
         paths = ", ".join(source["path"] for source in sources)
         lines = [paths, ", ".join(counts), pipeline.describe_unseen(), kinds]
+        if split == "train":
+            lines.append(pipeline.describe_repeats(self.config.steps, self.config.data.epochs))
         return "\n".join(filter(None, lines))
 
     def _losses(self) -> str:

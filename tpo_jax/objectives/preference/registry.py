@@ -32,6 +32,8 @@ class PreferenceLoss:
         in `ipo` and `sigmoid_norm`, on token means, where both answers have one length only; they
         are taken all the same, as in TRL.
       contrast: whether it reads log-probabilities under manipulated frames.
+      sums: whether it reads sums over an answer's tokens, those that `ld_alpha` desensitises to its
+        length.
       mean: whether it reads the mean log-probability of an answer's tokens under the policy alone.
       vocabulary: whether it reads the KL over the vocabulary, for which the reference's whole
         distributions have to be in the step.
@@ -45,6 +47,7 @@ class PreferenceLoss:
     reference: bool = True
     divergence: bool = False
     contrast: bool = False
+    sums: bool = True
     mean: bool = False
     vocabulary: bool = False
     coupled: bool = False
@@ -68,13 +71,17 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
     "sppo_hard": PreferenceLoss(losses.sppo_hard),
     "apo_zero": PreferenceLoss(losses.apo_zero),
     "apo_down": PreferenceLoss(losses.apo_down),
-    "simpo": PreferenceLoss(losses.simpo, ("beta", "simpo_gamma"), reference=False, mean=True),
-    "orpo": PreferenceLoss(losses.orpo, (), reference=False, mean=True),
-    "sft": PreferenceLoss(losses.sft, (), reference=False, divergence=True),
+    "simpo": PreferenceLoss(
+        losses.simpo, ("beta", "simpo_gamma"), reference=False, sums=False, mean=True
+    ),
+    "orpo": PreferenceLoss(losses.orpo, (), reference=False, sums=False, mean=True),
+    "sft": PreferenceLoss(losses.sft, (), reference=False, divergence=True, sums=False),
     "conditional": PreferenceLoss(losses.conditional, contrast=True),
     "anchor": PreferenceLoss(losses.anchor),
-    "chosen_kl": PreferenceLoss(losses.chosen_kl, (), divergence=True),
-    "vocabulary_kl": PreferenceLoss(losses.vocabulary_kl, (), divergence=True, vocabulary=True),
+    "chosen_kl": PreferenceLoss(losses.chosen_kl, (), divergence=True, sums=False),
+    "vocabulary_kl": PreferenceLoss(
+        losses.vocabulary_kl, (), divergence=True, sums=False, vocabulary=True
+    ),
     "aot": PreferenceLoss(losses.aot, _SMOOTHED, coupled=True, ranked=True),
     "aot_unpaired": PreferenceLoss(losses.aot_unpaired, _SMOOTHED, coupled=True, ranked=True),
     "kto_pair": PreferenceLoss(losses.kto_pair, coupled=True),
@@ -87,7 +94,8 @@ class PreferenceConfig:
     """config.preference: total = losses by weight + sft * (token mean of -log pi(chosen)).
 
     Attributes:
-      beta: strength of the tie to the reference (0.3 LongVA-TPO, 0.2 LLaVA-Video-TPO).
+      beta: strength of the tie to the reference (0.3 LongVA-TPO, 0.2 LLaVA-Video-TPO), of reported
+        rewards and margins too.
       loss: a name in PREFERENCE_LOSSES, several names, or {name: weight}.
       sft: weight alpha of the sft term; 0 reports it without training on it.
       label_smoothing: assumed share of wrong labels, for cdpo, robust, exo_pair, aot, aot_unpaired.
@@ -178,6 +186,17 @@ class PreferenceConfig:
                     f"preference.{field.name}={value} has no effect on {self.loss!r}; set it to "
                     f"{field.default} or use one of: {', '.join(takers)}"
                 )
+        if self.ld_alpha != 1 and not any(PREFERENCE_LOSSES[name].sums for name in self.weights):
+            takers = [name for name, loss in PREFERENCE_LOSSES.items() if loss.sums]
+            raise ValueError(
+                f"preference.ld_alpha={self.ld_alpha} has no effect on {self.loss!r}; set it to "
+                f"1.0 or use one of: {', '.join(takers)}"
+            )
+        if self.wpo and set(self.weights) == {"sft"}:
+            raise ValueError(
+                f"preference.wpo=True has no effect on {self.loss!r}, a mean over tokens and not "
+                "over pairs; set it to False or use another loss"
+            )
 
     def _refuse_divergence(self) -> None:
         if self.divergence not in DIVERGENCES:
