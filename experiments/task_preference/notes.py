@@ -48,6 +48,13 @@ MIDDLE_FRAME = (
     "at rate 1 without a search, with its last weights"
 )
 UNSEARCHED = "No rate was searched: all arms learn at those of the demo."
+# A search that was not of the run of the tables: `Study.record` writes no such key.
+APART = (
+    "The command searches rates before it trains; here it did not. The arms had been run at rate 1 "
+    "without a search; that was done afterwards, at commit {commit}, by the same command in a "
+    "folder of its own, which was stopped after it had chosen, and `rates` and `search` were added "
+    "to the record from there."
+)
 MINUTES, CORES = 90, 2  # that all studies should take
 
 
@@ -56,6 +63,8 @@ def notes(name: str, record: Mapping[str, Any]) -> list[str]:
     asks = "qa/accuracy" in record["floors"]
     own = _central(record) if name == "central" else []
     own.append(_searched(record) if "search" in record else UNSEARCHED)
+    if apart := record.get("search_apart"):
+        own.append(APART.format(commit=apart["commit"]))
     return [ABOUT[name], *own, f"{FLOORS}{MIDDLE_FRAME if asks else ''}."]
 
 
@@ -113,9 +122,14 @@ def over_heads(record: Mapping[str, Any], arm: str) -> str:
 
 
 def spent(record: Mapping[str, Any]) -> str:
+    apart = (
+        " The search for rates is not among it: it was run later, in another folder, and its "
+        "processor time was not kept."
+    )
     return (
         "Processor minutes of everything in the folder of runs until then, evaluations, floors and "
-        f"other studies among it: {record['cpu_seconds'] / 60:.0f}. All studies together should "
+        f"other studies among it: {record['cpu_seconds'] / 60:.0f}."
+        f"{apart if 'search_apart' in record else ''} All studies together should "
         f"take about {MINUTES} minutes on {CORES} cores, which is {MINUTES * CORES}."
     )
 

@@ -27,7 +27,8 @@ COST_COMMAND = f"python -m experiments.task_preference.{COST}"
 
 HEADER = """# Task Preference Optimization, from the shipped base on moving shapes
 
-Made by the commands that are named below, from the JSON files beside this page; do not edit.
+Made by the commands that are named below, from the JSON files beside this page; do not edit. Where
+part of a record came about otherwise, its section says so.
 Means over seeds ± standard errors, in percent; a seed has its own videos, weights of new parts and
 order of the data. A difference is taken seed by seed. It *agrees* or *does not agree* with the
 published direction where it is larger than two of its standard errors, else it is *undecided*; with

@@ -168,6 +168,33 @@ def test_nextgqa(media):
     assert other.turns[0].question == "what, if anything, did the dog do?"  # no evidence
 
 
+@pytest.mark.parametrize("name", ["val", "test", "mine", "train"])
+def test_a_nextgqa_file_without_its_evidence_is_told_unless_it_is_for_training(
+    name, media, tmp_path
+):
+    shutil.copy(SAMPLES / "nextgqa" / "val.csv", tmp_path / f"{name}.csv")
+    examples, problems = read("nextgqa", tmp_path / f"{name}.csv", media)
+    assert [example.task for example in examples] == ["conversation"] * 2
+    if name == "train":
+        assert problems == []
+    else:
+        (problem,) = problems
+        assert problem.record == f"gsub_{name}.json" and "evidence is missing" in problem.reason
+        assert str(tmp_path / problem.record) in problem.fix
+
+
+def test_nextgqa_windows_that_begin_a_little_early_are_cut(media, tmp_path):
+    shutil.copytree(SAMPLES / "nextgqa", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "gsub_val.json"
+    data = json.loads(file.read_text())
+    for start, cut in ((-0.2, [[0, 1.5]]), (-0.25, None), (-1.0, None)):
+        data["clip_a"]["location"]["1"] = [[start, 1.5]]
+        file.write_text(json.dumps(data))
+        examples, problems = read("nextgqa", tmp_path / "val.csv", media)
+        windows = [e.targets["windows"] for e in examples if e.task == "temporal"]
+        assert windows == ([cut] if cut else []) and len(problems) == (cut is None)
+
+
 def test_refcoco_release_and_conversions_agree(media):
     (release,) = read_sample("refcoco", media, "refcoco_release")
     assert '"red corner"' in release.turns[0].question and release.media == "image"
@@ -310,6 +337,27 @@ def test_lasot(media):
     assert a.targets["boxes"][3] == [60 / 64, 0, 1, 1 / 3]  # cut at the border of the frame
     assert a.targets["size"] == [48, 64]
     assert "wall" not in a.turns[0].question
+
+
+@pytest.mark.parametrize("name", ["full_occlusion.txt", "out_of_view.txt"])
+def test_a_lasot_sequence_without_a_file_of_absence_is_a_problem(name, media, tmp_path):
+    shutil.copytree(SAMPLES / "lasot", tmp_path / "lasot")
+    file = tmp_path / "lasot" / "shape" / "shape-1" / name
+    file.unlink()
+    examples, (problem,) = read("lasot", tmp_path / "lasot", media)
+    assert examples == [] and (problem.record, problem.field) == ("shape/shape-1", name)
+    assert "the file is missing" in problem.reason and str(file) in problem.fix
+
+
+@pytest.mark.parametrize("pictures", [3, 4, 5])
+@pytest.mark.parametrize("name, video", [("lasot", "shape-1/img"), ("got10k", "clip_a")])
+def test_a_track_has_a_box_for_every_picture(name, video, pictures, tmp_path):
+    """The samples have four; a video file is not counted, whose rate need not be that of boxes."""
+    write_pictures(tmp_path / video, [f"{i:08d}.png" for i in range(1, pictures + 1)])
+    examples, problems = read(name, SAMPLES / FILES[name], MediaFolder(tmp_path))
+    assert len(examples) == (pictures == 4)
+    assert [(p.field, p.value) for p in problems] == [("groundtruth.txt", 4)] * (pictures != 4)
+    assert all(f"4 boxes, but the video has {pictures} pictures" in p.reason for p in problems)
 
 
 def test_got10k_and_mevis_on_folders_of_pictures(tmp_path):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
+from tpo_jax.data import sampling
 from tpo_jax.data.buckets import Bucket
 from tpo_jax.data.targets import TARGETS, TargetError, View, area_resize, slot_target
 from tpo_jax.data.text import TASK_TOKENS
@@ -39,6 +40,43 @@ def test_region_takes_the_box_of_its_marker_and_the_nearest_frame():
     fill = TARGETS["region"].fill(targets, 1, VIEW, BUCKET)
     assert fill["boxes"].tolist() == [0.5, 0.5, 1, 1]
     assert fill["frame"] == 6  # 6.5 and 7.5 are equally near: the earlier
+
+
+@pytest.mark.parametrize("shown, clip, near, far", [
+    (np.arange(8) + 0.5, (0, 8), [0, 8, 8.4], [8.6, 30]),  # a second apart
+    (np.arange(8) * 4 + 2, (0, 32), [0, 31.9, 34], [34.1]),  # four seconds apart
+    ([4.0, 4.5, 5.0], (4, 5.2), [3.6, 4.1, 5.2, 5.5], [0, 3.4, 5.6]),  # a part of the video
+    (np.arange(1, 33) * 0.5, (0, 16.5), [0, 16.4], [17]),  # the sampler left the first of 33 out
+    ([0, 0.5, 1, 1, 1, 1], (0, 1.5), [1.4], [1.6]),  # a short clip, its last frame repeated
+    ([0, 0.5, 20, 20.5], (0, 21), [5.2, 15], [6, 10]),  # a hole in the video
+    ([3.0], (0, 8), [0, 3, 8], [8.1]),  # one frame of a clip
+    ([3.0], (3.1, 3.2), [3.1, 3.2], [3.5]),  # a clip between two frames
+    ([0.0], (0, 0), [0.0], [0.5]),  # an image
+])
+def test_a_region_far_from_every_shown_frame_is_refused(shown, clip, near, far):
+    view = View(*clip, np.asarray(shown, np.float64))
+    for time in near:
+        targets = {"boxes": [[0, 0, 1, 1]] * 2, "times": [view.times[0], time]}
+        TARGETS["region"].check(targets, 2, view, BUCKET)
+        frame = TARGETS["region"].fill(targets, 1, view, BUCKET)["frame"]
+        assert abs(view.times[frame] - time) == np.abs(view.times - time).min()
+    for time in far:
+        targets = {"boxes": [[0, 0, 1, 1]] * 2, "times": [view.times[0], time]}
+        with pytest.raises(TargetError, match=rf"times\[1\]: {time} s, but the nearest frame"):
+            TARGETS["region"].check(targets, 2, view, BUCKET)
+        with pytest.raises(TargetError, match="at most .* s away. Correct the time or the clip"):
+            TARGETS["region"].fill(targets, 1, view, BUCKET)
+
+
+@given(st.integers(1, 80), st.sampled_from(sorted(sampling.SAMPLERS)), st.integers(1, 40),
+       st.sampled_from([0.25, 0.5, 1 / 8]), st.data())
+def test_a_region_of_the_clip_is_never_refused(stored, method, count, step, data):
+    """However frames are chosen of a video whose frames are evenly spaced."""
+    times = np.arange(stored) * step
+    end = stored * step
+    view = View(0.0, end, times[sampling.shown(method, times, count, 0.0, end)])
+    time = data.draw(st.sampled_from(times.tolist()))
+    TARGETS["region"].check({"boxes": [[0, 0, 1, 1]], "times": [time]}, 1, view, BUCKET)
 
 
 @given(start=st.floats(0, 100), length=st.floats(0.5, 100),

@@ -136,6 +136,17 @@ def test_the_page_says_how_rates_floors_and_words_are_meant():
     assert "No others were searched" not in text and "tuned for the light head" in text
 
 
+def test_the_page_says_that_rates_were_searched_apart():
+    """Where they were: not in the minutes, nor before the arms, as the command does it."""
+    found = record("temporal_head")
+    text = page.section("temporal_head", "Heads", found)
+    assert "afterwards" not in text and "not kept" not in text
+    text = page.section("temporal_head", "Heads", found | {"search_apart": {"commit": "abc1234"}})
+    assert "done afterwards, at commit abc1234, by the same command in a folder of its own" in text
+    assert ": 10. The search for rates is not among it: it was run later" in text
+    assert "its processor time was not kept. All studies together should take about" in text
+
+
 def test_what_a_run_was_trained_on_is_read_from_its_log(tmp_path):
     """Rates are those of the steps since the last line: 10 of 40 positions, 10 of 60, 3 of 40."""
     lines = [
@@ -184,6 +195,9 @@ def test_the_record_has_what_the_chosen_run_was_trained_on(tmp_path):
 
 def test_the_committed_page_is_made_of_the_committed_records():
     folder = pathlib.Path("experiments/results/task_preference")
+    apart = {name for name in STUDIES
+             if "search_apart" in json.loads((folder / f"{name}.json").read_text())}
+    assert apart == {"temporal_head"}
     assert page.page(folder) == (folder / "README.md").read_text()
 
 

@@ -392,8 +392,11 @@ class RowBuilder:
                 arrays["branch"][s], arrays["index"][s] = k, slot.index
                 arrays["valid"][s] = True
                 occurrence = marker_count(planned.example, slot.head, planned.turn)
-                target = slot_target(slot.head, planned.example.task).fill(
-                    planned.example.targets, occurrence + here[slot.head], view, self.bucket)
+                try:
+                    target = slot_target(slot.head, planned.example.task).fill(
+                        planned.example.targets, occurrence + here[slot.head], view, self.bucket)
+                except TargetError as error:
+                    raise RowError(f"{self.where(plan, planned)}: {error}") from error
                 for name, value in target.items():
                     arrays[name][s] = value
                 used[slot.head] += 1

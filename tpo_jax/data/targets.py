@@ -49,7 +49,8 @@ class SlotTarget:
     Attributes:
       blank: bucket -> arrays of one slot, as they are where the slot is not valid.
       check: (targets, number of markers in the example, view, bucket); raises TargetError.
-      fill: (targets, occurrence of the marker in the example, view, bucket) -> arrays.
+      fill: (targets, occurrence of the marker in the example, view, bucket) -> arrays; raises
+        TargetError where the view shows no frame of it (evaluation fills without a check).
     """
 
     blank: Callable[[Bucket], Arrays]
@@ -132,12 +133,36 @@ def _region_check(targets: Mapping[str, Any], markers: int, view: View, bucket: 
             f"targets.boxes: {len(targets['boxes'])} boxes for {markers} <region> markers.")
     for i, box in enumerate(targets["boxes"]):
         _check_box(box, f"boxes[{i}]")
+        _region_frame(targets, i, view)
 
 
 def _region_fill(targets: Mapping[str, Any], occurrence: int, view: View, bucket: Bucket) -> Arrays:
-    distance = np.abs(view.times - targets["times"][occurrence])
-    return {"boxes": np.asarray(targets["boxes"][occurrence], np.float32),
-            "frame": np.asarray(distance.argmin(), np.int32)}
+    return _drawn(targets["boxes"][occurrence], _region_frame(targets, occurrence, view))
+
+
+def _region_frame(targets: Mapping[str, Any], i: int, view: View) -> int:
+    """The shown frame nearest to the time of box i; raises TargetError where none is near."""
+    distance = np.abs(view.times - targets["times"][i])
+    frame, most = int(distance.argmin()), _reach(view)
+    if distance[frame] > most + 1e-3:
+        raise TargetError(
+            f"targets.times[{i}]: {targets['times'][i]} s, but the nearest frame that is shown of "
+            f"the clip [{view.start}, {view.end}] s is at {view.times[frame]:.3f} s, expected at "
+            f"most {most:.3f} s away. Correct the time or the clip, or remove the example.")
+    return frame
+
+
+def _reach(view: View) -> float:
+    """Seconds that a box may be from its frame: as many as shown frames are apart.
+
+    Not half as many, as for masks: these are labelled frame by frame, and one that is not shown
+    leaves the others. A box has one time, and how frames are chosen may leave out the first or last
+    of the clip. A single frame stands for all of its clip.
+    """
+    times = np.unique(view.times)  # short clips may show a frame several times
+    if len(times) == 1:
+        return float(max(times[0] - view.start, view.end - times[0]))
+    return max(_spacing(times), (view.end - view.start) / len(times))
 
 
 # Temporal: windows relative to the clip, and a saliency per sampled frame.

@@ -2,7 +2,8 @@
 
 Beside it, optional as in the release: absence.label (1 = the object is not in this frame),
 meta_info.ini (anno_fps, resolution, object_class, ...) and the frames 00000001.jpg, ...; the labels
-cover.label and cut_by_image.label are not used. The sequence folder has the name of its video.
+cover.label and cut_by_image.label are not used, nor url, begin and end, which say where on the web
+the frames are from. The sequence folder has the name of its video.
 The split test is published with the box of the first frame alone. Names of the release say the
 split: GOT-10k_Val_000001.
 """
@@ -22,8 +23,8 @@ from tpo_jax.data.records import Example
 
 META = "meta_info.ini"
 META_KEYS = (
-    *("anno_fps", "resolution", "object_class", "motion_class", "major_class", "root_class"),
-    "motion_adverb",
+    *("url", "begin", "end", "anno_fps", "object_class", "motion_class", "major_class"),
+    *("root_class", "motion_adverb", "resolution"),
 )
 
 
@@ -33,7 +34,8 @@ def records(context: Context) -> Iterator[Record]:
 
 def _read(truth: pathlib.Path, context: Context) -> Any:
     boxes = tracks.read_boxes(truth)
-    absent = tracks.read_flags(truth.with_name("absence.label"), len(boxes))
+    label = truth.with_name("absence.label")
+    absent = tracks.read_flags(label, len(boxes)) if label.is_file() else [False] * len(boxes)
     meta = _meta(truth.with_name(META))
     context.keys(meta, (), META_KEYS, META)
     return boxes, absent, meta
@@ -55,6 +57,7 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
         times = [i / fps for i in range(len(boxes))]
         targets = tracks.targets(boxes, absent, times, (width, height))
         unlabelled.check_labels(context, tracks.TRUTH, there)
+        tracks.check_count(context, name, boxes)
     return [context.example(name, label, "tracking", [asking.tracking()], targets)]
 
 

@@ -1,8 +1,9 @@
 """LaSOT tracking: a folder per sequence with groundtruth.txt, one "x,y,w,h" in pixels a frame.
 
 CLASS/CLASS-1/groundtruth.txt, beside it full_occlusion.txt and out_of_view.txt (0 or 1 per frame,
-one line with commas), nlp.txt (a description) and img/00000001.jpg, ... The object has no box where
-it is occluded or out of view. Frames are 30 a second. Boxes may stick out of the frame and are cut.
+one line with commas; both have to be there), nlp.txt (a description) and img/00000001.jpg, ... The
+object has no box where it is occluded or out of view. Frames are 30 a second. Boxes may stick out
+of the frame and are cut.
 testing_set.txt in the folder, a name such as airplane-1 a line, says which sequences are tested;
 the others are for training. Without it nothing does.
 """
@@ -44,6 +45,7 @@ def parse(record: Any, label: str, context: Context) -> list[Example]:
     boxes, absent, _ = record
     rate = context.picture_rate or FRAME_RATE
     name = context.find(f"{label}/img", "sequence", label, label.split("/")[-1], frame_rate=rate)
+    tracks.check_count(context, name, boxes)
     size = context.frame_size(name, "size")
     times = [i / rate for i in range(len(boxes))]
     targets = tracks.targets(boxes, absent, times, size, cut=True)

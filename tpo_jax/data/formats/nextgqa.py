@@ -1,9 +1,9 @@
 """NExT-GQA: questions with five options (val.csv, test.csv, train.csv) and their evidence.
 
 Columns: video_id, frame_count, width, height, question, answer, qid, type, a0..a4. The evidence is
-in gsub_val.json beside val.csv: {video: {"duration", "fps", "location": {qid: [[s, e], ...]}}}; the
-training set has none. A row is a multiple-choice example and, where there is evidence, a temporal
-one that asks for it.
+in gsub_val.json beside val.csv: {video: {"duration", "fps", "location": {qid: [[s, e], ...]}}}.
+train.csv has none; where another file has none, that is a problem. A row is a multiple-choice
+example and, where there is evidence, a temporal one that asks for it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tpo_jax.data.records import Example, Turn
 
 OPTIONS = ("a0", "a1", "a2", "a3", "a4")
 COLUMNS = ("video_id", "question", "answer", "qid", "type", *OPTIONS)
+WITHOUT_EVIDENCE = "train.csv"
 QUESTION = 'When does the video show the answer to this: "{question}?"'
 ANSWER = "It is shown at <temporal>."
 
@@ -37,6 +38,11 @@ def _rows(context: Context, rows: csv.DictReader) -> Iterator[Record]:
     context.keys(dict.fromkeys(rows.fieldnames or ()), COLUMNS, ("frame_count", "width", "height"))
     path = context.file.with_name(f"gsub_{context.file.stem}.json")
     evidence = load_json(path, dict) if path.is_file() else {}
+    if not path.is_file() and context.file.name != WITHOUT_EVIDENCE:
+        yield path.name, Invalid(
+            "", None, f"the file with the evidence is missing beside {context.file.name}: its "
+            "questions are read without", f"copy it to {path}",
+        )  # fmt: skip
     for row in rows:
         label = f"line {rows.line_num}"
         if None in row or None in row.values():

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tpo_jax.data.formats.reading import Record, load_text, pixel_box
+from tpo_jax.data.formats.reading import Context, Record, load_text, pixel_box
 from tpo_jax.data.problems import Invalid
 
 TRUTH = "groundtruth.txt"
@@ -29,11 +29,14 @@ def sequences(path: pathlib.Path, read: Callable[[pathlib.Path], Any]) -> Iterat
 
 
 def read_boxes(truth: pathlib.Path) -> list[list[float]]:
-    """A row of numbers per frame."""
+    """A row of numbers per frame; a line is a frame by its place, so none may be blank."""
     boxes = []
-    for i, line in enumerate(load_text(truth).splitlines()):
+    for i, line in enumerate(load_text(truth).rstrip().splitlines()):
         if not line.strip():
-            continue
+            raise Invalid(
+                f"{TRUTH} line {i + 1}", line, "a blank line: the boxes after it would be those of "
+                "earlier frames", "write the box of the frame, or remove the line",
+            )  # fmt: skip
         try:
             boxes.append([float(v) for v in re.split(r"[,\s]+", line.strip())])
         except ValueError as error:
@@ -44,9 +47,12 @@ def read_boxes(truth: pathlib.Path) -> list[list[float]]:
 
 
 def read_flags(path: pathlib.Path, frames: int) -> list[bool]:
-    """A 0 or 1 per frame, on lines or with commas; all 0 where there is no such file."""
+    """A 0 or 1 per frame, on lines or with commas."""
     if not path.is_file():
-        return [False] * frames
+        raise Invalid(
+            path.name, None, "the file is missing, which says where the object has no box",
+            f"copy it to {path}",
+        )  # fmt: skip
     words = re.split(r"[,\s]+", load_text(path).strip(" ,\n"))
     if len(words) != frames:
         raise Invalid(path.name, len(words), f"{TRUTH} has {frames} frames", "make them agree")
@@ -54,6 +60,18 @@ def read_flags(path: pathlib.Path, frames: int) -> list[bool]:
         if word not in ("0", "1"):
             raise Invalid(path.name, word, "expected 0 or 1 per frame", "correct it")
     return [word == "1" for word in words]
+
+
+def check_count(context: Context, name: str, boxes: Sequence[Any]) -> None:
+    """Refuses fewer or more boxes than pictures, where the media `name` is a folder of them."""
+    if context.media is None or not context.media.path(name).is_dir():
+        return
+    pictures = len(context.media.picture_numbers(name, TRUTH))
+    if pictures != len(boxes):
+        raise Invalid(
+            TRUTH, len(boxes), f"{len(boxes)} boxes, but the video has {pictures} pictures",
+            "make them agree: a line per picture",
+        )  # fmt: skip
 
 
 def targets(
