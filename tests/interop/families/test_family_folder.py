@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tests.interop.families.configs import LLAVA_VIDEO, LONGVA, VIDEO_LLAVA
+from tests.interop.families.configs import LLAVA_ONEVISION, LLAVA_VIDEO, LONGVA, VIDEO_LLAVA
 from tests.interop.families.published_folder import sized, write_published
 from tpo_jax import convert
 from tpo_jax.data.batch_spec import batch_spec
@@ -117,6 +117,19 @@ def test_in_and_out_again(source, tmp_path):
         left, right = np.asarray(theirs[name]), np.asarray(ours[name])
         assert left.dtype == right.dtype and left.tobytes() == right.tobytes(), name
     assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+def test_the_folder_of_the_video_processor_goes_back_out(tmp_path):
+    """There `transformers` 4.45 to 4.51 says how videos become pixels, and `import` reads it."""
+    source, name = tmp_path / "source", "video_processor/preprocessor_config.json"
+    (source / "video_processor").mkdir(parents=True)
+    write_published(source, sized(LLAVA_ONEVISION))
+    (source / name).write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3]}))
+    import_family(source, tmp_path / "model")
+    assert "video_processor" in export_family(tmp_path / "model", tmp_path / "out", source)
+    assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    import_family(tmp_path / "out", tmp_path / "again")
+    assert folder.load_config(tmp_path / "again").vision.mean == (0.5, 0.4, 0.3)
 
 
 def test_commands_show_as_many_frames_as_the_checkpoint_says(model):

@@ -34,8 +34,9 @@ from tpo_jax.models.heads import tokens_of
 ADAPTER = "adapter"  # folder beside the files of a family, in PEFT's layout
 # Where `transformers` has said how images and videos become pixels: of both until 4.44; of videos
 # from 4.45 and from 4.52; of both since version 5, by part.
+VIDEO_FOLDER = "video_processor"
 _PIXEL_FILES = (
-    "preprocessor_config.json", "video_processor/preprocessor_config.json",
+    "preprocessor_config.json", f"{VIDEO_FOLDER}/preprocessor_config.json",
     "video_preprocessor_config.json",
 )  # fmt: skip
 _PROCESSOR, _PROCESSOR_PARTS = "processor_config.json", ("image_processor", "video_processor")
