@@ -197,8 +197,8 @@ def _check_options(family: Family, entries: _Entries, options: Mapping[str, Any]
     known |= {"conv_template"} if family.conversation else set()
     if unknown := sorted(options.keys() - known):
         raise FamilyError(
-            f"--set {unknown[0]}: nothing reads it in this {family.name}; leave it out, or use one "
-            f"of {sorted(known)}"
+            f"--set {unknown[0]} (train: config.init_options): nothing reads it in this "
+            f"{family.name}; leave it out, or use one of {sorted(known)}"
         )
 
 
