@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from experiments import plans
 from experiments.benchmarks import torch_settings, train_step
 
 SIZES = train_step.Sizes(
@@ -57,12 +58,21 @@ def test_compile_times_are_a_table_of_what_was_measured():
     step = {"seconds, compile": {"lower": 1.0, "compile": 2.5},
             "seconds, first step": {"ours": 0.25, "eager": 0.5}}  # fmt: skip
     found = {"step": {"result": step},
-             "compile": {"result": {"longva": {"lower": 3.0, "compile": 4.0}}}}  # fmt: skip
+             "compile": {"result": {"longva": {"lower": 3.0, "compile": 4.0},
+                                    "videochat_tpo": {"lower": 5.0, "compile": 6.0}}}}  # fmt: skip
     assert train_step.compile_table(found).splitlines()[2:] == [
         "| ours | 1.00 | 2.50 | 0.25 |", "| eager |  |  | 0.50 |",
         "| configs/longva.py:tiny | 3.00 | 4.00 |  |",
+        "| configs/videochat_tpo.py:stage=3,random,tiny | 5.00 | 6.00 |  |",
     ]  # fmt: skip
     assert train_step.compile_table({"memory": {}}) == ""
+
+
+def test_every_config_of_full_size_has_a_tiny_one_to_compile(monkeypatch):
+    assert train_step.CONFIGS.keys() == {cell.config for cell in plans.cells()}
+    monkeypatch.setattr(train_step, "timed_compile", lambda lower: (lower, {"compile": 0.0}))
+    for name, arg in train_step.CONFIGS.items():
+        assert train_step.compile_seconds(name, arg) == {"compile": 0.0}, name
 
 
 def test_a_step_that_does_nothing_is_dispatched():

@@ -1,6 +1,7 @@
 """LoRA adapters against `peft`: theirs in, ours out, merged or apart."""
 
 import dataclasses
+import json
 
 import gcs_server
 import memory_bucket
@@ -64,6 +65,39 @@ def test_an_adapter_of_peft_merges_to_the_same_model(tmp_path, rslora, monkeypat
         gcs_server.put(tmp_path / name, f"gs://bucket/{name}")
     import_model("gs://bucket/source", "gs://bucket/model", adapter="gs://bucket/adapter")
     assert largest_difference(tmp_path / "model", "gs://bucket/model") == 0.0
+
+
+def test_an_adapter_that_began_with_weights_of_its_base_is_read_once_it_is_plain(tmp_path):
+    """PiSSA: A and B as they are saved go with what is left of the base, not with the source."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    their_peft = pytest.importorskip("peft")
+    source, own, plain, start = (tmp_path / n for n in ("source", "own", "plain", "start"))
+    write_folder(source, "llama")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    lora = their_peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=TARGETS[:2], init_lora_weights="pissa",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = their_peft.get_peft_model(load(source, dtype=torch.float32), lora).eval()
+    model.save_pretrained(start)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    model.save_pretrained(own)
+    tokens = np.random.default_rng(0).integers(0, 331, (2, 9))
+    want = _logits(model, tokens)
+    model.save_pretrained(plain, path_initial_model_for_weight_conversion=str(start))
+    with pytest.raises(peft.AdapterError, match="init_lora_weights='pissa'"):
+        import_model(source, tmp_path / "model", adapter=own)
+    about = json.loads((own / "adapter_config.json").read_text()) | {"init_lora_weights": True}
+    (own / "adapter_config.json").write_text(json.dumps(about))
+    for adapter, fits in ((own, False), (plain, True)):
+        import_model(source, tmp_path / "model", adapter=adapter)
+        export_model(tmp_path / "model", tmp_path / "merged")
+        found = _logits(load(tmp_path / "merged"), tokens)
+        assert (np.abs(found - want).max() < 2e-4) == fits, adapter
 
 
 def test_an_adapter_of_ours_is_read_by_peft_and_comes_back_bit_for_bit(tmp_path):

@@ -21,6 +21,7 @@ from tests.interop.families.test_templates import (
     llama_tokenizer,
 )
 from tpo_jax.interop.families.base import FamilyError
+from tpo_jax.interop.families.registry import family_of
 from tpo_jax.interop.families.source import open_codec, read_config
 
 pytestmark = pytest.mark.parity
@@ -126,6 +127,16 @@ def settings(name):
     own = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE},
            "image_mean": MEAN}  # fmt: skip
     return VideoLlavaImageProcessor(**own), VideoLlavaVideoProcessor(**own)
+
+
+def test_tiles_that_config_json_does_not_say_are_those_of_the_class():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlavaOnevisionConfig()
+    silent = ("image_grid_pinpoints", "vision_aspect_ratio")
+    data = {name: value for name, value in LLAVA_ONEVISION.items() if name not in silent}
+    ours = family_of(data).model_config(data, {}).connector
+    assert [list(pair) for pair in ours.resolutions] == theirs.image_grid_pinpoints
+    assert f"anyres_max_{ours.max_tiles}" == theirs.vision_aspect_ratio
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -4,6 +4,8 @@ The devices are fake ones of this host (see tests/conftest.py); the programs are
 a pod.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from fake_batches import (
     means,
     micro,
     random_batch,
+    small_params,
     train_config,
 )
 
@@ -77,6 +80,41 @@ def test_eight_devices_equal_one(one_device, heads, sizes, accumulation, optimiz
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
     worst = max(got, key=lambda path: np.abs(got[path] - want[path]).max())
     np.testing.assert_allclose(got[worst], want[worst], atol=3e-5, err_msg=worst)
+
+
+def gradients(sizes, devices):
+    """(loss, {path: gradient}) of a model of six query heads over three of keys and values."""
+    config = micro()
+    language = dataclasses.replace(config.language, heads=6, kv_heads=3)
+    config = dataclasses.replace(config, language=language)
+    mesh = make_mesh(sizes, jax.devices()[:devices])
+    program = make_program(train_config(), config, mesh)
+    split = flatten(program.abstract_state.params)["language/layers/self_attn/q_proj/kernel"]
+    assert split.sharding.shard_shape(split.shape) == (2, 32, 6 * 8 // mesh.shape["tensor"])
+    local = random_batch(bucket(4), config)
+    compiled = program.lower_gradient(local).compile()
+    params = small_params(program.abstract_state.params, size=0.2)
+    batch, state = global_batch(local, mesh), program.init_state(params)
+    found, sums = compiled(state, batch, program.base_key(0))
+    return means(sums)["loss"], flatten(jax.tree.map(np.asarray, found))
+
+
+@pytest.fixture(scope="module")
+def undivided():
+    return gradients({}, 1)
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_heads_that_do_not_divide_the_mesh(undivided, tensor):
+    """Three query heads a device, whose keys and values are whole everywhere; and one and a half,
+    so that a head lies on two."""
+    (loss, want), (found, got) = undivided, gradients({"data": 2, "tensor": tensor}, 2 * tensor)
+    assert found == pytest.approx(loss, rel=1e-5)
+    for path, gradient in want.items():
+        scale = np.abs(gradient).max()
+        np.testing.assert_allclose(got[path], gradient, atol=1e-4 * scale + 1e-7, err_msg=path)
+    projections = [f"language/layers/self_attn/{name}_proj/kernel" for name in "qkvo"]
+    assert all(np.abs(want[path]).max() > 1e-6 for path in projections)
 
 
 def test_state_is_really_split():

@@ -4,6 +4,7 @@ import pathlib
 import runpy
 
 import pytest
+from absl import flags
 
 from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
@@ -19,6 +20,7 @@ from tpo_jax.training.config import (
     validate,
 )
 from tpo_jax.training.config_changes import changed_since
+from tpo_jax.training.config_flag import define_config
 from tpo_jax.training.optimizer import assign_groups
 
 
@@ -135,6 +137,10 @@ def test_half_a_profiler_window_is_refused(profile):
         (lambda c: c.optimizer.update(moments="disk"), ["optimizer.moments='disk'", "16, host"]),
         (lambda c: c.update(init_missing=["heads"]), ["init_missing", "init_from is empty"]),
         (
+            lambda c: c.update(init_options={"frames_upbound": 32}),
+            ["init_options = {'frames_upbound': 32}", "init_from is empty"],
+        ),
+        (
             lambda c: c.model.update(heads=["temporal", "cg_detr"]),
             ["model.heads", "'temporal' and 'cg_detr' both answer 'temporal'; keep one"],
         ),
@@ -157,6 +163,17 @@ def test_errors_name_option_value_reason_and_fix(change, expected):
         validate(config)
     for part in expected:
         assert part in str(error.value)
+
+
+def test_what_a_published_folder_lacks_is_typed_as_a_dictionary():
+    values, given = flags.FlagValues(), {"frames_upbound": 32, "heads": [], "cg_config": {"x": 1}}
+    config = "--config=configs/llava_onevision.py:init=ov"
+    argv = ["train", config, f"--config.init_options={given}"]
+    define_config("config", flag_values=values, sys_argv=argv)
+    values(argv)
+    config = values["config"].value
+    validate(config)
+    assert config.init_options.to_dict() == to_dict(config)["init_options"] == given
 
 
 def test_a_preference_run_needs_pairs():

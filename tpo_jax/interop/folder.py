@@ -49,6 +49,10 @@ from tpo_jax.interop.tensors import (
 from tpo_jax.models.config import FORMAT_VERSION, LanguageConfig, ModelConfig
 from tpo_jax.parallel.paths import flatten, unflatten
 
+# What the config.json of a family's published folder lacks, see `source.open_source`; other folders
+# lack nothing.
+Options = Mapping[str, Any] | None
+
 SHARD_BYTES = 15 * 2**20
 SIDE_FILES = "huggingface"
 _LANGUAGE_KEYS = {"format_version", "language", "dtype"}
@@ -160,18 +164,22 @@ def preprocessor(model_config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def load_model(directory: epath.PathLike) -> tuple[ModelConfig, dict[str, Any], TextCodec]:
+def load_model(
+    directory: epath.PathLike, options: Options = None
+) -> tuple[ModelConfig, dict[str, Any], TextCodec]:
     """Reads a model folder: (config, nested dict of numpy arrays, codec).
 
     Raises:
       ModelFolderError: not a complete model folder.
     """
-    model_config = load_config(directory)
-    leaves = {name: np.asarray(leaf) for name, leaf in open_leaves(directory).items()}
-    return model_config, unflatten(leaves), load_codec(directory)
+    model_config = load_config(directory, options=options)
+    leaves = {name: np.asarray(leaf) for name, leaf in open_leaves(directory, options).items()}
+    return model_config, unflatten(leaves), load_codec(directory, options)
 
 
-def load_config(directory: epath.PathLike, base: ModelConfig | None = None) -> ModelConfig:
+def load_config(
+    directory: epath.PathLike, base: ModelConfig | None = None, options: Options = None
+) -> ModelConfig:
     """The ModelConfig of a model folder, or of the published folder of a family.
 
     Args:
@@ -179,7 +187,7 @@ def load_config(directory: epath.PathLike, base: ModelConfig | None = None) -> M
     """
     data = _read_config(directory)
     if source.is_family(directory):
-        return source.open_source(directory).config
+        return source.open_source(directory, options).config
     if "vision" in data or "language" not in data and "model_type" not in data:
         return ModelConfig.from_dict(data)
     if base is None:
@@ -230,17 +238,17 @@ def language_config_dict(config: LanguageConfig, dtype: str) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "language": language, "dtype": dtype}
 
 
-def load_codec(directory: epath.PathLike) -> TextCodec:
+def load_codec(directory: epath.PathLike, options: Options = None) -> TextCodec:
     """Tokenizer and template of a model folder, a language folder or a Hugging Face folder."""
     path = epath.Path(directory)
     if source.is_family(path):
-        return source.open_codec(path)
+        return source.open_codec(path, options)
     if not (path / "template.json").exists() and huggingface.model_type(path):
         return huggingface.open_codec(path)
     return TextCodec.load(path)
 
 
-def open_leaves(directory: epath.PathLike) -> dict[str, LazyArray]:
+def open_leaves(directory: epath.PathLike, options: Options = None) -> dict[str, LazyArray]:
     """{path: array} of every parameter of a folder; only headers are read.
 
     Raises:
@@ -248,7 +256,7 @@ def open_leaves(directory: epath.PathLike) -> dict[str, LazyArray]:
     """
     path = epath.Path(directory)
     if source.is_family(path):
-        return source.open_source(path).leaves
+        return source.open_source(path, options).leaves
     if huggingface.model_type(path):
         return huggingface.open_language(path).leaves
     leaves: dict[str, LazyArray] = {}
@@ -276,6 +284,7 @@ def load_into(
     *,
     init_missing: Sequence[str] = (),
     new_tokens: Sequence[int] = (),
+    options: Options = None,
 ) -> Loaded:
     """Reads parameters by name into the shapes, dtypes and shardings asked for.
 
@@ -296,9 +305,11 @@ def load_into(
     """
     path = epath.Path(directory)
     wanted = flatten(abstract)
-    missing = check_fits(abstract, path, init_missing=init_missing, new_tokens=new_tokens)
-    have = _open_with_room(path, wanted, new_tokens)
-    used_tokens = _used_tokens(path, new_tokens) if new_tokens else 0
+    missing = check_fits(
+        abstract, path, init_missing=init_missing, new_tokens=new_tokens, options=options
+    )
+    have = _open_with_room(path, wanted, new_tokens, options)
+    used_tokens = _used_tokens(path, new_tokens, options) if new_tokens else 0
     leaves: dict[str, jax.Array | np.ndarray] = {}
     for name in wanted:
         if name not in have:
@@ -316,22 +327,23 @@ def check_fits(
     *,
     init_missing: Sequence[str] = (),
     new_tokens: Sequence[int] = (),
+    options: Options = None,
 ) -> tuple[str, ...]:
     """Raises what `load_into` would raise, without reading a parameter; returns its `missing`."""
     path = epath.Path(directory)
     wanted = flatten(abstract)
-    shapes = {n: leaf.shape for n, leaf in _open_with_room(path, wanted, new_tokens).items()}
-    missing = _check_names(path, wanted, shapes, init_missing)
+    have = _open_with_room(path, wanted, new_tokens, options)
+    missing = _check_names(path, wanted, {n: leaf.shape for n, leaf in have.items()}, init_missing)
     if new_tokens:
-        _used_tokens(path, new_tokens)
+        _used_tokens(path, new_tokens, options)
     return missing
 
 
 def _open_with_room(
-    path: epath.Path, wanted: Mapping[str, Any], new_tokens: Sequence[int]
+    path: epath.Path, wanted: Mapping[str, Any], new_tokens: Sequence[int], options: Options
 ) -> dict[str, LazyArray]:
     """Leaves of the folder; a full token table gets room for new tokens."""
-    have = open_leaves(path)
+    have = open_leaves(path, options)
     if not new_tokens:
         return have
     tables = {name: axis for name, axis in _TOKEN_AXIS.items() if name in have and name in wanted}
@@ -423,9 +435,9 @@ def _matching(regexes: Iterable[str], names: Iterable[str]) -> list[str]:
     return [name for name in names if any(re.match(regex, name) for regex in regexes)]
 
 
-def _used_tokens(path: epath.Path, new_tokens: Sequence[int]) -> int:
+def _used_tokens(path: epath.Path, new_tokens: Sequence[int], options: Options) -> int:
     """Vocabulary size of the folder's own tokenizer."""
-    used = load_codec(path).vocab_size
+    used = load_codec(path, options).vocab_size
     if min(new_tokens) < used:
         raise ModelFolderError(
             f"{path}: token id {min(new_tokens)} is new to this model, but the folder's tokenizer "

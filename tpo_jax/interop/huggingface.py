@@ -195,7 +195,8 @@ def pickle_message(
 
 
 def side_files(path: epath.Path) -> dict[str, bytes]:
-    """Every file of a folder that holds no weights and no code: they go back out as they are."""
+    """Every file of a folder, without those in folders below it, that holds no weights and no code:
+    they go back out as they are."""
     names = {file.name for file in path.iterdir() if not file.is_dir()}
     for pattern in _WEIGHTS:
         names -= {file.name for file in path.glob(pattern)}

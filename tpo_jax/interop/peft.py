@@ -11,6 +11,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -28,7 +29,16 @@ _ONLY = {
     "peft_type": "LORA", "bias": "none", "use_dora": False, "rank_pattern": {},
     "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None,
     "fan_in_fan_out": False, "trainable_token_indices": None, "target_parameters": None,
+    "layer_replication": None, "alora_invocation_tokens": None, "use_qalora": False,
+    "lora_bias": False, "use_bdlora": None, "arrow_config": None, "kasa_config": None,
+    "monteclora_config": None,
 }  # fmt: skip
+_MERGE = "merge the adapter with PEFT (merge_and_unload) and import the result"
+# PEFT cannot merge these: what an adapter does depends on the token, or its input is pooled.
+_NO_MERGE = "PEFT does not merge such an adapter either, so train a plain LoRA"
+_FIXES = dict.fromkeys(("alora_invocation_tokens", "use_qalora", "arrow_config"), _NO_MERGE)
+# Initialisations that leave the base as it is.
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 class AdapterError(UserError):
@@ -93,12 +103,7 @@ def read_adapter(
     if not (path / "adapter_config.json").exists():
         raise AdapterError(f"{path / 'adapter_config.json'}: missing; give a folder of PEFT")
     about = json.loads((path / "adapter_config.json").read_text())
-    for option, only in _ONLY.items():
-        if (value := about.get(option, only)) not in (only, None):
-            raise AdapterError(
-                f"{path / 'adapter_config.json'}: {option}={value!r}: this program has only "
-                f"{only!r}; merge the adapter with PEFT (merge_and_unload) and import the result"
-            )
+    _check_options(path / "adapter_config.json", about)
     if (path / "non_lora_trainables.bin").exists():  # LLaVA's trainers: the connector
         raise AdapterError(
             f"{path / 'non_lora_trainables.bin'}: holds weights that were trained beside the "
@@ -119,6 +124,25 @@ def read_adapter(
     names = "|".join(sorted({re.escape(row.ours) for row in chosen}))
     dropout = float(about.get("lora_dropout", 0.0))
     return adapters, LoraConfig(f"^({names})$", rank, float(alpha), dropout)
+
+
+def _check_options(file: epath.Path, about: Mapping[str, Any]) -> None:
+    """Refuses an adapter that computes something else than kernel + scale * a @ b."""
+    for option, only in _ONLY.items():
+        if (value := about.get(option, only)) not in (only, None):
+            fix = _FIXES.get(option, _MERGE)
+            raise AdapterError(
+                f"{file}: {option}={value!r}: this program has only {only!r}; {fix}"
+            )
+    start = about.get("init_lora_weights", True)
+    if start not in (*_PLAIN_STARTS, None):
+        raise AdapterError(
+            f"{file}: init_lora_weights={start!r}: the adapter began with a part of the base's "
+            "weights, which were changed for it, so it does not fit those of the source; where it "
+            "was trained, merge it (merge_and_unload) and import the result; PEFT also saves "
+            "pissa, olora, corda and lora_ga as a plain LoRA (save_pretrained with "
+            "path_initial_model_for_weight_conversion)"
+        )
 
 
 def _without_copies(

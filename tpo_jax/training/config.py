@@ -27,7 +27,7 @@ from tpo_jax.training.config_checks import problem as _problem
 from tpo_jax.training.save_policy import SavePolicy
 
 # Options whose keys are names that the config chooses.
-_FREE_KEYS = ("buckets", "losses", "slots", "tasks")
+_FREE_KEYS = ("buckets", "init_options", "losses", "slots", "tasks")
 # Options that take more than one type.
 _ANY_KIND = {"preference.loss": ("str", "list", "dict")}
 
@@ -54,6 +54,8 @@ def default_config() -> ConfigDict:
     config.clip_features = config.text_features = False  # head cg_detr reads those of data.train
     config.init_from = ""  # model folder to start from; "": random weights
     config.init_missing = []  # regexes of parameters that init_from may lack (new heads)
+    # Of a published folder in init_from: what its config.json lacks, as of `convert import --set`.
+    config.init_options = {}
     config.tokenizer = ""  # tokenizer.json; "": the one in init_from
     config.time_instruction = False  # tell the times of frames in words; init_from says it itself
     config.data = {
@@ -367,10 +369,10 @@ def _check_start(config: ConfigDict) -> list[str]:
     if not config.model.preset and not config.init_from:
         fix = "name a preset, or a model folder in init_from"
         problems.append(_problem("model.preset", "", "no preset and no init_from", fix))
-    if config.init_missing and not config.init_from:
-        problems.append(
-            _problem("init_missing", config.init_missing, "init_from is empty", "leave it empty")
-        )
+    for option in ("init_missing", "init_options"):
+        if config[option] and not config.init_from:
+            value = to_dict(config)[option]
+            problems.append(_problem(option, value, "init_from is empty", "leave it empty"))
     return problems
 
 

@@ -37,7 +37,7 @@ from tpo_jax.training import config as training_config
 from tpo_jax.training.config_changes import changed_since
 from tpo_jax.training.estimate import chip_bytes
 from tpo_jax.training.program import make_program, needs_contrast, run_as
-from tpo_jax.training.start import make_model_config, may_be_missing
+from tpo_jax.training.start import init_options, make_model_config, may_be_missing
 
 # A sidecar's weights hash is compared where hashing the weights takes seconds.
 HASHED_BYTES = GIB
@@ -199,12 +199,14 @@ class DryRun:
         config = self.config
         if not config.init_from:
             return "random weights"
-        old = folder.load_config(config.init_from, self.model_config)
+        options = init_options(config)
+        old = folder.load_config(config.init_from, self.model_config, options)
         missing = folder.check_fits(
             self.params,
             config.init_from,
             init_missing=may_be_missing(config),
             new_tokens=folder.added_tokens(old, self.model_config),
+            options=options,
         )
         new = f"; new: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}" * bool(missing)
         return f"{config.init_from} has {len(flatten(self.params)) - len(missing)} leaves{new}"
@@ -215,13 +217,14 @@ class DryRun:
         if not files:
             return "none"
         bucket, contrast = self.buckets[0], needs_contrast(self.config)
-        start = epath.Path(self.config.init_from)
+        start, options = epath.Path(self.config.init_from), init_options(self.config)
         small = sum(f.stat().length for f in start.glob("*.safetensors")) <= HASHED_BYTES
         stored = sidecar.read(files[0]).fingerprint
         if small:
-            model_config, params, codec = folder.load_model(start)
+            model_config, params, codec = folder.load_model(start, options)
         else:
-            model_config, params, codec = folder.load_config(start), {}, folder.load_codec(start)
+            model_config, params = folder.load_config(start, options=options), {}
+            codec = folder.load_codec(start, options)
         expected = sidecar.Fingerprint.of(
             run_as(self.config, model_config), params, codec, {b.frames for b in self.buckets},
             contrast=contrast, platform=self._platform, context=self._mesh()[0].shape[AXIS],

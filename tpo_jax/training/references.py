@@ -40,7 +40,7 @@ def read_references(config: ConfigDict) -> Reference | None:
     """
     if not config.data.references:
         return None
-    model_config, params, codec = load_model(config.init_from)
+    model_config, params, codec = load_model(config.init_from, config.init_options.to_dict())
     model_config = run_as(config, model_config)
     frames = {bucket.frames for bucket in config.buckets.values()}
     (answers,) = {bucket.answers for bucket in config.buckets.values()}

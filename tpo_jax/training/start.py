@@ -13,6 +13,7 @@ from tpo_jax.data import files
 from tpo_jax.data.clip_features import config_of_folders
 from tpo_jax.data.text import ChatTemplate, TextCodec, add_task_tokens
 from tpo_jax.errors import UserError
+from tpo_jax.interop.families.source import is_family
 from tpo_jax.interop.folder import (
     added_tokens,
     holds_language_only,
@@ -36,8 +37,9 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     Raises:
       ValueError: init_from is not what the config takes it for.
     """
+    options = init_options(config)
     if config.init_from:
-        codec = load_codec(config.init_from)
+        codec = load_codec(config.init_from, options)
     else:
         text = files.read_text(config.tokenizer, "config.tokenizer")
         template = ChatTemplate(time_instruction=config.time_instruction)
@@ -47,12 +49,12 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
     codec = TextCodec(codec.tokenizer, codec.template)
     base = preset(config.model.preset) if config.model.preset else None
     if config.init_from and (base is None or holds_language_only(config.init_from)):
-        base = load_config(config.init_from, base)
+        base = load_config(config.init_from, base, options)
     used = codec.vocab_size
     if config.init_from:
         # A published table has rows that no id of its tokenizer uses (Qwen2-7B: some 400). They
         # are part of the checkpoint, take part in its softmax and go back out with it.
-        there = load_config(config.init_from, base)
+        there = load_config(config.init_from, base, options)
         used = max(used, there.language.num_tokens)
         if config.objective == "preference" and there.lora:
             refuse_trained_adapters(config)
@@ -72,6 +74,21 @@ def make_model_config(config: ConfigDict) -> tuple[ModelConfig, TextCodec]:
         elif not any(getattr(head(name), f"reads_{kind}") for name in heads):
             changes[kind] = None  # init_from had a head that read them
     return run_as(config, dataclasses.replace(base, **changes)), codec
+
+
+def init_options(config: ConfigDict) -> dict[str, Any]:
+    """What the config says for the config.json of the published folder in init_from.
+
+    Raises:
+      UserError: init_from is another folder, which says everything itself.
+    """
+    options = config.init_options.to_dict()
+    if options and not is_family(config.init_from):
+        raise UserError(
+            f"init_options={options}: init_from={config.init_from!r} is not the published folder "
+            "of a multimodal family, and says everything itself; leave init_options empty"
+        )
+    return options
 
 
 def refuse_trained_adapters(config: ConfigDict) -> None:
@@ -117,7 +134,7 @@ def may_be_missing(config: ConfigDict) -> list[str]:
     missing = list(config.init_missing)
     if config.lora.rank:
         alone = holds_language_only(config.init_from)
-        if alone or load_config(config.init_from).lora is None:
+        if alone or load_config(config.init_from, options=init_options(config)).lora is None:
             missing.append(r".*/lora_[ab]$")
     return missing
 
@@ -132,11 +149,14 @@ def initial_params(
     """
     if not config.init_from:
         return program.init_params(config.seed)
+    options = init_options(config)
+    there = load_config(config.init_from, model_config, options)
     loaded = load_into(
         program.abstract_state.params,
         config.init_from,
         init_missing=may_be_missing(config),
-        new_tokens=added_tokens(load_config(config.init_from, model_config), model_config),
+        new_tokens=added_tokens(there, model_config),
+        options=options,
     )
     say(f"weights from {config.init_from}: {len(loaded.leaves)} leaves")
     shardings = flatten(program.param_shardings)

@@ -279,6 +279,20 @@ def test_llava_video_reads_its_modes():
     assert fast.connector.slow_every == 10
 
 
+@pytest.mark.parametrize("said", [{}, {"image_grid_pinpoints": None}])
+def test_resolutions_that_llava_onevision_does_not_say_are_those_of_its_class(said):
+    """And not one view: the converter of `transformers` writes them, a shortened file need not."""
+    data = {k: v for k, v in LLAVA_ONEVISION.items() if k != "image_grid_pinpoints"} | said
+    connector = family_of(data).model_config(data, {}).connector
+    assert connector.resolutions[:2] == ((384, 384), (384, 768)) and connector.max_tiles == 9
+    assert len(connector.resolutions) == 36 and connector.resolutions[-1] == (2304, 2304)
+    where = {"preprocessor_config.json": {"image_grid_pinpoints": [[24, 24]]}}
+    with pytest.raises(FamilyError, match=r"but by config.json they are \[\(384, 384\), "):
+        family_of(data).model_config(data, where)
+    none = data | {"image_grid_pinpoints": []}
+    assert family_of(none).model_config(none, {}).connector.resolutions == ()
+
+
 def test_llava_onevision_of_transformers_shows_the_frames_that_it_is_told():
     sampling = family_of(LLAVA_ONEVISION).sampling
     assert sampling({"frames_upbound": 16}).frames == 16

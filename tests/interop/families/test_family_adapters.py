@@ -19,7 +19,7 @@ from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.folder import export_family, import_family
 from tpo_jax.interop.huggingface import read_tensors
 from tpo_jax.interop.mapping import MappingError
-from tpo_jax.interop.peft import AdapterError
+from tpo_jax.interop.peft import AdapterError, read_adapter
 from tpo_jax.interop.tensors import lazy, write_file
 from tpo_jax.models.config import LoraConfig
 from tpo_jax.models.video_language import FunctionalModel
@@ -153,6 +153,35 @@ def test_an_adapter_of_another_model_is_refused(published, tmp_path):
     (tmp_path / "non_lora_trainables.bin").write_bytes(b"")
     with pytest.raises(AdapterError, match="non_lora_trainables.bin: holds weights"):
         import_family(path / "source", tmp_path / "model", adapter=tmp_path)
+
+
+PLAIN, UNMERGED = "merge_and_unload", "PEFT does not merge such an adapter"
+
+
+@pytest.mark.parametrize("option, value, fix", [
+    ("layer_replication", [[0, 2], [1, 3]], PLAIN), ("lora_bias", True, PLAIN),
+    ("kasa_config", {"beta": 1e-4}, PLAIN), ("use_bdlora", {"nblocks": 2}, PLAIN),
+    ("alora_invocation_tokens", [5, 6], UNMERGED), ("use_qalora", True, UNMERGED),
+    ("init_lora_weights", "pissa", "path_initial_model_for_weight_conversion"),
+    ("init_lora_weights", "pissa_niter_4", "where it was trained, merge it"),
+    ("init_lora_weights", "olora", ""), ("init_lora_weights", "corda", ""),
+    ("init_lora_weights", "lora_ga", ""), ("init_lora_weights", "loftq", ""),
+])  # fmt: skip
+def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, option, value, fix):
+    about = {"r": 3, "lora_alpha": 3, option: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    wanted = re.escape(f"adapter_config.json: {option}={value!r}: ") + f".*{fix}"
+    with pytest.raises(AdapterError, match=wanted):
+        read_adapter(tmp_path, [], {})
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_adapter_that_left_its_base_alone_is_read(tmp_path, start):
+    about = {"r": 3, "lora_alpha": 3, "init_lora_weights": start}
+    about |= {"alora_invocation_tokens": None, "use_qalora": False, "layer_replication": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    write_file(tmp_path / "adapter_model.safetensors", {}, {"format": "pt"})
+    assert read_adapter(tmp_path, [], {})[1].rank == 3
 
 
 def test_a_model_that_the_pytorch_file_does_not_run_is_exported_like_its_source(published):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tests.interop.families.configs import LLAVA_VIDEO, LONGVA, VIDEO_LLAVA
+from tests.interop.families.configs import LLAVA_ONEVISION, LLAVA_VIDEO, LONGVA, VIDEO_LLAVA
 from tests.interop.families.published_folder import same_tensors, sized, write_published
 from tpo_jax import convert
 from tpo_jax.data.batch_spec import batch_spec
@@ -34,7 +34,9 @@ from tpo_jax.parallel.paths import flatten
 from tpo_jax.parallel.rules import param_shardings
 from tpo_jax.predict import Predictor
 from tpo_jax.training.config import validate
-from tpo_jax.training.start import make_model_config
+from tpo_jax.training.dry_run import DryRun
+from tpo_jax.training.program import make_program
+from tpo_jax.training.start import initial_params, make_model_config
 
 DATA = sized(LLAVA_VIDEO)
 
@@ -115,6 +117,19 @@ def test_in_and_out_again(source, tmp_path):
     assert (tmp_path / "out" / "config.json").read_bytes() == (source / "config.json").read_bytes()
 
 
+def test_the_folder_of_the_video_processor_goes_back_out(tmp_path):
+    """There `transformers` 4.45 to 4.51 says how videos become pixels, and `import` reads it."""
+    source, name = tmp_path / "source", "video_processor/preprocessor_config.json"
+    (source / "video_processor").mkdir(parents=True)
+    write_published(source, sized(LLAVA_ONEVISION))
+    (source / name).write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3]}))
+    import_family(source, tmp_path / "model")
+    assert "video_processor" in export_family(tmp_path / "model", tmp_path / "out", source)
+    assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    import_family(tmp_path / "out", tmp_path / "again")
+    assert folder.load_config(tmp_path / "again").vision.mean == (0.5, 0.4, 0.3)
+
+
 def test_commands_show_as_many_frames_as_the_checkpoint_says(model):
     config, params, codec = folder.load_model(model)
     predictor = Predictor(config, params, codec, prompt_tokens=16, batch_size=1, max_new=1)
@@ -187,6 +202,55 @@ def test_training_starts_from_the_published_folder_as_from_the_imported(family, 
     assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
 
 
+SILENT = {
+    "llava_onevision": (LLAVA_ONEVISION, {"frames_upbound": 16}),
+    "llava_qwen": (LLAVA_VIDEO, {"conv_template": "qwen_1_5", "mm_newline_position": "frame"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SILENT)
+def test_training_is_told_what_the_published_folder_does_not_say(family, tmp_path):
+    """As `import --set` is; neither folder is changed."""
+    data, options = SILENT[family]
+    source = tmp_path / "published"
+    source.mkdir()
+    write_published(source, sized(data))
+    said = {name: value for name, value in sized(data).items() if name not in options}
+    (source / "config.json").write_text(json.dumps(said))
+    config = llava_video_config(source)
+    config.trainable = [[".*", 1e-5]]
+    with pytest.raises(FamilyError, match=f"{next(iter(options))}.*train: config.init_options"):
+        make_model_config(config)
+    import_family(source, tmp_path / "model", options)
+    starts = {}
+    for path, said in ((source, options), (tmp_path / "model", {})):
+        config.init_from, config.init_options = str(path), said
+        validate(config)
+        model_config, codec = make_model_config(config)
+        program = make_program(config, model_config, make_mesh({}, jax.devices()[:1]))
+        params = flatten(initial_params(config, program, model_config, print))
+        starts[path.name] = model_config, codec.template, params
+        checked = DryRun(config, "", "", print)
+        checked._model()
+        assert checked._init_from() == f"{path} has {len(params)} leaves"
+    *published, theirs = starts["published"]
+    *imported, ours = starts["model"]
+    assert published == imported and theirs.keys() == ours.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert (codec.template.frames, model_config.connector.newline) == {
+        "llava_onevision": (16, "one_token"), "llava_qwen": (64, "frame")}[family]  # fmt: skip
+
+
+def test_a_folder_that_says_everything_is_told_nothing(model, source):
+    config = llava_video_config(model)
+    config.init_options = {"frames_upbound": 16}
+    with pytest.raises(UserError, match="init_options=.*'frames_upbound': 16.* not the published"):
+        make_model_config(config)
+    config.init_from, config.init_options = str(source), {"frames_upbond": 16}
+    with pytest.raises(FamilyError, match="frames_upbond .train: config.init_options.: nothing"):
+        make_model_config(config)
+
+
 def test_in_and_out_again_in_a_bucket(source, tmp_path, monkeypatch, capsys):
     gcs_server.install(monkeypatch)
     monkeypatch.chdir(tmp_path)  # where a gs:// path that is taken for a local one would end
@@ -250,14 +314,15 @@ def test_an_option_completes_config_json(source, tmp_path):
 
 def test_an_option_that_nothing_reads_is_refused(model, source, tmp_path):
     typo = {"mm_spatial_pool_mod": "max"}
-    read = r"--set mm_spatial_pool_mod: nothing reads it in this llava_qwen; .*'frames_upbound'"
+    read = (r"--set mm_spatial_pool_mod \(train: config.init_options\): nothing reads it in this "
+            "llava_qwen; .*'frames_upbound'")  # fmt: skip
     with pytest.raises(FamilyError, match=read):
         import_family(source, tmp_path / "model", typo)
     with pytest.raises(FamilyError, match="--set mm_spatial_pool_mod"):
         export_family(model, tmp_path / "out", source, typo)
     read_by_all = {"rope_theta": 1e6, "frames_upbound": 16, "faster_token_stride": 10,
                    "add_faster_video": False}  # fmt: skip
-    with pytest.raises(FamilyError, match="--set faster_token_stride: nothing"):  # as it is off
+    with pytest.raises(FamilyError, match="--set faster_token_stride .*: nothing"):  # as it is off
         read_config(source, read_by_all)
     read_config(source, read_by_all | {"add_faster_video": True})
 

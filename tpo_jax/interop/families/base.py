@@ -113,7 +113,8 @@ def said(config: Mapping[str, Any], key: str, choices: Collection[Any] | None = 
     if config.get(key) is None:
         raise FamilyError(
             f"config.json does not say {key}, and a guess would change what the model sees; add "
-            f"it to config.json or import with --set {key}=VALUE{known}"
+            f"it to config.json or import with --set {key}=VALUE{known} (train: "
+            "config.init_options)"
         )
     if choices and config[key] not in choices:
         raise FamilyError(f"config.json: {key}={config[key]!r}: this program has{known[1:]}")
@@ -126,8 +127,8 @@ def frames_upbound(config: Mapping[str, Any]) -> int:
     if not isinstance(frames, int) or not 1 <= frames <= MOST_FRAMES:
         raise FamilyError(
             f"config.json: frames_upbound={frames!r}: batches here have a fixed number of frames; "
-            "import with --set frames_upbound=N, the most that the model is to see, up to "
-            f"{MOST_FRAMES}"
+            "import with --set frames_upbound=N (train: config.init_options), the most that the "
+            f"model is to see, up to {MOST_FRAMES}"
         )
     return frames
 

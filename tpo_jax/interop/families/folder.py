@@ -19,7 +19,14 @@ from tpo_jax.interop import folder, huggingface, output, peft, precision
 from tpo_jax.interop.families import beside
 from tpo_jax.interop.families.base import FamilyError
 from tpo_jax.interop.families.registry import from_leaves, to_leaves
-from tpo_jax.interop.families.source import ADAPTER, Source, headed, open_source, read_config
+from tpo_jax.interop.families.source import (
+    ADAPTER,
+    VIDEO_FOLDER,
+    Source,
+    headed,
+    open_source,
+    read_config,
+)
 from tpo_jax.interop.mapping import check_shapes
 from tpo_jax.interop.tensors import LazyArray
 from tpo_jax.models.config import ModelConfig
@@ -164,6 +171,10 @@ def _write_side_files(out: epath.Path, source: epath.Path, codec: TextCodec) -> 
     for name, content in huggingface.side_files(source).items():
         if name != beside.CONFIG:  # of another model that went out
             (out / name).write_bytes(content)
+    if (source / VIDEO_FOLDER).is_dir():
+        (out / VIDEO_FOLDER).mkdir()
+        for name, content in huggingface.side_files(source / VIDEO_FOLDER).items():
+            (out / VIDEO_FOLDER / name).write_bytes(content)
     file, tokenizer = out / "tokenizer.json", codec.tokenizer
     if Tokenizer.from_str(file.read_text()).get_vocab() != tokenizer.get_vocab():
         file.write_text(tokenizer.to_str(pretty=True))

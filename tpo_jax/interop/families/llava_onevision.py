@@ -31,6 +31,10 @@ from tpo_jax.interop.mapping import Row
 from tpo_jax.models.config import ModelConfig
 from tpo_jax.models.connectors.anyres import Size
 from tpo_jax.models.connectors.config import MlpConnectorConfig
+from tpo_jax.models.published import grids
+
+# What the class of `transformers` has where a config.json does not say.
+_CLASS_GRID, _CLASS_RATIO = grids(384, 6), "anyres_max_9"
 
 
 def model_config(config: Mapping[str, Any], pixels: Pixels) -> ModelConfig:
@@ -42,12 +46,13 @@ def model_config(config: Mapping[str, Any], pixels: Pixels) -> ModelConfig:
         raise FamilyError(f"config.json: vision_feature_layer={layer!r}: this program reads one")
     tower = {"model_type": "siglip_vision_model"} | said(config, "vision_config")
     vision = tower_config(tower, layer=layer, pixels=pixels)
-    grid = tuple(map(tuple, config.get("image_grid_pinpoints") or ()))
+    grid = config.get("image_grid_pinpoints")
+    grid = _CLASS_GRID if grid is None else tuple(map(tuple, grid))
     _check_grid(grid, pixels)
     connector = MlpConnectorConfig(
         pool="bilinear", newline="one_token", image="newline", stride=2, resolutions=grid,
         max_tiles=max_tiles(
-            config.get("vision_aspect_ratio", "anyres_max_9"), grid, vision.image_size
+            config.get("vision_aspect_ratio", _CLASS_RATIO), grid, vision.image_size
         ),
     )  # fmt: skip
     language = {"model_type": "qwen2"} | said(config, "text_config")
@@ -63,8 +68,9 @@ def _check_grid(grid: Sequence[Size], pixels: Pixels) -> None:
         given = settings.get("image_grid_pinpoints")
         if given is not None and tuple(map(tuple, given)) != tuple(grid):
             raise FamilyError(
-                f"{where}: image_grid_pinpoints={given}, but config.json has {list(grid)}: images "
-                "would be cut into other tiles than the model joins; correct the one that is wrong"
+                f"{where}: image_grid_pinpoints={given}, but by config.json they are {list(grid)}: "
+                "images would be cut into other tiles than the model joins; correct the one that "
+                "is wrong"
             )
 
 

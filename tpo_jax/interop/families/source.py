@@ -34,8 +34,9 @@ from tpo_jax.models.heads import tokens_of
 ADAPTER = "adapter"  # folder beside the files of a family, in PEFT's layout
 # Where `transformers` has said how images and videos become pixels: of both until 4.44; of videos
 # from 4.45 and from 4.52; of both since version 5, by part.
+VIDEO_FOLDER = "video_processor"
 _PIXEL_FILES = (
-    "preprocessor_config.json", "video_processor/preprocessor_config.json",
+    "preprocessor_config.json", f"{VIDEO_FOLDER}/preprocessor_config.json",
     "video_preprocessor_config.json",
 )  # fmt: skip
 _PROCESSOR, _PROCESSOR_PARTS = "processor_config.json", ("image_processor", "video_processor")
@@ -196,8 +197,8 @@ def _check_options(family: Family, entries: _Entries, options: Mapping[str, Any]
     known |= {"conv_template"} if family.conversation else set()
     if unknown := sorted(options.keys() - known):
         raise FamilyError(
-            f"--set {unknown[0]}: nothing reads it in this {family.name}; leave it out, or use one "
-            f"of {sorted(known)}"
+            f"--set {unknown[0]} (train: config.init_options): nothing reads it in this "
+            f"{family.name}; leave it out, or use one of {sorted(known)}"
         )
 
 
