@@ -1,7 +1,7 @@
 """What a preference step on videos costs: ours against PyTorch, both from pixels.
 
     python -m experiments.benchmarks.dpo_video --out experiments/results/benchmarks/dpo_video.json
-    python -m experiments.benchmarks.dpo_video --unroll \
+    python -m experiments.benchmarks.dpo_video --unroll \\
         --out experiments/results/benchmarks/dpo_video_unrolled.json
 
 A LLaVA-OneVision of small width (SigLIP on every frame, two matrices, bilinear pooling, Qwen2): one

@@ -15,9 +15,9 @@ The two of transformers run in torch.inference_mode with scaled-dot-product atte
 threads as XLA has processors, each in the fastest of SETTINGS; the record names it, and of a
 setting that does not run here the reason. Questions have one length: no row is padded.
 
-Rounds time all of them one after the other, in turning order; ratios are taken within a round, and
-the median of rounds is reported. Beside it stands the ratio of FLOPs in matrix products, attention
-counted dense. CPU time is of the process.
+Rounds run each of them twice, of which the second is timed, one after the other in turning order;
+ratios are taken within a round, and the median of rounds is reported. Beside it stands the ratio of
+FLOPs in matrix products, attention counted dense. CPU time is of the process.
 """
 
 from __future__ import annotations

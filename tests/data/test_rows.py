@@ -99,7 +99,7 @@ def test_markers_of_a_later_turn_take_the_later_boxes(codec, model):
     assert region["boxes"][0].tolist() == [0.5, 0.5, 1, 1]
 
 
-def test_a_box_that_no_shown_frame_is_near_is_refused_by_name(codec, model):
+def test_a_box_outside_of_the_clip_is_refused_by_name(codec, model):
     """Before training, and where nothing is checked before: an evaluation builds rows alone."""
     dataset = fake_dataset(videos=1, images=0)
     where = example("far", "v0", "region", [Turn("Where?", "At <region>")],
@@ -108,7 +108,7 @@ def test_a_box_that_no_shown_frame_is_near_is_refused_by_name(codec, model):
                                                                    "At <region>")
     builder.check(RowPlan(dataset, "v0", 0.0, 8.0, (branch,)))
     for take in (builder.check, lambda plan: builder.build(plan, 0)):
-        with pytest.raises(RowError, match=r"'far', turn 0, bucket .*times\[0\]: 5.0 s, but the"):
+        with pytest.raises(RowError, match=r"'far', turn 0, bucket .*times\[0\]: 5.0 s, but of the"):
             take(RowPlan(dataset, "v0", 0.0, 2.0, (branch,)))
 
 

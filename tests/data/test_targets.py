@@ -48,12 +48,14 @@ def test_region_takes_the_box_of_its_marker_and_the_nearest_frame():
     ([4.0, 4.5, 5.0], (4, 5.2), [3.6, 4.1, 5.2, 5.5], [0, 3.4, 5.6]),  # a part of the video
     (np.arange(1, 33) * 0.5, (0, 16.5), [0, 16.4], [17]),  # the sampler left the first of 33 out
     ([0, 0.5, 1, 1, 1, 1], (0, 1.5), [1.4], [1.6]),  # a short clip, its last frame repeated
-    ([0, 0.5, 20, 20.5], (0, 21), [5.2, 15], [6, 10]),  # a hole in the video
+    ([0, 0.5, 20, 20.5], (0, 21), [5.2, 6, 10, 25.7], [25.8]),  # a hole in the video
+    (np.arange(16), (0, 17), [16.9, 17], [18.1]),  # the sampler left the last of 17 out
+    (np.arange(16), (0, 19), [18.5, 19], [19.1]),  # and the last three of 19
     ([3.0], (0, 8), [0, 3, 8], [8.1]),  # one frame of a clip
     ([3.0], (3.1, 3.2), [3.1, 3.2], [3.5]),  # a clip between two frames
     ([0.0], (0, 0), [0.0], [0.5]),  # an image
 ])
-def test_a_region_far_from_every_shown_frame_is_refused(shown, clip, near, far):
+def test_a_region_outside_of_the_clip_is_refused(shown, clip, near, far):
     view = View(*clip, np.asarray(shown, np.float64))
     for time in near:
         targets = {"boxes": [[0, 0, 1, 1]] * 2, "times": [view.times[0], time]}
@@ -62,9 +64,9 @@ def test_a_region_far_from_every_shown_frame_is_refused(shown, clip, near, far):
         assert abs(view.times[frame] - time) == np.abs(view.times - time).min()
     for time in far:
         targets = {"boxes": [[0, 0, 1, 1]] * 2, "times": [view.times[0], time]}
-        with pytest.raises(TargetError, match=rf"times\[1\]: {time} s, but the nearest frame"):
+        with pytest.raises(TargetError, match=rf"times\[1\]: {time} s, but of the clip"):
             TARGETS["region"].check(targets, 2, view, BUCKET)
-        with pytest.raises(TargetError, match="at most .* s away. Correct the time or the clip"):
+        with pytest.raises(TargetError, match="at most .* s before or behind these. Correct"):
             TARGETS["region"].fill(targets, 1, view, BUCKET)
 
 
@@ -73,9 +75,12 @@ def test_a_region_far_from_every_shown_frame_is_refused(shown, clip, near, far):
 def test_a_region_of_the_clip_is_never_refused(stored, method, count, step, data):
     """However frames are chosen of a video whose frames are evenly spaced."""
     times = np.arange(stored) * step
-    end = stored * step
-    view = View(0.0, end, times[sampling.shown(method, times, count, 0.0, end)])
-    time = data.draw(st.sampled_from(times.tolist()))
+    first = data.draw(st.integers(0, stored - 1))
+    last = data.draw(st.integers(first, stored - 1))
+    start, end = times[first], times[last] + step
+    inside = times[first : last + 1]
+    view = View(start, end, inside[sampling.shown(method, inside, count, start, end)])
+    time = data.draw(st.floats(start, end))
     TARGETS["region"].check({"boxes": [[0, 0, 1, 1]], "times": [time]}, 1, view, BUCKET)
 
 

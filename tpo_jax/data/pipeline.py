@@ -304,9 +304,9 @@ class Pipeline:
                  "of draws by task"]
         for bucket in self.schedule.buckets:
             for part in self._parts(bucket):
-                steps = self.schedule.share(bucket)
+                share = self.schedule.share(bucket)
                 beside = f" beside {bucket.name}" if part is not bucket else ""
-                lines.append(f"  {part.name}{beside}: {steps:.1%} of steps, {part.batch_size} rows")
+                lines.append(f"  {part.name}{beside}: {share:.1%} of steps, {part.batch_size} rows")
                 for drawn in self.mixtures[part.name].drawn_before(rows[part.name]):
                     tasks = {t: weight for t, weight in drawn.source.tasks.items() if weight}
                     whole = sum(tasks.values())
@@ -320,16 +320,18 @@ class Pipeline:
         each source of a bucket; "" if nothing, or `epochs` is 0. Steps are counted for the number
         of pairs that a config was told, which the manifest need not hold.
 
-        Whole batches are more than whole epochs by less than one batch, which is not told.
+        Not told: a batch more, as whole batches make, and a twentieth, by which the rounded weights
+        of buckets may miss their share of the steps.
         """
         rows = self._rows_before(steps)
         return "\n".join(
             f"WARNING: {steps:,} steps make {drawn.epochs:.1f} epochs of the "
             f"{_counted(mixture.bucket, drawn)} of {drawn.source.dataset.path} in bucket {name}, "
-            f"but data.epochs={epochs:g}. Tell the config how many there are, or set steps."
+            f"but data.epochs={epochs:g}. Tell the config how many there are, set steps, or set "
+            "data.epochs=0."
             for name, mixture in self.mixtures.items()
             for drawn in mixture.drawn_before(rows[name])
-            if epochs and drawn.rows - mixture.bucket.batch_size >= epochs * drawn.entries)
+            if epochs and drawn.rows - mixture.bucket.batch_size >= 1.05 * epochs * drawn.entries)
 
     def describe_unseen(self) -> str:
         """What is never drawn because no bucket shows its media, a line for each source; "" if

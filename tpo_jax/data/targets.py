@@ -141,28 +141,28 @@ def _region_fill(targets: Mapping[str, Any], occurrence: int, view: View, bucket
 
 
 def _region_frame(targets: Mapping[str, Any], i: int, view: View) -> int:
-    """The shown frame nearest to the time of box i; raises TargetError where none is near."""
-    distance = np.abs(view.times - targets["times"][i])
-    frame, most = int(distance.argmin()), _reach(view)
-    if distance[frame] > most + 1e-3:
+    """The shown frame nearest to the time of box i; raises TargetError outside of the clip."""
+    time, reach = targets["times"][i], _reach(view) + 1e-3
+    first, last = view.times.min(), view.times.max()
+    if not first - reach <= time <= last + reach:
         raise TargetError(
-            f"targets.times[{i}]: {targets['times'][i]} s, but the nearest frame that is shown of "
-            f"the clip [{view.start}, {view.end}] s is at {view.times[frame]:.3f} s, expected at "
-            f"most {most:.3f} s away. Correct the time or the clip, or remove the example.")
-    return frame
+            f"targets.times[{i}]: {time} s, but of the clip [{view.start}, {view.end}] s frames "
+            f"from {first:.3f} to {last:.3f} s are shown, expected at most {reach:.3f} s before or "
+            "behind these. Correct the time or the clip, or remove the example.")
+    return int(np.abs(view.times - time).argmin())
 
 
 def _reach(view: View) -> float:
-    """Seconds that a box may be from its frame: as many as shown frames are apart.
+    """Seconds that a box may be before the first shown frame or behind the last.
 
-    Not half as many, as for masks: these are labelled frame by frame, and one that is not shown
-    leaves the others. A box has one time, and how frames are chosen may leave out the first or last
-    of the clip. A single frame stands for all of its clip.
+    As many as shown frames are apart, and to the ends of the clip, of which a choice of frames may
+    leave out more.
     """
     times = np.unique(view.times)  # short clips may show a frame several times
+    ends = float(max(times[0] - view.start, view.end - times[-1]))
     if len(times) == 1:
-        return float(max(times[0] - view.start, view.end - times[0]))
-    return max(_spacing(times), (view.end - view.start) / len(times))
+        return ends
+    return max(_spacing(times), (view.end - view.start) / len(times), ends)
 
 
 # Temporal: windows relative to the clip, and a saliency per sampled frame.

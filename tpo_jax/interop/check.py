@@ -96,11 +96,12 @@ def _runtime(exported: epath.PathLike) -> Any:
     spec = importlib.util.spec_from_file_location("tpo_torch", folder / "tpo_torch.py")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(folder))
+    sys.modules.pop("tpo_torch_layers", None)  # may be another export's
     try:
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(folder))
-        sys.modules.pop("tpo_torch_layers", None)  # those of the next export may be others
+        sys.modules.pop("tpo_torch_layers", None)
     return module
 
 

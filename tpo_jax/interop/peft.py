@@ -135,6 +135,7 @@ def _check_options(file: epath.Path, about: Mapping[str, Any]) -> None:
                 f"{file}: {option}={value!r}: this program has only {only!r}; {fix}"
             )
     start = about.get("init_lora_weights", True)
+    start = start.lower() if isinstance(start, str) else start  # as PEFT reads it
     if start not in (*_PLAIN_STARTS, None):
         raise AdapterError(
             f"{file}: init_lora_weights={start!r}: the adapter began with a part of the base's "

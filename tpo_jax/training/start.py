@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import tokenizers
+from etils import epath
 from ml_collections import ConfigDict
 
 from tpo_jax.data import files
@@ -83,7 +84,8 @@ def init_options(config: ConfigDict) -> dict[str, Any]:
       UserError: init_from is another folder, which says everything itself.
     """
     options = config.init_options.to_dict()
-    if options and not is_family(config.init_from):
+    missing = config.init_from and not epath.Path(config.init_from).exists()  # reported elsewhere
+    if options and not missing and not is_family(config.init_from):
         raise UserError(
             f"init_options={options}: init_from={config.init_from!r} is not the published folder "
             "of a multimodal family, and says everything itself; leave init_options empty"
