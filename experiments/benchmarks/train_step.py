@@ -13,7 +13,8 @@ steps have to agree.
             order; a ratio is taken within a round, and the median of rounds is reported, in wall
             and in CPU time of the process, to the setting of PyTorch that is fastest in that time,
             which the row names; beside it, once: seconds to lower and to compile our two programs,
-            and of each setting's first step, which under torch.compile holds the compiling of its model and of the backward pass
+            and of each setting's first step, which under torch.compile holds the compiling of its
+            model and of the backward pass
   memory    peak resident set of a process that does one side, over what it holds between steps
             (parameters and state of the optimizer on both sides), to the least of the settings
   dispatch  from the call of a compiled step to its return, with a body that does nothing on the
