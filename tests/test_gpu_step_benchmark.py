@@ -11,7 +11,6 @@ from tpo_jax.models.presets import preset
 from tpo_jax.models.video_language import FunctionalModel
 
 
-@pytest.mark.long
 def test_a_step_is_measured_against_the_peak_of_the_device(monkeypatch):
     monkeypatch.setattr(gpu_step, "peak_flops", lambda devices: 1e9)
     sizes = Sizes(rows=1, frames=2, answer=3)
@@ -26,7 +25,6 @@ def test_a_step_is_measured_against_the_peak_of_the_device(monkeypatch):
     assert found["device"] == jax.devices()[0].device_kind
 
 
-@pytest.mark.long
 def test_pairs_are_measured_in_both_layouts_and_beside_sft(monkeypatch):
     """Which agree in the loss, or nothing is measured."""
     monkeypatch.setattr(gpu_step, "peak_flops", lambda devices: 1e9)

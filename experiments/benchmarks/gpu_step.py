@@ -99,7 +99,9 @@ class Case:
         )
         self.seconds = time.perf_counter() - begin
         self.batch = jax.device_put(batch, jax.devices()[0])
-        self.flops = train_flops(program.model.config, rows, program.trainable)
+        self.flops = train_flops(
+            program.model.config, rows, program.trainable, program.objective.weights
+        )
         self.tokens = rows["prefix_tokens"].size + rows["branch_tokens"].size
 
     def figures(self, times: Sequence[float], loss: float) -> dict[str, Any]:
