@@ -69,11 +69,22 @@ def test_compiles_both_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert shared["arguments"] == naive["arguments"] and shared["outputs"] == naive["outputs"]
     assert result["mesh"] == {"fsdp": 4} and result["pairs"] == 4
     assert result["tokens"] == (83 + 2 * 64) / (2 * (83 + 64))
-    assert result["shared / naive"] < 1 and result["by estimate"] < 0.7
+    assert result["by estimate"] < 0.7
     monkeypatch.setattr(dpo_memory.plan, "plan_bucket", None)  # nothing is compiled anew
     assert dpo_memory.run(out, case) == result
     with pytest.raises(ValueError, match="give another --out"):
         dpo_memory.run(out, dpo_memory.Case("v5e:2x2", 4, tiny=True))
+
+
+@pytest.mark.long
+@pytest.mark.plan
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.xfail(strict=True, reason="0.83 since layers of tiny shapes keep what they computed "
+                   "(e08792f), 0.66 since attention has its own backward pass (697a518)")
+def test_the_shared_prefix_needs_less_memory_at_tiny_shapes_too(tmp_path):
+    """At full size it does: experiments/results/benchmarks/dpo_memory.json."""
+    result = dpo_memory.run(tmp_path / "memory.json", dpo_memory.Case("v5e:2x2", 8, tiny=True))
+    assert result["shared / naive"] < 0.6
 
 
 def test_the_record_is_of_the_step_that_is_trained_now():
