@@ -144,6 +144,20 @@ def test_loop_remat_and_unrolled_layers_agree(model, plain_gradient, changes):
     _assert_close_gradients(gradient, plain_gradient[1])
 
 
+def test_unrolled_layers_on_a_cpu_take_the_sines_of_a_position_once():
+    """XLA would put them into every rotation, where each head takes its own."""
+    structure, state = _random(dataclasses.replace(CONFIG, unroll=True))
+
+    def total(state, positions):
+        model = nnx.merge(structure, state)
+        tokens = model.embed_tokens(jnp.ones_like(positions))
+        return model.prefill(tokens, positions, jnp.ones_like(positions))[0].sum()
+
+    positions = jnp.zeros((2, P), jnp.int32)
+    text = jax.jit(jax.grad(total)).lower(state, positions).compile().as_text()
+    assert text.count(" sine(") == text.count(" cosine(") == 1
+
+
 def test_remat_names_say_which_products_are_computed_again(model):
     products = {}
     for remat in REMAT:

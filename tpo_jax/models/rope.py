@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from tpo_jax.errors import UserError
 
@@ -92,7 +93,17 @@ def rotary_tables(
         stretch = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}[scaling.kind]
         frequencies, sharpen = stretch(head_dim, theta, powers, scaling)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles) * sharpen, jnp.sin(angles) * sharpen
+
+    def tables(angles: jax.Array) -> Tables:
+        return jnp.cos(angles) * sharpen, jnp.sin(angles) * sharpen
+
+    def called(angles: jax.Array) -> Tables:
+        # XLA:CPU counts sines as cheap: where layers are unrolled it would take them anew in each
+        # rotation, for every head.
+        with set_xla_metadata(inlineable="false"):
+            return jax.jit(tables)(angles)
+
+    return jax.lax.platform_dependent(angles, cpu=called, default=tables)
 
 
 def rotate(x: jax.Array, tables: Tables) -> jax.Array:
