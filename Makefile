@@ -9,9 +9,10 @@ BIN := $(VENV)/bin
 JAX_PLATFORMS ?= cpu
 export JAX_PLATFORMS
 # A training step on a CPU allocates some 500 MB anew; keeping that memory, in huge pages, saves the
-# fifth of the time that the kernel spends on page faults. One arena: the memory of others is always
-# given back. Read by glibc alone.
-KEEP_MEMORY := arena_max=1 hugetlb=1 mmap_max=0 trim_threshold=17179869184
+# fifth of the time that the kernel spends on page faults. Few arenas: memory of others is given back
+# after every step. One would make the threads of the compiler wait for each other, twice as long.
+# Read by glibc alone.
+KEEP_MEMORY := arena_max=2 hugetlb=1 mmap_max=0 trim_threshold=17179869184
 empty :=
 space := $(empty) $(empty)
 GLIBC_TUNABLES ?= $(subst $(space),:,$(addprefix glibc.malloc.,$(KEEP_MEMORY)))

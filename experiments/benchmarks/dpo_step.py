@@ -14,7 +14,8 @@ embeddings of 32 frames. All steps are forward, backward and AdamW in float32:
            precompute_ref_log_probs for vision datasets
   torch_cached   the same with precomputed log-probabilities
 
-PyTorch runs in the fastest of `torch_settings` by the wall time of `torch`; the record names it.
+PyTorch runs in the fastest of `torch_settings` by the wall time of `torch`; the record names it,
+and how both sides allocate memory (`process`; dpo_step.md says which way was fastest).
 Both sides run on the CPU: where JAX has another device the command refuses.
 
 Rounds run each of them twice, of which the second is timed, one after the other in turning order; a
@@ -47,7 +48,12 @@ import optax
 from flax import nnx
 
 from experiments.benchmarks import command_line
-from experiments.benchmarks.torch_settings import SETTINGS, require_cpu, usable_settings
+from experiments.benchmarks.torch_settings import (
+    SETTINGS,
+    process_settings,
+    require_cpu,
+    usable_settings,
+)
 from tpo_jax.models.config import LanguageConfig
 from tpo_jax.models.language import LanguageModel
 from tpo_jax.models.layers import Rngs
@@ -405,7 +411,7 @@ def run(sizes: Sizes, config: LanguageConfig, rounds: int, threads: int,
         "sizes": dataclasses.asdict(sizes),
         "prefix_over_branch": sizes.prefix / sizes.branch, "rounds": rounds, "threads": threads,
         "model": dataclasses.asdict(config), "platform": jax.devices()[0].platform,
-        "load_average": os.getloadavg()[0], "versions": versions(),
+        "load_average": os.getloadavg()[0], "process": process_settings(), "versions": versions(),
     }  # fmt: skip
 
 

@@ -23,10 +23,11 @@ would be).
   once_score the reference of `once` alone, what its log-probabilities cost
 
 `published` is what TRL's trainer does with rows that bring pixels, `once` the best that rows of
-this model can be given. Both run in their fastest of `torch_settings`; the record names it. Pixels
-are given to PyTorch resized and normalised, to ours as bytes. The record says why TRL's trainer
-itself is not timed. Our layers are looped over, as in large models, or with --unroll a copy of the
-program each (`unroll` in docs/families.md), as PyTorch runs them.
+this model can be given. Both run in their fastest of `torch_settings`; the record names it, and how
+both sides allocate memory (`process`; dpo_step.md says which way was fastest). Pixels are given to
+PyTorch resized and normalised, to ours as bytes. The record says why TRL's trainer itself is not
+timed. Our layers are looped over, as in large models, or with --unroll a copy of the program each
+(`unroll` in docs/families.md), as PyTorch runs them.
 
 Before any measurement all have to agree: every log-probability of the reference, the number of
 trained parameters, and the losses of three steps. Rounds, times and ratios are those of `dpo_step`:
@@ -50,7 +51,12 @@ import numpy as np
 
 from experiments.benchmarks import command_line, train_step
 from experiments.benchmarks.dpo_step import Ratios, fastest, measure, medians, ratio_rows, versions
-from experiments.benchmarks.torch_settings import SETTINGS, require_cpu, usable_settings
+from experiments.benchmarks.torch_settings import (
+    SETTINGS,
+    process_settings,
+    require_cpu,
+    usable_settings,
+)
 from experiments.benchmarks.train_step import IMAGE_ID, VIDEO_ID, published_config
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket
@@ -412,7 +418,7 @@ def run(
         "vision / language": forward["vision"] / forward["language"],
         "sizes": dataclasses.asdict(sizes), "unroll": unroll,
         "prefix": batch["prefix_tokens"].shape[1], "rounds": rounds, "threads": threads,
-        "load_average": os.getloadavg()[0], "versions": versions(),
+        "load_average": os.getloadavg()[0], "process": process_settings(), "versions": versions(),
     }  # fmt: skip
 
 

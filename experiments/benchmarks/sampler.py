@@ -41,7 +41,7 @@ import safetensors.numpy
 
 from experiments.benchmarks import command_line
 from experiments.benchmarks.dpo_step import fastest, measure, versions
-from experiments.benchmarks.torch_settings import require_cpu
+from experiments.benchmarks.torch_settings import process_settings, require_cpu
 from tpo_jax.generation.sampler import Sampler, Sampling
 from tpo_jax.interop.families.registry import family_of, to_leaves
 from tpo_jax.interop.folder import load_codec
@@ -378,7 +378,7 @@ def run(sizes: Sizes, width: int, depth: int, rounds: int, threads: int,
         "distinct_tokens": len(np.unique(tokens)), "sizes": dataclasses.asdict(sizes),
         "prefix": ours.batch["prefix_tokens"].shape[1], "width": width, "depth": depth,
         "flops": flops, "rounds": rounds, "threads": threads,
-        "load_average": os.getloadavg()[0], "versions": versions(),
+        "load_average": os.getloadavg()[0], "process": process_settings(), "versions": versions(),
     }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
-"""Settings of PyTorch's training step, of which a benchmark takes the fastest as its baseline."""
+"""Settings of PyTorch's training step, of which a benchmark takes the fastest as its baseline, and
+of the process that runs both sides."""
 
+import os
 import shutil
 
 import jax
@@ -10,6 +12,15 @@ SETTINGS: dict[str, dict[str, bool]] = {
     "eager, fused AdamW": {"fused": True, "compiled": False},
     "torch.compile, fused AdamW": {"fused": True, "compiled": True},
 }
+
+# How memory is allocated, which on a CPU is a fifth of a step on either side.
+ALLOCATOR = ("LD_PRELOAD", "MALLOC_CONF", "GLIBC_TUNABLES")
+
+
+def process_settings() -> dict[str, str]:
+    """What is set of the environment that both sides share and that their times depend on."""
+    return {name: os.environ[name] for name in (*ALLOCATOR, "OMP_WAIT_POLICY")
+            if name in os.environ}  # fmt: skip
 
 
 def require_cpu() -> None:

@@ -50,7 +50,13 @@ import numpy as np
 
 from experiments.benchmarks import command_line
 from experiments.benchmarks.dpo_step import measure, versions
-from experiments.benchmarks.torch_settings import SETTINGS, require_cpu, usable_settings
+from experiments.benchmarks.torch_settings import (
+    ALLOCATOR,
+    SETTINGS,
+    process_settings,
+    require_cpu,
+    usable_settings,
+)
 from experiments.plans import Cell, cell_config
 from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket, scheduled
@@ -375,7 +381,7 @@ def compile_table(found: dict[str, Any]) -> str:
 
 def memory_of_all(sizes: Sizes, threads: int) -> dict[str, Any]:
     """`memory_of` each side in a process of its own, which gives back what it frees."""
-    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    environment = {k: v for k, v in os.environ.items() if k not in ALLOCATOR}
     sides = {}
     with tempfile.TemporaryDirectory() as folder:
         for side in ("ours", *usable_settings()):
@@ -404,7 +410,10 @@ def run(sizes: Sizes, rounds: int, threads: int, parts: Sequence[str]) -> dict[s
         "dispatch": lambda: dispatch(sizes),
         "compile": lambda: {name: compile_seconds(name, p) for name, p in CONFIGS.items()},
     }
-    about = {"sizes": dataclasses.asdict(sizes), "threads": threads, "versions": versions()}
+    about = {
+        "sizes": dataclasses.asdict(sizes), "threads": threads, "process": process_settings(),
+        "versions": versions(),
+    }  # fmt: skip
     return {
         part: {"result": measured[part](), "load_average": os.getloadavg()[0], **about}
         for part in parts
