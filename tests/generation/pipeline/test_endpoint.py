@@ -327,6 +327,15 @@ def test_replies_come_in_order_with_pictures_where_they_are_needed(server, clock
     assert len(set(seeds.values())) == 6
 
 
+@pytest.mark.parametrize("body, sent", [
+    ({}, 0.5), ({"temperature": 1.0}, 1.0), ({"temperature": None}, None)])
+def test_the_temperature_of_records_is_the_one_that_is_sent(server, clock, body, sent):
+    asked = speaker(server, clock, temperature=0.5, body=body)
+    list(asked.say(requests(2), ()))
+    assert [b.get("temperature") for _, _, b in server.requests] == [sent, sent]
+    assert asked.temperature == sent
+
+
 def test_refused_and_cut_replies_are_failures_of_their_request(server, clock):
     server.script = [(200, {}, reply()), (200, {}, reply("a long st", reason="length"))]
     one = EndpointSpeaker(client(server, clock), MemoryDataset(1), 7, 20, 1)

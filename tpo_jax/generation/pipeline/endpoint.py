@@ -109,7 +109,7 @@ class EndpointSettings:
       url: up to and without /chat/completions.
       model: name that the endpoint knows.
       key_variable: environment variable with the key; "" for an endpoint that needs none.
-      temperature: of its replies.
+      temperature: of its replies, where `body` has none.
       body: entries of every request's body over the standard ones; None removes one.
       requests_per_minute: at most; 0 is any number.
       tries: of one request.

@@ -65,9 +65,10 @@ class Reply:
 
 
 class Speaker(Protocol):
-    """`temperature` is that of its replies; `say` yields one reply per request that is not done."""
+    """`temperature` is the one that its replies are asked for with, None where that is left to a
+    server; `say` yields one reply per request that is not done."""
 
-    temperature: float
+    temperature: float | None
 
     def say(self, requests: Sequence[Request],
             done: Done) -> Iterator[tuple[str, Reply]]: ...
@@ -119,7 +120,9 @@ class EndpointSpeaker:
         self._endpoint, self._dataset, self._poll = endpoint, dataset, poll
         self._seed, self._max_tokens, self._workers = seed, max_tokens, workers
         self._told = not endpoint.budget.limits
-        self.temperature = endpoint.settings.temperature
+        # As it is sent: entries of the body go over ours, and None removes one.
+        settings = endpoint.settings
+        self.temperature = settings.body.get("temperature", settings.temperature)
 
     def say(self, requests: Sequence[Request], done: Done) -> Iterator[tuple[str, Reply]]:
         todo = collections.deque(request for request in requests if request.id not in done)
