@@ -51,7 +51,8 @@ _FLAGS: tuple[tuple[str, Any, Callable[[str], Any], str], ...] = (
     ("caption_frames", 4, int, "frames of a part"),
     ("reply_tokens", 192, int, "most tokens of a caption, a question or a verdict"),
     ("prompt_tokens", 768, int, "most tokens that our own model is asked with as a plug-in"),
-    ("plugin_temperature", 0.0, float, "of captioner, writer and judge"),
+    ("plugin_temperature", 0.0, float, "of captioner, writer and judge; our own model also draws "
+     "with --top_p"),
     ("endpoint", "", str, "address up to and without /chat/completions"),
     ("endpoint_model", "", str, "name of the model there"),
     ("endpoint_body", "{}", str, "JSON: entries of every request over ours; null removes one"),
@@ -312,6 +313,8 @@ def stage_options(flags: argparse.Namespace, settings: Settings,
         if name == "model":
             options |= {"weights": weights, "prompt_tokens": flags.prompt_tokens,
                         "batch_size": flags.batch_size, "branches": flags.branches}
+            if flags.plugin_temperature > 0:  # greedy replies are the same with any
+                options |= {"top_p": settings.top_p}
         if name == "endpoint":
             options |= {"endpoint": flags.endpoint, "endpoint_model": flags.endpoint_model,
                         "endpoint_body": flags.endpoint_body}
