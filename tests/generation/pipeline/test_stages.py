@@ -31,6 +31,8 @@ def test_every_record_says_what_it_was_drawn_with(whole):
         assert records
         for record in records:
             where = record["targets"] if stage == "pairs" else record
+            named = {"example_id"} if stage == "pairs" else {"id", "input"}
+            assert record.keys() & {"example_id", "id", "input"} == named
             assert len(where["frame_indices"]) == (2 if stage == "captions" else 4)
             assert where["seed"] == 0
             expected = {"videos": None, "captions": 0.25, "questions": 0.25, "filter": 0.25}

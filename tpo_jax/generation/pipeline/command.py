@@ -58,11 +58,13 @@ _FLAGS: tuple[tuple[str, Any, Callable[[str], Any], str], ...] = (
     ("endpoint_body", "{}", str, "JSON: entries of every request over ours; null removes one"),
     ("key_variable", "OPENAI_API_KEY", str, "environment variable that holds the key; empty: none"),
     ("workers", 4, int, "requests at a time"),
-    ("requests_per_minute", 0.0, float, "at most; 0: any number"),
+    ("requests_per_minute", 0.0, float, "at most, of each of --shards; 0: any number"),
     ("tries", 6, int, "of a request"),
     ("timeout", 120.0, float, "seconds of a try"),
-    ("max_tokens", 0, int, "tokens to spend on the endpoint over all starts; 0: no limit"),
-    ("max_cost", 0.0, float, "money to spend, in the currency of the prices; 0: no limit"),
+    ("max_tokens", 0, int, "tokens that each of --shards may spend on the endpoint over all its "
+     "starts; 0: no limit"),
+    ("max_cost", 0.0, float, "money that each of --shards may spend, in the currency of the "
+     "prices; 0: no limit"),
     ("prompt_price", 0.0, float, "of a million prompt tokens"),
     ("completion_price", 0.0, float, "of a million reply tokens"),
 )
