@@ -31,6 +31,14 @@ def test_help_has_examples(main, command, capsys):
     assert "examples:" in printed and f"  python -m tpo_jax.{command} --" in printed
 
 
+@pytest.mark.parametrize("limit", ["requests_per_minute", "max_tokens", "max_cost"])
+def test_limits_of_an_endpoint_are_said_to_be_of_each_shard(limit, capsys):
+    with pytest.raises(SystemExit):
+        preferences.main(["generate", "--help"])
+    about = capsys.readouterr().out.partition(f"  --{limit} {limit.upper()}")[2]
+    assert "each of --shards" in " ".join(about.partition("\n  --")[0].split())
+
+
 def test_help_of_predict_has_examples(capsys):
     with pytest.raises(SystemExit) as caught:
         predict.main(["--help"])

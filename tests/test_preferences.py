@@ -117,7 +117,7 @@ def staged(folder, out, server, *more):
         folder, out, "--captioner=model", "--writer=endpoint", "--judge=endpoint",
         f"--endpoint={server.url}", "--endpoint_model=m", "--key_variable=", "--questions=3",
         "--samples=1", "--parts=2", "--caption_frames=8", "--reply_tokens=16",
-        "--plugin_temperature=1", "--workers=1", *more)
+        "--plugin_temperature=1", '--endpoint_body={"temperature": null}', "--workers=1", *more)
 
 
 def lines(path):
@@ -164,6 +164,9 @@ def test_pairs_from_videos_without_questions(written, server):
                  if "usage" in r])
     assert counts["endpoint"] == {"prompt_tokens": 10 * asked, "completion_tokens": 5 * asked,
                                   "cost": 0.0}
+    drawn = {stage: {r["temperature"] for r in lines(written / FILES[stage])}
+             for stage in ("captions", "questions", "filter")}  # of the model, then as it is sent
+    assert drawn == {"captions": {1.0}, "questions": {None}, "filter": {None}}
     captions = {c["caption"] for c in lines(written / "captions.jsonl") if "caption" in c}
     texts = [body["messages"][0]["content"][-1]["text"] for _, _, body in server.requests]
     assert all(any(caption in text for text in texts) for caption in captions)

@@ -87,6 +87,7 @@ def test_a_request_holds_the_pictures_as_data_urls_and_the_key_in_its_header(ser
 
 @pytest.mark.parametrize("bad", [
     (500, {}, "oops"), (503, {}, ""), (429, {}, "slow down"), (200, {}, "<html>"),
+    (520, {}, "proxy"), (524, {}, "proxy"), (599, {}, ""),
     (200, {}, '{"choices": []}'), (200, {}, "[1]"), (200, {}, '{"choices": [{"message": {}}]}'),
     (None, {}, ""),
 ])
@@ -121,7 +122,7 @@ def test_a_wait_that_is_too_long_is_left_to_the_user(server, clock):
 
 @pytest.mark.parametrize("status, fix", [
     (400, "Check --endpoint_model"), (401, "environment variable"), (403, "--endpoint_model"),
-    (404, "Check --endpoint"), (307, "--endpoint")])
+    (404, "Check --endpoint"), (307, "--endpoint"), (501, "Check --endpoint")])
 def test_what_will_not_pass_is_not_tried_again(server, clock, status, fix):
     server.script = [(status, {"Location": f"{server.url}/elsewhere"}, f"no: {KEY}")]
     with pytest.raises(EndpointError, match=rf"status {status} \(no: \[key\]\).*{fix}") as error:
@@ -325,6 +326,15 @@ def test_replies_come_in_order_with_pictures_where_they_are_needed(server, clock
     assert pictures == {f"text {i}": 2 * (i % 2 == 0) for i in (0, 1, 3, 4, 5, 6)}
     seeds = {b["messages"][0]["content"][-1]["text"]: b["seed"] for _, _, b in server.requests}
     assert len(set(seeds.values())) == 6
+
+
+@pytest.mark.parametrize("body, sent", [
+    ({}, 0.5), ({"temperature": 1.0}, 1.0), ({"temperature": None}, None)])
+def test_the_temperature_of_records_is_the_one_that_is_sent(server, clock, body, sent):
+    asked = speaker(server, clock, temperature=0.5, body=body)
+    list(asked.say(requests(2), ()))
+    assert [b.get("temperature") for _, _, b in server.requests] == [sent, sent]
+    assert asked.temperature == sent
 
 
 def test_refused_and_cut_replies_are_failures_of_their_request(server, clock):

@@ -31,6 +31,8 @@ def test_every_record_says_what_it_was_drawn_with(whole):
         assert records
         for record in records:
             where = record["targets"] if stage == "pairs" else record
+            named = {"example_id"} if stage == "pairs" else {"id", "input"}
+            assert record.keys() & {"example_id", "id", "input"} == named
             assert len(where["frame_indices"]) == (2 if stage == "captions" else 4)
             assert where["seed"] == 0
             expected = {"videos": None, "captions": 0.25, "questions": 0.25, "filter": 0.25}
@@ -174,3 +176,24 @@ def test_frames_of_training_change_the_pairs_alone(whole, tmp_path):
     for of, option in ((Answerer(Speaker()).settings, {}),
                        (answerer.settings, {"train_frames": "segment"})):
         assert command.stage_options(flags, of, "none")["pairs"] == option
+
+
+def test_nucleus_of_a_model_as_plug_in_is_an_option_of_its_records():
+    """A greedy one draws nothing; folders from before it was an option go on."""
+
+    def options(*more):
+        flags = preferences.parse(["generate", "--model=m", "--data=d", "--out=o",
+                                   "--captioner=model", "--writer=model", *more])
+        settings = dataclasses.replace(Answerer(Speaker()).settings, top_p=flags.top_p)
+        return command.stage_options(flags, settings, "none")
+
+    def differ(*more):
+        one, other = options("--top_p=0.9", *more), options("--top_p=0.8", *more)
+        return [stage for stage in FILES if one[stage] != other[stage]]
+
+    assert differ() == ["preferred"]
+    assert differ("--plugin_temperature=0.7") == ["captions", "questions", "preferred"]
+    assert differ("--plugin_temperature=0.7", "--judge=model") == [
+        "captions", "questions", "preferred", "filter"]
+    asked = ("--captioner=endpoint", "--writer=endpoint", "--judge=endpoint")
+    assert differ("--plugin_temperature=0.7", *asked) == ["preferred"]  # it is not sent

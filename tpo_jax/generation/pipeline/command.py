@@ -18,6 +18,7 @@ from etils import epath
 
 from tpo_jax.data import files
 from tpo_jax.data.pipeline import shown_frames
+from tpo_jax.data.records import PreparedDataset
 from tpo_jax.errors import UserError
 from tpo_jax.generation import pairs
 from tpo_jax.generation.answers import Settings, longest_texts, shuffled_videos
@@ -50,17 +51,20 @@ _FLAGS: tuple[tuple[str, Any, Callable[[str], Any], str], ...] = (
     ("caption_frames", 4, int, "frames of a part"),
     ("reply_tokens", 192, int, "most tokens of a caption, a question or a verdict"),
     ("prompt_tokens", 768, int, "most tokens that our own model is asked with as a plug-in"),
-    ("plugin_temperature", 0.0, float, "of captioner, writer and judge"),
+    ("plugin_temperature", 0.0, float, "of captioner, writer and judge; our own model also draws "
+     "with --top_p"),
     ("endpoint", "", str, "address up to and without /chat/completions"),
     ("endpoint_model", "", str, "name of the model there"),
     ("endpoint_body", "{}", str, "JSON: entries of every request over ours; null removes one"),
     ("key_variable", "OPENAI_API_KEY", str, "environment variable that holds the key; empty: none"),
     ("workers", 4, int, "requests at a time"),
-    ("requests_per_minute", 0.0, float, "at most; 0: any number"),
+    ("requests_per_minute", 0.0, float, "at most, of each of --shards; 0: any number"),
     ("tries", 6, int, "of a request"),
     ("timeout", 120.0, float, "seconds of a try"),
-    ("max_tokens", 0, int, "tokens to spend on the endpoint over all starts; 0: no limit"),
-    ("max_cost", 0.0, float, "money to spend, in the currency of the prices; 0: no limit"),
+    ("max_tokens", 0, int, "tokens that each of --shards may spend on the endpoint over all its "
+     "starts; 0: no limit"),
+    ("max_cost", 0.0, float, "money that each of --shards may spend, in the currency of the "
+     "prices; 0: no limit"),
     ("prompt_price", 0.0, float, "of a million prompt tokens"),
     ("completion_price", 0.0, float, "of a million reply tokens"),
 )
@@ -128,6 +132,21 @@ def _refuse_given(flags: argparse.Namespace, names: Sequence[str], why: str,
                         + " or ".join(values))
 
 
+def check_notes(flags: argparse.Namespace, dataset: PreparedDataset,
+                videos: Sequence[str]) -> None:
+    """Refuses a judge who goes by captions where the split has none, before anything is answered.
+
+    Raises:
+      ValueError: names the flags and the fix.
+    """
+    if (flags.judge in SPEAKERS and flags.captioner == "rules"
+            and not plugins.has_captions(dataset, videos)):
+        raise UserError(
+            f"--judge={flags.judge}: goes by captions, and --captioner=rules finds none: no turn "
+            f"of a conversation in {dataset.path} is of kind 'caption'. Give "
+            "--captioner=endpoint or --captioner=model, or --judge=rules")
+
+
 def budget_of(flags: argparse.Namespace) -> Budget:
     return Budget(flags.max_tokens, flags.max_cost, flags.prompt_price, flags.completion_price)
 
@@ -142,12 +161,13 @@ def run(flags: argparse.Namespace, own: OwnModel, endpoint: Endpoint | None, chu
       The exit status.
     """
     started = time.monotonic()
+    videos = shuffled_videos(own.dataset, flags.seed)
+    check_notes(flags, own.dataset, videos)
     asked = longest_texts(own.dataset, own.codec) if flags.writer == "rules" else None
     settings = settings_of(flags, own, asked)
     prompt = asked[0] if asked else 0
     make = functools.partial(make_pipeline, flags, own, settings, endpoint, prompt)
-    work = Work(epath.Path(flags.out), shuffled_videos(own.dataset, flags.seed), chunk,
-                stage_options(flags, settings, own.weights))
+    work = Work(epath.Path(flags.out), videos, chunk, stage_options(flags, settings, own.weights))
     if flags.shards == 1:
         return _whole(flags, work, make, endpoint.budget if endpoint else None, started)
     with work.part(flags.shard, flags.shards) as folder:
@@ -295,6 +315,8 @@ def stage_options(flags: argparse.Namespace, settings: Settings,
         if name == "model":
             options |= {"weights": weights, "prompt_tokens": flags.prompt_tokens,
                         "batch_size": flags.batch_size, "branches": flags.branches}
+            if flags.plugin_temperature > 0:  # greedy replies are the same with any
+                options |= {"top_p": settings.top_p}
         if name == "endpoint":
             options |= {"endpoint": flags.endpoint, "endpoint_model": flags.endpoint_model,
                         "endpoint_body": flags.endpoint_body}
@@ -304,6 +326,9 @@ def stage_options(flags: argparse.Namespace, settings: Settings,
     sampling = {} if evidence.sampling == "uniform" else {"sampling": evidence.sampling}
     train_frames = (
         {} if settings.train_frames == "whole" else {"train_frames": settings.train_frames})
+    # Judges once took these for notes on a part, and were asked without any as well.
+    notes = ({"notes": "on the whole video"}
+             if flags.writer == "rules" and flags.judge in SPEAKERS else {})
     return {
         "videos": {"data": str(flags.data), "seed": evidence.seed, "parts": flags.parts,
                    "frames": [*evidence.fewer, evidence.frames]} | sampling,
@@ -319,6 +344,6 @@ def stage_options(flags: argparse.Namespace, settings: Settings,
         "dispreferred": {},
         "filter": plugin("judge") | {
             "near_equal": filters.near_equal, "length_ratio": filters.length_ratio,
-            "gap": filters.gap},
+            "gap": filters.gap} | notes,
         "pairs": train_frames,
     }

@@ -30,7 +30,7 @@ import numpy as np
 from tpo_jax.data import tables
 from tpo_jax.errors import UserError
 
-AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # statuses after which a request is repeated
+AGAIN = {408, 409, 425, 429, *range(500, 1000)} - {501}  # statuses to try again; 501 is for good
 REFUSED = (400, 413, 422)  # statuses that may be about this one request
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; doubled with every try
 LONGEST_ASKED = 900.0  # seconds of Retry-After that are waited for
@@ -109,7 +109,7 @@ class EndpointSettings:
       url: up to and without /chat/completions.
       model: name that the endpoint knows.
       key_variable: environment variable with the key; "" for an endpoint that needs none.
-      temperature: of its replies.
+      temperature: of its replies, where `body` has none.
       body: entries of every request's body over the standard ones; None removes one.
       requests_per_minute: at most; 0 is any number.
       tries: of one request.
@@ -481,6 +481,7 @@ _FIXES = {
     404: "Check --endpoint (without /chat/completions) and --endpoint_model.",
     413: "Lower --caption_frames.",
     422: "Check --endpoint_model; --endpoint_body changes entries of the request.",
+    501: "Check --endpoint: this server has no chat completions there.",
 }
 
 

@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
-from tpo_jax.data.records import PreparedDataset
+from tpo_jax.data.records import Example, PreparedDataset, Turn
 from tpo_jax.errors import UserError
 from tpo_jax.generation import pairs
 from tpo_jax.generation.pairs import Candidate
@@ -65,9 +65,10 @@ class Reply:
 
 
 class Speaker(Protocol):
-    """`temperature` is that of its replies; `say` yields one reply per request that is not done."""
+    """`temperature` is the one that its replies are asked for with, None where that is left to a
+    server; `say` yields one reply per request that is not done."""
 
-    temperature: float
+    temperature: float | None
 
     def say(self, requests: Sequence[Request],
             done: Done) -> Iterator[tuple[str, Reply]]: ...
@@ -119,7 +120,9 @@ class EndpointSpeaker:
         self._endpoint, self._dataset, self._poll = endpoint, dataset, poll
         self._seed, self._max_tokens, self._workers = seed, max_tokens, workers
         self._told = not endpoint.budget.limits
-        self.temperature = endpoint.settings.temperature
+        # As it is sent: entries of the body go over ours, and None removes one.
+        settings = endpoint.settings
+        self.temperature = settings.body.get("temperature", settings.temperature)
 
     def say(self, requests: Sequence[Request], done: Done) -> Iterator[tuple[str, Reply]]:
         todo = collections.deque(request for request in requests if request.id not in done)
@@ -230,7 +233,8 @@ class SpokenWriter:
 class SpokenJudge:
     """Asks a speaker, from captions and without pictures, which answer is better.
 
-    Which answer comes first is drawn, because judges prefer one of the places.
+    Which answer comes first is drawn, because judges prefer one of the places. Without captions
+    there is nothing to judge by: nobody is asked, and the pair is dropped.
     """
 
     def __init__(self, speaker: Speaker, seed: int):
@@ -239,11 +243,14 @@ class SpokenJudge:
     def judge(self, jobs: Sequence[tuple[Record, Candidate]], done: Done) -> Outputs:
         requests, places = [], {}
         for job, candidate in jobs:
+            if not job["captions"]:
+                yield job["id"], {"reason": "judge: no captions"}
+                continue
             answers = [candidate.chosen.text, candidate.rejected.text]
             swapped = bool(pairs.random_of(self._seed, f"{job['id']}/order").random() < 0.5)
             places[job["id"]] = "2" if swapped else "1"
             text = prompts.judge(candidate.question.asked, *answers[:: -1 if swapped else 1],
-                                 job["captions"], job["manipulation"] == "localized")
+                                 job["captions"], _is_of_its_part(job, candidate))
             requests.append(Request(f"{job['id']}/judge", job["video_id"], text,
                                     tuple(job["frame_indices"]), False))
         finished = {f"{name}/judge" for name in done}
@@ -256,7 +263,26 @@ class SpokenJudge:
                 "reason": reason, "verdict": verdict | {"chosen": places[name]}}
 
 
+def _is_of_its_part(job: Record, candidate: Candidate) -> bool:
+    """Whether the captions are those of the question's segment alone, as of a question that was
+    written about a part. A localized question of the split comes with those of the whole video."""
+    segment = candidate.evidence.segment
+    return segment is not None and [c["segment"] for c in job["captions"]] == [list(segment)]
+
+
 # --- rules ---
+
+
+def has_captions(dataset: PreparedDataset, video_ids: Sequence[str]) -> bool:
+    """Whether `RuleCaptioner` finds a caption of any of these videos."""
+    return any(True for video_id in video_ids for _ in _caption_turns(dataset, video_id))
+
+
+def _caption_turns(dataset: PreparedDataset, video_id: str) -> Iterator[tuple[Example, Turn]]:
+    for example in dataset.examples(video_id):
+        for turn in example.turns if example.task == "conversation" else ():
+            if turn.kind == "caption":
+                yield example, turn
 
 
 class RuleCaptioner:
@@ -271,12 +297,10 @@ class RuleCaptioner:
         for job in jobs:
             start, end = job["segment"]
             inside, whole = [], []
-            for example in self._dataset.examples(job["video_id"]):
+            for example, turn in _caption_turns(self._dataset, job["video_id"]):
                 is_inside = start <= (example.start + example.end) / 2 <= end
-                for turn in example.turns:
-                    if turn.kind == "caption" and example.task == "conversation":
-                        (inside if is_inside and example.end - example.start <= end - start
-                         else whole).append((example.end - example.start, turn.answer))
+                (inside if is_inside and example.end - example.start <= end - start
+                 else whole).append((example.end - example.start, turn.answer))
             if inside:
                 yield job["id"], {"caption": "; ".join(text for _, text in inside)}
             elif whole:
