@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 from tpo_jax.parallel.topologies import GIB
@@ -11,22 +12,33 @@ _HEAD = """# What full-size configs need on TPU pods
 
     nice -n 15 python -m experiments.plans --out experiments/results/plans
 
-These are all configs of full size: the published families with videos and with images in `tiles`,
-the preference configs of LongVA and LLaVA-Video, the stages of Task Preference Optimization with
+Every config of full size has rows: the published families with videos and with images in `tiles`,
+the preference configs of LongVA (recipe `tpo` with 32 to 512 frames, `hound`, `realign`, `mdpo`)
+and of LLaVA-Video (`tpo` with 32 to 512 frames), the stages of Task Preference Optimization with
 their heads, a model of parts (SigLIP 2, Qwen3) and one of our own design (`seven_b`). Stage
-`3_tasks` has the programs of `3`. Where the steps of a config are of several buckets, a row is the
-one whose step needs most memory by the estimate. `python -m tpo_jax.plan` does one config, and
-every bucket of it.
+`3_tasks` has the programs of `3`. Not every argument of a config has one. Not planned are:
+
+- `recipe=rrpo` of either preference config, whose step runs the reference beside the policy and has
+  the distributions of both over the vocabulary;
+- `hound`, `realign` and `mdpo` of LLaVA-Video;
+- clips of several lengths in one preference config (`frames=8+16+32`);
+- other `frames` and `tiles` than those of the rows, VideoChat2's `media` alone, and the other
+  `numbers`, `sets`, `media` and `mask_loss` of the stages of Task Preference Optimization.
+
+Where the steps of a config are of several buckets, a row is the one whose step needs most memory by
+the estimate. `python -m tpo_jax.plan` does one config, and every bucket of it.
 
 No TPU was used. Memory is that of the program that `train` runs, by libtpu's compiler for that
-topology: of a row marked `compiled` from the finished program; of a row marked `refused by the
-compiler`, which ended for want of memory, from its error; of a row marked `assigned` from its log,
-once every buffer had its place and before code was generated, which is nearly all of the time
-(`experiments/assigned_memory.py`); it counts up to 0.13 GiB on top, which lie in the memory of the
-core. A row marked `estimated` has it from the traced program (`tpo_jax/training/estimate.py`).
-Everything else is arithmetic:
+topology: of a row marked `compiled` from the finished program, the most that is held at one time;
+of a row marked `refused by the compiler`, which ended for want of memory, from its error; of a row
+marked `assigned` from its log, once every buffer had its place and before code was generated, which
+is nearly all of the time (`experiments/assigned_memory.py`): the total of all places, those in the
+memory of the core too. How far that was from `compiled` is told at the end of this page. A row
+marked `estimated` has it from the traced program (`tpo_jax/training/estimate.py`). Everything else
+is arithmetic:
 
-- **compiled in**: seconds that libtpu's compiler took for the gradient, or until it refused it.
+- **compiled in**: seconds that libtpu's compiler took for the gradient, or until it refused it;
+  empty where it was ended, or had refused, before any code.
 - **mesh**: in preference configs the fewest chips that let a row fit share it (`context`, see
   docs/preferences.md); where `context` is not named, a chip has its rows for itself.
 - **rows a step** are those of the config; `x n` micro-batches, as few as the estimate lets fit, of
@@ -87,17 +99,83 @@ def _summary(results: dict[str, dict]) -> list[str]:
 def errors(results: dict[str, dict]) -> list[str]:
     """Estimated and assigned memory over what is known better, by a refusal too."""
     lines = ["## Estimated against assigned or compiled memory", "", *_estimates(results)]
-    both = {n: r for n, r in results.items() if "compiled" in r and "assigned" in r}
+    both = _assigned_and_compiled(results)
     if not both:
-        return [*lines, "", "No cell is assigned and compiled, so how near these are is not known."]
-    lines += ["", "## Assigned against compiled memory", ""]
-    lines += _row(("cell", "assigned, GiB", "compiled, GiB", "ratio"))
-    lines.append("|---|---|---|---|")
+        return [*lines, "", "No cell is assigned and compiled, so how near they are is not known."]
+    lines += ["", "## Assigned against compiled memory", "", *_assignments(both), ""]
+    lines += _row(("cell", "assigned, GiB", "compiled, GiB", "ratio", "same collectives"))
+    lines.append("|---|---|---|---|---|")
     for name, result in both.items():
         one, other = (result[by]["memory"] for by in ("assigned", "compiled"))
-        ratio = f"{one / other:.3f}"
-        lines += _row((name, f"{one / GIB:.2f}", f"{other / GIB:.2f}", ratio))
-    return lines
+        figures = f"{one / GIB:.2f}", f"{other / GIB:.2f}", f"{one / other:.3f}"
+        lines += _row((name, *figures, _same_collectives(result)))
+    return [*lines, "", *_unsure(results)]
+
+
+def _assigned_and_compiled(results: dict[str, dict]) -> dict[str, dict]:
+    """Without those whose buffers found no places: they are refused with one error both times."""
+    return {
+        name: r for name, r in results.items()
+        if "compiled" in r and "assigned" in r and not r["assigned"]["ran_out"]
+    }  # fmt: skip
+
+
+def _same_collectives(result: dict[str, Any]) -> str:
+    """Whether assigned and compiled may be of one program: yes or no; what was refused has none to
+    compare."""
+    if result["compiled"]["ran_out"]:
+        return "refused"
+    return "yes" if result["assigned"]["collectives"] == result["compiled"]["collectives"] else "no"
+
+
+def _assignments(both: dict[str, dict]) -> list[str]:
+    """What is known of the error of `assigned`."""
+    alike = {kind: [r for r in both.values() if _same_collectives(r) == kind]
+             for kind in ("yes", "no")}  # fmt: skip
+    lines = [f"Of {len(both)} cells that are both, assigned less compiled is "
+             f"{_differences(both.values())}; cells whose buffers found no places, refused with "
+             "one error both times, are left out."]  # fmt: skip
+    if alike["no"]:
+        lines += [
+            f"{len(alike['no'])} of them have other collectives compiled than assigned: they are "
+            "two programs, for the model or the compiler was changed between the two. Cells that "
+            "are assigned alone may be as old; `--fresh` plans all anew."
+        ]
+        if alike["yes"]:
+            lines.append(f"With the same collectives it is {_differences(alike['yes'])}.")
+    return [" ".join(lines)]
+
+
+def _differences(results: Iterable[dict]) -> str:
+    """The least and the most that assigned is more than compiled."""
+    more = [(r["assigned"]["memory"] - r["compiled"]["memory"]) / GIB for r in results]
+    return f"{min(more):+.2f} to {max(more):+.2f} GiB"
+
+
+def sure_share(results: dict[str, dict]) -> float:
+    """Share of memory up to which an assigned program is taken to fit, at most 1: its compiled
+    memory may be as much above, in proportion, as it was at the worst."""
+    both = _assigned_and_compiled(results).values()
+    ratios = (r["assigned"]["memory"] / r["compiled"]["memory"] for r in both)
+    return min([1.0, *ratios])
+
+
+def unsure(result: dict[str, Any], share: float) -> bool:
+    """Whether a cell fits by an assigned program that takes more than `share` of memory."""
+    return (
+        _by(result) == "assigned" and fits(result)
+        and memory_of(result) > share * result["estimate"]["hbm"]
+    )  # fmt: skip
+
+
+def _unsure(results: dict[str, dict]) -> list[str]:
+    share = sure_share(results)
+    names = [name for name, r in results.items() if unsure(r, share)]
+    told = f": {', '.join(names)}" if names else ""
+    return [
+        f"By the least ratio an assigned program that takes more than {100 * share:.1f} % of "
+        f"memory may not fit. {len(names)} cells of which the table says `yes` are such{told}."
+    ]
 
 
 def _estimates(results: dict[str, dict]) -> list[str]:
@@ -118,9 +196,10 @@ def _estimates(results: dict[str, dict]) -> list[str]:
 
 def _by(result: dict[str, Any]) -> str:
     """What the memory of a cell is known by: one of BY."""
-    if "compiled" in result:
-        return REFUSED if result["compiled"]["ran_out"] else "compiled"
-    return "assigned" if "assigned" in result else "estimated"
+    made = _made(result)
+    if made and made["ran_out"]:
+        return REFUSED
+    return next((by for by in ("compiled", "assigned") if by in result), "estimated")
 
 
 def _made(result: dict[str, Any]) -> dict[str, Any] | None:

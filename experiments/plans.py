@@ -7,13 +7,15 @@ First every cell is estimated from its traced program (tpo_jax/training/estimate
 seconds and decides its mesh and its micro-batches. Then the compiler for its topology gives every
 buffer of it a place (experiments/assigned_memory.py), which takes half a minute; where that does
 not fit, more micro-batches are tried. At last those on either side of a boundary between frame
-counts are compiled to the end, for many minutes each.
+counts, and those that fit so narrowly that the assignment may err, are compiled to the end, for
+many minutes each.
 Each result is written to OUT/plans.json as it comes and README.md is written anew; the same command
 goes on where it stopped. Rerun with --fresh after a change of the model. Needs libtpu, no TPU.
 
-`cells` are all configs of full size. Where the steps of one are of several buckets (videos and
-images), its cell is the bucket whose step needs most memory by the estimate; mesh and micro-batches
-are such that all of them fit, and chip-hours count the steps of each.
+`cells` has every config of full size, with the arguments that the head of the table names; it names
+those, too, that no cell has. Where the steps of one are of several buckets (videos and images), its
+cell is the bucket whose step needs most memory by the estimate; mesh and micro-batches are such
+that all of them fit, and chip-hours count the steps of each.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import jax
 from jax.sharding import Mesh
 
 from experiments.assigned_memory import Assigned, assigned
-from experiments.plan_table import fits, memory_of, page
+from experiments.plan_table import fits, memory_of, page, sure_share, unsure
 from tpo_jax import plan
 from tpo_jax.data.buckets import Bucket, BucketSchedule, scheduled
 from tpo_jax.data.pipeline import read_buckets
@@ -356,7 +358,8 @@ def _made(
 def boundaries(results: dict[str, dict], planned: list[Cell]) -> list[Cell]:
     """Cells worth compiling that are not compiled yet, those nearest to a chip's memory first.
 
-    They are those between whose frame counts memory ends, of cells that differ in these alone.
+    They are those between whose frame counts memory ends, of cells that differ in these alone, and
+    those that are assigned with so little to spare that the finished program may not fit.
     """
     wanted = []
     for _, group in itertools.groupby(sorted(planned, key=lambda c: c.group), lambda c: c.group):
@@ -364,6 +367,8 @@ def boundaries(results: dict[str, dict], planned: list[Cell]) -> list[Cell]:
         fit = [fill(results[c.name]) <= 1 for c in row]
         for i in range(len(row) - 1):
             wanted += row[i : i + 2] if fit[i] != fit[i + 1] else []
+    share = sure_share(results)
+    wanted += [c for c in planned if unsure(results[c.name], share)]
     todo = [c for c in dict.fromkeys(wanted) if "compiled" not in results[c.name]]
     return sorted(todo, key=lambda c: abs(math.log(fill(results[c.name]))))
 
@@ -398,7 +403,12 @@ def run(
             save(out, results)
     for cell in planned:
         _assign(out, cell, planner, results)
-    for cell in boundaries(results, planned)[:compiles]:
+    save(out, results)  # what the page says of them may have changed
+    for _ in range(compiles):
+        todo = boundaries(results, planned)  # anew, for each result may move them
+        if not todo:
+            break
+        cell = todo[0]
         print(f"{cell.name}: compiling", flush=True)
         result = results[cell.name]
         result["compiled"] = compiled(planner.compile(cell, result["estimate"]))

@@ -194,9 +194,14 @@ def test_chips_that_share_a_row_hold_less_of_it():
     assert two.sent["all-gather"] != one.sent["all-gather"]
 
 
+def made(memory: float, ran_out: bool = False, collectives: int = 1) -> dict:
+    kinds = {} if ran_out else {"all-gather": {"count": collectives, "bytes": 1.0}}
+    return {"memory": memory * GIB, "seconds": 7, "ran_out": ran_out, "collectives": kinds}
+
+
 def result(memory: float, compiled: float | None = None) -> dict:
-    made = {} if compiled is None else {"compiled": {"memory": compiled * GIB, "ran_out": False}}
-    return {"estimate": {"memory": memory * GIB, "hbm": 16 * GIB}} | made
+    known = {} if compiled is None else {"compiled": made(compiled)}
+    return {"estimate": {"memory": memory * GIB, "hbm": 16 * GIB}} | known
 
 
 def test_either_side_of_a_boundary_is_compiled_nearest_first():
@@ -210,6 +215,76 @@ def test_either_side_of_a_boundary_is_compiled_nearest_first():
     results[cells[2].name] = result(17, 16.5)
     assert plans.boundaries(results, [*cells, alone]) == [cells[1]]
     assert not plan_table.fits(results[cells[2].name])
+
+
+def test_what_fits_by_less_than_the_error_of_assignments_is_compiled():
+    cells = [plans.Cell("longva", "", pod) for pod in ("v4:2x2x4", "v5e:8x8", "v5e:16x16")]
+    known, narrow, wide = (cell.name for cell in cells)
+    results = {
+        known: result(5, 10) | {"assigned": made(9)},  # nine tenths of the finished program
+        narrow: result(5) | {"assigned": made(14.5)},
+        wide: result(5) | {"assigned": made(14.3)},
+    }
+    assert plan_table.sure_share(results) == pytest.approx(0.9)
+    assert plans.boundaries(results, cells) == [cells[1]]
+    assert f"`yes` are such: {narrow}." in plan_table.errors(results)[-1]
+    assert plans.boundaries(results | {narrow: result(5, 15) | results[narrow]}, cells) == []
+    # Without an error that is known, and where assignments were above it alone.
+    del results[known]["compiled"]
+    assert plans.boundaries(results, cells) == []
+    results[known] |= result(5, 8)
+    assert plan_table.sure_share(results) == 1 and plans.boundaries(results, cells) == []
+
+
+def test_after_each_compiled_cell_boundaries_are_looked_for_anew(monkeypatch, tmp_path):
+    """The first is refused, so memory ends below it and not above."""
+    cells = [dataclasses.replace(CELLS[0], frames=frames) for frames in (32, 64, 128)]
+    memory = zip(cells, (10, 15.5, 17), strict=True)
+    results = {cell.name: result(5) | {"assigned": made(size)} for cell, size in memory}
+    (tmp_path / "plans.json").write_text(json.dumps(results))
+    asked = []
+
+    def compile(cell, estimate):
+        asked.append(cell.frames)
+        return plans.plan.ProgramPlan(None, 1.0, None, 20 * GIB, {})
+
+    planner = types.SimpleNamespace(compile=compile, split_more=lambda cell, estimate: None)
+    monkeypatch.setattr(plans, "save", lambda out, results: None)
+    plans.run(tmp_path, cells, 5, planner)
+    assert asked == [64, 32]
+
+
+def test_a_cell_refused_before_code_is_called_so():
+    records = json.loads((RESULTS / "plans.json").read_text())
+    name, record = next(iter(records.items()))
+    text = plan_table.page({name: {**record, "assigned": made(40, ran_out=True)}})
+    assert "| **no** | refused by the compiler |  |" in text
+    assert "1 cells: 0 compiled, 1 refused by the compiler, 0 assigned, 0 estimated." in text
+
+
+def test_the_error_of_assignments_is_told_from_what_was_compiled():
+    """A refusal is the same error twice; other collectives are those of another program."""
+
+    def both(one, other):
+        return {**result(5), "assigned": one, "compiled": other}
+
+    same = {"a": both(made(10.5), made(10)), "b": both(made(10.25), made(10))}
+    results = same | {"refused": both(*[made(20, ran_out=True)] * 2)}
+    found = "\n".join(plan_table.errors(results))
+    assert "Of 2 cells that are both, assigned less compiled is +0.25 to +0.50 GiB;" in found
+    assert "| a | 10.50 | 10.00 | 1.050 | yes |" in found and "other collectives" not in found
+    assert "| refused | 20" not in found
+    results["late"] = both(made(15.9), made(16.5, ran_out=True))
+    assert "| late | 15.90 | 16.50 | 0.964 | refused |" in "\n".join(plan_table.errors(results))
+    assert plan_table.sure_share(results) == pytest.approx(15.9 / 16.5)
+    del results["late"]
+    results["other"] = both(made(8), made(10, collectives=2))
+    found = "\n".join(plan_table.errors(results))
+    assert "Of 3 cells that are both, assigned less compiled is -2.00 to +0.50 GiB;" in found
+    assert "1 of them have other collectives compiled than assigned" in found
+    assert "With the same collectives it is +0.25 to +0.50 GiB." in found
+    assert "| other | 8.00 | 10.00 | 0.800 | no |" in found
+    assert "more than 80.0 % of memory may not fit. 0 cells" in found
 
 
 def test_the_largest_batch_is_where_memory_ends():
