@@ -9,14 +9,20 @@
 `runs` holds base/ (the model folder to start from), data/train and pairs/. `recipe` is one of
 
   tpo      DPO + 0.5 SFT, beta 0.3, 4e-6, 64 pairs a step, one epoch, language model and projector
-  hound    LLaVA-Hound-DPO (2404.01258): beta 0.1, no SFT, 5e-7, 128 pairs, 3 epochs, language
-           model, 10 frames (published: 8 to 10)
+  hound    LLaVA-Hound-DPO (2404.01258): beta 0.1, no SFT, 5e-7 falling linearly, 128 pairs, 3
+           epochs, language model, 10 frames (published: 8 to 10)
   realign  Re-Align's rDPO (2502.13146): beta 0.1, DPO + the conditional term, whose contrast here
-           is the pair's manipulated frames; LoRA of rank 128, 1e-6. Score with --contrast
-  mdpo     mDPO (2406.11839): as realign with the anchor term, LoRA of rank 64, 1e-5, 3 epochs, 32
+           is the pair's manipulated frames; LoRA of rank 128 on the kernels of attention, 1e-6.
+           Score with --contrast
+  mdpo     mDPO (2406.11839): as realign with the anchor term, LoRA of rank 64 on all kernels, 1e-5,
+           weight decay 0.05, Adam's b2 0.98, 3 epochs, 32 pairs
   rrpo     RRPO (2504.12083) as released for LLaVA-Video: beta 0.1, DPO + 0.01 times the KL over the
-           vocabulary, LoRA of rank 128, 5e-6, 32 pairs, 16 frames. Score nothing: the reference is
-           in the step. Rewards are of whole answers; RRPO's are of the phrases that differ
+           vocabulary, LoRA of rank 128 on all kernels, 5e-6, 32 pairs, 16 frames. Score nothing:
+           the reference is in the step. Rewards are of whole answers; RRPO's are of the phrases
+           that differ
+
+Every LoRA is of the language model and has dropout 0.05. docs/preferences.md has the files that the
+numbers are from, and where these recipes depart from them.
 
 `pairs` is how many the manifest holds, from which steps follow: where `generate` ended with fewer,
 give their number, or training shows them more often and warns; `frames` those of a clip, 8 to 512,
@@ -49,6 +55,8 @@ KINDS = [
     "object", "spatial",
 ]  # fmt: skip
 LANGUAGE_KERNELS = "language/layers/.*kernel"
+ATTENTION_KERNELS = "language/layers/.*[qkvo]_proj/kernel"
+LORA_DROPOUT = 0.05  # of all the published ones
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -115,32 +123,34 @@ def _tpo(config: ConfigDict) -> tuple[int, int]:
 def _hound(config: ConfigDict) -> tuple[int, int]:
     config.preference.update(beta=0.1, sft=0.0)
     config.trainable = [["language/", 5e-7]]
+    config.optimizer.schedule = "linear"
     return 128, 3
 
 
 def _realign(config: ConfigDict) -> tuple[int, int]:
     config.optimizer.warmup = 0.03
-    _with_lora(config, rank=128, alpha=256.0, rate=1e-6)
+    _with_lora(config, ATTENTION_KERNELS, rank=128, alpha=256.0, rate=1e-6)
     _several_losses(config, ["sigmoid", "conditional"])
     return 64, 1
 
 
 def _mdpo(config: ConfigDict) -> tuple[int, int]:
-    _with_lora(config, rank=64, alpha=128.0, rate=1e-5)
+    config.optimizer.update(weight_decay=0.05, b2=0.98)
+    _with_lora(config, LANGUAGE_KERNELS, rank=64, alpha=128.0, rate=1e-5)
     _several_losses(config, ["sigmoid", "conditional", "anchor"])
     return 32, 3
 
 
 def _rrpo(config: ConfigDict) -> tuple[int, int]:
     config.optimizer.warmup = 0.03
-    _with_lora(config, rank=128, alpha=256.0, rate=5e-6)
+    _with_lora(config, LANGUAGE_KERNELS, rank=128, alpha=256.0, rate=5e-6)
     _several_losses(config, {"sigmoid": 1.0, "vocabulary_kl": 0.01})
     config.preference.reference, config.data.references = "adapters_off", []
     return 32, 1
 
 
-def _with_lora(config: ConfigDict, rank: int, alpha: float, rate: float) -> None:
-    config.lora.update(pattern=LANGUAGE_KERNELS, rank=rank, alpha=alpha)
+def _with_lora(config: ConfigDict, pattern: str, rank: int, alpha: float, rate: float) -> None:
+    config.lora.update(pattern=pattern, rank=rank, alpha=alpha, dropout=LORA_DROPOUT)
     config.trainable = [[".*lora_[ab]$", rate]]
 
 

@@ -1,5 +1,6 @@
 """The configs of temporal preference optimization, a few steps of each on the micro model."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -19,12 +20,13 @@ from tpo_jax.data.batch_spec import batch_spec
 from tpo_jax.data.buckets import Bucket, BucketSchedule
 from tpo_jax.data.evaluation_rows import build_pair_rows
 from tpo_jax.data.pairs import PairedDataset
-from tpo_jax.data.pipeline import row_builder
+from tpo_jax.data.pipeline import Pipeline, row_builder
 from tpo_jax.data.records import Example, Turn
 from tpo_jax.data.rows import kind_id
 from tpo_jax.interop.folder import load_model, save_model, write_model
-from tpo_jax.models.config import DTYPES
+from tpo_jax.models.config import DTYPES, LoraConfig
 from tpo_jax.models.presets import PRESETS
+from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.hashes import hash_weights
 from tpo_jax.parallel.mesh import make_mesh
 from tpo_jax.parallel.paths import flatten
@@ -32,7 +34,8 @@ from tpo_jax.training import config as training_config
 from tpo_jax.training import references, scoring, sidecar
 from tpo_jax.training.ledger import Ledger
 from tpo_jax.training.preemption import Preemption
-from tpo_jax.training.start import make_model_config
+from tpo_jax.training.program import make_program
+from tpo_jax.training.start import initial_params, make_model_config, pipeline_options
 from tpo_jax.training.writers import read_scalars
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
@@ -98,7 +101,7 @@ def write_pairs(path, **targets):
 def score(runs, out, *more, pairs=None):
     pairs = pairs or runs / "pairs" / "pairs.jsonl"
     about = [f"--model={runs / 'base'}", "--data=memory", f"--pairs={pairs}", f"--out={out}"]
-    assert preferences.main(["score", *about, *more, "--batch_size=4"]) == 0
+    assert preferences.main(["score", *about, "--batch_size=4", *more]) == 0
 
 
 def get_config(file, arg, runs):
@@ -361,6 +364,52 @@ def test_every_dtype_has_a_tolerance():
     assert set(references.TOLERANCE) == set(DTYPES)
 
 
+def test_bfloat16_of_another_program_is_within_the_tolerance_and_not_more_is(runs, tmp_path):
+    """Scored by eights, in rows as short as the pairs; held against the longer rows of training."""
+    score(runs, tmp_path / "good.npz", "--contrast", "--dtype=bfloat16", "--batch_size=8")
+    good = sidecar.read(tmp_path / "good.npz")
+    config = get_config("longva_tpo.py", "recipe=realign", runs)
+    config.model.dtype, file = "bfloat16", tmp_path / "shifted.npz"
+    config.data.references = [str(file)]
+    model_config, codec = make_model_config(config)
+    program = make_program(config, model_config, make_mesh({}, jax.devices()[:1]))
+    params = initial_params(config, program, model_config, print)
+
+    def with_logps(logps):
+        sidecar.write(file, sidecar.Sidecar(good.fingerprint, good.digests, logps))
+        options = pipeline_options(config, model_config, codec)
+        return Pipeline(training_config.to_dict(config)["data"]["train"], **options)
+
+    def verify(pipeline):
+        """(mean, largest) difference, as said."""
+        said = []
+        with Preemption() as preemption:
+            references.verify_references(
+                program, pipeline, params, seed=0, files=[file], say=said.append,
+                preemption=preemption,
+            )  # fmt: skip
+        return [float(x) for x in re.findall(r"[\d.]+e[-+]\d+", said[0])]
+
+    def one_token(by):
+        logps = good.logps[sampled].copy()
+        logps[0, 0] -= by
+        return with_logps(good.logps | {sampled: logps})
+
+    def all_tokens(by):
+        return with_logps({pair: x - by * (x != 0) for pair, x in good.logps.items()})
+
+    pipeline = with_logps(good.logps)
+    step = next(references.sample_steps(pipeline.schedule, 0))
+    (sampled,) = pipeline.describe_batch(step)[1][0]["examples"]
+    mean, largest = verify(pipeline)
+    limit, mean_limit = references.TOLERANCE["bfloat16"]
+    assert 0.01 < largest < limit and 0.001 < mean < mean_limit
+    assert verify(one_token(limit - 1.1 * largest))[1] > limit - 2.2 * largest
+    for shifted in (one_token(limit + 1.1 * largest), all_tokens(mean_limit + 1.1 * mean)):
+        with pytest.raises(sidecar.SidecarMismatch, match="for bfloat16 are 0.5 and 0.05"):
+            verify(shifted)
+
+
 @pytest.mark.parametrize(
     ("file", "recipe", "loss", "beta", "sft", "rate", "steps", "frames", "warmup"),
     [
@@ -384,6 +433,34 @@ def test_published_numbers(file, recipe, loss, beta, sft, rate, steps, frames, w
     assert config.trainable[0][1] == rate and config.optimizer.warmup == warmup
     assert config.buckets.pairs.frames == frames
     assert (got["reference"] == "sidecar") == bool(config.data.references)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "adapted", "rank", "decay", "b2", "schedule"),
+    [
+        ("tpo", "", 0, 0.0, 0.999, "cosine"),
+        ("hound", "", 0, 0.0, 0.999, "linear"),
+        ("realign", "k o q v", 128, 0.0, 0.999, "cosine"),
+        ("mdpo", "down gate k o q up v", 64, 0.05, 0.98, "cosine"),
+        ("rrpo", "down gate k o q up v", 128, 0.0, 0.999, "cosine"),
+    ],
+)
+def test_published_optimizers_and_adapters(recipe, adapted, rank, decay, b2, schedule):
+    """Of the released scripts; docs/preferences.md names them."""
+    config = runpy.run_path(str(CONFIGS / "longva_tpo.py"))["get_config"](f"recipe={recipe}")
+    optimizer, lora = config.optimizer, config.lora.to_dict()
+    got = (optimizer.weight_decay, optimizer.b2, optimizer.schedule, optimizer.min_lr_ratio)
+    assert got == (decay, b2, schedule, 0.0)
+    assert (lora["rank"], lora["alpha"]) == (rank, 2.0 * rank)
+    assert lora["dropout"] == (0.05 if rank else 0.0)
+    if rank:
+        lora["rank"] = 2
+        model_config = dataclasses.replace(PRESETS["micro"](), lora=LoraConfig(**lora))
+        paths = flatten(FunctionalModel(model_config).abstract())
+        places = {path.removesuffix("/lora_b") for path in paths if path.endswith("/lora_b")}
+        assert {path.split("/")[0] for path in places} == {"language"}
+        names = {path.split("/")[-1] for path in places}
+        assert names == {f"{name}_proj" for name in adapted.split()}
 
 
 @pytest.mark.parametrize("frames", [8, 16, 32, 64, 96, 128, 256, 512])

@@ -1,7 +1,8 @@
-"""Every loss of TRL's DPO trainer, and its gradient, by TRL itself on the same log-probabilities.
+"""Every loss of TRL's DPO trainer, SimPO and ORPO, and their gradients, by TRL itself on the same
+log-probabilities.
 
-The trainer's loss method is called on a stand-in that has its options; the model it calls returns
-our random token log-probabilities instead of running.
+A trainer's loss method is called on a stand-in that has its options; the model that the DPO trainer
+calls returns our random token log-probabilities instead of running.
 """
 
 import ast
@@ -18,6 +19,7 @@ import pytest
 from fake_pairs import random_pairs
 
 from tpo_jax.objectives.preference import PreferenceConfig, preference_losses
+from tpo_jax.objectives.preference.pair import LARGEST_EXPONENT
 
 pytestmark = pytest.mark.parity
 
@@ -167,6 +169,58 @@ def test_losses_that_trl_refuses_with_a_divergence_are_refused():
 def test_length_desensitised_and_weighted_losses_are_those_of_trl(name):
     check(ours(name, ld_alpha=0.4), of_trl(name, ld_alpha=0.4))
     check(ours(name, wpo=True), of_trl(name, use_weighting=True))
+
+
+def simpo_of_trl(chosen, rejected):
+    cpo = pytest.importorskip("trl.experimental.cpo")
+    trainer = types.SimpleNamespace(
+        alpha=0.0, beta=BETA, loss_type="simpo", simpo_gamma=0.7, label_smoothing=0.0,
+        accelerator=types.SimpleNamespace(device="cpu"),
+    )  # fmt: skip
+    return cpo.CPOTrainer.cpo_loss(trainer, chosen, rejected)[0].mean()
+
+
+def orpo_of_trl(chosen, rejected):
+    """What ORPO's loss subtracts, by TRL's `beta` (the paper's lambda), which is a weight here."""
+    orpo = pytest.importorskip("trl.experimental.orpo")
+    trainer = types.SimpleNamespace(beta=1.0, accelerator=types.SimpleNamespace(device="cpu"))
+    return -orpo.ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0].mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "options"),
+    [("simpo", simpo_of_trl, {"simpo_gamma": 0.7}), ("orpo", orpo_of_trl, {})],
+)
+def test_losses_without_a_reference_are_those_of_trl(name, theirs, options):
+    """Both read the mean log-probability of an answer's tokens, as TRL's trainers hand it over."""
+    torch = pytest.importorskip("torch")
+    weights = torch.tensor(np.array(PAIRS.weights))
+    policy = torch.tensor(np.array(PAIRS.policy), requires_grad=True)
+    means = (policy * weights).sum(-1) / weights.sum(-1)
+    value = theirs(means[:, 0], means[:, 1])
+    value.backward()
+    check(ours(name, **options), (value.item(), policy.grad.numpy()))
+
+
+def test_wpo_weights_no_loss_that_is_not_of_one_pair():
+    """TRL refuses sorted pairs as we do. Its `sft` is one number, repeated for every pair, which it
+    cannot multiply in place; ours keeps its weight."""
+    trl = pytest.importorskip("trl")
+    source = inspect.getsource(trl.DPOTrainer.__init__)
+    refused = re.search(r"use_weighting and any\(loss_type in (\{.*?\})", source, re.S)[1]
+    assert ast.literal_eval(refused) == {"aot", "aot_unpaired"}
+    for name in ("aot", "aot_unpaired"):
+        with pytest.raises(ValueError, match=f"wpo=True: {name} sorts the batch"):
+            PreferenceConfig(beta=BETA, loss=name, wpo=True)
+    with pytest.raises(RuntimeError, match="written-to tensor"):
+        of_trl("sft", use_weighting=True)
+
+
+def test_exponents_are_clamped_where_trl_clamps_them():
+    trl = pytest.importorskip("trl")
+    source = inspect.getsource(trl.DPOTrainer._compute_loss)
+    clamp = re.search(r"clamp_max = \{.*torch\.float32: ([\d.]+)", source)[1]
+    assert float(clamp) == LARGEST_EXPONENT
 
 
 def test_trl_has_no_loss_that_we_lack():

@@ -12,11 +12,12 @@ from tpo_jax.models.video_language import FunctionalModel
 from tpo_jax.parallel.paths import flatten
 from tpo_jax.training.optimizer import (
     MUON_RMS,
+    SCHEDULES,
     OptimizerConfig,
     assign_groups,
     decay_mask,
     make_optimizer,
-    warmup_cosine,
+    warmup_decay,
 )
 from tpo_jax.training.state import init_state, merge, partition
 
@@ -73,19 +74,23 @@ def test_groups_that_cannot_be_meant_are_refused(groups, message):
         make_optimizer(OptimizerConfig(**PLAIN), groups, 10, PARAMS)
 
 
-def test_schedule_rises_then_falls_to_the_floor():
-    schedule = warmup_cosine(steps=100, warmup=0.1, min_lr_ratio=0.2)
+@pytest.mark.parametrize(
+    ("decay", "quarter"),
+    [("cosine", (1 + np.cos(np.pi * 23 / 91)) / 2), ("linear", 1 - 23 / 91)],
+)
+def test_schedule_rises_then_falls_to_the_floor(decay, quarter):
+    schedule = warmup_decay(100, 0.1, 0.2, decay)
     rates = np.array([float(schedule(step)) for step in range(101)])
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-5)
     assert np.all(np.diff(rates[9:]) < 0)
-    # half-way between peak (step 9) and floor (step 100)
-    middle = 0.2 + 0.8 * (1 + np.cos(np.pi * 46 / 91)) / 2
-    np.testing.assert_allclose([rates[55], rates[100]], [middle, 0.2], rtol=1e-4)
+    # a quarter of the way from the peak (step 9) to the floor (step 100)
+    np.testing.assert_allclose([rates[32], rates[100]], [0.2 + 0.8 * quarter, 0.2], rtol=1e-4)
 
 
+@pytest.mark.parametrize("decay", SCHEDULES)
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0.0), (1, 1.0), (3, 0.5), (10, 1.0)])
-def test_schedule_of_short_runs_is_finite_and_positive(steps, warmup):
-    schedule = warmup_cosine(steps, warmup, 0.1)
+def test_schedule_of_short_runs_is_finite_and_positive(steps, warmup, decay):
+    schedule = warmup_decay(steps, warmup, 0.1, decay)
     rates = [float(schedule(step)) for step in range(steps)]
     assert all(0 < rate <= 1 for rate in rates)
 
@@ -117,9 +122,12 @@ def test_clipping_sees_trainable_gradients_only():
 
 def test_equals_optax_adamw_for_one_group_without_mask():
     params = {"kernel": jnp.array([[1.0, -2.0]])}
-    config = OptimizerConfig(name="adamw", warmup=0.0, weight_decay=0.1, clip=0.0, min_lr_ratio=1.0)
+    config = OptimizerConfig(
+        name="adamw", warmup=0.0, weight_decay=0.1, clip=0.0, min_lr_ratio=0.0, schedule="linear",
+        b2=0.9,
+    )  # fmt: skip
     ours = make_optimizer(config, [("kernel", 0.05)], 10, params).transform
-    theirs = optax.adamw(0.05, weight_decay=0.1)
+    theirs = optax.adamw(optax.linear_schedule(0.05, 0.0, 10), b2=0.9, weight_decay=0.1)
     got, want = params, params
     states = [ours.init(params), theirs.init(params)]
     for step in range(3):
@@ -182,7 +190,9 @@ def test_matrices_of_one_shape_are_orthogonalised_as_one_by_one():
         ("warmup", 1.5),
         ("min_lr_ratio", -0.1),
         ("clip", -1.0),
-        ("b2", 2.0),
+        ("schedule", "constant"),
+        ("b1", -0.1),
+        ("b2", 1.0),
         ("moments", "float16"),
     ],
 )

@@ -91,10 +91,12 @@ def default_config() -> ConfigDict:
     config.optimizer = {
         "name": "adamw",  # or "muon", for models that start from random weights
         "warmup": 0.05,  # share of all steps
+        "schedule": "cosine",  # after it, or "linear", down to min_lr_ratio
         "weight_decay": 0.05,
         "clip": 1.0,  # largest global gradient norm; 0: no clipping
         "min_lr_ratio": 0.1,
-        "eps": 1e-8,  # of Adam
+        "b2": 0.999,  # of Adam, as eps
+        "eps": 1e-8,
         "moments": "float32",  # stored so; or "bfloat16", or "host" in the memory of the host
     }
     config.accumulation = 1  # micro-batches a step

@@ -6,7 +6,7 @@ It is for what starts from random weights, models or heads; fine-tuning is AdamW
 
 Groups are `[[regex, learning_rate], ...]` over "/"-joined parameter paths, anchored at the start;
 the first match wins. A parameter that no group matches is frozen: it gets no gradient and no
-optimizer state. All groups follow one schedule: linear warm-up, then cosine to a floor.
+optimizer state. All groups follow one schedule: linear warm-up, then one of SCHEDULES to a floor.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ Groups = Sequence[tuple[str, float]]
 
 NAMES = ("adamw", "muon")
 MOMENTS = ("float32", "bfloat16", "host")
+SCHEDULES = ("cosine", "linear")
 # Root mean square of a Muon update, as large as Adam's usually are.
 MUON_RMS = 0.2
 MUON_MOMENTUM = 0.95
@@ -41,6 +42,7 @@ class OptimizerConfig:
 
     Attributes:
       name: one of NAMES. Both parts of Muon have Nesterov momentum.
+      schedule: how the learning rate falls after that: one of SCHEDULES.
       warmup: share of all steps in [0, 1) with a linearly rising learning rate.
       weight_decay: decoupled, multiplied by the learning rate; matrices only (see NO_DECAY).
       clip: largest global norm of the trainable gradients; 0 switches clipping off.
@@ -57,21 +59,24 @@ class OptimizerConfig:
     weight_decay: float
     clip: float
     min_lr_ratio: float
+    schedule: str = "cosine"
     moments: str = "float32"
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise UserError(f"optimizer.name={self.name!r}: expected one of {', '.join(NAMES)}")
-        if self.moments not in MOMENTS:
-            raise UserError(
-                f"optimizer.moments={self.moments!r}: expected one of {', '.join(MOMENTS)}"
-            )
-        for field in ("warmup", "min_lr_ratio", "b1", "b2"):
+        for field, known in (("name", NAMES), ("moments", MOMENTS), ("schedule", SCHEDULES)):
+            if (value := getattr(self, field)) not in known:
+                raise UserError(
+                    f"optimizer.{field}={value!r}: expected one of {', '.join(known)}"
+                )
+        for field in ("warmup", "min_lr_ratio"):
             if not 0 <= (value := getattr(self, field)) <= 1:
                 raise UserError(f"optimizer.{field}={value}: must be in [0, 1]")
+        for field in ("b1", "b2"):  # at 1 a moment keeps what it was, 0
+            if not 0 <= (value := getattr(self, field)) < 1:
+                raise UserError(f"optimizer.{field}={value}: must be in [0, 1)")
         for field in ("weight_decay", "clip", "eps"):
             if (value := getattr(self, field)) < 0:
                 raise UserError(f"optimizer.{field}={value}: must not be negative")
@@ -109,7 +114,7 @@ def make_optimizer(config: OptimizerConfig, groups: Groups, steps: int, params: 
     """
     assigned = assign_groups(groups, list(flatten(params)))
     rates = {path: float(groups[index][1]) for path, index in assigned.items()}
-    schedule = warmup_cosine(steps, config.warmup, config.min_lr_ratio)
+    schedule = warmup_decay(steps, config.warmup, config.min_lr_ratio, config.schedule)
     rule = _update_rule(config)
     parts = [
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
@@ -207,19 +212,21 @@ def assign_groups(groups: Groups, paths: Sequence[str]) -> dict[str, int]:
     return assigned
 
 
-def warmup_cosine(steps: int, warmup: float, min_lr_ratio: float) -> optax.Schedule:
-    """step -> multiple of the peak: 0 -> 1 over warmup * steps, then cosine to `min_lr_ratio`.
+def warmup_decay(steps: int, warmup: float, min_lr_ratio: float, decay: str) -> optax.Schedule:
+    """step -> multiple of the peak: 0 -> 1 over warmup * steps, then `decay`, one of SCHEDULES, to
+    `min_lr_ratio`.
 
     The first step already moves (its multiple is 1 / warm-up steps), and the last of `steps`
     steps is one before the floor.
     """
     rise = max(1, round(warmup * steps))
+    left = max(steps - rise + 1, 1)
+    fall = {
+        "cosine": optax.cosine_decay_schedule(1.0, left, alpha=min_lr_ratio),
+        "linear": optax.linear_schedule(1.0, min_lr_ratio, left),
+    }[decay]
     return optax.join_schedules(
-        [
-            optax.linear_schedule(1 / rise, 1.0, max(rise - 1, 1)),
-            optax.cosine_decay_schedule(1.0, max(steps - rise + 1, 1), alpha=min_lr_ratio),
-        ],
-        [rise - 1],
+        [optax.linear_schedule(1 / rise, 1.0, max(rise - 1, 1)), fall], [rise - 1]
     )
 
 

@@ -29,6 +29,7 @@ from tpo_jax.training.sidecar import SidecarMismatch
 from tpo_jax.training.step import parts_of
 
 # dtype -> largest and mean difference of a token's log-probability that is round-off, in nats.
+# Chosen, not derived; docs/preferences.md ("The sidecar") has what was measured in bfloat16.
 TOLERANCE = {"float32": (5e-3, 5e-4), "bfloat16": (0.5, 0.05)}
 SAMPLE_BATCHES = 2  # at least; every bucket has one
 
