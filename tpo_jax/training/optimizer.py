@@ -42,8 +42,8 @@ class OptimizerConfig:
 
     Attributes:
       name: one of NAMES. Both parts of Muon have Nesterov momentum.
-      schedule: how the learning rate falls after that: one of SCHEDULES.
       warmup: share of all steps in [0, 1) with a linearly rising learning rate.
+      schedule: how the learning rate falls after that: one of SCHEDULES.
       weight_decay: decoupled, multiplied by the learning rate; matrices only (see NO_DECAY).
       clip: largest global norm of the trainable gradients; 0 switches clipping off.
       min_lr_ratio: learning rate at the last step over the peak.
