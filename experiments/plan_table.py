@@ -170,6 +170,8 @@ def unsure(result: dict[str, Any], share: float) -> bool:
 
 def _unsure(results: dict[str, dict]) -> list[str]:
     share = sure_share(results)
+    if share == 1:
+        return ["Assigned was never less than compiled: what fits by it is taken to fit."]
     names = [name for name, r in results.items() if unsure(r, share)]
     told = f": {', '.join(names)}" if names else ""
     return [

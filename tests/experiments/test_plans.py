@@ -273,6 +273,7 @@ def test_the_error_of_assignments_is_told_from_what_was_compiled():
     found = "\n".join(plan_table.errors(results))
     assert "Of 2 cells that are both, assigned less compiled is +0.25 to +0.50 GiB;" in found
     assert "| a | 10.50 | 10.00 | 1.050 | yes |" in found and "other collectives" not in found
+    assert found.endswith("Assigned was never less than compiled: what fits by it is taken to fit.")
     assert "| refused | 20" not in found
     results["late"] = both(made(15.9), made(16.5, ran_out=True))
     assert "| late | 15.90 | 16.50 | 0.964 | refused |" in "\n".join(plan_table.errors(results))
