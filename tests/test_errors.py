@@ -92,7 +92,7 @@ def test_of_commands_with_a_config_too(command, monkeypatch, capsys):
         (("configs/demo.py", "--config.nope=1"), "--config.nope: config has no 'nope'; it has acc"),
         (
             ("configs/demo.py", "--config.optimizer.nmae=adamw"),
-            "--config.optimizer.nmae: config.optimizer has no 'nmae'; it has clip, eps, ",
+            "--config.optimizer.nmae: config.optimizer has no 'nmae'; it has b2, clip, eps, ",
         ),
         (  # TR-DPO's option of TRL
             ("configs/longva_tpo.py", "--config.preference.sync_ref_model=True"),

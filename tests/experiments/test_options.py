@@ -54,7 +54,7 @@ def test_what_was_computed_from_an_option_follows_it(config):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("optimizer.clib", 1.0, "optimizer has no option 'clib'; it has clip"),
+        ("optimizer.clib", 1.0, "optimizer has no option 'clib'; it has b2, clip"),
         ("trainable[2][1]", 1.0, "trainable has no entry 2"),
         ("steps", 1.5, "steps = 1.5: is a float, the config has 1000; give a int"),
         ("steps", True, "steps = True: is a bool"),

@@ -57,7 +57,7 @@ def test_numbers_of_the_table(name, stage, steps, rows, trainable):
     assert {bucket.batch_size for bucket in config.buckets.values()} == {rows}
     assert config.optimizer.to_dict() == {
         "name": "adamw", "warmup": 0.2, "weight_decay": 0.02, "clip": 1.0, "min_lr_ratio": 0.05,
-        "eps": 1e-5,
+        "schedule": "cosine", "b2": 0.999, "eps": 1e-5,
         "moments": "float32",
     }  # fmt: skip
     assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (16, 32.0, 0.1)
