@@ -259,7 +259,10 @@ def _equation_gradient(equation: Any, hit: Sequence[bool]) -> tuple[float, Seque
 def _scan_gradient(equation: Any, hit: Sequence[bool]) -> tuple[float, Sequence[bool]]:
     """`_equation_gradient` of a loop, where what one turn carries is reached in the next."""
     (body,), hit = sub_programs(equation), list(hit)
-    first, count = equation.params["num_consts"], equation.params["num_carry"]
+    # Operands are constants, what is carried and what is scanned; results what is carried and what
+    # is stacked. The last of each have an axis more outside, and jax no one name for the others.
+    count = _of_equal_rank(equation.outvars, body.outvars)
+    first = _of_equal_rank(equation.invars, body.invars) - count
     while True:
         flops, out = _gradient(body, hit)
         before = hit[first : first + count]
@@ -267,6 +270,11 @@ def _scan_gradient(equation: Any, hit: Sequence[bool]) -> tuple[float, Sequence[
         if carried == before:
             return equation.params["length"] * flops, out
         hit[first : first + count] = carried
+
+
+def _of_equal_rank(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    pairs = zip(outside, inside, strict=True)
+    return sum(len(one.aval.shape) == len(other.aval.shape) for one, other in pairs)
 
 
 def _dot_flops(equation: Any) -> float:
