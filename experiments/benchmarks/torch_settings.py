@@ -15,12 +15,14 @@ SETTINGS: dict[str, dict[str, bool]] = {
 
 # How memory is allocated, which on a CPU is a fifth of a step on either side.
 ALLOCATOR = ("LD_PRELOAD", "MALLOC_CONF", "GLIBC_TUNABLES")
+# How PyTorch's threads wait and where they run.
+THREADS = ("OMP_WAIT_POLICY", "KMP_AFFINITY", "KMP_BLOCKTIME")
 
 
 def process_settings() -> dict[str, str]:
     """What is set of the environment that both sides share and that their times depend on."""
-    return {name: os.environ[name] for name in (*ALLOCATOR, "OMP_WAIT_POLICY")
-            if name in os.environ}  # fmt: skip
+    names = (*ALLOCATOR, *THREADS)
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def require_cpu() -> None:
